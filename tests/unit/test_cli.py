@@ -193,7 +193,7 @@ def test_a_finished_checkpoint_gets_other_formats(model, place, say, monkeypatch
     assert load_plan(place / "small-nas/blockpruner_plan.json").removed
     assert "compensated" in (place / "small-nas/README.md").read_text()
     for words, message in (
-        (("small", "nas"), "is there already"), (("small", "hf"), "is the hf checkpoint itself"),
+        (("small", "nas"), "is not empty; choose another folder"), (("small", "hf"), "is the hf checkpoint itself"),
         (("small-nas/..", "nas"), "does not exist; give a blockpruner_plan.json"), (("small", "onnx"), "onnx"),
     ):  # fmt: skip
         code, _, err = say("export", *words)
