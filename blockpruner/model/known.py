@@ -62,7 +62,7 @@ class TableWatch(MetaPathFinder):
             load(module)
             add_types(module)
 
-        spec.loader.exec_module = load_and_add  # type: ignore[method-assign]
+        spec.loader.exec_module = load_and_add  # type: ignore[method-assign]  # an import hook
         return spec
 
 

@@ -68,7 +68,7 @@ def require_plain(model: nn.Module) -> None:
     if any(parameter.is_meta for parameter in model.parameters()):
         raise InputError(
             "some of the model's weights are offloaded, and pruning needs all in memory; load it without device_map, "
-            "or use `blockpruner prune --streaming`, which holds one layer at a time",
+            "or use `blockpruner prune --streaming`, which scores one layer at a time",
             rule="offloaded-model", key="model",
         )  # fmt: skip
 
