@@ -1,8 +1,12 @@
-"""report: tables, plots and the self-contained page over all targets of params.yaml, at data/report."""
+"""report: tables, plots and the self-contained page over all targets of params.yaml, at data/report.
+
+Git keeps its CSV files at data/plots, from which `dvc plots diff` draws any commit.
+"""
 
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ from blockpruner.methods.recipes import searches
 from blockpruner.params import load_params
 from blockpruner.reporting.results import RunLabels
 from blockpruner.settings import Sections
+from blockpruner.store.files import replace_directory
 from stages import DATA, run, sections
 
 EXACT = {"none": "exact", "lazy+race": "lazy + race"}
@@ -70,6 +75,8 @@ def main(_: str) -> None:
     for name in sorted(set(params.targets) - set(built)):
         show.note(f"target {name} is not built yet and not in the report; `dvc repro` builds it")
     pipeline.report(DATA / "report", params.report.title, built, names, DATA, params.report.plots)
+    tables = (DATA / "report").glob("*.csv")
+    replace_directory(DATA / "plots", lambda folder: [shutil.copy(path, folder) for path in tables])
     show.note(f"report: {DATA / 'report' / 'index.html'}")
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from blockpruner.core.blocks import BlockId, BlockKind, format_mask, parse_mask
+from blockpruner.core.blocks import BlockId, BlockKind, Mask, format_mask, parse_mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.methods.registry import KINDS
@@ -31,11 +32,21 @@ from blockpruner.store.plans import load_plan
 ITERATIONS = pa.schema([pa.field("iteration", pa.int32(), nullable=False), *ITERATION])
 
 
+@dataclass(frozen=True)
+class Step:
+    """What a search had removed at one time, and the calibration perplexity without it."""
+
+    mask: Mask
+    perplexity: float
+
+
 @dataclass(frozen=True, eq=False)
 class PrunedOption(Option):
     """A pruned model, and how the search got there."""
 
     plan: Plan
+    steps: tuple[Step, ...]
+    """From the dense model on; empty where no blocks are removed."""
     compensation: Mapping[str, Any]
     """The report of its compensation; empty where the plan asks for none."""
     checkpoints: tuple[Path, ...]
@@ -80,6 +91,12 @@ class ReportedRun:
             if not any(len(order) > len(own) and order[: len(own)] == own for order in longest)
         )
 
+    @property
+    def searches(self) -> tuple[PrunedOption, ...]:
+        """Find one target for each search: the traces, and every search that is not nested."""
+        others = {target.steps: target for target in self.targets if target.steps and not target.curve}
+        return (*self.traces, *others.values())
+
 
 def read_runs(targets: Sequence[str], labels: Mapping[str, RunLabels], data: Path) -> list[ReportedRun]:
     """Read everything about `targets`, grouped by run in order of appearance.
@@ -114,11 +131,12 @@ def _read_run(run: str, labels: RunLabels, plans: Mapping[str, Plan], data: Path
     for name in names:
         plan = plans[name]
         healing = read_json(data / "compensated" / name / "compensate.json")
-        curve, unit = _read_search(plan, data / "plans" / name / f"{healing['search']}.parquet")
+        steps, unit = _read_search(plan, data / "plans" / name / f"{healing['search']}.parquet")
         found.append(
             PrunedOption(
                 name=name, method=KINDS[plan.kind].words(plan, unit), plan=plan,
-                model=models[name], dense=dense.model, timed=races[name], curve=curve,
+                model=models[name], dense=dense.model, timed=races[name], steps=steps,
+                curve=tuple(step.perplexity for step in steps) if plan.nested else (),
                 compensation=healing if "perplexity" in healing else {},
                 checkpoints=tuple(data / "checkpoints" / name / form for form in facts[name]["formats"]),
             )
@@ -126,12 +144,12 @@ def _read_run(run: str, labels: RunLabels, plans: Mapping[str, Plan], data: Path
     return ReportedRun(run, labels, dense, tuple(found), facts[f"{run}-dense"]["chance"])
 
 
-def _read_search(plan: Plan, path: Path) -> tuple[tuple[float, ...], str]:
-    """Read the curve of a search, and what it removed at once, in words; nothing where it removes no blocks."""
+def _read_search(plan: Plan, path: Path) -> tuple[tuple[Step, ...], str]:
+    """Read the steps of a search, and what it removed at once, in words; nothing where it removes no blocks."""
     if not plan.removed:
         return (), ""
     rows = read_iterations(path)
-    return curve_of(rows, plan, path) if plan.nested else (), unit_of(rows)
+    return steps_of(rows, plan, path), unit_of(rows)
 
 
 def read_iterations(path: Path) -> list[dict[str, Any]]:
@@ -144,27 +162,28 @@ def read_iterations(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def curve_of(rows: Sequence[Mapping[str, Any]], plan: Plan, path: Path) -> tuple[float, ...]:
-    """List the perplexities of a plan whose search is nested: of the dense model, and after each removal.
+def steps_of(rows: Sequence[Mapping[str, Any]], plan: Plan, path: Path) -> tuple[Step, ...]:
+    """List the steps of a plan's search, from the dense model on; one that changed nothing is left out.
 
     Raises:
-        InputError: the rows of `path` do not lead to the plan's order of removal.
+        InputError: the rows of `path` do not lead to the plan's removals.
     """
-    dense = [row for row in rows if not row["removed"]]
-    chosen = [
-        row for row in rows
-        if row["chosen"] and row["added"] and row["iteration"] < len(plan.order)
-        and row["rows_used"] in (0, row["rows_total"])
-    ]  # fmt: skip
-    steps = [*dense[:1], *sorted(chosen, key=lambda row: row["iteration"])]
-    curve = tuple(row["perplexity"] for row in steps)
-    if [format_mask(row["added"]) for row in steps[1:]] != list(plan.order) or None in curve or not dense:
+    dense = [row for row in rows if not row["removed"]][:1]
+    chosen = [row for row in rows if row["chosen"] and row["rows_used"] in (0, row["rows_total"])]
+    found: list[Mapping[str, Any]] = []
+    for row in (*dense, *sorted(chosen, key=lambda row: row["iteration"])):
+        if not found or found[-1]["removed"] != row["removed"]:
+            found.append(row)
+    masks = [row["removed"] for row in found]
+    order = [format_mask(mask - before) for before, mask in pairwise(masks)]
+    leads = order == list(plan.order) if plan.nested else masks[-1:] == [plan.mask]
+    if not leads or not dense or None in [row["perplexity"] for row in found]:
         raise InputError(
             f"{path} does not have one fully scored choice, with its perplexity, for each of the plan's removals "
             f"{', '.join(plan.order)}: they are of different searches; delete both and run `dvc repro`",
             rule="different-searches",
         )
-    return curve
+    return tuple(Step(row["removed"], row["perplexity"]) for row in found)
 
 
 def unit_of(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -12,6 +12,7 @@ from statistics import mean
 
 from pandas import DataFrame
 
+from blockpruner.core.blocks import format_mask
 from blockpruner.core.budgets import speedup
 from blockpruner.reporting.comparison import Comparison
 from blockpruner.reporting.findings import paired, paired_confidence, recommended
@@ -200,17 +201,22 @@ def curve_csv(found: Sequence[Comparison]) -> str:
     return to_csv(DataFrame(rows, dtype=object))
 
 
-ITERATION_COLUMNS = ("run", "target", "iteration", "removed", "ratio", "perplexity", "nll_rise")
+ITERATION_COLUMNS = ("run", "target", "iteration", "removed", "put_back", "blocks", "ratio", "perplexity", "nll_rise")
 
 
 def iterations_csv(runs: Sequence[ReportedRun]) -> str:
-    """Write one row a removal of every search, from the dense model (iteration 0, nothing removed) on."""
+    """Write one row a step of every search, from the dense model (iteration 0, nothing removed) on.
+
+    The ratio of a search that is not nested is known at its end only; `blocks` counts what is gone at every step.
+    """
     rows: list[dict[str, object]] = []
-    for reported, t in ((one, target) for one in runs for target in one.traces):
-        own = {"run": reported.run, "target": t.name}
-        rows.append(own | {"iteration": 0, "removed": "", "ratio": 0.0, "perplexity": t.curve[0], "nll_rise": 0.0})
-        for i, (unit, ratio) in enumerate(zip(t.plan.order, t.plan.ratios, strict=True), 1):
-            rise = math.log(t.curve[i] / t.curve[i - 1])
-            row = {"iteration": i, "removed": unit, "ratio": ratio, "perplexity": t.curve[i], "nll_rise": rise}
-            rows.append(own | row)
+    for reported, t in ((one, target) for one in runs for target in one.searches):
+        ratios = t.plan.ratios if t.plan.nested else (*[None] * (len(t.steps) - 2), t.ratio)
+        before = t.steps[0]
+        for i, (step, ratio) in enumerate(zip(t.steps, (0.0, *ratios), strict=True)):
+            rise = math.log(step.perplexity / before.perplexity)
+            changed = format_mask(step.mask - before.mask), format_mask(before.mask - step.mask)
+            row = (reported.run, t.name, i, *changed, len(step.mask), ratio, step.perplexity, rise)
+            rows.append(dict(zip(ITERATION_COLUMNS, row, strict=True)))
+            before = step
     return to_csv(DataFrame(rows, columns=ITERATION_COLUMNS, dtype=object))

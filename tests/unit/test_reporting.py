@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pytest
 from scipy import stats
 
-from blockpruner.core.blocks import Mask, format_mask, parse_mask, removable_units
+from blockpruner.core.blocks import DENSE, Mask, format_mask, parse_mask, removable_units
 from blockpruner.evaluation.store import ITEMS
 from blockpruner.methods.commit import commit_run, save_iterations
 from blockpruner.reporting.comparison import comparisons, front
@@ -35,9 +36,9 @@ from blockpruner.reporting.findings import (
 from blockpruner.reporting.inputs import (
     ITERATIONS,
     ReportedRun,
-    curve_of,
     read_iterations,
     read_runs,
+    steps_of,
     unit_of,
 )
 from blockpruner.reporting.pages import Facts, Page
@@ -45,7 +46,7 @@ from blockpruner.reporting.report import build_page, write_report
 from blockpruner.reporting.results import RunLabels
 from blockpruner.reporting.statistics import Mean
 from blockpruner.reporting.table import Table
-from blockpruner.reporting.tables import curve_csv, headline
+from blockpruner.reporting.tables import curve_csv, headline, iterations_csv
 from blockpruner.search import iteration
 from blockpruner.search.registry import SEARCHES
 from blockpruner.search.trace import read_trace, trace_directory
@@ -486,6 +487,11 @@ def test_methods_without_a_sequence(tmp_path: Path) -> None:
     assert swap.traces == ()
     nlls = (2.5, 2.5 + 0.03 + 0.035 + 0.04, 2.5 + 0.03 + 0.035 + 0.04 + 0.05 + 0.06 + 0.07)
     assert curve(swap) == [str(math.exp(nll)) for nll in nlls]
+    steps = [row for row in csv.DictReader(io.StringIO(iterations_csv([swap]))) if row["target"] == "swap-a"]
+    assert [row["blocks"] for row in steps] == ["0", "2", "3"] and not any(row["put_back"] for row in steps)
+    assert parse_mask(",".join(row["removed"] for row in steps[1:])) == swap.targets[0].plan.mask
+    assert np.log([float(row["perplexity"]) for row in steps]) == pytest.approx([nlls[0], nlls[1] + 0.2, nlls[1]])
+    assert [row["ratio"] for row in steps] == ["0.0", "", str(swap.targets[0].ratio)]
     sliced = study(tmp_path / "slicegpt", others("slicegpt", "slicegpt", heldout_factor=2.5, speedups=(1.0, 1.01)))
     assert curve(sliced) == ["", "", ""]
     taken = list(rows(headline(sliced))["Taken out"].values())
@@ -664,8 +670,10 @@ def test_the_tables_of_every_search_are_read(tmp_path: Path, method: str, change
     save_iterations(tables, path)
     table = read_iterations(path)
     assert unit_of(table) == unit
+    steps = steps_of(table, plan, path)
     if plan.nested:
         assert list(plan.order) == [format_mask(unit) for unit in order[: len(plan.order)]]
-        assert curve_of(table, plan, path) == pytest.approx(tuple(perplexities[: len(plan.order) + 1]))
+        assert [step.perplexity for step in steps] == pytest.approx(perplexities[: len(plan.order) + 1])
     else:
-        assert sum(row["chosen"] for row in table) == len(trace)
+        chosen = [DENSE, *(found.removed for found in trace)]
+        assert [step.mask for step in steps] == [mask for mask, _ in groupby(chosen)]
