@@ -33,6 +33,8 @@ def main(name: str) -> None:
                 return kept_latency(place, trials_root(), checkpoint, model, timed, runtime, watch)
 
             found[method] = pipeline.score(material, rows, asked.score, asked.budgets, place, latency)
+            for search, counts in found[method].items():
+                watch.note(f"{search}: {counts['trials_computed']} trials computed, {counts['trials_reused']} reused")
     write_json(DATA / "provenance" / f"{name}-search.json", found)
     figures = {method: {key: headline(counts) for key, counts in own.items()} for method, own in found.items()}
     write_json(DATA / "metrics" / name / "score.json", figures)

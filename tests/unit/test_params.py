@@ -7,6 +7,7 @@ import pytest
 import yaml
 from jsonschema import ValidationError, validate
 
+from blockpruner import versions
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import LocalModel, LocalTexts, MixedTexts
 from blockpruner.evaluation.settings import Evaluate, ZeroShot
@@ -94,7 +95,21 @@ def test_the_llama_run_is_the_papers_setting_and_so_are_the_defaults():
 
 
 def test_shipped_params_are_valid():
-    assert [target.budget for target in load_params(ROOT / "params.yaml").targets_of("smollm2")] == ["0.10"]
+    shipped = load_params(ROOT / "params.yaml")
+    methods = [(target.method, target.budget) for target in shipped.targets_of("smollm2")]
+    assert methods == [(None, "0.10"), ("blockpruner", "0.10")] and shipped.studies == ()
+
+
+def test_the_lock_is_of_one_workspace_and_of_the_versions_of_today():
+    """No path has two hashes. A red test asks for `dvc repro`, never for an edit by hand."""
+    shipped, lock = load_params(ROOT / "params.yaml"), yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
+    assert {name.partition("@")[2] for name in lock} <= {*shipped.runs, *shipped.targets, ""}
+    hashes = {}
+    for name, stage in lock.items():
+        for file in (*stage.get("deps", ()), *stage["outs"]):
+            assert hashes.setdefault(file["path"], file["md5"]) == file["md5"], (name, file["path"])
+        for constant, value in stage["params"].get("blockpruner/versions.py", {}).items():
+            assert getattr(versions, constant) == value, (name, constant)
 
 
 @pytest.fixture
