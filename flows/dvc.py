@@ -85,10 +85,34 @@ def repro(stage: str, lock: int, show: Callable[[str], object], environment: Map
 
 def push(remote: str, stages: Sequence[str], lock: int, show: Callable[[str], object]) -> None:
     """Run `dvc push` of what the stages have made; arguments as those of `repro`."""
-    code, lines = _follow(["push", "--remote", remote, *stages], lock, show, {})
+    _send(["push", "--remote", remote, *stages], f"push to the remote {remote!r}", f"push -r {remote}", lock, show)
+
+
+def share(
+    remote: str, name: str, to: str | None, stages: Sequence[str], lock: int, show: Callable[[str], object]
+) -> None:
+    """Save settings and results as an experiment of DVC, and send it with the files that its dvc.lock names.
+
+    Args:
+        remote: of Git; gets the experiment's commit.
+        name: the experiment's; one of this name is replaced.
+        to: the remote of DVC that gets the files; None: the default one.
+        stages: what has run. DVC records these alone, so nothing that is stale passes for current.
+    """
+    # results and run files that Git does not know yet; its other new files are nobody's business
+    asked = ["git", "ls-files", "--others", "--exclude-standard", "data", "runs", "studies"]
+    new = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
+    options = ["--force", "--name", name, *(argument for path in new for argument in ("--include-untracked", path))]
+    what, cache = f"share by the remote {remote!r}", ("--remote", to) if to else ()
+    _send(["exp", "save", *options, *stages], what, "exp save", lock, show)
+    _send(["exp", "push", "--force", *cache, remote, name], what, f"exp push {remote} {name}", lock, show)
+
+
+def _send(arguments: Sequence[str], what: str, again: str, lock: int, show: Callable[[str], object]) -> None:
+    code, lines = _follow(arguments, lock, show, {})
     if code != 0:
         why = lines[-1] if lines else f"dvc ended with {code}"
-        raise StageError(f"push to the remote {remote!r} failed: {why}; `dvc push -r {remote}` tries it again")
+        raise StageError(f"{what} failed: {why}; `dvc {again}` tries it again")
 
 
 def _follow(

@@ -51,6 +51,7 @@ class NewModel(Frozen):
         "replace what the form says.",
     )
     push: str | None = Field(default=None, description=Selection.model_fields["push"].description)
+    share: str | None = Field(default=None, description=Selection.model_fields["share"].description)
 
     def text(self) -> str:
         """The run file."""
@@ -112,4 +113,4 @@ def add(form: NewModel) -> Chosen:
 @flow(name="new-model")
 def new_model(form: NewModel) -> State[None]:
     """Write a new model's run file, and make it as the flow `prune` does."""
-    return build(lambda: add(form), push=form.push)
+    return build(lambda: add(form), push=form.push, share=form.share)

@@ -2,7 +2,8 @@
 
 Without options everything in params.yaml is brought up to date. `--run` takes only that run (added to params.yaml if
 missing); `--budget` takes only that target of each run (added as `<run>-<budget>`), which `--compensate` and `--train`
-heal. With `--keep-going` a failure does not stop other models. `--push` sends what was made to a DVC remote.
+heal. With `--keep-going` a failure does not stop other models. `--push` sends what was made to a DVC remote, `--share`
+also the settings, as an experiment, to a Git remote.
 
 Decides what Prefect sees: one task for each DVC stage, the state Cached for what had not changed, and the results as
 artifacts. What has to run again is decided by DVC, how it is run by flows.dvc, what by flows.selection. Without a
@@ -18,6 +19,7 @@ import signal
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -83,17 +85,30 @@ def push_outputs(remote: str, stages: Sequence[str], lock: int) -> State[None]:
     return Completed()
 
 
+@task(name="share", task_run_name="share by {remote}", cache_policy=NO_CACHE)
+def share_outputs(remote: str, to: str | None, stages: Sequence[str], lock: int) -> State[None]:
+    """What the stages have made, sent as an experiment, whose name is unique to the flow run."""
+    name = f"{phases.artifact_key(str(flow_run.name))}-{str(flow_run.id)[:8]}"
+    try:
+        dvc.share(remote, name, to, stages, lock, get_run_logger().info)
+    except dvc.StageError as error:
+        return Failed(message=str(error))
+    return Completed(message=f"`dvc exp pull {remote} {name}` gets it")
+
+
 EVERYTHING = Selection()
 
 
 @flow(name="prune")
 def prune(selection: Selection = EVERYTHING) -> State[None]:
     """Bring the chosen runs and targets up to date, stage by stage, then the report."""
-    return build(lambda: choose(selection), selection.keep_going, selection.push)
+    return build(lambda: choose(selection), selection.keep_going, selection.push, selection.share)
 
 
-def build(check: Callable[[], Chosen], keep_going: bool = False, push: str | None = None) -> State[None]:
-    """Make what `check` chooses, show it, and push it to a remote of DVC; None: to none."""
+def build(
+    check: Callable[[], Chosen], keep_going: bool = False, push: str | None = None, share: str | None = None
+) -> State[None]:
+    """Make what `check` chooses, show it, push it to a remote of DVC and share it by one of Git; None: by none."""
     show = get_run_logger().info
     try:
         with workspace(f"flow run {flow_run.name}, {this_process()}") as lock:
@@ -109,9 +124,10 @@ def build(check: Callable[[], Chosen], keep_going: bool = False, push: str | Non
             result = outcome(states, chosen.additions)
             if keep_going or result.is_completed():
                 publish(chosen, states)
-            if push is not None and result.is_completed():
-                pushed: State[Any] = push_outputs(push, list(needs), lock, return_state=True)
-                return result if pushed.is_completed() else outcome({"push": pushed})
+            send = partial(share_outputs, share, push) if share else partial(push_outputs, push) if push else None
+            if send is not None and result.is_completed():
+                sent: State[Any] = send(list(needs), lock, return_state=True)
+                return result if sent.is_completed() else outcome({"sent": sent})
             return result
     except InputError as error:
         return Failed(name="Refused", message=str(error))
@@ -222,6 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--train", action="store_true", help="train the targets of --budget")
     parser.add_argument("--keep-going", action="store_true", help="go on with other models after a failure")
     parser.add_argument("--push", metavar="REMOTE", help="a remote of DVC, which gets what was made")
+    parser.add_argument("--share", metavar="REMOTE", help="a remote of Git, which gets it as an experiment of DVC")
     options = vars(parser.parse_args(argv))
     options |= {"runs": tuple(options.pop("run")), "budgets": tuple(options.pop("budget"))}
     selection = Selection.model_validate(options)

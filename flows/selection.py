@@ -61,6 +61,11 @@ class Selection(Frozen):
         default=None,
         description="A remote of DVC (`dvc remote list`), which gets what was made when all is done. None: no push.",
     )
+    share: str | None = Field(
+        default=None,
+        description="A remote of Git, which gets settings and results as an experiment when all is done (`dvc exp pull`"
+        "); the remote of `push`, or DVC's default one, gets the files.",
+    )
 
     @property
     def healing(self) -> dict[str, Any]:

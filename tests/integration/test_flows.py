@@ -335,6 +335,34 @@ def test_a_new_model_is_written_made_and_pushed(project, server, tmp_path):
         add(form.model_copy(update={"heldout": None}))
 
 
+def test_what_a_worker_made_is_found_by_the_name_of_its_run(project, server, tmp_path):
+    """With results that Git did not know, and without a file that is nobody's business. What is stale stays stale."""
+    origin, clone, command = str(tmp_path / "origin.git"), tmp_path / "clone", [sys.executable, "-m", "dvc"]
+    subprocess.run([*command, "remote", "add", "-q", "--default", "team", str(tmp_path / "remote")], check=True)
+    subprocess.run([*command, "repro", "-q"], check=True)
+    for arguments in (
+        "config user.name test", "config user.email test@localhost", "add -A", "commit -qm first",
+        f"clone -q --bare . {origin}", f"remote add origin {origin}", f"clone -q {origin} {clone}",
+    ):  # fmt: skip
+        subprocess.run(["git", *arguments.split()], check=True)
+    Path("data/plans/smollm2-b2.txt").write_text("not what the stage made")
+    Path("notes.txt").touch()
+    write_json(**{"metrics/smollm2-b30.json": {"perplexity": 40.0}})
+    selection = Selection(budgets=("0.3",), share="origin")
+    state, started = run_flow(server, prune, selection)
+    assert state.is_completed() and started == ["commit smollm2-b30", "report all"]
+    (found,) = subprocess.run(
+        ["git", "ls-remote", origin, "refs/exps/*"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    name = found.rpartition("/")[2]
+    for arguments in (["pull", "origin", name], ["apply", name]):
+        subprocess.run([*command, "exp", *arguments], cwd=clone, check=True)
+    assert (clone / "data/plans/smollm2-b30.txt").read_text() == "# commit smollm2-b30"
+    assert (clone / "data/plans/smollm2-b2.txt").read_text() == "# commit smollm2-b2"
+    assert "smollm2-b30" in load_params(clone / "params.yaml").targets
+    assert (clone / "data/metrics/smollm2-b30.json").exists() and not (clone / "notes.txt").exists()
+
+
 # --- without a server, or with one that has gone ------------------------------------------------------------------
 
 
