@@ -101,3 +101,10 @@ def test_no_class_name_is_used_twice():
         name for path in files for name in re.findall(r"^class (\w+)", path.read_text(), flags=re.MULTILINE)
     )
     assert not [name for name, count in names.items() if count > 1]
+
+
+def test_no_environment_variable_of_ours_changes_a_result():
+    """They name a store of exact trials, who watches, and which process started another."""
+    paths = [path for folder in ("blockpruner", "stages", "flows") for path in (ROOT / folder).rglob("*.py")]
+    found = {name for path in paths for name in re.findall(r"BLOCKPRUNER_(\w+)", path.read_text())}
+    assert found == {"TRIALS", "OBSERVER", "REPORT_PAGES", "DVC_PARENT", "PREFECT_PARENT"}

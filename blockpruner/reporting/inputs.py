@@ -33,7 +33,7 @@ ITERATIONS = pa.schema([pa.field("iteration", pa.int32(), nullable=False), *ITER
 
 
 @dataclass(frozen=True)
-class Step:
+class SearchStep:
     """What a search had removed at one time, and the calibration perplexity without it."""
 
     mask: Mask
@@ -45,7 +45,7 @@ class PrunedOption(Option):
     """A pruned model, and how the search got there."""
 
     plan: Plan
-    steps: tuple[Step, ...]
+    steps: tuple[SearchStep, ...]
     """From the dense model on; empty where no blocks are removed."""
     compensation: Mapping[str, Any]
     """The report of its compensation; empty where the plan asks for none."""
@@ -144,7 +144,7 @@ def _read_run(run: str, labels: RunLabels, plans: Mapping[str, Plan], data: Path
     return ReportedRun(run, labels, dense, tuple(found), facts[f"{run}-dense"]["chance"])
 
 
-def _read_search(plan: Plan, path: Path) -> tuple[tuple[Step, ...], str]:
+def _read_search(plan: Plan, path: Path) -> tuple[tuple[SearchStep, ...], str]:
     """Read the steps of a search, and what it removed at once, in words; nothing where it removes no blocks."""
     if not plan.removed:
         return (), ""
@@ -162,7 +162,7 @@ def read_iterations(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def steps_of(rows: Sequence[Mapping[str, Any]], plan: Plan, path: Path) -> tuple[Step, ...]:
+def steps_of(rows: Sequence[Mapping[str, Any]], plan: Plan, path: Path) -> tuple[SearchStep, ...]:
     """List the steps of a plan's search, from the dense model on; one that changed nothing is left out.
 
     Raises:
@@ -183,7 +183,7 @@ def steps_of(rows: Sequence[Mapping[str, Any]], plan: Plan, path: Path) -> tuple
             f"{', '.join(plan.order)}: they are of different searches; delete both and run `dvc repro`",
             rule="different-searches",
         )
-    return tuple(Step(row["removed"], row["perplexity"]) for row in found)
+    return tuple(SearchStep(row["removed"], row["perplexity"]) for row in found)
 
 
 def unit_of(rows: Sequence[Mapping[str, Any]]) -> str:
