@@ -13,7 +13,7 @@ import torch
 from gguf import GGUFReader, TokenType
 from gguf.quants import quantize
 from safetensors.torch import load_file
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from blockpruner.checkpoints import gguf, verification, verify_llama_cpp
@@ -368,12 +368,52 @@ def lower_cased():
     return tokenizer
 
 
+def another_start():
+    tokenizer = sentencepiece()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    return tokenizer
+
+
+def surrounded_twice():
+    tokenizer = plain_with("<s>", "</s>")
+    pair = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    template = processors.TemplateProcessing("<s> <s> $A", special_tokens=pair)
+    tokenizer.backend_tokenizer.post_processor = template
+    return tokenizer
+
+
+def plain_with(bos, eos):
+    return byte_level(words(), bos_token=bos, eos_token=eos)
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_tokenizer_of_llama_2_keeps_its_space_in_front(merged):
+    """As its converter writes it since `legacy: false`, and as before."""
+    tokenizer = sentencepiece()
+    if merged:
+        before = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(before)
+        tokenizer.backend_tokenizer.pre_tokenizer = None
+    assert vocabulary(tokenizer, {"vocab_size": len(tokenizer)})["add_space_prefix"]
+
+
+@pytest.mark.parametrize(("templates", "kept"), [({"default": "a", "tool": "b"}, "a"), ({"tool": "b"}, None)])
+def test_of_several_chat_templates_a_file_has_the_default(templates, kept):
+    tokenizer = plain_with("<s>", "</s>")
+    tokenizer.chat_template = templates
+    assert vocabulary(tokenizer, {"vocab_size": len(tokenizer)}).get("chat_template") == kept
+
+
 @pytest.mark.parametrize(
     ("tokenizer", "message"),
     [
         (lambda: byte_level(regex(LLAMA_3)), "splits text in a way unknown here"),  # without ignore_merges
         (lower_cased, "after Lowercase"),
         (unequal_halves, "merges by halves of tokens"),
+        (lambda: byte_level(words(pre_tokenizers.Whitespace())), "splits text in a way unknown here"),
+        (lambda: byte_level(None), "splits text in a way unknown here"),
+        (another_start, "has normalizer .*Lowercase"),
+        (surrounded_twice, "puts other tokens than its first and last around a text"),
         (lambda: PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}))), "a WordLevel model"),
     ],
 )

@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from blockpruner.core.errors import InputError
+from blockpruner.core.budgets import parse_budget, resources_of
+from blockpruner.core.errors import InputError, UnreachableError
+from blockpruner.methods.laco.kind import LacoOptions, require_merges
 from blockpruner.methods.laco.merging import VARIANTS, Similarity, merge_, merged
 from blockpruner.methods.laco.walk import (
     Merge,
@@ -343,6 +345,30 @@ def test_a_budget_that_no_walk_meets_is_refused_before_anything_is_measured(want
     message = rf"{wanted} of 8 layers at no threshold; the nearest that it removes: {near}\."
     with pytest.raises(InputError, match=message):
         search_threshold(never_asked, Walk(8, **walk), wanted)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"highest": 8}, "highest layer H = 8 is not in a model of 8 layers; valid: 0 to 7"),
+        ({"lowest": 8}, "lowest layer L = 8 is not valid; choose 0 to H = 7"),
+        ({"count": 1}, "count C = 1 is not valid; choose 2 to H - L = 5"),
+        ({"count": 6}, "count C = 6 is not valid"),
+        ({"interval": 0}, "interval I = 0 is not valid"),
+    ],
+)
+def test_a_walk_that_would_visit_no_layer_is_refused(wrong, message):
+    with pytest.raises(InputError, match=message):
+        Walk(8, **{"count": 3, "lowest": 2, "highest": None, "interval": 1} | wrong)
+
+
+def test_a_budget_out_of_reach_of_these_settings_is_refused_before_a_search():
+    config = tiny_model("llama", 8).config.to_dict()
+    counts, options = resources_of(config)["parameters"], LacoOptions(count=3, lowest=2, highest=7, interval=1)
+    for text in ("2layers", "1.3x"):  # a speed-up is measured first
+        require_merges(parse_budget(text, counts), options, config)
+    with pytest.raises(UnreachableError, match=r"budget '1layers': .*1 of 8 layers at no threshold"):
+        require_merges(parse_budget("1layers", counts), options, config)
 
 
 # What is known

@@ -44,3 +44,14 @@ def test_where_more_may_follow_no_time_left_is_shown(monkeypatch):
         "  budget 0.1, step 5, removed 4.1 of 10 %: candidate mha.1, 1m05s so far",
         "  budget 0.1, step 5, removed 4.1 of 10 %: 6/12, 2m10s left",
     ]
+
+
+def test_a_terminal_gets_a_bar_that_goes_away():
+    out = io.StringIO()
+    show = ConsoleObserver(Console(file=out, width=120, force_terminal=True, color_system=None), interval=0.0)
+    show.begin("iteration 0", 0.5)
+    show.advance(3, 4, "candidate mha.1")
+    assert show._bar is not None and show._bar.tasks[0].completed == 3 and show._bar.tasks[0].total == 4
+    show.end("removed mha.1")
+    assert show._bar is None and "candidate mha.1" in out.getvalue()
+    assert out.getvalue().splitlines()[-1].endswith("iteration 0: removed mha.1 [0s]")

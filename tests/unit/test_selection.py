@@ -3,14 +3,17 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import httpx
 import pytest
 from prefect.states import Completed, Failed
 
 from blockpruner.core.errors import InputError
+from flows import paper
 from flows import prune as prune_module
 from flows.new_model import NewModel, add, source_of
-from flows.prune import LEFT_OUT, main, outcome, results, run_stages
+from flows.prune import LEFT_OUT, main, outcome, results, run_here, run_stages
 from flows.selection import Chosen, Selection, choose
 
 ROOT = Path(__file__).parents[2]
@@ -166,3 +169,24 @@ def test_what_a_form_may_not_ask_for_is_refused_and_nothing_written(project, cha
 )
 def test_a_source_is_named_in_one_string(project, text, source):
     assert source_of(text) == source
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "words"),
+    [(httpx.ConnectError("gone"), 1, "the Prefect server went away"), (KeyboardInterrupt(), 130, "interrupted")],
+)
+def test_what_ends_a_flow_says_that_finished_work_is_kept(monkeypatch, tmp_path, capsys, failure, code, words):
+    def start():
+        raise failure
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prune_module.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(prune_module, "get_current_settings", lambda: SimpleNamespace(api=SimpleNamespace(url=None)))
+    assert run_here(lambda: None, start) == code
+    said = capsys.readouterr().err
+    assert words in said and "kept: run again to go on" in said
+
+
+def test_a_study_that_there_is_not_is_refused_before_a_server_starts(project, capsys):
+    assert paper.main(["--study", "none"]) == 2
+    assert "study 'none' is unknown" in capsys.readouterr().err

@@ -3,7 +3,9 @@
 import json
 import os
 import random
+import re
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from blockpruner.core.errors import DeviceMemoryError, InputError
 from blockpruner.core.families import FAMILIES
 from blockpruner.model.models import load_model, masked
 from blockpruner.scoring.engine import Engine
-from blockpruner.scoring.large import streaming
+from blockpruner.scoring.large import memory, streaming
 from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.work import Task
 from tests.oracles import make_rows, score_all, sweep
@@ -257,3 +259,21 @@ def test_buffers_are_those_of_a_loaded_model(tmp_path, family):
     assert buffers.keys() == loaded.keys() and (buffers or FAMILIES[family.split()[0]].alibi)
     for name, buffer in buffers.items():
         assert buffer.dtype == loaded[name].dtype and torch.equal(buffer, loaded[name])
+
+
+def test_memory_is_what_the_tightest_cgroup_leaves(tmp_path, monkeypatch):
+    """A limit less what is used and cannot be reclaimed: pages of files can, but for mapped ones."""
+    own = re.findall(r"^0::/(.*)$", Path("/proc/self/cgroup").read_text(), re.MULTILINE)
+    if not own:
+        pytest.skip("this process is in no group of cgroups v2")
+    group = tmp_path / own[0]
+    group.mkdir(parents=True, exist_ok=True)
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+    (group / "memory.max").write_text("max\n")
+    unlimited = memory.available_memory()
+    (group / "memory.max").write_text("1000\n")
+    (group / "memory.current").write_text("900\n")
+    (group / "memory.stat").write_text("anon 7\nactive_file 100\ninactive_file 200\nfile_mapped 50\n")
+    assert memory.available_memory() == 1000 - 900 + 250 < unlimited
+    (group / "memory.current").write_text("1500\n")
+    assert memory.available_memory() == 0

@@ -349,7 +349,7 @@ def test_pages_hold_the_tables_of_docs_results():
     assert found >= 2
 
 
-def test_publish_copies_a_study_and_fills_the_pages(written):
+def test_publish_copies_a_study_and_fills_the_pages(written, monkeypatch, capsys):
     root = written.parents[2]
     (root / "docs").mkdir()
     (root / "README.md").write_text("a\n  <!-- table: front -->\n  old\n  <!-- /table -->\nb\n")
@@ -359,5 +359,10 @@ def test_publish_copies_a_study_and_fills_the_pages(written):
     assert publish.fill(root) == [root / "README.md"] and publish.fill(root) == []
     lines = (root / "README.md").read_text().splitlines()
     assert lines[2].startswith("  | method | removed, % |") and lines[-2:] == ["  <!-- /table -->", "b"]
+    (root / "README.md").write_text("<!-- table: none -->\n<!-- /table -->\n")
+    monkeypatch.chdir(root)
+    assert publish.main(["mine"]) == 2 and "table 'none'" in capsys.readouterr().err
+    (root / "README.md").write_text("<!-- table: front -->\n<!-- /table -->\n")
+    assert publish.main([]) == 0 and capsys.readouterr().out == "written: README.md\n"
     page = (root / "docs" / "results.md").read_text()
     assert all((root / "docs" / link).exists() for link in re.findall(r"\]\((results/\w+\.png)\)", page))

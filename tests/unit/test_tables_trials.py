@@ -25,7 +25,9 @@ from blockpruner.search.registry import request
 from blockpruner.search.run import search
 from blockpruner.search.trace import read_iteration, read_trace, seed_stores, table_path, write_iteration
 from blockpruner.store.files import (
+    link_or_copy,
     replace_directory,
+    sync,
     write_atomic,
     write_text,
 )
@@ -397,3 +399,38 @@ def test_processes_that_replace_one_directory_at_once_leave_a_whole_one(tmp_path
     assert [process.wait() for process in started] == [0, 0]
     assert names_in(tmp_path) == ["d", "d/a", "d/b"]
     assert (tmp_path / "d/a").read_text() == (tmp_path / "d/b").read_text()
+
+
+@pytest.mark.parametrize("moment", ["append", "close"])
+def test_a_log_that_cannot_be_synced_is_named_and_keeps_its_entries(tmp_path, monkeypatch, moment):
+    journal = Journal(tmp_path / "log.jsonl", {"of": "a test"}, seconds=60.0)
+    journal.append({"n": 1})
+    monkeypatch.setattr("os.fsync", broken)
+    with pytest.raises(StorageError, match=r"log\.jsonl: no space left"):
+        if moment == "append":
+            monkeypatch.setattr(journal, "_synced", -math.inf)
+            journal.append({"n": 2})
+        journal.close()
+    monkeypatch.undo()
+    journal.close()
+    assert journal.first() is not None and journal.read([])[0] == {"n": 1}
+
+
+def broken(descriptor):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_file_system_without_links_or_syncs_of_folders_is_enough(tmp_path, monkeypatch):
+    """As some network mounts."""
+
+    def refused(*arguments):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    write_text(tmp_path / "a", "text")
+    monkeypatch.setattr("os.link", refused)
+    link_or_copy(tmp_path / "a", tmp_path / "b")
+    monkeypatch.setattr("os.fsync", refused)
+    sync(tmp_path)
+    assert (tmp_path / "b").read_text() == "text" and not (tmp_path / "b").samefile(tmp_path / "a")
+    with pytest.raises(OSError, match="Invalid argument"):
+        sync(tmp_path / "a")
