@@ -21,7 +21,7 @@ from blockpruner.inputs.checkpoints import GENERATION_FILE, LICENCE_FILES, TOKEN
 from blockpruner.methods.apply import Pruning
 from blockpruner.model.classes import OUR_MODULES, read_config
 from blockpruner.model.known import FORMAT, FORMAT_KEY
-from blockpruner.store.files import let_others_read, new_directory, read_json, write_json, write_text
+from blockpruner.store.files import let_others_read, read_json, require_free, write_json, write_text
 from blockpruner.store.plans import PLAN_FILE, save_plan
 
 COUNTED = """
@@ -65,31 +65,28 @@ def save_other_files(plan: Plan, dense: Path, directory: Path, card: str) -> Non
 
 
 def save_pruned(model: PreTrainedModel, directory: Path) -> None:
-    """Save a pruned model as a new directory. If its class is ours, its modelling file is saved too, and `auto_map`
-    names it.
+    """Save a pruned model in a new or empty directory. If its class is ours, its modelling file is saved too, and
+    `auto_map` names it.
 
     Other code, and `auto_map` of others, is left out.
 
     Raises:
-        InputError: the directory is there and not empty.
+        InputError: the directory is not empty.
     """
+    require_free(directory)
     code = code_file(model)
     kinds = {type(model): "AutoModelForCausalLM", type(model.config): "AutoConfig"} if code else {}
-
-    def build(new: Path) -> None:
-        model.save_pretrained(new, max_shard_size="5GB")
-        drop_code_(new, code)
-        if code:
-            config = read_json(new / "config.json")
-            write_json(new / "config.json", config | {FORMAT_KEY: FORMAT})
-        let_others_read(new)
-        assert not code or (new / code).exists()
-
     with ExitStack() as stack:
         for kind, entry in kinds.items():
             stack.callback(setattr, kind, "_auto_class", kind._auto_class)  # another save of the class asks for no code
             kind.register_for_auto_class(entry)
-        new_directory(directory, build)
+        model.save_pretrained(directory, max_shard_size="5GB")
+    drop_code_(directory, code)
+    if code:
+        config = read_json(directory / "config.json")
+        write_json(directory / "config.json", config | {FORMAT_KEY: FORMAT})
+    let_others_read(directory)
+    assert not code or (directory / code).exists()
 
 
 def code_file(model: PreTrainedModel) -> str | None:
