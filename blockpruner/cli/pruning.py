@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from blockpruner import pipeline
 from blockpruner.checkpoints.registry import EXPORTS, require_families, require_packages
 from blockpruner.checks import check_run
-from blockpruner.cli.values import model_of
+from blockpruner.cli.values import called, model_of
 from blockpruner.core.errors import InputError, missing, named
 from blockpruner.core.families import FAMILIES, Config
 from blockpruner.core.plan import Plan
@@ -131,7 +131,7 @@ class Place:
         pool, dense = self._pool(run), self.fetch(run)
         tokenizer, base = load_tokenizer(dense, run.model.trust_remote_code), checkpoint_identity(dense)
         judged, wanted = len(searches(run.score)) > 1, (run.calibration, run.compensate, run.train)
-        rows = pipeline.calibrate(*wanted, pool, tokenizer, config, self.observer.note, judged=judged, at_most=True)
+        rows = pipeline.calibrate(*wanted, pool, tokenizer, config, self._note, judged=judged, at_most=True)
         key = self._key(run, rows, method, base, budget)
         healed, traces = self.root / "compensated" / key, self.root / "searches" / key
         is_kept = self._is_kept(healed, choice.PLAN, COMPENSATE_FACTS)
@@ -156,6 +156,10 @@ class Place:
             by_step = {each["step"]: perplexity(each["nll"]) for each in facts["validations"]}
             told["trained"] = {"before": by_step[0], "after": by_step[facts["step"]]}
         return self._export(run, pruning, out) | {"search": counts, "perplexity": told}
+
+    def _note(self, message: str) -> None:
+        """A line, with this command's names for the keys in it."""
+        self.observer.note(called(message, "", {"--set"}))
 
     def _pool(self, run: Run) -> pipeline.Pool:
         """The texts of a run. The held-out ones count where a run file names them."""
@@ -205,14 +209,16 @@ class Place:
 
     def _is_kept(self, folder: Path, *facts: str) -> bool:
         """Whether a folder of healed weights is whole. One that is not is set aside, and a line reports that."""
-        from blockpruner.methods.healed import has_weights
+        from blockpruner.methods.healed import FILE, has_weights
+        from blockpruner.store.tensors import read_facts
 
         if not folder.exists():
             return False
         try:
             for name in facts:
                 read_json(folder / name)
-            has_weights(folder)
+            if has_weights(folder):
+                read_facts(folder / FILE)  # which compares its length; the digest is compared when it is loaded
         except InputError:
             self.observer.note(
                 f"warning: {folder} is not whole: it is made again; {set_aside(folder).name} is the old one"

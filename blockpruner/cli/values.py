@@ -6,6 +6,8 @@ the settings classes.
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -100,7 +102,7 @@ def _set(text: str) -> dict[str, Any]:
     return dict(found)
 
 
-def named(message: str, key: str, options: Collection[str]) -> str:
+def called(message: str, key: str, options: Collection[str]) -> str:
     """A message, and what this command calls the settings keys in it.
 
     Args:
@@ -115,3 +117,16 @@ def named(message: str, key: str, options: Collection[str]) -> str:
         elif "--set" in options and "." in each:
             found.append(f"--set {each}=VALUE")
     return f"{message} (here: {', '.join(found)})" if found else message
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """A value as JSON, which has no infinity: null is in its place."""
+
+    def finite(part: Any) -> Any:
+        if isinstance(part, Mapping):
+            return {key: finite(own) for key, own in part.items()}
+        if isinstance(part, list | tuple):
+            return [finite(own) for own in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(finite(value), **options)

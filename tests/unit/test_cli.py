@@ -30,6 +30,7 @@ from blockpruner.cli import doctor, talking
 from blockpruner.cli import main as command
 from blockpruner.cli.pruning import Place
 from blockpruner.core.blocks import DENSE, parse_mask, sorted_blocks
+from blockpruner.core.errors import InputError
 from blockpruner.core.families import count_parameters
 from blockpruner.core.progress import SilentObserver
 from blockpruner.evaluation import zero_shot
@@ -310,9 +311,18 @@ def test_healed_weights_that_are_gone_are_made_again(model, place, say, monkeypa
     monkeypatch.setattr(choice, "compensate", helping)
     done(say(*args))
     whole = load_file(place / "out/model.safetensors")
-    for lost in ("compensated/*/weights.safetensors", "trained/*/weights.safetensors", "compensated/*/plan.json"):
-        (file,) = (path for path in (place / "cache/blockpruner").glob(lost) if ".bad" not in str(path))
+    for lost in (
+        "compensated/*/weights.safetensors",
+        "trained/*/weights.safetensors",
+        "compensated/*/plan.json",
+        "cut",
+    ):
+        name = lost if "/" in lost else "trained/*/weights.safetensors"
+        (file,) = (path for path in (place / "cache/blockpruner").glob(name) if ".bad" not in str(path))
+        content = file.read_bytes()
         file.unlink()
+        if lost == "cut":
+            file.write_bytes(content[:-8])
         shutil.rmtree(place / "out")
         result = say(*args)
         done(result)
@@ -650,6 +660,25 @@ def test_compare_measures_perplexity_on_the_same_rows(model, place, say, monkeyp
     assert code == 2 and "pruned has another tokenizer than" in err
 
 
+def test_json_has_no_infinity(model, place, say, monkeypatch):
+    """Which no parser but Python's reads."""
+    one = talking.Compared("m", 1, perplexity=math.inf, relative=1.5, interval=(0.0, math.inf))
+    monkeypatch.setattr(talking, "compared", lambda *_: [one])
+    (found,) = done(say("compare", model, model, "--prompt", "x", "--json"))
+    assert (found["perplexity"], found["relative"], found["interval"]) == (None, 1.5, [0.0, None])
+    assert json.loads(work.FORMS[".json"]({"points": [{"relative": math.nan}]})) == {"points": [{"relative": None}]}
+
+
+def test_a_note_names_a_key_as_the_command_does(place, say, monkeypatch):
+    """The rows of the paper's draw have no BOS."""
+    bos_tokenizer().save_pretrained(save_tiny(place / "bos"))
+    (place / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS.split("\n")))
+    monkeypatch.setattr(pipeline, "score", lambda *_: (_ for _ in ()).throw(InputError("enough")))
+    sets = ("calibration.split=paper", "calibration.num_rows=null", "calibration.num_samples=3")
+    code, _, err = say(*prune("bos", "--texts", "texts.jsonl", *(part for each in sets for part in ("--set", each))))
+    assert code == 2 and "set calibration.split: all" in err and "(here: --set calibration.split=VALUE)" in err
+
+
 def test_eval_prints_what_the_benchmarks_of_the_library_score(model, place, say):
     (place / "items").mkdir()
     pq.write_table(tables_of("piqa")["validation"], place / "items/piqa_validation.parquet")
@@ -756,6 +785,16 @@ def test_doctor_names_what_is_missing_and_what_mends_it(place, say, monkeypatch)
     checks = {check["name"]: check for check in done(say("doctor", "--json"))}
     assert checks["torch"]["verdict"] == "ok" and checks["torch"]["found"] == metadata.version("torch")
     assert checks["cache"]["found"].startswith(str(place / "cache/blockpruner"))
+    hub, disk = place / "hub", shutil.disk_usage(place)
+    monkeypatch.setattr(doctor.constants, "HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr(
+        doctor.shutil, "disk_usage", lambda path: disk._replace(free=2**20 if path == hub else disk.free)
+    )
+    hub.mkdir()
+    code, out, _ = say("doctor", "--json")
+    (downloads,) = (check for check in json.loads(out) if check["name"] == "downloads")
+    assert code == 1 and str(hub) in downloads["lacks"] and "HF_HOME" in downloads["lacks"]
+    hub.rmdir()
     known, absent = doctor.version, {"ray": "", "typer": "0.1"}
 
     def version(name):
