@@ -163,7 +163,7 @@ class Pruned:
         if not self.compensation.get("share"):
             return None
         words = f"compensated without training ({self.compensation['method']}, {self.compensation['tokens']:,} tokens)"
-        return Healed(Path(), "", words, (), "")
+        return Healed(Path(), "", words, (), "", {self.compensation["method"]: self.compensation["perplexity"]})
 
 
 def prune(

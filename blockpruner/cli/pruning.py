@@ -40,7 +40,6 @@ from blockpruner.methods.blocks.kind import require_of
 from blockpruner.methods.recipes import compensation, searches
 from blockpruner.methods.registry import require_budgets
 from blockpruner.methods.score import open_material
-from blockpruner.scoring.metrics import perplexity
 from blockpruner.settings import Run
 from blockpruner.store.files import read_json, set_aside
 from blockpruner.store.manifest import require_verified
@@ -124,7 +123,7 @@ class Place:
     def prune(self, run: Run, budget: str, out: Path) -> dict[str, Any]:
         """Every step of the pipeline, as far as it was not done before."""
         from blockpruner.healing import choice
-        from blockpruner.methods.healed import COMPENSATE_FACTS, TRAIN_FACTS
+        from blockpruner.methods.healed import COMPENSATE_FACTS
 
         config, method = self.config_of(run), compensation(run.compensate.method, run.score.method)
         require_budgets(next(iter(searches(run.score).values())), config, (budget,))
@@ -152,9 +151,10 @@ class Place:
         if run.train is not None:
             pruning = replace(pruning, plan=replace(pruning.plan, train=True))
             trained = self._train(run.train, pruning, rows)
-            pruning, facts = self._healed(run, dense, pruning.plan, rows, [trained]), read_json(trained / TRAIN_FACTS)
-            by_step = {each["step"]: perplexity(each["nll"]) for each in facts["validations"]}
-            told["trained"] = {"before": by_step[0], "after": by_step[facts["step"]]}
+            pruning = self._healed(run, dense, pruning.plan, rows, [trained])
+            assert pruning.healed is not None
+            if "training" in pruning.healed.perplexity:
+                told["trained"] = pruning.healed.perplexity["training"]
         return self._export(run, pruning, out) | {"search": counts, "perplexity": told}
 
     def _note(self, message: str) -> None:

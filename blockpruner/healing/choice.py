@@ -94,6 +94,7 @@ def keep(folder: Path, found: Healing, pruning: Pruning, data: Texts) -> None:
         if found.weights:
             tokens = found.facts["tokens"]
             words = f"compensated without training ({found.plan.compensate}, {tokens:,} tokens of `{data.title}`)"
-            save_healed(directory, found.weights, pruning.identity, words, data)
+            told = {found.plan.compensate: found.facts["perplexity"]}
+            save_healed(directory, found.weights, pruning.identity, words, data, perplexity=told)
 
     replace_directory(folder, build)

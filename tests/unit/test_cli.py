@@ -37,6 +37,7 @@ from blockpruner.evaluation import zero_shot
 from blockpruner.healing import choice, train
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import load_model, masked, prune_
+from blockpruner.reporting.formats import number
 from blockpruner.store.files import read_json, write_sealed_json
 from blockpruner.store.plans import load_plan
 from tests.fakes import Hub, PushHub
@@ -185,14 +186,15 @@ def test_a_finished_checkpoint_gets_other_formats(model, place, say, monkeypatch
     (place / "texts.txt").write_text("\n".join(f"{i} little words and {i * i} more of them" for i in range(60)))
     order = ("--set", "score.options={order: [mlp.0]}", "--compensate", "refit")
     args = prune(model, "--seq-len", 16, *order, budget="1blocks", method="given")
-    done(say(*args, "--out", "whole", "--export", "nas,gguf", "--json"))
+    done(say(*args, "--out", "whole/small", "--export", "nas,gguf", "--json"))
     done(say(*args, "--out", "small", "--json"))
     found = done(say("export", "small", "mlx-lm", "llama.cpp", "--json"))
     assert [Path(each["path"]).name for each in found["written"]] == ["small-nas", "small-gguf"]
-    for form, name in (("nas", "model.safetensors"), ("nas", "config.json"), ("gguf", "model-F16.gguf")):
-        assert (place / f"small-{form}" / name).read_bytes() == (place / f"whole-{form}" / name).read_bytes(), form
+    written = ("nas/model.safetensors", "nas/config.json", "nas/README.md", "gguf/model-F16.gguf", "gguf/README.md")
+    for name in written:
+        assert (place / f"small-{name}").read_bytes() == (place / f"whole/small-{name}").read_bytes(), name
     assert load_plan(place / "small-nas/blockpruner_plan.json").removed
-    assert "compensated" in (place / "small-nas/README.md").read_text()
+    assert "| rows held out from refit |" in (place / "small-nas/README.md").read_text()
     for words, message in (
         (("small", "nas"), "is not empty; choose another folder"), (("small", "hf"), "is the hf checkpoint itself"),
         (("small-nas/..", "nas"), "does not exist; give a blockpruner_plan.json"), (("small", "onnx"), "onnx"),
@@ -254,7 +256,11 @@ def test_heal_trains_the_better_model_and_goes_on_after_a_kill(model, place, say
     assert made["plan"]["removed"] == refit["plan"]["removed"] and made["plan"]["train"]
     assert made["perplexity"]["compensated"] == refit["perplexity"]["compensated"]
     told = made["perplexity"]["trained"]
-    assert told["after"] < told["before"]
+    assert told["after"] < told["before"] and told["dense"] > 1
+    page = Path(say("report", "out")[1].strip()).read_text()
+    shown = re.search(r"rows held out from training</th>\s*(.*?)</tr>", page, re.DOTALL)[1]
+    assert [number(told[key]) for key in ("dense", "before", "after")] == re.findall(r">([^<>]+)</td>", shown)
+    assert f"vllm serve {place / 'out'} " in page
     (file,) = (place / "cache/blockpruner/trained").glob("*/weights.safetensors")
     trained, before = load_file(file), file.stat().st_mtime_ns
     models = [AutoModelForCausalLM.from_pretrained(place / name, trust_remote_code=True) for name in ("refit", "out")]
