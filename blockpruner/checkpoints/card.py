@@ -67,7 +67,11 @@ def model_card(
         loading: how to load it; None: with transformers.
     """
     base, is_hub = base_of(dense)
-    front = {"library_name": LIBRARIES[form], "pipeline_tag": "text-generation", "tags": ["blockpruner", "pruned"]}
+    front: dict[str, Any] = {
+        "library_name": LIBRARIES[form],
+        "pipeline_tag": "text-generation",
+        "tags": ["blockpruner", "pruned"],
+    }
     front |= licence_of(dense) | ({"base_model": base, "base_model_relation": "finetune"} if is_hub else {})
     front |= {"datasets": list(healed.datasets)} if healed and healed.datasets else {}
     told = healed.perplexity if healed else {}

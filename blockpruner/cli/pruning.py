@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,7 +16,7 @@ from blockpruner import pipeline
 from blockpruner.checkpoints.registry import EXPORTS, require_families, require_packages
 from blockpruner.checks import check_run
 from blockpruner.cli.values import called, model_of
-from blockpruner.core.errors import InputError, missing, named
+from blockpruner.core.errors import InputError, named
 from blockpruner.core.families import FAMILIES, Config
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
@@ -94,14 +93,9 @@ class Place:
         require_families(run.export, str(config["model_type"]))
         own = run.model.model_copy(update={"dtype": own_dtype(config)} if is_auto else {})
         heldout = fitted(run.evaluate.perplexity, config, "evaluate.perplexity.seq_len")
-        context, train = config.get("max_position_embeddings"), run.train
-        if train is not None and train.weights == "lora" and find_spec("peft") is None:
-            raise missing("peft", "train")
-        if train is not None and context:
-            train = train.model_copy(update={"seq_len": min(train.seq_len, context)})
         run = run.model_copy(
             update={
-                "train": train,
+                "train": run.train and run.train.fitted(config.get("max_position_embeddings")),
                 "model": own,
                 "calibration": fitted(run.calibration, config, "calibration.seq_len"),
                 "evaluate": run.evaluate.model_copy(update={"perplexity": heldout}),

@@ -26,10 +26,11 @@ from blockpruner.core.blocks import DENSE, all_blocks
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import count_parameters
 from blockpruner.core.progress import SilentObserver
-from blockpruner.healing.rows import compensation_rows
-from blockpruner.healing.settings import Compensate
+from blockpruner.healing.rows import compensation_rows, training_rows
+from blockpruner.healing.settings import Compensate, Train
 from blockpruner.inputs.calibration import draw, pack_rows
 from blockpruner.inputs.settings import Calibration
+from blockpruner.methods.recipes import training
 from blockpruner.methods.registry import KINDS
 from blockpruner.model.models import masked
 from blockpruner.search.iteration import Iteration
@@ -211,6 +212,30 @@ def test_a_compensated_model_has_the_perplexity_that_it_reports(block, method):
     assert math.exp(nll) == pytest.approx(perplexity["after"])
 
 
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("train", ["lora", "all"])
+def test_a_trained_model_is_nearer_to_the_dense_one(tmp_path, train):
+    """On rows that training did not see, and so it is saved."""
+    tokenizer = tiny_tokenizer()
+    settings = {"seq_len": 16, "method": "given", "options": {"order": ["mlp.0"]}, "compensate": "refit"}
+    settings |= {"train": train, "cache": tmp_path / "cache"}
+    pruned = blockpruner.prune(tiny_model(dtype=torch.float32), tokenizer, MANY, "1blocks", **settings)
+    told = pruned.healed.perplexity
+    assert set(told) == {"refit", "training"} and told["training"]["after"] < told["training"]["before"]
+    recipe = Train(**training(train)).fitted(128)
+    validation = training_rows(MANY, tokenizer, recipe, at_most=True)[1].rows
+    for model, name in ((pruned.model, "after"), (tiny_model(dtype=torch.float32), "dense")):
+        nll = mean(full_nll(model, row) for row in validation)
+        assert math.exp(nll) == pytest.approx(told["training"][name], rel=1e-4)
+    assert pruned.plan.train and not list((tmp_path / "cache/training").iterdir())
+    pruned.save(tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    ids = torch.arange(1, 20)[None]
+    assert torch.equal(loaded(ids).logits, pruned.model(ids).logits)
+    card = (tmp_path / "out/README.md").read_text()
+    assert "compensated without training (refit" in card and "held out from training |" in card
+
+
 def test_of_the_searches_that_can_meet_a_budget_one_is_kept():
     def kept(budget, **given):
         return blockpruner.prune(tiny_model(), tiny_tokenizer(), MANY, budget, seq_len=16, **given)
@@ -232,6 +257,7 @@ def test_of_the_searches_that_can_meet_a_budget_one_is_kept():
         ({"metric": lambda logits, targets, dense: 0, "cache": "kept"}, "cache-of-function"),
         ({"texts": "one string"}, "texts-one-string"),
         ({"texts": TEXTS[:1]}, "too-few-rows"),
+        ({"train": "some"}, "unknown-training"),
     ],
 )
 def test_prune_refuses_what_it_cannot(changes, rule):
