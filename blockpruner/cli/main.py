@@ -121,7 +121,7 @@ def prune(
         str | None,
         Option(
             metavar="NAME",
-            help="A recipe: recommended, or blockpruner, exactly as published; or a search.",
+            help="A recipe: recommended, or blockpruner, the paper's search; or a search.",
             show_default=RECOMMENDED,
         ),
     ] = None,
