@@ -141,7 +141,7 @@ def _serving(form: str, dense: Path, module: str | None) -> str:
         return ""
     engine, command = EXPORTS[form].engines[-1], EXPORTS[form].commands[-1].format(path=HERE)
     plugin = " with the plugin in `blockpruner`, and runs no code of this directory" if module else ""
-    install = f"pip install --no-deps {package(clone='CLONE')}   # blockpruner, beside vLLM\n" if module else ""
+    install = f"pip install --no-deps {package()}   # in a clone of blockpruner, beside vLLM\n" if module else ""
     return f"""
 {engine} serves it{plugin}:
 

@@ -66,8 +66,9 @@ def save_other_files(pruning: Pruning, directory: Path, card: str, more: Sequenc
     copy_files(pruning.dense, directory, (*more, *LICENCE_FILES))
     write_text(directory / CARD_FILE, card)
     save_plan(pruning.plan, directory / PLAN_FILE)
-    if pruning.healed is not None:
-        write_json(directory / HEALED_FILE, pruning.healed.facts)
+    if (healed := pruning.healed) is not None:
+        kept = {"words": healed.words, "datasets": healed.datasets, "perplexity": healed.perplexity}
+        write_json(directory / HEALED_FILE, kept)
 
 
 def save_pruned(model: PreTrainedModel, directory: Path) -> None:

@@ -66,10 +66,9 @@ def write_page_of(checkpoint: Path, trials: Path, out: Path) -> None:
 def _healing(told: Mapping[str, Mapping[str, float]]) -> Table:
     """The perplexities of rows held out from each part of healing."""
     columns = (Column("rows", "perplexity"), *(Column(key, key) for key in HEALED))
-    numbers = {name: [found.get(key) for key in HEALED] for name, found in told.items()}
     cells = [
-        (f"rows held out from {name}", *(None if each is None else Number(each) for each in own))
-        for name, own in numbers.items()
+        (f"rows held out from {name}", *(Number(found[key]) if key in found else None for key in HEALED))
+        for name, found in told.items()
     ]
     return Table("healing", "Before and after healing", columns, tuple(cells))
 

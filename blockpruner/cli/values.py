@@ -7,7 +7,6 @@ the settings classes.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -121,12 +120,4 @@ def called(message: str, key: str, options: Collection[str]) -> str:
 
 def to_json(value: Any, **options: Any) -> str:
     """A value as JSON, which has no infinity: null is in its place."""
-
-    def finite(part: Any) -> Any:
-        if isinstance(part, Mapping):
-            return {key: finite(own) for key, own in part.items()}
-        if isinstance(part, list | tuple):
-            return [finite(own) for own in part]
-        return None if isinstance(part, float) and not math.isfinite(part) else part
-
-    return json.dumps(finite(value), **options)
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda name: None), **options)

@@ -48,10 +48,10 @@ SOURCE = ""
 anybody's. Until then it is a clone."""
 
 
-def package(extra: str = "", clone: str = ".") -> str:
+def package(extra: str = "") -> str:
     """What pip must be given to install this package."""
     wanted = f"[{extra}]" if extra else ""
-    return f"'blockpruner{wanted} @ {SOURCE}'" if SOURCE else f"'{clone}{wanted}'"
+    return f"'blockpruner{wanted} @ {SOURCE}'" if SOURCE else f"'.{wanted}'"
 
 
 def missing(name: str, extra: str) -> MissingPackageError:

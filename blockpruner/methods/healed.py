@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ FILE = "weights.safetensors"
 COMPENSATE_FACTS, TRAIN_FACTS = "compensate.json", "train.json"
 """The facts of a healing, in the folder of its weights."""
 HEALED_FILE = "blockpruner_healed.json"
-"""What a checkpoint keeps of its healing (`Healed.facts`)."""
+"""What a checkpoint keeps of its healing: words, datasets and perplexity, as in `Healed`."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,6 @@ class Healed:
     """The digest of the weights and of their description."""
     perplexity: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """By what was done: that of rows held out from it, `before` and `after`, and `dense` where it was measured."""
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
-        return {"words": self.words, "datasets": list(self.datasets), "perplexity": self.perplexity}
 
 
 def save_healed(

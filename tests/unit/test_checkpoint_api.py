@@ -67,7 +67,7 @@ def test_export_is_complete_and_verified(tmp_path, dense):
     card = (tmp_path / "out/README.md").read_text()
     assert "| 3 | mlp.0 |" in card and "license_link: NOTICE.txt" in card
     assert f"{plan.parameters['pruned']:,} of {plan.parameters['dense']:,} parameters" in card
-    assert "pip install --no-deps 'CLONE' " in card and "install blockpruner" not in card
+    assert "pip install --no-deps '.' " in card and "install blockpruner" not in card
     assert "\nvllm serve <this directory> " in card and "\n## Limits\n" in card
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert loaded.num_parameters() == plan.parameters["pruned"]
