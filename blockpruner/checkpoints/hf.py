@@ -22,7 +22,7 @@ from blockpruner.methods.apply import Pruning
 from blockpruner.methods.healed import HEALED_FILE
 from blockpruner.model.classes import OUR_MODULES, read_config
 from blockpruner.model.known import FORMAT, FORMAT_KEY
-from blockpruner.store.files import let_others_read, read_json, require_free, write_json, write_text
+from blockpruner.store.files import let_others_read, read_json, write_json, write_text
 from blockpruner.store.manifest import CARD_FILE
 from blockpruner.store.plans import PLAN_FILE, save_plan
 
@@ -72,15 +72,8 @@ def save_other_files(pruning: Pruning, directory: Path, card: str, more: Sequenc
 
 
 def save_pruned(model: PreTrainedModel, directory: Path) -> None:
-    """Save a pruned model in a new or empty directory. If its class is ours, its modelling file is saved too, and
-    `auto_map` names it.
-
-    Other code, and `auto_map` of others, is left out.
-
-    Raises:
-        InputError: the directory is not empty.
-    """
-    require_free(directory)
+    """Save a pruned model in a directory that is being made. If its class is ours, its modelling file is saved too, and
+    `auto_map` names it. Other code, and `auto_map` of others, is left out."""
     code = code_file(model)
     kinds = {type(model): "AutoModelForCausalLM", type(model.config): "AutoConfig"} if code else {}
     with ExitStack() as stack:

@@ -15,11 +15,10 @@ from transformers import (
     GenerationConfig,
 )
 
-from blockpruner.checkpoints.hf import save_pruned
 from blockpruner.core.blocks import parse_mask
 from blockpruner.model.models import decoder_layers, masked, model_family, prune_
 from blockpruner.store.files import read_json, write_json
-from tests.plans import fetch_tiny, plan_of, pruning
+from tests.plans import fetch_tiny, plan_of, pruning, save_pruned
 from tests.tiny import GRID, tiny_model
 
 MASK = parse_mask("mha.0,mha.2,mlp.0,mlp.3")

@@ -9,7 +9,6 @@ import pytest
 import torch
 from tokenizers import processors
 
-from blockpruner.checkpoints.hf import save_pruned
 from blockpruner.core.blocks import parse_mask
 from blockpruner.evaluation.benchmarks import BENCHMARKS
 from blockpruner.evaluation.tasks import write_task
@@ -17,6 +16,7 @@ from blockpruner.evaluation.zero_shot import evaluate
 from blockpruner.model.models import prune_
 from tests.errors import refused
 from tests.harness import assert_same, command_line
+from tests.plans import save_pruned
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.unit.zero_shot_items import CHOICES, ITEMS, PASSAGES, write_tasks
 
