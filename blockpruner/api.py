@@ -25,12 +25,13 @@ from blockpruner.core.progress import Observer, stderr_observer
 from blockpruner.core.settings import read_settings
 from blockpruner.evaluation.perplexity import HeldOutPerplexity, held_out, measure_perplexity
 from blockpruner.evaluation.settings import Perplexity
+from blockpruner.healing.choice import keep
 from blockpruner.inputs.calibration import CalibrationSet, require_embedded
 from blockpruner.inputs.checkpoints import GENERATION_FILE, LICENCE_FILES, copy_files, identity_of, licence_beside
 from blockpruner.inputs.texts import listed
 from blockpruner.inputs.tokenizers import conversation
-from blockpruner.methods.apply import Made
-from blockpruner.methods.healed import Healed, set_weights_
+from blockpruner.methods.apply import Loaded, Made
+from blockpruner.methods.healed import FILE, Healed, find_healed, set_weights_
 from blockpruner.methods.kind import Material
 from blockpruner.methods.recipes import OWN_ROWS, RECIPES, RECOMMENDED, compensation, searches, sections
 from blockpruner.methods.registry import KINDS, kind_of_method
@@ -45,7 +46,7 @@ from blockpruner.settings import Run
 from blockpruner.store.files import write_json, write_text
 from blockpruner.store.manifest import CARD_FILE, SOURCE_FILE
 from blockpruner.store.provenance import fingerprint
-from blockpruner.store.tensors import tensor_bytes
+from blockpruner.store.tensors import read_tensors, tensor_bytes
 
 IN_MEMORY = "in memory"
 NO_CONTENT = ("_name_or_path", "transformers_version")
@@ -112,6 +113,8 @@ class Pruned:
     resampled rows choose the same (`kept`). None where a step rests on no losses or on a price, or on a single row."""
     compensation: Mapping[str, Any]
     """What compensation did, and the perplexities on held-out rows before and after; empty without."""
+    healed: Healed | None
+    """What was done to the weights that stay, in words, and perplexities of rows held out from it; None for nothing."""
     base: _Base
     """What exports take over from the dense model beside its weights."""
 
@@ -139,7 +142,7 @@ class Pruned:
             dense, name = Path(own), Path(folder).absolute().name
             plan = replace(self.plan, target=name, base=self.base.identity)
             self.base.write(dense, self.tokenizer)
-            made = Made(dense, plan, CalibrationSet(()), dtype, "cpu", healed=self._healed, model=self.model)
+            made = Made(dense, plan, CalibrationSet(()), dtype, "cpu", healed=self.healed, model=self.model)
             pipeline.export(made, places)
         return places
 
@@ -157,14 +160,6 @@ class Pruned:
             (place,) = self.save_pretrained(Path(folder) / name, [format]).values()
             return push(place, repo, private, self.base.licence, name)
 
-    @property
-    def _healed(self) -> Healed | None:
-        """Words for the card where compensation has changed weights."""
-        if not self.compensation.get("share"):
-            return None
-        words = f"compensated without training ({self.compensation['method']}, {self.compensation['tokens']:,} tokens)"
-        return Healed(Path(), "", words, (), "")
-
 
 def prune(
     model: PreTrainedModel,
@@ -181,6 +176,7 @@ def prune(
     options: Mapping[str, Any] | None = None,
     acceleration: str | None = None,
     compensate: str | None = None,
+    train: str | None = None,
     batch_tokens: int | str = "auto",
     cache: str | Path | None = None,
     device: str = "auto",
@@ -202,6 +198,7 @@ def prune(
         metric: a name, a row of your own, or a function of (logits, targets, the dense model's logits).
         unit, candidates, options: as in a run file's `score` section.
         acceleration, compensate: in place of the method's own (docs/methods.md).
+        train: "lora" or "all" trains the result towards the dense model's predictions, on the texts.
         cache: a folder that keeps every score, so that a call that was killed continues where it was.
         device: auto (a model on the CPU moves to the GPU if there is one), cpu, cuda or cuda:N.
         observer: shows progress; by default on standard error. `core.progress.SilentObserver()` shows nothing.
@@ -233,11 +230,10 @@ def prune(
         changed |= {} if acceleration is None else {"acceleration": acceleration}
         drawn = {"seq_len": min(seq_len, model.config.max_position_embeddings or seq_len), "num_rows": num_rows}
         source = {"source": "path", "path": IN_MEMORY}
-        run = read_settings(
-            Run,
-            {"model": source} | sections(name, data=source, calibration=drawn, score=changed, compensate=compensate),
-        )
+        own: dict[str, Any] = {"calibration": drawn, "score": changed, "compensate": compensate, "train": train}
+        run = read_settings(Run, {"model": source} | sections(name, data=source, **own))
         check_run(run)
+        recipe = run.train and run.train.fitted(model.config.max_position_embeddings)
         _require_masks(run)
         if device != "auto" or model.device.type == "cpu":
             model.to(resolve_device(device))
@@ -248,9 +244,9 @@ def prune(
         config, origin = model.config.to_dict(), model.name_or_path
         base = _Base(model.config.to_json_string(use_diff=False), origin, _folder_of(model))
         chosen = compensation(run.compensate.method, run.score.method)
-        judged, pool = len(searches(run.score)) > 1, pipeline.Pool(texts)
+        judged, pool = len(searches(run.score)) > 1, pipeline.Pool(texts, train=texts)
         rows = pipeline.calibrate(
-            run.calibration, run.compensate, None, pool, tokenizer, config, shown.note, judged=judged, at_most=True
+            run.calibration, run.compensate, recipe, pool, tokenizer, config, shown.note, judged=judged, at_most=True
         )
         pipeline.require_fit(rows, run.compensate, chosen)
         identity = IN_MEMORY if cache is None else _identity(model)
@@ -262,9 +258,21 @@ def prune(
         current = Current.load(folder / healed.search)
         trace = read_trace(trace_directory(folder / healed.search, current, wanted), current.search)
         firm = stabilities(trace, str(current.score.options.get("per", "none")))
-        pruned = prune_(model, healed.plan.mask)
-        set_weights_(pruned, healed.weights)
-        return Pruned(pruned, tokenizer, healed.plan, tuple(trace), firm, healed.facts, base)
+        plan, weights, data = replace(healed.plan, train=recipe is not None), healed.weights, run.calibration.data
+        told, learns = healed.healed(data), any(weight.requires_grad for weight in model.parameters())
+        if recipe is not None:
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            write_text(place / "config.json", base.config)
+            made = Loaded(place, plan, rows.search, dtype, device, model=model, base=identity)
+            keep(place / "compensated", healed, made, data)
+            made = replace(made, healed=find_healed([place / "compensated"], made.identity))
+            pipeline.train(made, recipe, rows, (scores or place) / "training", place / "trained", shown)
+            told = find_healed([place / "trained"], made.identity)
+            weights = read_tensors(place / "trained" / FILE)[0]
+            model.requires_grad_(learns)
+        pruned = prune_(model, plan.mask)
+        set_weights_(pruned, weights)
+        return Pruned(pruned, tokenizer, plan, tuple(trace), firm, healed.facts, told, base)
 
 
 def _require_masks(run: Run) -> None:

@@ -115,7 +115,7 @@ class PushHub:
             huggingface_hub.HfApi, "model_info", lambda api, repo: type("Info", (), {"private": private})()
         )
         monkeypatch.setattr(ModelCard, "validate", lambda card: self.calls.append(("validate", card.data.to_dict())))
-        for name in ("create_repo", "upload_folder"):
+        for name in ("create_repo", "create_commit"):
             monkeypatch.setattr(huggingface_hub.HfApi, name, lambda api, *a, _name=name, **k: self.call(_name, a, k))
 
     def call(self, name: str, args: Any, options: Any) -> Any:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from blockpruner.checkpoints import hf
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.plan import Plan
 from blockpruner.core.settings import HubTexts, LocalModel
@@ -22,7 +25,7 @@ from blockpruner.methods.healed import Healed, find_healed, save_healed
 from blockpruner.scoring.settings import Score
 from blockpruner.scoring.work import Rows
 from blockpruner.search.trace import Current
-from blockpruner.store.files import read_json
+from blockpruner.store.files import new_directory, read_json
 from tests.tiny import save_tiny
 
 
@@ -51,6 +54,11 @@ def fetch(source: Path, out: Path, **settings: Any) -> Path:
 def fetch_tiny(folder: Path, family: str = "llama", layers: int = 4, dtype: str = "float32", **config: Any) -> Path:
     """A fetched tiny checkpoint at <folder>/model."""
     return fetch(save_tiny(folder / "mine", family, layers, **config), folder / "model", dtype=dtype)
+
+
+def save_pruned(model: PreTrainedModel, directory: Path) -> None:
+    """Write a pruned model as a new directory."""
+    new_directory(directory, partial(hf.save_pruned, model))
 
 
 SOMEONE = HubTexts(source="hub", repo="someone/texts")

@@ -128,9 +128,7 @@ def test_every_module_is_imported_without_extras_or_names_one():
     assert {"blockpruner.reporting.plots", "blockpruner.evaluation.zero_shot"} <= names
     assert not names & {"blockpruner.api", "blockpruner.cli.pruning", "blockpruner.healing.trainer"}
     for line in said:
-        package, extra = re.search(
-            r"needs the package (\S+), which .* pip install 'blockpruner\[(\w+)\]'$", line
-        ).groups()
+        package, extra = re.search(r"needs the package (\S+), which .* pip install '\.\[(\w+)\]'$", line).groups()
         assert MODULES[package.partition(".")[0]] & closure(EXTRAS[extra])
 
 

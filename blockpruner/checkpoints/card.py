@@ -1,16 +1,19 @@
 """The model card of a checkpoint: README.md, from its plan.
 
 Decides what a finder of the directory reads: the base model, its licence, what was done to it, with which data, scores,
-how to load it.
+how to load and serve it, its limits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from blockpruner.checkpoints.registry import EXPORTS
+from blockpruner.core.errors import package
 from blockpruner.core.families import FAMILIES
 from blockpruner.core.markdown import code, plain
 from blockpruner.core.plan import Plan
@@ -20,31 +23,59 @@ from blockpruner.methods.registry import KINDS
 from blockpruner.store.files import read_json
 from blockpruner.store.manifest import SOURCE_FILE
 
+HERE = "<this directory>"
+"""What stands in a card for the checkpoint's place."""
+
+HEALED = ("dense", "before", "after")
+"""The columns of the table of a healing, keys of `Healed.perplexity`."""
+
+LIBRARIES = {"hf": "transformers", "nas": "mlx", "gguf": "gguf"}
+"""The hub's name of what loads a format."""
+
+LIMITS = f"""
+## Limits
+
+What was removed held knowledge and skills of the base model. Nothing is known of this model but what stands here: no
+benchmark was run, and nothing was measured of other languages, long contexts, safety or bias. Compare it with its base
+on texts of your own: `blockpruner compare BASE {HERE} --texts FILE`.
+"""
+
+
+def base_of(dense: Path) -> tuple[str, bool]:
+    """The name of a fetched model, and whether it is a repository of the hub."""
+    source: dict[str, Any] = read_json(dense / SOURCE_FILE)["source"]
+    return source.get("repo") or source.get("package") or Path(source.get("path", "")).name, "repo" in source
+
 
 def model_card(
     plan: Plan,
     dense: Path,
+    form: str,
     module: str | None = None,
     healed: Healed | None = None,
     note: str = "",
-    library: str = "transformers",
     loading: str | None = None,
 ) -> str:
     """README.md of the checkpoint.
 
     Args:
         dense: the base model's directory.
+        form: the checkpoint's format.
         module: the modelling file in the checkpoint, None where there is none.
         healed: what was done after pruning.
         note: a remark about the format.
-        library: what loads the checkpoint.
-        loading: how to load it; None: with transformers, and vLLM if it has models of the family.
+        loading: how to load it; None: with transformers.
     """
-    source: dict[str, Any] = read_json(dense / SOURCE_FILE)["source"]
-    base = source.get("repo") or source.get("package") or Path(source.get("path", "")).name
-    front = {"library_name": library, "pipeline_tag": "text-generation", "tags": ["blockpruner", "pruned"]}
-    front |= licence_of(dense) | ({"base_model": base} if "repo" in source else {})
+    base, is_hub = base_of(dense)
+    front: dict[str, Any] = {
+        "library_name": LIBRARIES[form],
+        "pipeline_tag": "text-generation",
+        "tags": ["blockpruner", "pruned"],
+    }
+    front |= licence_of(dense) | ({"base_model": base, "base_model_relation": "finetune"} if is_hub else {})
     front |= {"datasets": list(healed.datasets)} if healed and healed.datasets else {}
+    told = healed.perplexity if healed else {}
+    front |= {"model-index": [{"name": plan.target, "results": _results(told)}]} if told else {}
     since = healed.words if healed else "not retrained"
     return f"""---
 {yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
@@ -54,8 +85,28 @@ def model_card(
 {code(base)} {KINDS[plan.kind].card(plan)}: {plan.parameters["pruned"]:,} of {plan.parameters["dense"]:,} parameters
 ({plan.ratio:.2%} removed), made by [BlockPruner](https://arxiv.org/abs/2406.10594)'s workflow and {since}.
 
-{_perplexity(plan)}{note}
-{_loading(module) + _serving(dense, module) if loading is None else loading}{_steps(plan)}"""
+{_perplexity(plan)}{_healing(told)}{note}
+{_loading(module) if loading is None else loading}{_serving(form, dense, module)}{LIMITS}{_steps(plan)}"""
+
+
+def _results(told: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+    """The perplexities after healing, as the hub reads them from a card."""
+    return [
+        {
+            "task": {"type": "text-generation"},
+            "dataset": {"type": "custom", "name": f"rows held out from {name}"},
+            "metrics": [{"type": "perplexity", "value": found["after"]}],
+        }
+        for name, found in told.items()
+    ]
+
+
+def _healing(told: Mapping[str, Mapping[str, float]]) -> str:
+    if not told:
+        return ""
+    rows = [(name, *(f"{found[key]:.3f}" if key in found else "–" for key in HEALED)) for name, found in told.items()]
+    lines = "\n".join(f"| rows held out from {' | '.join(row)} |" for row in rows)
+    return f"\n| perplexity | {' | '.join(HEALED)} |\n|---|---:|---:|---:|\n{lines}\n"
 
 
 def _perplexity(plan: Plan) -> str:
@@ -72,8 +123,8 @@ def _loading(module: str | None) -> str:
     text = f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("<this directory>"{option})
-tokenizer = AutoTokenizer.from_pretrained("<this directory>"{no})
+model = AutoModelForCausalLM.from_pretrained("{HERE}"{option})
+tokenizer = AutoTokenizer.from_pretrained("{HERE}"{no})
 ```
 """
     if module:
@@ -84,16 +135,18 @@ nothing else. The tokenizer needs no code: `False` keeps transformers from askin
     return text
 
 
-def _serving(dense: Path, module: str | None) -> str:
-    if module == "modeling_slicegpt.py" or not FAMILIES[read_json(dense / "config.json")["model_type"]].in_vllm:
+def _serving(form: str, dense: Path, module: str | None) -> str:
+    in_vllm = FAMILIES[read_json(dense / "config.json")["model_type"]].in_vllm
+    if form == "hf" and (module == "modeling_slicegpt.py" or not in_vllm):
         return ""
+    engine, command = EXPORTS[form].engines[-1], EXPORTS[form].commands[-1].format(path=HERE)
     plugin = " with the plugin in `blockpruner`, and runs no code of this directory" if module else ""
-    install = "pip install --no-deps blockpruner   # beside vLLM; or the path of a clone\n" if module else ""
+    install = f"pip install --no-deps {package()}   # in a clone of blockpruner, beside vLLM\n" if module else ""
     return f"""
-vLLM serves it{plugin}:
+{engine} serves it{plugin}:
 
 ```console
-{install}vllm serve <this directory>
+{install}{command}
 ```
 """
 

@@ -21,18 +21,17 @@ from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from blockpruner.checkpoints import verify_llama_cpp
-from blockpruner.checkpoints.card import model_card
+from blockpruner.checkpoints.card import base_of, model_card
+from blockpruner.checkpoints.hf import save_other_files
 from blockpruner.checkpoints.packing import PackedModel, pack_model, require_fit
 from blockpruner.checkpoints.verification import in_float32, limited, reference_outputs, write_verified
 from blockpruner.checkpoints.vocabulary import vocabulary
 from blockpruner.core.errors import InputError, extra
-from blockpruner.inputs.checkpoints import LICENCE_FILES, copy_files
+from blockpruner.inputs.checkpoints import licence_of
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.methods.apply import Pruning
 from blockpruner.model.classes import read_config
 from blockpruner.model.models import model_family
-from blockpruner.store.files import write_text
-from blockpruner.store.plans import PLAN_FILE, save_plan
 
 WHOLE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
 """By family: llama.cpp's architecture of a model whose layers are all whole."""
@@ -88,7 +87,7 @@ def export_gguf(pruning: Pruning, out: Path, quantizations: Sequence[str] = ()) 
     config = read_config(dense, trusted).to_dict()
     require_fit("gguf", config, plan)
     tokenizer = load_tokenizer(dense, trusted)
-    words, more = vocabulary(tokenizer, config), facts(tokenizer, config)
+    words, more = vocabulary(tokenizer, config) | _origin(plan.target, dense), facts(tokenizer, config)
     model = pruning.load_for_export()
 
     def note(reduced: PreTrainedModel, reference: Path) -> None:
@@ -102,13 +101,18 @@ def export_gguf(pruning: Pruning, out: Path, quantizations: Sequence[str] = ()) 
             write(pruned, words, precision, directory / f"model-{precision}.gguf")
         for name in quantizations:
             _quantize(directory, name)
-        card = model_card(plan, dense, healed=pruning.healed, library="gguf", loading=LOADING)
-        write_text(directory / "README.md", card)
-        save_plan(plan, directory / PLAN_FILE)
-        copy_files(dense, directory, LICENCE_FILES)
+        card = model_card(plan, dense, "gguf", healed=pruning.healed, loading=LOADING)
+        save_other_files(pruning, directory, card, ())
         return TOLERANCE
 
     write_verified(out, write_all, verify_llama_cpp)
+
+
+def _origin(name: str, dense: Path) -> dict[str, Any]:
+    """The model's name, licence and base, by the name of the `GGUFWriter.add_*` that takes each."""
+    base, is_hub = base_of(dense)
+    address = {"base_model_repo_url": (0, f"https://huggingface.co/{base}")} if is_hub else {}
+    return {"name": name, **licence_of(dense), "base_model_count": 1, "base_model_name": (0, base), **address}
 
 
 def require_quantizations(names: Sequence[str]) -> None:
@@ -167,7 +171,7 @@ def write(model: PreTrainedModel, words: Mapping[str, Any], precision: str, path
     keys = hyperparameters(model.config.to_dict(), parts, architecture) | dict(words)
     keys |= {"file_type": LlamaFileType[f"MOSTLY_{precision}"], "quantization_version": 2}
     for name, value in keys.items():
-        getattr(writer, f"add_{name}")(value)
+        getattr(writer, f"add_{name}")(*(value if isinstance(value, tuple) else (value,)))
     for name, tensor in tensors(model, parts, architecture):
         block, size = GGML_QUANT_SIZES[kind(tensor)]
         writer.add_tensor_info(name, tensor.shape, None, tensor.numel() // block * size, kind(tensor))

@@ -8,6 +8,7 @@ our modelling file may lie in it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,13 +17,16 @@ from transformers import PreTrainedModel
 
 from blockpruner.checkpoints.card import model_card
 from blockpruner.checkpoints.verification import reference_outputs, tolerance_of, write_verified
-from blockpruner.core.plan import Plan
 from blockpruner.inputs.checkpoints import GENERATION_FILE, LICENCE_FILES, TOKENIZER_FILES, copy_files, drop_code_
 from blockpruner.methods.apply import Pruning
+from blockpruner.methods.healed import HEALED_FILE
 from blockpruner.model.classes import OUR_MODULES, read_config
 from blockpruner.model.known import FORMAT, FORMAT_KEY
-from blockpruner.store.files import let_others_read, new_directory, read_json, write_json, write_text
+from blockpruner.store.files import let_others_read, read_json, write_json, write_text
+from blockpruner.store.manifest import CARD_FILE
 from blockpruner.store.plans import PLAN_FILE, save_plan
+
+MORE = (*TOKENIZER_FILES, GENERATION_FILE)
 
 COUNTED = """
 Its layers attend in more than one way, in another order than the base model's. transformers and vLLM read the order in
@@ -40,9 +44,9 @@ def export_hf(pruning: Pruning, out: Path) -> None:
 
     def write(directory: Path, reference: Path) -> float:
         pruned = pruning.prune_(model, lambda reduced: save_file(reference_outputs(reduced.cpu(), plan), reference))
-        card = model_card(plan, pruning.dense, code_file(pruned), pruning.healed, _remark(pruned, pruning.dense))
+        card = model_card(plan, pruning.dense, "hf", code_file(pruned), pruning.healed, _remark(pruned, pruning.dense))
         save_pruned(pruned, directory)
-        save_other_files(plan, pruning.dense, directory, card)
+        save_other_files(pruning, directory, card)
         return tolerance_of(model)
 
     write_verified(out, write)
@@ -57,39 +61,32 @@ def _remark(pruned: PreTrainedModel, dense: Path) -> str:
     return "" if left == before[: len(left)] else COUNTED
 
 
-def save_other_files(plan: Plan, dense: Path, directory: Path, card: str) -> None:
-    """The other files of a checkpoint; tokenizer, generation config and licence come from `dense`, without code."""
-    copy_files(dense, directory, (*TOKENIZER_FILES, GENERATION_FILE, *LICENCE_FILES))
-    write_text(directory / "README.md", card)
-    save_plan(plan, directory / PLAN_FILE)
+def save_other_files(pruning: Pruning, directory: Path, card: str, more: Sequence[str] = MORE) -> None:
+    """The other files of a checkpoint; licence and `more` are those of the dense model, without code."""
+    copy_files(pruning.dense, directory, (*more, *LICENCE_FILES))
+    write_text(directory / CARD_FILE, card)
+    save_plan(pruning.plan, directory / PLAN_FILE)
+    if (healed := pruning.healed) is not None:
+        kept = {"words": healed.words, "datasets": healed.datasets, "perplexity": healed.perplexity}
+        write_json(directory / HEALED_FILE, kept)
 
 
 def save_pruned(model: PreTrainedModel, directory: Path) -> None:
-    """Save a pruned model as a new directory. If its class is ours, its modelling file is saved too, and `auto_map`
-    names it.
-
-    Other code, and `auto_map` of others, is left out.
-
-    Raises:
-        InputError: the directory is there and not empty.
-    """
+    """Save a pruned model in a directory that is being made. If its class is ours, its modelling file is saved too, and
+    `auto_map` names it. Other code, and `auto_map` of others, is left out."""
     code = code_file(model)
     kinds = {type(model): "AutoModelForCausalLM", type(model.config): "AutoConfig"} if code else {}
-
-    def build(new: Path) -> None:
-        model.save_pretrained(new, max_shard_size="5GB")
-        drop_code_(new, code)
-        if code:
-            config = read_json(new / "config.json")
-            write_json(new / "config.json", config | {FORMAT_KEY: FORMAT})
-        let_others_read(new)
-        assert not code or (new / code).exists()
-
     with ExitStack() as stack:
         for kind, entry in kinds.items():
             stack.callback(setattr, kind, "_auto_class", kind._auto_class)  # another save of the class asks for no code
             kind.register_for_auto_class(entry)
-        new_directory(directory, build)
+        model.save_pretrained(directory, max_shard_size="5GB")
+    drop_code_(directory, code)
+    if code:
+        config = read_json(directory / "config.json")
+        write_json(directory / "config.json", config | {FORMAT_KEY: FORMAT})
+    let_others_read(directory)
+    assert not code or (directory / code).exists()
 
 
 def code_file(model: PreTrainedModel) -> str | None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from blockpruner.checkpoints.card import HERE
 from blockpruner.core.errors import InputError
 from blockpruner.inputs.hub import hub_error
 from blockpruner.store.files import read_json
@@ -53,7 +54,7 @@ def files_to_push(checkpoint: Path, licence: Mapping[str, Any]) -> list[str]:
 
 
 def push(checkpoint: Path, repo: str, private: bool, licence: Mapping[str, Any], name: str) -> str:
-    """Upload a checkpoint directory in one commit; returns its address.
+    """Upload a checkpoint directory in one commit, its card with the repository's name; returns the address.
 
     Args:
         repo: "<user or organization>/<name>"; it is made if it does not exist.
@@ -65,7 +66,7 @@ def push(checkpoint: Path, repo: str, private: bool, licence: Mapping[str, Any],
         InputError: `files_to_push` raises it, the repository is there and not as private as was asked, or the hub
             refuses.
     """
-    from huggingface_hub import HfApi, ModelCard
+    from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 
     files, api = files_to_push(checkpoint, licence), HfApi()
     try:
@@ -76,10 +77,10 @@ def push(checkpoint: Path, repo: str, private: bool, licence: Mapping[str, Any],
                 f"repository {repo!r} is there and {'public' if private else 'private'}, and push.private is "
                 f"{str(private).lower()}; nothing was uploaded: change one of them, or push to another repository"
             )
-        commit = api.upload_folder(
-            repo_id=repo, folder_path=checkpoint, allow_patterns=files,
-            commit_message=f"{name}: pruned with blockpruner",
-        )  # fmt: skip
+        card = (checkpoint / CARD_FILE).read_text(encoding="utf-8").replace(HERE, repo)
+        contents = {file: str(checkpoint / file) for file in files} | {CARD_FILE: card.encode()}
+        operations = [CommitOperationAdd(file, content) for file, content in contents.items()]
+        commit = api.create_commit(repo, operations, commit_message=f"{name}: pruned with blockpruner")
     except InputError:
         raise
     except Exception as error:  # as in `inputs.hub`

@@ -73,8 +73,8 @@ def export_nas(pruning: Pruning, out: Path) -> None:
         save_torch_state_dict(weights, directory, max_shard_size="5GB")
         let_others_read(directory)
         held = sum(weight.numel() for weight in weights.values())
-        card = model_card(plan, dense, healed=pruning.healed, library="mlx", loading=_loading(plan, held))
-        save_other_files(plan, dense, directory, card)
+        card = model_card(plan, dense, "nas", healed=pruning.healed, loading=_loading(plan, held))
+        save_other_files(pruning, directory, card)
         return TOLERANCE if is_exact else TOLERANCE_ROUNDED
 
     write_verified(out, write, verify_mlx)

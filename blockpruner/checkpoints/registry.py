@@ -101,7 +101,7 @@ EXPORTS: Registry[Export] = Registry(
             HERE + "hf:export_hf",
             commands=(
                 "blockpruner chat {path}",
-                "python -m vllm.entrypoints.openai.api_server --model {path} --host 127.0.0.1 --port 8000",
+                "vllm serve {path} --host 127.0.0.1 --port 8000",
             ),
         ),
         Export(

@@ -6,7 +6,6 @@ model's weights, into the same trial stores: a killed run goes on, and a longer 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table as RichTable
 
 from blockpruner.cli.pruning import Place, read_plan, several
+from blockpruner.cli.values import to_json
 from blockpruner.core.blocks import DENSE, BlockKind, Mask, format_mask, parse_mask, sorted_blocks
 from blockpruner.core.budgets import resources_of
 from blockpruner.core.errors import InputError
@@ -200,5 +200,5 @@ FORMS: Mapping[str, Callable[[Mapping[str, Any]], bytes]] = {
     ".svg": lambda found: plot(found).svg.encode(),
     ".png": lambda found: plot(found).png,
     ".csv": lambda found: to_csv(table(found, fields=(*FIELDS, REMOVED))).encode(),
-    ".json": lambda found: json.dumps(found, indent=2).encode(),
+    ".json": lambda found: to_json(found, indent=2).encode(),
 }

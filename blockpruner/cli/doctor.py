@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants
 from packaging.requirements import Requirement
 from rich.table import Table
 from rich.text import Text
@@ -34,7 +35,7 @@ OPTIONAL = {
 """Packages that some work needs."""
 
 FREE = 2 * 2**30
-"""The least room of the cache folder, which gets a copy of the model."""
+"""The least room of the folders that get models: from the hub its own cache, and links to it the folder of --cache."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,14 @@ def look(cache: Path) -> Iterator[Checkup]:
         yield Checkup(str(device), f"{accelerator.name(device)}, {size(free)} of {size(whole)} free")
     if not devices:
         yield Checkup("GPU", "", f"torch {torch.__version__} finds none; the CPU is used", needed=False)
-    there = next(parent for parent in (cache, *cache.parents) if parent.exists())
-    free = shutil.disk_usage(there).free if os.access(there, os.W_OK) and there.is_dir() else 0
-    found = f"{cache}, {size(free)} free"
-    yield Checkup("cache", found if free >= FREE else "", f"{found} to write: choose another folder: --cache DIR")
+    for name, place, fix in (
+        ("cache", cache, "--cache DIR"),
+        ("downloads", Path(constants.HF_HUB_CACHE), "the environment variable HF_HOME"),
+    ):
+        there = next(parent for parent in (place, *place.parents) if parent.exists())
+        free = shutil.disk_usage(there).free if os.access(there, os.W_OK) and there.is_dir() else 0
+        found = f"{place}, {size(free)} free"
+        yield Checkup(name, found if free >= FREE else "", f"{found} to write: choose another folder: {fix}")
     program = shutil.which(QUANTIZER) or ""  # it comes with llama.cpp and not with a Python package
     yield Checkup(QUANTIZER, program, f"for --export gguf:Q4_K_M: have llama.cpp's {QUANTIZER} on PATH", needed=False)
 

@@ -18,11 +18,10 @@ from blockpruner.checkpoints.registry import require_exports, require_families, 
 from blockpruner.cli.pruning import Place, own_dtype, read_plan
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import FAMILIES
-from blockpruner.core.plan import Plan
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.inputs.checkpoints import GENERATION_FILE, LICENCE_FILES, TOKENIZER_FILES, copy_files, licence_beside
 from blockpruner.methods.apply import Made
-from blockpruner.methods.healed import Healed
+from blockpruner.methods.healed import HEALED_FILE, Healed
 from blockpruner.methods.registry import KINDS
 from blockpruner.model.classes import has_our_code, model_class
 from blockpruner.model.models import load_model
@@ -33,8 +32,8 @@ from blockpruner.store.plans import plan_fields
 PRUNED = ("auto_map", "architectures", "layers_without_mha", "layers_without_mlp", "layer_types")
 """Fields of a pruned model's config that its dense model has not, or has otherwise."""
 
-SENTENCE = re.compile(r"^`(.+?)` .+? workflow and (.+?)\.$", re.DOTALL | re.MULTILINE)
-"""The base and what was done after pruning, in a card of ours."""
+BASE = re.compile(r"^`(.+?)` ", re.MULTILINE)
+"""The base, in a card of ours."""
 
 
 def export(folder: Path, place: Place) -> dict[str, Any]:
@@ -64,20 +63,21 @@ def export(folder: Path, place: Place) -> dict[str, Any]:
         own = {name: value for name, value in config.items() if name not in PRUNED}
         write_json(dense / "config.json", own | {"model_type": family, "num_hidden_layers": plan.layers})
         copy_files(folder, dense, (*TOKENIZER_FILES, GENERATION_FILE, *LICENCE_FILES))
-        healed = _stand_in(folder, dense, plan)
+        healed = _stand_in(folder, dense)
         made = Made(dense, plan, CalibrationSet(()), dtype, "cpu", healed=healed, model=model)
         pipeline.export(made, places, forms)
     return {"plan": plan_fields(plan), "written": [pipeline.exported(*each) for each in places.items()]}
 
 
-def _stand_in(folder: Path, dense: Path, plan: Plan) -> Healed | None:
-    """Write what a card names of the base; returns what it names of healing."""
+def _stand_in(folder: Path, dense: Path) -> Healed | None:
+    """Write what a card names of the base; returns what the checkpoint keeps of its healing."""
     card = folder / CARD_FILE
     front = (metadata_load(card) if card.exists() else None) or {}
-    found = SENTENCE.search(card.read_text(encoding="utf-8")) if card.exists() else None
-    base, words = found.groups() if found else (folder.name, "healed")
+    found = BASE.search(card.read_text(encoding="utf-8")) if card.exists() else None
+    base = found[1] if found else folder.name
     source = {"source": "hub", "repo": base} if "base_model" in front else {"source": "path", "path": base}
     write_json(dense / SOURCE_FILE, {"source": source, "licence": licence_beside(folder)})
-    if plan.compensate == "none" and not plan.train:
+    if not (folder / HEALED_FILE).exists():
         return None
-    return Healed(Path(), "", words, tuple(front.get("datasets", ())), "")
+    facts = read_json(folder / HEALED_FILE)
+    return Healed(Path(), "", facts["words"], tuple(facts["datasets"]), "", facts["perplexity"])

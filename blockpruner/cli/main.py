@@ -7,7 +7,6 @@ the work are imported when needed.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from rich.console import Console
 from typer import Argument, Option
 
 from blockpruner import __version__
-from blockpruner.cli.values import data_of, model_of, named, values_of
+from blockpruner.cli.values import called, data_of, model_of, to_json, values_of
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import stderr_observer
 from blockpruner.core.settings import read_settings
@@ -122,7 +121,7 @@ def prune(
         str | None,
         Option(
             metavar="NAME",
-            help="A recipe: recommended, or blockpruner, exactly as published; or a search.",
+            help="A recipe: recommended, or blockpruner, the paper's search; or a search.",
             show_default=RECOMMENDED,
         ),
     ] = None,
@@ -325,7 +324,7 @@ def compare(
     heldout = None if texts is None else read_settings(Perplexity, _heldout(texts, seq_len, max_rows))
     found = compared([_folder(a), _folder(b)], prompt, max_new_tokens, heldout, device)
     if as_json:
-        print(json.dumps([vars(one) for one in found]))
+        print(to_json([vars(one) for one in found]))
     else:
         shown(side_by_side(found))
 
@@ -421,7 +420,7 @@ def doctor(
 
     checks = list(work.look(cache.expanduser().absolute()))
     if as_json:
-        print(json.dumps([{**vars(check), "verdict": check.verdict} for check in checks]))
+        print(to_json([{**vars(check), "verdict": check.verdict} for check in checks]))
     else:
         shown(work.words(checks))
     if any(check.verdict == "missing" for check in checks):
@@ -433,7 +432,7 @@ def schema() -> None:
     """Print the JSON schema of run files, for editors and checkers."""
     from blockpruner.params import named_sources, run_schema
 
-    print(json.dumps(run_schema(named_sources()), indent=1, sort_keys=True))
+    print(to_json(run_schema(named_sources()), indent=1, sort_keys=True))
 
 
 def _folder(model: str, cache: Path | None = None) -> Path:
@@ -451,14 +450,14 @@ def shown(table: Any) -> None:
 
 
 def _tell(found: Mapping[str, Any], words: str, as_json: bool) -> None:
-    print(json.dumps(found) if as_json else words)
+    print(to_json(found) if as_json else words)
 
 
 def _fail(error: InputError, args: Sequence[str] | None) -> NoReturn:
     commands: Any = typer.main.get_command(app)
     (name, *_) = sys.argv[1:] if args is None else args
     options = {option for each in commands.commands[name].params for option in each.opts}
-    words = named(str(error), error.key, options)
+    words = called(str(error), error.key, options)
     if error.rule in ("missing-file", "damaged-file") and "--cache" in options:
         words += "; if it is in the folder of --cache, delete its own folder there and run again; else give a whole one"
     print(f"error: {words}", file=sys.stderr)

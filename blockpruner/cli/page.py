@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from blockpruner.checkpoints.card import HEALED
 from blockpruner.cli import curve
 from blockpruner.cli.pruning import read_plan
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
+from blockpruner.methods.healed import HEALED_FILE
 from blockpruner.methods.registry import KINDS
 from blockpruner.reporting.figures import removed_map
 from blockpruner.reporting.findings import Finding, Level
 from blockpruner.reporting.formats import number, parameters, percent, size, times
 from blockpruner.reporting.pages import Facts, Findings, Page, Section, to_html
-from blockpruner.reporting.report import INTRO
+from blockpruner.reporting.report import INTRO, starts
+from blockpruner.reporting.table import Column, Number, Table
 from blockpruner.store.files import read_json, write_text
 from blockpruner.store.manifest import REPORT_FILE, require_verified
 
@@ -35,8 +38,11 @@ def write_page_of(checkpoint: Path, trials: Path, out: Path) -> None:
     files = require_verified(checkpoint)
     weights = sum((checkpoint / name).stat().st_size for name in files if name.endswith((".safetensors", ".gguf")))
     found = read_json(kept) if (kept := curve.kept(trials, plan)).is_file() else None
+    healed = read_json(checkpoint / HEALED_FILE) if (checkpoint / HEALED_FILE).is_file() else {}
+    verified = read_json(checkpoint / REPORT_FILE)
+    findings = Findings(tuple(_findings(plan, verified, found)))
     sections = [
-        Section("Verdict", (Findings(tuple(_findings(plan, read_json(checkpoint / REPORT_FILE), found))),)),
+        Section("Verdict", (findings, *([_healing(healed["perplexity"])] if healed.get("perplexity") else []))),
         Section("Removed blocks", tuple(_removed(plan))),
     ]
     if found is not None:
@@ -46,12 +52,25 @@ def write_page_of(checkpoint: Path, trials: Path, out: Path) -> None:
         "Weights": size(weights),
         "Method": f"{plan.method}, by {plan.metric}, budget {plan.budget}",
         "Calibration": "not done here: the plan was applied",
-        "Try it": f"blockpruner chat {checkpoint}",
     }
+    if healed:
+        facts["After pruning"] = healed["words"]
     if plan.calibration["rows"] is not None:
         facts["Calibration"] = f"{plan.calibration['rows']:,} rows, {plan.calibration['tokens']:,} tokens"
-    sections.append(Section("Model", (Facts("Model, data and use", tuple(facts.items())),)))
+    form = {"mlx_lm": "nas", "xllamacpp": "gguf"}.get(verified["engine"], "hf")
+    use = Facts("Use it", tuple(starts(form, plan, checkpoint)), is_code=True)
+    sections.append(Section("Model", (Facts("Model and data", tuple(facts.items())), use)))
     write_text(out, to_html(Page(plan.target, INTRO, tuple(sections))))
+
+
+def _healing(told: Mapping[str, Mapping[str, float]]) -> Table:
+    """The perplexities of rows held out from each part of healing."""
+    columns = (Column("rows", "perplexity"), *(Column(key, key) for key in HEALED))
+    cells = [
+        (f"rows held out from {name}", *(Number(found[key]) if key in found else None for key in HEALED))
+        for name, found in told.items()
+    ]
+    return Table("healing", "Before and after healing", columns, tuple(cells))
 
 
 def _removed(plan: Plan) -> Iterator[Any]:
@@ -69,7 +88,7 @@ def _findings(plan: Plan, verified: dict[str, Any], found: dict[str, Any] | None
         "outcome",
         f"{percent(plan.ratio)} of the parameters removed ({KINDS[plan.kind].taken_out(plan)}): {dense} → {pruned}",
         f"Perplexity of the calibration texts {number(before)} → {number(after)}, {times(after / before)} the dense "
-        "model's. The blocks were chosen on these texts; others tell more."
+        "model's, before any healing. The blocks were chosen on these texts; others tell more."
         if after
         else "The perplexity of the pruned model was not measured.",
     )
@@ -84,13 +103,6 @@ def _findings(plan: Plan, verified: dict[str, Any], found: dict[str, Any] | None
     if found is None:
         text = "blockpruner curve does that."
         yield Finding(Level.ADVICE, "curve", "Measure it on texts that the search has not seen", text)
-    if plan.compensate != "none":
-        yield Finding(
-            Level.NOTE,
-            "compensated",
-            f"The weights that stay were fitted anew ({plan.compensate}) where that helped",
-            "The perplexities here are from before that.",
-        )
     yield Finding(
         Level.RESULT if verified["ok"] else Level.WARNING,
         "verified",

@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from blockpruner import pipeline
 from blockpruner.checkpoints.registry import EXPORTS, require_families, require_packages
 from blockpruner.checks import check_run
-from blockpruner.cli.values import model_of
-from blockpruner.core.errors import InputError, missing, named
+from blockpruner.cli.values import called, model_of
+from blockpruner.core.errors import InputError, named
 from blockpruner.core.families import FAMILIES, Config
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
@@ -40,7 +39,6 @@ from blockpruner.methods.blocks.kind import require_of
 from blockpruner.methods.recipes import compensation, searches
 from blockpruner.methods.registry import require_budgets
 from blockpruner.methods.score import open_material
-from blockpruner.scoring.metrics import perplexity
 from blockpruner.settings import Run
 from blockpruner.store.files import read_json, set_aside
 from blockpruner.store.manifest import require_verified
@@ -95,14 +93,9 @@ class Place:
         require_families(run.export, str(config["model_type"]))
         own = run.model.model_copy(update={"dtype": own_dtype(config)} if is_auto else {})
         heldout = fitted(run.evaluate.perplexity, config, "evaluate.perplexity.seq_len")
-        context, train = config.get("max_position_embeddings"), run.train
-        if train is not None and train.weights == "lora" and find_spec("peft") is None:
-            raise missing("peft", "train")
-        if train is not None and context:
-            train = train.model_copy(update={"seq_len": min(train.seq_len, context)})
         run = run.model_copy(
             update={
-                "train": train,
+                "train": run.train and run.train.fitted(config.get("max_position_embeddings")),
                 "model": own,
                 "calibration": fitted(run.calibration, config, "calibration.seq_len"),
                 "evaluate": run.evaluate.model_copy(update={"perplexity": heldout}),
@@ -124,14 +117,14 @@ class Place:
     def prune(self, run: Run, budget: str, out: Path) -> dict[str, Any]:
         """Every step of the pipeline, as far as it was not done before."""
         from blockpruner.healing import choice
-        from blockpruner.methods.healed import COMPENSATE_FACTS, TRAIN_FACTS
+        from blockpruner.methods.healed import COMPENSATE_FACTS
 
         config, method = self.config_of(run), compensation(run.compensate.method, run.score.method)
         require_budgets(next(iter(searches(run.score).values())), config, (budget,))
         pool, dense = self._pool(run), self.fetch(run)
         tokenizer, base = load_tokenizer(dense, run.model.trust_remote_code), checkpoint_identity(dense)
         judged, wanted = len(searches(run.score)) > 1, (run.calibration, run.compensate, run.train)
-        rows = pipeline.calibrate(*wanted, pool, tokenizer, config, self.observer.note, judged=judged, at_most=True)
+        rows = pipeline.calibrate(*wanted, pool, tokenizer, config, self._note, judged=judged, at_most=True)
         key = self._key(run, rows, method, base, budget)
         healed, traces = self.root / "compensated" / key, self.root / "searches" / key
         is_kept = self._is_kept(healed, choice.PLAN, COMPENSATE_FACTS)
@@ -152,10 +145,15 @@ class Place:
         if run.train is not None:
             pruning = replace(pruning, plan=replace(pruning.plan, train=True))
             trained = self._train(run.train, pruning, rows)
-            pruning, facts = self._healed(run, dense, pruning.plan, rows, [trained]), read_json(trained / TRAIN_FACTS)
-            by_step = {each["step"]: perplexity(each["nll"]) for each in facts["validations"]}
-            told["trained"] = {"before": by_step[0], "after": by_step[facts["step"]]}
+            pruning = self._healed(run, dense, pruning.plan, rows, [trained])
+            assert pruning.healed is not None
+            if "training" in pruning.healed.perplexity:
+                told["trained"] = pruning.healed.perplexity["training"]
         return self._export(run, pruning, out) | {"search": counts, "perplexity": told}
+
+    def _note(self, message: str) -> None:
+        """A line, with this command's names for the keys in it."""
+        self.observer.note(called(message, "", {"--set"}))
 
     def _pool(self, run: Run) -> pipeline.Pool:
         """The texts of a run. The held-out ones count where a run file names them."""
@@ -205,14 +203,16 @@ class Place:
 
     def _is_kept(self, folder: Path, *facts: str) -> bool:
         """Whether a folder of healed weights is whole. One that is not is set aside, and a line reports that."""
-        from blockpruner.methods.healed import has_weights
+        from blockpruner.methods.healed import FILE, has_weights
+        from blockpruner.store.tensors import read_facts
 
         if not folder.exists():
             return False
         try:
             for name in facts:
                 read_json(folder / name)
-            has_weights(folder)
+            if has_weights(folder):
+                read_facts(folder / FILE)  # which compares its length; the digest is compared when it is loaded
         except InputError:
             self.observer.note(
                 f"warning: {folder} is not whole: it is made again; {set_aside(folder).name} is the old one"

@@ -6,6 +6,7 @@ the settings classes.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -100,7 +101,7 @@ def _set(text: str) -> dict[str, Any]:
     return dict(found)
 
 
-def named(message: str, key: str, options: Collection[str]) -> str:
+def called(message: str, key: str, options: Collection[str]) -> str:
     """A message, and what this command calls the settings keys in it.
 
     Args:
@@ -115,3 +116,8 @@ def named(message: str, key: str, options: Collection[str]) -> str:
         elif "--set" in options and "." in each:
             found.append(f"--set {each}=VALUE")
     return f"{message} (here: {', '.join(found)})" if found else message
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """A value as JSON, which has no infinity: null is in its place."""
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda name: None), **options)

@@ -43,9 +43,21 @@ class MissingPackageError(InputError, ImportError):
     """A package that only some uses need is not installed; names the extra that installs it."""
 
 
-def missing(package: str, extra: str) -> MissingPackageError:
-    words = f"this needs the package {package}, which is not installed"
-    return MissingPackageError(f"{words}: pip install 'blockpruner[{extra}]'")
+SOURCE = ""
+"""The address that pip installs this package from, `git+https://...`, as soon as there is one: the name on PyPI may be
+anybody's. Until then it is a clone."""
+
+
+def package(extra: str = "") -> str:
+    """What pip must be given to install this package."""
+    wanted = f"[{extra}]" if extra else ""
+    return f"'blockpruner{wanted} @ {SOURCE}'" if SOURCE else f"'.{wanted}'"
+
+
+def missing(name: str, extra: str) -> MissingPackageError:
+    where = "" if SOURCE else "in a clone of blockpruner, "
+    words = f"this needs the package {name}, which is not installed: {where}pip install {package(extra)}"
+    return MissingPackageError(words)
 
 
 @contextmanager

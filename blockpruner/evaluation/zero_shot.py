@@ -33,6 +33,7 @@ from blockpruner.evaluation.benchmarks import ACCURACIES, BENCHMARKS, Benchmark
 from blockpruner.evaluation.choices import answers
 from blockpruner.evaluation.store import ITEMS
 from blockpruner.evaluation.tasks import require_stock
+from blockpruner.inputs.calibration import require_embedded
 from blockpruner.model import accelerator
 
 with extra("eval"):
@@ -134,6 +135,7 @@ class _Harness(HFLM):  # type: ignore[misc]
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False) -> Any:
         self._total = len(requests)
         pairs = [(given, rest) for _, given, rest in requests]
+        require_embedded((given + rest for given, rest in pairs), self.tokenizer, self.model.config.to_dict())
         found = answers(self.model, pairs, self.max_length, lambda done: self._advance(done, self._total))
         for (texts, _, _), answer in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood", texts, answer)
@@ -144,6 +146,7 @@ class _Harness(HFLM):  # type: ignore[misc]
     ) -> Any:
         rows: list[Any] = []
         whole = super()._model_generate
+        require_embedded(context.tolist(), self.tokenizer, self.model.config.to_dict())
 
         def generate(part: slice) -> None:
             rows.extend(whole(context[part], max_length, stop, attention_mask=attention_mask[part], **kwargs))

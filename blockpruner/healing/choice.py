@@ -21,7 +21,7 @@ from blockpruner.evaluation.perplexity import measure_perplexity
 from blockpruner.healing.compensate import compensate
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.apply import Pruning, pruned_copy
-from blockpruner.methods.healed import COMPENSATE_FACTS, save_healed, set_weights_
+from blockpruner.methods.healed import COMPENSATE_FACTS, Healed, save_healed, set_weights_
 from blockpruner.store.files import replace_directory, write_sealed_json
 from blockpruner.store.plans import save_plan
 
@@ -39,6 +39,14 @@ class Healing:
     """The changed weights by their names in the pruned model; empty where nothing helped, or nothing was asked for."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What was done, as JSON: the compensation's facts, and under "judged" the perplexity of each proposal."""
+
+    def healed(self, data: Texts) -> Healed | None:
+        """What was done, to texts of `data`; None where no weight changed."""
+        if not self.weights:
+            return None
+        method, tokens = self.facts["method"], self.facts["tokens"]
+        words = f"compensated without training ({method}, {tokens:,} tokens of `{data.title}`)"
+        return Healed(Path(), "", words, (), "", {method: self.facts["perplexity"]})
 
 
 def choose(
@@ -91,9 +99,7 @@ def keep(folder: Path, found: Healing, pruning: Pruning, data: Texts) -> None:
     def build(directory: Path) -> None:
         save_plan(found.plan, directory / PLAN)
         write_sealed_json(directory / COMPENSATE_FACTS, {"search": found.search, **found.facts})
-        if found.weights:
-            tokens = found.facts["tokens"]
-            words = f"compensated without training ({found.plan.compensate}, {tokens:,} tokens of `{data.title}`)"
-            save_healed(directory, found.weights, pruning.identity, words, data)
+        if (told := found.healed(data)) is not None:
+            save_healed(directory, found.weights, pruning.identity, told.words, data, perplexity=told.perplexity)
 
     replace_directory(folder, build)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Literal
 
 from pydantic import Field
 
+from blockpruner.core.errors import missing
 from blockpruner.core.settings import ALPACA, Frozen, Texts
 
 CompensationMethod = Literal["none", "map", "refit"]
@@ -63,6 +65,12 @@ class Train(Frozen):
     """Samples, or joined rows, that are held out; the best state on them is kept. 0 keeps the last state."""
     validate_every: int = Field(default=100, ge=1)
     """Steps between two validations; the first comes before training, and the last after it."""
+
+    def fitted(self, context: int | None) -> Train:
+        """The same with rows of the model's context at most; raises InputError if a package for it is missing."""
+        if self.weights == "lora" and find_spec("peft") is None:
+            raise missing("peft", "train")
+        return self.model_copy(update={"seq_len": min(self.seq_len, context or self.seq_len)})
 
     @property
     def title(self) -> str:

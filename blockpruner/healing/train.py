@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from blockpruner.core.progress import Observer
+from blockpruner.evaluation.perplexity import measure_perplexity
 from blockpruner.healing.settings import Train
 from blockpruner.healing.trainer import train_
 from blockpruner.inputs.calibration import CalibrationSet, check_context
 from blockpruner.methods.apply import Pruning, pruned_copy
 from blockpruner.methods.healed import TRAIN_FACTS, changed_weights, load_healed_, parameter_digests, save_healed
+from blockpruner.scoring.metrics import perplexity
 from blockpruner.store.files import read_json, replace_directory, write_json
 from blockpruner.store.provenance import fingerprint
 from blockpruner.versions import WEIGHTS_VERSION
@@ -46,16 +48,22 @@ def write_trained(
         model = pruned_copy(teacher, plan, pruning.rows.rows)
     else:
         model = replace(pruning, healed=None).prune_(pruning.load())
+    told = {}
+    if teacher is not None and validation is not None:
+        told["dense"] = measure_perplexity(teacher, validation.rows).perplexity
     before = parameter_digests(model)
     if healed is not None:
         load_healed_(model, healed.path, shared)
     facts = train_(model, rows, wanted, teacher=teacher, validation=validation, states=own, observer=observer)
+    if by_step := {each["step"]: perplexity(each["nll"]) for each in facts["validations"]}:
+        told |= {"before": by_step[0], "after": by_step[facts["step"]]}
 
     def build(directory: Path) -> None:
         words = f"then trained ({wanted.title}) on {len(rows.rows):,} rows of `{wanted.data.title}`"
         words = f"{words}, {rows.tokens:,} tokens"
         weights = changed_weights(model, before, plan)
-        save_healed(directory, weights, pruning.identity, words, wanted.data, healed)
+        held_out = {"training": told} if told else {}
+        save_healed(directory, weights, pruning.identity, words, wanted.data, healed, held_out)
         drawn = {"enabled": True, **wanted.model_dump(), "rows": len(rows.rows), "tokens": rows.tokens}
         write_json(directory / TRAIN_FACTS, drawn | facts)
 

@@ -40,8 +40,12 @@ class Pruning:
     @property
     def identity(self) -> str:
         """The identity of the model before it is compensated."""
-        facts = {"model": checkpoint_identity(self.dense), "dtype": self.dtype}
+        facts = {"model": self._base, "dtype": self.dtype}
         return fingerprint({**facts, **model_facts(self.plan, self.rows.digest)})
+
+    @property
+    def _base(self) -> str:
+        return checkpoint_identity(self.dense)
 
     def load(self) -> PreTrainedModel:
         """The dense model."""
@@ -77,6 +81,28 @@ class Pruning:
                 load_healed_(pruned, self.healed.path)
             note(pruned)
         return pruned
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded(Pruning):
+    """A pruned model that is to be made of a dense one in memory."""
+
+    model: PreTrainedModel
+    base: str
+    """The identity of the dense model."""
+
+    @property
+    def _base(self) -> str:
+        return self.base
+
+    def load(self) -> PreTrainedModel:
+        """The dense model itself."""
+        return self.model.requires_grad_(False)
+
+    def prune_(
+        self, dense: PreTrainedModel, note: Callable[[PreTrainedModel], object] = lambda reduced: None
+    ) -> PreTrainedModel:
+        return super().prune_(copy.deepcopy(dense), note)
 
 
 @dataclass(frozen=True, kw_only=True)

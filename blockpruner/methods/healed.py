@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
@@ -27,6 +27,8 @@ from blockpruner.store.tensors import read_facts, read_tensors, tensor_bytes, wr
 FILE = "weights.safetensors"
 COMPENSATE_FACTS, TRAIN_FACTS = "compensate.json", "train.json"
 """The facts of a healing, in the folder of its weights."""
+HEALED_FILE = "blockpruner_healed.json"
+"""What a checkpoint keeps of its healing: words, datasets and perplexity, as in `Healed`."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Healed:
     """Repositories of the hub whose texts decided the weights."""
     digest: str
     """The digest of the weights and of their description."""
+    perplexity: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """By what was done: that of rows held out from it, `before` and `after`, and `dense` where it was measured."""
 
 
 def save_healed(
@@ -51,8 +55,9 @@ def save_healed(
     words: str,
     data: Texts,
     since: Healed | None = None,
+    perplexity: Mapping[str, Mapping[str, float]] | None = None,
 ) -> None:
-    """Write the file of `weights` in `folder`; `of` and `words` are as in `Healed`.
+    """Write the file of `weights` in `folder`; `of`, `words` and `perplexity` are as in `Healed`.
 
     Args:
         data: the source of the texts that decided the weights.
@@ -61,7 +66,8 @@ def save_healed(
     sources = data.of if isinstance(data, MixedTexts) else (data,)
     datasets = (*(since.datasets if since else ()), *(one.repo for one in sources if isinstance(one, Hub)))
     words = f"{since.words}, {words}" if since else words
-    facts = {"of": of, "words": words, "datasets": json.dumps(list(dict.fromkeys(datasets)))}
+    told = json.dumps({**(since.perplexity if since else {}), **(perplexity or {})})
+    facts = {"of": of, "words": words, "datasets": json.dumps(list(dict.fromkeys(datasets))), "perplexity": told}
     write_tensors(folder / FILE, weights, facts)
 
 
@@ -92,7 +98,8 @@ def find_healed(folders: Iterable[Path], of: str) -> Healed | None:
     facts = read_facts(path)
     if facts.get("of") != of:
         raise damaged(path, "belongs to another model, plan or calibration than this target's")
-    return Healed(path, of, facts["words"], tuple(json.loads(facts["datasets"])), facts[DIGEST])
+    datasets, told = tuple(json.loads(facts["datasets"])), json.loads(facts.get("perplexity", "{}"))
+    return Healed(path, of, facts["words"], datasets, facts[DIGEST], told)
 
 
 def load_healed_(model: PreTrainedModel, path: Path, shared: bool = False) -> None:

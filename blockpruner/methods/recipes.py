@@ -48,7 +48,7 @@ RECIPES: Mapping[str, Recipe] = {
         },
         "refit",
     ),
-    # Exactly as published, arXiv 2406.10594.
+    # The search of arXiv 2406.10594; its calibration set is that of `sections`.
     BLOCKPRUNER: _one("BlockPruner", ("blockpruner", "ppl", "block"), method="greedy"),
     "slicegpt": _one("SliceGPT", ("slicegpt",), method="slicegpt"),
     "laco": _one("LaCo", ("laco",), method="laco"),

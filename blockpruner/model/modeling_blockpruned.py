@@ -16,6 +16,7 @@ have an entry for each attention that is left, in order: entry k belongs to the 
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -84,13 +85,19 @@ class NoMLP(nn.Module):
         return hidden_states.new_zeros(())
 
 
+def unchanged(hidden_states: torch.Tensor) -> torch.Tensor:
+    """In place of a removed block's norm."""
+    return hidden_states
+
+
 def remove_blocks_(layers: nn.ModuleList, mha: set[int], mlp: set[int], branches: Branches) -> None:
     """Replace the branches of the given layers, norms included, by holes."""
     for removed, (module, *norms), hole in ((mha, branches[0], NoMHA), (mlp, branches[1], NoMLP)):
         for index in removed:
             setattr(layers[index], module, hole())
-            for norm in norms:
-                setattr(layers[index], norm, nn.Identity())
+            for norm in norms:  # tools find norms by modules' names, and look for the linears behind each
+                layers[index]._modules.pop(norm, None)
+                setattr(layers[index], norm, unchanged)
 
 
 def drop_layers_(layers: nn.ModuleList, kept) -> None:
@@ -207,6 +214,24 @@ class BlockPrunedMixin:
             self.config = whole
 
 
+def with_own_windows(forward):
+    """A forward that refuses an engine which gives each attention the window of the layer of that number, where removed
+    attentions have moved the numbers."""
+
+    @functools.wraps(forward)
+    def checked(self, *args, **kwargs):
+        if kwargs.get("attention_instances") is not None and (types := getattr(self.config, "layer_types", None)):
+            left = self.config.cache_config().layer_types
+            if left != types[: len(left)]:
+                raise ValueError(
+                    "this engine takes the window of an attention from the layer of the same number, and here these "
+                    "differ: results would be wrong; vLLM needs blockpruner's plugin, and transformers needs nothing"
+                )
+        return forward(self, *args, **kwargs)
+
+    return checked
+
+
 def alibi_slopes(heads: int) -> list[float]:
     """2^(-8 i / n) for i = 1 to n where the n heads are a power of two; where they are not, those of the power of two
     below, then every other one of the power of two above (arXiv 2108.12409)."""
@@ -223,8 +248,8 @@ class NoRotation(nn.Module):
 
 
 class BaichuanConfig(LlamaConfig):
-    """Of Baichuan 13B, with queries, keys and values as Llama has them. `rope_parameters`, which every config of
-    Llama's kind has, says nothing here."""
+    """The config of Baichuan 13B, with queries, keys and values as Llama has them. `rope_parameters`, which all configs
+    of Llama's kind have, is not used."""
 
     model_type = "baichuan"
 
@@ -294,7 +319,8 @@ def add_family(config, prefix, branches: Branches = BEFORE, layers="model.layers
     placed = {"__module__": __name__, "config_class": pruned, "decoder_layers": layers, "layer_branches": branches}
     globals()[config_name] = pruned
     for auto, model in models.items():
-        found = type(names[auto], (BlockPrunedMixin, model), placed | {"_auto_class": auto.__name__})
+        own = {"_auto_class": auto.__name__, "forward": with_own_windows(model.forward)}
+        found = type(names[auto], (BlockPrunedMixin, model), placed | own)
         globals()[names[auto]] = found
         auto.register(pruned, found)
 

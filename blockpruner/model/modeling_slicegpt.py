@@ -33,8 +33,8 @@ BLOCKS = (
     ("input_layernorm", "self_attn", ("q_proj", "k_proj", "v_proj"), "o_proj", "attn_shortcut"),
     ("post_attention_layernorm", "mlp", ("gate_proj", "up_proj"), "down_proj", "mlp_shortcut"),
 )
-"""Of a decoder layer's two blocks: norm, module, the linears that read the residual stream, the one that writes to
-it, and the shortcut beside them."""
+"""A decoder layer's two blocks: norm, module, the linears that read the residual stream, the one that writes to it,
+and the shortcut around them."""
 
 
 class ScaleFreeRMSNorm(nn.Module):
@@ -56,7 +56,7 @@ class ScaleFreeRMSNorm(nn.Module):
 
 
 class SlicedLayerMixin:
-    """A decoder layer whose residual stream changes its basis beside each block."""
+    """A decoder layer whose residual stream changes its basis around each block."""
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)

@@ -286,6 +286,9 @@ def restored(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         del layers[:]
         layers.extend(dense)
         for part, children, parameters in modules:
+            for name in children.keys() & part.__dict__.keys():  # in place of a norm
+                delattr(part, name)
+            part._modules.clear()
             part._modules.update(children)
             part._parameters.update(parameters)
         for attention, number in zip(attentions, numbers, strict=True):

@@ -25,7 +25,8 @@ JUMP_FACTOR = 3.0
 each seldom above twice the last median, so three times is a break in the curve and not its slope."""
 
 JUMP_NATS = 0.1
-"""... and costs at least this much (perplexity times 1.11). Below it, three times next to nothing is still nothing."""
+"""... and costs at least this much (perplexity times 1.11). Below it, three times next to nothing is still nothing.
+Quality that is lost by less, with no score that is lower beyond noise, is little: such a model is to be taken."""
 
 COLLAPSE_NATS = math.log(1.5)
 """A removal that multiplies perplexity by 1.5 is a jump whatever came before it. The first two removals can be such a
@@ -35,6 +36,10 @@ broken alike."""
 TASK_LOSS = 0.1
 """A model is broken, too, if accuracy or p of the right answer falls by more than a tenth of the dense model's, and
 beyond noise. Noise alone would be the wrong bound: with enough items every loss exceeds it."""
+
+MISMATCH_FACTOR = 1.5
+"""The search spared what its texts need and cut what others need, if perplexity rises (in nats) one and a half times as
+much on held-out text, and by JUMP_NATS more than that: so much do two samples of a few thousand tokens differ."""
 
 AnyOption = TypeVar("AnyOption", bound=Option)
 
@@ -64,8 +69,9 @@ def warnings(options: Sequence[Option], traces: Sequence[Option]) -> list[Findin
         traces: the model that is pruned the most, for each removal sequence.
     """
     found = [_jump(trace, options) for trace in traces]
-    if broken := [option for option in options if is_broken(option)]:
-        found.append(_broken(broken))
+    for is_shown, tell in ((is_broken, _broken), (is_mismatch, _mismatch), (is_slow, _slow)):
+        if shown := [option for option in options if is_shown(option)]:
+            found.append(tell(shown))
     return [finding for finding in found if finding]
 
 
@@ -80,15 +86,29 @@ def jump_at(option: Option) -> int | None:
     return None
 
 
-def is_broken(option: Option) -> bool:
-    """Check held-out text and tasks: perplexity against COLLAPSE_NATS, accuracy and p of the right answer against
-    TASK_LOSS. Both are measured of the model itself, whether it was healed or not."""
+def has_lost(option: Option, nats: float, share: float) -> bool:
+    """Check held-out text and tasks: perplexity against `nats`, accuracy and p of the right answer against a `share` of
+    the dense model's. Both are measured of the model itself, whether it was healed or not."""
     dense, model = option.dense, option.model
     losses = [(dense.average, paired(dense, model))]
     if dense.confidence is not None and model.confidence is not None:
         losses.append((dense.confidence, paired_confidence(dense, model)))
-    fails = any(change.differs_from(0) and change.value < -TASK_LOSS * before.value for before, change in losses)
-    return fails or option.heldout_rise >= COLLAPSE_NATS
+    fails = any(change.differs_from(0) and change.value < -share * before.value for before, change in losses)
+    return fails or option.heldout_rise >= nats
+
+
+def is_broken(option: Option) -> bool:
+    return has_lost(option, COLLAPSE_NATS, TASK_LOSS)
+
+
+def is_mismatch(option: Option) -> bool:
+    """Check whether held-out text suffers far more than the texts by which the model was made (MISMATCH_FACTOR)."""
+    rise = option.own_rise
+    return rise is not None and option.heldout_rise > MISMATCH_FACTOR * max(rise, 0.0) + JUMP_NATS
+
+
+def is_slow(option: Option) -> bool:
+    return option.is_timed and option.race.interval("generation").low <= 1
 
 
 def recommended(options: Sequence[AnyOption]) -> AnyOption | None:
@@ -140,6 +160,25 @@ def _broken(found: Sequence[Option]) -> Finding:
     return Finding(Level.WARNING, "broken", f"Broken: {listed([option.name for option in found])}", text)
 
 
+def _mismatch(found: Sequence[Option]) -> Finding:
+    rises = [f"{times(math.exp(o.heldout_rise))} against {times(math.exp(o.own_rise or 0))} at {o.name}" for o in found]
+    text = (
+        f"Perplexity over the dense model's, on held-out text against texts as those of calibration or fit: "
+        f"{listed(rises)}. Calibrate on more text, or on text nearer to its use."
+    )
+    return Finding(Level.WARNING, "mismatch", "Held-out text suffers more than the model's own texts", text)
+
+
+def _slow(found: Sequence[Option]) -> Finding:
+    def told(option: Option) -> str:
+        mlp = option.blocks["mlp"] > option.blocks["mha"]
+        cause = ", more MLP than MHA, and only MHA shrinks the KV cache" if mlp else ""
+        return f"{option.name}: {times(option.speedup)} with {option.taken_out} removed{cause}."
+
+    title = f"Not faster than dense beyond noise: {listed([option.name for option in found])}"
+    return Finding(Level.WARNING, "slow", title, " ".join(map(told, found)))
+
+
 def stop(options: Sequence[Option]) -> Finding:
     """Write the verdict on pruned models, which come the least pruned first."""
     if not any(option.is_timed for option in options):
@@ -151,7 +190,8 @@ def stop(options: Sequence[Option]) -> Finding:
             f"speed of generation for {100 * (math.exp(best.heldout_rise) - 1):+.1f} % held-out perplexity. It is the "
             "fastest model that is faster than dense beyond noise and not broken."
         )
-        return Finding(Level.ADVICE, "stop", f"Take {best.name}", text)
+        advice = "Fastest that holds up:" if has_lost(best, JUMP_NATS, 0) else "Take"
+        return Finding(Level.ADVICE, "stop", f"{advice} {best.name}", text)
     text = "No pruned model is both faster than dense beyond noise and not broken."
     if options:
         first = options[0]

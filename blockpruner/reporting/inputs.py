@@ -5,6 +5,7 @@ Decides what the report may use.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -59,6 +60,13 @@ class PrunedOption(Option):
             bool(self.compensation)
             and self.compensation["perplexity"]["after"] < self.compensation["perplexity"]["before"]
         )
+
+    @property
+    def own_rise(self) -> float | None:
+        """As of the pruned model, but where it is compensated on the rows that the fit held out."""
+        if not self.helped:
+            return super().own_rise
+        return math.log(self.compensation["perplexity"]["after"] / self.compensation["perplexity"]["dense"])
 
     @property
     def healing(self) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from blockpruner.evaluation.store import ITEMS
 from blockpruner.methods.registry import KINDS
 from blockpruner.reporting import statistics
 from blockpruner.reporting.statistics import Effect, Floats, Interval, Mean
+from blockpruner.search.registry import SEARCHES
 from blockpruner.store.files import read_json, read_table
 
 PARTS = ("prefill", "decode", "generation")
@@ -263,6 +264,13 @@ class Option:
             return self.curve[0] if self.curve else None
         value: float | None = self.plan.calibration["perplexity"]
         return value
+
+    @property
+    def own_rise(self) -> float | None:
+        """ln(PPL / dense PPL) on the calibration rows, nats per token; None where the search asked for no scores."""
+        asked = self.plan is not None and self.plan.method in SEARCHES and SEARCHES[self.plan.method].asks != "nothing"
+        found = self.plan.calibration if self.plan is not None and asked else {}
+        return math.log(found["perplexity"] / found["dense_perplexity"]) if found.get("perplexity") else None
 
     @property
     def heldout_rise(self) -> float:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from blockpruner.checkpoints.hf import save_pruned
 from blockpruner.core.blocks import DENSE, all_blocks, parse_mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import FAMILIES, count_kv_cache, count_parameters
 from blockpruner.model import modeling_blockpruned
 from blockpruner.model.models import decoder_layers, load_model, masked, model_family, prune_
+from tests.plans import save_pruned
 from tests.tiny import GRID, VARIANTS, VARIANTS_DAILY, tiny_model, tolerance
 
 MASKS = ["mlp.0,mlp.1,mlp.2", "mha.0,mha.2,mlp.0,mlp.3"]

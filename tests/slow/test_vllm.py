@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from blockpruner.checkpoints.hf import export_hf, save_pruned
+from blockpruner.checkpoints.hf import export_hf
 from blockpruner.core.families import FAMILIES
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model.models import load_model
-from tests.plans import fetch_tiny, plan_of, pruning
+from tests.plans import fetch_tiny, plan_of, pruning, save_pruned
 from tests.tiny import VARIANTS, tiny_tokenizer
 
 PROMPTS = ["The capital of France is", "Once upon a time, a little fox", "def fibonacci(n):\n"]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from blockpruner.checkpoints.hf import code_file, save_pruned
+from blockpruner.checkpoints.hf import code_file
 from blockpruner.checkpoints.verification import reference_outputs, verify_checkpoint
 from blockpruner.core.blocks import BlockId, BlockKind, format_mask, parse_mask
 from blockpruner.core.errors import InputError
@@ -26,7 +26,7 @@ from blockpruner.model.models import load_model, masked, prune_
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.large.streaming import StreamingEngine
 from tests.oracles import make_rows, score_all, sweep
-from tests.plans import fetch
+from tests.plans import fetch, save_pruned
 
 LAYERS, HIDDEN, INNER, VOCABULARY = 4, 48, 40, 90
 IDS = torch.randint(1, VOCABULARY, (11,), generator=torch.Generator().manual_seed(2))

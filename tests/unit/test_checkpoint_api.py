@@ -13,6 +13,7 @@ import datasets
 import pytest
 import torch
 from accelerate import cpu_offload
+from huggingface_hub import metadata_load
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from transformers import AutoModelForCausalLM
 
@@ -25,10 +26,11 @@ from blockpruner.core.blocks import DENSE, all_blocks
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import count_parameters
 from blockpruner.core.progress import SilentObserver
-from blockpruner.healing.rows import compensation_rows
-from blockpruner.healing.settings import Compensate
+from blockpruner.healing.rows import compensation_rows, training_rows
+from blockpruner.healing.settings import Compensate, Train
 from blockpruner.inputs.calibration import draw, pack_rows
 from blockpruner.inputs.settings import Calibration
+from blockpruner.methods.recipes import training
 from blockpruner.methods.registry import KINDS
 from blockpruner.model.models import masked
 from blockpruner.search.iteration import Iteration
@@ -65,7 +67,8 @@ def test_export_is_complete_and_verified(tmp_path, dense):
     card = (tmp_path / "out/README.md").read_text()
     assert "| 3 | mlp.0 |" in card and "license_link: NOTICE.txt" in card
     assert f"{plan.parameters['pruned']:,} of {plan.parameters['dense']:,} parameters" in card
-    assert "\npip install --no-deps blockpruner " in card and "\nvllm serve <this directory>\n" in card
+    assert "pip install --no-deps '.' " in card and "install blockpruner" not in card
+    assert "\nvllm serve <this directory> " in card and "\n## Limits\n" in card
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert loaded.num_parameters() == plan.parameters["pruned"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -86,7 +89,7 @@ def test_whole_layers_are_a_plain_checkpoint(tmp_path, dense):
     assert export(dense, plan, tmp_path / "out")["class"] == "LlamaForCausalLM"
     assert not list((tmp_path / "out").glob("*.py"))
     card = (tmp_path / "out/README.md").read_text()
-    assert "trust_remote_code" not in card and "pip install" not in card and "\nvllm serve <this directory>\n" in card
+    assert "trust_remote_code" not in card and "pip install" not in card and "\nvllm serve <this directory> " in card
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.config.num_hidden_layers == 3 and loaded.num_parameters() == plan.parameters["pruned"]
 
@@ -209,6 +212,30 @@ def test_a_compensated_model_has_the_perplexity_that_it_reports(block, method):
     assert math.exp(nll) == pytest.approx(perplexity["after"])
 
 
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("train", ["lora", "all"])
+def test_a_trained_model_is_nearer_to_the_dense_one(tmp_path, train):
+    """On rows that training did not see, and so it is saved."""
+    tokenizer = tiny_tokenizer()
+    settings = {"seq_len": 16, "method": "given", "options": {"order": ["mlp.0"]}, "compensate": "refit"}
+    settings |= {"train": train, "cache": tmp_path / "cache"}
+    pruned = blockpruner.prune(tiny_model(dtype=torch.float32), tokenizer, MANY, "1blocks", **settings)
+    told = pruned.healed.perplexity
+    assert set(told) == {"refit", "training"} and told["training"]["after"] < told["training"]["before"]
+    recipe = Train(**training(train)).fitted(128)
+    validation = training_rows(MANY, tokenizer, recipe, at_most=True)[1].rows
+    for model, name in ((pruned.model, "after"), (tiny_model(dtype=torch.float32), "dense")):
+        nll = mean(full_nll(model, row) for row in validation)
+        assert math.exp(nll) == pytest.approx(told["training"][name], rel=1e-4)
+    assert pruned.plan.train and not list((tmp_path / "cache/training").iterdir())
+    pruned.save(tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    ids = torch.arange(1, 20)[None]
+    assert torch.equal(loaded(ids).logits, pruned.model(ids).logits)
+    card = (tmp_path / "out/README.md").read_text()
+    assert "compensated without training (refit" in card and "held out from training |" in card
+
+
 def test_of_the_searches_that_can_meet_a_budget_one_is_kept():
     def kept(budget, **given):
         return blockpruner.prune(tiny_model(), tiny_tokenizer(), MANY, budget, seq_len=16, **given)
@@ -230,6 +257,7 @@ def test_of_the_searches_that_can_meet_a_budget_one_is_kept():
         ({"metric": lambda logits, targets, dense: 0, "cache": "kept"}, "cache-of-function"),
         ({"texts": "one string"}, "texts-one-string"),
         ({"texts": TEXTS[:1]}, "too-few-rows"),
+        ({"train": "some"}, "unknown-training"),
     ],
 )
 def test_prune_refuses_what_it_cannot(changes, rule):
@@ -358,6 +386,12 @@ def test_formats_are_written_of_a_model_in_memory_and_verified(tmp_path, compens
     card, plan = (tmp_path / "out/README.md").read_text(), load_plan(tmp_path / "out/blockpruner_plan.json")
     assert "license: mit" in card and "compensated without training (refit" in card and "# out\n" in card
     assert (plan.compensate, plan.removed) == ("refit", ("mlp.0",))
+    held_out = compensated.compensation["perplexity"]
+    columns = " | ".join(f"{held_out[name]:.3f}" for name in ("dense", "before", "after"))
+    assert f"| rows held out from refit | {columns} |" in card
+    ((result,),) = (each["results"] for each in metadata_load(tmp_path / "out/README.md")["model-index"])
+    assert result["metrics"] == [{"type": "perplexity", "value": held_out["after"]}]
+    assert "mlx_lm.server --model <this directory>" in (tmp_path / "out-nas/README.md").read_text()
     monkeypatch.setattr(verify_llama_cpp, "ENGINE", "no_such_engine")
     (place,) = compensated.save_pretrained(tmp_path / "more", ["gguf"]).values()
     assert (place / "model-F16.gguf").exists(), "though the model's weights require gradients"
@@ -398,6 +432,6 @@ def test_what_comes_while_an_export_runs_is_left_as_it_is(tmp_path, compensated,
 def test_what_is_pushed_is_private_verified_and_licensed(compensated, monkeypatch):
     hub = PushHub(monkeypatch)
     assert compensated.push_to_hub("me/small") == "https://hub.invalid/me/small/commit/1"
-    (_, card), (_, repo, made), (_, sent) = hub.calls
+    (_, card), (_, repo, made), (_, _, files, _) = hub.calls
     assert repo == "me/small" and made["private"] is True and card["license"] == "mit"
-    assert {"model.safetensors", "verification.json", "blockpruner_plan.json"} <= set(sent["allow_patterns"])
+    assert {"model.safetensors", "verification.json", "blockpruner_plan.json"} <= {file.path_in_repo for file in files}

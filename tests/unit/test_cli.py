@@ -30,12 +30,14 @@ from blockpruner.cli import doctor, talking
 from blockpruner.cli import main as command
 from blockpruner.cli.pruning import Place
 from blockpruner.core.blocks import DENSE, parse_mask, sorted_blocks
+from blockpruner.core.errors import InputError
 from blockpruner.core.families import count_parameters
 from blockpruner.core.progress import SilentObserver
 from blockpruner.evaluation import zero_shot
 from blockpruner.healing import choice, train
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import load_model, masked, prune_
+from blockpruner.reporting.formats import number
 from blockpruner.store.files import read_json, write_sealed_json
 from blockpruner.store.plans import load_plan
 from tests.fakes import Hub, PushHub
@@ -184,14 +186,15 @@ def test_a_finished_checkpoint_gets_other_formats(model, place, say, monkeypatch
     (place / "texts.txt").write_text("\n".join(f"{i} little words and {i * i} more of them" for i in range(60)))
     order = ("--set", "score.options={order: [mlp.0]}", "--compensate", "refit")
     args = prune(model, "--seq-len", 16, *order, budget="1blocks", method="given")
-    done(say(*args, "--out", "whole", "--export", "nas,gguf", "--json"))
+    done(say(*args, "--out", "whole/small", "--export", "nas,gguf", "--json"))
     done(say(*args, "--out", "small", "--json"))
     found = done(say("export", "small", "mlx-lm", "llama.cpp", "--json"))
     assert [Path(each["path"]).name for each in found["written"]] == ["small-nas", "small-gguf"]
-    for form, name in (("nas", "model.safetensors"), ("nas", "config.json"), ("gguf", "model-F16.gguf")):
-        assert (place / f"small-{form}" / name).read_bytes() == (place / f"whole-{form}" / name).read_bytes(), form
+    written = ("nas/model.safetensors", "nas/config.json", "nas/README.md", "gguf/model-F16.gguf", "gguf/README.md")
+    for name in written:
+        assert (place / f"small-{name}").read_bytes() == (place / f"whole/small-{name}").read_bytes(), name
     assert load_plan(place / "small-nas/blockpruner_plan.json").removed
-    assert "compensated" in (place / "small-nas/README.md").read_text()
+    assert "| rows held out from refit |" in (place / "small-nas/README.md").read_text()
     for words, message in (
         (("small", "nas"), "is not empty; choose another folder"), (("small", "hf"), "is the hf checkpoint itself"),
         (("small-nas/..", "nas"), "does not exist; give a blockpruner_plan.json"), (("small", "onnx"), "onnx"),
@@ -253,7 +256,11 @@ def test_heal_trains_the_better_model_and_goes_on_after_a_kill(model, place, say
     assert made["plan"]["removed"] == refit["plan"]["removed"] and made["plan"]["train"]
     assert made["perplexity"]["compensated"] == refit["perplexity"]["compensated"]
     told = made["perplexity"]["trained"]
-    assert told["after"] < told["before"]
+    assert told["after"] < told["before"] and told["dense"] > 1
+    page = Path(say("report", "out")[1].strip()).read_text()
+    shown = re.search(r"rows held out from training</th>\s*(.*?)</tr>", page, re.DOTALL)[1]
+    assert [number(told[key]) for key in ("dense", "before", "after")] == re.findall(r">([^<>]+)</td>", shown)
+    assert f"vllm serve {place / 'out'} " in page
     (file,) = (place / "cache/blockpruner/trained").glob("*/weights.safetensors")
     trained, before = load_file(file), file.stat().st_mtime_ns
     models = [AutoModelForCausalLM.from_pretrained(place / name, trust_remote_code=True) for name in ("refit", "out")]
@@ -310,9 +317,18 @@ def test_healed_weights_that_are_gone_are_made_again(model, place, say, monkeypa
     monkeypatch.setattr(choice, "compensate", helping)
     done(say(*args))
     whole = load_file(place / "out/model.safetensors")
-    for lost in ("compensated/*/weights.safetensors", "trained/*/weights.safetensors", "compensated/*/plan.json"):
-        (file,) = (path for path in (place / "cache/blockpruner").glob(lost) if ".bad" not in str(path))
+    for lost in (
+        "compensated/*/weights.safetensors",
+        "trained/*/weights.safetensors",
+        "compensated/*/plan.json",
+        "cut",
+    ):
+        name = lost if "/" in lost else "trained/*/weights.safetensors"
+        (file,) = (path for path in (place / "cache/blockpruner").glob(name) if ".bad" not in str(path))
+        content = file.read_bytes()
         file.unlink()
+        if lost == "cut":
+            file.write_bytes(content[:-8])
         shutil.rmtree(place / "out")
         result = say(*args)
         done(result)
@@ -650,6 +666,25 @@ def test_compare_measures_perplexity_on_the_same_rows(model, place, say, monkeyp
     assert code == 2 and "pruned has another tokenizer than" in err
 
 
+def test_json_has_no_infinity(model, place, say, monkeypatch):
+    """Which no parser but Python's reads."""
+    one = talking.Compared("m", 1, perplexity=math.inf, relative=1.5, interval=(0.0, math.inf))
+    monkeypatch.setattr(talking, "compared", lambda *_: [one])
+    (found,) = done(say("compare", model, model, "--prompt", "x", "--json"))
+    assert (found["perplexity"], found["relative"], found["interval"]) == (None, 1.5, [0.0, None])
+    assert json.loads(work.FORMS[".json"]({"points": [{"relative": math.nan}]})) == {"points": [{"relative": None}]}
+
+
+def test_a_note_names_a_key_as_the_command_does(place, say, monkeypatch):
+    """The rows of the paper's draw have no BOS."""
+    bos_tokenizer().save_pretrained(save_tiny(place / "bos"))
+    (place / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS.split("\n")))
+    monkeypatch.setattr(pipeline, "score", lambda *_: (_ for _ in ()).throw(InputError("enough")))
+    sets = ("calibration.split=paper", "calibration.num_rows=null", "calibration.num_samples=3")
+    code, _, err = say(*prune("bos", "--texts", "texts.jsonl", *(part for each in sets for part in ("--set", each))))
+    assert code == 2 and "set calibration.split: all" in err and "(here: --set calibration.split=VALUE)" in err
+
+
 def test_eval_prints_what_the_benchmarks_of_the_library_score(model, place, say):
     (place / "items").mkdir()
     pq.write_table(tables_of("piqa")["validation"], place / "items/piqa_validation.parquet")
@@ -756,6 +791,16 @@ def test_doctor_names_what_is_missing_and_what_mends_it(place, say, monkeypatch)
     checks = {check["name"]: check for check in done(say("doctor", "--json"))}
     assert checks["torch"]["verdict"] == "ok" and checks["torch"]["found"] == metadata.version("torch")
     assert checks["cache"]["found"].startswith(str(place / "cache/blockpruner"))
+    hub, disk = place / "hub", shutil.disk_usage(place)
+    monkeypatch.setattr(doctor.constants, "HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr(
+        doctor.shutil, "disk_usage", lambda path: disk._replace(free=2**20 if path == hub else disk.free)
+    )
+    hub.mkdir()
+    code, out, _ = say("doctor", "--json")
+    (downloads,) = (check for check in json.loads(out) if check["name"] == "downloads")
+    assert code == 1 and str(hub) in downloads["lacks"] and "HF_HOME" in downloads["lacks"]
+    hub.rmdir()
     known, absent = doctor.version, {"ray": "", "typer": "0.1"}
 
     def version(name):

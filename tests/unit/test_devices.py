@@ -13,7 +13,6 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from blockpruner.checkpoints.hf import save_pruned
 from blockpruner.checkpoints.registry import EXPORTS
 from blockpruner.checkpoints.verification import in_float32, reference_outputs
 from blockpruner.core.blocks import DENSE, all_blocks, parse_mask
@@ -44,7 +43,7 @@ from blockpruner.scoring.work import Task, live_numbers
 from tests import fake_devices as made_up
 from tests.fake_devices import MODULE, SETUP, fake_devices
 from tests.golden import unverified
-from tests.plans import fetch_tiny, plan_of, pruning
+from tests.plans import fetch_tiny, plan_of, pruning, save_pruned
 from tests.tiny import GRID, VARIANTS, VOCABULARY, tiny_model, tolerance
 
 pytestmark = pytest.mark.skipif(SETUP is None, reason=f"torch {torch.__version__} has no devices written in Python")

@@ -279,6 +279,8 @@ def test_merged_layers_are_a_plain_model(tmp_path, dense, monkeypatch):
     export(dense, tmp_path / "out", kind="laco", details=details, blocks={"mha": 2, "mlp": 2})
     fields = GGUFReader(tmp_path / "out/model-F16.gguf").fields
     assert (fields["general.architecture"].contents(), fields["llama.block_count"].contents()) == ("llama", 4)
+    named = [fields[f"general.{key}"].contents() for key in ("name", "base_model.0.name", "base_model.count")]
+    assert named == ["t", "mine", 1]
     assert "not installed" in json.loads((tmp_path / "out/verification.json").read_text())["unchecked"]
 
 

@@ -25,7 +25,7 @@ def checkpoint(tmp_path):
     (dense / "blockpruner_source.json").write_text(json.dumps(source))
     (dense / "config.json").write_text('{"model_type": "llama"}')
     plan = plan_of(tiny_model().config.to_dict(), ["mha.1", "mlp.2"])
-    (folder / "README.md").write_text(model_card(plan, dense, "modeling_blockpruned.py"))
+    (folder / "README.md").write_text(model_card(plan, dense, "hf", "modeling_blockpruned.py"))
     (folder / "config.json").write_text("{}")
     write_sealed_json(folder / "verification.json", {"ok": True, "manifest": manifest(folder)})
     return folder
@@ -34,11 +34,16 @@ def checkpoint(tmp_path):
 def test_what_is_verified_is_pushed_private_in_one_commit(checkpoint, monkeypatch):
     hub = PushHub(monkeypatch)
     assert push(checkpoint, "me/small", True, LICENCE, "mine-0.2") == "https://hub.invalid/me/small/commit/1"
-    (_, card), (_, repo, made), (_, sent) = hub.calls
+    (_, card), (_, repo, made), (_, _, files, sent) = hub.calls
     assert card["base_model"] == "meta-llama/Llama-2-7b-hf" and repo == "me/small"
+    assert card["base_model_relation"] == "finetune"
     assert made == {"private": True, "exist_ok": True}
-    assert sent["folder_path"] == checkpoint and "mine-0.2" in sent["commit_message"]
-    assert set(sent["allow_patterns"]) == {"config.json", "README.md", "verification.json"}
+    assert "mine-0.2" in sent["commit_message"]
+    contents = {file.path_in_repo: file.path_or_fileobj for file in files}
+    assert set(contents) == {"config.json", "README.md", "verification.json"}
+    local, shown = (checkpoint / "README.md").read_text(), contents["README.md"].decode()
+    assert "vllm serve <this directory>" in local and "vllm serve me/small" in shown
+    assert 'from_pretrained("me/small"' in shown and "<this directory>" not in shown
 
 
 def test_a_repository_of_another_visibility_gets_nothing(checkpoint, monkeypatch):

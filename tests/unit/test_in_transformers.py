@@ -1,7 +1,9 @@
 """In transformers a pruned model is a model like any other: it saves itself, batches continuously, has other heads."""
 
+import inspect
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,11 +15,10 @@ from transformers import (
     GenerationConfig,
 )
 
-from blockpruner.checkpoints.hf import save_pruned
 from blockpruner.core.blocks import parse_mask
 from blockpruner.model.models import decoder_layers, masked, model_family, prune_
 from blockpruner.store.files import read_json, write_json
-from tests.plans import fetch_tiny, plan_of, pruning
+from tests.plans import fetch_tiny, plan_of, pruning, save_pruned
 from tests.tiny import GRID, tiny_model
 
 MASK = parse_mask("mha.0,mha.2,mlp.0,mlp.3")
@@ -27,6 +28,36 @@ PROMPTS = [list(range(5, 17)), list(range(40, 43)), list(range(60, 90))]
 """One within the sliding windows of 6 tokens, two beyond."""
 
 families = pytest.mark.parametrize("family", GRID)
+
+
+@families
+def test_no_norm_is_without_its_block(family):
+    """Tools that pair norms with the linears behind them (llm-compressor's AWQ) go by names."""
+    model = tiny_model(family, dtype=torch.float32)
+    names = [name for name, _ in model.named_modules()]
+    with masked(model, MASK):
+        assert all(not isinstance(module, torch.nn.Identity) for module in model.modules())
+    assert [name for name, _ in model.named_modules()] == names, "in the same order"
+    row = model_family(model)
+    saved = pruned(family)
+    fresh = type(saved)._from_config(saved.config, experts_implementation="eager")
+    for n, layer in enumerate([*decoder_layers(saved), *decoder_layers(fresh)]):
+        for branch, hole in ((row.mha, "NoMHA"), (row.mlp, "NoMLP")):
+            is_hole = type(getattr(layer, branch.module)).__name__ == hole
+            assert {norm in layer._modules for norm in branch.norms} == {not is_hole}, n
+
+
+@pytest.mark.parametrize(
+    ("family", "mask", "told"),
+    [("gemma3_text", "mha.0", True), ("gemma3_text", "mha.3", False), ("llama", "mha.0", False)],
+)
+def test_an_engine_that_looks_windows_up_by_number_is_refused(family, mask, told):
+    """As vLLM's and SGLang's backends of transformers' models do: attention i gets the window of layer i."""
+    kept = pruned(family, parse_mask(mask))
+    for model in (kept, AutoModel.from_config(kept.config)):
+        with pytest.raises(ValueError, match="plugin") if told else nullcontext():
+            model(IDS, attention_instances={})
+    assert "logits_to_keep" in inspect.signature(kept.forward).parameters
 
 
 def pruned(family, mask=MASK, **config):

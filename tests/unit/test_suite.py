@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from blockpruner.checkpoints.hf import save_pruned
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import SilentObserver
@@ -29,7 +28,7 @@ from blockpruner.model.models import masked, prune_
 from blockpruner.store.files import read_json, write_sealed_json, write_table
 from blockpruner.store.manifest import manifest
 from blockpruner.store.plans import load_plan
-from tests.plans import SOMEONE, plan_of
+from tests.plans import SOMEONE, plan_of, save_pruned
 from tests.tiny import full_nll, save_tiny, tiny_model, tiny_tokenizer
 from tests.unit.zero_shot_items import write_tasks
 

@@ -16,10 +16,9 @@ from torch.nn.functional import rms_norm
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from blockpruner.checkpoints.hf import save_pruned
 from blockpruner.core.families import FAMILIES
 from blockpruner.model import vllm_plugin
-from tests.plans import fetch_tiny, plan_of, pruning
+from tests.plans import fetch_tiny, plan_of, pruning, save_pruned
 
 BASES = {f"{family.prefix}ForCausalLM" for family in FAMILIES.values() if family.in_vllm}
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 from tokenizers import processors
 
-from blockpruner.checkpoints.hf import save_pruned
 from blockpruner.core.blocks import parse_mask
 from blockpruner.evaluation.benchmarks import BENCHMARKS
 from blockpruner.evaluation.tasks import write_task
 from blockpruner.evaluation.zero_shot import evaluate
 from blockpruner.model.models import prune_
+from tests.errors import refused
 from tests.harness import assert_same, command_line
+from tests.plans import save_pruned
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.unit.zero_shot_items import CHOICES, ITEMS, PASSAGES, write_tasks
 
@@ -175,3 +176,11 @@ def test_bos_is_what_the_tokenizer_adds_or_none(task_dir, bos):
     )
     evaluate(model, tokenizer, "piqa", task_dir, 2, bos=bos)
     assert sum((ids == 257).sum().item() for ids in seen) == (2 if bos else 0)  # once for both choices of an item
+
+
+@pytest.mark.parametrize("task", ["piqa", "gsm8k"])
+def test_items_beyond_the_vocabulary_are_refused(task_dir, task):
+    """On a GPU such a token would end the process."""
+    small = tiny_model(dtype=torch.float32, max_position_embeddings=1024, vocab_size=40, bos_token_id=1, eos_token_id=2)
+    with refused("token-without-embedding"):
+        evaluate(small, tiny_tokenizer(), task, task_dir, 2)
