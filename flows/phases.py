@@ -51,7 +51,7 @@ class Phase:
             key = str(uuid4())
             run = client.create_task_run(task, self._flow_run, dynamic_key=key, name=name, task_inputs=inputs)
             client.set_task_run_state(run.id, Running())
-        self._id = run.id
+        self._id: UUID = run.id
 
     def end(self, summary: str, table: Sequence[dict[str, Any]], cached: bool) -> None:
         with _client() as client:
