@@ -106,7 +106,7 @@ test-slow: setup $(SLOW_VENV)/.ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m dvc repro fetch@smollm2
 	HF_HUB_OFFLINE=1 BLOCKPRUNER_VLLM="$(CURDIR)/$(SLOW_VENV)/bin" $(BIN)/python -m pytest -s -n 0 -m slow tests
 
-# Needs a browser (Debian: apt-get install chromium). SCREENSHOTS=docs renews docs/ui-*.png.
+# Needs a browser (Debian: apt-get install chromium). SCREENSHOTS=FOLDER keeps pictures.
 test-ui: setup
 	@test -n "$$BLOCKPRUNER_CHROMIUM$$(command -v chromium)" || { echo "no chromium on PATH, and BLOCKPRUNER_CHROMIUM is unset (Debian: apt-get install chromium)"; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[ui]'

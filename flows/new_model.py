@@ -53,6 +53,11 @@ class NewModel(Frozen):
     push: str | None = Field(default=None, description=Selection.model_fields["push"].description)
     share: str | None = Field(default=None, description=Selection.model_fields["share"].description)
 
+    @property
+    def selection(self) -> Selection:
+        """What is made of it."""
+        return Selection(runs=(self.name,), budgets=self.budgets, train=self.train)
+
     def text(self) -> str:
         """The run file."""
         data = None if self.texts is None else source_of(self.texts)
@@ -103,14 +108,14 @@ def add(form: NewModel) -> Chosen:
     if is_new:
         write_text(file, text)
     try:
-        return choose(Selection(runs=(form.name,), budgets=form.budgets, train=form.train))
+        return choose(form.selection)
     except InputError:
         if is_new:
             file.unlink()
         raise
 
 
-@flow(name="new-model")
+@flow(name="new-model", flow_run_name="{form.selection.words}")
 def new_model(form: NewModel) -> State[None]:
     """Write a new model's run file, and make it as the flow `prune` does."""
     return build(lambda: add(form), push=form.push, share=form.share)

@@ -31,7 +31,7 @@ class PrefectObserver(ConsoleObserver):
             from flows.phases import Phase
 
             flow_run, parent = os.environ[TASK_VARIABLE].split("/")
-            self._phase = Phase(flow_run, parent, os.environ["DVC_STAGE"], phase)
+            self._phase = Phase(flow_run, parent, os.environ["DVC_STAGE"], phase, self._phase)
 
         self._send(send)
 

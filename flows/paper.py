@@ -17,7 +17,7 @@ from flows.prune import build, run_here
 from flows.selection import choose_study
 
 
-@flow(name="paper-tables")
+@flow(name="paper-tables", flow_run_name="{study}")
 def paper(study: str) -> State[None]:
     """Bring every target of a study up to date, then its tables; what is known is not computed again.
 

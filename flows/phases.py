@@ -36,17 +36,22 @@ def artifact_key(text: str) -> str:
 
 
 class Phase:
-    """One phase. It begins when it is made, and ends once."""
+    """One phase. It begins when it is made, and ends once.
 
-    def __init__(self, flow_run: str, parent: str, stage: str, name: str) -> None:
+    The V1 UI unfolds phases under their stage. V2 does not, so an arrow leads from each phase to the next.
+    """
+
+    def __init__(self, flow_run: str, parent: str, stage: str, name: str, before: Phase | None) -> None:
         self._flow_run, self._stage, self._name = UUID(flow_run), stage, name
-        parents: Any = {"__parents__": [TaskRunResult(id=UUID(parent))]}
+        inputs: Any = {"__parents__": [TaskRunResult(id=UUID(parent))]}
+        if before is not None:
+            inputs["before"] = [TaskRunResult(id=before._id)]
         with _client() as client:
             task = Task(artifact_key, name=name)
             key = str(uuid4())
-            run = client.create_task_run(task, self._flow_run, dynamic_key=key, name=name, task_inputs=parents)
+            run = client.create_task_run(task, self._flow_run, dynamic_key=key, name=name, task_inputs=inputs)
             client.set_task_run_state(run.id, Running())
-        self._id = run.id
+        self._id: UUID = run.id
 
     def end(self, summary: str, table: Sequence[dict[str, Any]], cached: bool) -> None:
         with _client() as client:

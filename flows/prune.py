@@ -51,9 +51,22 @@ LEFT_OUT = "Left out"
 """The name of a stage's state if one that it needs has failed."""
 
 
-@task(cache_policy=NO_CACHE)  # DVC is the cache
+DELAYS = [10.0, 120.0]
+"""Seconds before a second and a third try of what fails at the network."""
+
+
+def is_of_network(_task: object, _run: object, state: State[Any]) -> bool:
+    """Whether a stage's error advises to check the network, as those of a fetch do."""
+    return "network" in str(state.message)
+
+
+@task(cache_policy=NO_CACHE, retries=len(DELAYS), retry_delay_seconds=DELAYS, retry_condition_fn=is_of_network)
 def run_stage(stage: str, lock: int, start: bool) -> State[None]:
-    """One DVC stage, its output in the task's log. No `start`: it is known to be up to date, DVC is not started."""
+    """One DVC stage, its output in the task's log. DVC is the cache.
+
+    Args:
+        start: False: the stage is known to be up to date, and DVC is not started.
+    """
     cached: State[None] = Completed(name="Cached", message="nothing has changed")
     if not start:
         return cached
@@ -75,7 +88,10 @@ def run_stage(stage: str, lock: int, start: bool) -> State[None]:
     return Completed() if ran else cached
 
 
-@task(name="push", task_run_name="push to {remote}", cache_policy=NO_CACHE)
+@task(
+    name="push", task_run_name="push to {remote}", cache_policy=NO_CACHE,
+    retries=len(DELAYS), retry_delay_seconds=DELAYS,
+)  # fmt: skip
 def push_outputs(remote: str, stages: Sequence[str], lock: int) -> State[None]:
     """What the stages have made, sent to a remote of DVC."""
     try:
@@ -99,7 +115,7 @@ def share_outputs(remote: str, to: str | None, stages: Sequence[str], lock: int)
 EVERYTHING = Selection()
 
 
-@flow(name="prune")
+@flow(name="prune", flow_run_name="{selection.words}")
 def prune(selection: Selection = EVERYTHING) -> State[None]:
     """Bring the chosen runs and targets up to date, stage by stage, then the report."""
     return build(lambda: choose(selection), selection.keep_going, selection.push, selection.share)
@@ -147,16 +163,19 @@ def run_stages(
         keep_going: whether a failure leaves out only what depends on it.
     """
     states: dict[str, State[Any]] = {}
+    behind: dict[str, set[str]] = {}  # all stages that one depends on
     for stage, before in needs.items():
+        behind[stage] = {*before}.union(*(behind.get(each, ()) for each in before))
         own = {each: states[each] for each in before if each in states}
-        done = [state for state in own.values() if state.is_completed()]
+        done = {each: state for each, state in own.items() if state.is_completed()}
         if len(done) < len(own) and not (stage in summaries and done):
             failed = next(each for each, state in own.items() if not state.is_completed())
             states[stage] = Failed(name=LEFT_OUT, message=f"{failed} failed")
             continue
-        start = stage in stale or any(state.name != "Cached" for state in done)
+        start = stage in stale or any(state.name != "Cached" for state in done.values())
         named = run_stage.with_options(name=stage, task_run_name=stage)
-        states[stage] = named(stage, lock, start, wait_for=done, return_state=True)
+        arrows = [done[each] for each in done if not any(each in behind[other] for other in done)]
+        states[stage] = named(stage, lock, start, wait_for=arrows, return_state=True)
         if not states[stage].is_completed() and not keep_going:
             break
     return states

@@ -68,6 +68,12 @@ class Selection(Frozen):
     )
 
     @property
+    def words(self) -> str:
+        """The name of its flow run."""
+        healing = [str(self.compensate)] * (self.compensate is not None) + ["train"] * self.train
+        return " ".join([*(self.runs or ["all runs"]), *self.budgets, *healing])
+
+    @property
     def healing(self) -> dict[str, Any]:
         """What a target of it has in params.yaml beyond run and budget."""
         given = {"compensate": self.compensate, "train": self.train or None}

@@ -107,7 +107,6 @@ def prefect_server(port: int, secret: str) -> Iterator[subprocess.Popen[bytes]]:
     settings = {
         "PREFECT_SERVER_API_AUTH_STRING": secret,
         "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",  # a run that waits for the one before it is not late
-        "PREFECT_SERVER_UI_V2_ENABLED": "false",  # it does not nest a stage's iterations
     }
     with open(log, "wb") as output:
         process = subprocess.Popen(

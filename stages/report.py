@@ -69,9 +69,10 @@ def labels(settings: Sections) -> RunLabels:
 
 def main(_: str) -> None:
     params = load_params()
-    names = {name: labels(sections(name)) for name in params.runs}
     show = observer()
-    built = [name for name in params.targets if (DATA / "evidence" / name / "results.json").exists()]
+    parts = ("evidence/{}/results.json", "compensated/{}/compensate.json")  # a clone has the first one by Git
+    built = [name for name in params.targets if all((DATA / part.format(name)).exists() for part in parts)]
+    names = {run: labels(sections(run)) for run in dict.fromkeys(params.targets[name].run for name in built)}
     for name in sorted(set(params.targets) - set(built)):
         show.note(f"target {name} is not built yet and not in the report; `dvc repro` builds it")
     pipeline.report(DATA / "report", params.report.title, built, names, DATA, params.report.plots)

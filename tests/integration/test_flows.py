@@ -20,10 +20,12 @@ import yaml
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
 from blockpruner.core.errors import InputError
+from blockpruner.inputs.hub import hub_error
 from blockpruner.params import load_params
 from blockpruner.settings import Target
 from blockpruner.store.locks import workspace
 from flows import dvc, serve
+from flows import prune as prune_module
 from flows.new_model import NewModel, add, new_model
 from flows.paper import paper
 from flows.prune import main, prune
@@ -84,7 +86,8 @@ with open("log.txt", "a") as log:
     log.write(f"{stage} {item} {os.getpid()}\\n")
 show = observer()
 show.note(f"hello from {stage} {item}")
-if f"{stage} {item}" == os.environ.get("STUB_FAILS"):
+tries = Path("log.txt").read_text().count(f"{stage} {item} ")
+if f"{stage} {item}" == os.environ.get("STUB_FAILS") and tries <= int(os.environ.get("STUB_TIMES", 9)):
     sys.exit(os.environ.get("STUB_SAYS", "out of luck"))
 if stage == "score":
     for index in range(2):
@@ -235,7 +238,9 @@ def test_make_serve_runs_what_is_asked_for_shows_it_and_leaves_no_process(projec
     names = {run["id"]: run["name"] for run in runs}
     inputs = {run["name"]: run["task_inputs"] for run in runs}
     assert [names[p["id"]] for p in inputs["iteration 0"]["__parents__"]] == ["score@smollm2"]
+    assert [names[p["id"]] for p in inputs["iteration 1"]["before"]] == ["iteration 0"], "no arrow"
     assert [names[p["id"]] for p in inputs["commit@smollm2-b2"]["wait_for"]] == ["score@smollm2"], "no arrow"
+    assert post(url, "flow_runs/filter")[0]["name"] == "all runs"
     data = {artifact["key"]: artifact["data"] for artifact in ask(url, "artifacts")}
     assert data.keys() == {"score-smollm2-table", "results", "report"}
     pages = f"http://127.0.0.1:{port + 1}/report"
@@ -270,6 +275,17 @@ def test_one_failure_stops_no_other_model_and_is_in_the_table(project, server, m
         {"model": "smollm2-b10", "perplexity": None, "why": why},
         {"model": "smollm2-b20", "perplexity": 40.0, "why": ""},
     ]
+
+
+def test_a_stage_is_tried_three_times_where_the_network_failed(project, server, monkeypatch):
+    monkeypatch.setattr(prune_module.run_stage, "retry_delay_seconds", [0, 0])
+    monkeypatch.setenv("STUB_FAILS", "fetch smollm2")
+    monkeypatch.setenv("STUB_SAYS", f"error in stage fetch smollm2: {hub_error('a/b', OSError('timed out'))}")
+    state, started = run_flow(server, prune)
+    assert started == ["fetch smollm2"] * 3 and "timed out; check the network" in state.message
+    monkeypatch.setenv("STUB_TIMES", "4")
+    state, started = run_flow(server, prune)
+    assert started == [*STAGES[:1], *STAGES] and state.message == "5 stages: 5 run, 0 cached"
 
 
 @pytest.mark.usefixtures("true_starts")
@@ -307,7 +323,8 @@ def test_a_study_makes_its_targets_and_tables_once(project, server, monkeypatch)
         choose_study("one")
 
 
-def test_a_new_model_is_written_made_and_pushed(project, server, tmp_path):
+def test_a_new_model_is_written_made_and_pushed(project, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(prune_module.push_outputs, "retry_delay_seconds", [0, 0])
     Path(tmp_path / "file").touch()
     remote = [sys.executable, "-m", "dvc", "remote"]
     subprocess.run([*remote, "add", "-q", "team", str(tmp_path / "file" / "remote")], check=True)
@@ -319,6 +336,9 @@ def test_a_new_model_is_written_made_and_pushed(project, server, tmp_path):
     assert state.is_failed() and state.message.startswith("push to the remote 'team' failed: ")
     assert "`dvc push -r team` tries it again. Finished stages are kept: run again" in state.message
     assert started == ["fetch mine", "score mine", "commit mine-2blocks-train", "report all"]
+    pushed = [run for run in ask(server, "task_runs") if run["name"] == "push to team"]
+    assert [run["run_count"] for run in pushed] == [3]
+    assert post(server, "flow_runs/filter", sort="EXPECTED_START_TIME_DESC")[0]["name"] == "mine 2blocks train"
     assert yaml.safe_load(Path("runs/mine.yaml").read_text()) == {
         "model": {"source": "path", "path": "models/mine"},
         "score": {"method": "recommended", "unit": "layer"},

@@ -1,4 +1,5 @@
-"""What a person does in the browser, from the form to the report: `make test-ui` (Debian: apt-get install chromium).
+"""What a person does in the browser, from the form to the report, in Prefect's V2 UI, which `/` leads to, and in V1:
+`make test-ui` (Debian: apt-get install chromium).
 
 BLOCKPRUNER_CHROMIUM names another browser; BLOCKPRUNER_SCREENSHOTS a folder that the screenshots are written to.
 """
@@ -51,7 +52,7 @@ def project(tmp_path_factory):
     """Two runs of a model with 12 layers: `tiny` is scored in seconds, `slow` takes long enough to be cancelled. The
     folder `mine` has a model without a run file, and `remote` is a DVC remote."""
     folder = tmp_path_factory.mktemp("ui")
-    project = make_project(folder.resolve(), {"tiny-0.1": "0.1"})
+    project = make_project(folder.resolve(), {"tiny-b10": "0.1"})
     save_tiny(folder / "inputs/model", layers=12, tie_word_embeddings=True)
     shutil.copytree(folder / "inputs", project / "mine")
     with open(project / ".dvc/config", "a") as config:
@@ -62,6 +63,9 @@ def project(tmp_path_factory):
     run["calibration"]["num_samples"] = 500
     run["calibration"]["data"]["path"] = str(texts)
     (project / "runs/slow.yaml").write_text(yaml.safe_dump(run))
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    params["report"]["plots"] = True
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
     return project
 
 
@@ -90,6 +94,7 @@ def served(project):
 
 @pytest.fixture
 def page(served):
+    """A browser in the UI that Prefect shows first: V2."""
     with playwright.sync_playwright() as browsers:
         browser = browsers.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # root has no sandbox
         page = browser.new_page(viewport={"width": 1500, "height": 1150})
@@ -97,9 +102,23 @@ def page(served):
         page.goto(f"{served}/")  # as a person does
         page.get_by_placeholder("admin:pass").fill(os.environ["PREFECT_API_AUTH_STRING"])
         page.get_by_role("button", name="Login").click()
-        page.wait_for_url(re.compile("/dashboard"))
+        page.wait_for_url(re.compile("/v2/dashboard"))
         yield page
         browser.close()
+
+
+@pytest.fixture
+def old_page(page, served):
+    """A browser in V1."""
+    page.get_by_text("Switch to V1 UI").click()
+    page.get_by_role("button", name="Skip feedback and switch").click()
+    page.wait_for_url(f"{served}/dashboard*")
+    return page
+
+
+def at(page, url, path):
+    """Open a page in the UI that the browser is in."""
+    page.goto(f"{url}{'/v2' if '/v2/' in page.url else ''}/{path}")
 
 
 def free_port():
@@ -135,127 +154,172 @@ def tasks(url, name):
 def shoot(page, name):
     page.wait_for_timeout(2000)  # what moves in has arrived
     if folder := os.environ.get("BLOCKPRUNER_SCREENSHOTS"):
-        page.screenshot(path=Path(folder) / f"{name}.png")
+        page.screenshot(path=Path(folder) / f"{'v2' if '/v2/' in page.url else 'v1'}-{name}.png")
 
 
-def open_form(page, url, flow, name):
-    """The form of a flow, with this name for its run."""
-    page.goto(f"{url}/deployments")
+def open_form(page, url, flow):
+    """The form of a flow."""
+    at(page, url, "deployments")
     page.get_by_role("link", name=flow, exact=True).first.click()
     page.get_by_role("button", name="Run", exact=True).click()
     page.get_by_text("Custom run").first.click()
-    page.locator(".schema-form-property-array").first.wait_for()
-    page.locator("input").first.fill(name)
+    page.get_by_role("button", name="Add item").first.wait_for()
+    page.wait_for_timeout(1000)  # V2 draws the form twice
 
 
-def field(page, name):
-    """One parameter of a form."""
-    return page.locator(".schema-form-property").filter(has=page.get_by_text(name, exact=True)).last
+def part(page, name, tag):
+    """An element of one parameter of a form."""
+    if "/v2/" in page.url:
+        own = page.get_by_text(name, exact=True).first.locator(f"xpath=ancestor::*[.//{tag}][1]")
+    else:
+        own = page.locator(".schema-form-property").filter(has=page.get_by_text(name, exact=True)).last
+    return own.locator(f"xpath=.//{tag}").last
 
 
 def write_field(page, name, text):
-    """Fill in a parameter of a form."""
-    field(page, name).locator("textarea, input").last.fill(text)
+    """Fill in a parameter of a form; "!": JSON, "?": it may be none, "+": an item of a list."""
+    name, kind = (name[:-1], name[-1]) if name[-1] in "!?+" else (name, "")
+    if kind == "+":
+        part(page, name, "button[contains(., 'Add item')]").click()
+    if kind == "?":
+        part(page, name, "button[normalize-space()='str']").click()
+    part(page, name, "*[contains(@class, 'cm-content')]" if kind == "!" else "*[self::input or self::textarea]").fill(
+        text
+    )
 
 
-def fill_form(page, url, run, budget, name):
-    open_form(page, url, "prune", name)
-    for name, text in (("Runs (Optional)", run), ("Budgets (Optional)", budget)):
-        field(page, name).get_by_role("button", name="Add item").click()
-        write_field(page, name, text)
+def fill_form(page, url, run, budget):
+    open_form(page, url, "prune")
+    write_field(page, "Runs (Optional)+", run)
+    write_field(page, "Budgets (Optional)+", budget)
 
 
-def submit(page):
-    page.get_by_role("button", name="Submit").click()
+def submit(page, url):
+    """Send a form; wait until the server has the run."""
+    before = len(ask(url, "flow_runs/filter"))
+    page.get_by_role("button", name="Submit").press("Enter")  # a click is lost where the form moves under it
+    wait_until(lambda: len(ask(url, "flow_runs/filter")) > before)
 
 
 def open_run(page, url, name):
-    page.goto(f"{url}/runs")
-    page.get_by_role("link", name=name, exact=True).first.click()
+    at(page, url, f"runs/flow-run/{flow_run(url, name)['id']}")
+
+
+def wait_for_end(url, project, name):
+    """Wait for the end of a run, which has the name of what it makes from its start on."""
+    over = ("COMPLETED", "FAILED", "CRASHED")
+    wait_until(lambda: any(run["name"] == name and run["state_type"] in over for run in ask(url, "flow_runs/filter")))
+    state = flow_run(url, name)["state"]
+    assert state["name"] == "Completed", f"{state}\n{(project / 'serve.log').read_text()}"
 
 
 def bars(page):
-    """Left and top of the bars in a run's graph, which is a canvas, from left to right."""
+    """Left, top, right and bottom of the bars in a run's graph, which is a canvas, from left to right."""
     picture = Image.open(io.BytesIO(page.locator("canvas").first.screenshot())).convert("RGB")
     green = np.abs(np.asarray(picture).astype(int) - COMPLETED).max(axis=2) < 12
-    places = [(r, c) for r, c in find_objects(label(green)[0]) if r.stop - r.start > 24 and c.stop - c.start > 5]
-    return sorted((columns.start, rows.start) for rows, columns in places)
+    places = [(c.start, r.start, c.stop, r.stop) for r, c in find_objects(label(green)[0])]
+    return sorted(place for place in places if place[2] - place[0] > 3 and place[3] - place[1] > 10)
 
 
 def open_report(page, url):
     """The newest report, whose pictures are seen; the URL of its page."""
     newest = ask(url, "artifacts/filter", artifacts={"key": {"any_": ["report"]}}, sort="CREATED_DESC")[0]
-    page.goto(f"{url}/artifacts/artifact/{newest['id']}")
+    at(page, url, f"artifacts/artifact/{newest['id']}")
     link = page.get_by_role("link", name="The page")
     link.wait_for()
     pictures = page.locator("img[src*='/report/plots/']")
+    pictures.first.wait_for()
     for number in range(pictures.count()):
         assert pictures.nth(number).evaluate("image => image.decode().then(() => image.naturalWidth)") > 0
     return link.get_attribute("href")
 
 
-def test_trigger_watch_cancel_and_retry(page, served, project):
-    idle = processes_in(project)
-    fill_form(page, served, "tiny", "0.2", "first")
-    shoot(page, "ui-form")
-    submit(page)
-    page.get_by_role("link", name="first").first.wait_for()
-    fill_form(page, served, "slow", "0.08", "second")
-    submit(page)
-    page.get_by_role("link", name="second").first.wait_for()
-    wait_until(lambda: flow_run(served, "first")["state_type"] not in ("SCHEDULED", "PENDING"))
-    assert [flow_run(served, name)["state_type"] for name in ("second", "first")] == ["SCHEDULED", "RUNNING"]
-
-    wait_until(lambda: flow_run(served, "first")["state_type"] not in ("SCHEDULED", "PENDING", "RUNNING"))
-    assert flow_run(served, "first")["state_name"] == "Completed", (project / "serve.log").read_text()
-    found = tasks(served, "first")
-    assert ("removal 1", "Completed", "score@tiny") in found and ("score@tiny", "Completed") in found
-    open_run(page, served, "first")
-    wait_until(lambda: len(bars(page)) == len([name for name, _, *parent in found if not parent]))  # one a stage
-    (left, top), (end, _) = bars(page)[2:4]  # score, behind fetch and calibrate, and baseline
-    page.locator("canvas").first.click(position={"x": left + 16, "y": top + 16})  # its arrow
-    wait_until(lambda: any(left < x < end and y > top + 24 for x, y in bars(page)))
+def run_and_look(page, url, project, budget):
+    """From the form to the report; returns the stages of the run and those of its task runs that are nested."""
+    fill_form(page, url, "tiny", budget)
+    shoot(page, "form")
+    submit(page, url)
+    wait_for_end(url, project, name := f"tiny {budget}")
+    found = tasks(url, name)
+    assert ("removal 1", "score@tiny") in [(name, *parent) for name, _, *parent in found]
+    assert ("score@tiny", "Completed") in found
+    open_run(page, url, name)
+    stages = [name for name, _, *parent in found if not parent]
+    page.locator("canvas").first.wait_for()
+    wait_until(lambda: len(bars(page)) >= len(stages))
     page.get_by_text("Task Runs", exact=True).click()
     page.get_by_placeholder("Search by run name").fill("removal")
     page.get_by_text("removal 2", exact=True).first.wait_for()
-    shoot(page, "ui-run")
+    shoot(page, "run")
     page.get_by_text("Artifacts", exact=True).click()
     for key in ("report", "results", "score-tiny-table"):
         page.get_by_text(key, exact=True).first.wait_for()
-    assert "<title>Tiny</title>" in httpx.get(open_report(page, served)).text
+    assert "<title>Tiny</title>" in httpx.get(open_report(page, url)).text
+    shoot(page, "report")
+    return stages, [name for name, _, *parent in found if parent]
 
-    wait_until(lambda: any(name == "removal 2" for name, *_ in tasks(served, "second")))
-    open_run(page, served, "second")
+
+def test_v2_triggers_a_run_and_shows_its_phases_and_pictures(page, served, project):
+    stages, phases = run_and_look(page, served, project, "0.2")
+    open_run(page, served, "tiny 0.2")
+    wait_until(lambda: len(bars(page)) == len(stages) + len(phases))
+
+
+def test_v1_does_so_too_and_unfolds_a_stage(old_page, served, project):
+    page = old_page
+    stages, _ = run_and_look(page, served, project, "0.15")
+    open_run(page, served, "tiny 0.15")
+    wait_until(lambda: len(bars(page)) == len(stages))
+    left, top, right, bottom = bars(page)[stages.index("score@tiny")]
+    size = bottom - top
+    arrow = left + size / 2 if right - left > 2 * size else right + size / 2 + 4  # in the bar, or behind a short one
+    page.locator("canvas").first.click(position={"x": arrow, "y": (top + bottom) / 2})
+    wait_until(lambda: len(bars(page)) > len(stages))
+    shoot(page, "unfolded")
+
+
+def test_runs_wait_for_each_other_and_are_cancelled_and_retried(old_page, served, project):
+    page = old_page
+    idle = processes_in(project)
+    fill_form(page, served, "slow", "0.08")
+    submit(page, served)
+    wait_until(lambda: any(run["name"] == "slow 0.08" for run in ask(served, "flow_runs/filter")))
+    fill_form(page, served, "tiny", "0.1")
+    submit(page, served)
+    waiting = ask(served, "flow_runs/filter", flow_runs={"state": {"type": {"any_": ["SCHEDULED"]}}})
+    assert len(waiting) == 1 and flow_run(served, "slow 0.08")["state_type"] == "RUNNING"
+    wait_until(lambda: any(name == "removal 2" for name, *_ in tasks(served, "slow 0.08")))
+    httpx.delete(f"{served}/api/flow_runs/{waiting[0]['id']}", auth=("me", os.environ["PREFECT_API_AUTH_STRING"][3:]))
+    open_run(page, served, "slow 0.08")
     page.get_by_role("button", name="Cancel").click()
-    assert flow_run(served, "second")["state_type"] == "RUNNING"
+    assert flow_run(served, "slow 0.08")["state_type"] == "RUNNING"
     page.get_by_role("button", name="Confirm").click()
     clicked = time.monotonic()
     wait_until(lambda: processes_in(project) <= idle)
     took = time.monotonic() - clicked
     print(f"gone {took:.1f} s after the click")
     assert took < CANCELLED_WITHIN
-    wait_until(lambda: flow_run(served, "second")["state_name"] == "Cancelled")
-    before = tasks(served, "second")
+    wait_until(lambda: flow_run(served, "slow 0.08")["state_name"] == "Cancelled")
+    before = tasks(served, "slow 0.08")
     assert before[-1][1:] == ("Crashed", "score@slow"), before
 
     page.get_by_role("button", name="Retry").first.click()
     page.get_by_role("dialog").get_by_role("button", name="Retry").click()
-    wait_until(lambda: flow_run(served, "second")["state_type"] in ("COMPLETED", "FAILED", "CRASHED"))
-    assert flow_run(served, "second")["state_name"] == "Completed", (project / "serve.log").read_text()
-    again = tasks(served, "second")[len(before) :]
+    wait_until(lambda: flow_run(served, "slow 0.08")["state_type"] != "CANCELLED")
+    wait_for_end(served, project, "slow 0.08")
+    again = tasks(served, "slow 0.08")[len(before) :]
     assert ("fetch@slow", "Cached") in again and ("score@slow", "Completed") in again
     assert ("removal 1", "Cached", "score@slow") in again and (before[-1][0], "Completed", "score@slow") in again
 
 
 def test_a_new_model_by_form_run_report_and_push(page, served, project):
-    open_form(page, served, "new-model", "third")
+    open_form(page, served, "new-model")
     write_field(page, "Name", "mine")
     write_field(page, "Model", "mine/model")
-    field(page, "Budgets").get_by_role("button", name="Add item").click()
-    write_field(page, "Budgets", "0.1")
-    for texts in ("Texts (Optional)", "Heldout (Optional)"):
+    write_field(page, "Budgets+", "0.1")
+    for texts in ("Texts (Optional)?", "Heldout (Optional)?"):
         write_field(page, texts, "mine/texts.parquet")
-    write_field(page, "Push (Optional)", "team")
+    write_field(page, "Push (Optional)?", "team")
     more = {
         "calibration": {"num_samples": 10, "seq_len": 24},
         "evaluate": {
@@ -265,13 +329,11 @@ def test_a_new_model_by_form_run_report_and_push(page, served, project):
         },
         "compensate": {"num_rows": 24, "seq_len": 32, "validation": 0.25},
     }
-    write_field(page, "More (Optional)", json.dumps(more))
-    shoot(page, "ui-new-model")
-    submit(page)
-    page.get_by_role("link", name="third").first.wait_for()
-    wait_until(lambda: flow_run(served, "third")["state_type"] in ("COMPLETED", "FAILED", "CRASHED"))
-    assert flow_run(served, "third")["state_name"] == "Completed", (project / "serve.log").read_text()
-    found = tasks(served, "third")
+    write_field(page, "More (Optional)!", json.dumps(more))
+    shoot(page, "new-model")
+    submit(page, served)
+    wait_for_end(served, project, "mine 0.1")
+    found = tasks(served, "mine 0.1")
     assert {state for _, state, *_ in found} <= {"Completed", "Cached"} and found[-1][0] == "push to team", found
     assert any((project.parent / "remote").rglob("*"))
     assert (project / "data/checkpoints/mine-b10/hf/model.safetensors").exists()

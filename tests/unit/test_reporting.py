@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pytest
 from scipy import stats
 
+from blockpruner import pipeline
 from blockpruner.core.blocks import DENSE, Mask, format_mask, parse_mask, removable_units
 from blockpruner.evaluation.store import ITEMS
 from blockpruner.methods.commit import commit_run, save_iterations
@@ -51,6 +53,7 @@ from blockpruner.search import iteration
 from blockpruner.search.registry import SEARCHES
 from blockpruner.search.trace import read_trace, trace_directory
 from blockpruner.store.files import read_json, read_table, write_sealed_json, write_table
+from stages import report as report_stage
 from tests.builders import FakeScorer, by_text, scored, short_rows, small_config, speed_facts
 from tests.errors import refused
 
@@ -506,6 +509,20 @@ def test_nothing_is_compared_with_a_time_that_is_not_known(tmp_path: Path) -> No
     assert verdict.level is Level.NOTE and recommended(found.targets) is None
     curve = _csv(data / "report" / "curve.csv")
     assert {row["speedup_generation"] for row in curve} == {""} and {row["front"] for row in curve} == {"1"}
+
+
+def test_a_report_needs_no_run_that_was_not_made_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clone has evidence of targets that it has not built, and a flow may make another run."""
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text('runs: [smollm2]\ntargets: {a: {run: smollm2, budget: "0.1"}}\nreport: {title: T}\n')
+    shutil.copytree(root / "runs", "runs")
+    Path("data/evidence/a").mkdir(parents=True)
+    Path("data/evidence/a/results.json").write_text("{}")
+    given: list[Any] = []
+    monkeypatch.setattr(pipeline, "report", lambda *values: given.extend(values))
+    report_stage.main("")
+    assert given[1:4] == ["T", [], {}]
 
 
 def test_racing_losers_are_in_no_ranking_and_no_curve(tmp_path: Path) -> None:

@@ -36,9 +36,11 @@ def project(tmp_path, monkeypatch):
 
 
 NEEDS = {
-    "fetch@a": (), "score@a": ("fetch@a",), "commit@x": ("score@a",), "build@x": ("commit@x",),
-    "commit@y": ("score@a", "elsewhere"), "report": ("build@x", "commit@y"),
+    "fetch@a": (), "score@a": ("fetch@a",), "commit@x": ("score@a",), "build@x": ("score@a", "commit@x"),
+    "commit@y": ("score@a", "elsewhere"), "report": ("build@x", "commit@y", "score@a"),
 }  # fmt: skip
+ARROWS = {**NEEDS, "build@x": ("commit@x",), "commit@y": ("score@a",), "report": ("build@x", "commit@y")}
+"""Without those that lead past a stage on the way."""
 
 
 @pytest.mark.parametrize(
@@ -59,9 +61,10 @@ def test_stages_start_behind_what_changed_and_are_left_out_behind_what_failed(
 
     def run(stage, lock, start, wait_for, return_state):
         assert all(state.is_completed() for state in wait_for) and return_state
+        assert fails or [state.message for state in wait_for] == [*ARROWS[stage]]
         if not start:
-            return Completed(name="Cached")
-        return Failed() if stage == fails else Completed()
+            return Completed(name="Cached", message=stage)
+        return Failed() if stage == fails else Completed(message=stage)
 
     run.with_options = lambda name, task_run_name: run
     monkeypatch.setattr(prune_module, "run_stage", run)
@@ -81,6 +84,14 @@ def test_a_table_has_a_row_for_each_model_that_is_measured_or_failed(tmp_path, m
         {"model": "x", "perplexity": 3.0, "average": 0.5, "why": ""},
         {"model": "y", "perplexity": None, "average": None, "why": "no"},
     ]
+
+
+def test_a_flow_run_is_named_by_what_it_makes():
+    assert Selection().words == "all runs"
+    assert Selection(runs=("a", "b"), budgets=("0.1", "7layers"), compensate="none", train=True).words == (
+        "a b 0.1 7layers none train"
+    )
+    assert Selection(budgets=("0.2",)).words == "all runs 0.2"
 
 
 def test_added_run_and_target_keep_comments(project):
