@@ -12,6 +12,7 @@ import pandas as pd
 
 from blockpruner.methods.recipes import BLOCKPRUNER
 from blockpruner.reporting.pages import Page, Section, made_line, write_page
+from blockpruner.reporting.paper.curves import FIGURES
 from blockpruner.reporting.paper.evidence import Row
 from blockpruner.reporting.paper.figures import figures
 from blockpruner.reporting.paper.frames import table_of_frame
@@ -35,7 +36,13 @@ def study_tables(rows: Sequence[Row], published: Path) -> list[Table]:
     frame = models_frame(rows)
     chosen = [table_of_frame("front", FRONT_TITLE, front(frame))] if len(measured(frame)) else []
     every = table_of_frame("models", "Every model", frame.drop(columns=["recipe"]))
-    return [*chosen, *paper_tables(frame, published), *paired(rows), *draws(frame), every]
+    known = measured(frame)
+    curves = [
+        table_of_frame(curve.name, curve.title, points[list(curve.columns)], curve.note)
+        for curve in FIGURES
+        if len(points := curve.points(known))
+    ]
+    return [*chosen, *paper_tables(frame, published), *curves, *paired(rows), *draws(frame), every]
 
 
 def write_study(out: Path, title: str, rows: Sequence[Row], published: Path) -> None:
