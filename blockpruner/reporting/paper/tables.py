@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 
@@ -280,6 +281,7 @@ def _nearest(own: pd.DataFrame, row: Published, size: float) -> list[Any]:
     return [index for index in best if apart[index] <= 100 * BAND]
 
 
+T = TypeVar("T")
 Measure = Callable[[Model, Model, float], Effect | None]
 MEASURES: Mapping[str, tuple[Measure, float]] = {
     "ppl_against": (lambda a, b, level: statistics.perplexity_ratio(a.heldout.row_nll, b.heldout.row_nll, level), 1),
@@ -311,37 +313,31 @@ def paired(rows: Sequence[Row]) -> list[Table]:
         }
         for base, row in pairs
     ]  # fmt: skip
-    identities = [dict(line) for line in lines]
+    found: list[dict[str, Any]] = []
+    for line, pair in zip(lines, pairs, strict=True):
+        scores = pair[0].found.result.scores if pair[0].found else ()
+        tests = {task: partial(_effect, _of(task), *pair) for task in scores}
+        for task, (effect, p) in _corrected(tests).items():
+            found.append(line | {"task": task} | interval("score_against", effect, 100) | {"score_against_p": p})
     for key, (measure, scale) in MEASURES.items():
-        known = {i: e for i, (a, b) in enumerate(pairs) if (e := _effect(measure, a, b, 0.95)) is not None}
-        p_values = [effect.p for effect in known.values()]
-        corrected = zip(known, statistics.holm(p_values), statistics.holm_levels(p_values), strict=True)
-        for i, p, level in corrected:
-            lines[i] |= interval(key, _effect(measure, *pairs[i], level), scale) | {f"{key}_p": p}
-    tasks = [
-        line | {"task": task} | found
-        for line, pair in zip(identities, pairs, strict=True)
-        for task, found in _by_task(*pair)
-    ]
+        by_pair = {i: partial(_effect, measure, *pair) for i, pair in enumerate(pairs)}
+        for i, (effect, p) in _corrected(by_pair).items():
+            lines[i] |= interval(key, effect, scale) | {f"{key}_p": p}
     tables = [("paired", "Methods on the same items", lines, PAIRED_NOTE)]
-    tables += [("paired-tasks", "Methods on the items of each task", tasks, TASKS_NOTE)]
+    tables += [("paired-tasks", "Methods on the items of each task", found, TASKS_NOTE)]
     return [table_of_frame(name, title, pd.DataFrame(own), note) for name, title, own, note in tables if own]
 
 
-def _by_task(base: Row, row: Row) -> list[tuple[str, dict[str, float]]]:
-    """Compare two models on each task by itself."""
-    assert base.found
-    tests: dict[str, Measure] = {
-        task: lambda a, b, level, task=task: statistics.paired_t(a.scores[task], b.scores[task], level)  # type: ignore[misc]
-        for task in base.found.result.scores
-    }
-    known = {task: effect for task, test in tests.items() if (effect := _effect(test, base, row, 0.95)) is not None}
-    p_values = [effect.p for effect in known.values()]
-    corrected = zip(known, statistics.holm(p_values), statistics.holm_levels(p_values), strict=True)
-    return [
-        (task, interval("score_against", _effect(tests[task], base, row, level), 100) | {"score_against_p": p})
-        for task, p, level in corrected
-    ]
+def _of(task: str) -> Measure:
+    return lambda a, b, level: statistics.paired_t(a.scores[task], b.scores[task], level)
+
+
+def _corrected(tests: Mapping[T, Callable[[float], Effect | None]]) -> dict[T, tuple[Effect | None, float]]:
+    """Test a family, each at the level at which Holm's correction tests it; those that cannot be made are left out."""
+    p_values = {key: effect.p for key, test in tests.items() if (effect := test(0.95)) is not None}
+    family = list(p_values.values())
+    corrected = zip(p_values, statistics.holm(family), statistics.holm_levels(family), strict=True)
+    return {key: (tests[key](level), p) for key, p, level in corrected}
 
 
 def _effect(measure: Measure, base: Row, row: Row, level: float) -> Effect | None:
