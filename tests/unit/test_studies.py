@@ -345,6 +345,7 @@ def test_figures_of_calibration_and_training_have_their_models_alone(tmp_path):
     assert eight["heldout_ppl"].tolist() == [
         frame["heldout_ppl"][f"a-{name}"] for name in ("dense", "blockpruner-b21-99", "blockpruner-b21-99-train")
     ]
+    assert set(found["front"]["heldout_ppl"]) <= set(frame[frame["run"] == "a"]["heldout_ppl"]), "no best of draws"
     (draws,) = found["draws"].to_dict("records")
     assert draws["runs"] == 2 and "table1" not in found, "which has plain models alone, here of one method"
 

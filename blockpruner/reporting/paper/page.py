@@ -20,6 +20,7 @@ from blockpruner.reporting.paper.published import DENSE
 from blockpruner.reporting.paper.tables import (
     bands,
     draws,
+    first_runs,
     front,
     measured,
     models_frame,
@@ -76,7 +77,7 @@ MARKED = "<!-- table: front -->\n{}\n<!-- /table -->"
 def verdict(frame: pd.DataFrame) -> list[str]:
     """Sum up a study in at most five sentences for each model: three sizes, accuracy, speed."""
     found: list[str] = []
-    for model, own in measured(frame).groupby("model", sort=False):
+    for model, own in first_runs(measured(frame)).groupby("model", sort=False):
         several = f"{model}: " if frame["model"].nunique() > 1 else ""
         dense = own[own["recipe"] == DENSE].iloc[0]
         sizes = bands(own)

@@ -91,6 +91,16 @@ def measured(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[frame["reason"].fillna("") == ""] if "heldout_ppl" in frame else frame.iloc[:0]
 
 
+def first_runs(frame: pd.DataFrame) -> pd.DataFrame:
+    """Leave the first run of each method and model; others differ in their calibration, and the best is chance."""
+    return frame[frame["run"] == frame.groupby(["model", "recipe"])["run"].transform("first")]
+
+
+def plain_rows(frame: pd.DataFrame) -> pd.DataFrame:
+    """Leave what is not healed, of first runs."""
+    return first_runs(frame[frame["healing"] == ""])
+
+
 FRONT = (
     "model", "method", "removed_pct", "kv_pct", "heldout_ppl", "heldout_x", "wikitext2_ppl", "wikitext2_x", "avg_pct",
     "avg_pct_se",
@@ -116,7 +126,7 @@ def front(frame: pd.DataFrame) -> pd.DataFrame:
     Best is the lowest held-out perplexity.
     """
     lines: list[int] = []
-    for _, own in measured(frame).groupby("model", sort=False):
+    for _, own in first_runs(measured(frame)).groupby("model", sort=False):
         lines += own.index[own["recipe"] == DENSE][:1].tolist()
         for band in bands(own):
             lines += _chosen(band.sort_values("heldout_ppl", kind="stable"))
@@ -199,12 +209,6 @@ TABLES: tuple[PaperTable, ...] = (
     ),
     PaperTable("table10", "Table 10. Four more tasks", "table10_nine_tasks", MAIN, {**NINE, "avg9": "avg9_pct"}),
 )  # fmt: skip
-
-
-def plain_rows(frame: pd.DataFrame) -> pd.DataFrame:
-    """Leave what is not healed, from the first run of its model: others differ in their calibration."""
-    first = frame.groupby(["model", "recipe"])["run"].transform("first")
-    return frame[(frame["healing"] == "") & (frame["run"] == first)]
 
 
 def rows_of_table(table: PaperTable, frame: pd.DataFrame) -> pd.DataFrame:
