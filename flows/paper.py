@@ -37,7 +37,7 @@ def dry_run(study: str, only: tuple[str, ...]) -> None:
 
     for name, (title, models) in study_items(study).items():
         if name in (only or (name,)):
-            print(f"{name}: {title}: {takes(models, {run: load_run(run) for run in models['run']})}")
+            print(f"{name}: {title}: {takes(models, {run: load_run(run) for run in models['run'].unique()})}")
 
 
 def check(study: str) -> int:
