@@ -6,6 +6,7 @@ Only stages and flows read these files. Everything else gets the values of `sett
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ KINDS_OF_SOURCE = ("pypi", "pypi-parts", "hub", "path", "mix")
 def load_params(path: Path = Path("params.yaml"), text: str | None = None) -> Params:
     """Read params.yaml, or check what it is going to hold; raises InputError that names key, value and valid ones."""
     params = read_settings(Params, _read(path, text), f"{path}: ")
+    run_of = cache(load_run)
     for name, target in params.targets.items():
         if target.needs_its_run:
             with named(f"{path}: target {name!r}: "):
-                check_target(load_run(target.run), target)
+                check_target(run_of(target.run), target)
     return params
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -15,9 +16,12 @@ from blockpruner.core.budgets import read_budget
 from blockpruner.core.errors import InputError, named
 from blockpruner.core.settings import NAME, Frozen
 from blockpruner.healing.settings import CompensationMethod
-from blockpruner.methods.recipes import recipe
-from blockpruner.params import read_file
+from blockpruner.methods.recipes import compensation, recipe
+from blockpruner.params import load_sections, read_file
 from blockpruner.settings import Target
+
+if TYPE_CHECKING:
+    from blockpruner.reporting.paper.evidence import Row
 
 FOLDER = Path("studies")
 
@@ -106,3 +110,24 @@ def load_study(name: str, folder: Path = FOLDER) -> Study:
     study = read_file(path, Study)
     with named(f"{path}: "):
         return study.model_copy(update={"targets": targets_of(study), "grids": ()})
+
+
+def rows_of_study(study: Study, evidence: Path) -> list[Row]:
+    """Its targets with what was measured of them, as far as it was."""
+    from blockpruner.reporting.labels import labels, origin
+    from blockpruner.reporting.paper.evidence import Subject, read_rows  # loads much
+    from blockpruner.reporting.paper.published import MODELS
+
+    runs, subjects = {run: load_sections(run) for run in study.runs}, []
+    for run, settings in runs.items():
+        known, drawn = MODELS.get(getattr(settings.model, "repo", "")), settings.calibration
+        samples = None if drawn.num_rows else drawn.num_samples
+        name = known.name if known else None
+        subjects.append(Subject(run, labels(settings), name, origin(drawn.data), samples))
+    asked = {}
+    for target, wanted in study.targets.items():
+        settings = runs[wanted.run]
+        method = wanted.method or next(iter(settings.score))
+        chosen = wanted.compensate or compensation(settings.compensate.method, method)
+        asked[target] = wanted.model_copy(update={"method": method, "compensate": chosen})
+    return read_rows(subjects, asked, evidence)

@@ -1,8 +1,9 @@
 """`python -m flows.paper --study NAME`: the paper's tables and figures for the targets of a study.
 
 Adds the targets of studies/NAME.yaml to params.yaml, brings them up to date and makes the study's tables at
-data/tables/NAME. A target that fails stops no other; the tables name its reason. Which stages run is decided by
-flows.selection, and how by flows.prune.
+data/tables/NAME. A target that fails stops no other; the tables name its reason. `--table` and `--figure` build only
+the targets that these show. `--dry-run` prints what each takes. `--check` builds the dense model and ShortGPT, and
+fails where their numbers are not the paper's. Which stages run is decided by flows.selection, and how by flows.prune.
 """
 
 from __future__ import annotations
@@ -13,26 +14,63 @@ import sys
 from prefect import flow
 from prefect.client.schemas.objects import State
 
+from blockpruner.core.errors import InputError
+from blockpruner.params import load_run
 from flows.prune import build, run_here
-from flows.selection import choose_study
+from flows.selection import PUBLISHED, choose_study, study_frame, study_items
 
 
 @flow(name="paper-tables", flow_run_name="{study}")
-def paper(study: str) -> State[None]:
+def paper(study: str, only: tuple[str, ...] = ()) -> State[None]:
     """Bring every target of a study up to date, then its tables; what is known is not computed again.
 
     Args:
         study: The name of studies/<name>.yaml. `smollm2` takes hours on 2 CPU cores.
+        only: Names of tables and figures, such as table2, for which alone targets are built. None: all of them.
     """
-    return build(lambda: choose_study(study), keep_going=True)
+    return build(lambda: choose_study(study, only), keep_going=True)
+
+
+def dry_run(study: str, only: tuple[str, ...]) -> None:
+    """Print what each table and figure takes, and all of them together."""
+    from blockpruner.reporting.paper.needs import takes
+
+    for name, (title, models) in study_items(study).items():
+        if name in (only or (name,)):
+            print(f"{name}: {title}: {takes(models, {run: load_run(run) for run in models['run'].unique()})}")
+
+
+def check(study: str) -> int:
+    """Compare with the paper; 1 if what must agree does not."""
+    from blockpruner.reporting.paper.needs import differences
+
+    faults, others = differences(study_frame(study), PUBLISHED)
+    for kind, lines in (("warning", others), ("differs", faults)):
+        for line in lines:
+            print(f"{kind}: {line}", file=sys.stderr)
+    return int(bool(faults))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0: up to date; 1: a target failed; 2: refused, nothing changed; 130: interrupted."""
+    """0: up to date; 1: a target failed or a check; 2: refused, nothing changed; 130: interrupted."""
     parser = argparse.ArgumentParser(prog="python -m flows.paper", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("--study", required=True, metavar="NAME", help="studies/NAME.yaml")
-    study = parser.parse_args(argv).study
-    return run_here(lambda: choose_study(study), lambda: paper(study, return_state=True))
+    parser.add_argument("--table", action="append", default=[], metavar="N", help="only this table, such as 2")
+    parser.add_argument("--figure", action="append", default=[], metavar="N", help="only this figure, such as 7")
+    parser.add_argument("--dry-run", action="store_true", help="print what each table and figure takes")
+    parser.add_argument("--check", action="store_true", help="compare the dense model and ShortGPT with the paper")
+    given = parser.parse_args(argv)
+    only = (*(f"table{n}" for n in given.table), *(f"figure{n}" for n in given.figure), *(["check"] * given.check))
+    try:
+        if given.dry_run:
+            choose_study(given.study, only)
+            dry_run(given.study, only)
+            return 0
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    ended = run_here(lambda: choose_study(given.study, only), lambda: paper(given.study, only, return_state=True))
+    return check(given.study) if given.check and ended == 0 else ended
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 from ruamel.yaml import YAML
@@ -25,9 +25,13 @@ from blockpruner.healing.settings import CompensationMethod
 from blockpruner.params import load_params, load_run
 from blockpruner.settings import Params, Target
 from blockpruner.store.files import write_text
-from blockpruner.studies import load_study, target_name
+from blockpruner.studies import load_study, rows_of_study, target_name
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 PARAMS = Path("params.yaml")
+EVIDENCE, PUBLISHED = Path("data/evidence"), Path("data/paper")
 TABLES = "tables"
 """The stage of a study. Its items are studies, which may have the names of runs."""
 
@@ -137,11 +141,38 @@ def choose(selection: Selection) -> Chosen:
     return _chosen(params, targets, wanted)
 
 
-def choose_study(name: str) -> Chosen:
-    """Check the targets of studies/<name>.yaml as `choose` does; a target's name has one meaning."""
+def choose_study(name: str, only: Sequence[str] = ()) -> Chosen:
+    """Check the targets of studies/<name>.yaml as `choose` does; a target's name has one meaning.
+
+    Args:
+        only: names of tables and figures, such as table2, for which alone targets are built; none: all are.
+    """
     study, params = load_study(name), load_params(PARAMS)
-    wanted = {key: target.model_dump(mode="json", exclude_defaults=True) for key, target in study.targets.items()}
-    return _chosen(params, {run: _targets_of(run, study.targets) for run in study.runs}, wanted, name)
+    targets = dict(study.targets)
+    if only:
+        items = study_items(name)
+        for item in only:
+            if item not in items:
+                valid = ", ".join(items)
+                raise InputError(f"study {name} has no {item}; valid: {valid}", rule="unknown-item", value=item)
+        shown = {target for item in only for target in items[item][1]["target"]}
+        targets = {key: target for key, target in targets.items() if key in shown}
+    wanted = {key: target.model_dump(mode="json", exclude_defaults=True) for key, target in targets.items()}
+    of_runs = {run: _targets_of(run, targets) for run in study.runs}
+    return _chosen(params, {run: own for run, own in of_runs.items() if own or not only}, wanted, name)
+
+
+def study_items(name: str) -> dict[str, tuple[str, DataFrame]]:
+    """The tables and figures of a study, each with its title and the models that it shows."""
+    from blockpruner.reporting.paper.needs import items_of  # loads much
+
+    return items_of(study_frame(name), {run: load_run(run) for run in load_study(name).runs}, PUBLISHED)
+
+
+def study_frame(name: str) -> DataFrame:
+    from blockpruner.reporting.paper.tables import models_frame
+
+    return models_frame(rows_of_study(load_study(name), EVIDENCE))
 
 
 def _targets_of(run: str, targets: Mapping[str, Target]) -> list[str]:

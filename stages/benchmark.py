@@ -24,16 +24,20 @@ def dense_of(name: str) -> Checkpoint:
     return Checkpoint(DATA / "models" / name, model.dtype, runtime.device, model.trust_remote_code)
 
 
-def search_of(name: str, run_name: str) -> dict[str, float]:
-    """What the search for a target took, over all searches of its method; empty where this machine did not search."""
+def search_of(name: str, run_name: str, plan: Plan) -> dict[str, float]:
+    """What the search for a target took, over all searches of its method; empty where this machine did not search.
+
+    Of a nested search it is the part up to the plan's last removal.
+    """
     path = DATA / "provenance" / f"{run_name}-search.json"
     if not path.exists():
         return {}
     searched = read_json(path)  # the run's own method comes first
     found = searched.get(target(name).method or next(iter(searched), ""), {}).values()
-    reused, computed, seconds = (
-        sum(counts[key] for counts in found) for key in ("trials_reused", "trials_computed", "seconds")
-    )
+    whole = [(counts["trials_computed"], counts["trials_reused"], counts["seconds"]) for counts in found]
+    if plan.nested and len(found) == 1:
+        whole = [step for counts in found for step in counts["steps"][: len(plan.order)][-1:]] or whole
+    computed, reused, seconds = map(sum, zip(*whole, strict=True)) if found else (0, 0, 0.0)
     return {"seconds": seconds, "trials_asked": computed + reused, "trials_computed": computed} if found else {}
 
 
@@ -41,7 +45,7 @@ def measure(name: str, run_name: str, subject: Checkpoint | InMemory, dense: Che
     settings = sections(run_name)
     asked = Evaluate(perplexity=settings.heldout, zero_shot=settings.zero_shot, speed=settings.speed)
     places = (DATA / "sources" / run_name, DATA / "evidence" / name, DATA / "evaluations")
-    search = {} if plan is None else search_of(name, run_name)
+    search = {} if plan is None else search_of(name, run_name, plan)
     figures = pipeline.measure(subject, dense, *places, plan=plan, settings=asked, observer=observer(), search=search)
     write_json(DATA / "metrics" / f"{name}.json", figures)
 

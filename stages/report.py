@@ -5,66 +5,14 @@ Git keeps its CSV files at data/plots, from which `dvc plots diff` draws any com
 
 from __future__ import annotations
 
-import re
 import shutil
-from pathlib import Path
-from typing import Any
 
 from blockpruner import pipeline
 from blockpruner.core.progress import observer
-from blockpruner.methods.recipes import searches
 from blockpruner.params import load_params
-from blockpruner.reporting.results import RunLabels
-from blockpruner.settings import Sections
+from blockpruner.reporting.labels import labels
 from blockpruner.store.files import replace_directory
 from stages import DATA, run, sections
-
-EXACT = {"none": "exact", "lazy+race": "lazy + race"}
-
-
-def origin(source: Any) -> str:
-    """One line on where a source's bytes are from."""
-    if source.source == "pypi":
-        return " of ".join(part for part in (getattr(source, "file", ""), source.package) if part)
-    if source.source == "pypi-parts":
-        return f"{source.parts[0].file} ({len(source.parts)} parts) of {source.title}"
-    if source.source == "path":
-        return str(source.path)
-    if source.source == "mix":
-        return " + ".join(map(origin, source.of))
-    return str(getattr(source, "repo", "the tasks' own hub data sets"))
-
-
-def name_of(source: Any) -> str:
-    """What people call a model, from its repository, folder or file."""
-    place = str(getattr(source, "repo", None) or getattr(source, "path", None) or origin(source).partition(" ")[0])
-    return re.sub(r"([.-](gguf|part\d+|q\d\w*(-k)?(-[sml])?))+$", "", Path(place).name, flags=re.IGNORECASE)
-
-
-def labels(settings: Sections) -> RunLabels:
-    calibration, heldout, tasks, train = settings.calibration, settings.heldout, settings.zero_shot, settings.train
-    compensate, (method, own) = settings.compensate, next(iter(settings.score.items()))
-    kinds = dict.fromkeys(one.acceleration or "none" for one in searches(own.score).values())
-    return RunLabels(
-        name=name_of(settings.model),
-        model=f"{origin(settings.model)}, {settings.model.dtype}",
-        calibration=f"{origin(calibration.data)}; "
-        + (f"{calibration.num_rows} rows" if calibration.num_rows else f"{calibration.num_samples} samples")
-        + f", {calibration.packing}, rows of up to {calibration.seq_len} tokens, scored: {calibration.score}, seed "
-        f"{calibration.seed}",
-        heldout=f"{origin(heldout.data)}, rows of {heldout.seq_len} tokens"
-        + (" of documents from their beginning" if heldout.packing == "documents" else ""),
-        tasks=f"{origin(tasks.data)}; zero-shot, first {tasks.limit or 'to last'} items, "
-        f"{'with the BOS that the tokenizer adds' if tasks.bos else 'without BOS'}",
-        compensation=f"{origin(compensate.data or calibration.data)}; up to {compensate.num_rows} rows of "
-        f"{compensate.seq_len} tokens, perplexity on the {compensate.validation:.0%} held out",
-        training=f"{train.title}; "
-        + (f"{train.num_rows:,} rows" if train.num_rows else f"{train.num_samples:,} samples")
-        + f" of {origin(train.data)}, learning rate {train.learning_rate:g}, epochs {train.epochs}"
-        if train
-        else "",
-        search=f"{method}: " + ", ".join(EXACT.get(kind, kind) for kind in kinds),
-    )
 
 
 def main(_: str) -> None:

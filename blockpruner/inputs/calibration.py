@@ -251,7 +251,8 @@ def draw_rows(
     Raises:
         InputError: no text has a response, of which the run file asks for; or see `pack_rows` and `fill_rows`.
     """
-    pool = without_evaluated(texts, evaluated)
+    known = sharing(texts, evaluated)
+    pool = [text for text in texts if text not in known]
     if len(pool) < len(texts):
         note(f"{len(texts) - len(pool)} of {len(texts)} calibration texts are evaluated too: they are not drawn")
     if wanted.score == "response" and pool and all(response_start(text) is None for text in pool):
@@ -262,7 +263,11 @@ def draw_rows(
     if wanted.num_rows is not None:
         rows = fill_rows(pool, tokenizer, wanted, wanted.num_rows, at_most=at_most, reserved=reserved)
     else:
-        samples = draw(pool, wanted.num_samples, wanted.split, wanted.seed, reserved=reserved)
+        if wanted.split == "paper":  # draws places in the list: with a text less in it, all samples would be others
+            drawn = draw(texts, wanted.num_samples, "paper", wanted.seed, reserved=reserved)
+            samples = [text for text in drawn if text not in known]
+        else:
+            samples = draw(pool, wanted.num_samples, wanted.split, wanted.seed, reserved=reserved)
         bos = "first" if wanted.split == "paper" else "row"
         rows = pack_rows(samples, tokenizer, wanted.seq_len, wanted.packing, wanted.score, bos)
         if bos == "first" and wanted.packing == "joined" and beginning(tokenizer):

@@ -63,6 +63,7 @@ RECIPES: Mapping[str, Recipe] = {
     "blockpruner-by-js": _one("BlockPruner by JS", ("js",), method="greedy", metric="js"),
     "blockpruner-by-bi": _one("BlockPruner by BI", method="greedy", metric=BI),
     "blockpruner-by-rm": _one("BlockPruner by RM", method="greedy", metric=RM),
+    "blockpruner-by-rm-frobenius": _one("BlockPruner by RM, Frobenius", method="greedy", metric=f"{RM}_frobenius"),
     "mha-only": _one("MHA only", method="greedy", candidates="mha"),
     "mlp-only": _one("MLP only", method="greedy", candidates="mlp"),
     "angular-distance": _one("angular distance", method="contiguous", unit="layer", metric="angular_distance"),

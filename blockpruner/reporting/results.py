@@ -44,6 +44,8 @@ class RunLabels:
     calibration: str
     heldout: str
     tasks: str
+    wikitext2: bool = False
+    """Whether the held-out text is the paper's: the test split of WikiText-2, joined, in rows of 2,048 tokens."""
     compensation: str = ""
     """Texts of the compensation."""
     training: str = ""

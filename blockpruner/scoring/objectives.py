@@ -76,6 +76,8 @@ class Counts:
     tokens: int = 0
     """The tokens of what was computed; so are the seconds."""
     seconds: float = 0.0
+    steps: tuple[tuple[int, int, float], ...] = ()
+    """After each iteration: trials computed, trials reused, seconds."""
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(**{name: value + getattr(other, name) for name, value in vars(self).items()})

@@ -78,13 +78,16 @@ def search(
         if request.metric.name != NLL.name:
             nll = Objective(calibration, stores[NLL.name], scorer, seen)
         found: dict[str, list[Iteration]] = {}
+        steps: list[tuple[int, int, float]] = []
         for budget, iterations in _Run(request, own, nll, resources, seen).traces(budgets).items():
             found[budget] = []
             for iteration in iterations:
                 on_iteration(budget, iteration)
                 found[budget].append(iteration)
+                counts = own.counts if nll is own else own.counts + nll.counts
+                steps.append((counts.trials_computed, counts.trials_reused, round(counts.seconds, 2)))
         counts = own.counts if nll is own else own.counts + nll.counts
-        return Traces(request.search.nested, found, replace(counts, iterations=sum(map(len, found.values()))))
+        return Traces(request.search.nested, found, replace(counts, iterations=len(steps), steps=tuple(steps)))
 
     return in_one_origin(searched, seen)
 

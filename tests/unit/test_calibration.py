@@ -92,6 +92,15 @@ def test_evaluated_texts_are_not_drawn():
     assert rows == pack_rows(draw(samples, 8, "all", 42), tiny_tokenizer(), 60, "per_sample")
 
 
+def test_evaluated_texts_leave_the_papers_draw_and_the_others_stay_in_it():
+    """One text less before the split would make all samples others."""
+    wanted = Calibration(num_samples=8, seq_len=60, packing="per_sample", split="paper")
+    texts = [f"Text {i} of these is long enough to be a paragraph of its own." for i in range(200)]
+    samples = draw(texts, 8, "paper", 42)
+    rows = draw_rows(texts, tiny_tokenizer(), wanted, [samples[3], texts[0]], lambda _: None)
+    assert rows == pack_rows([*samples[:3], *samples[4:]], tiny_tokenizer(), 60, "per_sample")
+
+
 def test_split_paper_is_what_the_public_code_does():
     whole = datasets.Dataset.from_dict({"text": TEXTS}).train_test_split(test_size=0.2, seed=42)
     half = whole["test"].train_test_split(test_size=0.5, seed=42)["train"]

@@ -90,7 +90,8 @@ def test_the_llama_run_is_the_papers_setting_and_so_are_the_defaults():
     recover = run.train
     assert (recover.num_samples, recover.rank, recover.alpha, recover.learning_rate) == (8000, 32, 10, 2e-4)
     assert (recover.batch, recover.accumulation, recover.epochs) == (1, 4, 1)
-    evaluate = Evaluate(zero_shot=ZeroShot(bos=False))  # as its lm-eval
+    tasks = (*ZeroShot().tasks, "truthfulqa_mc1", "race", "swag", "openbookqa", "agieval_aqua_rat")
+    evaluate = Evaluate(zero_shot=ZeroShot(bos=False, tasks=tasks))  # bos: as its lm-eval
     assert (run.calibration, run.evaluate, recover) == (Calibration(), evaluate, Train())
 
 

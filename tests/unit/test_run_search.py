@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +12,9 @@ from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.registry import require_budgets
 from blockpruner.scoring.settings import Score
 from blockpruner.search.trace import read_trace, trace_directory, write_iteration
+from blockpruner.settings import Target
+from blockpruner.store.files import write_json
+from stages import benchmark
 from tests.builders import FakeScorer, scored, short_rows, small_config
 
 CONFIG = small_config(2)
@@ -52,6 +56,21 @@ def test_second_time_everything_is_reused(tmp_path):
     assert (again.trials_computed, again.units_computed) == (0, 0)
     assert again.trials_reused == first.trials_computed
     assert again.current == first.current
+
+
+def test_what_the_way_to_a_smaller_budget_took_is_told(tmp_path, monkeypatch):
+    found = run(tmp_path / "run", budgets=("1blocks", "3blocks"))
+    assert [step[:2] for step in found.steps] == [(5, 0), (8, 0), (10, 0)] and found.trials_computed == 10
+    facts = {key: value for key, value in vars(found).items() if key != "current"}
+    write_json(tmp_path / "provenance" / "tiny-search.json", {"blockpruner": {"blockpruner": facts}})
+    monkeypatch.setattr(benchmark, "DATA", tmp_path)
+    monkeypatch.setattr(benchmark, "target", lambda name: Target(run="tiny", budget="1blocks"))
+    small, whole, other = (
+        SimpleNamespace(order=range(n), nested=nested) for n, nested in ((1, True), (3, True), (1, False))
+    )
+    assert benchmark.search_of("x", "tiny", small)["trials_asked"] == 5
+    assert benchmark.search_of("x", "tiny", whole) == benchmark.search_of("x", "tiny", other)
+    assert benchmark.search_of("x", "tiny", other)["trials_asked"] == 10
 
 
 @pytest.mark.parametrize(

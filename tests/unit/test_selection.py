@@ -14,7 +14,8 @@ from flows import paper
 from flows import prune as prune_module
 from flows.new_model import NewModel, add, source_of
 from flows.prune import LEFT_OUT, main, outcome, results, run_here, run_stages
-from flows.selection import Chosen, Selection, choose
+from flows.selection import Chosen, Selection, choose, choose_study
+from tests.errors import refused
 
 ROOT = Path(__file__).parents[2]
 PARAMS = """# What is run.
@@ -33,6 +34,24 @@ def project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "runs", "runs", ignore=shutil.ignore_patterns("dvc.*"))
     Path("params.yaml").write_text(PARAMS)
+
+
+def test_one_table_of_a_study_asks_for_its_targets_alone(project, capsys):
+    for folder in ("studies", "data/paper"):
+        shutil.copytree(ROOT / folder, folder)
+    name, run = "llama2-7b", "llama2-7b"
+    chosen = choose_study(name, ["table2"])
+    names = [f"{run}-{of}" for of in ("blockpruner-b21-99", "one-shot-perplexity-b20-95", "greedy-layers-b21-02")]
+    assert chosen.targets == {run: names} and chosen.study == name
+    assert len(choose_study(name).targets) == 13
+    with refused("unknown-item") as caught:
+        choose_study(name, ["table3"])
+    assert "valid: table1, table2, table4, " in str(caught.value)
+    assert paper.main(["--study", name, "--table", "2", "--figure", "8", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["table2", "figure8"] and lines[1].endswith("; 1 trained")
+    assert paper.main(["--study", name, "--figure", "2", "--dry-run"]) == 2
+    assert Path("params.yaml").read_text() == PARAMS
 
 
 NEEDS = {

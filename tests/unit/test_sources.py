@@ -30,10 +30,10 @@ from blockpruner.inputs.hub import pinned_revision
 from blockpruner.inputs.packages import package_file, read_member
 from blockpruner.inputs.texts import load_texts, parse_texts
 from blockpruner.model.models import load_model
+from blockpruner.reporting.labels import origin
 from blockpruner.store import manifest as store_manifest
 from blockpruner.store.manifest import SOURCE_FILE
 from blockpruner.store.provenance import file_sha256
-from stages.report import origin
 from tests.errors import refused
 from tests.fakes import SHA, Hub
 from tests.plans import fetch

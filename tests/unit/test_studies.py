@@ -20,18 +20,21 @@ from statsmodels.stats.multitest import multipletests
 from blockpruner.core.blocks import BlockKind, format_mask, removable_units, sorted_blocks
 from blockpruner.core.plan import Plan
 from blockpruner.core.settings import read_settings
+from blockpruner.evaluation.settings import Evaluate
 from blockpruner.evaluation.store import ITEMS
 from blockpruner.methods.recipes import RECIPES
 from blockpruner.methods.registry import check_score
 from blockpruner.params import load_run
+from blockpruner.reporting.labels import labels
 from blockpruner.reporting.paper import publish
 from blockpruner.reporting.paper.evidence import FIVE, Row, Subject, read_rows
+from blockpruner.reporting.paper.needs import differences, items_of, takes
 from blockpruner.reporting.paper.page import results_page, study_tables, verdict, write_study
 from blockpruner.reporting.paper.published import read_published
 from blockpruner.reporting.paper.tables import TABLES, bands, front, models_frame
 from blockpruner.reporting.results import RunLabels
 from blockpruner.scoring.settings import Score
-from blockpruner.settings import Target
+from blockpruner.settings import Run, Target, resolve
 from blockpruner.store.files import write_sealed_json, write_table
 from blockpruner.store.plans import save_plan
 from blockpruner.studies import Study, load_study, study_names, targets_of
@@ -46,6 +49,31 @@ LABELS = RunLabels("tiny", "a <tiny> model", "instructions", "an encyclopaedia",
 
 
 # studies/*.yaml
+
+
+def test_each_item_of_a_study_names_the_models_that_it_needs_and_what_they_take(tmp_path):
+    study = load_study("llama2-7b", ROOT / "studies")
+    runs = {run: load_run(run, ROOT / "runs") for run in study.runs}
+    subjects = [Subject(run, LABELS, "Llama2-7B", "alpaca", runs[run].calibration.num_samples) for run in runs]
+    frame = models_frame(read_rows(subjects, asked_of(study), tmp_path))
+    items = items_of(frame, runs, PUBLISHED)
+    numbers = {"table": (1, 2, 4, 5, 6, 7, 8, 9, 10), "figure": (4, 5, 6, 7, 8, 10)}
+    assert list(items) == [*(f"{kind}{n}" for kind, ns in numbers.items() for n in ns), "check", "all"]
+    run = "llama2-7b"
+    assert items["table2"][1]["target"].tolist() == [
+        f"{run}-blockpruner-b21-99", f"{run}-one-shot-perplexity-b20-95", f"{run}-greedy-layers-b21-02",
+    ]  # fmt: skip
+    assert items["check"][1]["target"].tolist() == [f"{run}-dense", f"{run}-shortgpt-b21-02"]
+    first = items["table1"][1]
+    assert first[first["recipe"] == "blockpruner"]["target"].tolist() == [f"{run}-blockpruner-b21-99"]
+    assert len(items["all"][1]) == len(study.targets) + len(runs)
+    # 17 removals of 64 blocks are 953 masks (docs/methods.md); 22 % are 15 of the mean size
+    masks = 1 + sum(64 - k for k in range(15)) + 65 + 1 + sum(32 - k for k in range(7))
+    words = takes(items["table2"][1], runs)
+    assert words.startswith(f"3 models (0 measured); 3 searches, about {masks:,} masks; evaluation of about 27 million")
+    few = {**runs, run: runs[run].model_copy(update={"evaluate": Evaluate()})}
+    assert not {"table8", "table10"} & items_of(frame, few, PUBLISHED).keys()
+    assert " about 15 million" in takes(items["table2"][1], few)
 
 
 @pytest.mark.parametrize("name", study_names(ROOT / "studies"))
@@ -183,12 +211,15 @@ def study_of(methods: list[str], budgets: list[str], *more: dict[str, Any], runs
     return study.model_copy(update={"targets": targets_of(study)})
 
 
-def rows_of(study: Study, folder: Path, paper: str | None = None) -> list[Row]:
-    asked = {
+def asked_of(study: Study) -> dict[str, Target]:
+    return {
         name: target.model_copy(update={"method": target.method or "greedy", "compensate": target.compensate or "none"})
         for name, target in study.targets.items()
     }
-    return read_rows([Subject(run, LABELS, paper) for run in study.runs], asked, folder)
+
+
+def rows_of(study: Study, folder: Path, paper: str | None = None) -> list[Row]:
+    return read_rows([Subject(run, LABELS, paper) for run in study.runs], asked_of(study), folder)
 
 
 def tables_of(rows: list[Row]) -> dict[str, pd.DataFrame]:
@@ -276,6 +307,64 @@ def test_comparisons_are_paired_and_corrected_over_the_table(folder, rows):
     assert not found["method"].str.contains("training").any()  # BlockPruner's is not trained
 
 
+def test_methods_are_compared_on_each_task_and_corrected_over_the_tasks_of_a_pair(folder, rows):
+    found = tables_of(rows)["paired-tasks"]
+    own = found[(found["method"] == "ShortGPT") & (found["removed_pct"] > 15)].set_index("task")
+    assert tuple(own.index) == FIVE
+    (_, items), (_, base) = raw(folder, "tiny-shortgpt-b20"), raw(folder, "tiny-blockpruner-b20")
+    scores = [table.pivot(index="item", columns="task", values="acc")[list(FIVE)] for table in (items, base)]
+    t = stats.ttest_rel(*scores)
+    assert own["score_against"].tolist() == pytest.approx((100 * (scores[0] - scores[1]).mean()).tolist())
+    assert own["score_against_p"].tolist() == pytest.approx(
+        multipletests(np.nan_to_num(t.pvalue, nan=1.0), method="holm")[1]
+    )
+
+
+CALIBRATIONS = {"a": ("alpaca", 256), "b": ("alpaca", 256), "c": ("alpaca", 64), "d": ("wiki", 256), "e": ("mix", None)}
+
+
+def calibrated(folder: Path) -> list[Row]:
+    study = study_of(["blockpruner"], ["0.2199"], {"runs": ["a"], "methods": ["blockpruner"], "budgets": ["0.10"]},
+                     {"runs": ["a"], "methods": ["blockpruner", "shortgpt"], "budgets": ["0.2199"], "train": True},
+                     runs=tuple(CALIBRATIONS))  # fmt: skip
+    subjects = [Subject(run, LABELS, "Llama2-7B", *drawn) for run, drawn in CALIBRATIONS.items()]
+    return read_rows(subjects, asked_of(study), evidence(folder, study))
+
+
+def test_figures_of_calibration_and_training_have_their_models_alone(tmp_path):
+    rows = calibrated(tmp_path)
+    found, frame = tables_of(rows), models_frame(rows).set_index("target")
+    seven, eight = found["figure7"], found["figure8"]
+    assert list(seven[["texts", "samples"]].itertuples(index=False, name=None)) == [
+        ("alpaca", 256),
+        ("alpaca", 64),
+        ("wiki", 256),
+    ]
+    assert seven["avg_pct"].tolist() == [frame["avg_pct"][f"{run}-blockpruner-b21-99"] for run in "acd"]
+    assert eight["method"].tolist() == ["dense", "BlockPruner", "BlockPruner + training"]
+    assert eight["heldout_ppl"].tolist() == [
+        frame["heldout_ppl"][f"a-{name}"] for name in ("dense", "blockpruner-b21-99", "blockpruner-b21-99-train")
+    ]
+    assert set(found["front"]["heldout_ppl"]) <= set(frame[frame["run"] == "a"]["heldout_ppl"]), "no best of draws"
+    (draws,) = found["draws"].to_dict("records")
+    assert draws["runs"] == 2 and "table1" not in found, "which has plain models alone, here of one method"
+
+
+def test_what_differs_from_the_paper_is_a_fault_only_where_nothing_searches(tmp_path):
+    study = study_of(["blockpruner", "shortgpt"], ["0.2102", "0.2199"])
+    frame = models_frame(rows_of(study, evidence(tmp_path, study), "Llama2-7B"))
+    faults, others = differences(frame, PUBLISHED)
+    assert {line.partition(":")[0] for line in faults} == {"Llama2-7B, dense", "Llama2-7B, ShortGPT"}
+    assert {line.partition(":")[0] for line in others} == {"Llama2-7B, BlockPruner"}
+    assert any(line.startswith("Llama2-7B, dense: piqa is ") and line.endswith("in the paper 79.05") for line in faults)
+    theirs = {row.key: row.numbers for row in read_published(PUBLISHED, "table1_main") if row.model == "Llama2-7B"}
+    for index, line in frame.iterrows():
+        numbers = {key: value for key, value in theirs[line["recipe"]].items() if key in FIVE}
+        frame.loc[index, [*numbers, "avg_pct"]] = [*numbers.values(), theirs[line["recipe"]]["avg"] + 0.9]
+        frame.loc[index, "wikitext2_ppl"] = theirs[line["recipe"]]["wikitext2_ppl"] * 1.009
+    assert differences(frame, PUBLISHED) == ([], [])
+
+
 def test_rows_of_the_paper_follow_ours_at_the_nearest_ratio(tmp_path):
     study = study_of(["blockpruner", "greedy-layers"], ["0.2199", "0.30", "0.47"])
     found = tables_of(rows_of(study, evidence(tmp_path, study), "Llama2-7B"))
@@ -290,6 +379,54 @@ def test_rows_of_the_paper_follow_ours_at_the_nearest_ratio(tmp_path):
     assert set(table1["method"]) >= {"SliceGPT", "LaCo"}  # which the study has not
     minutes = found["table7"].set_index(["method", "source"])["minutes"]
     assert minutes["BlockPruner", "here"] == 1.5 and minutes["BlockPruner", "paper"] == 45
+
+
+def test_tables_without_ratios_are_at_those_of_table_1(tmp_path):
+    study = study_of(["blockpruner", "shortgpt"], ["0.17", "0.2199", "0.30"])
+    found = tables_of(rows_of(study, evidence(tmp_path, study, (*FIVE, "agieval_aqua_rat")), "Llama2-7B"))
+    one = found["table1"].query("method == 'BlockPruner' and source == 'here'").iloc[0]
+    every = found["models"].query("method == 'BlockPruner'").set_index("budget")
+    (aqua,) = found["table8"].query("method == 'BlockPruner' and source == 'here'")["agieval_aqua_rat"]
+    assert one["avg_pct"] == every["avg_pct"]["0.2199"] and aqua == every["agieval_aqua_rat"]["0.2199"]
+
+
+def test_both_readings_of_relative_magnitude_are_shown_with_the_papers_row(tmp_path):
+    study = study_of(["blockpruner", "relative-magnitude", "relative-magnitude-frobenius"], ["0.2102", "0.2407"])
+    found = tables_of(rows_of(study, evidence(tmp_path / "a", study), "Llama2-7B"))["table1"]
+    own = found[found["method"].str.startswith("Relative")]
+    assert own["method"].tolist() == ["Relative Magnitude", "Relative Magnitude, Frobenius", "Relative Magnitude"]
+    assert own["source"].tolist() == ["here", "here", "paper"]
+    newer = tables_of(rows_of(study, evidence(tmp_path / "b", study), "Mistral-7B-v0.3"))["table9"]
+    assert (newer["method"] == "Relative Magnitude, Frobenius").sum() == 1
+
+
+HUB = {"source": "hub", "repo": "Salesforce/wikitext", "config": "wikitext-2-raw-v1"}
+
+
+@pytest.mark.parametrize(
+    ("perplexity", "named"),
+    [
+        ({}, True),
+        ({"data": {**HUB, "split": "test", "revision": "0" * 40}}, True),
+        ({"data": {**HUB, "split": "train"}}, False),
+        ({"seq_len": 1024}, False),
+        ({"packing": "documents"}, False),
+        ({"data": {"source": "path", "path": "wikitext.txt"}}, False),
+    ],
+)
+def test_only_wikitext_2_as_in_the_paper_is_in_its_column(tmp_path, perplexity, named):
+    run = load_run("llama2-7b", ROOT / "runs").model_dump(mode="json")
+    run["evaluate"]["perplexity"] = perplexity
+    given = labels(resolve(read_settings(Run, run), ()))
+    study = study_of(["blockpruner", "greedy-layers"], ["0.30"])
+    folder = evidence(tmp_path, study)
+    rows = read_rows([Subject("tiny", given, "Llama2-7B")], asked_of(study), folder)
+    table = tables_of(rows)["table5"]
+    assert ("wikitext2_ppl" in models_frame(rows)) is named
+    own = table[table["source"] == "here"]
+    assert own["wikitext2_ppl" if named else "heldout_ppl"].tolist() == [
+        raw(folder, f"tiny-{method}-b30")[0]["perplexity"]["perplexity"] for method in ("blockpruner", "greedy-layers")
+    ]
 
 
 def test_a_target_without_evidence_is_a_row_with_its_reason(tmp_path):
@@ -329,7 +466,8 @@ def test_a_study_writes_its_tables_figures_and_pages(written, rows):
     assert {path.stem for path in (out / "tables").glob("*.csv")} == tables.keys()
     kept = pd.read_csv(out / "tables" / "models.csv")
     assert kept["heldout_ppl"].tolist() == pytest.approx(tables["models"]["heldout_ppl"].tolist(), rel=1e-15)
-    assert {path.stem for path in (out / "plots").glob("*.png")} == {"quality", "speed"}
+    plots = {path.stem for path in (out / "plots").glob("*.png")}
+    assert plots == {"quality", "speed", "figure5", "figure10"} and plots - {"quality", "speed"} < tables.keys()
     page, html = (out / "results.md").read_text(), (out / "index.html").read_text()
     assert page.startswith("# A study\n") and page.count("![") == 2 and page.count("instructions") == 1
     assert len(verdict(models_frame(rows))) <= 5

@@ -406,11 +406,9 @@ def test_a_log_that_cannot_be_synced_is_named_and_keeps_its_entries(tmp_path, mo
     journal = Journal(tmp_path / "log.jsonl", {"of": "a test"}, seconds=60.0)
     journal.append({"n": 1})
     monkeypatch.setattr("os.fsync", broken)
+    monkeypatch.setattr(journal, "_synced", -math.inf)
     with pytest.raises(StorageError, match=r"log\.jsonl: no space left"):
-        if moment == "append":
-            monkeypatch.setattr(journal, "_synced", -math.inf)
-            journal.append({"n": 2})
-        journal.close()
+        journal.append({"n": 2}) if moment == "append" else journal.close()
     monkeypatch.undo()
     journal.close()
     assert journal.first() is not None and journal.read([])[0] == {"n": 1}

@@ -34,6 +34,10 @@ class Subject:
     labels: RunLabels
     paper: str | None = None
     """Its model's name in the paper."""
+    texts: str = ""
+    """Where its calibration is from."""
+    samples: int | None = None
+    """How many samples that has; None where it has so many rows."""
 
     @property
     def model(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ import pandas as pd
 
 from blockpruner.core.errors import extra
 from blockpruner.reporting import plots
+from blockpruner.reporting.paper.curves import FIGURES, Curve
+from blockpruner.reporting.paper.frames import COLUMNS
 from blockpruner.reporting.paper.published import DENSE
 from blockpruner.reporting.paper.tables import measured
 from blockpruner.reporting.plots import MARKS, REMOVED, Plot
@@ -46,6 +49,10 @@ def figures(frame: pd.DataFrame) -> list[Plot]:
         found.append(_draw("quality", QUALITY_CAPTION, models, (_perplexity, _accuracy)))
     if timed:
         found.append(_draw("speed", SPEED_CAPTION, timed, (_speed,)))
+    for curve in FIGURES:
+        own = [points for _, points in curve.points(known).groupby("model", sort=False)]
+        panels = [partial(_lines, curve, y) for y in curve.y]
+        found += [_draw(curve.name, f"{curve.title}. {curve.note}".rstrip(), own, panels)] if own else []
     return found
 
 
@@ -73,6 +80,18 @@ def _groups(own: pd.DataFrame) -> list[tuple[str, dict[str, Any], pd.DataFrame]]
         style = {"color": colour, "marker": shape, "linestyle": line, "fillstyle": fill, "markersize": 6}
         found.append((group["method"].iloc[0], {**style, "markerfacecoloralt": "none", "linewidth": 1.2}, group))
     return found
+
+
+def _lines(curve: Curve, y: str, axes: Axes, own: pd.DataFrame) -> None:
+    dense = own[own["recipe"] == DENSE]
+    lines = own[own["recipe"] != DENSE].groupby(curve.line, sort=False)
+    for (label, group), (colour, shape) in zip(lines, itertools.cycle(MANY_MARKS), strict=False):
+        line = pd.concat([dense, group]).sort_values(curve.x)
+        axes.plot(line[curve.x], line[y], color=colour, marker=shape, label=label)
+    if y.endswith("ppl"):
+        plots.scale_(axes, own[y].tolist())
+    plots.label_(axes, COLUMNS[curve.x].title, COLUMNS[y].title)
+    axes.legend()
 
 
 def _perplexity(axes: Axes, own: pd.DataFrame) -> None:

@@ -12,6 +12,7 @@ import pandas as pd
 
 from blockpruner.methods.recipes import BLOCKPRUNER
 from blockpruner.reporting.pages import Page, Section, made_line, write_page
+from blockpruner.reporting.paper.curves import FIGURES
 from blockpruner.reporting.paper.evidence import Row
 from blockpruner.reporting.paper.figures import figures
 from blockpruner.reporting.paper.frames import table_of_frame
@@ -19,6 +20,7 @@ from blockpruner.reporting.paper.published import DENSE
 from blockpruner.reporting.paper.tables import (
     bands,
     draws,
+    first_runs,
     front,
     measured,
     models_frame,
@@ -35,7 +37,13 @@ def study_tables(rows: Sequence[Row], published: Path) -> list[Table]:
     frame = models_frame(rows)
     chosen = [table_of_frame("front", FRONT_TITLE, front(frame))] if len(measured(frame)) else []
     every = table_of_frame("models", "Every model", frame.drop(columns=["recipe"]))
-    return [*chosen, *paper_tables(frame, published), *paired(rows), *draws(frame), every]
+    known = measured(frame)
+    curves = [
+        table_of_frame(curve.name, curve.title, points[list(curve.columns)], curve.note)
+        for curve in FIGURES
+        if len(points := curve.points(known))
+    ]
+    return [*chosen, *paper_tables(frame, published), *curves, *paired(rows), *draws(frame), every]
 
 
 def write_study(out: Path, title: str, rows: Sequence[Row], published: Path) -> None:
@@ -69,7 +77,7 @@ MARKED = "<!-- table: front -->\n{}\n<!-- /table -->"
 def verdict(frame: pd.DataFrame) -> list[str]:
     """Sum up a study in at most five sentences for each model: three sizes, accuracy, speed."""
     found: list[str] = []
-    for model, own in measured(frame).groupby("model", sort=False):
+    for model, own in first_runs(measured(frame)).groupby("model", sort=False):
         several = f"{model}: " if frame["model"].nunique() > 1 else ""
         dense = own[own["recipe"] == DENSE].iloc[0]
         sizes = bands(own)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 
@@ -40,6 +41,7 @@ def _line(row: Row, dense: Measured | None) -> dict[str, Any]:
     line: dict[str, Any] = {
         "model": row.subject.model, "run": row.subject.run, "target": row.target, "method": row.title,
         "recipe": row.method, "healing": row.healing, "budget": row.budget, "reason": row.reason,
+        "texts": row.subject.texts, "samples": row.subject.samples,
     }  # fmt: skip
     found = row.found
     if found is None or dense is None:
@@ -49,7 +51,8 @@ def _line(row: Row, dense: Measured | None) -> dict[str, Any]:
     if plan:
         mha, mlp = plan.blocks[BlockKind.MHA], plan.blocks[BlockKind.MLP]
         line |= {"mha": mha, "mlp": mlp, "kv_pct": -100 * mha / plan.layers}
-    if "wikitext" in row.subject.labels.heldout:
+        line |= {"mha_share_pct": 100 * mha / (mha + mlp)} if mha + mlp else {}
+    if row.subject.labels.wikitext2:
         line["wikitext2_ppl"] = model.perplexity
     line["heldout_ppl"] = model.perplexity
     line |= interval("heldout_x", _against_dense(model, dense.result) if plan else None)
@@ -88,6 +91,16 @@ def measured(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[frame["reason"].fillna("") == ""] if "heldout_ppl" in frame else frame.iloc[:0]
 
 
+def first_runs(frame: pd.DataFrame) -> pd.DataFrame:
+    """Leave the first run of each method and model; others differ in their calibration, and the best is chance."""
+    return frame[frame["run"] == frame.groupby(["model", "recipe"])["run"].transform("first")]
+
+
+def plain_rows(frame: pd.DataFrame) -> pd.DataFrame:
+    """Leave what is not healed, of first runs."""
+    return first_runs(frame[frame["healing"] == ""])
+
+
 FRONT = (
     "model", "method", "removed_pct", "kv_pct", "heldout_ppl", "heldout_x", "wikitext2_ppl", "wikitext2_x", "avg_pct",
     "avg_pct_se",
@@ -113,7 +126,7 @@ def front(frame: pd.DataFrame) -> pd.DataFrame:
     Best is the lowest held-out perplexity.
     """
     lines: list[int] = []
-    for _, own in measured(frame).groupby("model", sort=False):
+    for _, own in first_runs(measured(frame)).groupby("model", sort=False):
         lines += own.index[own["recipe"] == DENSE][:1].tolist()
         for band in bands(own):
             lines += _chosen(band.sort_values("heldout_ppl", kind="stable"))
@@ -150,12 +163,13 @@ class PaperTable:
     """Our column by the paper's."""
     ours: tuple[str, ...] = ()
     """Columns that only our rows have."""
+    note: str = ""
 
 
 RATIO, AVERAGE, WIKITEXT = {"ratio_pct": "removed_pct"}, {"avg": "avg_pct"}, {"wikitext2_ppl": "wikitext2_ppl"}
 QUALITY = ("heldout_ppl", "p_gold_pct")
 NINE = {"truthfulqa": "truthfulqa_mc1", "race": "race", "swag": "swag", "openbookqa": "openbookqa"}
-CURVES = (BLOCKPRUNER, "shortgpt", "relative-magnitude")
+CURVES = (BLOCKPRUNER, "shortgpt", "relative-magnitude", "relative-magnitude-frobenius")
 MAIN = (
     DENSE, "slicegpt", "laco", "laco-3", "laco-7", "relative-magnitude", "relative-magnitude-frobenius", "shortgpt",
     "greedy-layers", BLOCKPRUNER, "blockpruner-per-parameter", "swap", "random",
@@ -184,9 +198,12 @@ TABLES: tuple[PaperTable, ...] = (
     PaperTable(
         "table7", "Table 7. Time of the search", "table7_pruning_time",
         tuple(name for name, method in RECIPES.items() if method.published), {"minutes": "minutes"},
-        ("trials_asked", "trials_computed"),
+        ("trials_asked", "trials_computed"), "Of a nested search, up to the ratio of Table 1.",
     ),
-    PaperTable("table8", "Table 8. AQuA-RAT", "table8_aqua", (DENSE, *CURVES), {"accuracy": "agieval_aqua_rat"}),
+    PaperTable(
+        "table8", "Table 8. AQuA-RAT", "table8_aqua", (DENSE, *CURVES), {"accuracy": "agieval_aqua_rat"},
+        note="The prompt is that of AGIEval, a guess: the paper does not print its own.",
+    ),
     PaperTable(
         "table9", "Table 9. Methods over ratios", "table9_newer_models", CURVES, {**RATIO, **AVERAGE}, QUALITY
     ),
@@ -194,47 +211,59 @@ TABLES: tuple[PaperTable, ...] = (
 )  # fmt: skip
 
 
+def rows_of_table(table: PaperTable, frame: pd.DataFrame) -> pd.DataFrame:
+    """Choose the rows that a table may have; none where there is only one method."""
+    own = plain_rows(frame[frame["recipe"].isin(table.methods)])
+    return own if own[own["recipe"] != DENSE]["recipe"].nunique() > 1 else own.iloc[:0]
+
+
 def paper_tables(frame: pd.DataFrame, folder: Path) -> list[Table]:
     """Make the tables of which something was measured: our rows, each followed by the paper's row of its model."""
-    plain = measured(frame)
-    plain = plain[plain["healing"] == ""] if len(plain) else plain
-    nine = [task for task in (*FIVE, *NINE.values()) if task in plain]
+    known = measured(frame)
+    nine = [task for task in (*FIVE, *NINE.values()) if task in known]
     if len(nine) == len(FIVE) + len(NINE):
-        plain = plain.assign(avg9_pct=plain[nine].mean(axis=1, skipna=False))
+        known = known.assign(avg9_pct=known[nine].mean(axis=1, skipna=False))
     found = []
     for table in TABLES:
         wanted = [key for key in table.columns.values() if key not in ("removed_pct", "avg_pct")] or ["avg_pct"]
-        own = plain[plain["recipe"].isin(table.methods)] if len(plain) else plain
-        several = len(own) and own[own["recipe"] != DENSE]["recipe"].nunique() > 1
-        if several and any(key in own and own[key].notna().any() for key in (*wanted, *table.ours)):
-            lines = _beside(table, own, read_published(folder, table.source))
-            if lines:
-                columns = ["model", "method", "source", *table.columns.values(), *table.ours]
-                found.append(
-                    table_of_frame(table.name, table.title, pd.DataFrame(lines).reindex(columns=columns), PAPER_NOTE)
-                )
+        own = rows_of_table(table, known)
+        if any(key in own and own[key].notna().any() for key in (*wanted, *table.ours)):
+            once = "wikitext2_ppl" in wanted and "wikitext2_ppl" in own
+            ours = [key for key in table.ours if not (once and key == "heldout_ppl")]
+            columns = ["model", "method", "source", *table.columns.values(), *ours]
+            lines = pd.DataFrame(beside(table, own, folder)).reindex(columns=columns)
+            note = f"{PAPER_NOTE} {table.note}".rstrip()
+            found += [table_of_frame(table.name, table.title, lines, note)] if len(lines) else []
     return found
 
 
 PAPER_NOTE = "Rows “here” are measured by this project, rows “paper” are the numbers of arXiv 2406.10594."
 
 
-def _beside(table: PaperTable, own: pd.DataFrame, published: Sequence[Published]) -> list[dict[str, Any]]:
+def beside(table: PaperTable, own: pd.DataFrame, folder: Path) -> list[dict[str, Any]]:
+    """List the rows of a table: ours near the paper's ratios, and the paper's. Without ratios, those of Table 1 hold.
+
+    Args:
+        own: from `rows_of_table`.
+    """
     lines: list[dict[str, Any]] = []
+    published, first = read_published(folder, table.source), read_published(folder, TABLES[0].source)
+    ratios = {(row.model, row.key): row.numbers["ratio_pct"] for row in first}
     for model, mine in own.groupby("model", sort=False):
         theirs = [row for row in published if row.model == model]
-        pairs = [(row, _nearest(mine, row)) for row in theirs]
-        matched = {index: row for row, index in pairs if index is not None}
-        sizes = [row.numbers["ratio_pct"] for row in theirs if row.numbers.get("ratio_pct")]
+        sizes = [row.numbers.get("ratio_pct", ratios.get((row.model, row.key), 0.0)) for row in theirs]
+        found = [_nearest(mine, row, size) for row, size in zip(theirs, sizes, strict=True)]
+        shown = {index for indices in found for index in indices}
+        behind = {indices[-1]: row for row, indices in zip(theirs, found, strict=True) if indices}
         for index, line in mine.iterrows():
-            apart = min((abs(line["removed_pct"] - size) for size in sizes), default=0.0)
+            apart = min((abs(line["removed_pct"] - size) for size in sizes if size), default=0.0)
             near = line["recipe"] == DENSE or apart <= 100 * BAND
             known = not _keys(line["recipe"]).isdisjoint(row.key for row in theirs)
-            if index in matched or (near and not known):
+            if index in shown or (near and not known):
                 lines.append({**line, "source": "here"})
-            if index in matched:
-                lines.append(_theirs(table, matched[index]))
-        lines += [_theirs(table, row) for row, index in pairs if index is None]
+            if index in behind:
+                lines.append(_theirs(table, behind[index]))
+        lines += [_theirs(table, row) for row, indices in zip(theirs, found, strict=True) if not indices]
     return lines
 
 
@@ -248,18 +277,15 @@ def _keys(recipe: str) -> set[str]:
     return {DENSE} if recipe == DENSE else set(RECIPES[recipe].published) if recipe in RECIPES else set()
 
 
-def _nearest(own: pd.DataFrame, row: Published) -> Any:
-    """Find our row of the paper's method at the nearest ratio; None where there is none within BAND."""
+def _nearest(own: pd.DataFrame, row: Published, size: float) -> list[Any]:
+    """Find our rows of the paper's method at the nearest ratio within BAND, one of each of our readings of it."""
     near = own[own["recipe"].map(lambda recipe: row.key in _keys(recipe))]
-    if near.empty:
-        return None
-    wanted = row.numbers.get("ratio_pct")
-    if wanted is None:
-        return near.index[0]
-    apart = (near["removed_pct"] - wanted).abs()
-    return apart.idxmin() if apart.min() <= 100 * BAND else None
+    apart = (near["removed_pct"] - size).abs()
+    best = apart.groupby(near["recipe"], sort=False).idxmin() if len(near) else []
+    return [index for index in best if apart[index] <= 100 * BAND]
 
 
+T = TypeVar("T")
 Measure = Callable[[Model, Model, float], Effect | None]
 MEASURES: Mapping[str, tuple[Measure, float]] = {
     "ppl_against": (lambda a, b, level: statistics.perplexity_ratio(a.heldout.row_nll, b.heldout.row_nll, level), 1),
@@ -278,8 +304,11 @@ PAIRED_NOTE = (
 )
 
 
+TASKS_NOTE = "The same pairs on each task: paired t interval and test over items, by Holm over a pair's tasks."
+
+
 def paired(rows: Sequence[Row]) -> list[Table]:
-    """Compare every method with BlockPruner at the same size, healed alike."""
+    """Compare every method with BlockPruner at the same size, healed alike: in all, and task by task."""
     pairs = [(base, row) for row in rows if (base := _base_of(row, rows)) is not None]
     lines: list[dict[str, Any]] = [
         {
@@ -288,13 +317,31 @@ def paired(rows: Sequence[Row]) -> list[Table]:
         }
         for base, row in pairs
     ]  # fmt: skip
+    found: list[dict[str, Any]] = []
+    for line, pair in zip(lines, pairs, strict=True):
+        scores = pair[0].found.result.scores if pair[0].found else ()
+        tests = {task: partial(_effect, _of(task), *pair) for task in scores}
+        for task, (effect, p) in _corrected(tests).items():
+            found.append(line | {"task": task} | interval("score_against", effect, 100) | {"score_against_p": p})
     for key, (measure, scale) in MEASURES.items():
-        known = {i: e for i, (a, b) in enumerate(pairs) if (e := _effect(measure, a, b, 0.95)) is not None}
-        p_values = [effect.p for effect in known.values()]
-        corrected = zip(known, statistics.holm(p_values), statistics.holm_levels(p_values), strict=True)
-        for i, p, level in corrected:
-            lines[i] |= interval(key, _effect(measure, *pairs[i], level), scale) | {f"{key}_p": p}
-    return [table_of_frame("paired", "Methods on the same items", pd.DataFrame(lines), PAIRED_NOTE)] if lines else []
+        by_pair = {i: partial(_effect, measure, *pair) for i, pair in enumerate(pairs)}
+        for i, (effect, p) in _corrected(by_pair).items():
+            lines[i] |= interval(key, effect, scale) | {f"{key}_p": p}
+    tables = [("paired", "Methods on the same items", lines, PAIRED_NOTE)]
+    tables += [("paired-tasks", "Methods on the items of each task", found, TASKS_NOTE)]
+    return [table_of_frame(name, title, pd.DataFrame(own), note) for name, title, own, note in tables if own]
+
+
+def _of(task: str) -> Measure:
+    return lambda a, b, level: statistics.paired_t(a.scores[task], b.scores[task], level)
+
+
+def _corrected(tests: Mapping[T, Callable[[float], Effect | None]]) -> dict[T, tuple[Effect | None, float]]:
+    """Test a family, each at the level at which Holm's correction tests it; those that cannot be made are left out."""
+    p_values = {key: effect.p for key, test in tests.items() if (effect := test(0.95)) is not None}
+    family = list(p_values.values())
+    corrected = zip(p_values, statistics.holm(family), statistics.holm_levels(family), strict=True)
+    return {key: (tests[key](level), p) for key, p, level in corrected}
 
 
 def _effect(measure: Measure, base: Row, row: Row, level: float) -> Effect | None:
@@ -338,10 +385,12 @@ def draws(frame: pd.DataFrame) -> list[Table]:
     if not len(found):
         return []
     pruned = found[found["recipe"] != DENSE]
-    grouped = pruned.groupby(["model", "method", "budget"], sort=False).agg(
+    alike = ["model", "method", "budget", "texts", "samples"]
+    grouped = pruned.groupby(alike, sort=False, dropna=False).agg(
         runs=("run", "nunique"), removed_pct=("removed_pct", "mean"), heldout_ppl=("heldout_ppl", "mean"),
         heldout_sd=("heldout_ppl", "std"), avg_pct=("avg_pct", "mean"), avg_sd=("avg_pct", "std"),
     )  # fmt: skip
     several = grouped[grouped["runs"] > 1].reset_index()
+    several = several.drop(columns=["texts", "samples"])
     note = "Means and standard deviations over runs of one model, one search each, on the same items and text."
     return [table_of_frame("draws", "Over calibration draws", several, note)] if len(several) else []
