@@ -259,17 +259,17 @@ def prune(
         trace = read_trace(trace_directory(folder / healed.search, current, wanted), current.search)
         firm = stabilities(trace, str(current.score.options.get("per", "none")))
         plan, weights, data = replace(healed.plan, train=recipe is not None), healed.weights, run.calibration.data
-        told, learns = healed.healed(data), any(weight.requires_grad for weight in model.parameters())
+        told, learns = healed.healed(data), [weight for weight in model.parameters() if weight.requires_grad]
         if recipe is not None:
             place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             write_text(place / "config.json", base.config)
+            stack.callback(lambda: [weight.requires_grad_() for weight in learns])
             made = Loaded(place, plan, rows.search, dtype, device, model=model, base=identity)
             keep(place / "compensated", healed, made, data)
             made = replace(made, healed=find_healed([place / "compensated"], made.identity))
             pipeline.train(made, recipe, rows, (scores or place) / "training", place / "trained", shown)
             told = find_healed([place / "trained"], made.identity)
             weights = read_tensors(place / "trained" / FILE)[0]
-            model.requires_grad_(learns)
         pruned = prune_(model, plan.mask)
         set_weights_(pruned, weights)
         return Pruned(pruned, tokenizer, plan, tuple(trace), firm, healed.facts, told, base)

@@ -8,7 +8,7 @@ version, and names the constant to raise.
 FETCH_VERSION = 4
 """Texts, benchmark items and checkpoints as they are fetched: what is read, kept, converted and recorded."""
 
-CALIBRATION_VERSION = 3
+CALIBRATION_VERSION = 4
 """Calibration rows: which samples are drawn, how they are packed, which tokens are scored."""
 
 SCORE_VERSION = 3

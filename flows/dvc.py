@@ -20,6 +20,7 @@ from pathlib import Path
 
 import yaml
 
+from blockpruner.core.errors import InputError
 from blockpruner.store.files import set_aside, write_text
 
 GRACE = 10.0
@@ -83,9 +84,28 @@ def repro(stage: str, lock: int, show: Callable[[str], object], environment: Map
     return any(line.startswith(f"Running stage '{stage}'") for line in lines)
 
 
+def require_remotes(push: str | None, share: str | None) -> None:
+    """Refuse remotes that are not there; None is none. Raises InputError."""
+    from dvc.repo import Repo
+
+    with Repo() as repo:
+        known = sorted(repo.config["remote"])
+    if push is not None and push not in known:
+        raise InputError(
+            f"push {push!r} is no remote of DVC; existing: {', '.join(known) or 'none'}; `dvc remote add` adds one",
+            rule="no-remote", key="push", value=push,
+        )  # fmt: skip
+    ask = ["git", "ls-remote", "--heads", str(share)]
+    if share is not None and subprocess.run(ask, capture_output=True, check=False).returncode != 0:
+        raise InputError(
+            f"share {share!r} is no remote of Git that answers; see `git remote -v`",
+            rule="no-remote", key="share", value=share,
+        )  # fmt: skip
+
+
 def push(remote: str, stages: Sequence[str], lock: int, show: Callable[[str], object]) -> None:
     """Run `dvc push` of what the stages have made; arguments as those of `repro`."""
-    _send(["push", "--remote", remote, *stages], f"push to the remote {remote!r}", f"push -r {remote}", lock, show)
+    _send(["push", "--remote", remote, *stages], f"push to the remote {remote!r}", lock, show)
 
 
 def share(
@@ -100,19 +120,19 @@ def share(
         stages: what has run. DVC records these alone, so nothing that is stale passes for current.
     """
     # results and run files that Git does not know yet; its other new files are nobody's business
-    asked = ["git", "ls-files", "--others", "--exclude-standard", "data", "runs", "studies"]
-    new = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
+    asked = ["git", "ls-files", "-z", "--others", "--exclude-standard", "data", "runs", "studies"]
+    new = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
     options = ["--force", "--name", name, *(argument for path in new for argument in ("--include-untracked", path))]
     what, cache = f"share by the remote {remote!r}", ("--remote", to) if to else ()
-    _send(["exp", "save", *options, *stages], what, "exp save", lock, show)
-    _send(["exp", "push", "--force", *cache, remote, name], what, f"exp push {remote} {name}", lock, show)
+    _send(["exp", "save", *options, *stages], what, lock, show)
+    _send(["exp", "push", "--force", *cache, remote, name], what, lock, show)
 
 
-def _send(arguments: Sequence[str], what: str, again: str, lock: int, show: Callable[[str], object]) -> None:
+def _send(arguments: Sequence[str], what: str, lock: int, show: Callable[[str], object]) -> None:
     code, lines = _follow(arguments, lock, show, {})
     if code != 0:
         why = lines[-1] if lines else f"dvc ended with {code}"
-        raise StageError(f"{what} failed: {why}; `dvc {again}` tries it again")
+        raise StageError(f"{what} failed: {why}")
 
 
 def _follow(

@@ -44,10 +44,11 @@ def check(study: str) -> int:
     """Compare with the paper; 1 if what must agree does not."""
     from blockpruner.reporting.paper.needs import differences
 
-    faults, others = differences(study_frame(study), PUBLISHED)
+    agreed, faults, others = differences(study_frame(study), PUBLISHED)
     for kind, lines in (("warning", others), ("differs", faults)):
         for line in lines:
             print(f"{kind}: {line}", file=sys.stderr)
+    print(f"{agreed} numbers agree with the paper's", file=sys.stderr)
     return int(bool(faults))
 
 

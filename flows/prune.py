@@ -56,8 +56,9 @@ DELAYS = [10.0, 120.0]
 
 
 def is_of_network(_task: object, _run: object, state: State[Any]) -> bool:
-    """Whether a stage's error advises to check the network, as those of a fetch do."""
-    return "network" in str(state.message)
+    """Whether a fetch has failed with the advice to check the network."""
+    stage, _, why = str(state.message).partition(" failed")
+    return stage.startswith("stage fetch@") and "network" in why
 
 
 @task(cache_policy=NO_CACHE, retries=len(DELAYS), retry_delay_seconds=DELAYS, retry_condition_fn=is_of_network)
@@ -101,7 +102,10 @@ def push_outputs(remote: str, stages: Sequence[str], lock: int) -> State[None]:
     return Completed()
 
 
-@task(name="share", task_run_name="share by {remote}", cache_policy=NO_CACHE)
+@task(
+    name="share", task_run_name="share by {remote}", cache_policy=NO_CACHE,
+    retries=len(DELAYS), retry_delay_seconds=DELAYS,
+)  # fmt: skip
 def share_outputs(remote: str, to: str | None, stages: Sequence[str], lock: int) -> State[None]:
     """What the stages have made, sent as an experiment, whose name is unique to the flow run."""
     name = f"{phases.artifact_key(str(flow_run.name))}-{str(flow_run.id)[:8]}"
@@ -129,6 +133,7 @@ def build(
     try:
         with workspace(f"flow run {flow_run.name}, {this_process()}") as lock:
             chosen = check()
+            dvc.require_remotes(push, share)
             chosen.write()
             if chosen.additions:
                 show(f"params.yaml: added {', '.join(chosen.additions)}; commit it with dvc.lock to keep them")

@@ -127,7 +127,7 @@ def choose(selection: Selection) -> Chosen:
     known = {
         (t.run, read_budget(t.budget)): name
         for name, t in params.targets.items()
-        if (t.compensate, t.train) == (selection.compensate, selection.train)
+        if (t.method, t.compensate, t.train) == (None, selection.compensate, selection.train)
     }
     targets = {run: [] if selection.budgets else _targets_of(run, params.targets) for run in runs}
     wanted: dict[str, dict[str, Any]] = {}

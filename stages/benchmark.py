@@ -36,7 +36,7 @@ def search_of(name: str, run_name: str, plan: Plan) -> dict[str, float]:
     found = searched.get(target(name).method or next(iter(searched), ""), {}).values()
     whole = [(counts["trials_computed"], counts["trials_reused"], counts["seconds"]) for counts in found]
     if plan.nested and len(found) == 1:
-        whole = [step for counts in found for step in counts["steps"][: len(plan.order)][-1:]] or whole
+        whole = [step for counts in found for step in counts.get("steps", ())[: len(plan.order)][-1:]] or whole
     computed, reused, seconds = map(sum, zip(*whole, strict=True)) if found else (0, 0, 0.0)
     return {"seconds": seconds, "trials_asked": computed + reused, "trials_computed": computed} if found else {}
 

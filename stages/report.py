@@ -22,7 +22,7 @@ def main(_: str) -> None:
     built = [name for name in params.targets if all((DATA / part.format(name)).exists() for part in parts)]
     names = {run: labels(sections(run)) for run in dict.fromkeys(params.targets[name].run for name in built)}
     for name in sorted(set(params.targets) - set(built)):
-        show.note(f"target {name} is not built yet and not in the report; `dvc repro` builds it")
+        show.note(f"target {name} is not here and not in the report; `dvc pull` may have it, `dvc repro` builds it")
     pipeline.report(DATA / "report", params.report.title, built, names, DATA, params.report.plots)
     tables = (DATA / "report").glob("*.csv")
     replace_directory(DATA / "plots", lambda folder: [shutil.copy(path, folder) for path in tables])

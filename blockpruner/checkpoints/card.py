@@ -32,12 +32,11 @@ HEALED = ("dense", "before", "after")
 LIBRARIES = {"hf": "transformers", "nas": "mlx", "gguf": "gguf"}
 """The hub's name of what loads a format."""
 
-LIMITS = f"""
+LIMITS = """
 ## Limits
 
-What was removed held knowledge and skills of the base model. Nothing is known of this model but what stands here: no
-benchmark was run, and nothing was measured of other languages, long contexts, safety or bias. Compare it with its base
-on texts of your own: `blockpruner compare BASE {HERE} --texts FILE`.
+What was removed held knowledge and skills of the base model. Other languages, long contexts, safety and bias were not
+measured. Compare it with its base on texts of your own.
 """
 
 
@@ -90,14 +89,14 @@ def model_card(
 
 
 def _results(told: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
-    """The perplexities after healing, as the hub reads them from a card."""
+    """The perplexity after the last healing, as the hub reads it from a card."""
     return [
         {
             "task": {"type": "text-generation"},
             "dataset": {"type": "custom", "name": f"rows held out from {name}"},
             "metrics": [{"type": "perplexity", "value": found["after"]}],
         }
-        for name, found in told.items()
+        for name, found in list(told.items())[-1:]
     ]
 
 

@@ -77,7 +77,8 @@ def push(checkpoint: Path, repo: str, private: bool, licence: Mapping[str, Any],
                 f"repository {repo!r} is there and {'public' if private else 'private'}, and push.private is "
                 f"{str(private).lower()}; nothing was uploaded: change one of them, or push to another repository"
             )
-        card = (checkpoint / CARD_FILE).read_text(encoding="utf-8").replace(HERE, repo)
+        card = (checkpoint / CARD_FILE).read_text(encoding="utf-8")
+        card = card.replace(f"-m {HERE}/model-Q8_0.gguf", f"-hf {repo}:Q8_0").replace(HERE, repo)
         contents = {file: str(checkpoint / file) for file in files} | {CARD_FILE: card.encode()}
         operations = [CommitOperationAdd(file, content) for file, content in contents.items()]
         commit = api.create_commit(repo, operations, commit_message=f"{name}: pruned with blockpruner")

@@ -35,7 +35,7 @@ OPTIONAL = {
 """Packages that some work needs."""
 
 FREE = 2 * 2**30
-"""The least room of the folders that get models: from the hub its own cache, and links to it the folder of --cache."""
+"""The least free room. The hub's cache gets models; the folder of --cache gets links to them."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ def look(cache: Path) -> Iterator[Checkup]:
         there = next(parent for parent in (place, *place.parents) if parent.exists())
         free = shutil.disk_usage(there).free if os.access(there, os.W_OK) and there.is_dir() else 0
         found = f"{place}, {size(free)} free"
-        yield Checkup(name, found if free >= FREE else "", f"{found} to write: choose another folder: {fix}")
+        lacks = f"{found} to write: choose another folder: {fix}"
+        yield Checkup(name, found if free >= FREE else "", lacks, needed=name == "cache")  # downloads may be there
     program = shutil.which(QUANTIZER) or ""  # it comes with llama.cpp and not with a Python package
     yield Checkup(QUANTIZER, program, f"for --export gguf:Q4_K_M: have llama.cpp's {QUANTIZER} on PATH", needed=False)
 

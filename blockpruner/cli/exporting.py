@@ -74,7 +74,7 @@ def _stand_in(folder: Path, dense: Path) -> Healed | None:
     card = folder / CARD_FILE
     front = (metadata_load(card) if card.exists() else None) or {}
     found = BASE.search(card.read_text(encoding="utf-8")) if card.exists() else None
-    base = found[1] if found else folder.name
+    base = front.get("base_model") or (found[1] if found else folder.name)
     source = {"source": "hub", "repo": base} if "base_model" in front else {"source": "path", "path": base}
     write_json(dense / SOURCE_FILE, {"source": source, "licence": licence_beside(folder)})
     if not (folder / HEALED_FILE).exists():

@@ -138,7 +138,8 @@ class Place:
                     target="", run=run.model.title, compensate=method, dense=dense,
                 )  # fmt: skip
                 best = pipeline.heal(material.dense, found, rows, run.compensate, self.observer)
-                choice.keep(healed, best, self._pruning(run, dense, best.plan, rows.search), run.calibration.data)
+                data = run.compensate.data or run.calibration.data
+                choice.keep(healed, best, self._pruning(run, dense, best.plan, rows.search), data)
         pruning = self._healed(run, dense, replace(load_plan(healed / choice.PLAN), target=out.name), rows, [healed])
         facts = read_json(healed / COMPENSATE_FACTS)
         told = {"compensated": facts["perplexity"]} if "perplexity" in facts else {}

@@ -41,16 +41,15 @@ def write_trained(
     """
     check_context(wanted.seq_len, read_json(pruning.dense / "config.json"), "train.seq_len")
     healed, plan, own = pruning.healed, pruning.plan, states / _key(pruning, wanted, rows, validation)
-    teacher = pruning.load() if wanted.distill else None
+    dense = pruning.load()
+    told = {} if validation is None else {"dense": measure_perplexity(dense, validation.rows).perplexity}
+    teacher = dense if wanted.distill else None
     # adapters leave the model's own tensors alone until the end; float16 is trained as float32
     shared = teacher is not None and wanted.weights == "lora" and pruning.dtype != "float16"
-    if teacher is not None and shared:
-        model = pruned_copy(teacher, plan, pruning.rows.rows)
+    if shared:
+        model = pruned_copy(dense, plan, pruning.rows.rows)
     else:
-        model = replace(pruning, healed=None).prune_(pruning.load())
-    told = {}
-    if teacher is not None and validation is not None:
-        told["dense"] = measure_perplexity(teacher, validation.rows).perplexity
+        model = replace(pruning, healed=None).prune_(dense if teacher is None else pruning.load())
     before = parameter_digests(model)
     if healed is not None:
         load_healed_(model, healed.path, shared)

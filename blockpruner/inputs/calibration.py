@@ -264,8 +264,8 @@ def draw_rows(
         rows = fill_rows(pool, tokenizer, wanted, wanted.num_rows, at_most=at_most, reserved=reserved)
     else:
         if wanted.split == "paper":  # draws places in the list: with a text less in it, all samples would be others
-            drawn = draw(texts, wanted.num_samples, "paper", wanted.seed, reserved=reserved)
-            samples = [text for text in drawn if text not in known]
+            drawn = draw(texts, wanted.num_samples, "paper", wanted.seed)
+            samples = [text for text in drawn if text not in known | reserved]
         else:
             samples = draw(pool, wanted.num_samples, wanted.split, wanted.seed, reserved=reserved)
         bos = "first" if wanted.split == "paper" else "row"

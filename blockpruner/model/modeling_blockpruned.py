@@ -215,8 +215,7 @@ class BlockPrunedMixin:
 
 
 def with_own_windows(forward):
-    """A forward that refuses an engine which gives each attention the window of the layer of that number, where removed
-    attentions have moved the numbers."""
+    """Make a forward refuse an engine that looks up an attention's window by its new number."""
 
     @functools.wraps(forward)
     def checked(self, *args, **kwargs):

@@ -113,7 +113,7 @@ def is_slow(option: Option) -> bool:
 
 def recommended(options: Sequence[AnyOption]) -> AnyOption | None:
     """Find the fastest model that is faster than dense beyond noise and not broken, or None: keep the dense model."""
-    faster = [option for option in options if option.is_timed and option.race.interval("generation").low > 1]
+    faster = [option for option in options if option.is_timed and not is_slow(option)]
     safe = [option for option in faster if not is_broken(option)]
     return max(safe, key=lambda option: option.speedup, default=None)
 
@@ -163,7 +163,7 @@ def _broken(found: Sequence[Option]) -> Finding:
 def _mismatch(found: Sequence[Option]) -> Finding:
     rises = [f"{times(math.exp(o.heldout_rise))} against {times(math.exp(o.own_rise or 0))} at {o.name}" for o in found]
     text = (
-        f"Perplexity over the dense model's, on held-out text against texts as those of calibration or fit: "
+        f"Perplexity over the dense model's, on held-out text against its own texts: "
         f"{listed(rises)}. Calibrate on more text, or on text nearer to its use."
     )
     return Finding(Level.WARNING, "mismatch", "Held-out text suffers more than the model's own texts", text)

@@ -99,6 +99,8 @@ def test_evaluated_texts_leave_the_papers_draw_and_the_others_stay_in_it():
     samples = draw(texts, 8, "paper", 42)
     rows = draw_rows(texts, tiny_tokenizer(), wanted, [samples[3], texts[0]], lambda _: None)
     assert rows == pack_rows([*samples[:3], *samples[4:]], tiny_tokenizer(), 60, "per_sample")
+    judging = frozenset([samples[3], texts[0]])
+    assert draw_rows(texts, tiny_tokenizer(), wanted, [], lambda _: None, reserved=judging) == rows
 
 
 def test_split_paper_is_what_the_public_code_does():

@@ -799,7 +799,8 @@ def test_doctor_names_what_is_missing_and_what_mends_it(place, say, monkeypatch)
     hub.mkdir()
     code, out, _ = say("doctor", "--json")
     (downloads,) = (check for check in json.loads(out) if check["name"] == "downloads")
-    assert code == 1 and str(hub) in downloads["lacks"] and "HF_HOME" in downloads["lacks"]
+    assert (code, downloads["verdict"]) == (0, "optional"), "the models may be there"
+    assert str(hub) in downloads["lacks"] and "HF_HOME" in downloads["lacks"]
     hub.rmdir()
     known, absent = doctor.version, {"ray": "", "typer": "0.1"}
 

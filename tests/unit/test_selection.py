@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ from prefect.states import Completed, Failed
 from blockpruner.core.errors import InputError
 from flows import paper
 from flows import prune as prune_module
+from flows.dvc import require_remotes
 from flows.new_model import NewModel, add, source_of
 from flows.prune import LEFT_OUT, main, outcome, results, run_here, run_stages
 from flows.selection import Chosen, Selection, choose, choose_study
@@ -140,6 +143,37 @@ def test_healed_targets_are_added_beside_the_plain_ones(project):
     for option, name in zip(options, names, strict=True):
         again = choose(Selection(budgets=(".10",), **option))
         assert again.targets == {"smollm2": [f"smollm2-b10{name}"]} and not again.additions
+
+
+def test_a_target_of_another_method_is_not_what_a_flow_asks_for(project):
+    own = "  own: {run: smollm2, budget: '0.1', method: blockpruner, compensate: none}\n"
+    Path("params.yaml").write_text(PARAMS.replace("targets:\n", f"targets:\n{own}"))
+    assert choose(Selection(budgets=("0.1",), compensate="none")).targets == {"smollm2": ["smollm2-b10-none"]}
+
+
+def test_remotes_that_are_not_there_are_refused_before_any_work(project, monkeypatch):
+    subprocess.run(["git", "init", "-q"], check=True)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], check=True)
+    require_remotes(None, None)
+    for asked, words in (
+        (("team", None), "push 'team' is no remote of DVC; existing: none"),
+        ((None, "up"), "share 'up'"),
+    ):
+        with refused("no-remote") as caught:
+            require_remotes(*asked)
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("message", "again"),
+    [
+        ("stage fetch@a failed: hub repository 'a/b' cannot be used: timed out; check the network, or ...", True),
+        ("stage fetch@network-b10 failed: disk full", False),
+        ("stage train@a failed: no network of experts fits", False),
+    ],
+)
+def test_only_a_fetch_that_the_network_failed_is_tried_again(message, again):
+    assert prune_module.is_of_network(None, None, Failed(message=message)) is again
 
 
 @pytest.mark.parametrize(

@@ -350,10 +350,23 @@ def test_figures_of_calibration_and_training_have_their_models_alone(tmp_path):
     assert draws["runs"] == 2 and "table1" not in found, "which has plain models alone, here of one method"
 
 
+def test_what_a_study_takes_is_told_of_any_method_and_checked_where_the_paper_has_it(tmp_path):
+    study = study_of(["blockpruner", "shortgpt"], ["0.2102"])
+    for title, checked in (("Llama2-7B", True), ("tiny", False)):
+        frame = models_frame(rows_of(study, evidence(tmp_path / title, study), title))
+        frame["recipe"] = frame["recipe"].replace("blockpruner", "recommended")  # two searches
+        runs = {run: load_run("llama2-7b", ROOT / "runs") for run in frame["run"]}
+        found = items_of(frame, runs, PUBLISHED)
+        assert ("check" in found) is checked
+        assert takes(found["all"][1], runs).startswith(
+            f"{len(frame)} models ({len(frame)} measured); 2 searches, about "
+        )
+
+
 def test_what_differs_from_the_paper_is_a_fault_only_where_nothing_searches(tmp_path):
     study = study_of(["blockpruner", "shortgpt"], ["0.2102", "0.2199"])
     frame = models_frame(rows_of(study, evidence(tmp_path, study), "Llama2-7B"))
-    faults, others = differences(frame, PUBLISHED)
+    _, faults, others = differences(frame, PUBLISHED)
     assert {line.partition(":")[0] for line in faults} == {"Llama2-7B, dense", "Llama2-7B, ShortGPT"}
     assert {line.partition(":")[0] for line in others} == {"Llama2-7B, BlockPruner"}
     assert any(line.startswith("Llama2-7B, dense: piqa is ") and line.endswith("in the paper 79.05") for line in faults)
@@ -362,7 +375,7 @@ def test_what_differs_from_the_paper_is_a_fault_only_where_nothing_searches(tmp_
         numbers = {key: value for key, value in theirs[line["recipe"]].items() if key in FIVE}
         frame.loc[index, [*numbers, "avg_pct"]] = [*numbers.values(), theirs[line["recipe"]]["avg"] + 0.9]
         frame.loc[index, "wikitext2_ppl"] = theirs[line["recipe"]]["wikitext2_ppl"] * 1.009
-    assert differences(frame, PUBLISHED) == ([], [])
+    assert differences(frame, PUBLISHED) == (24, [], [])
 
 
 def test_rows_of_the_paper_follow_ours_at_the_nearest_ratio(tmp_path):

@@ -51,8 +51,11 @@ class Curve:
     def points(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Choose its rows; none where there is nothing to compare."""
         found = self.rows(frame[frame["recipe"].isin((DENSE, *self.methods))])
-        methods = found[found["recipe"] != DENSE]["method"]
-        return found if len(methods) > 1 and (len(self.methods) == 1 or methods.nunique() > 1) else found.iloc[:0]
+        return found.groupby("model", sort=False).filter(self._is_comparison) if len(found) else found
+
+    def _is_comparison(self, model: pd.DataFrame) -> bool:
+        methods = model[model["recipe"] != DENSE]["method"]
+        return len(methods) > 1 and (len(self.methods) == 1 or methods.nunique() > 1)
 
 
 BY = ("blockpruner-by-bi", "blockpruner-by-rm", "blockpruner-by-rm-frobenius")
@@ -63,7 +66,8 @@ FIGURES = (
     Curve(
         "figure7", "Figure 7. Texts and size of the calibration", (BLOCKPRUNER,), x="samples", line="texts",
         rows=_calibrations,
-        note="WikiText-2 is its train split here; the paper's code draws from the test split, on which it evaluates.",
+        note="WikiText-2 is its train split here; the paper's code draws from the test split, on which it evaluates. "
+        "16 samples are cut into rows of 512 tokens, more into rows of 2,048.",
     ),
     Curve("figure8", "Figure 8. Before and after training", (BLOCKPRUNER,), rows=_trained),
     Curve("figure10", "Figure 10. Methods over ratios", CURVES),

@@ -15,7 +15,7 @@ from blockpruner.reporting import plots
 from blockpruner.reporting.paper.curves import FIGURES, Curve
 from blockpruner.reporting.paper.frames import COLUMNS
 from blockpruner.reporting.paper.published import DENSE
-from blockpruner.reporting.paper.tables import measured
+from blockpruner.reporting.paper.tables import first_runs, measured
 from blockpruner.reporting.plots import MARKS, REMOVED, Plot
 
 with extra("report"):
@@ -42,7 +42,7 @@ LEGEND: dict[str, Any] = {"fontsize": 7.5, "loc": "upper left", "bbox_to_anchor"
 def figures(frame: pd.DataFrame) -> list[Plot]:
     """Draw every figure of which something was measured."""
     known = measured(frame)
-    models = [own for _, own in known.groupby("model", sort=False) if (own["recipe"] != DENSE).any()]
+    models = [own for _, own in first_runs(known).groupby("model", sort=False) if (own["recipe"] != DENSE).any()]
     timed = [own for own in models if "generation_x" in own and own["generation_x"].notna().any()]
     found = []
     if models:

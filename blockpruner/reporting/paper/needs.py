@@ -12,7 +12,7 @@ from blockpruner.core.budgets import read_budget
 from blockpruner.evaluation.benchmarks import BENCHMARKS
 from blockpruner.methods.recipes import recipe
 from blockpruner.reporting.paper.curves import FIGURES
-from blockpruner.reporting.paper.published import DENSE, MODELS, Known
+from blockpruner.reporting.paper.published import DENSE, MODELS, Known, read_published
 from blockpruner.reporting.paper.tables import TABLES, beside, measured, plain_rows, rows_of_table
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.settings import Score
@@ -51,18 +51,19 @@ def items_of(frame: pd.DataFrame, runs: Mapping[str, Run], folder: Path) -> dict
         lines = [line for line in beside(table, rows_of_table(table, asked[able]), folder) if line["source"] == "here"]
         found[table.name] = (table.title, pd.DataFrame(lines, columns=asked.columns))
     found |= {curve.name: (curve.title, curve.points(asked)) for curve in FIGURES}
-    first = found[TABLES[0].name][1]
-    found[CHECK] = ("What --check compares with the paper", first[first["recipe"].isin(CERTAIN)])
+    first, published = found[TABLES[0].name][1], {row.model for row in read_published(folder, TABLES[0].source)}
+    certain = first["recipe"].isin(CERTAIN) & first["model"].isin(published)
+    found[CHECK] = ("What --check compares with the paper", first[certain])
     found["all"] = ("Every model of the study", asked)
     return {name: item for name, item in found.items() if (item[1]["recipe"] != DENSE).any()}
 
 
-def differences(frame: pd.DataFrame, folder: Path) -> tuple[list[str], list[str]]:
-    """Compare our rows with the paper's Table 1: what differs and must not, and what else differs.
+def differences(frame: pd.DataFrame, folder: Path) -> tuple[int, list[str], list[str]]:
+    """Compare our rows with the paper's Table 1: how many numbers agree, what differs and must not, what else differs.
 
     Of a search that goes another way at a near tie, also 64 samples in place of 256, other numbers are no fault.
     """
-    table, faults, others = TABLES[0], list[str](), list[str]()
+    table, agreed, faults, others = TABLES[0], 0, list[str](), list[str]()
     known = measured(frame)
     for here, theirs in pairwise(beside(table, plain_rows(known[known["recipe"].isin(table.methods)]), folder)):
         if (here["source"], theirs["source"], here["method"]) != ("here", "paper", theirs["method"]):
@@ -70,10 +71,12 @@ def differences(frame: pd.DataFrame, folder: Path) -> tuple[list[str], list[str]
         for key in table.columns.values():
             own, paper = float(here.get(key, "nan")), theirs[key]
             apart = 100 * abs(own / paper - 1) if key.endswith("ppl") else abs(own - paper)
-            if not apart <= TOLERANCE:
+            if apart <= TOLERANCE:
+                agreed += 1
+            else:
                 words = f"{here['model']}, {here['method']}: {key} is {own:.2f}, in the paper {paper:.2f}"
                 (faults if here["recipe"] in CERTAIN else others).append(words)
-    return faults, others
+    return agreed, faults, others
 
 
 def takes(models: pd.DataFrame, runs: Mapping[str, Run]) -> str:
@@ -96,8 +99,11 @@ def takes(models: pd.DataFrame, runs: Mapping[str, Run]) -> str:
 
 def _masks(name: str, removed: float, model: Known) -> int:
     """Count about how many masks a search scores on all calibration rows, if it is exact."""
-    (fields,) = recipe(name).searches.values()
-    score = Score.model_validate(dict(fields))
+    searches = (Score.model_validate(dict(fields)) for fields in recipe(name).searches.values())
+    return sum(_masks_of(score, removed, model) for score in searches)
+
+
+def _masks_of(score: Score, removed: float, model: Known) -> int:
     if score.method not in ("greedy", "one_shot"):
         return 0
     kinds = {"mha": (model.mha_pct,), "mlp": (model.mlp_pct,), "all": (model.mha_pct, model.mlp_pct)}[score.candidates]

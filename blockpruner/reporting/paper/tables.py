@@ -92,8 +92,8 @@ def measured(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def first_runs(frame: pd.DataFrame) -> pd.DataFrame:
-    """Leave the first run of each method and model; others differ in their calibration, and the best is chance."""
-    return frame[frame["run"] == frame.groupby(["model", "recipe"])["run"].transform("first")]
+    """Leave the first run of each method, healing and model; others differ in their calibration: the best is chance."""
+    return frame[frame["run"] == frame.groupby(["model", "recipe", "healing"])["run"].transform("first")]
 
 
 def plain_rows(frame: pd.DataFrame) -> pd.DataFrame:
