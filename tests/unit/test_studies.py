@@ -351,15 +351,15 @@ def test_figures_of_calibration_and_training_have_their_models_alone(tmp_path):
 
 
 def test_what_a_study_takes_is_told_of_any_method_and_checked_where_the_paper_has_it(tmp_path):
-    study = study_of(["blockpruner", "shortgpt"], ["0.2102"])
+    study = study_of(["blockpruner", "shortgpt", "greedy-layers"], ["0.2102"])
     for title, checked in (("Llama2-7B", True), ("tiny", False)):
         frame = models_frame(rows_of(study, evidence(tmp_path / title, study), title))
-        frame["recipe"] = frame["recipe"].replace("blockpruner", "recommended")  # two searches
+        frame["recipe"] = frame["recipe"].replace("greedy-layers", "recommended")  # two searches
         runs = {run: load_run("llama2-7b", ROOT / "runs") for run in frame["run"]}
         found = items_of(frame, runs, PUBLISHED)
         assert ("check" in found) is checked
         assert takes(found["all"][1], runs).startswith(
-            f"{len(frame)} models ({len(frame)} measured); 2 searches, about "
+            f"{len(frame)} models ({len(frame)} measured); 3 searches, about "
         )
 
 
