@@ -5,7 +5,7 @@
 # `make test-slow`: a real model in vLLM on the CPU, which gets an environment of its own (3.4 GB), and the longest tests.
 # `make docs`: the documentation as a site, build/site/index.html.
 PYTHON ?= python3
-JOBS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
+JOBS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 2)
 VENV := .venv
 BIN := $(VENV)/bin
 SLOW_VENV := .venv-slow

@@ -40,6 +40,9 @@ REASON = re.compile(r"error in stage [^:]*: (.*)")
 """The line in which `stages.run` names what the user can correct."""
 
 
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
 class StageError(RuntimeError):
     """A stage failed, or dvc itself; the output names the reason."""
 
@@ -105,7 +108,13 @@ def require_remotes(push: str | None, share: str | None) -> None:
 
 def push(remote: str, stages: Sequence[str], lock: int, show: Callable[[str], object]) -> None:
     """Run `dvc push` of what the stages have made; arguments as those of `repro`."""
-    _send(["push", "--remote", remote, *stages], f"push to the remote {remote!r}", lock, show)
+    _send(
+        ["push", "--remote", remote, *stages],
+        f"push to the remote {remote!r}",
+        lock,
+        show,
+        f"; `dvc push -r {remote}` tries it again",
+    )
 
 
 def share(
@@ -128,11 +137,11 @@ def share(
     _send(["exp", "push", "--force", *cache, remote, name], what, lock, show)
 
 
-def _send(arguments: Sequence[str], what: str, lock: int, show: Callable[[str], object]) -> None:
+def _send(arguments: Sequence[str], what: str, lock: int, show: Callable[[str], object], hint: str = "") -> None:
     code, lines = _follow(arguments, lock, show, {})
     if code != 0:
-        why = lines[-1] if lines else f"dvc ended with {code}"
-        raise StageError(f"{what} failed: {why}")
+        why = next((line for line in reversed(lines) if "ERROR" in line), f"dvc ended with {code}")
+        raise StageError(f"{what} failed: {COLOURS.sub('', why)}{hint}")
 
 
 def _follow(

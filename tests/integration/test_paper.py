@@ -109,6 +109,7 @@ def check_tables(study):
 
 
 @needs_data
+@pytest.mark.slow
 def test_a_study_of_the_paper_runs_in_short(project, capsys):
     study = load_study("llama2-7b")
     kept = {
