@@ -20,7 +20,7 @@ SEARCH_VERSION = 4
 PLAN_VERSION = 3
 """Which prefix of a search meets a budget, LaCo's merges and SliceGPT's widths, and what a plan holds."""
 
-WEIGHTS_VERSION = 5
+WEIGHTS_VERSION = 6
 """The weights of a pruned model: merged, sliced, compensated or trained. Part of the keys under which they are kept."""
 
 EXPORT_VERSION = 7

@@ -70,7 +70,7 @@ def compensate(
             done = 1 + max(map(names.index, [*changed, *gone]))
             hole = f" before hole {'+'.join(gone)}" if gone else ""
             observer.advance(done, len(names), f"{'+'.join(changed) or 'writers'}{hole}")
-        new = {weight: weight.clone().cpu() for weight in streams.old}
+        new = {weight: weight.clone().cpu() for weight, old in streams.old.items() if not weight.cpu().equal(old)}
         for share in SHARES if new else ():
             _set_(streams.old, new, share)
             after = measured(plan.mask)

@@ -12,13 +12,18 @@ follows, too. They go from the first hole to the last with what the pruned model
 earlier ones have left. A token counts by its relative error,
 |dense - pruned|^2 / |dense|^2. The first token of a row, whose state is a thousand times as long in many models, would
 otherwise decide alone.
+
+Some families have a norm behind each module. What such a block adds, g y / rms(y) with the gains g, is linear in the
+writer only while rms(y) stays, and its size does not depend on the writer. So the gains are fitted, too, and the real
+error on held-out rows decides how much of a writer's change is kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -32,6 +37,9 @@ from blockpruner.healing.streams import Stop, Streams
 
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Pulls to the old weights. Each fit takes the one that does best on the held-out rows."""
+
+SHARES = (1.0, 0.5, 0.25, 0.0)
+"""How much of a writer's change is tried before a norm, each time with the gains that fit best."""
 
 Mended = dict[str, Any]
 """What was done at a stop, for the report: the blocks missing behind it (`hole`), and how they were made up for."""
@@ -99,50 +107,126 @@ def _fit_(form: _Form, streams: Streams, mask: Mask) -> Iterator[Mended]:
 
 def _fit_stop_(form: _Form, streams: Streams, stop: Stop, writers: Mapping[BlockId, nn.Linear]) -> Mended:
     """Fit the writers of a stop; two at once where both blocks of a layer read the same state."""
-    batches = range(len(streams.real))
-    reads, gives = dict[BlockId, list[Tensor]](), dict[BlockId, list[Tensor]]()
+    place = _Place(form, streams, writers)
     for block in stop.kept:
-        pairs = [streams.written(block, number) for number in batches]
-        reads[block], gives[block] = [x for x, _ in pairs], [y for _, y in pairs]
-
-    def moved(number: int) -> Tensor:
-        return streams.pruned[number] + sum(streams.added(block, gives[block][number]) for block in stop.kept)
-
-    def features(number: int) -> list[Tensor]:
-        return [form.features(writer, reads[block][number], gives[block][number]) for block, writer in writers.items()]
-
-    sizes = [part.shape[-1] for part in features(0)]
-    first, outputs = next(iter(writers)), streams.dense[0].shape[-1]
-    home = writers[first].weight.device
-    fitted, held_out = (Moments.zero(sum(sizes), outputs, home) for _ in range(2))
-    for number in batches:
-        missing = streams.dense[number] - moved(number)
-        weight = 1 / streams.dense[number].norm(dim=-1, keepdim=True)
-        per_unit, gain = weight, streams.gain(first)
-        if gain is not None:  # behind the module a norm, linear in the module's output at its present size
-            missing = missing / gain
-            per_unit = weight * gives[first][number].square().mean(dim=-1, keepdim=True).rsqrt()
-        real, moments = streams.real[number], fitted if streams.is_fitted[number] else held_out
-        moments.add((torch.cat(features(number), -1) * per_unit)[real].to(home), (missing * weight)[real].to(home))
-    change, strength, error = best_change(fitted, held_out, STRENGTHS)
-    if error < 1:
-        for (block, writer), part in zip(writers.items(), torch.split(change, sizes), strict=True):
-            _change_(form, streams, writer, part, reads[block], gives[block])
-    streams.pruned = [moved(number) for number in batches]
-    return {"strength": strength, "error": error}
+        pairs = [streams.written(block, number) for number in place.batches]
+        place.reads[block], place.gives[block] = [x for x, _ in pairs], [y for _, y in pairs]
+    if (norm := streams.norm_behind(next(iter(writers)))) is not None:
+        facts = _fit_before_norm_(place, norm.get_parameter("weight"))
+    else:
+        change, strength, error = best_change(*place.moments(), STRENGTHS)
+        if error < 1:
+            place.change_(change)
+        facts = {"strength": strength, "error": error}
+    streams.pruned = [place.moved(number) for number in place.batches]
+    return facts
 
 
-def _change_(
-    form: _Form, streams: Streams, writer: nn.Linear, change: Tensor, reads: Sequence[Tensor], gives: list[Tensor]
-) -> None:
-    """Change a writer, and what it gives of what it reads."""
-    weight, bias = form.delta(writer, change)
-    step = streams.change_(writer.weight, writer.weight + weight).T.to(reads[0])
-    shift: Tensor | float = 0.0
-    if writer.bias is not None:
-        shift = streams.change_(writer.bias, writer.bias + bias).to(reads[0])
-    for number, x in enumerate(reads):
-        gives[number] = gives[number] + x @ step + shift
+@dataclass
+class _Place:
+    """The kept blocks of a stop: what they read and give, and what is missing behind them."""
+
+    form: _Form
+    streams: Streams
+    writers: Mapping[BlockId, nn.Linear]
+    reads: dict[BlockId, list[Tensor]] = field(default_factory=dict)
+    gives: dict[BlockId, list[Tensor]] = field(default_factory=dict)
+
+    @property
+    def batches(self) -> range:
+        return range(len(self.streams.real))
+
+    def features(self, number: int) -> list[Tensor]:
+        return [
+            self.form.features(writer, self.reads[block][number], self.gives[block][number])
+            for block, writer in self.writers.items()
+        ]
+
+    def moved(self, number: int) -> Tensor:
+        """The pruned stream behind the blocks."""
+        added = (self.streams.added(block, gives[number]) for block, gives in self.gives.items())
+        return self.streams.pruned[number] + sum(added)
+
+    def relative(self, number: int, states: Tensor) -> Tensor:
+        """States of a batch by the size of the dense stream, at real tokens, [N, k]."""
+        weight: Tensor = 1 / self.streams.dense[number].norm(dim=-1, keepdim=True)
+        return (states * weight)[self.streams.real[number]]
+
+    def missing(self, number: int) -> Tensor:
+        """What the moved stream lacks, relatively, [N, d]."""
+        return self.relative(number, self.streams.dense[number] - self.moved(number))
+
+    def moments(self, gain: Tensor | None = None) -> tuple[Moments, Moments]:
+        """The sums of the fitted and of the held-out rows; `gain`: the only writer has a norm behind it."""
+        streams, sizes = self.streams, [part.shape[-1] for part in self.features(0)]
+        first = next(iter(self.writers))
+        home = self.writers[first].weight.device
+        fitted, held_out = (Moments.zero(sum(sizes), streams.dense[0].shape[-1], home) for _ in range(2))
+        for number in self.batches:
+            features, missing = torch.cat(self.features(number), -1), self.missing(number)
+            if gain is not None:
+                features = features * self.gives[first][number].square().mean(dim=-1, keepdim=True).rsqrt()
+            moments = fitted if streams.is_fitted[number] else held_out
+            moments.add(self.relative(number, features).to(home), missing.to(home))
+        return fitted, held_out
+
+    def change_(self, change: Tensor) -> None:
+        """Change the writers, and what they give of what they read."""
+        sizes = [part.shape[-1] for part in self.features(0)]
+        for (block, writer), part in zip(self.writers.items(), torch.split(change, sizes), strict=True):
+            weight, bias = self.form.delta(writer, part)
+            reads, gives = self.reads[block], self.gives[block]
+            step = self.streams.change_(writer.weight, writer.weight + weight).T.to(reads[0])
+            shift: Tensor | float = 0.0
+            if writer.bias is not None:
+                shift = self.streams.change_(writer.bias, writer.bias + bias).to(reads[0])
+            for number, x in enumerate(reads):
+                gives[number] = gives[number] + x @ step + shift
+
+
+def _fit_before_norm_(place: _Place, gains: nn.Parameter) -> Mended:
+    """Fit a writer and the gains of the norm behind it, unless that does harm on the held-out rows."""
+    streams, ((block, writer),) = place.streams, place.writers.items()
+    weights = [weight for weight in (writer.weight, writer.bias, gains) if weight is not None]
+
+    def error() -> float:
+        held_out = (number for number in place.batches if not streams.is_fitted[number])
+        return sum(float(place.missing(number).double().square().sum()) for number in held_out)
+
+    def values() -> list[Tensor]:
+        """All that changes: the weights, and what the block gives."""
+        return [*(weight.clone() for weight in weights), *place.gives[block]]
+
+    def set_(values: Sequence[Tensor]) -> None:
+        place.gives[block] = list(values[len(weights) :])
+        for weight, value in zip(weights, values, strict=False):
+            weight.copy_(value)
+
+    def tried(share: float) -> tuple[float, list[Tensor]]:
+        """The error with a share of the writer's change and the gains that are best then."""
+        set_([torch.lerp(*pair, share) for pair in zip(old, new, strict=True)])
+        streams.change_(gains, gains + _more_gain(place, block).to(gains.device))
+        return error(), values()
+
+    old, before, gain = values(), error(), streams.gain(block).to(writer.weight.device)
+    change, strength, _ = best_change(*place.moments(gain), STRENGTHS, gain)
+    place.change_(change)
+    new = values()
+    after, best = min(map(tried, SHARES), key=itemgetter(0))
+    set_(best if after < before else old)
+    return {"strength": strength, "error": after / before if after < before else 1.0}
+
+
+def _more_gain(place: _Place, block: BlockId) -> Tensor:
+    """What is best added to the gains of the norm behind a block, [d]: a ridge regression for each of them."""
+    streams, size = place.streams, place.gives[block][0].shape[-1]
+    cross, square = torch.zeros(2, size, dtype=torch.float64)
+    for number in (number for number in place.batches if streams.is_fitted[number]):
+        unit = place.relative(number, streams.unit(block, place.gives[block][number]))
+        cross += (unit * place.missing(number)).sum(0)
+        square += unit.square().sum(0)
+    more: Tensor = cross / (square + STRENGTHS[0] * square.mean())
+    return more
 
 
 COMPENSATIONS: Registry[Compensation] = Registry(

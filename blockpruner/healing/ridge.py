@@ -6,10 +6,14 @@ For features X [N, p] and residuals R [N, q], the change D [p, q] minimises
 
 with s the strength. Everything comes from X^T X, X^T R and |R|^2, so the tokens themselves are never kept, and any
 strength costs one factorization more.
+
+Where column j of X D counts g_j times, D_j = Q diag(g_j / (g_j^2 L + t)) Q^T c_j, with X^T X = Q diag(L) Q^T, C = X^T R
+and t = s mean(diag(X^T X)) mean(g^2). One decomposition serves all columns and strengths.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,18 +51,32 @@ class Moments:
         del shifted
         return torch.cholesky_solve(self.cross, factor)
 
+    def solutions(self, strengths: Sequence[float], gain: Tensor) -> Iterator[Tensor]:
+        """The changes D of these tokens where column j of X D counts gain_j times, [q]."""
+        values, vectors = torch.linalg.eigh(self.gram)
+        turned, squares = vectors.T @ self.cross * gain, gain.square()
+        pull = self.gram.diagonal().mean() * squares.mean()
+        for strength in strengths:
+            yield vectors @ (turned / (squares * values[:, None] + strength * pull))
+
     def error(self, change: Tensor) -> float:
         """|X D - R|^2 / |R|^2 of a change over these tokens; below 1 it helps."""
         moved = (change * (self.gram @ change - 2 * self.cross)).sum()
         return 1.0 + float(moved) / self.total if self.total else 1.0
 
 
-def best_change(fitted: Moments, held_out: Moments, strengths: tuple[float, ...]) -> tuple[Tensor, float, float]:
-    """The change that does best on tokens that it was not fitted to, its strength, and its error there."""
+def best_change(
+    fitted: Moments, held_out: Moments, strengths: Sequence[float], gain: Tensor | None = None
+) -> tuple[Tensor, float, float]:
+    """The change that does best on tokens that it was not fitted to, its strength, and its error there.
+
+    Args:
+        gain: how many times each column of X D counts; None: all once.
+    """
     best: tuple[Tensor, float, float] | None = None
-    for strength in strengths:
-        change = fitted.solve(strength)
-        error = held_out.error(change)
+    changes = map(fitted.solve, strengths) if gain is None else fitted.solutions(strengths, gain)
+    for strength, change in zip(strengths, changes, strict=True):
+        error = held_out.error(change if gain is None else change * gain)
         if best is None or error < best[2]:
             best = change, strength, error
     assert best is not None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from blockpruner.core.blocks import BlockId, Mask
@@ -104,18 +105,35 @@ class Streams(Engine):
 
     def added(self, block: BlockId, gives: Tensor) -> Tensor:
         """What a block adds to the stream if its module gives this; some families have a norm between them."""
-        norm = self._norm_behind(block)
+        norm = self.norm_behind(block)
         return gives if norm is None else norm(self._read(gives)).to(gives)
 
-    def gain(self, block: BlockId) -> Tensor | None:
-        """What the norm behind a module multiplies the columns of a state of unit size with, [d]; None: no norm."""
-        norm, state = self._norm_behind(block), self.pruned[0]
-        return None if norm is None else norm(torch.ones(state.shape[-1]).to(self._read(state))).to(state)
+    def unit(self, block: BlockId, gives: Tensor) -> Tensor:
+        """What the norm behind a module makes of this before the gains."""
+        norm = self.norm_behind(block)
+        assert norm is not None
+        weight = norm.get_parameter("weight")
+        ones = weight + (1 - self.gain(block).to(weight.device))  # wider than the weight
+        states: Tensor = functional_call(norm, {"weight": ones}, gives.to(weight.device))
+        return states.to(gives)
+
+    def gain(self, block: BlockId) -> Tensor:
+        """What the norm behind a module multiplies the columns of a state of unit size with, [d]. A weight is a gain,
+        or 1 less than it: both change alike."""
+        norm, state = self.norm_behind(block), self.pruned[0]
+        assert norm is not None
+        gain: Tensor = norm(torch.ones_like(state[0, 0], device=norm.get_parameter("weight").device))
+        return gain.to(state)
 
     def writer(self, block: BlockId) -> nn.Linear | None:
         """The last projection of a block; None where it has many, as a mixture of experts."""
         found = getattr(self._module(block), self._family.branch(block.kind).output, None)
         return found if isinstance(found, nn.Linear) else None
+
+    def norm_behind(self, block: BlockId) -> nn.Module | None:
+        """The norm between a module and the stream."""
+        post = self._family.branch(block.kind).post
+        return None if post is None else getattr(self._layers[block.layer], post)
 
     def change_(self, weight: Tensor, value: Tensor) -> Tensor:
         """Give a weight another value; returns the difference as it is in the weight's dtype."""
@@ -128,10 +146,6 @@ class Streams(Engine):
     def _module(self, block: BlockId) -> nn.Module:
         found: nn.Module = getattr(self._layers[block.layer], self._family.branch(block.kind).module)
         return found
-
-    def _norm_behind(self, block: BlockId) -> nn.Module | None:
-        post = self._family.branch(block.kind).post
-        return None if post is None else getattr(self._layers[block.layer], post)
 
     def _read(self, state: Tensor) -> Tensor:
         return state.to(self._home, self._head.weight.dtype)

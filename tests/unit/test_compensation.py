@@ -11,6 +11,7 @@ import torch
 
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.errors import InputError
+from blockpruner.core.families import FAMILIES
 from blockpruner.core.progress import SilentObserver
 from blockpruner.healing import refit as methods
 from blockpruner.healing.compensate import compensate
@@ -18,6 +19,7 @@ from blockpruner.healing.ridge import Moments, best_change
 from blockpruner.healing.settings import CompensationMethod
 from blockpruner.healing.streams import Streams, stops_of
 from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.methods.healed import set_weights_
 from blockpruner.model.models import decoder_layers, masked, prune_
 from blockpruner.scoring.walk import steps_of
 from tests.plans import plan_of
@@ -60,6 +62,11 @@ def test_ridge_is_numpys_least_squares():
     noise.add(torch.tensor(x), torch.tensor(-r))  # on which every change does harm: the smallest is the best one
     assert best_change(moments, noise, (0.1, 1.0, 10.0))[1:] == (10.0, noise.error(moments.solve(10.0)))
     assert noise.error(moments.solve(10.0)) > 1
+    gain = np.array([0.05, 1.0, 5.0])
+    for s, change in zip((0.3, 2.0), moments.solutions((0.3, 2.0), torch.tensor(gain)), strict=True):
+        np.testing.assert_allclose(change, ridge(x, r, s, gain), atol=1e-12)
+    best, strength, error = best_change(moments, moments, (1.0, 0.1), torch.tensor(gain))
+    assert strength == 0.1 and error == pytest.approx(((x @ best.numpy() * gain - r) ** 2).sum() / (r**2).sum())
 
 
 def test_stops_hold_every_block_once_and_holes_follow_kept_blocks():
@@ -70,9 +77,15 @@ def test_stops_hold_every_block_once_and_holes_follow_kept_blocks():
     assert stops == [("", ""), ("mlp.0", "mha.0"), ("mha.1", "mlp.1+mha.2+mlp.2"), ("mha.3", "mlp.3")]
 
 
-def ridge(x, r, strength):
-    """numpy's least squares of tokens [N, p] and [N, q], with a pull to zero."""
-    pull = np.sqrt(strength * np.mean(np.diag(x.T @ x))) * np.eye(x.shape[1])
+def ridge(x, r, strength, gain=(1.0,)):
+    """numpy's least squares of tokens [N, p] and [N, q], with a pull to zero; column by column with gains."""
+    pull = np.sqrt(strength * np.mean(np.diag(x.T @ x)) * np.mean(np.square(gain))) * np.eye(x.shape[1])
+    if len(gain) > 1:
+        return np.hstack([one(x * g, r[:, [j]], pull) for j, g in enumerate(gain)])
+    return one(x, r, pull)
+
+
+def one(x, r, pull):
     return np.linalg.lstsq(np.vstack([x, pull]), np.vstack([r, np.zeros((len(pull), r.shape[1]))]), rcond=None)[0]
 
 
@@ -121,6 +134,108 @@ def test_fits_are_least_squares_of_writers_on_plain_forward_passes(monkeypatch, 
     assert all(stop["error"] < 1 for stop in stops)
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(weight, wanted.state_dict()[name], atol=1e-9, rtol=0)
+
+
+def spread_gains_(model):
+    """Give the norms behind writers gains over two orders of magnitude. Gemma keeps them less 1."""
+    family, generator = FAMILIES[model.config.model_type], torch.Generator().manual_seed(3)
+    for layer in decoder_layers(model):
+        for branch in (family.mha, family.mlp):
+            if branch.post:
+                weight = getattr(layer, branch.post).weight
+                gains = 0.05 * 100 ** torch.rand(len(weight), generator=generator)
+                weight.copy_(gains - int("gemma" in family.model_type))
+    return model
+
+
+NORMED = {
+    "2.self_attn.o_proj": ("2.post_attention_layernorm", "layers.3.input_layernorm"),  # before the hole mlp.2
+    "3.self_attn.o_proj": ("3.post_attention_layernorm", "layers.3.pre_feedforward_layernorm"),
+    "3.mlp.down_proj": ("3.post_feedforward_layernorm", "norm"),
+}
+"""Each writer, the norm behind it, and the norm that next reads the stream."""
+
+
+def test_fits_before_norms_are_least_squares_by_gains_on_plain_forward_passes(monkeypatch):
+    """With half of each writer's change, and then the gains that are best for it."""
+    for name, value in (("STRENGTHS", (0.3,)), ("SHARES", (0.5,))):
+        monkeypatch.setattr(methods, name, value)
+    model, wanted = (spread_gains_(tiny_model("gemma3_text")) for _ in range(2))
+    wanted.load_state_dict(model.state_dict())
+    dense = {place: seen_by(model, f"model.{place}", ids()[:30]) for _, place in NORMED.values()}
+    for name, (behind, place) in NORMED.items():
+        writer, norm = (wanted.get_submodule(f"model.layers.{part}") for part in (name, behind))
+        with masked(wanted, parse_mask("mlp.2")):
+            parts = [f"model.layers.{name}", f"model.layers.{behind}", f"model.{place}"]
+            x, y, stream = (seen_by(wanted, part, ids()[:30]).flatten(0, 1).numpy() for part in parts)
+        target, gain = dense[place].flatten(0, 1).numpy(), 1 + norm.weight.numpy()
+        weight, size = (1 / np.linalg.norm(part, axis=1, keepdims=True) for part in (target, y))
+        size *= np.sqrt(y.shape[1])
+        step = 0.5 * ridge(x * size * weight, (target - stream) * weight, 0.3, gain)
+        moved = y + x @ step
+        unit = moved / np.sqrt((moved**2).mean(1, keepdims=True))
+        missing = (target - stream + gain * (y * size - unit)) * weight
+        cross, squares = ((unit * weight * part).sum(0) for part in (missing, unit * weight))
+        writer.weight.add_(torch.tensor(step.T))
+        norm.weight.add_(torch.tensor(cross / (squares + 0.3 * squares.mean())))
+    stops = changed(model, "mlp.2", "refit")
+    assert [stop["writers"] for stop in stops] == [["mha.2"], ["mha.3"], ["mlp.3"]]
+    assert all(stop["error"] < 1 for stop in stops)
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(weight, wanted.state_dict()[name], atol=1e-5, rtol=1e-5)
+
+
+class Watched(Streams):
+    """Streams that compare the real held-out errors at each stop, without its changes and with them."""
+
+    def stops(self, mask):
+        self.errors = {}
+        for stop in super().stops(mask):
+            start, before = self.pruned, self.error(stop.kept, self.pruned)
+            yield stop
+            self.errors |= {str(block): (before, self.error(stop.kept, start)) for block in stop.kept}
+
+    def error(self, kept, states):
+        total = 0.0
+        for n in [n for n, fitted in enumerate(self.is_fitted) if not fitted]:
+            missing = self.dense[n] - self.behind(kept, states[n], n)
+            total += float((missing.norm(dim=-1) / self.dense[n].norm(dim=-1))[self.real[n]].square().sum())
+        return total
+
+
+@pytest.mark.parametrize("variant", GRID)
+def test_the_real_held_out_error_rises_at_no_stop_in_any_family(variant):
+    model = spread_gains_(tiny_model(variant))
+    streams = Watched(model, ROWS.rows, 30)
+    with torch.no_grad():
+        stops = list(methods.COMPENSATIONS["refit"].change_(streams, parse_mask("mlp.1,mha.2")))
+    assert [block for block, (before, after) in streams.errors.items() if after > before * (1 + 1e-6)] == []
+    for stop in stops:
+        for block in stop["writers"][:1]:
+            before, after = streams.errors[block]
+            assert after / before == pytest.approx(min(stop["error"], 1), rel=1e-4)
+
+
+def test_a_removed_multiple_of_each_column_is_recovered_by_the_gains(monkeypatch):
+    """The writer cannot: a norm keeps the size of what it gives. The pruned model has the gains by their name."""
+    monkeypatch.setattr(methods, "STRENGTHS", (1e-12,))
+    monkeypatch.setattr("blockpruner.healing.compensate.SHARES", (1.0,))
+    model, given = spread_gains_(tiny_model("gemma3_text")), {}
+    layer, factor = decoder_layers(model)[1], torch.rand(32, dtype=torch.float64, generator=GENERATOR) * 3
+    wanted = (1 + layer.post_attention_layernorm.weight) * (1 + factor)
+    layer.post_attention_layernorm.register_forward_hook(lambda _, x, y: given.update({len(y): y}))
+    layer.mlp.forward = lambda states: given[len(states)]
+    layer.post_feedforward_layernorm.forward = lambda states: states * factor
+    weights, facts = compensate(model, mask_plan(model, "mlp.1"), ROWS, 10, "refit", SilentObserver())
+    assert facts["stops"][0]["error"] < 1e-9
+    assert facts["perplexity"]["after"] == pytest.approx(facts["perplexity"]["dense"], rel=1e-5)
+    torch.testing.assert_close(
+        weights["model.layers.1.post_attention_layernorm.weight"], wanted - 1, atol=1e-4, rtol=1e-4
+    )
+    pruned = prune_(model, parse_mask("mlp.1"))
+    set_weights_(pruned, weights)
+    nll = np.mean([full_nll(pruned, row) for row in ROWS.rows[30:]])
+    assert np.exp(nll) == pytest.approx(facts["perplexity"]["after"], rel=1e-6)
 
 
 def rewire(model, layer, give):
