@@ -10,10 +10,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from blockpruner.checkpoints import nas, verification
+from blockpruner.checkpoints.card import model_card
 from blockpruner.checkpoints.registry import EXPORTS
 from blockpruner.core.errors import InputError
 from blockpruner.methods.apply import pruned_copy
 from blockpruner.methods.healed import (
+    Healed,
     changed_weights,
     find_healed,
     load_healed_,
@@ -157,3 +159,12 @@ def test_a_damaged_file_is_refused(tmp_path, dense, fault):
     with refused("damaged-file") as caught:
         load_healed_(tiny_model(), healed.path)
     assert "dvc" not in str(caught.value) and caught.value.value == str(healed.path)
+
+
+def test_the_one_result_of_a_card_is_of_the_last_healing(tmp_path):
+    dense = fetch_tiny(tmp_path / "dense")
+    told = {"refit": {"before": 9.0, "after": 7.0}, "training": {"before": 7.0, "after": 6.0}}
+    healed = Healed(tmp_path, "", "compensated, then trained", (), "", told)
+    (tmp_path / "README.md").write_text(model_card(plan_of(dense, ["mha.1"]), dense, "hf", healed=healed))
+    ((result,),) = (each["results"] for each in metadata_load(tmp_path / "README.md")["model-index"])
+    assert result["dataset"]["name"].endswith("training") and result["metrics"][0]["value"] == 6.0

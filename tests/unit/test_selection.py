@@ -147,7 +147,7 @@ def test_healed_targets_are_added_beside_the_plain_ones(project):
 
 def test_a_target_of_another_method_is_not_what_a_flow_asks_for(project):
     own = "  own: {run: smollm2, budget: '0.1', method: blockpruner, compensate: none}\n"
-    Path("params.yaml").write_text(PARAMS.replace("targets:\n", f"targets:\n{own}"))
+    Path("params.yaml").write_text(PARAMS.replace("report:\n", f"{own}report:\n"))
     assert choose(Selection(budgets=("0.1",), compensate="none")).targets == {"smollm2": ["smollm2-b10-none"]}
 
 

@@ -27,6 +27,7 @@ from blockpruner.methods.registry import check_score
 from blockpruner.params import load_run
 from blockpruner.reporting.labels import labels
 from blockpruner.reporting.paper import publish
+from blockpruner.reporting.paper.curves import FIGURES
 from blockpruner.reporting.paper.evidence import FIVE, Row, Subject, read_rows
 from blockpruner.reporting.paper.needs import differences, items_of, takes
 from blockpruner.reporting.paper.page import results_page, study_tables, verdict, write_study
@@ -361,6 +362,13 @@ def test_what_a_study_takes_is_told_of_any_method_and_checked_where_the_paper_ha
         assert takes(found["all"][1], runs).startswith(
             f"{len(frame)} models ({len(frame)} measured); 3 searches, about "
         )
+
+
+def test_a_figure_has_no_panel_of_one_point():
+    recipes = ["dense", "blockpruner", "blockpruner", "dense", "blockpruner"]
+    frame = pd.DataFrame({"model": list("aaabb"), "recipe": recipes, "method": recipes, "run": "r", "healing": ""})
+    (curve,) = (curve for curve in FIGURES if curve.name == "figure5")
+    assert set(curve.points(frame)["model"]) == {"a"}
 
 
 def test_what_differs_from_the_paper_is_a_fault_only_where_nothing_searches(tmp_path):
