@@ -23,7 +23,7 @@ from blockpruner.healing.settings import Compensate, Train
 from blockpruner.inputs.calibration import CalibrationSet, draw, draw_rows, require_embedded, sharing
 from blockpruner.inputs.checkpoints import checkpoint_identity, checkpoint_weights
 from blockpruner.inputs.settings import Calibration
-from blockpruner.methods.commit import commit_run
+from blockpruner.methods.commit import commit_run, rivals
 from blockpruner.methods.kind import Material
 from blockpruner.methods.recipes import proposals, searches
 from blockpruner.methods.score import score_run
@@ -207,8 +207,8 @@ def _competing(wanted: Score, config: Config, budget: str, rows: Rows) -> list[s
 class Proposal:
     """A plan that a search proposes for a budget."""
 
-    search: str
-    """The name of the search in its recipe."""
+    name: str
+    """The name of the search in its recipe; "<search>.2" and so on are rivals of its own answer."""
     plan: Plan
     tables: Sequence[Path] = field(default=(), compare=False)
     """The iteration tables that it used, in order."""
@@ -229,6 +229,8 @@ def commit(
 ) -> list[Proposal]:
     """What each search of the recipe removes for a budget; one proposal, or several that `heal` judges.
 
+    Where weights are fitted, other masks that the searches have scored are among them.
+
     Args:
         folder: as `score` left it.
         dense: the dense model's directory, where it is kept: the plans name it by its content.
@@ -236,12 +238,16 @@ def commit(
     Raises:
         InputError: the budget cannot be met, or a file of a search is missing or damaged.
     """
-    found = []
-    for name in _competing(wanted, config, budget, rows):
+    found, base = list[Proposal](), dict[str, Any]()
+    if dense is not None:
+        base = {"base": checkpoint_identity(dense), "weights": checkpoint_weights(dense)}
+    names = _competing(wanted, config, budget, rows)
+    for name in names:
         plan, tables = commit_run(folder / name, config, budget, target, run)
-        if dense is not None:
-            plan = replace(plan, base=checkpoint_identity(dense), weights=checkpoint_weights(dense))
-        found.append(Proposal(name, replace(plan, compensate=compensate, train=train), tables))
+        others = rivals(folder / name, config, plan) if len(names) > 1 and compensate != "none" else []
+        for number, each in enumerate((plan, *others), 1):
+            own = replace(each, compensate=compensate, train=train, **base)
+            found.append(Proposal(name if number == 1 else f"{name}.{number}", own, tables if number == 1 else ()))
     return found
 
 
@@ -258,7 +264,7 @@ def heal(
     """
     from blockpruner.healing.choice import choose
 
-    plans, held_out = {each.search: each.plan for each in found}, wanted.held_out(len(rows.fit.rows))
+    plans, held_out = {each.name: each.plan for each in found}, wanted.held_out(len(rows.fit.rows))
     return choose(dense, plans, rows.fit, held_out, rows.judge, rows.search, observer)
 
 

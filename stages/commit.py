@@ -35,12 +35,12 @@ def main(name: str) -> None:
 
     def build(directory: Path) -> None:
         for each in found:
-            save_plan(each.plan, directory / f"{each.search}.json")
+            save_plan(each.plan, directory / f"{each.name}.json")
             if each.tables:
-                save_iterations(each.tables, directory / f"{each.search}.parquet")
+                save_iterations(each.tables, directory / f"{each.name}.parquet")
 
     replace_directory(DATA / "plans" / name, build)
-    for plan in (each.plan for each in found):
+    for plan in (each.plan for each in found if "." not in each.name):
         what = KINDS[plan.kind].taken_out(plan)
         order = ", ".join(plan.order) or plan.method
         observer().note(f"{name}: {what} ({order}); ratio {plan.ratio:.4f} for budget {wanted.budget}")

@@ -92,9 +92,14 @@ def removable_units(layers: int, unit: str, candidates: str) -> list[Mask]:
     """What a search may remove at once, in tie-break order.
 
     Args:
-        unit: "block" (BlockPruner) or "layer" (both blocks of a layer, as SLEB and ShortGPT do).
-        candidates: "all", "mha" or "mlp"; a layer holds both, so `unit: layer` takes only "all".
+        unit: "block" (BlockPruner), "layer" (both blocks of a layer, as SLEB and ShortGPT do), or "shifted" (an MLP and
+            the MHA behind it, of the next layer).
+        candidates: "all", "mha" or "mlp"; a pair holds both, so other units than "block" take only "all".
     """
     if unit == "layer":
         return [frozenset(BlockId(kind, layer) for kind in BlockKind) for layer in range(layers)]
+    if unit == "shifted":
+        return [
+            frozenset({BlockId(BlockKind.MLP, layer), BlockId(BlockKind.MHA, layer + 1)}) for layer in range(layers - 1)
+        ]
     return [frozenset({b}) for b in all_blocks(layers) if candidates in ("all", b.kind.value)]

@@ -1,7 +1,10 @@
-"""The choice among proposals: each is compensated, the best one by rows that nothing else has seen is kept.
+"""The choice among proposals: all are compensated on few rows, the best of them on all, and one is kept.
 
-Decides what is kept of it (one folder: the plan, the facts, and the weights that changed). How weights are fitted is
-decided in `compensate`.
+Which mask is best before weights are fitted says little about which is best afterwards. So proposals are compared as
+they will be used: first roughly, on rows held out from the fit, and the FINALISTS by rows that nothing else has seen.
+
+Decides what is kept (one folder: the plan, the facts, and the weights that changed). How weights are fitted is decided
+in `compensate`.
 """
 
 from __future__ import annotations
@@ -27,18 +30,32 @@ from blockpruner.store.plans import save_plan
 
 PLAN = "plan.json"
 
+FINALISTS = 3
+"""How many proposals are compensated on all rows."""
+
+ROUGH = 8
+"""The first fit has one of so many rows, and one strength."""
+
+ROUGH_STRENGTH = 0.3
+
 
 @dataclass(frozen=True)
 class Healing:
     """The proposal that is kept, and its compensated weights."""
 
-    search: str
-    """The name of the search that proposed it."""
+    name: str
+    """The proposal's name."""
     plan: Plan
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     """The changed weights by their names in the pruned model; empty where nothing helped, or nothing was asked for."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What was done, as JSON: the compensation's facts, and under "judged" the perplexity of each proposal."""
+    """What was done, as JSON: the compensation's facts; under "rough" the perplexity of each proposal after the first
+    fit, and under "judged" that of each finalist on the rows that judge."""
+
+    @property
+    def search(self) -> str:
+        """The name of the search that proposed it."""
+        return self.name.partition(".")[0]
 
     def healed(self, data: Texts) -> Healed | None:
         """What was done, to texts of `data`; None where no weight changed."""
@@ -58,33 +75,39 @@ def choose(
     search: CalibrationSet,
     observer: Observer,
 ) -> Healing:
-    """Compensate each proposal as its plan says, and keep the one with the lowest perplexity on the rows that judge.
+    """Compensate proposals as their plans say, and keep the one with the lowest perplexity on the rows that judge.
 
     Args:
         dense: loads the dense model, which is as before at the end; called if something must be computed.
-        plans: by the name of the search that proposes it; one alone is not judged.
+        plans: by the proposals' names, all of one target; one alone is not judged.
         held_out: how many rows of the fit, the last ones, choose the strength.
         search: the calibration rows, of which some kinds of plans make weights.
 
     Raises:
         InputError: too few rows to fit to; or see `compensate`.
     """
-    tried = []
-    for name, plan in plans.items():
-        if plan.compensate == "none":
-            tried.append(Healing(name, plan))
-            continue
-        tried.append(Healing(name, plan, *compensate(dense(), plan, fit, held_out, plan.compensate, observer)))
+    method, facts = next(iter(plans.values())).compensate, dict[str, Any]()
+    if method == "none":
+        tried = [Healing(name, plan) for name, plan in plans.items()]
+    else:
+        if len(plans) > FINALISTS:
+            few = max(1, (len(fit.rows) - held_out) // ROUGH)
+            rows = CalibrationSet((*fit.rows[:few], *fit.rows[len(fit.rows) - held_out :]))
+            found = compensate(dense(), plans, rows, held_out, method, observer, (ROUGH_STRENGTH,))
+            facts["rough"] = {name: told["perplexity"]["after"] for name, (_, told) in found.items()}
+            plans = {name: plans[name] for name in sorted(plans, key=facts["rough"].__getitem__)[:FINALISTS]}
+        found = compensate(dense(), plans, fit, held_out, method, observer)
+        tried = [Healing(name, plans[name], weights, {**told, **facts}) for name, (weights, told) in found.items()]
     if len(tried) == 1:
         return tried[0]
     judged = {}
     for one in tried:
         model = pruned_copy(dense(), one.plan, search.rows)
         set_weights_(model, one.weights, shared=True)
-        judged[one.search] = measure_perplexity(model, judge.rows).perplexity
-    best = min(tried, key=lambda one: judged[one.search])
+        judged[one.name] = measure_perplexity(model, judge.rows).perplexity
+    best = min(tried, key=lambda one: judged[one.name])
     words = ", ".join(f"{name} {value:.2f}" for name, value in judged.items())
-    observer.note(f"perplexity of the rows that judge: {words}; {best.search} is kept")
+    observer.note(f"perplexity of the rows that judge: {words}; {best.name} is kept")
     return replace(best, facts={**best.facts, "judged": judged})
 
 
@@ -98,7 +121,7 @@ def keep(folder: Path, found: Healing, pruning: Pruning, data: Texts) -> None:
 
     def build(directory: Path) -> None:
         save_plan(found.plan, directory / PLAN)
-        write_sealed_json(directory / COMPENSATE_FACTS, {"search": found.search, **found.facts})
+        write_sealed_json(directory / COMPENSATE_FACTS, {"proposal": found.name, "search": found.search, **found.facts})
         if (told := found.healed(data)) is not None:
             save_healed(directory, found.weights, pruning.identity, told.words, data, perplexity=told.perplexity)
 

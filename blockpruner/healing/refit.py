@@ -33,7 +33,7 @@ from blockpruner.core.blocks import BlockId, Mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.registry import Registry
 from blockpruner.healing.ridge import Moments, best_change
-from blockpruner.healing.streams import Stop, Streams
+from blockpruner.healing.streams import Branch, Streams
 
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Pulls to the old weights. Each fit takes the one that does best on the held-out rows."""
@@ -52,8 +52,9 @@ class Compensation:
     name: str
     """As in `compensate.method` of a run file."""
     title: str
-    change_: Callable[[Streams, Mask], Iterator[Mended]]
-    """Changes weights of the streams' model in place, stop by stop. It moves the pruned stream on."""
+    fit: Callable[[Streams, Mapping[str, Mask], Sequence[float]], Iterator[tuple[Branch, Mended]]]
+    """Finds new weights for the models of some masks; gets the strengths to choose from. It moves the streams on, and
+    yields each branch behind each of its stops, with what was done there, if anything was."""
 
 
 @dataclass(frozen=True)
@@ -83,42 +84,49 @@ REFIT = _Form(
 )
 
 
-def _fit_(form: _Form, streams: Streams, mask: Mask) -> Iterator[Mended]:
+def _fit(
+    form: _Form, streams: Streams, masks: Mapping[str, Mask], strengths: Sequence[float]
+) -> Iterator[tuple[Branch, Mended]]:
     if all(streams.writer(block) is None for block in streams.blocks):
         raise InputError(
             "compensate: no block of this model ends in a single matrix; set compensate.method: none",
             rule="no-writer",
             key="compensate.method",
         )
-    behind = False
-    for stop in streams.stops(mask):
-        behind = behind or bool(stop.hole)
+    for branch in streams.walk(masks):
+        stop, mended = branch.stop, dict[str, Any]()
+        branch.is_behind = branch.is_behind or bool(stop.hole)
         writers = {block: streams.writer(block) for block in stop.kept}
         able = {block: writer for block, writer in writers.items() if writer is not None}
-        if able and (stop.hole or (behind and form.everywhere)):
-            yield {"hole": stop.missing, "writers": [str(block) for block in able]} | _fit_stop_(
-                form, streams, stop, able
-            )
-            continue
-        streams.pruned = [streams.behind(stop.kept, state, number) for number, state in enumerate(streams.pruned)]
-        if stop.hole:
-            yield {"hole": stop.missing, "writers": [], "error": 1.0}
+        if able and (stop.hole or (branch.is_behind and form.everywhere)):
+            mended = {"hole": stop.missing, "writers": [str(block) for block in able]}
+            mended |= _fit_stop_(form, streams, branch, able, strengths)
+            branch.weights = {**branch.weights, **streams.put_aside_()}
+        elif branch.is_behind:
+            branch.states = [streams.behind(stop.kept, state, number) for number, state in enumerate(branch.states)]
+            if stop.hole:
+                mended = {"hole": stop.missing, "writers": [], "error": 1.0}
+        else:
+            branch.states = streams.dense
+        yield branch, mended
 
 
-def _fit_stop_(form: _Form, streams: Streams, stop: Stop, writers: Mapping[BlockId, nn.Linear]) -> Mended:
+def _fit_stop_(
+    form: _Form, streams: Streams, branch: Branch, writers: Mapping[BlockId, nn.Linear], strengths: Sequence[float]
+) -> Mended:
     """Fit the writers of a stop; two at once where both blocks of a layer read the same state."""
-    place = _Place(form, streams, writers)
-    for block in stop.kept:
-        pairs = [streams.written(block, number) for number in place.batches]
+    place = _Place(form, streams, branch, writers, strengths)
+    for block in branch.stop.kept:
+        pairs = [streams.written(block, branch.states[number], number) for number in place.batches]
         place.reads[block], place.gives[block] = [x for x, _ in pairs], [y for _, y in pairs]
     if (norm := streams.norm_behind(next(iter(writers)))) is not None:
         facts = _fit_before_norm_(place, norm.get_parameter("weight"))
     else:
-        change, strength, error = best_change(*place.moments(), STRENGTHS)
+        change, strength, error = best_change(*place.moments(), strengths)
         if error < 1:
             place.change_(change)
         facts = {"strength": strength, "error": error}
-    streams.pruned = [place.moved(number) for number in place.batches]
+    branch.states = [place.moved(number) for number in place.batches]
     return facts
 
 
@@ -128,7 +136,9 @@ class _Place:
 
     form: _Form
     streams: Streams
+    branch: Branch
     writers: Mapping[BlockId, nn.Linear]
+    strengths: Sequence[float]
     reads: dict[BlockId, list[Tensor]] = field(default_factory=dict)
     gives: dict[BlockId, list[Tensor]] = field(default_factory=dict)
 
@@ -145,7 +155,7 @@ class _Place:
     def moved(self, number: int) -> Tensor:
         """The pruned stream behind the blocks."""
         added = (self.streams.added(block, gives[number]) for block, gives in self.gives.items())
-        return self.streams.pruned[number] + sum(added)
+        return self.branch.states[number] + sum(added)
 
     def relative(self, number: int, states: Tensor) -> Tensor:
         """States of a batch by the size of the dense stream, at real tokens, [N, k]."""
@@ -209,7 +219,7 @@ def _fit_before_norm_(place: _Place, gains: nn.Parameter) -> Mended:
         return error(), values()
 
     old, before, gain = values(), error(), streams.gain(block).to(writer.weight.device)
-    change, strength, _ = best_change(*place.moments(gain), STRENGTHS, gain)
+    change, strength, _ = best_change(*place.moments(gain), place.strengths, gain)
     place.change_(change)
     new = values()
     after, best = min(map(tried, SHARES), key=itemgetter(0))
@@ -233,7 +243,7 @@ COMPENSATIONS: Registry[Compensation] = Registry(
     "compensate.method",
     Compensation,
     [
-        Compensation("map", "writers mapped", partial(_fit_, MAP)),
-        Compensation("refit", "writers refitted", partial(_fit_, REFIT)),
+        Compensation("map", "writers mapped", partial(_fit, MAP)),
+        Compensation("refit", "writers refitted", partial(_fit, REFIT)),
     ],
 )

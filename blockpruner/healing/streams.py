@@ -1,14 +1,18 @@
-"""The residual streams of the dense and of the pruned model over the same rows, moved on together, stop by stop.
+"""The residual streams of the dense and of pruned models over the same rows, moved on together, stop by stop.
 
-Decides where both are compared, and what a kept block reads and writes there. Both run on one copy of the model: the
-dense stream passes a block before the block's weights change. So the model is used layer by layer, once, and the rows'
-states lie in the host's memory (two numbers of float32 for each token and column of the stream).
+Decides where they are compared, and what a kept block reads and writes there. All run on one copy of the model: the
+dense stream passes a block before the block's weights change, and the new weights are then put aside. Pruned models
+are one branch, with one stream, up to the first difference of their masks. So the dense model is used layer by layer,
+once, for any number of pruned ones, and the rows' states lie in the host's memory (a number of float32 for each token,
+column and stream).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +23,8 @@ from blockpruner.core.blocks import BlockId, Mask
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.walk import Step
 from blockpruner.scoring.work import Rows
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -35,14 +41,27 @@ class Stop:
         return [str(block) for step in self.hole for block in step]
 
 
-def stops_of(steps: Sequence[Step], mask: Mask) -> list[Stop]:
-    """All stops in order. The first one has no kept block; its hole is what is removed before any is kept."""
-    stops = [Stop((), ())]
-    for step in steps:
-        kept, gone = (tuple(block for block in step if (block in mask) is removed) for removed in (False, True))
-        last = Stop(kept, ()) if kept else stops.pop()
-        stops.append(Stop(last.kept, (*last.hole, gone) if gone else last.hole))
-    return stops
+@dataclass
+class Branch:
+    """Pruned models whose masks agree so far."""
+
+    masks: Mapping[str, Mask]
+    """By the models' names."""
+    states: Sequence[Tensor]
+    """Their stream, batch by batch."""
+    stop: Stop = Stop((), ())
+    """Where they are. The first stop has no kept block; its hole is what is removed before any is kept."""
+    is_behind: bool = False
+    """Whether something is removed up to here."""
+    weights: Mapping[Tensor, Tensor] = field(default_factory=dict)
+    """The new values of the weights that were changed, on the host."""
+
+    def parted(self, by: Callable[[Mask], Key]) -> list[tuple[Key, Branch]]:
+        """The branch as one or several, each with the masks of which `by` says the same."""
+        found: dict[Key, dict[str, Mask]] = {}
+        for name, mask in self.masks.items():
+            found.setdefault(by(mask), {})[name] = mask
+        return [(key, replace(self, masks=masks)) for key, masks in found.items()]
 
 
 class Streams(Engine):
@@ -65,30 +84,43 @@ class Streams(Engine):
         prepared = [self._prepare(batch.input_ids) for batch in batches]
         self._kwargs = [kwargs for _, kwargs in prepared]
         self.dense = [states.to(torch.promote_types(states.dtype, torch.float32)).cpu() for states, _ in prepared]
-        self.pruned = [states.clone() for states in self.dense]
         self.old: dict[Tensor, Tensor] = {}
-        """The former value of every weight that was changed."""
+        """The former values of the weights that are changed at present."""
 
-    def stops(self, mask: Mask) -> Iterator[Stop]:
-        """The stops in order. At each, the dense stream is behind kept blocks and hole, and the pruned stream before
-        the kept blocks; the caller moves it on."""
-        steps = iter(self._steps)
-        for stop in stops_of(self._steps, mask):
-            passed = 0
-            while passed < len(stop.kept) + len(stop.missing):
-                step = next(steps)
-                passed += len(step)
-                self.dense = [self.behind(step, state, number) for number, state in enumerate(self.dense)]
-            yield stop
+    def walk(self, masks: Mapping[str, Mask]) -> Iterator[Branch]:
+        """The branches of pruned models, each at all its stops in order. There the dense stream is behind kept blocks
+        and hole, and the branch's before the kept blocks; the caller moves it on."""
+        branches = [Branch(masks, self.dense)]
+        for step in self._steps:
+            arrived = [part for branch in branches for part in branch.parted(partial(_keeps, step))]
+            branches = []
+            for is_next, branch in arrived:
+                if is_next:
+                    yield branch
+                for kept, part in branch.parted(partial(_kept, step)):
+                    gone = tuple(block for block in step if block not in kept)
+                    last = Stop(kept, ()) if kept else part.stop
+                    part.stop = Stop(last.kept, (*last.hole, gone) if gone else last.hole)
+                    branches.append(part)
+            self.dense = [self.behind(step, state, number) for number, state in enumerate(self.dense)]
+        yield from branches
+
+    def put_aside_(self) -> dict[Tensor, Tensor]:
+        """Give the weights their former values back; returns the new ones, on the host."""
+        new = {weight: weight.clone().cpu() for weight, old in self.old.items() if not weight.cpu().equal(old)}
+        for weight, value in self.old.items():
+            weight.copy_(value)
+        self.old = {}
+        return new
 
     def behind(self, step: Step, state: Tensor, number: int) -> Tensor:
         """A state of a batch, [B, T, d], behind blocks that read it."""
         hidden = self._read(state)
         return state + sum(self._block(block, hidden, self._kwargs[number]).to(state) for block in step)
 
-    def written(self, block: BlockId, number: int) -> tuple[Tensor, Tensor]:
-        """What the writer of a block reads in the pruned stream of a batch, [B, T, p] (no column without a writer),
-        and what its module gives, before a norm behind it, [B, T, d]."""
+    def written(self, block: BlockId, state: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """What the writer of a block reads where the block reads a state of a batch, [B, T, p] (no column without a
+        writer), and what its module gives, before a norm behind it, [B, T, d]."""
         found: list[Tensor] = []
         hooks = [
             self._module(block).register_forward_hook(lambda _, given, out: found.append(_first(out))),
@@ -96,11 +128,11 @@ class Streams(Engine):
         if (writer := self.writer(block)) is not None:
             hooks.insert(0, writer.register_forward_pre_hook(lambda _, given: found.append(given[0])))
         try:
-            self._block(block, self._read(self.pruned[number]), self._kwargs[number])
+            self._block(block, self._read(state), self._kwargs[number])
         finally:
             for hook in hooks:
                 hook.remove()
-        *reads, gives = (states.to(self.pruned[number]) for states in found)
+        *reads, gives = (states.to(state) for states in found)
         return reads[0] if reads else gives[..., :0], gives
 
     def added(self, block: BlockId, gives: Tensor) -> Tensor:
@@ -120,7 +152,7 @@ class Streams(Engine):
     def gain(self, block: BlockId) -> Tensor:
         """What the norm behind a module multiplies the columns of a state of unit size with, [d]. A weight is a gain,
         or 1 less than it: both change alike."""
-        norm, state = self.norm_behind(block), self.pruned[0]
+        norm, state = self.norm_behind(block), self.dense[0]
         assert norm is not None
         gain: Tensor = norm(torch.ones_like(state[0, 0], device=norm.get_parameter("weight").device))
         return gain.to(state)
@@ -149,6 +181,14 @@ class Streams(Engine):
 
     def _read(self, state: Tensor) -> Tensor:
         return state.to(self._home, self._head.weight.dtype)
+
+
+def _kept(step: Step, mask: Mask) -> Step:
+    return tuple(block for block in step if block not in mask)
+
+
+def _keeps(step: Step, mask: Mask) -> bool:
+    return not mask.issuperset(step)
 
 
 def _first(out: Tensor | tuple[Tensor, ...]) -> Tensor:

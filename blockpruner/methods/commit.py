@@ -32,6 +32,14 @@ def commit_run(scores: Path, config: Config, budget: str, target: str, run: str)
     return replace(plan, target=target, run=run), tables
 
 
+def rivals(scores: Path, config: Config, plan: Plan) -> list[Plan]:
+    """Other plans of the search that meet the budget as nearly; none where the method's kind has no such."""
+    current = Current.load(scores)
+    others = KINDS[current.kind].rivals
+    found = [] if others is None else others(scores, config, plan, current)
+    return [replace(each, target=plan.target, run=plan.run) for each in found]
+
+
 def save_iterations(tables: Sequence[Path], path: Path) -> None:
     """The iteration tables that a plan used, as one table with the iteration's number in front."""
     parts = []

@@ -146,6 +146,8 @@ class Kind:
     lend: Callable[[PreTrainedModel, Plan], AbstractContextManager[PreTrainedModel]] | None = None
     """The dense model changed for a while: another way to the same model, to verify the first one by. Where there is
     none, `apply_` writes to the tensors of the dense model."""
+    rivals: Callable[[Path, Config, Plan, Current], list[Plan]] | None = None
+    """Other plans for the budget of a committed one, from the same folder of scores, unlike it and each other."""
     options: type[Options] = Options
     require: Callable[[Budget, Any, Config], object] = lambda budget, options, config: None
     """Refuses, before anything is computed, a budget that no plan meets; called with the kind's own options."""

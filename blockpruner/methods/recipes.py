@@ -45,6 +45,7 @@ RECIPES: Mapping[str, Recipe] = {
         {
             "floating": {"method": "floating", "acceleration": "lazy+race"},
             "greedy-layers": {"method": "greedy", "acceleration": "lazy+race", "unit": "layer"},
+            "greedy-shifted": {"method": "greedy", "acceleration": "lazy+race", "unit": "shifted"},
         },
         "refit",
     ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +182,9 @@ def steps_of(rows: Sequence[Mapping[str, Any]], plan: Plan, path: Path) -> tuple
     for row in (*dense, *sorted(chosen, key=lambda row: row["iteration"])):
         if not found or found[-1]["removed"] != row["removed"]:
             found.append(row)
+    if not plan.nested and found[-1]["removed"] != plan.mask:  # a rival of the search's own answer
+        rivals = (row for row in rows if row["removed"] == plan.mask and row["rows_used"] == row["rows_total"])
+        found = [*dense, *islice(rivals, 1)]
     masks = [row["removed"] for row in found]
     order = [format_mask(mask - before) for before, mask in pairwise(masks)]
     leads = order == list(plan.order) if plan.nested else masks[-1:] == [plan.mask]
@@ -200,4 +203,6 @@ def unit_of(rows: Sequence[Mapping[str, Any]]) -> str:
     kinds = {block.kind for row in rows if row["rows_used"] for block in row["removed"]}
     if all(BlockId(kind, block.layer) in mask for mask in masks for block in mask for kind in BlockKind):
         return "whole layers"
+    if all(unit is None or len(unit) == 2 for unit in (row["added"] for row in rows)):
+        return "shifted layers"
     return f"{next(iter(kinds)).upper()} blocks" if len(kinds) == 1 else "blocks"

@@ -23,8 +23,8 @@ class Score(Frozen):
 
     method: str = "greedy"
     """A recipe (recommended, blockpruner, ...), a plain search, or a method that changes weights."""
-    unit: Literal["block", "layer"] = "block"
-    """What one step removes."""
+    unit: Literal["block", "layer", "shifted"] = "block"
+    """What one step removes: a block, a layer, or an MLP with the MHA behind it (a shifted layer)."""
     candidates: Literal["all", "mha", "mlp"] = "all"
     """Which blocks may be removed."""
     metric: str = "perplexity"
@@ -36,10 +36,10 @@ class Score(Frozen):
     """How candidates that can hardly win are left out; none is exact. null: the recipe decides, else none."""
 
     @model_validator(mode="after")
-    def _layers_hold_both_kinds(self) -> Score:
-        if self.unit == "layer" and self.candidates != "all":
+    def _pairs_hold_both_kinds(self) -> Score:
+        if self.unit != "block" and self.candidates != "all":
             raise ValueError(
-                f"candidates: {self.candidates} does not fit unit: layer, which removes both blocks of a layer; "
+                f"candidates: {self.candidates} does not fit unit: {self.unit}, which removes a block of each kind; "
                 "set candidates: all, or unit: block"
             )
         return self

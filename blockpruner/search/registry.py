@@ -87,6 +87,11 @@ def request(score: Score) -> Request:
             f"score.metric {metric.name} is of single units, and method: {search.name} compares whole masks; choose a "
             f"metric of masks ({losses}), or one of the methods {able}"
         )
+    if metric.influence and score.unit == "shifted":
+        raise InputError(
+            f"score.metric {metric.name} is of blocks and layers, and score.unit is shifted; choose a metric of masks "
+            f"({losses}), or unit: layer"
+        )
     found = Request(search, read_options(search.name, search.options, score.options), metric, score)
     if score.acceleration not in (None, "none") and (metric.influence or not search.accelerated):
         raise InputError(

@@ -13,15 +13,14 @@ from blockpruner.core.blocks import parse_mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import FAMILIES
 from blockpruner.core.progress import SilentObserver
+from blockpruner.healing import compensate as compensation
 from blockpruner.healing import refit as methods
-from blockpruner.healing.compensate import compensate
 from blockpruner.healing.ridge import Moments, best_change
 from blockpruner.healing.settings import CompensationMethod
-from blockpruner.healing.streams import Streams, stops_of
+from blockpruner.healing.streams import Streams
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.healed import set_weights_
 from blockpruner.model.models import decoder_layers, masked, prune_
-from blockpruner.scoring.walk import steps_of
 from tests.plans import plan_of
 from tests.tiny import GRID, full_nll, tiny_model
 
@@ -33,10 +32,28 @@ def mask_plan(model, mask):
     return plan_of(model.config.to_dict(), mask.split(","))
 
 
-def changed(model, mask, method, fitted=30):
-    """What was done stop by stop; the model keeps its new weights."""
+def compensate(model, plan, *given):
+    """Compensate one plan."""
+    return compensation.compensate(model, {"plan": plan}, *given, methods.STRENGTHS)["plan"]
+
+
+def fitted_(streams, mask, method="refit"):
+    """What was done stop by stop; the streams' model is given its new weights."""
     with torch.no_grad():
-        return list(methods.COMPENSATIONS[method].change_(Streams(model, ROWS.rows, fitted), parse_mask(mask)))
+        done = list(methods.COMPENSATIONS[method].fit(streams, {"": parse_mask(mask)}, methods.STRENGTHS))
+        for weight, value in done[-1][0].weights.items():
+            weight.copy_(value)
+    return [mended for _, mended in done if mended]
+
+
+def changed(model, mask, method):
+    return fitted_(Streams(model, ROWS.rows, 30), mask, method)
+
+
+def stops_of(model, mask):
+    """The stops of a mask, with streams that nothing moves on."""
+    with torch.no_grad():
+        return [branch.stop for branch in Streams(model, ROWS.rows, 30).walk({"": parse_mask(mask)})]
 
 
 def ids():
@@ -70,11 +87,12 @@ def test_ridge_is_numpys_least_squares():
 
 
 def test_stops_hold_every_block_once_and_holes_follow_kept_blocks():
-    mask = parse_mask("mha.0,mlp.1,mha.2,mlp.2,mlp.3")
-    stops = [("+".join(map(str, stop.kept)), "+".join(stop.missing)) for stop in stops_of(steps_of(4, False), mask)]
-    assert stops == [("", "mha.0"), ("mlp.0", ""), ("mha.1", "mlp.1+mha.2+mlp.2"), ("mha.3", "mlp.3")]
-    stops = [("+".join(map(str, stop.kept)), "+".join(stop.missing)) for stop in stops_of(steps_of(4, True), mask)]
-    assert stops == [("", ""), ("mlp.0", "mha.0"), ("mha.1", "mlp.1+mha.2+mlp.2"), ("mha.3", "mlp.3")]
+    def words(variant):
+        stops = stops_of(tiny_model(variant), "mha.0,mlp.1,mha.2,mlp.2,mlp.3")
+        return [("+".join(map(str, stop.kept)), "+".join(stop.missing)) for stop in stops]
+
+    assert words("llama") == [("", "mha.0"), ("mlp.0", ""), ("mha.1", "mlp.1+mha.2+mlp.2"), ("mha.3", "mlp.3")]
+    assert words("gpt_neox") == [("", ""), ("mlp.0", "mha.0"), ("mha.1", "mlp.1+mha.2+mlp.2"), ("mha.3", "mlp.3")]
 
 
 def ridge(x, r, strength, gain=(1.0,)):
@@ -188,12 +206,18 @@ def test_fits_before_norms_are_least_squares_by_gains_on_plain_forward_passes(mo
 class Watched(Streams):
     """Streams that compare the real held-out errors at each stop, without its changes and with them."""
 
-    def stops(self, mask):
-        self.errors = {}
-        for stop in super().stops(mask):
-            start, before = self.pruned, self.error(stop.kept, self.pruned)
-            yield stop
-            self.errors |= {str(block): (before, self.error(stop.kept, start)) for block in stop.kept}
+    def walk(self, masks):
+        self.errors, self.after, self.now = {}, 0.0, lambda: 0.0
+        for branch in super().walk(masks):
+            kept, start = branch.stop.kept, branch.states
+            before = self.after = self.error(kept, start)
+            self.now = lambda kept=kept, start=start: self.error(kept, start)
+            yield branch
+            self.errors |= {str(block): (before, self.after) for block in kept}
+
+    def put_aside_(self):
+        self.after = self.now()
+        return super().put_aside_()
 
     def error(self, kept, states):
         total = 0.0
@@ -207,8 +231,7 @@ class Watched(Streams):
 def test_the_real_held_out_error_rises_at_no_stop_in_any_family(variant):
     model = spread_gains_(tiny_model(variant))
     streams = Watched(model, ROWS.rows, 30)
-    with torch.no_grad():
-        stops = list(methods.COMPENSATIONS["refit"].change_(streams, parse_mask("mlp.1,mha.2")))
+    stops = fitted_(streams, "mlp.1,mha.2")
     assert [block for block, (before, after) in streams.errors.items() if after > before * (1 + 1e-6)] == []
     for stop in stops:
         for block in stop["writers"][:1]:
@@ -271,7 +294,7 @@ def test_refit_comes_nearer_to_the_dense_states_in_every_family(variant):
         return float((states - dense).square().mean())
 
     before, streams = distance(), Streams(model, ROWS.rows, 30)
-    behind = dropwhile(lambda stop: not stop.hole, stops_of(streams._steps, mask))
+    behind = dropwhile(lambda stop: not stop.hole, stops_of(model, "mlp.1,mha.2"))
     able = [str(block) for stop in behind for block in stop.kept if streams.writer(block) is not None]
     stops = changed(model, "mlp.1,mha.2", "refit")
     assert [block for stop in stops for block in stop["writers"]] == able and len(able) >= 2
@@ -318,6 +341,37 @@ def test_weights_are_named_as_in_the_pruned_model_and_the_dense_one_is_left_alon
     pruned.load_state_dict({**pruned.state_dict(), **weights})
     nll = np.mean([full_nll(pruned, row) for row in ROWS.rows[30:]])
     assert np.exp(nll) == pytest.approx(facts["perplexity"]["after"], rel=1e-9)
+
+
+def test_models_that_are_fitted_together_get_the_weights_they_get_alone():
+    """Masks with a common beginning, a common hole, and none."""
+    masks = ("mlp.1,mha.2", "mlp.1,mha.2,mlp.3", "mlp.1,mha.3", "mha.0,mlp.0", "mlp.3")
+    for variant in ("llama", "gpt_neox", "gemma3_text"):
+        model = tiny_model(variant).requires_grad_(False)
+        plans = {mask: mask_plan(model, mask) for mask in masks}
+        together = compensation.compensate(model, plans, ROWS, 10, "refit", SilentObserver())
+        for mask in masks:
+            weights, facts = compensate(model, plans[mask], ROWS, 10, "refit", SilentObserver())
+            assert facts == together[mask][1] and weights.keys() == together[mask][0].keys()
+            assert all(torch.equal(weight, together[mask][0][name]) for name, weight in weights.items())
+
+
+def test_blocks_of_a_common_beginning_are_run_once(monkeypatch):
+    """The dense stream passes each block; behind the first hole each branch passes its own."""
+    ran, block = [], Streams._block
+
+    def counted(self, which, *given):
+        ran.append(str(which))
+        return block(self, which, *given)
+
+    model = tiny_model("llama").requires_grad_(False)
+    monkeypatch.setattr(Streams, "_block", counted)
+    with torch.no_grad():
+        streams = Streams(model, ROWS.rows, 30)
+        masks = {mask: parse_mask(mask) for mask in ("mlp.2,mha.3", "mlp.2", "mlp.3")}
+        list(methods.COMPENSATIONS["refit"].fit(streams, masks, (1.0,)))
+    runs = {name: ran.count(name) // len(streams.dense) for name in dict.fromkeys(ran)}
+    assert runs == dict.fromkeys(runs, 1) | {"mha.2": 3, "mha.3": 3, "mlp.3": 3}
 
 
 def test_what_does_not_help_is_left(monkeypatch):

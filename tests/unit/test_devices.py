@@ -90,7 +90,7 @@ def scored(metric):
 def compensated(method):
     def change(model):
         plan = plan_of(model.config.to_dict(), ["mha.1", "mlp.0"])
-        weights, facts = compensate(model, plan, LONG, 2, method, SilentObserver())
+        weights, facts = compensate(model, {"plan": plan}, LONG, 2, method, SilentObserver())["plan"]
         return [*facts["perplexity"].values(), *(weight.sum().item() for weight in weights.values())]
 
     return change

@@ -13,6 +13,7 @@ from huggingface_hub import metadata_load
 from safetensors.torch import load_file
 
 from blockpruner.core.settings import HubTexts
+from blockpruner.healing.refit import STRENGTHS
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.inputs.texts import write_texts
 from blockpruner.methods.healed import save_healed
@@ -108,6 +109,19 @@ def test_the_proposal_that_judges_find_best_is_kept(project):
     assert facts["search"] == min(facts["judged"], key=facts["judged"].get)
     plan = read_json(Path(f"data/plans/t/{facts['search']}.json"))
     assert read_json(Path("data/compensated/t/plan.json")) == plan
+
+
+def test_many_proposals_are_fitted_on_few_rows_first_and_the_best_three_judged(project):
+    for number, removed in enumerate(("mlp.0", "mha.1", "mlp.1", "mha.3"), 2):
+        save_plan(plan_of(DENSE, [removed], run="tiny", compensate="refit"), Path(f"data/plans/t/greedy.{number}.json"))
+    kept(plan_of(DENSE, ["mlp.2"], run="tiny", compensate="refit"))
+    facts = read_json(Path("data/compensated/t/compensate.json"))
+    assert facts["rough"].keys() == {"greedy", *(f"greedy.{number}" for number in range(2, 6))}
+    assert facts["judged"].keys() == set(sorted(facts["rough"], key=facts["rough"].get)[:3])
+    assert facts["proposal"] == min(facts["judged"], key=facts["judged"].get) and facts["search"] == "greedy"
+    plan = read_json(Path(f"data/plans/t/{facts['proposal']}.json"))
+    assert read_json(Path("data/compensated/t/plan.json")) == plan
+    assert all(stop["strength"] in STRENGTHS for stop in facts["stops"] if stop["writers"])
 
 
 def test_stage_trains_and_every_export_has_the_weights(project):

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
-from itertools import groupby
+from itertools import combinations, groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from scipy import stats
 from blockpruner import pipeline
 from blockpruner.core.blocks import DENSE, Mask, format_mask, parse_mask, removable_units
 from blockpruner.evaluation.store import ITEMS
-from blockpruner.methods.commit import commit_run, save_iterations
+from blockpruner.methods.commit import commit_run, rivals, save_iterations
 from blockpruner.reporting.comparison import comparisons, front
 from blockpruner.reporting.findings import (
     Finding,
@@ -702,6 +702,7 @@ def test_runs_that_cannot_be_compared_are_kept_apart(several: Path) -> None:
         ("greedy", {"acceleration": "lazy+race"}, "blocks"),
         ("greedy", {"metric": "block_influence", "candidates": "mlp"}, "MLP blocks"),
         ("one_shot", {"metric": "kl", "unit": "layer"}, "whole layers"),
+        ("greedy", {"unit": "shifted"}, "shifted layers"),
         ("random", {}, "blocks"),
         ("given", {"options": {"order": ("mha.1,mlp.1", "mha.2,mlp.2", "mha.0,mlp.0")}}, "whole layers"),
         ("floating", {"candidates": "mha"}, "MHA blocks"),
@@ -729,3 +730,12 @@ def test_the_tables_of_every_search_are_read(tmp_path: Path, method: str, change
     else:
         chosen = [DENSE, *(found.removed for found in trace)]
         assert [step.mask for step in steps] == [mask for mask, _ in groupby(chosen)]
+    others = rivals(tmp_path / "scores", config, plan)
+    masks = [each.mask for each in (plan, *others)]
+    assert all(len(mask ^ other) >= 4 / 3 and len(mask) == 4 for mask, other in combinations(masks, 2))
+    for each in others:
+        assert not each.nested and each.base == plan.base and each.ratio == pytest.approx(plan.ratio, abs=0.05)
+        dense, end = steps_of(table, each, path)
+        assert dense.mask == DENSE and end.mask == each.mask
+        assert end.perplexity == each.calibration["perplexity"] >= plan.calibration["perplexity"]
+    assert bool(others) == (method in ("greedy", "floating", "swap") and "metric" not in changes)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockpruner.core.blocks import DENSE, BlockKind, Mask, format_mask, parse_mask, sorted_blocks
-from blockpruner.core.budgets import Resources, choose_prefix, is_settled, parse_budget, resources_of
+from blockpruner.core.budgets import Resources, choose_prefix, goal_of, is_settled, parse_budget, resources_of
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config, Costs
 from blockpruner.core.markdown import code
@@ -133,6 +136,27 @@ def commit(scores: Path, config: Config, budget: str, current: Current) -> tuple
     return plan, [table_path(directory, index) for index in range(used)]
 
 
+RIVALS = 3
+"""How many other masks of a search are compared with its answer once their weights are fitted."""
+
+
+def rivals(scores: Path, config: Config, plan: Plan, current: Current) -> list[Plan]:
+    """The best other masks of a search that remove as much. Any two differ in a third of what one removes, at least."""
+    trace = read_trace(trace_directory(scores, current, plan.budget), current.search)
+    resources = known_resources(config, plan.budget, current)
+    wanted = parse_budget(plan.budget, resources["parameters"])
+    near = goal_of(wanted, units_of(request(current.score), resources), resources[wanted.resource]).around(plan.mask)
+    known = (score for iteration in trace for score in iteration.nll if score is not None and score.is_complete)
+    scored = {score.mask: score for score in known if math.isfinite(score.loss) and near.is_met(score.mask)}
+    found = [plan.mask]
+    for mask in sorted(scored, key=lambda mask: scored[mask].loss):
+        if all(3 * len(mask ^ other) >= len(plan.mask) for other in found):
+            found.append(mask)
+    dense = plan.calibration["dense_perplexity"]
+    made = (choose([mask], [dense, scored[mask].perplexity], config, plan.budget, current) for mask in found[1:])
+    return [replace(each, nested=False) for each in islice(made, RIVALS)]
+
+
 def _require_scored(order: Sequence[Mask], resources: Resources, budget: str, current: Current) -> None:
     """Refuse a sequence that was not scored as far as the budget: it was searched for others."""
     counts = resources["parameters"]
@@ -177,6 +201,7 @@ BLOCKS = Kind(
     "blocks removed",
     score=score,
     commit=commit,
+    rivals=rivals,
     apply_=_apply,
     lend=_lend,
     identity=lambda plan, rows: {"removed": list(plan.removed)},

@@ -108,7 +108,7 @@ def _masks_of(score: Score, removed: float, model: Known) -> int:
         return 0
     kinds = {"mha": (model.mha_pct,), "mlp": (model.mlp_pct,), "all": (model.mha_pct, model.mlp_pct)}[score.candidates]
     units, size = model.layers * len(kinds), sum(kinds) / len(kinds)
-    if score.unit == "layer":
+    if score.unit != "block":
         units, size = model.layers, sum(kinds)
     steps = 1 if score.method == "one_shot" else round(removed / size)
     return steps if METRICS[score.metric].influence else 1 + sum(units - step for step in range(steps))
