@@ -93,7 +93,7 @@ def choose(
         if len(plans) > FINALISTS:
             few = max(1, (len(fit.rows) - held_out) // ROUGH)
             rows = CalibrationSet((*fit.rows[:few], *fit.rows[len(fit.rows) - held_out :]))
-            found = compensate(dense(), plans, rows, held_out, method, observer, (ROUGH_STRENGTH,))
+            found = compensate(dense(), plans, rows, held_out, method, observer, (ROUGH_STRENGTH,), (1.0,))
             facts["rough"] = {name: told["perplexity"]["after"] for name, (_, told) in found.items()}
             plans = {name: plans[name] for name in sorted(plans, key=facts["rough"].__getitem__)[:FINALISTS]}
         found = compensate(dense(), plans, fit, held_out, method, observer)

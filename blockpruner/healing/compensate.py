@@ -34,6 +34,7 @@ def compensate(
     method: str,
     observer: Observer,
     strengths: Sequence[float] = STRENGTHS,
+    shares: Sequence[float] = SHARES,
 ) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:
     """Find new weights for the pruned models of some plans. What they have in common is computed once.
 
@@ -43,7 +44,7 @@ def compensate(
         plans: by a name each.
         rows: of any lengths; all real tokens are fitted to.
         held_out: how many of the rows, the last ones, choose strengths and decide whether a change helps.
-        strengths: the pulls to the old weights to choose from.
+        strengths, shares: pulls to the old weights, and shares of a whole change, to choose from.
 
     Returns:
         For each plan the changed weights by their names in the pruned model, none where nothing helped; and facts as
@@ -67,18 +68,20 @@ def compensate(
     streams = Streams(dense, rows.rows, count - held_out)
     held, masks = range(count - held_out, count), {name: plan.mask for name, plan in plans.items()}
 
-    def measured(mask: Mask) -> float:
-        tasks = [Task(span, (mask,)) for span in streams.row_batches(rows.rows, held)]
-        losses = [loss for scored in streams.run(tasks, rows.rows) for loss in scored.loss]
-        return perplexity(math.fsum(losses) / len(losses))
+    def measured(*masks: Mask) -> dict[Mask, float]:
+        losses: dict[Mask, list[float]] = {mask: [] for mask in masks}
+        for scored in streams.run([Task(span, masks) for span in streams.row_batches(rows.rows, held)], rows.rows):
+            losses[scored.mask] += scored.loss
+        return {mask: perplexity(math.fsum(each) / len(each)) for mask, each in losses.items()}
 
     def kept(name: str, changed: Mapping[Tensor, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The share of a change that is best on the rows that are held out, and what it does there."""
-        best, before, mask = 0.0, measured(masks[name]), masks[name]
-        found = {"dense": whole, "before": before, "after": before}
-        for share in SHARES if changed else ():
+        best, mask = 0.0, masks[name]
+        before = plain[mask]
+        found = {"dense": plain[DENSE], "before": before, "after": before}
+        for share in shares if changed else ():
             _set_(streams, changed, share)
-            after = measured(mask)
+            after = measured(mask)[mask]
             if after < found["after"]:
                 best, found["after"] = share, after
             streams.put_aside_()
@@ -86,14 +89,12 @@ def compensate(
         own = {id(weight): name for name, weight in prune_(shared_copy(dense), mask).named_parameters()}
         weights = {own[id(weight)]: weight.clone().cpu() for weight in changed} if best else {}
         streams.put_aside_()
-        words = f"held-out perplexity {before:.2f} -> {found['after']:.2f}" + (
-            "" if best else ": no help, left as it was"
-        )
-        observer.note(f"{name}: {words}")
+        left = "" if best else ": no help, left as it was"
+        observer.note(f"{name}: held-out perplexity {before:.2f} -> {found['after']:.2f}{left}")
         facts = {"method": method, "tokens": tokens, "share": best, "perplexity": found, "stops": stops[name]}
         return weights, facts
 
-    tokens, whole = sum(map(len, rows.rows[: count - held_out])), measured(DENSE)
+    tokens, plain = sum(map(len, rows.rows[: count - held_out])), measured(*{DENSE, *masks.values()})
     stops: dict[str, list[Mended]] = {name: [] for name in plans}
     changes: dict[str, Mapping[Tensor, Tensor]] = {}
     names = [str(block) for block in streams.blocks]
@@ -111,7 +112,7 @@ def compensate(
         found = {name: kept(name, changes[name]) for name in plans}
     finally:
         streams.put_aside_()
-    observer.end(f"{row.title}, dense {whole:.2f}")
+    observer.end(f"{row.title}, dense {plain[DENSE]:.2f}")
     return found
 
 

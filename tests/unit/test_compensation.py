@@ -34,7 +34,7 @@ def mask_plan(model, mask):
 
 def compensate(model, plan, *given):
     """Compensate one plan."""
-    return compensation.compensate(model, {"plan": plan}, *given, methods.STRENGTHS)["plan"]
+    return compensation.compensate(model, {"plan": plan}, *given, methods.STRENGTHS, compensation.SHARES)["plan"]
 
 
 def fitted_(streams, mask, method="refit"):
