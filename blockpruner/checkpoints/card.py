@@ -17,6 +17,7 @@ from blockpruner.core.errors import package
 from blockpruner.core.families import FAMILIES
 from blockpruner.core.markdown import code, plain
 from blockpruner.core.plan import Plan
+from blockpruner.evaluation.kinds import times_dense, uneven
 from blockpruner.inputs.checkpoints import licence_of
 from blockpruner.methods.healed import Healed
 from blockpruner.methods.registry import KINDS
@@ -84,7 +85,7 @@ def model_card(
 {code(base)} {KINDS[plan.kind].card(plan)}: {plan.parameters["pruned"]:,} of {plan.parameters["dense"]:,} parameters
 ({plan.ratio:.2%} removed), made by [BlockPruner](https://arxiv.org/abs/2406.10594)'s workflow and {since}.
 
-{_perplexity(plan)}{_healing(told)}{note}
+{_perplexity(plan)}{_healing(told)}{_kinds(healed.kinds if healed else {}, plan)}{note}
 {_loading(module) if loading is None else loading}{_serving(form, dense, module)}{LIMITS}{_steps(plan)}"""
 
 
@@ -106,6 +107,19 @@ def _healing(told: Mapping[str, Mapping[str, float]]) -> str:
     rows = [(name, *(f"{found[key]:.3f}" if key in found else "–" for key in HEALED)) for name, found in told.items()]
     lines = "\n".join(f"| rows held out from {' | '.join(row)} |" for row in rows)
     return f"\n| perplexity | {' | '.join(HEALED)} |\n|---|---:|---:|---:|\n{lines}\n"
+
+
+def _kinds(told: Mapping[str, Mapping[str, float]], plan: Plan) -> str:
+    """The perplexity by kind of text, and a warning where one lost too much."""
+    if not (ratios := times_dense(told)):
+        return ""
+    lines = "\n".join(
+        f"| {plain(kind)} | {told[kind]['dense']:.3f} | {told[kind]['after']:.3f} | {ratio:.2f} |"
+        for kind, ratio in ratios.items()
+    )
+    when = "after, before training" if plan.train else "after"
+    head = f"| perplexity of unseen texts | dense | {when} | times dense |\n|---|---:|---:|---:|"
+    return f"\n{head}\n{lines}\n" + (f"\n{plain(warning)}\n" if (warning := uneven(ratios)) else "")
 
 
 def _perplexity(plan: Plan) -> str:

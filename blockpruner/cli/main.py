@@ -19,7 +19,7 @@ from rich.console import Console
 from typer import Argument, Option
 
 from blockpruner import __version__
-from blockpruner.cli.values import called, data_of, model_of, to_json, values_of
+from blockpruner.cli.values import called, data_of, model_of, texts_of, to_json, values_of
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import stderr_observer
 from blockpruner.core.settings import read_settings
@@ -54,14 +54,14 @@ AsJson = Annotated[bool, Option("--json", help="Print one JSON object in place o
 RowLength = Annotated[
     int | None, Option(metavar="N", min=2, help="Tokens in a row.", show_default="2048, or the context")
 ]
-MostRows = Annotated[int, Option(metavar="N", min=2, help="The most rows of the texts that are used.")]
+MostRows = Annotated[int, Option(metavar="N", min=2, help="The most rows of each kind of text that are used.")]
 Spoken = Annotated[str, Argument(metavar="MODEL", help="A checkpoint's folder, or a dense model's name on the hub.")]
 Limit = Annotated[int, Option(metavar="N", min=1, help="The most tokens of an answer.")]
 
 TASKS = ",".join(ZeroShot().tasks)
-FILES = ".jsonl, .json or .parquet records with a text, or a .txt file."
+FILES = ".jsonl, .json or .parquet records with a text, or a .txt file. Given again: another kind of text."
 Unseen = Annotated[
-    Path | None,
+    list[Path] | None,
     Option(metavar="FILE", help=f"Texts that prune has not seen, to measure perplexity on: {FILES}"),
 ]
 Written = Annotated[Path, Argument(metavar="DIR", help="A folder that prune or apply has written.")]
@@ -104,8 +104,8 @@ def prune(
         str | None, Option(metavar="NAME", help="The model's commit, branch or tag on the hub.", show_default="main")
     ] = None,
     texts: Annotated[
-        Path | None,
-        Option(metavar="FILE", help=f"Calibration texts: {FILES}", show_default="Alpaca and WikiText-2 from the hub"),
+        list[Path] | None,
+        Option(metavar="FILE", help=f"Calibration texts: {FILES}", show_default="five kinds from Python packages"),
     ] = None,
     dataset: Annotated[
         str | None, Option(metavar="REPO[:SPLIT]", help="Calibration texts: a data set of the hub.")
@@ -239,11 +239,11 @@ def export(
     _tell(found, pruning.words(found), as_json)
 
 
-def _heldout(texts: Path | None, seq_len: int | None, max_rows: int) -> dict[str, Any]:
+def _heldout(texts: Sequence[Path] | None, seq_len: int | None, max_rows: int) -> dict[str, Any]:
     """The keys of `evaluate.perplexity` that the options give."""
     source: dict[str, Any] = {"packing": "joined_bos"}
-    if texts is not None:
-        source = {"packing": "documents", "data": {"source": "path", "path": str(texts)}}
+    if texts:
+        source = {"packing": "documents", "data": texts_of(texts)}
     return source | ({} if seq_len is None else {"seq_len": seq_len}) | {"max_rows": max_rows}
 
 
@@ -317,11 +317,11 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Show two checkpoints side by side: their answers, tokens per second and held-out perplexity."""
-    if prompt is None and texts is None:
+    if prompt is None and not texts:
         raise InputError("compare has nothing to compare by; give --prompt TEXT, --texts FILE, or both")
     from blockpruner.cli.talking import compared, side_by_side
 
-    heldout = None if texts is None else read_settings(Perplexity, _heldout(texts, seq_len, max_rows))
+    heldout = read_settings(Perplexity, _heldout(texts, seq_len, max_rows)) if texts else None
     found = compared([_folder(a), _folder(b)], prompt, max_new_tokens, heldout, device)
     if as_json:
         print(to_json([vars(one) for one in found]))

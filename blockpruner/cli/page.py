@@ -11,10 +11,11 @@ from blockpruner.cli import curve
 from blockpruner.cli.pruning import read_plan
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
+from blockpruner.evaluation.kinds import times_dense, uneven
 from blockpruner.methods.healed import HEALED_FILE
 from blockpruner.methods.registry import KINDS
 from blockpruner.reporting.figures import removed_map
-from blockpruner.reporting.findings import Finding, Level
+from blockpruner.reporting.findings import UNEVEN, Finding, Level
 from blockpruner.reporting.formats import number, parameters, percent, size, times
 from blockpruner.reporting.pages import Facts, Findings, Page, Section, to_html
 from blockpruner.reporting.report import INTRO, starts
@@ -40,9 +41,12 @@ def write_page_of(checkpoint: Path, trials: Path, out: Path) -> None:
     found = read_json(kept) if (kept := curve.kept(trials, plan)).is_file() else None
     healed = read_json(checkpoint / HEALED_FILE) if (checkpoint / HEALED_FILE).is_file() else {}
     verified = read_json(checkpoint / REPORT_FILE)
-    findings = Findings(tuple(_findings(plan, verified, found)))
+    kinds = healed.get("kinds", {})
+    findings = Findings(tuple(_findings(plan, verified, found, uneven(times_dense(kinds)))))
+    tables = [_healing(healed["perplexity"])] if healed.get("perplexity") else []
+    tables += [_kinds(kinds)] if kinds else []
     sections = [
-        Section("Verdict", (findings, *([_healing(healed["perplexity"])] if healed.get("perplexity") else []))),
+        Section("Verdict", (findings, *tables)),
         Section("Removed blocks", tuple(_removed(plan))),
     ]
     if found is not None:
@@ -73,6 +77,17 @@ def _healing(told: Mapping[str, Mapping[str, float]]) -> Table:
     return Table("healing", "Before and after healing", columns, tuple(cells))
 
 
+def _kinds(told: Mapping[str, Mapping[str, float]]) -> Table:
+    """The perplexity of each kind of text, of rows that judged between searches."""
+    columns = (Column("kind", "perplexity of unseen texts"), *(Column(key, key) for key in ("dense", "after")))
+    cells = [
+        (kind, Number(told[kind]["dense"]), Number(told[kind]["after"]), Number(ratio, 2))
+        for kind, ratio in times_dense(told).items()
+    ]
+    title = "By kind of text, after compensation"
+    return Table("kinds", title, (*columns, Column("relative", "times dense")), tuple(cells))
+
+
 def _removed(plan: Plan) -> Iterator[Any]:
     if plan.removed:
         yield removed_map(plan.target, plan)
@@ -80,7 +95,7 @@ def _removed(plan: Plan) -> Iterator[Any]:
         yield KINDS[plan.kind].steps(plan) or "No block is removed as a whole."
 
 
-def _findings(plan: Plan, verified: dict[str, Any], found: dict[str, Any] | None) -> Iterator[Finding]:
+def _findings(plan: Plan, verified: dict[str, Any], found: dict[str, Any] | None, uneven: str) -> Iterator[Finding]:
     before, after = plan.calibration["dense_perplexity"], plan.calibration["perplexity"]
     dense, pruned = (parameters(plan.parameters[name]) for name in ("dense", "pruned"))
     yield Finding(
@@ -100,6 +115,8 @@ def _findings(plan: Plan, verified: dict[str, Any], found: dict[str, Any] | None
             f"Held-out perplexity {times(point['relative'])} the dense model's [{low}, {high}]",
             f"On rows of {found['text']}, as pruned." if found else "",
         )
+    if uneven:
+        yield Finding(Level.WARNING, "uneven", UNEVEN, uneven)
     if found is None:
         text = "blockpruner curve does that."
         yield Finding(Level.ADVICE, "curve", "Measure it on texts that the search has not seen", text)

@@ -35,12 +35,18 @@ TAGS = re.compile(r"\.(hub|path|pypi|pypi-parts|mix)(?=\.)")
 """Kinds of source, which pydantic puts into the key of a mistake."""
 
 
-def data_of(texts: Path | None, dataset: str | None) -> dict[str, Any] | None:
+def texts_of(files: Sequence[Path]) -> dict[str, Any]:
+    """The source of texts in files; several are a mix, each a kind of text."""
+    found = [{"source": "path", "path": str(file)} for file in files]
+    return {"source": "mix", "of": found} if len(found) > 1 else found[0]
+
+
+def data_of(texts: Sequence[Path] | None, dataset: str | None) -> dict[str, Any] | None:
     """The source of texts that options name."""
-    if texts is not None and dataset is not None:
+    if texts and dataset is not None:
         raise InputError("--texts and --dataset are both given; give one", rule="texts-twice", key="calibration.data")
     if dataset is None:
-        return None if texts is None else {"source": "path", "path": str(texts)}
+        return texts_of(texts) if texts else None
     repo, _, split = HUB.sub("", dataset).removeprefix("datasets/").partition(":")
     return {"source": "hub", "repo": repo} | ({"split": split} if split else {})
 
@@ -64,11 +70,11 @@ def values_of(
         sets: texts KEY=VALUE, the key dotted and the value as in YAML.
         others: values of sections that are no argument of `methods.recipes.sections`, as the rest is.
     """
+    from blockpruner.params import named_sources, read_values, with_sources
+
     if config is None:
         found = sections(method or RECOMMENDED, **given)
     else:
-        from blockpruner.params import read_values
-
         own = {} if given["data"] is None else {"data": given["data"]}
         found = read_values(config.expanduser())
         if given["train"]:
@@ -85,7 +91,7 @@ def values_of(
             elif not isinstance(value, Mapping) and (key, value) != ("train", None):
                 raise InputError(f"{key} is {value!r}; valid: keys within it, as {key}.NAME=VALUE", rule="settings")
         found = merged(found, each)
-    return found
+    return dict(with_sources(found, named_sources()))
 
 
 def _set(text: str) -> dict[str, Any]:

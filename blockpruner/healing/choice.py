@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
 from blockpruner.core.settings import Texts
+from blockpruner.evaluation.kinds import perplexities
 from blockpruner.evaluation.perplexity import measure_perplexity
 from blockpruner.healing.compensate import compensate
 from blockpruner.inputs.calibration import CalibrationSet
@@ -38,7 +39,8 @@ class Healing:
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     """The changed weights by their names in the pruned model; empty where nothing helped, or nothing was asked for."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What was done, as JSON: the compensation's facts, and under "judged" the perplexity of each proposal."""
+    """What was done, as JSON: the compensation's facts, under "judged" the perplexity of each proposal, and under
+    "kinds", of a mix, that of each kind: "dense" and "after"."""
 
     def healed(self, data: Texts) -> Healed | None:
         """What was done, to texts of `data`; None where no weight changed."""
@@ -46,7 +48,7 @@ class Healing:
             return None
         method, tokens = self.facts["method"], self.facts["tokens"]
         words = f"compensated without training ({method}, {tokens:,} tokens of `{data.title}`)"
-        return Healed(Path(), "", words, (), "", {method: self.facts["perplexity"]})
+        return Healed(Path(), "", words, (), "", {method: self.facts["perplexity"]}, self.facts.get("kinds", {}))
 
 
 def choose(
@@ -77,15 +79,20 @@ def choose(
         tried.append(Healing(name, plan, *compensate(dense(), plan, fit, held_out, plan.compensate, observer)))
     if len(tried) == 1:
         return tried[0]
-    judged = {}
+    judged, kinds = {}, {}
     for one in tried:
         model = pruned_copy(dense(), one.plan, search.rows)
         set_weights_(model, one.weights, shared=True)
-        judged[one.search] = measure_perplexity(model, judge.rows).perplexity
+        found = measure_perplexity(model, judge.rows)
+        judged[one.search], kinds[one.search] = found.perplexity, perplexities(found.row_nll, judge.kinds)
     best = min(tried, key=lambda one: judged[one.search])
     words = ", ".join(f"{name} {value:.2f}" for name, value in judged.items())
     observer.note(f"perplexity of the rows that judge: {words}; {best.search} is kept")
-    return replace(best, facts={**best.facts, "judged": judged})
+    facts = {**best.facts, "judged": judged}
+    if after := kinds[best.search]:
+        before = perplexities(measure_perplexity(dense(), judge.rows).row_nll, judge.kinds)
+        facts["kinds"] = {kind: {"dense": before[kind], "after": after[kind]} for kind in after}
+    return replace(best, facts=facts)
 
 
 def keep(folder: Path, found: Healing, pruning: Pruning, data: Texts) -> None:
@@ -100,6 +107,9 @@ def keep(folder: Path, found: Healing, pruning: Pruning, data: Texts) -> None:
         save_plan(found.plan, directory / PLAN)
         write_sealed_json(directory / COMPENSATE_FACTS, {"search": found.search, **found.facts})
         if (told := found.healed(data)) is not None:
-            save_healed(directory, found.weights, pruning.identity, told.words, data, perplexity=told.perplexity)
+            save_healed(
+                directory, found.weights, pruning.identity, told.words, data,
+                perplexity=told.perplexity, kinds=told.kinds,
+            )  # fmt: skip
 
     replace_directory(folder, build)

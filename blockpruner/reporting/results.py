@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from blockpruner.core.blocks import BlockKind
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
+from blockpruner.evaluation.kinds import perplexities
 from blockpruner.evaluation.store import ITEMS
 from blockpruner.methods.registry import KINDS
 from blockpruner.reporting import statistics
@@ -71,6 +72,13 @@ class Text:
     tokens: int
     row_nll: tuple[float, ...]
     """Mean NLL of each row, nats per token."""
+    row_kind: tuple[str, ...]
+    """The kind of text of each row; empty where all are of one."""
+
+    @property
+    def by_kind(self) -> dict[str, float]:
+        """The perplexity of each kind."""
+        return perplexities(self.row_nll, self.row_kind)
 
 
 @dataclass(frozen=True)
@@ -173,7 +181,13 @@ class Model:
         return cls(
             parameters=fields["parameters"],
             weight_bytes=fields["weight_bytes"],
-            heldout=Text(text["perplexity"], text["rows"], text["tokens"], tuple(text.get("row_nll", ()))),
+            heldout=Text(
+                text["perplexity"],
+                text["rows"],
+                text["tokens"],
+                tuple(text.get("row_nll", ())),
+                tuple(text.get("row_kind", ())),
+            ),
             tasks={
                 k: TaskScore(v["value"], math.inf if v["stderr"] is None else v["stderr"], v["items"])
                 for k, v in fields["tasks"].items()
@@ -285,6 +299,12 @@ class Option:
         dense, own = self.dense.heldout.row_nll, self.model.heldout.row_nll
         few = min(len(dense), len(own)) < 2
         return Interval(0, math.inf) if few else statistics.perplexity_ratio(dense, own).interval
+
+    @cached_property
+    def by_kind(self) -> Mapping[str, Effect]:
+        """PPL / dense PPL on each kind of held-out text; empty where it is of one."""
+        dense, own = self.dense.heldout, self.model.heldout
+        return statistics.ratios_by_kind(dense.row_nll, own.row_nll, dense.row_kind)
 
 
 Items = dict[str, tuple[NDArray[Any], Floats, Floats]]

@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from blockpruner.core.errors import InputError
+from blockpruner.evaluation.kinds import rows_by_kind
 
 Scores = Mapping[str, ArrayLike]
 """By task, one score per item [items], 0/1 or a fraction; of models to be compared, the same items in one order."""
@@ -169,6 +170,18 @@ def perplexity_ratio(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Effect:
     """
     nats = paired_t(a, b, level)
     return Effect(math.exp(nats.value), Interval(*np.exp([nats.interval.low, nats.interval.high]).tolist()), nats.p)
+
+
+def ratios_by_kind(a: Sequence[float], b: Sequence[float], kinds: Sequence[str]) -> dict[str, Effect]:
+    """As `perplexity_ratio`, of the rows of each kind; of a single row with an infinite interval."""
+
+    def one(before: Sequence[float], after: Sequence[float]) -> Effect:
+        if len(before) > 1:
+            return perplexity_ratio(before, after)
+        return Effect(math.exp(after[0] - before[0]), Interval(0, math.inf), 1.0)
+
+    pruned = rows_by_kind(b, kinds)
+    return {kind: one(rows, pruned[kind]) for kind, rows in rows_by_kind(a, kinds).items()}
 
 
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:

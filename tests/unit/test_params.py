@@ -13,14 +13,14 @@ from blockpruner.core.settings import LocalModel, LocalTexts, MixedTexts
 from blockpruner.evaluation.settings import Evaluate, ZeroShot
 from blockpruner.healing.settings import Train
 from blockpruner.inputs.settings import Calibration
-from blockpruner.params import NO_RUNS, load_params, load_run, run_schema
+from blockpruner.params import NO_RUNS, load_params, load_run, named_sources, run_schema
 from blockpruner.scoring.settings import Score
 from blockpruner.settings import Sections, resolve
 from tests.errors import refused
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = json.loads((ROOT / "runs" / "schema.json").read_text())
-NAMED = yaml.safe_load((ROOT / "runs" / "sources.yaml").read_text())
+NAMED = named_sources(ROOT / "runs")
 X = {"run": "a", "budget": "0.1"}
 
 
