@@ -23,7 +23,7 @@ PLAN_VERSION = 3
 WEIGHTS_VERSION = 6
 """The weights of a pruned model: merged, sliced, compensated or trained. Part of the keys under which they are kept."""
 
-EXPORT_VERSION = 8
+EXPORT_VERSION = 7
 """The content of exported checkpoints, in every format."""
 
 EVAL_VERSION = 4

@@ -85,7 +85,7 @@ def model_card(
 {code(base)} {KINDS[plan.kind].card(plan)}: {plan.parameters["pruned"]:,} of {plan.parameters["dense"]:,} parameters
 ({plan.ratio:.2%} removed), made by [BlockPruner](https://arxiv.org/abs/2406.10594)'s workflow and {since}.
 
-{_perplexity(plan)}{_healing(told)}{_kinds(healed.kinds if healed else {}, plan)}{note}
+{_perplexity(plan)}{_healing(told)}{_kinds(plan)}{note}
 {_loading(module) if loading is None else loading}{_serving(form, dense, module)}{LIMITS}{_steps(plan)}"""
 
 
@@ -109,10 +109,11 @@ def _healing(told: Mapping[str, Mapping[str, float]]) -> str:
     return f"\n| perplexity | {' | '.join(HEALED)} |\n|---|---:|---:|---:|\n{lines}\n"
 
 
-def _kinds(told: Mapping[str, Mapping[str, float]], plan: Plan) -> str:
+def _kinds(plan: Plan) -> str:
     """The perplexity by kind of text, and a warning where one lost too much."""
-    if not (ratios := times_dense(told)):
+    if not (told := plan.kinds):
         return ""
+    ratios = times_dense(told)
     lines = "\n".join(
         f"| {plain(kind)} | {told[kind]['dense']:.3f} | {told[kind]['after']:.3f} | {ratio:.2f} |"
         for kind, ratio in ratios.items()

@@ -67,12 +67,7 @@ def save_other_files(pruning: Pruning, directory: Path, card: str, more: Sequenc
     write_text(directory / CARD_FILE, card)
     save_plan(pruning.plan, directory / PLAN_FILE)
     if (healed := pruning.healed) is not None:
-        kept = {
-            "words": healed.words,
-            "datasets": healed.datasets,
-            "perplexity": healed.perplexity,
-            "kinds": healed.kinds,
-        }
+        kept = {"words": healed.words, "datasets": healed.datasets, "perplexity": healed.perplexity}
         write_json(directory / HEALED_FILE, kept)
 
 

@@ -80,4 +80,4 @@ def _stand_in(folder: Path, dense: Path) -> Healed | None:
     if not (folder / HEALED_FILE).exists():
         return None
     facts = read_json(folder / HEALED_FILE)
-    return Healed(Path(), "", facts["words"], tuple(facts["datasets"]), "", facts["perplexity"], facts["kinds"])
+    return Healed(Path(), "", facts["words"], tuple(facts["datasets"]), "", facts["perplexity"])

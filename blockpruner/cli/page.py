@@ -41,10 +41,9 @@ def write_page_of(checkpoint: Path, trials: Path, out: Path) -> None:
     found = read_json(kept) if (kept := curve.kept(trials, plan)).is_file() else None
     healed = read_json(checkpoint / HEALED_FILE) if (checkpoint / HEALED_FILE).is_file() else {}
     verified = read_json(checkpoint / REPORT_FILE)
-    kinds = healed.get("kinds", {})
-    findings = Findings(tuple(_findings(plan, verified, found, uneven(times_dense(kinds)))))
+    findings = Findings(tuple(_findings(plan, verified, found)))
     tables = [_healing(healed["perplexity"])] if healed.get("perplexity") else []
-    tables += [_kinds(kinds)] if kinds else []
+    tables += [_kinds(plan.kinds)] if plan.kinds else []
     sections = [
         Section("Verdict", (findings, *tables)),
         Section("Removed blocks", tuple(_removed(plan))),
@@ -95,7 +94,7 @@ def _removed(plan: Plan) -> Iterator[Any]:
         yield KINDS[plan.kind].steps(plan) or "No block is removed as a whole."
 
 
-def _findings(plan: Plan, verified: dict[str, Any], found: dict[str, Any] | None, uneven: str) -> Iterator[Finding]:
+def _findings(plan: Plan, verified: dict[str, Any], found: dict[str, Any] | None) -> Iterator[Finding]:
     before, after = plan.calibration["dense_perplexity"], plan.calibration["perplexity"]
     dense, pruned = (parameters(plan.parameters[name]) for name in ("dense", "pruned"))
     yield Finding(
@@ -115,8 +114,8 @@ def _findings(plan: Plan, verified: dict[str, Any], found: dict[str, Any] | None
             f"Held-out perplexity {times(point['relative'])} the dense model's [{low}, {high}]",
             f"On rows of {found['text']}, as pruned." if found else "",
         )
-    if uneven:
-        yield Finding(Level.WARNING, "uneven", UNEVEN, uneven)
+    if warning := uneven(times_dense(plan.kinds or {})):
+        yield Finding(Level.WARNING, "uneven", UNEVEN, warning)
     if found is None:
         text = "blockpruner curve does that."
         yield Finding(Level.ADVICE, "curve", "Measure it on texts that the search has not seen", text)

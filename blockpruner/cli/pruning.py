@@ -151,7 +151,7 @@ class Place:
             assert pruning.healed is not None
             if "training" in pruning.healed.perplexity:
                 told["trained"] = pruning.healed.perplexity["training"]
-        return self._export(run, pruning, out) | {"search": counts, "perplexity": told, "kinds": facts.get("kinds", {})}
+        return self._export(run, pruning, out) | {"search": counts, "perplexity": told}
 
     def _note(self, message: str) -> None:
         """A line, with this command's names for the keys in it."""
@@ -252,7 +252,7 @@ class Place:
         run, dense = self.fetch_base(run, file, plan)
         unknown = dict.fromkeys(NUMBERS["calibration"])  # what its author has measured, nobody has measured here
         shares = {name: share for name, share in plan.removes.items() if name != "latency"}
-        plan = replace(plan, calibration=unknown, removes=shares, weights=checkpoint_weights(dense))
+        plan = replace(plan, calibration=unknown, kinds=None, removes=shares, weights=checkpoint_weights(dense))
         return self._export(run, self._pruning(run, dense, replace(plan, target=out.name), CalibrationSet(())), out)
 
     def fetch(self, run: Run) -> Path:
@@ -411,7 +411,7 @@ def words(found: Mapping[str, Any]) -> str:
     for name, told in found.get("perplexity", {}).items():
         dense = f", dense {told['dense']:.2f}" if "dense" in told else ""
         lines.append(f"{name}: perplexity of rows held out for it {told['before']:.2f} -> {told['after']:.2f}{dense}")
-    kinds = found.get("kinds", {})
+    kinds = plan.get("kinds", {})
     for kind, ratio in (ratios := times_dense(kinds)).items():
         before, after = kinds[kind]["dense"], kinds[kind]["after"]
         lines.append(f"{kind}: perplexity of unseen texts {before:.2f} -> {after:.2f}, {ratio:.2f} times dense")

@@ -39,8 +39,7 @@ class Healing:
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     """The changed weights by their names in the pruned model; empty where nothing helped, or nothing was asked for."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What was done, as JSON: the compensation's facts, under "judged" the perplexity of each proposal, and under
-    "kinds", of a mix, that of each kind: "dense" and "after"."""
+    """What was done, as JSON: the compensation's facts, and under "judged" the perplexity of each proposal."""
 
     def healed(self, data: Texts) -> Healed | None:
         """What was done, to texts of `data`; None where no weight changed."""
@@ -48,7 +47,7 @@ class Healing:
             return None
         method, tokens = self.facts["method"], self.facts["tokens"]
         words = f"compensated without training ({method}, {tokens:,} tokens of `{data.title}`)"
-        return Healed(Path(), "", words, (), "", {method: self.facts["perplexity"]}, self.facts.get("kinds", {}))
+        return Healed(Path(), "", words, (), "", {method: self.facts["perplexity"]})
 
 
 def choose(
@@ -88,11 +87,11 @@ def choose(
     best = min(tried, key=lambda one: judged[one.search])
     words = ", ".join(f"{name} {value:.2f}" for name, value in judged.items())
     observer.note(f"perplexity of the rows that judge: {words}; {best.search} is kept")
-    facts = {**best.facts, "judged": judged}
+    plan = best.plan
     if after := kinds[best.search]:
         before = perplexities(measure_perplexity(dense(), judge.rows).row_nll, judge.kinds)
-        facts["kinds"] = {kind: {"dense": before[kind], "after": after[kind]} for kind in after}
-    return replace(best, facts=facts)
+        plan = replace(plan, kinds={kind: {"dense": before[kind], "after": after[kind]} for kind in after})
+    return replace(best, plan=plan, facts={**best.facts, "judged": judged})
 
 
 def keep(folder: Path, found: Healing, pruning: Pruning, data: Texts) -> None:
@@ -107,9 +106,6 @@ def keep(folder: Path, found: Healing, pruning: Pruning, data: Texts) -> None:
         save_plan(found.plan, directory / PLAN)
         write_sealed_json(directory / COMPENSATE_FACTS, {"search": found.search, **found.facts})
         if (told := found.healed(data)) is not None:
-            save_healed(
-                directory, found.weights, pruning.identity, told.words, data,
-                perplexity=told.perplexity, kinds=told.kinds,
-            )  # fmt: skip
+            save_healed(directory, found.weights, pruning.identity, told.words, data, perplexity=told.perplexity)
 
     replace_directory(folder, build)

@@ -28,7 +28,7 @@ FILE = "weights.safetensors"
 COMPENSATE_FACTS, TRAIN_FACTS = "compensate.json", "train.json"
 """The facts of a healing, in the folder of its weights."""
 HEALED_FILE = "blockpruner_healed.json"
-"""What a checkpoint keeps of its healing: words, datasets, perplexity and kinds, as in `Healed`."""
+"""What a checkpoint keeps of its healing: words, datasets and perplexity, as in `Healed`."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,6 @@ class Healed:
     """The digest of the weights and of their description."""
     perplexity: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """By what was done: that of rows held out from it, `before` and `after`, and `dense` where it was measured."""
-    kinds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """By kind of text, of rows that neither search nor fit has seen: `dense`, and `after` compensation."""
 
 
 def save_healed(
@@ -58,9 +56,8 @@ def save_healed(
     data: Texts,
     since: Healed | None = None,
     perplexity: Mapping[str, Mapping[str, float]] | None = None,
-    kinds: Mapping[str, Mapping[str, float]] | None = None,
 ) -> None:
-    """Write the file of `weights` in `folder`; `of`, `words`, `perplexity` and `kinds` are as in `Healed`.
+    """Write the file of `weights` in `folder`; `of`, `words` and `perplexity` are as in `Healed`.
 
     Args:
         data: the source of the texts that decided the weights.
@@ -71,8 +68,6 @@ def save_healed(
     words = f"{since.words}, {words}" if since else words
     told = json.dumps({**(since.perplexity if since else {}), **(perplexity or {})})
     facts = {"of": of, "words": words, "datasets": json.dumps(list(dict.fromkeys(datasets))), "perplexity": told}
-    if kinds := kinds or (since.kinds if since else None):
-        facts["kinds"] = json.dumps(kinds)
     write_tensors(folder / FILE, weights, facts)
 
 
@@ -104,7 +99,7 @@ def find_healed(folders: Iterable[Path], of: str) -> Healed | None:
     if facts.get("of") != of:
         raise damaged(path, "belongs to another model, plan or calibration than this target's")
     datasets, told = tuple(json.loads(facts["datasets"])), json.loads(facts.get("perplexity", "{}"))
-    return Healed(path, of, facts["words"], datasets, facts[DIGEST], told, json.loads(facts.get("kinds", "{}")))
+    return Healed(path, of, facts["words"], datasets, facts[DIGEST], told)
 
 
 def load_healed_(model: PreTrainedModel, path: Path, shared: bool = False) -> None:
