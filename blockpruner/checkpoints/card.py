@@ -17,7 +17,7 @@ from blockpruner.core.errors import package
 from blockpruner.core.families import FAMILIES
 from blockpruner.core.markdown import code, plain
 from blockpruner.core.plan import Plan
-from blockpruner.evaluation.kinds import times_dense, uneven
+from blockpruner.evaluation.kinds import in_words
 from blockpruner.inputs.checkpoints import licence_of
 from blockpruner.methods.healed import Healed
 from blockpruner.methods.registry import KINDS
@@ -110,17 +110,12 @@ def _healing(told: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _kinds(plan: Plan) -> str:
-    """The perplexity by kind of text, and a warning where one lost too much."""
-    if not (told := plan.kinds):
-        return ""
-    ratios = times_dense(told)
-    lines = "\n".join(
-        f"| {plain(kind)} | {told[kind]['dense']:.3f} | {told[kind]['after']:.3f} | {ratio:.2f} |"
-        for kind, ratio in ratios.items()
+    pairs, warning = in_words(plan.kinds or {})
+    lines = [f"- {plain(kind)}: {lost}" for kind, lost in pairs] + ([f"\n{plain(warning)}"] if warning else [])
+    when = ", before training" if plan.train else ""
+    return (
+        "\n".join([f"\nPerplexity by kind of text, of rows that were set aside{when}:\n", *lines, ""]) if pairs else ""
     )
-    when = "after, before training" if plan.train else "after"
-    head = f"| perplexity of unseen texts | dense | {when} | times dense |\n|---|---:|---:|---:|"
-    return f"\n{head}\n{lines}\n" + (f"\n{plain(warning)}\n" if (warning := uneven(ratios)) else "")
 
 
 def _perplexity(plan: Plan) -> str:

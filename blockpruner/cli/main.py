@@ -19,7 +19,7 @@ from rich.console import Console
 from typer import Argument, Option
 
 from blockpruner import __version__
-from blockpruner.cli.values import called, data_of, model_of, texts_of, to_json, values_of
+from blockpruner.cli.values import called, data_of, model_of, to_json, values_of
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import stderr_observer
 from blockpruner.core.settings import read_settings
@@ -59,9 +59,9 @@ Spoken = Annotated[str, Argument(metavar="MODEL", help="A checkpoint's folder, o
 Limit = Annotated[int, Option(metavar="N", min=1, help="The most tokens of an answer.")]
 
 TASKS = ",".join(ZeroShot().tasks)
-FILES = ".jsonl, .json or .parquet records with a text, or a .txt file. Given again: another kind of text."
+FILES = ".jsonl, .json or .parquet records with a text, or a .txt file."
 Unseen = Annotated[
-    list[Path] | None,
+    Path | None,
     Option(metavar="FILE", help=f"Texts that prune has not seen, to measure perplexity on: {FILES}"),
 ]
 Written = Annotated[Path, Argument(metavar="DIR", help="A folder that prune or apply has written.")]
@@ -104,7 +104,7 @@ def prune(
         str | None, Option(metavar="NAME", help="The model's commit, branch or tag on the hub.", show_default="main")
     ] = None,
     texts: Annotated[
-        list[Path] | None,
+        Path | None,
         Option(metavar="FILE", help=f"Calibration texts: {FILES}", show_default="five kinds from Python packages"),
     ] = None,
     dataset: Annotated[
@@ -239,11 +239,11 @@ def export(
     _tell(found, pruning.words(found), as_json)
 
 
-def _heldout(texts: Sequence[Path] | None, seq_len: int | None, max_rows: int) -> dict[str, Any]:
+def _heldout(texts: Path | None, seq_len: int | None, max_rows: int) -> dict[str, Any]:
     """The keys of `evaluate.perplexity` that the options give."""
     source: dict[str, Any] = {"packing": "joined_bos"}
-    if texts:
-        source = {"packing": "documents", "data": texts_of(texts)}
+    if texts is not None:
+        source = {"packing": "documents", "data": {"source": "path", "path": str(texts)}}
     return source | ({} if seq_len is None else {"seq_len": seq_len}) | {"max_rows": max_rows}
 
 
@@ -317,11 +317,11 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Show two checkpoints side by side: their answers, tokens per second and held-out perplexity."""
-    if prompt is None and not texts:
+    if prompt is None and texts is None:
         raise InputError("compare has nothing to compare by; give --prompt TEXT, --texts FILE, or both")
     from blockpruner.cli.talking import compared, side_by_side
 
-    heldout = read_settings(Perplexity, _heldout(texts, seq_len, max_rows)) if texts else None
+    heldout = None if texts is None else read_settings(Perplexity, _heldout(texts, seq_len, max_rows))
     found = compared([_folder(a), _folder(b)], prompt, max_new_tokens, heldout, device)
     if as_json:
         print(to_json([vars(one) for one in found]))

@@ -11,7 +11,7 @@ from blockpruner.cli import curve
 from blockpruner.cli.pruning import read_plan
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
-from blockpruner.evaluation.kinds import times_dense, uneven
+from blockpruner.evaluation.kinds import in_words
 from blockpruner.methods.healed import HEALED_FILE
 from blockpruner.methods.registry import KINDS
 from blockpruner.reporting.figures import removed_map
@@ -42,10 +42,11 @@ def write_page_of(checkpoint: Path, trials: Path, out: Path) -> None:
     healed = read_json(checkpoint / HEALED_FILE) if (checkpoint / HEALED_FILE).is_file() else {}
     verified = read_json(checkpoint / REPORT_FILE)
     findings = Findings(tuple(_findings(plan, verified, found)))
+    pairs, _ = in_words(plan.kinds or {})
     tables = [_healing(healed["perplexity"])] if healed.get("perplexity") else []
-    tables += [_kinds(plan.kinds)] if plan.kinds else []
+    lost = [Facts("Perplexity by kind of text, after compensation", pairs)] if pairs else []
     sections = [
-        Section("Verdict", (findings, *tables)),
+        Section("Verdict", (findings, *tables, *lost)),
         Section("Removed blocks", tuple(_removed(plan))),
     ]
     if found is not None:
@@ -76,17 +77,6 @@ def _healing(told: Mapping[str, Mapping[str, float]]) -> Table:
     return Table("healing", "Before and after healing", columns, tuple(cells))
 
 
-def _kinds(told: Mapping[str, Mapping[str, float]]) -> Table:
-    """The perplexity of each kind of text, of rows that judged between searches."""
-    columns = (Column("kind", "perplexity of unseen texts"), *(Column(key, key) for key in ("dense", "after")))
-    cells = [
-        (kind, Number(told[kind]["dense"]), Number(told[kind]["after"]), Number(ratio, 2))
-        for kind, ratio in times_dense(told).items()
-    ]
-    title = "By kind of text, after compensation"
-    return Table("kinds", title, (*columns, Column("relative", "times dense")), tuple(cells))
-
-
 def _removed(plan: Plan) -> Iterator[Any]:
     if plan.removed:
         yield removed_map(plan.target, plan)
@@ -114,7 +104,7 @@ def _findings(plan: Plan, verified: dict[str, Any], found: dict[str, Any] | None
             f"Held-out perplexity {times(point['relative'])} the dense model's [{low}, {high}]",
             f"On rows of {found['text']}, as pruned." if found else "",
         )
-    if warning := uneven(times_dense(plan.kinds or {})):
+    if warning := in_words(plan.kinds or {})[1]:
         yield Finding(Level.WARNING, "uneven", UNEVEN, warning)
     if found is None:
         text = "blockpruner curve does that."

@@ -21,7 +21,7 @@ from blockpruner.core.families import FAMILIES, Config
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
 from blockpruner.core.settings import HubModel, LocalModel, Runtime, Texts, merged, read_settings
-from blockpruner.evaluation.kinds import times_dense, uneven
+from blockpruner.evaluation.kinds import in_words
 from blockpruner.evaluation.settings import Perplexity
 from blockpruner.healing.settings import Train
 from blockpruner.inputs.calibration import CalibrationSet, check_context
@@ -411,12 +411,9 @@ def words(found: Mapping[str, Any]) -> str:
     for name, told in found.get("perplexity", {}).items():
         dense = f", dense {told['dense']:.2f}" if "dense" in told else ""
         lines.append(f"{name}: perplexity of rows held out for it {told['before']:.2f} -> {told['after']:.2f}{dense}")
-    kinds = plan.get("kinds", {})
-    for kind, ratio in (ratios := times_dense(kinds)).items():
-        before, after = kinds[kind]["dense"], kinds[kind]["after"]
-        lines.append(f"{kind}: perplexity of unseen texts {before:.2f} -> {after:.2f}, {ratio:.2f} times dense")
-    if warning := uneven(ratios):
-        lines.append(f"warning: {warning}")
+    kinds, warning = in_words(plan.get("kinds", {}))
+    lines += [f"perplexity of unseen texts, {kind}: {lost}" for kind, lost in kinds]
+    lines += [f"warning: {warning}"] if warning else []
     for each in found["written"]:
         engine = each["verified_by"]
         checked = (

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from transformers import TextStreamer
 from blockpruner.cli.pruning import fitted, own_dtype, several
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import FAMILIES, Config
-from blockpruner.evaluation.kinds import perplexities, uneven
+from blockpruner.evaluation.kinds import uneven
 from blockpruner.evaluation.perplexity import HeldOut, held_out, measure_perplexity
 from blockpruner.evaluation.samples import answer
 from blockpruner.evaluation.settings import Perplexity, ZeroShot
@@ -32,7 +32,7 @@ from blockpruner.inputs.tokenizers import conversation, load_tokenizer
 from blockpruner.model.classes import has_our_code
 from blockpruner.model.models import load_model
 from blockpruner.reporting.formats import number, printable
-from blockpruner.reporting.statistics import perplexity_ratio, ratios_by_kind
+from blockpruner.reporting.statistics import by_kind, perplexity_ratio
 from blockpruner.reporting.table import Number
 from blockpruner.store.files import read_json
 
@@ -99,10 +99,8 @@ class Compared:
     """The perplexity, times that of the first checkpoint; as is the next, None for that one itself."""
     interval: tuple[float, float] | None = None
     """The 95 % interval of `relative`, over paired rows."""
-    kinds: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """By kind of text: `perplexity`, `relative` and `interval`; empty where the texts are one file."""
-    warning: str = ""
-    """Which kind lost too much."""
+    kinds: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By kind of text, where there are several: `perplexity`, `relative` and `interval`."""
 
 
 def rows_of(folders: Sequence[Path], wanted: Perplexity) -> HeldOut:
@@ -150,17 +148,13 @@ def compared(
             one = replace(one, answer=text.strip(), tokens_per_second=round(speed, 1))
         if rows is not None:
             measured = measure_perplexity(talker.model, rows.rows)
-            kinds: dict[str, dict[str, Any]] = {
-                kind: {"perplexity": value} for kind, value in perplexities(measured.row_nll, rows.kinds).items()
-            }
-            one = replace(one, perplexity=measured.perplexity, kinds=kinds)
+            one = replace(one, perplexity=measured.perplexity)
             if first:
                 effect = perplexity_ratio(first, measured.row_nll)
                 one = replace(one, relative=effect.value, interval=(effect.interval.low, effect.interval.high))
-                ratios = ratios_by_kind(first, measured.row_nll, rows.kinds)
-                for kind, found_ in ratios.items():
-                    kinds[kind] |= {"relative": found_.value, "interval": (found_.interval.low, found_.interval.high)}
-                one = replace(one, warning=uneven({kind: effect.value for kind, effect in ratios.items()}))
+                for kind, (value, effect) in by_kind(first, measured.row_nll, rows.kinds).items():
+                    interval = (effect.interval.low, effect.interval.high)
+                    one.kinds[kind] = {"perplexity": value, "relative": effect.value, "interval": interval}
             first = first or measured.row_nll
         found.append(one)
     return found
@@ -200,11 +194,10 @@ def side_by_side(found: Sequence[Compared]) -> Table:
             lines.append(f"held-out perplexity {number(one.perplexity)}")
         if one.relative is not None and one.interval is not None:
             lines.append(f"{_times(one.relative, one.interval)} of the first")
-        for kind, seen in one.kinds.items():
-            times = f", {_times(seen['relative'], seen['interval'])}" if "relative" in seen else ""
-            lines.append(f"{kind} {number(seen['perplexity'])}{times}")
-        if one.warning:
-            lines.append(f"warning: {one.warning}")
+        for kind, own in one.kinds.items():
+            lines.append(f"{kind}: {number(own['perplexity'])}, {_times(own['relative'], own['interval'])}")
+        if warning := uneven({kind: own["relative"] for kind, own in one.kinds.items()}):
+            lines.append(f"warning: {warning}")
         table.add_column(Text(printable("\n".join(lines))), ratio=1)
     if found[0].answer is not None:
         table.add_row(*(Text(printable(one.answer or "")) for one in found))

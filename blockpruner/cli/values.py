@@ -35,18 +35,12 @@ TAGS = re.compile(r"\.(hub|path|pypi|pypi-parts|mix)(?=\.)")
 """Kinds of source, which pydantic puts into the key of a mistake."""
 
 
-def texts_of(files: Sequence[Path]) -> dict[str, Any]:
-    """The source of texts in files; several are a mix, each a kind of text."""
-    found = [{"source": "path", "path": str(file)} for file in files]
-    return {"source": "mix", "of": found} if len(found) > 1 else found[0]
-
-
-def data_of(texts: Sequence[Path] | None, dataset: str | None) -> dict[str, Any] | None:
+def data_of(texts: Path | None, dataset: str | None) -> dict[str, Any] | None:
     """The source of texts that options name."""
-    if texts and dataset is not None:
+    if texts is not None and dataset is not None:
         raise InputError("--texts and --dataset are both given; give one", rule="texts-twice", key="calibration.data")
     if dataset is None:
-        return texts_of(texts) if texts else None
+        return None if texts is None else {"source": "path", "path": str(texts)}
     repo, _, split = HUB.sub("", dataset).removeprefix("datasets/").partition(":")
     return {"source": "hub", "repo": repo} | ({"split": split} if split else {})
 

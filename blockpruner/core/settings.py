@@ -136,7 +136,7 @@ class KindOfTexts(Frozen):
     """What the texts of a source are in a mix."""
 
     kind: str | None = None
-    """What they are called in tables; null: the source's title. Sources of one kind are drawn from as one."""
+    """What they are called in tables; null: the source's title. Sources of one kind and share are drawn from as one."""
     share: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """How much is drawn from them, relative to the shares of the others."""
 
@@ -181,17 +181,8 @@ class MixedTexts(Frozen):
     of: tuple[Source, ...] = Field(min_length=2)
 
     @property
-    def shares(self) -> dict[str, float]:
-        """The share of each kind of text."""
-        found: dict[str, float] = {}
-        for one in self.of:
-            name = one.kind or one.title
-            found[name] = found.get(name, 0) + one.share
-        return found
-
-    @property
     def title(self) -> str:
-        return " + ".join(self.shares)
+        return " + ".join(dict.fromkeys(one.kind or one.title for one in self.of))
 
 
 Texts = Annotated[PypiTexts | HubTexts | LocalTexts | MixedTexts, Field(discriminator="source")]

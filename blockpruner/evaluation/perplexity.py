@@ -81,15 +81,14 @@ def held_out(tokenizer: Any, texts: Sequence[str], wanted: Perplexity) -> HeldOu
     parts = by_kind(texts)
     if len(parts) < 2:
         return _of_one_kind(tokenizer, texts, wanted)
-    rows, documents, kinds = list[tuple[int, ...]](), list[str](), list[str]()
+    whole = HeldOut((), ())
     for kind, own in parts.items():
         name = kind.name if kind else "others"
         with named(f"{name}: "):
             found = _of_one_kind(tokenizer, own, wanted)
-        rows += found.rows
-        documents += found.documents
-        kinds += [name] * len(found.rows)
-    return HeldOut(tuple(rows), tuple(documents), tuple(kinds))
+        kinds = (*whole.kinds, *[name] * len(found.rows))
+        whole = HeldOut(whole.rows + found.rows, whole.documents + found.documents, kinds)
+    return whole
 
 
 def _of_one_kind(tokenizer: Any, texts: Sequence[str], wanted: Perplexity) -> HeldOut:

@@ -33,10 +33,6 @@ FEWEST_SCORED = 16
 Where rows are shorter than 64 tokens, a quarter of a row is enough."""
 
 
-SHORT_OF_SHARE = 0.9
-"""A kind of text of which less than this part of its share is drawn is reported, if it has no more texts."""
-
-
 @dataclass(frozen=True)
 class CalibrationSet:
     """Token rows, each with at least two tokens."""
@@ -93,7 +89,7 @@ def draw(
     seed: int,
     key: str = "calibration.num_samples",
     reserved: AbstractSet[str] = frozenset(),
-    amount: Callable[[str], int] = lambda text: 1,
+    joined: bool = False,
     note: Callable[[str], object] = lambda message: None,
 ) -> list[str]:
     """Draw samples without replacement.
@@ -106,7 +102,7 @@ def draw(
             (`datasets.train_test_split`); the samples are a `random.sample` of the first half.
         key: what asks for so many in the run file, for the message.
         reserved: texts that are passed over. They are left out after the order of "all" is drawn, which stays the same.
-        amount: what the shares are of: the number of texts, or their characters (`len`).
+        joined: the shares of a mix are of characters, and not of texts.
         note: receives which kinds ran out.
 
     Raises:
@@ -127,7 +123,7 @@ def draw(
         chance.shuffle(pool)
     pool = [text for text in pool if text not in reserved]
     if split == "all":
-        pool = _by_share(pool, by_kind(texts), amount)
+        pool = _by_share(pool, by_kind(texts), joined)
     if num_samples is None:
         num_samples = len(pool)
     if num_samples > len(pool):
@@ -137,15 +133,15 @@ def draw(
         )
     if split == "paper":
         return [pool[i] for i in chance.sample(range(len(pool)), num_samples)]
-    note_shortage(pool[:num_samples], pool, amount, key, note)
+    _note_gone(pool, num_samples, key, note)
     return pool[:num_samples]
 
 
-def _by_share(pool: Sequence[str], kinds: Iterable[Kind | None], amount: Callable[[str], int]) -> list[str]:
-    """The texts, each kind in its order: next comes one of the kind of which the least was drawn, over its share.
+def _by_share(pool: Sequence[str], kinds: Iterable[Kind | None], joined: bool) -> list[str]:
+    """The texts in an order of which every beginning has the kinds by their shares, as nearly as texts allow.
 
-    Every beginning so has the shares as nearly as texts allow, until a kind runs out; then the others go on. Of equals
-    the first in `kinds` comes next.
+    The kind comes next of which the least was drawn, over its share; of equals, the first in `kinds`. Within a kind the
+    order stays. Where one runs out, the others go on.
     """
     own = by_kind(pool)
     left = {kind: deque(own[kind]) for kind in kinds if kind in own}
@@ -153,22 +149,17 @@ def _by_share(pool: Sequence[str], kinds: Iterable[Kind | None], amount: Callabl
     while left:
         kind = min(left, key=drawn.__getitem__)
         found.append(left[kind].popleft())
-        drawn[kind] += amount(found[-1]) / (kind.share if kind else 1)
+        drawn[kind] += (len(found[-1]) if joined else 1) / (kind.share if kind else 1)
         if not left[kind]:
             del left[kind]
     return found
 
 
-def note_shortage(
-    drawn: Sequence[str], pool: Iterable[str], amount: Callable[[str], int], key: str, note: Callable[[str], object]
-) -> None:
-    """Report the kinds of a mix of which all texts are drawn, where these are less than their share."""
-    taken, whole = by_kind(drawn), by_kind(pool)
-    levels = {kind: sum(map(amount, taken.get(kind, ()))) / kind.share for kind in whole if kind}
-    most = max(levels.values(), default=0)
-    gone = [kind for kind in levels if len(taken.get(kind, ())) == len(whole[kind])]
-    if short := [kind.name for kind in gone if levels[kind] < SHORT_OF_SHARE * most]:
-        note(f"{key}: all texts of {', '.join(short)} are drawn, and they are less than their share of the mix")
+def _note_gone(order: Sequence[str], count: int, key: str, note: Callable[[str], object]) -> None:
+    """Report the kinds of a mix of which all texts are among the first ones, where others go on."""
+    left = by_kind(order[count:])
+    if left and (gone := [kind.name for kind in by_kind(order[:count]) if kind and kind not in left]):
+        note(f"{key}: all texts of {', '.join(gone)} are drawn; the others make up for what is missing")
 
 
 def without_evaluated(texts: Sequence[str], evaluated: Iterable[str]) -> list[str]:
@@ -314,9 +305,9 @@ def draw_rows(
             drawn = draw(texts, wanted.num_samples, "paper", wanted.seed)
             samples = [text for text in drawn if text not in known | reserved]
         else:
-            amount: Callable[[str], int] = len if wanted.packing == "joined" else lambda text: 1
+            joined = wanted.packing == "joined"
             samples = draw(
-                pool, wanted.num_samples, wanted.split, wanted.seed, reserved=reserved, amount=amount, note=note
+                pool, wanted.num_samples, wanted.split, wanted.seed, reserved=reserved, joined=joined, note=note
             )
         bos = "first" if wanted.split == "paper" else "row"
         rows = pack_rows(samples, tokenizer, wanted.seq_len, wanted.packing, wanted.score, bos)
@@ -350,15 +341,14 @@ def fill_rows(
     Raises:
         InputError: the texts are fewer rows.
     """
-    samples = draw(pool, None, wanted.split, wanted.seed, reserved=reserved, amount=len)
+    samples = draw(pool, None, wanted.split, wanted.seed, reserved=reserved, joined=True)
     enough = 8 * num_rows * wanted.seq_len  # characters; to tokenize all of a large pool takes minutes
     sizes = enumerate(accumulate(map(len, samples)), 1)
     taken = next((count for count, size in sizes if size >= enough), len(samples))
     for count in (taken, len(samples)):
         rows = pack_rows(samples[:count], tokenizer, wanted.seq_len, wanted.packing, wanted.score)
         if len(rows.rows) >= num_rows or (at_most and count == len(samples)):
-            used = -(-count * num_rows // max(len(rows.rows), num_rows))
-            note_shortage(samples[:used], samples, len, key, note)
+            _note_gone(samples, count * num_rows // max(len(rows.rows), num_rows), key, note)
             return CalibrationSet(rows.rows[:num_rows], rows.dropped)
     raise InputError(
         f"{key} {num_rows} is more than the {len(rows.rows)} rows of {wanted.seq_len} tokens that the "

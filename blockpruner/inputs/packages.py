@@ -27,11 +27,8 @@ PYPI = "https://pypi.org/simple"
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 
 
-def package_file(package: str, sha256: str, cache: Path, instead: str = "another source") -> Path:
+def package_file(package: str, sha256: str, cache: Path) -> Path:
     """Download one file of `package` ("name==version"), the one with this SHA-256, into the cache.
-
-    Args:
-        instead: what else may be used where the package is out of reach, for the message.
 
     Raises:
         InputError: there is no such package, or none of its files has this digest; nothing is left behind.
@@ -49,7 +46,7 @@ def package_file(package: str, sha256: str, cache: Path, instead: str = "another
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         requirements.unlink()
         if result.returncode and not _download_sdist(package, sha256, directory):
-            raise _refusal(package, sha256, result.stderr, instead)
+            raise _refusal(package, sha256, result.stderr)
         for path in directory.iterdir():
             if file_sha256(path) != sha256:
                 message = f"{package}: {path.name} has sha256 {file_sha256(path)}, expected {sha256}"
@@ -78,14 +75,15 @@ def _download_sdist(package: str, sha256: str, directory: Path) -> bool:
     return True
 
 
-def _refusal(package: str, sha256: str, said: str, instead: str) -> InputError:
+def _refusal(package: str, sha256: str, said: str) -> InputError:
     """pip's last error as one line."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     if any(line.startswith("Got") for line in lines):
         return InputError(f"{package}: no file has sha256 {sha256}", rule="package-digest", key="sha256", value=sha256)
     reason = next((line for line in reversed(lines) if "ERROR" in line), "no message").removeprefix("ERROR: ")
     return InputError(
-        f"{package} could not be downloaded: {reason}; check name, version and network, or use {instead}",
+        f"{package} could not be downloaded: {reason}; check name, version and network, "
+        "or use another source; in place of texts, give a file of your own (--texts FILE; source: path in a run file)",
         rule="package-missing", key="package", value=package,
     )  # fmt: skip
 

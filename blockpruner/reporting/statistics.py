@@ -172,16 +172,14 @@ def perplexity_ratio(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Effect:
     return Effect(math.exp(nats.value), Interval(*np.exp([nats.interval.low, nats.interval.high]).tolist()), nats.p)
 
 
-def ratios_by_kind(a: Sequence[float], b: Sequence[float], kinds: Sequence[str]) -> dict[str, Effect]:
-    """As `perplexity_ratio`, of the rows of each kind; of a single row with an infinite interval."""
-
-    def one(before: Sequence[float], after: Sequence[float]) -> Effect:
-        if len(before) > 1:
-            return perplexity_ratio(before, after)
-        return Effect(math.exp(after[0] - before[0]), Interval(0, math.inf), 1.0)
-
-    pruned = rows_by_kind(b, kinds)
-    return {kind: one(rows, pruned[kind]) for kind, rows in rows_by_kind(a, kinds).items()}
+def by_kind(a: Sequence[float], b: Sequence[float], kinds: Sequence[str]) -> dict[str, tuple[float, Effect]]:
+    """PPL of b on the rows of each kind, and as `perplexity_ratio`; of a single row with an infinite interval."""
+    found, before = {}, rows_by_kind(a, kinds)
+    for kind, rows in rows_by_kind(b, kinds).items():
+        effect = Effect(math.exp(rows[0] - before[kind][0]), Interval(0, math.inf), 1.0)
+        effect = perplexity_ratio(before[kind], rows) if len(rows) > 1 else effect
+        found[kind] = math.exp(math.fsum(rows) / len(rows)), effect
+    return found
 
 
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:

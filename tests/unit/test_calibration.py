@@ -51,11 +51,11 @@ def test_every_beginning_of_a_mix_has_the_kinds_by_their_shares_until_one_runs_o
     assert [text for text in whole if kind_of(text).name == "a"] == [
         text for text in draw(mix, None, "all", 42, reserved=frozenset(TEXTS[40:])) if text in TEXTS
     ]
-    draw(mix, 20, "all", 42, key="k", note=notes.append)
+    draw(mix, 12, "all", 42, key="k", note=notes.append)
     assert not notes
     draw(mix, 50, "all", 42, key="k", note=notes.append)
-    assert notes == ["k: all texts of c are drawn, and they are less than their share of the mix"]
-    by_characters = draw(mix, None, "all", 42, amount=len)[:50]
+    assert notes == ["k: all texts of c are drawn; the others make up for what is missing"]
+    by_characters = draw(mix, None, "all", 42, joined=True)[:50]
     size = {kind: sum(len(text) for text in by_characters if kind_of(text) == kind) for kind in parts}
     a, b, _ = size.values()
     assert abs(b / a - 2) < 0.1

