@@ -32,7 +32,7 @@ from blockpruner.inputs.tokenizers import conversation, load_tokenizer
 from blockpruner.model.classes import has_our_code
 from blockpruner.model.models import load_model
 from blockpruner.reporting.formats import number, printable
-from blockpruner.reporting.statistics import by_kind, perplexity_ratio
+from blockpruner.reporting.statistics import losses_by_kind, perplexity_ratio
 from blockpruner.reporting.table import Number
 from blockpruner.store.files import read_json
 
@@ -152,7 +152,7 @@ def compared(
             if first:
                 effect = perplexity_ratio(first, measured.row_nll)
                 one = replace(one, relative=effect.value, interval=(effect.interval.low, effect.interval.high))
-                for kind, (value, effect) in by_kind(first, measured.row_nll, rows.kinds).items():
+                for kind, (value, effect) in losses_by_kind(first, measured.row_nll, rows.kinds).items():
                     interval = (effect.interval.low, effect.interval.high)
                     one.kinds[kind] = {"perplexity": value, "relative": effect.value, "interval": interval}
             first = first or measured.row_nll

@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from blockpruner.core.errors import InputError
 from blockpruner.inputs.settings import Calibration
-from blockpruner.inputs.texts import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, Kind, by_kind, response_start
+from blockpruner.inputs.texts import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, TextKind, by_kind, response_start
 from blockpruner.store.files import damaged, read_table, write_table
 
 CALIBRATION = pa.schema([pa.field("input_ids", pa.list_(pa.int32()), nullable=False)])
@@ -137,19 +137,21 @@ def draw(
     return pool[:num_samples]
 
 
-def _by_share(pool: Sequence[str], kinds: Iterable[Kind | None], joined: bool) -> list[str]:
+def _by_share(pool: Sequence[str], kinds: Iterable[TextKind | None], joined: bool) -> list[str]:
     """The texts in an order of which every beginning has the kinds by their shares, as nearly as texts allow.
 
     The kind comes next of which the least was drawn, over its share; of equals, the first in `kinds`. Within a kind the
-    order stays. Where one runs out, the others go on.
+    order stays. Where one runs out, the others go on. Texts are counted, those too short for a row as a tenth: half of
+    an encyclopaedia may be bare titles, whose rows are dropped. Where texts are joined, characters are counted.
     """
     own = by_kind(pool)
     left = {kind: deque(own[kind]) for kind in kinds if kind in own}
     drawn, found = dict.fromkeys(left, 0.0), list[str]()
     while left:
         kind = min(left, key=drawn.__getitem__)
-        found.append(left[kind].popleft())
-        drawn[kind] += (len(found[-1]) if joined else 1) / (kind.share if kind else 1)
+        found.append(text := left[kind].popleft())
+        is_row = len(text) - (response_start(text) or 0) >= 4 * FEWEST_SCORED  # four characters to a token
+        drawn[kind] += (len(text) if joined else 1.0 if is_row else 0.1) / (kind.share if kind else 1)
         if not left[kind]:
             del left[kind]
     return found

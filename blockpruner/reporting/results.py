@@ -293,7 +293,7 @@ class Option:
     def by_kind(self) -> Mapping[str, tuple[float, Effect]]:
         """PPL, and PPL / dense PPL, on each kind of held-out text; empty where it is of one."""
         dense, own = self.dense.heldout, self.model.heldout
-        return statistics.by_kind(dense.row_nll, own.row_nll, dense.row_kind)
+        return statistics.losses_by_kind(dense.row_nll, own.row_nll, dense.row_kind)
 
 
 Items = dict[str, tuple[NDArray[Any], Floats, Floats]]

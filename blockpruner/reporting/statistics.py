@@ -172,7 +172,7 @@ def perplexity_ratio(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Effect:
     return Effect(math.exp(nats.value), Interval(*np.exp([nats.interval.low, nats.interval.high]).tolist()), nats.p)
 
 
-def by_kind(a: Sequence[float], b: Sequence[float], kinds: Sequence[str]) -> dict[str, tuple[float, Effect]]:
+def losses_by_kind(a: Sequence[float], b: Sequence[float], kinds: Sequence[str]) -> dict[str, tuple[float, Effect]]:
     """PPL of b on the rows of each kind, and as `perplexity_ratio`; of a single row with an infinite interval."""
     found, before = {}, rows_by_kind(a, kinds)
     for kind, rows in rows_by_kind(b, kinds).items():

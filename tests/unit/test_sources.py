@@ -28,7 +28,7 @@ from blockpruner.inputs.checkpoints import (
 )
 from blockpruner.inputs.hub import pinned_revision
 from blockpruner.inputs.packages import package_file, read_member
-from blockpruner.inputs.texts import Kind, kind_of, load_texts, parse_texts, read_texts, write_texts
+from blockpruner.inputs.texts import TextKind, kind_of, load_texts, parse_texts, read_texts, write_texts
 from blockpruner.model.models import load_model
 from blockpruner.reporting.labels import origin
 from blockpruner.store import manifest as store_manifest
@@ -362,9 +362,9 @@ def test_texts(tmp_path):
     again = read_texts(tmp_path / "t.parquet")
     assert again == [*mixed, "plain"] and [*map(kind_of, again)] == [*map(kind_of, mixed), None]
     alike = MixedTexts.model_validate({"source": "mix", "of": [part | {"kind": "k", "share": 1.5} for part in parts]})
-    assert {text.kind for text in load_texts(alike, tmp_path, tmp_path, str)} == {Kind("k", 1.5)}
+    assert {text.kind for text in load_texts(alike, tmp_path, tmp_path, str)} == {TextKind("k", 1.5)}
     record = {"text": "x", "kind": "k", "share": 2}
-    assert [*map(kind_of, parse_texts(json.dumps([record]).encode(), "x.json", "text", str))] == [Kind("k", 2)]
+    assert [*map(kind_of, parse_texts(json.dumps([record]).encode(), "x.json", "text", str))] == [TextKind("k", 2)]
     code = b"a = 1\n\n\n\n  b\n\n\n \n\n\n"
     assert parse_texts(code, "code.utf8", "text", str, "\n\n\n") == ["a = 1", "  b"]
     with pytest.raises(InputError, match=r"x\.json: separator '#' is for plain text"):
