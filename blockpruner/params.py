@@ -113,11 +113,7 @@ def _read(path: Path, text: str | None = None) -> Any:
 
 
 def with_sources(values: Any, sources: Mapping[str, Any], where: str = "") -> Any:
-    """The values of a run file with the keys of each named source in place of its name.
-
-    Args:
-        where: what a message begins with: the file's name and ": ".
-    """
+    """The values of a run file with the keys of each named source in place of its name; `where` begins messages."""
     if isinstance(values, list):
         return [with_sources(value, sources, where) for value in values]
     if not isinstance(values, dict):

@@ -78,20 +78,15 @@ def held_out(tokenizer: Any, texts: Sequence[str], wanted: Perplexity) -> HeldOu
     Raises:
         InputError: the texts, or those of one kind, are shorter than one row.
     """
-    parts = by_kind(texts)
-    if len(parts) < 2:
-        return _of_one_kind(tokenizer, texts, wanted)
-    whole = HeldOut((), ())
-    for kind, own in parts.items():
-        name = kind.name if kind else "others"
-        with named(f"{name}: "):
-            found = _of_one_kind(tokenizer, own, wanted)
-        kinds = (*whole.kinds, *[name] * len(found.rows))
-        whole = HeldOut(whole.rows + found.rows, whole.documents + found.documents, kinds)
-    return whole
-
-
-def _of_one_kind(tokenizer: Any, texts: Sequence[str], wanted: Perplexity) -> HeldOut:
+    if len(parts := by_kind(texts)) > 1:
+        whole = HeldOut((), ())
+        for kind, own in parts.items():
+            name = kind.name if kind else "others"
+            with named(f"{name}: "):
+                found = held_out(tokenizer, own, wanted)
+            kinds = (*whole.kinds, *[name] * len(found.rows))
+            whole = HeldOut(whole.rows + found.rows, whole.documents + found.documents, kinds)
+        return whole
     several = wanted.packing == "documents" and len(texts) > 1
     rows, documents, short = (_documents if several else _joined)(tokenizer, texts, wanted)
     if not rows:

@@ -37,9 +37,7 @@ def training_rows(
     Raises:
         InputError: there are fewer texts, or rows, than are asked for, or none to train on.
     """
-    pool = without_evaluated(texts, evaluated)
-    if len(pool) < len(texts):
-        note(f"{len(texts) - len(pool)} of {len(texts)} training texts are evaluated too: they are not drawn")
+    pool = without_evaluated(texts, evaluated, "training", note)
     held = wanted.validation
     if wanted.num_rows is not None:
         joined = Calibration(seq_len=wanted.seq_len, split="all", score="all", seed=wanted.seed)
@@ -78,5 +76,5 @@ def compensation_rows(
         note, reserved: as in `draw`.
     """
     joined = Calibration(seq_len=min(wanted.seq_len, context), split="all", score="all", seed=wanted.seed)
-    pool = without_evaluated(texts, evaluated)
+    pool = without_evaluated(texts, evaluated, "fit", lambda message: None)
     return fill_rows(pool, tokenizer, joined, wanted.num_rows, "compensate.num_rows", True, reserved, note)

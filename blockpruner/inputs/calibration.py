@@ -138,11 +138,11 @@ def draw(
 
 
 def _by_share(pool: Sequence[str], kinds: Iterable[TextKind | None], joined: bool) -> list[str]:
-    """The texts in an order of which every beginning has the kinds by their shares, as nearly as texts allow.
+    """The texts in an order of which every beginning has the kinds by their shares, until one runs out.
 
-    The kind comes next of which the least was drawn, over its share; of equals, the first in `kinds`. Within a kind the
-    order stays. Where one runs out, the others go on. Texts are counted, those too short for a row as a tenth: half of
-    an encyclopaedia may be bare titles, whose rows are dropped. Where texts are joined, characters are counted.
+    The kind comes next of which the least was drawn, over its share; of equals, the first in `kinds`. Texts are
+    counted, those too short for a row as a tenth: half of an encyclopaedia may be bare titles, whose rows are dropped.
+    Where texts are joined, characters are counted.
     """
     own = by_kind(pool)
     left = {kind: deque(own[kind]) for kind in kinds if kind in own}
@@ -164,13 +164,18 @@ def _note_gone(order: Sequence[str], count: int, key: str, note: Callable[[str],
         note(f"{key}: all texts of {', '.join(gone)} are drawn; the others make up for what is missing")
 
 
-def without_evaluated(texts: Sequence[str], evaluated: Iterable[str]) -> list[str]:
-    """The texts that share no paragraph with an evaluated text.
+def without_evaluated(
+    texts: Sequence[str], evaluated: Iterable[str], what: str, note: Callable[[str], object]
+) -> list[str]:
+    """The texts that share no paragraph with an evaluated text; a note counts the others.
 
     A paragraph is a line of at least 50 characters. White space and upper case make no difference.
     """
     known = sharing(texts, evaluated)
-    return [text for text in texts if text not in known]
+    pool = [text for text in texts if text not in known]
+    if len(pool) < len(texts):
+        note(f"{len(texts) - len(pool)} of {len(texts)} {what} texts are evaluated too: they are not drawn")
+    return pool
 
 
 TEMPLATE = frozenset(
@@ -291,10 +296,7 @@ def draw_rows(
     Raises:
         InputError: no text has a response, of which the run file asks for; or see `pack_rows` and `fill_rows`.
     """
-    known = sharing(texts, evaluated)
-    pool = [text for text in texts if text not in known]
-    if len(pool) < len(texts):
-        note(f"{len(texts) - len(pool)} of {len(texts)} calibration texts are evaluated too: they are not drawn")
+    pool = without_evaluated(texts, evaluated, "calibration", note)
     if wanted.score == "response" and pool and all(response_start(text) is None for text in pool):
         raise InputError(
             f"calibration.score: response is for instructions with responses (format: alpaca), and {pool[0][:40]!r}... "
@@ -305,7 +307,8 @@ def draw_rows(
     else:
         if wanted.split == "paper":  # draws places in the list: with a text less in it, all samples would be others
             drawn = draw(texts, wanted.num_samples, "paper", wanted.seed)
-            samples = [text for text in drawn if text not in known | reserved]
+            kept = {*pool} - reserved
+            samples = [text for text in drawn if text in kept]
         else:
             joined = wanted.packing == "joined"
             samples = draw(

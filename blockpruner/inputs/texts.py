@@ -87,9 +87,10 @@ def read_texts(path: Path) -> list[str]:
 
 def _text(record: Mapping[str, Any]) -> str:
     """The text of a record, which is of a kind where the record has `kind` and `share`."""
-    text, kind, share = record["text"], record.get("kind"), record.get("share")
-    is_mixed = isinstance(kind, str) and isinstance(share, int | float) and share > 0
-    return MixedText(text, TextKind(kind, share)) if is_mixed else text
+    kind, share = record.get("kind"), record.get("share")
+    if isinstance(kind, str) and isinstance(share, int | float) and share > 0:
+        return MixedText(record["text"], TextKind(kind, share))
+    return str(record["text"])
 
 
 Template = Callable[[Sequence[Mapping[str, Any]]], str]
