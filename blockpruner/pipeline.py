@@ -116,7 +116,7 @@ def calibrate(
         reserved = documents | sharing({*texts, *pool.search, *(pool.train or ())}, documents)
     search = draw_rows(pool.search, tokenizer, wanted, pool.evaluated, note, at_most=at_most, reserved=reserved)
     try:
-        fit = compensation_rows(texts, tokenizer, compensate, pool.evaluated, context, note, reserved)
+        fit = compensation_rows(texts, tokenizer, compensate, pool.evaluated, context, reserved, note)
     except InputError:  # no row comes out, which `heal` refuses where something is compensated
         fit = NONE
     rows = Rows(search, fit, judge)

@@ -65,15 +65,15 @@ def compensation_rows(
     wanted: Compensate,
     evaluated: Iterable[str],
     context: int,
-    note: Callable[[str], object],
     reserved: AbstractSet[str] = frozenset(),
+    note: Callable[[str], object] = lambda message: None,
 ) -> CalibrationSet:
     """Draw at most `wanted.num_rows` full rows, every token of which counts.
 
     Args:
         evaluated: texts on which models are evaluated; those that share a paragraph with one are not drawn.
         context: the longest row that the model takes.
-        note, reserved: as in `draw`.
+        reserved, note: as in `draw`.
     """
     joined = Calibration(seq_len=min(wanted.seq_len, context), split="all", score="all", seed=wanted.seed)
     pool = without_evaluated(texts, evaluated, "fit", lambda message: None)

@@ -76,10 +76,12 @@ def test_a_named_source_is_its_keys_and_those_of_the_run_file(tmp_path):
     one, other = LocalTexts(source="path", path="here", format="alpaca"), LocalTexts(source="path", path="there")
     assert run.calibration.data == MixedTexts(source="mix", of=(one, other)) and run.calibration.score == "response"
     assert run.model == LocalModel(source="path", path="m")
-    (tmp_path / "r.yaml").write_text("model: {source: yours}")
-    with refused("unknown-source") as error:
-        load_run("r", tmp_path)
-    assert error.value.value == "yours"
+    (tmp_path / "sources.yaml").write_text("loop: {source: loop}")
+    for name in ("yours", "loop"):
+        (tmp_path / "r.yaml").write_text(f"model: {{source: {name}}}")
+        with refused("unknown-source") as error:
+            load_run("r", tmp_path)
+        assert error.value.value == name
 
 
 def test_the_llama_run_is_the_papers_setting_and_so_are_the_defaults():
