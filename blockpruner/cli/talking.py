@@ -152,9 +152,11 @@ def compared(
             if first:
                 effect = perplexity_ratio(first, measured.row_nll)
                 one = replace(one, relative=effect.value, interval=(effect.interval.low, effect.interval.high))
-                for kind, (value, effect) in losses_by_kind(first, measured.row_nll, rows.kinds).items():
-                    interval = (effect.interval.low, effect.interval.high)
-                    one.kinds[kind] = {"perplexity": value, "relative": effect.value, "interval": interval}
+            for kind, (value, effect) in losses_by_kind(
+                first or measured.row_nll, measured.row_nll, rows.kinds
+            ).items():
+                interval = (effect.interval.low, effect.interval.high)
+                one.kinds[kind] = {"perplexity": value, "relative": effect.value, "interval": interval}
             first = first or measured.row_nll
         found.append(one)
     return found
@@ -195,7 +197,8 @@ def side_by_side(found: Sequence[Compared]) -> Table:
         if one.relative is not None and one.interval is not None:
             lines.append(f"{_times(one.relative, one.interval)} of the first")
         for kind, own in one.kinds.items():
-            lines.append(f"{kind}: {number(own['perplexity'])}, {_times(own['relative'], own['interval'])}")
+            times = "" if one.relative is None else f", {_times(own['relative'], own['interval'])}"
+            lines.append(f"{kind}: {number(own['perplexity'])}{times}")
         if warning := uneven({kind: own["relative"] for kind, own in one.kinds.items()}):
             lines.append(f"warning: {warning}")
         table.add_column(Text(printable("\n".join(lines))), ratio=1)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
 from blockpruner.core.settings import Texts
-from blockpruner.evaluation.kinds import perplexities
+from blockpruner.evaluation.kinds import perplexities, uneven
 from blockpruner.evaluation.perplexity import measure_perplexity
 from blockpruner.healing.compensate import compensate
 from blockpruner.inputs.calibration import CalibrationSet
@@ -91,6 +91,8 @@ def choose(
     if after := kinds[best.search]:
         before = perplexities(measure_perplexity(dense(), judge.rows).row_nll, judge.kinds)
         plan = replace(plan, kinds={kind: {"dense": before[kind], "after": after[kind]} for kind in after})
+        if warning := uneven({kind: after[kind] / before[kind] for kind in after}):
+            observer.note(f"warning: {warning}")
     return replace(best, plan=plan, facts={**best.facts, "judged": judged})
 
 

@@ -662,7 +662,8 @@ def test_compare_measures_perplexity_on_the_same_rows(model, place, say, monkeyp
     ]
     (place / "mix.json").write_text(json.dumps(records))
     mixed = ("compare", model, "pruned", "--texts", "mix.json", "--max-rows", 3, "--seq-len", 16)
-    (_, both) = done(say(*mixed, "--json"))
+    alone, both = done(say(*mixed, "--json"))
+    assert alone["kinds"]["a"] == {"perplexity": first["perplexity"], "relative": 1, "interval": [1, 1]}
     assert both["kinds"]["a"] == {key: second[key] for key in ("perplexity", "relative", "interval")}
     low, high = second["interval"]
     code, out, _ = say(*mixed)
@@ -688,7 +689,8 @@ def test_the_loss_of_each_kind_of_text_is_told_wherever_the_model_is_shown(model
         pipeline, "calibrate", lambda *given, **more: found.append(calibrate(*given, **more)) or found[-1]
     )
     args = ("prune", model, "--budget", 0.2, "--texts", "mix.json", "--seq-len", 16, "--out", "out")
-    told = done(say(*args, "--json"))["plan"]["kinds"]
+    result = say(*args, "--json")
+    told = done(result)["plan"]["kinds"]
     judge = found[0].judge
     pruned = AutoModelForCausalLM.from_pretrained(place / "out", trust_remote_code=True)
     models = {"dense": load_model(model, "float32"), "after": pruned}
@@ -703,7 +705,7 @@ def test_the_loss_of_each_kind_of_text_is_told_wherever_the_model_is_shown(model
         dense, after = facts["dense"], facts["after"]
         lost = f"{kind}: {dense:,.2f} dense, {after:,.2f} after, {after / dense:.2f} times"
         assert f"- {lost}" in card and f"unseen texts, {lost}" in out and lost.partition(": ")[2] in page
-    assert all("lost most: " in shown for shown in (card, out, page))
+    assert all("lost most: " in shown for shown in (card, out, page, result[2]))
 
 
 def test_json_has_no_infinity(model, place, say, monkeypatch):
