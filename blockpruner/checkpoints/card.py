@@ -111,11 +111,11 @@ def _healing(told: Mapping[str, Mapping[str, float]]) -> str:
 
 def _kinds(plan: Plan) -> str:
     pairs, warning = in_words(plan.kinds or {})
-    lines = [f"- {plain(kind)}: {lost}" for kind, lost in pairs] + ([f"\n{plain(warning)}"] if warning else [])
-    when = ", before training" if plan.train else ""
-    return (
-        "\n".join([f"\nPerplexity by kind of text, of rows that were set aside{when}:\n", *lines, ""]) if pairs else ""
-    )
+    if not pairs:
+        return ""
+    lines, when = "\n".join(f"- {plain(kind)}: {lost}" for kind, lost in pairs), ", before training" * plan.train
+    more = f"\n{plain(warning)}\n" if warning else ""
+    return f"\nPerplexity by kind of text, of rows that were set aside{when}:\n\n{lines}\n{more}"
 
 
 def _perplexity(plan: Plan) -> str:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -99,7 +99,7 @@ class Compared:
     """The perplexity, times that of the first checkpoint; as is the next, None for that one itself."""
     interval: tuple[float, float] | None = None
     """The 95 % interval of `relative`, over paired rows."""
-    kinds: dict[str, dict[str, Any]] = field(default_factory=dict)
+    kinds: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """By kind of text, where there are several: `perplexity`, `relative` and `interval`."""
 
 
@@ -148,16 +148,16 @@ def compared(
             one = replace(one, answer=text.strip(), tokens_per_second=round(speed, 1))
         if rows is not None:
             measured = measure_perplexity(talker.model, rows.rows)
-            one = replace(one, perplexity=measured.perplexity)
+            own = measured.row_nll
+            kinds = {
+                kind: {"perplexity": value, "relative": times.value, "interval": astuple(times.interval)}
+                for kind, (value, times) in losses_by_kind(first or own, own, rows.kinds).items()
+            }
+            one = replace(one, perplexity=measured.perplexity, kinds=kinds)
             if first:
-                effect = perplexity_ratio(first, measured.row_nll)
-                one = replace(one, relative=effect.value, interval=(effect.interval.low, effect.interval.high))
-            for kind, (value, effect) in losses_by_kind(
-                first or measured.row_nll, measured.row_nll, rows.kinds
-            ).items():
-                interval = (effect.interval.low, effect.interval.high)
-                one.kinds[kind] = {"perplexity": value, "relative": effect.value, "interval": interval}
-            first = first or measured.row_nll
+                effect = perplexity_ratio(first, own)
+                one = replace(one, relative=effect.value, interval=astuple(effect.interval))
+            first = first or own
         found.append(one)
     return found
 
