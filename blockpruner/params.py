@@ -23,8 +23,9 @@ NO_RUNS = frozenset({"sources"})
 """Files of runs/ that are something else: sources by name."""
 
 SOURCES = "sources.yaml"
+"""Sources by name: our texts, next to this module, and in a folder of run files those of its own."""
 KINDS_OF_SOURCE = ("pypi", "pypi-parts", "hub", "path", "mix")
-"""What `source` may be beside a name in runs/sources.yaml."""
+"""What `source` may be beside a name."""
 
 
 def load_params(path: Path = Path("params.yaml"), text: str | None = None) -> Params:
@@ -64,7 +65,7 @@ def load_run(name: str, directory: Path = Path("runs"), text: str | None = None)
 
 def read_values(path: Path, text: str | None = None) -> dict[str, Any]:
     """The values of a run file, with those of each named source."""
-    found = _with_sources(_read(path, text), named_sources(path.parent), path)
+    found = with_sources(_read(path, text), named_sources(path.parent), f"{path}: ")
     if not isinstance(found, dict):
         raise InputError(f"{path} is no run file: it holds no keys", rule="yaml")
     return found
@@ -76,10 +77,9 @@ def load_sections(run: str) -> Sections:
 
 
 def named_sources(directory: Path = Path("runs")) -> Mapping[str, Any]:
-    """The keys of each source in runs/sources.yaml by its name; none without that file."""
-    path = directory / SOURCES
-    found: Mapping[str, Any] = _read(path) if path.exists() else {}
-    return found
+    """The keys of each source by its name: ours, and those of a folder of run files."""
+    own = directory / SOURCES
+    return {**_read(Path(__file__).with_name(SOURCES)), **(_read(own) if own.exists() else {})}
 
 
 def read_file(path: Path, model: type[T]) -> T:
@@ -112,27 +112,27 @@ def _read(path: Path, text: str | None = None) -> Any:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}", rule="yaml") from error
 
 
-def _with_sources(values: Any, sources: Mapping[str, Any], path: Path) -> Any:
-    """The values of a run file with the keys of each named source in place of its name."""
+def with_sources(values: Any, sources: Mapping[str, Any], where: str = "") -> Any:
+    """The values of a run file with the keys of each named source in place of its name; `where` begins messages."""
     if isinstance(values, list):
-        return [_with_sources(value, sources, path) for value in values]
+        return [with_sources(value, sources, where) for value in values]
     if not isinstance(values, dict):
         return values
-    source, found = values.get("source"), {key: _with_sources(value, sources, path) for key, value in values.items()}
+    source, found = values.get("source"), {key: with_sources(value, sources, where) for key, value in values.items()}
     if not isinstance(source, str) or source in KINDS_OF_SOURCE:
         return found
     if source not in sources:
-        valid = f"{', '.join(KINDS_OF_SOURCE)}, or a name in {path.parent / SOURCES}: {', '.join(sources) or 'none'}"
-        message = f"{path}: source {source!r} is unknown; valid: {valid}"
+        message = f"{where}source {source!r} is unknown; valid: {', '.join([*KINDS_OF_SOURCE, *sources])}"
         raise InputError(message, rule="unknown-source", key="source", value=source)
-    return {**sources[source], **{key: value for key, value in found.items() if key != "source"}}
+    others = {name: keys for name, keys in sources.items() if name != source}
+    return {**with_sources(sources[source], others, where), **{k: v for k, v in found.items() if k != "source"}}
 
 
 def run_schema(named: Collection[str]) -> dict[str, Any]:
     """The JSON schema of a run file, in which a source may also be one of the names."""
     found = Run.model_json_schema()
     found["$defs"]["Named"] = {
-        "description": "A source of runs/sources.yaml. Keys beside its name replace its own.",
+        "description": "A source by its name. Keys beside the name replace its own.",
         "properties": {"source": {"enum": sorted(named)}},
         "required": ["source"],
         "type": "object",

@@ -9,6 +9,7 @@ form. Torch is loaded by the steps that compute.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from blockpruner.healing.settings import Compensate, Train
 from blockpruner.inputs.calibration import CalibrationSet, draw, draw_rows, require_embedded, sharing
 from blockpruner.inputs.checkpoints import checkpoint_identity, checkpoint_weights
 from blockpruner.inputs.settings import Calibration
+from blockpruner.inputs.texts import by_kind
 from blockpruner.methods.commit import commit_run, rivals
 from blockpruner.methods.kind import Material
 from blockpruner.methods.recipes import proposals, searches
@@ -114,7 +116,7 @@ def calibrate(
         reserved = documents | sharing({*texts, *pool.search, *(pool.train or ())}, documents)
     search = draw_rows(pool.search, tokenizer, wanted, pool.evaluated, note, at_most=at_most, reserved=reserved)
     try:
-        fit = compensation_rows(texts, tokenizer, compensate, pool.evaluated, context, reserved)
+        fit = compensation_rows(texts, tokenizer, compensate, pool.evaluated, context, reserved, note)
     except InputError:  # no row comes out, which `heal` refuses where something is compensated
         fit = NONE
     rows = Rows(search, fit, judge)
@@ -145,25 +147,32 @@ def _set_aside(
     evaluated: Sequence[str],
     note: Callable[[str], object],
 ) -> tuple[CalibrationSet, set[str]]:
-    """The rows that judge, and the texts in them, which nothing else may see. They are the last ones of the order in
-    which texts are drawn, so that first draws stay."""
+    """The rows that judge, and the texts in them, which nothing else may see. Of each kind they are the last ones of
+    the order in which texts are drawn, so that first draws stay."""
     from blockpruner.evaluation.perplexity import held_out
 
     known = sharing(texts, evaluated)
-    order = [text for text in draw(texts, None, "all", wanted.seed) if text not in known]
-    last = order[len(order) - len(order) // JUDGING :]
-    asked = Perplexity(
-        seq_len=min(wanted.seq_len, context), max_rows=wanted.held_out(wanted.num_rows), packing="documents"
-    )
-    try:
-        found = held_out(tokenizer, last, asked)
-    except InputError:
+    order = by_kind(text for text in draw(texts, None, "all", wanted.seed) if text not in known)
+    shares = {kind: kind.share if kind else 1.0 for kind in order}
+    rows, documents, kinds = list[tuple[int, ...]](), set[str](), list[str]()
+    for kind, own in order.items():
+        most = math.ceil(wanted.held_out(wanted.num_rows) * shares[kind] / sum(shares.values()))
+        asked = Perplexity(seq_len=min(wanted.seq_len, context), max_rows=most, packing="documents")
+        try:
+            found = held_out(tokenizer, own[len(own) - len(own) // JUDGING :], asked)
+        except InputError:
+            continue
+        rows += found.rows
+        documents.update(found.documents)
+        kinds += [kind.name] * len(found.rows) if kind else []
+    if not rows:
         note(
             f"warning: {len(texts)} texts are too few to set some aside that judge between searches: only the first "
             "search of the recipe is made"
         )
-        return NONE, set()
-    return CalibrationSet(found.rows), set(found.documents)
+    elif lacking := [kind.name for kind in order if kind and kind.name not in kinds]:
+        note(f"too few texts of {', '.join(lacking)} to set some aside that judge between searches")
+    return CalibrationSet(tuple(rows), kinds=tuple(kinds)), documents
 
 
 def score(

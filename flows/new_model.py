@@ -25,7 +25,7 @@ from flows.selection import BUDGETS, Chosen, Selection, choose
 RUNS = Path("runs")
 HEAD = "# yaml-language-server: $schema=schema.json\n# Written by the form of a new model.\n"
 FILES = (".jsonl", ".json", ".parquet", ".txt")
-WHERE = "a folder or file of the workspace, a name on the hub, or a source of runs/sources.yaml"
+WHERE = "a folder or file of the workspace, a name on the hub, or a name in a sources.yaml"
 
 
 class NewModel(Frozen):
@@ -35,7 +35,7 @@ class NewModel(Frozen):
     model: str = Field(description=f"The dense model: {WHERE}.")
     budgets: tuple[str, ...] = Field(min_length=1, description=f"How far to prune: {BUDGETS}.")
     texts: str | None = Field(
-        default=None, description=f"What the blocks are scored on: {WHERE}. None: Alpaca and WikiText-2 from the hub."
+        default=None, description=f"What the blocks are scored on: {WHERE}. None: five kinds from Python packages."
     )
     heldout: str | None = Field(
         default=None, description=f"What perplexity is measured on: {WHERE}. None: WikiText-2 from the hub."
@@ -72,7 +72,7 @@ class NewModel(Frozen):
 
 
 def source_of(text: str) -> dict[str, str]:
-    """A source of runs/sources.yaml, a file or folder, or a repository of the hub, as a run file names it."""
+    """A source by its name, a file or folder, or a repository of the hub, as a run file names it."""
     if text in named_sources(RUNS):
         return {"source": text}
     is_path = text.startswith((".", "/", "~")) or text.count("/") > 1  # a name on the hub has one

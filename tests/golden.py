@@ -51,6 +51,7 @@ from tests.tiny import VARIANTS, VARIANTS_DAILY, tiny_model, tiny_tokenizer, tol
 
 FOLDER = Path(__file__).with_suffix("")
 TEXTS = {"source": "path", "path": "inputs/texts.parquet", "format": "text"}
+MIX = {"source": "mix", "of": [TEXTS, TEXTS | {"kind": "twice", "share": 2}]}
 CALIBRATION = {"data": TEXTS, "num_samples": 10, "seq_len": 24, "packing": "joined", "split": "all", "seed": 42}
 TIMED = {"prompt_tokens": 4, "new_tokens": 2, "repeats": 1, "batch": 1}
 KINDS = ("piqa", "mmlu_marketing", "lambada_openai", "gsm8k")
@@ -456,7 +457,8 @@ ENTRIES: dict[str, dict[str, Entry]] = {
         f"{packing}, split {split}": Entry(partial(rows, packing=packing, split=split, num_samples=6))
         for packing in ("joined", "per_sample")
         for split in ("paper", "all")
-    },
+    }
+    | {"a mix": Entry(partial(rows, data=MIX, num_samples=6))},
     "SCORE_VERSION": {variant: Entry(partial(losses, variant=variant), loose(variant)) for variant in VARIANTS},
     "SEARCH_VERSION": {
         name: Entry(partial(search, section={"method": "greedy"} | section)) for name, section in SEARCHES.items()

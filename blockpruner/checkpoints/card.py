@@ -17,6 +17,7 @@ from blockpruner.core.errors import package
 from blockpruner.core.families import FAMILIES
 from blockpruner.core.markdown import code, plain
 from blockpruner.core.plan import Plan
+from blockpruner.evaluation.kinds import in_words
 from blockpruner.inputs.checkpoints import licence_of
 from blockpruner.methods.healed import Healed
 from blockpruner.methods.registry import KINDS
@@ -84,7 +85,7 @@ def model_card(
 {code(base)} {KINDS[plan.kind].card(plan)}: {plan.parameters["pruned"]:,} of {plan.parameters["dense"]:,} parameters
 ({plan.ratio:.2%} removed), made by [BlockPruner](https://arxiv.org/abs/2406.10594)'s workflow and {since}.
 
-{_perplexity(plan)}{_healing(told)}{note}
+{_perplexity(plan)}{_healing(told)}{_kinds(plan)}{note}
 {_loading(module) if loading is None else loading}{_serving(form, dense, module)}{LIMITS}{_steps(plan)}"""
 
 
@@ -106,6 +107,15 @@ def _healing(told: Mapping[str, Mapping[str, float]]) -> str:
     rows = [(name, *(f"{found[key]:.3f}" if key in found else "–" for key in HEALED)) for name, found in told.items()]
     lines = "\n".join(f"| rows held out from {' | '.join(row)} |" for row in rows)
     return f"\n| perplexity | {' | '.join(HEALED)} |\n|---|---:|---:|---:|\n{lines}\n"
+
+
+def _kinds(plan: Plan) -> str:
+    pairs, warning = in_words(plan.kinds or {})
+    if not pairs:
+        return ""
+    lines, when = "\n".join(f"- {plain(kind)}: {lost}" for kind, lost in pairs), ", before training" * plan.train
+    more = f"\n{plain(warning)}\n" if warning else ""
+    return f"\nPerplexity by kind of text, of rows that were set aside{when}:\n\n{lines}\n{more}"
 
 
 def _perplexity(plan: Plan) -> str:

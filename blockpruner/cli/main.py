@@ -54,7 +54,7 @@ AsJson = Annotated[bool, Option("--json", help="Print one JSON object in place o
 RowLength = Annotated[
     int | None, Option(metavar="N", min=2, help="Tokens in a row.", show_default="2048, or the context")
 ]
-MostRows = Annotated[int, Option(metavar="N", min=2, help="The most rows of the texts that are used.")]
+MostRows = Annotated[int, Option(metavar="N", min=2, help="The most rows of each kind of text that are used.")]
 Spoken = Annotated[str, Argument(metavar="MODEL", help="A checkpoint's folder, or a dense model's name on the hub.")]
 Limit = Annotated[int, Option(metavar="N", min=1, help="The most tokens of an answer.")]
 
@@ -105,7 +105,7 @@ def prune(
     ] = None,
     texts: Annotated[
         Path | None,
-        Option(metavar="FILE", help=f"Calibration texts: {FILES}", show_default="Alpaca and WikiText-2 from the hub"),
+        Option(metavar="FILE", help=f"Calibration texts: {FILES}", show_default="five kinds from Python packages"),
     ] = None,
     dataset: Annotated[
         str | None, Option(metavar="REPO[:SPLIT]", help="Calibration texts: a data set of the hub.")

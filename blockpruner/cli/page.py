@@ -11,10 +11,11 @@ from blockpruner.cli import curve
 from blockpruner.cli.pruning import read_plan
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
+from blockpruner.evaluation.kinds import in_words
 from blockpruner.methods.healed import HEALED_FILE
 from blockpruner.methods.registry import KINDS
 from blockpruner.reporting.figures import removed_map
-from blockpruner.reporting.findings import Finding, Level
+from blockpruner.reporting.findings import UNEVEN, Finding, Level
 from blockpruner.reporting.formats import number, parameters, percent, size, times
 from blockpruner.reporting.pages import Facts, Findings, Page, Section, to_html
 from blockpruner.reporting.report import INTRO, starts
@@ -41,8 +42,11 @@ def write_page_of(checkpoint: Path, trials: Path, out: Path) -> None:
     healed = read_json(checkpoint / HEALED_FILE) if (checkpoint / HEALED_FILE).is_file() else {}
     verified = read_json(checkpoint / REPORT_FILE)
     findings = Findings(tuple(_findings(plan, verified, found)))
+    pairs, _ = in_words(plan.kinds or {})
+    tables = [_healing(healed["perplexity"])] if healed.get("perplexity") else []
+    lost = [Facts("Perplexity by kind of text, after compensation", pairs)] if pairs else []
     sections = [
-        Section("Verdict", (findings, *([_healing(healed["perplexity"])] if healed.get("perplexity") else []))),
+        Section("Verdict", (findings, *tables, *lost)),
         Section("Removed blocks", tuple(_removed(plan))),
     ]
     if found is not None:
@@ -100,6 +104,8 @@ def _findings(plan: Plan, verified: dict[str, Any], found: dict[str, Any] | None
             f"Held-out perplexity {times(point['relative'])} the dense model's [{low}, {high}]",
             f"On rows of {found['text']}, as pruned." if found else "",
         )
+    if warning := in_words(plan.kinds or {})[1]:
+        yield Finding(Level.WARNING, "uneven", UNEVEN, warning)
     if found is None:
         text = "blockpruner curve does that."
         yield Finding(Level.ADVICE, "curve", "Measure it on texts that the search has not seen", text)

@@ -21,6 +21,7 @@ from blockpruner.core.families import FAMILIES, Config
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
 from blockpruner.core.settings import HubModel, LocalModel, Runtime, Texts, merged, read_settings
+from blockpruner.evaluation.kinds import in_words
 from blockpruner.evaluation.settings import Perplexity
 from blockpruner.healing.settings import Train
 from blockpruner.inputs.calibration import CalibrationSet, check_context
@@ -251,7 +252,7 @@ class Place:
         run, dense = self.fetch_base(run, file, plan)
         unknown = dict.fromkeys(NUMBERS["calibration"])  # what its author has measured, nobody has measured here
         shares = {name: share for name, share in plan.removes.items() if name != "latency"}
-        plan = replace(plan, calibration=unknown, removes=shares, weights=checkpoint_weights(dense))
+        plan = replace(plan, calibration=unknown, kinds=None, removes=shares, weights=checkpoint_weights(dense))
         return self._export(run, self._pruning(run, dense, replace(plan, target=out.name), CalibrationSet(())), out)
 
     def fetch(self, run: Run) -> Path:
@@ -410,6 +411,9 @@ def words(found: Mapping[str, Any]) -> str:
     for name, told in found.get("perplexity", {}).items():
         dense = f", dense {told['dense']:.2f}" if "dense" in told else ""
         lines.append(f"{name}: perplexity of rows held out for it {told['before']:.2f} -> {told['after']:.2f}{dense}")
+    kinds, warning = in_words(plan.get("kinds", {}))
+    lines += [f"perplexity of unseen texts, {kind}: {lost}" for kind, lost in kinds]
+    lines += [f"warning: {warning}"] if warning else []
     for each in found["written"]:
         engine = each["verified_by"]
         checked = (

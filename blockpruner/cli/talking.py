@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +21,8 @@ from transformers import TextStreamer
 from blockpruner.cli.pruning import fitted, own_dtype, several
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import FAMILIES, Config
-from blockpruner.evaluation.perplexity import held_out, measure_perplexity
+from blockpruner.evaluation.kinds import uneven
+from blockpruner.evaluation.perplexity import HeldOut, held_out, measure_perplexity
 from blockpruner.evaluation.samples import answer
 from blockpruner.evaluation.settings import Perplexity, ZeroShot
 from blockpruner.evaluation.tasks import check_tasks, fetch_tasks
@@ -31,7 +32,7 @@ from blockpruner.inputs.tokenizers import conversation, load_tokenizer
 from blockpruner.model.classes import has_our_code
 from blockpruner.model.models import load_model
 from blockpruner.reporting.formats import number, printable
-from blockpruner.reporting.statistics import perplexity_ratio
+from blockpruner.reporting.statistics import losses_by_kind, perplexity_ratio
 from blockpruner.reporting.table import Number
 from blockpruner.store.files import read_json
 
@@ -98,23 +99,26 @@ class Compared:
     """The perplexity, times that of the first checkpoint; as is the next, None for that one itself."""
     interval: tuple[float, float] | None = None
     """The 95 % interval of `relative`, over paired rows."""
+    kinds: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By kind of text, where there are several: `perplexity`, `relative` and `interval`."""
 
 
-def rows_of(folders: Sequence[Path], wanted: Perplexity) -> tuple[tuple[int, ...], ...]:
+def rows_of(folders: Sequence[Path], wanted: Perplexity) -> HeldOut:
     """Held-out rows that fit into the shortest context of some checkpoints.
 
     Raises:
         InputError: the texts are fewer than two rows, or the tokenizers make different rows of them.
     """
     written = partial(conversation, cache(lambda: load_tokenizer(folders[0])))
-    texts, found = load_texts(wanted.data, Path(), Path(), written), list[tuple[tuple[int, ...], ...]]()
+    texts, found = load_texts(wanted.data, Path(), Path(), written), list[HeldOut]()
     shortest = min(map(config_of, folders), key=lambda config: config.get("max_position_embeddings") or math.inf)
     wanted = fitted(wanted, shortest, "evaluate.perplexity.seq_len")
     for folder in folders:
         tokenizer = load_tokenizer(folder)
-        found.append(several(held_out(tokenizer, texts, wanted).rows, wanted.seq_len))
-        require_embedded(found[-1], tokenizer, config_of(folder))
-        if found[-1] != found[0]:
+        found.append(held_out(tokenizer, texts, wanted))
+        several(found[-1].rows, wanted.seq_len)
+        require_embedded(found[-1].rows, tokenizer, config_of(folder))
+        if found[-1].rows != found[0].rows:
             raise InputError(
                 f"{folder} has another tokenizer than {folders[0]}: perplexities of different tokens cannot be "
                 "compared; leave out --texts, or compare models of one tokenizer"
@@ -143,12 +147,17 @@ def compared(
             speed = tokens / (time.perf_counter() - started)
             one = replace(one, answer=text.strip(), tokens_per_second=round(speed, 1))
         if rows is not None:
-            measured = measure_perplexity(talker.model, rows)
-            one = replace(one, perplexity=measured.perplexity)
+            measured = measure_perplexity(talker.model, rows.rows)
+            own = measured.row_nll
+            kinds = {
+                kind: {"perplexity": value, "relative": times.value, "interval": astuple(times.interval)}
+                for kind, (value, times) in losses_by_kind(first or own, own, rows.kinds).items()
+            }
+            one = replace(one, perplexity=measured.perplexity, kinds=kinds)
             if first:
-                effect = perplexity_ratio(first, measured.row_nll)
-                one = replace(one, relative=effect.value, interval=(effect.interval.low, effect.interval.high))
-            first = first or measured.row_nll
+                effect = perplexity_ratio(first, own)
+                one = replace(one, relative=effect.value, interval=astuple(effect.interval))
+            first = first or own
         found.append(one)
     return found
 
@@ -172,6 +181,10 @@ def scored(folder: Path, wanted: ZeroShot, cache: Path, device: str, note: Calla
     return found
 
 
+def _times(relative: float, interval: tuple[float, float]) -> str:
+    return str(Number(relative, 2, low=interval[0], high=interval[1]))
+
+
 def side_by_side(found: Sequence[Compared]) -> Table:
     """Checkpoints, a column each."""
     table = Table(expand=True)
@@ -182,7 +195,12 @@ def side_by_side(found: Sequence[Compared]) -> Table:
         if one.perplexity is not None:
             lines.append(f"held-out perplexity {number(one.perplexity)}")
         if one.relative is not None and one.interval is not None:
-            lines.append(str(Number(one.relative, 2, low=one.interval[0], high=one.interval[1])) + " of the first")
+            lines.append(f"{_times(one.relative, one.interval)} of the first")
+        for kind, own in one.kinds.items():
+            times = "" if one.relative is None else f", {_times(own['relative'], own['interval'])}"
+            lines.append(f"{kind}: {number(own['perplexity'])}{times}")
+        if warning := uneven({kind: own["relative"] for kind, own in one.kinds.items()}):
+            lines.append(f"warning: {warning}")
         table.add_column(Text(printable("\n".join(lines))), ratio=1)
     if found[0].answer is not None:
         table.add_row(*(Text(printable(one.answer or "")) for one in found))

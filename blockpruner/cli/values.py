@@ -64,11 +64,11 @@ def values_of(
         sets: texts KEY=VALUE, the key dotted and the value as in YAML.
         others: values of sections that are no argument of `methods.recipes.sections`, as the rest is.
     """
+    from blockpruner.params import named_sources, read_values, with_sources
+
     if config is None:
         found = sections(method or RECOMMENDED, **given)
     else:
-        from blockpruner.params import read_values
-
         own = {} if given["data"] is None else {"data": given["data"]}
         found = read_values(config.expanduser())
         if given["train"]:
@@ -85,7 +85,7 @@ def values_of(
             elif not isinstance(value, Mapping) and (key, value) != ("train", None):
                 raise InputError(f"{key} is {value!r}; valid: keys within it, as {key}.NAME=VALUE", rule="settings")
         found = merged(found, each)
-    return found
+    return dict(with_sources(found, named_sources()))
 
 
 def _set(text: str) -> dict[str, Any]:

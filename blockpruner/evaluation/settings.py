@@ -16,7 +16,7 @@ class Perplexity(Frozen):
     seq_len: int = Field(default=2048, ge=2)
     """Tokens in a row."""
     max_rows: int | None = Field(default=None, ge=1)
-    """How many rows are measured, null for all."""
+    """How many rows are measured, of a mix of each kind; null for all."""
     packing: Literal["joined", "joined_bos", "documents"] = "joined"
     """How rows are made. joined: they are cut from all texts joined, as in the paper; joined_bos: each of them also
     begins with what the tokenizer adds to a text, without which Gemma cannot read it; documents: a row begins with a

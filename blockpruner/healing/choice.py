@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
 from blockpruner.core.settings import Texts
+from blockpruner.evaluation.kinds import perplexities, uneven
 from blockpruner.evaluation.perplexity import measure_perplexity
 from blockpruner.healing.compensate import compensate
 from blockpruner.inputs.calibration import CalibrationSet
@@ -100,15 +101,22 @@ def choose(
         tried = [Healing(name, plans[name], weights, {**told, **facts}) for name, (weights, told) in found.items()]
     if len(tried) == 1:
         return tried[0]
-    judged = {}
+    judged, kinds = {}, {}
     for one in tried:
         model = pruned_copy(dense(), one.plan, search.rows)
         set_weights_(model, one.weights, shared=True)
-        judged[one.name] = measure_perplexity(model, judge.rows).perplexity
+        found = measure_perplexity(model, judge.rows)
+        judged[one.name], kinds[one.name] = found.perplexity, perplexities(found.row_nll, judge.kinds)
     best = min(tried, key=lambda one: judged[one.name])
     words = ", ".join(f"{name} {value:.2f}" for name, value in judged.items())
     observer.note(f"perplexity of the rows that judge: {words}; {best.name} is kept")
-    return replace(best, facts={**best.facts, "judged": judged})
+    plan = best.plan
+    if after := kinds[best.name]:
+        before = perplexities(measure_perplexity(dense(), judge.rows).row_nll, judge.kinds)
+        plan = replace(plan, kinds={kind: {"dense": before[kind], "after": after[kind]} for kind in after})
+        if warning := uneven({kind: after[kind] / before[kind] for kind in after}):
+            observer.note(f"warning: {warning}")
+    return replace(best, plan=plan, facts={**best.facts, "judged": judged})
 
 
 def keep(folder: Path, found: Healing, pruning: Pruning, data: Texts) -> None:

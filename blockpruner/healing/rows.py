@@ -37,14 +37,12 @@ def training_rows(
     Raises:
         InputError: there are fewer texts, or rows, than are asked for, or none to train on.
     """
-    pool = without_evaluated(texts, evaluated)
-    if len(pool) < len(texts):
-        note(f"{len(texts) - len(pool)} of {len(texts)} training texts are evaluated too: they are not drawn")
+    pool = without_evaluated(texts, evaluated, "training", note)
     held = wanted.validation
     if wanted.num_rows is not None:
         joined = Calibration(seq_len=wanted.seq_len, split="all", score="all", seed=wanted.seed)
         rows = fill_rows(
-            pool, tokenizer, joined, wanted.num_rows + held, "train.num_rows + validation", at_most, reserved
+            pool, tokenizer, joined, wanted.num_rows + held, "train.num_rows + validation", at_most, reserved, note
         ).rows
         if len(rows) <= held:
             raise InputError(
@@ -54,7 +52,7 @@ def training_rows(
         parts = [CalibrationSet(rows[: len(rows) - held]), CalibrationSet(rows[len(rows) - held :])]
     else:
         key = "train.num_samples + validation"
-        drawn = draw(pool, wanted.num_samples + held, "all", wanted.seed, key=key, reserved=reserved)
+        drawn = draw(pool, wanted.num_samples + held, "all", wanted.seed, key=key, reserved=reserved, note=note)
         samples = [text + (tokenizer.eos_token or "") for text in drawn]
         groups = [group for group in (samples[: wanted.num_samples], samples[wanted.num_samples :]) if group]
         parts = [pack_rows(group, tokenizer, wanted.seq_len, "per_sample") for group in groups]
@@ -68,14 +66,15 @@ def compensation_rows(
     evaluated: Iterable[str],
     context: int,
     reserved: AbstractSet[str] = frozenset(),
+    note: Callable[[str], object] = lambda message: None,
 ) -> CalibrationSet:
     """Draw at most `wanted.num_rows` full rows, every token of which counts.
 
     Args:
         evaluated: texts on which models are evaluated; those that share a paragraph with one are not drawn.
         context: the longest row that the model takes.
-        reserved: texts that are passed over, as in `draw`.
+        reserved, note: as in `draw`.
     """
     joined = Calibration(seq_len=min(wanted.seq_len, context), split="all", score="all", seed=wanted.seed)
-    pool = without_evaluated(texts, evaluated)
-    return fill_rows(pool, tokenizer, joined, wanted.num_rows, "compensate.num_rows", at_most=True, reserved=reserved)
+    pool = without_evaluated(texts, evaluated, "fit", lambda message: None)
+    return fill_rows(pool, tokenizer, joined, wanted.num_rows, "compensate.num_rows", True, reserved, note)

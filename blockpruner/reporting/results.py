@@ -71,6 +71,8 @@ class Text:
     tokens: int
     row_nll: tuple[float, ...]
     """Mean NLL of each row, nats per token."""
+    row_kind: tuple[str, ...]
+    """The kind of text of each row; empty where all are of one."""
 
 
 @dataclass(frozen=True)
@@ -170,10 +172,11 @@ class Model:
         """Read the facts that an evaluation wrote of one model."""
         scores = {task: values for task, (_, values, _) in items.items()}
         text = fields["perplexity"]
+        rows = (tuple(text.get(key, ())) for key in ("row_nll", "row_kind"))
         return cls(
             parameters=fields["parameters"],
             weight_bytes=fields["weight_bytes"],
-            heldout=Text(text["perplexity"], text["rows"], text["tokens"], tuple(text.get("row_nll", ()))),
+            heldout=Text(text["perplexity"], text["rows"], text["tokens"], *rows),
             tasks={
                 k: TaskScore(v["value"], math.inf if v["stderr"] is None else v["stderr"], v["items"])
                 for k, v in fields["tasks"].items()
@@ -285,6 +288,12 @@ class Option:
         dense, own = self.dense.heldout.row_nll, self.model.heldout.row_nll
         few = min(len(dense), len(own)) < 2
         return Interval(0, math.inf) if few else statistics.perplexity_ratio(dense, own).interval
+
+    @cached_property
+    def by_kind(self) -> Mapping[str, tuple[float, Effect]]:
+        """PPL, and PPL / dense PPL, on each kind of held-out text; empty where it is of one."""
+        dense, own = self.dense.heldout, self.model.heldout
+        return statistics.losses_by_kind(dense.row_nll, own.row_nll, dense.row_kind)
 
 
 Items = dict[str, tuple[NDArray[Any], Floats, Floats]]

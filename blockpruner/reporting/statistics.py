@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from blockpruner.core.errors import InputError
+from blockpruner.evaluation.kinds import rows_by_kind
 
 Scores = Mapping[str, ArrayLike]
 """By task, one score per item [items], 0/1 or a fraction; of models to be compared, the same items in one order."""
@@ -169,6 +170,16 @@ def perplexity_ratio(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Effect:
     """
     nats = paired_t(a, b, level)
     return Effect(math.exp(nats.value), Interval(*np.exp([nats.interval.low, nats.interval.high]).tolist()), nats.p)
+
+
+def losses_by_kind(a: Sequence[float], b: Sequence[float], kinds: Sequence[str]) -> dict[str, tuple[float, Effect]]:
+    """PPL of b on the rows of each kind, and as `perplexity_ratio`; of a single row with an infinite interval."""
+    found, before = {}, rows_by_kind(a, kinds)
+    for kind, rows in rows_by_kind(b, kinds).items():
+        effect = Effect(math.exp(rows[0] - before[kind][0]), Interval(0, math.inf), 1.0)
+        effect = perplexity_ratio(before[kind], rows) if len(rows) > 1 else effect
+        found[kind] = math.exp(math.fsum(rows) / len(rows)), effect
+    return found
 
 
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:

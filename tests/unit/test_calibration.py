@@ -19,7 +19,7 @@ from blockpruner.inputs.calibration import (
     sharing,
 )
 from blockpruner.inputs.settings import Calibration
-from blockpruner.inputs.texts import ALPACA_WITHOUT_INPUT
+from blockpruner.inputs.texts import ALPACA_WITHOUT_INPUT, MixedText, TextKind, kind_of
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Task
 from tests.errors import refused
@@ -36,6 +36,35 @@ def test_split_all_is_the_beginning_of_one_seeded_permutation():
     assert draw(TEXTS, 5, "all", 43) != whole[:5]
     rows = [pack_rows(whole[:count], tiny_tokenizer(), 20, "joined").rows for count in (10, 40)]
     assert len(rows[0]) > 5 and rows[1][: len(rows[0])] == rows[0], "and so do the rows"
+
+
+def test_every_beginning_of_a_mix_has_the_kinds_by_their_shares_until_one_runs_out():
+    long = [f"{text}, and so many more that it is a row of its own" for text in TEXTS]
+    parts = {TextKind("a", 1.0): long[:40], TextKind("b", 2.0): long[40:80], TextKind("c", 0.5): ["long " * 20] * 3}
+    mix, notes = [MixedText(text, kind) for kind, own in parts.items() for text in own], []
+    whole = draw(mix, None, "all", 42)
+    assert sorted(whole) == sorted(mix) and draw(mix, 7, "all", 42) == whole[:7]
+    names = [kind_of(text).name for text in whole]
+    assert "".join(names[:7]) == "abcbabb"
+    for count in range(1, 21):
+        drawn = [names[:count].count(kind.name) / kind.share for kind in parts]
+        assert max(drawn) - min(drawn) <= 2
+    assert [text for text in whole if kind_of(text).name == "a"] == [
+        text for text in draw(mix, None, "all", 42, reserved=frozenset(long[40:])) if text in long
+    ]
+    draw(mix, 12, "all", 42, key="k", note=notes.append)
+    assert not notes
+    draw(mix, 50, "all", 42, key="k", note=notes.append)
+    assert notes == ["k: all texts of c are drawn; the others make up for what is missing"]
+    by_characters = draw(mix, None, "all", 42, joined=True)[:50]
+    size = {kind: sum(len(text) for text in by_characters if kind_of(text) == kind) for kind in parts}
+    a, b, _ = size.values()
+    assert abs(b / a - 2) < 0.1
+    titles = [MixedText("Short", TextKind("a", 1.0))] * 50 + [MixedText(text, TextKind("b", 1.0)) for text in long]
+    names = [kind_of(text).name for text in draw(titles, 28, "all", 42)]
+    assert names.count("a") > 20, "a text that is no row counts as a tenth"
+    plain = [MixedText(text, TextKind("a", 3.0)) for text in TEXTS]
+    assert draw(plain, None, "all", 42) == draw(TEXTS, None, "all", 42), "one kind is drawn as texts without one"
 
 
 def test_response_scoring_gives_the_same_tokens_and_scores_what_ends_in_a_response():

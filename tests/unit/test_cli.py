@@ -33,7 +33,7 @@ from blockpruner.core.blocks import DENSE, parse_mask, sorted_blocks
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import count_parameters
 from blockpruner.core.progress import SilentObserver
-from blockpruner.evaluation import zero_shot
+from blockpruner.evaluation import kinds, zero_shot
 from blockpruner.healing import choice, train
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import load_model, masked, prune_
@@ -656,6 +656,18 @@ def test_compare_measures_perplexity_on_the_same_rows(model, place, say, monkeyp
     assert first["relative"] is first["answer"] is first["tokens_per_second"] is None
     code, out, _ = say(*given, "--seq-len", 16)
     assert code == 0 and out.count("held-out perplexity") == 2 and "of the first" in out and "tokens/s" not in out
+    records = [
+        {"text": (place / "heldout.txt").read_text(), "kind": "a", "share": 1},
+        {"text": "b " * 99, "kind": "b", "share": 1},
+    ]
+    (place / "mix.json").write_text(json.dumps(records))
+    mixed = ("compare", model, "pruned", "--texts", "mix.json", "--max-rows", 3, "--seq-len", 16)
+    alone, both = done(say(*mixed, "--json"))
+    assert alone["kinds"]["a"] == {"perplexity": first["perplexity"], "relative": 1, "interval": [1, 1]}
+    assert both["kinds"]["a"] == {key: second[key] for key in ("perplexity", "relative", "interval")}
+    low, high = second["interval"]
+    code, out, _ = say(*mixed)
+    assert code == 0 and f"[{low:.2f}, {high:.2f}]" in out and {*both["kinds"]} == {"a", "b"}
     short = save_tiny(place / "short", max_position_embeddings=64)
     both = done(say("compare", model, short, "--texts", "heldout.txt", "--json"))
     long = [full_nll(dense, ids[i : i + 64]) for i in range(0, len(ids) - 63, 64)]
@@ -664,6 +676,36 @@ def test_compare_measures_perplexity_on_the_same_rows(model, place, say, monkeyp
     monkeypatch.setattr(talking, "load_tokenizer", lambda folder: next(others))
     code, _, err = say(*given)
     assert code == 2 and "pruned has another tokenizer than" in err
+
+
+def test_the_loss_of_each_kind_of_text_is_told_wherever_the_model_is_shown(model, place, say, monkeypatch):
+    """The oracle is a full forward pass over the rows that judged. Every loss is uneven here."""
+    texts = [f"{kind}{i} little words and {i * i} {kind} more of them" for i in range(300) for kind in "ab"]
+    records = [{"text": text, "kind": text[0], "share": 1} for text in texts]
+    (place / "mix.json").write_text(json.dumps(records))
+    calibrate, found = pipeline.calibrate, []
+    monkeypatch.setattr(kinds, "UNEVEN", 0)
+    monkeypatch.setattr(
+        pipeline, "calibrate", lambda *given, **more: found.append(calibrate(*given, **more)) or found[-1]
+    )
+    args = ("prune", model, "--budget", 0.2, "--texts", "mix.json", "--seq-len", 16, "--out", "out")
+    result = say(*args, "--json")
+    told = done(result)["plan"]["kinds"]
+    judge = found[0].judge
+    pruned = AutoModelForCausalLM.from_pretrained(place / "out", trust_remote_code=True)
+    models = {"dense": load_model(model, "float32"), "after": pruned}
+    assert told.keys() == {*judge.kinds} == {"a", "b"}
+    for kind, facts in told.items():
+        rows = [row for row, own in zip(judge.rows, judge.kinds, strict=True) if own == kind]
+        expected = {key: math.exp(mean(full_nll(each, row) for row in rows)) for key, each in models.items()}
+        assert facts == pytest.approx(expected, rel=1e-4)
+    card, out = (place / "out/README.md").read_text(), say(*args)[1]
+    page = Path(say("report", "out")[1].strip()).read_text()
+    for kind, facts in told.items():
+        dense, after = facts["dense"], facts["after"]
+        lost = f"{kind}: {dense:,.2f} dense, {after:,.2f} after, {after / dense:.2f} times"
+        assert f"- {lost}" in card and f"unseen texts, {lost}" in out and lost.partition(": ")[2] in page
+    assert all("lost most: " in shown for shown in (card, out, page, result[2]))
 
 
 def test_json_has_no_infinity(model, place, say, monkeypatch):

@@ -94,7 +94,11 @@ def test_damaged_items_are_refused_or_have_the_same_columns(task, changes, keep,
 # --- tables and logs ----------------------------------------------------------------------------------------------
 
 WHOLE = {
-    "texts": (TEXTS, {"text": ["a cat", "", "ein Hund: äöü"]}, {}),
+    "texts": (
+        TEXTS,
+        {"text": ["a cat", "", "ein Hund: äöü"], "kind": [None, "web", "tales"], "share": [None, 1.0, 0.5]},
+        {},
+    ),
     "calibration": (CALIBRATION, {"input_ids": [[1, 2, 3], [~4, 5]]}, {"digest": "x"}),
     "iteration": (
         ITERATION,

@@ -140,18 +140,26 @@ def by_command_without_texts():
 
 @pytest.fixture
 def gemma(place, monkeypatch):
-    """A model that needs BOS, and a hub of instructions and of an encyclopaedia."""
+    """A model that needs BOS, packages of five kinds of text, and a hub of instructions and of an encyclopaedia."""
     save_tiny(place / "tiny", "gemma3_text", max_position_embeddings=512)
     bos_tokenizer().save_pretrained(place / "tiny")
     write_texts(place / "heldout.jsonl", [f"other words {i} " * 9 for i in range(20)])
 
     def load(data, *given):
-        if data.source == "path":
+        if data.source != "hub":
             return texts.load_texts(data, *given)
-        sources = data.of if data.source == "mix" else (data,)
-        half = {"tatsu-lab/alpaca": map(instruction, TEXTS[:60]), "Salesforce/wikitext": TEXTS[60:]}
-        return [text for source in sources for text in half[source.repo]]
+        return TEXTS[60:] if data.repo == "Salesforce/wikitext" else [*map(instruction, TEXTS[:60])]
 
+    parts = [TEXTS[i : i + 24] for i in range(0, len(TEXTS), 24)]
+    files = {
+        "alpaca_en_demo.json": json.dumps([{"instruction": "Count.", "output": text} for text in parts[0]]),
+        "wiki.utf8": "".join(f"<doc >\n{text}\n</doc>" for text in parts[1]),
+        "c4_demo.jsonl": "\n".join(json.dumps({"text": text}) for text in parts[2]),
+        "code.utf8": "\n\n\n".join(parts[3]),
+        "tiny.utf8": "<|endoftext|>\n".join(parts[4]),
+    }
+    monkeypatch.setattr(texts, "package_file", lambda *given: None)
+    monkeypatch.setattr(texts, "read_member", lambda archive, file: files[Path(file).name].encode())
     monkeypatch.setattr(pruning, "load_texts", load)
     monkeypatch.setattr(cli_curve, "load_texts", load)
     return place
@@ -188,8 +196,8 @@ def test_without_texts_every_family_can_read_the_rows_and_responses_are_scored(g
     judge = rows.pop("judge")
     assert judge and not judge & set().union(*rows.values()), "set aside before the search draws"
     scored = decoded([token for token in row if token >= 0] for row in found[0].search.rows)
-    numbers = {*map(int, re.findall(r"doc(\d{3})", scored))}
-    assert min(numbers) < 60 <= max(numbers), "both kinds of text"
+    assert {int(number) // 24 for number in re.findall(r"doc(\d{3})", scored)} == {*range(5)}, "all kinds of text"
+    assert {*found[0].judge.kinds} == {"encyclopaedia", "instructions", "web", "program text", "stories"}
     assert "Response" not in scored and not any("BOS" in note for note in noted)
     paper = ("--method", "blockpruner", "--seq-len", "64", "--num-samples", "4")
     with pytest.raises(RecordedError):
@@ -249,6 +257,35 @@ def test_no_row_that_judges_or_is_evaluated_is_seen_elsewhere(place, monkeypatch
     assert not evaluated & (judge | others)
     assert bool(judge & others) is ignored
     assert ignored or not {*keys} & {key for part in rows.values() for key in part.row_keys}
+
+
+def test_what_must_be_apart_has_no_row_and_no_text_in_common(place):
+    """The audit of texts, of a mix that all steps draw from."""
+    save_tiny(place / "tiny", max_position_embeddings=512)
+    for i in range(3):
+        write_texts(place / f"{i}.jsonl", TEXTS[i::3])
+    files = [{"source": "path", "path": f"{i}.jsonl", "kind": "abc"[i], "share": i + 1} for i in range(3)]
+    mix, run = {"source": "mix", "of": files}, yaml.safe_load(Path("runs/tiny.yaml").read_text())
+    run["calibration"] |= {"data": mix, "num_rows": 8, "seq_len": 256}
+    run["compensate"] = {"num_rows": 16, "validation": 0.25}
+    run["train"] = {"data": mix, "num_rows": 8, "seq_len": 256, "validation": 4}
+    run["evaluate"]["perplexity"] |= {"data": mix, "max_rows": 1, "seq_len": 256, "packing": "documents"}
+    Path("runs/tiny.yaml").write_text(yaml.safe_dump(run))
+    stages(*OF_RUN[:3])
+    found = pipeline.Rows.load(Path("data/calibration/tiny"))
+    held = texts.read_texts(Path("data/sources/tiny/perplexity.parquet"))
+    evaluated = perplexity.held_out(tiny_tokenizer(), held, load_run("tiny").evaluate.perplexity)
+    rows = {name: part.rows for name, part in vars(found).items()} | {"evaluated": evaluated.rows}
+    rows |= {"fitted": found.fit.rows[:-4], "held out": found.fit.rows[-4:]}
+    seen = {name: re.findall(r"doc(\d{3}) begins", decoded(own)) for name, own in rows.items()}
+    apart = [("fitted", "held out"), ("train", "validation"), ("judge", "evaluated")]
+    apart += [(name, other) for name in ("search", "fit", "train", "validation") for other in ("judge", "evaluated")]
+    for name, other in apart:
+        assert seen[name] and not {*seen[name]} & {*seen[other]}, (name, other)
+        assert not {*rows[name]} & {*rows[other]}, (name, other)
+    assert evaluated.kinds == found.judge.kinds == ("a", "b", "c")
+    shares = [sum(int(number) % 3 == i for number in seen["fit"]) / len(seen["fit"]) for i in range(3)]
+    assert all(abs(share - (i + 1) / 6) < 0.05 for i, share in enumerate(shares)), shares
 
 
 def test_with_too_few_texts_to_judge_the_first_search_is_made_alone(place):

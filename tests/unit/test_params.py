@@ -13,14 +13,14 @@ from blockpruner.core.settings import LocalModel, LocalTexts, MixedTexts
 from blockpruner.evaluation.settings import Evaluate, ZeroShot
 from blockpruner.healing.settings import Train
 from blockpruner.inputs.settings import Calibration
-from blockpruner.params import NO_RUNS, load_params, load_run, run_schema
+from blockpruner.params import NO_RUNS, load_params, load_run, named_sources, run_schema
 from blockpruner.scoring.settings import Score
 from blockpruner.settings import Sections, resolve
 from tests.errors import refused
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = json.loads((ROOT / "runs" / "schema.json").read_text())
-NAMED = yaml.safe_load((ROOT / "runs" / "sources.yaml").read_text())
+NAMED = named_sources(ROOT / "runs")
 X = {"run": "a", "budget": "0.1"}
 
 
@@ -76,10 +76,12 @@ def test_a_named_source_is_its_keys_and_those_of_the_run_file(tmp_path):
     one, other = LocalTexts(source="path", path="here", format="alpaca"), LocalTexts(source="path", path="there")
     assert run.calibration.data == MixedTexts(source="mix", of=(one, other)) and run.calibration.score == "response"
     assert run.model == LocalModel(source="path", path="m")
-    (tmp_path / "r.yaml").write_text("model: {source: yours}")
-    with refused("unknown-source") as error:
-        load_run("r", tmp_path)
-    assert error.value.value == "yours"
+    (tmp_path / "sources.yaml").write_text("loop: {source: loop}")
+    for name in ("yours", "loop"):
+        (tmp_path / "r.yaml").write_text(f"model: {{source: {name}}}")
+        with refused("unknown-source") as error:
+            load_run("r", tmp_path)
+        assert error.value.value == name
 
 
 def test_the_llama_run_is_the_papers_setting_and_so_are_the_defaults():

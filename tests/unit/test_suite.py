@@ -22,7 +22,7 @@ from blockpruner.evaluation.settings import Evaluate
 from blockpruner.evaluation.store import ITEMS
 from blockpruner.evaluation.suite import Checkpoint, InMemory
 from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.inputs.texts import write_texts
+from blockpruner.inputs.texts import MixedText, TextKind, write_texts
 from blockpruner.methods.healed import find_healed, save_healed
 from blockpruner.model.models import masked, prune_
 from blockpruner.store.files import read_json, write_sealed_json, write_table
@@ -239,6 +239,11 @@ def change_text(root):
     write_texts(root / "sources" / "perplexity.parquet", [TEXT, "other" * 20])
 
 
+def change_kinds(root):
+    mix = [MixedText(TEXT, TextKind(name, 1.0)) for name in "ab"]
+    write_texts(root / "sources" / "perplexity.parquet", mix)
+
+
 def change_item(root):
     path = root / "sources" / "tasks" / "piqa" / "validation.parquet"
     write_table(path, pq.read_table(path).take([1, 0, 2, 3, 4]))
@@ -274,6 +279,7 @@ def change_layout(root):
     ("change", "settings", "again"),
     [
         (change_text, {}, ["perplexity"]),
+        (change_kinds, {}, ["perplexity"]),
         (None, {"perplexity": {"seq_len": 20}}, ["perplexity"]),
         (None, {"perplexity": {"max_rows": 2}}, ["perplexity"]),
         (change_item, {}, ["piqa"]),
@@ -294,6 +300,12 @@ def test_only_what_a_change_touches_is_computed_again(place, change, settings, a
     observer = Recorder()
     evaluate(place, observer, **settings)
     assert observer.computed == again
+
+
+def test_rows_of_a_mix_keep_their_kinds(place):
+    change_kinds(place)
+    found = evaluate(place, Recorder())["perplexity"]
+    assert found["row_kind"] == ["a"] * (found["rows"] // 2) + ["b"] * (found["rows"] // 2) and found["rows"] > 2
 
 
 @pytest.mark.parametrize("name", ["EVAL_VERSION", "machine", "harness"])
