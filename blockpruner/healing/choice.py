@@ -105,8 +105,8 @@ def choose(
     for one in tried:
         model = pruned_copy(dense(), one.plan, search.rows)
         set_weights_(model, one.weights, shared=True)
-        found = measure_perplexity(model, judge.rows)
-        judged[one.name], kinds[one.name] = found.perplexity, perplexities(found.row_nll, judge.kinds)
+        own = measure_perplexity(model, judge.rows)
+        judged[one.name], kinds[one.name] = own.perplexity, perplexities(own.row_nll, judge.kinds)
     best = min(tried, key=lambda one: judged[one.name])
     words = ", ".join(f"{name} {value:.2f}" for name, value in judged.items())
     observer.note(f"perplexity of the rows that judge: {words}; {best.name} is kept")
