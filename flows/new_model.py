@@ -47,7 +47,7 @@ class NewModel(Frozen):
     train: bool = Field(default=False, description="Whether the model is trained after that, on the texts above.")
     more: dict[str, Any] = Field(
         default={},
-        description='Any other keys of the run file (docs/methods.md), such as {"compensate": {"method": "map"}}. They '
+        description='Any other keys of the run file (docs/methods.md), such as {"compensate": {"num_rows": 512}}. They '
         "replace what the form says.",
     )
     push: str | None = Field(default=None, description=Selection.model_fields["push"].description)

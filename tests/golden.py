@@ -260,7 +260,7 @@ def rows(world: World, **changes: Any) -> Any:
 
 
 FEW = {"perplexity": "greedy", "block_influence": "one_shot"}
-LOSSES = FEW | {"kl": "greedy", "js": "greedy", "relative_magnitude": "one_shot", "angular_distance": "one_shot"}
+LOSSES = FEW | {"kl": "greedy", "js": "greedy", "relative_magnitude": "one_shot"}
 """Metrics, and the search that computes them."""
 
 
@@ -346,11 +346,10 @@ def gguf_content(path: Path) -> Any:
     return {"fields": fields, "tensors": tensors}
 
 
-def compensated(world: World, method: str) -> Any:
+def compensated(world: World) -> Any:
     """Perplexities before and after, and norms of the weights that come out of it."""
-    removed = "mlp.2" if method == "refit" else "mlp.1"  # one whose absence the method makes good for
-    given = {"method": "given", "options": {"order": [removed]}}
-    settings = {"method": method, "num_rows": 24, "seq_len": 32, "validation": 0.25}
+    given = {"method": "given", "options": {"order": ["mlp.2"]}}  # whose absence a refit makes good for
+    settings = {"method": "refit", "num_rows": 24, "seq_len": 32, "validation": 0.25}
     world.built("compensated", ["1blocks"], compensate, score=given, compensate=settings)
     folder = Path("data/compensated/compensated-t0")
     facts = read_json(folder / "compensate.json")
@@ -424,7 +423,6 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "one_shot, layers": {"method": "one_shot", "unit": "layer", "metric": "block_influence"},
     "random": {"method": "random"},
     "given": {"method": "given", "options": {"order": ["mha.2", "mlp.1", "mha.0,mlp.0"]}},
-    "contiguous": {"method": "contiguous", "unit": "layer", "metric": "angular_distance"},
     "swap": {"method": "swap", "options": {"tries": 8}},
     "swap, race": {"method": "swap", "options": {"tries": 8}, "acceleration": "race"},
     "floating": {"method": "floating", "options": {"tries": 4}},
@@ -468,7 +466,7 @@ ENTRIES: dict[str, dict[str, Entry]] = {
     },
     "WEIGHTS_VERSION": {
         "slicegpt": Entry(slicegpt),
-        **{method: Entry(partial(compensated, method=method), 1e-6) for method in ("map", "refit")},
+        "refit": Entry(compensated, 1e-6),
         "trained": Entry(trained, 1e-6),
     },
     "EXPORT_VERSION": {name: Entry(lambda world, how=how: checkpoint(world, *how)) for name, how in EXPORTS.items()},

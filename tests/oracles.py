@@ -220,8 +220,6 @@ def influence(name, x, y):
         return 1 - np.mean((x * y).sum(-1) / (np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)))
     if name == "relative_magnitude":
         return np.mean(np.linalg.norm(y - x, axis=-1) / np.linalg.norm(y, axis=-1))
-    if name == "angular_distance":
-        return np.arccos(x[-1] @ y[-1] / (np.linalg.norm(x[-1]) * np.linalg.norm(y[-1]))) / np.pi
     return np.sqrt(((y - x) ** 2).sum() / (y**2).sum())
 
 

@@ -4,14 +4,12 @@ A hole is what is removed between two kept blocks. Behind it the pruned model's 
 added, and the kept block before it is the last that can make good for that. Each method changes writers: the matrices
 through which blocks add to the stream. No weight is added, so every export and every engine works as before.
 
-- map (ReplaceMe, arXiv 2505.02819): the writer W before the hole becomes T W, with T by least squares.
-- refit: all writers from the one before the first hole on, each itself by least squares.
+- refit: all writers from the one before the first hole on, each by least squares. Each fits the stream behind its
+  block, and behind the hole that follows, to the dense model's.
 
-Both fit the stream to the dense model's: behind the hole, and with refit behind every kept block that
-follows, too. They go from the first hole to the last with what the pruned model itself reads, so a fit mends what
-earlier ones have left. A token counts by its relative error,
-|dense - pruned|^2 / |dense|^2. The first token of a row, whose state is a thousand times as long in many models, would
-otherwise decide alone.
+It goes from the first hole to the last block with what the pruned model itself reads, so a fit mends what earlier ones
+have left. A token counts by its relative error, |dense - pruned|^2 / |dense|^2. The first token of a row, whose state
+is a thousand times as long in many models, would otherwise decide alone.
 
 Some families have a norm behind each module. What such a block adds, g y / rms(y) with the gains g, is linear in the
 writer only while rms(y) stays, and its size does not depend on the writer. So the gains are fitted, too, and the real
@@ -22,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -57,36 +54,12 @@ class Compensation:
     yields each branch behind each of its stops, with what was done there, if anything was."""
 
 
-@dataclass(frozen=True)
-class _Form:
-    """What a fit may change of a writer y = W x + b."""
-
-    features: Callable[[nn.Linear, Tensor, Tensor], Tensor]
-    """(writer, x [..., p], y [..., d]) -> [..., k], on which the change of y depends linearly."""
-    delta: Callable[[nn.Linear, Tensor], tuple[Tensor | float, Tensor | float]]
-    """(writer, D [k, d]) -> what is added to W and b."""
-    everywhere: bool = False
-    """Writers behind the first hole are fitted although no hole follows them: they mend what is left of the errors."""
-
-
 def _with_one(writer: nn.Linear, x: Tensor) -> Tensor:
     return x if writer.bias is None else torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
 
 
-MAP = _Form(
-    lambda writer, x, y: y,
-    lambda writer, D: (D.T @ writer.weight.to(D), 0.0 if writer.bias is None else D.T @ writer.bias.to(D)),
-)
-REFIT = _Form(
-    lambda writer, x, y: _with_one(writer, x),
-    lambda writer, D: (D[: writer.in_features].T, D[-1]),
-    everywhere=True,
-)
-
-
-def _fit(
-    form: _Form, streams: Streams, masks: Mapping[str, Mask], strengths: Sequence[float]
-) -> Iterator[tuple[Branch, Mended]]:
+def refit(streams: Streams, masks: Mapping[str, Mask], strengths: Sequence[float]) -> Iterator[tuple[Branch, Mended]]:
+    """Refit the writers of some models; as `Compensation.fit`."""
     if all(streams.writer(block) is None for block in streams.blocks):
         raise InputError(
             "compensate: no block of this model ends in a single matrix; set compensate.method: none",
@@ -98,9 +71,9 @@ def _fit(
         branch.is_behind = branch.is_behind or bool(stop.hole)
         writers = {block: streams.writer(block) for block in stop.kept}
         able = {block: writer for block, writer in writers.items() if writer is not None}
-        if able and (stop.hole or (branch.is_behind and form.everywhere)):
+        if able and branch.is_behind:
             mended = {"hole": stop.missing, "writers": [str(block) for block in able]}
-            mended |= _fit_stop_(form, streams, branch, able, strengths)
+            mended |= _fit_stop_(streams, branch, able, strengths)
             branch.weights = {**branch.weights, **streams.put_aside_()}
         elif branch.is_behind:
             branch.states = [streams.behind(stop.kept, state, number) for number, state in enumerate(branch.states)]
@@ -112,10 +85,10 @@ def _fit(
 
 
 def _fit_stop_(
-    form: _Form, streams: Streams, branch: Branch, writers: Mapping[BlockId, nn.Linear], strengths: Sequence[float]
+    streams: Streams, branch: Branch, writers: Mapping[BlockId, nn.Linear], strengths: Sequence[float]
 ) -> Mended:
     """Fit the writers of a stop; two at once where both blocks of a layer read the same state."""
-    place = _Place(form, streams, branch, writers, strengths)
+    place = _Place(streams, branch, writers, strengths)
     for block in branch.stop.kept:
         pairs = [streams.written(block, branch.states[number], number) for number in place.batches]
         place.reads[block], place.gives[block] = [x for x, _ in pairs], [y for _, y in pairs]
@@ -134,7 +107,6 @@ def _fit_stop_(
 class _Place:
     """The kept blocks of a stop: what they read and give, and what is missing behind them."""
 
-    form: _Form
     streams: Streams
     branch: Branch
     writers: Mapping[BlockId, nn.Linear]
@@ -147,10 +119,7 @@ class _Place:
         return range(len(self.streams.real))
 
     def features(self, number: int) -> list[Tensor]:
-        return [
-            self.form.features(writer, self.reads[block][number], self.gives[block][number])
-            for block, writer in self.writers.items()
-        ]
+        return [_with_one(writer, self.reads[block][number]) for block, writer in self.writers.items()]
 
     def moved(self, number: int) -> Tensor:
         """The pruned stream behind the blocks."""
@@ -184,12 +153,11 @@ class _Place:
         """Change the writers, and what they give of what they read."""
         sizes = [part.shape[-1] for part in self.features(0)]
         for (block, writer), part in zip(self.writers.items(), torch.split(change, sizes), strict=True):
-            weight, bias = self.form.delta(writer, part)
             reads, gives = self.reads[block], self.gives[block]
-            step = self.streams.change_(writer.weight, writer.weight + weight).T.to(reads[0])
+            step = self.streams.change_(writer.weight, writer.weight + part[: writer.in_features].T).T.to(reads[0])
             shift: Tensor | float = 0.0
             if writer.bias is not None:
-                shift = self.streams.change_(writer.bias, writer.bias + bias).to(reads[0])
+                shift = self.streams.change_(writer.bias, writer.bias + part[-1]).to(reads[0])
             for number, x in enumerate(reads):
                 gives[number] = gives[number] + x @ step + shift
 
@@ -243,7 +211,6 @@ COMPENSATIONS: Registry[Compensation] = Registry(
     "compensate.method",
     Compensation,
     [
-        Compensation("map", "writers mapped", partial(_fit, MAP)),
-        Compensation("refit", "writers refitted", partial(_fit, REFIT)),
+        Compensation("refit", "writers refitted", refit),
     ],
 )

@@ -10,7 +10,7 @@ from pydantic import Field
 from blockpruner.core.errors import missing
 from blockpruner.core.settings import ALPACA, Frozen, Texts
 
-CompensationMethod = Literal["none", "map", "refit"]
+CompensationMethod = Literal["none", "refit"]
 
 
 class Compensate(Frozen):

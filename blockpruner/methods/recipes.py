@@ -67,7 +67,6 @@ RECIPES: Mapping[str, Recipe] = {
     "blockpruner-by-rm-frobenius": _one("BlockPruner by RM, Frobenius", method="greedy", metric=f"{RM}_frobenius"),
     "mha-only": _one("MHA only", method="greedy", candidates="mha"),
     "mlp-only": _one("MLP only", method="greedy", candidates="mlp"),
-    "angular-distance": _one("angular distance", method="contiguous", unit="layer", metric="angular_distance"),
 }
 
 

@@ -1,16 +1,14 @@
 """Influences of a unit: how much it changes the residual stream, from one forward pass.
 
-In functions of states x [B, T, H] is the state that a unit (a block, a layer, adjacent layers) reads, f [B, T, H] is
+In functions of states x [B, T, H] is the state that a unit (a block, a layer) reads, f [B, T, H] is
 what it adds, and is_real [B, T] tells tokens from pads. Numbers are float32 at least; lower means less important. Their
 words are rows of `metrics`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, linalg
 from torch.nn import functional
 
@@ -40,17 +38,6 @@ def relative_magnitude_frobenius(x: Tensor, f: Tensor, is_real: Tensor) -> Tenso
     real = is_real[..., None]
     result: Tensor = linalg.vector_norm(f * real, dim=(1, 2)) / linalg.vector_norm((x + f) * real, dim=(1, 2))
     return result
-
-
-def angular_distance(x: Tensor, f: Tensor, is_real: Tensor) -> Tensor:
-    """arccos(cos(x, x + f)) / pi at a row's last token, [B], in [0, 1] (arXiv 2403.17887).
-
-    For n adjacent layers it is the paper's d(x^l, x^(l+n)). The angle of unit vectors u and v is taken as
-    2 atan2(|u - v|, |u + v|), since arccos loses half of the digits of a small angle.
-    """
-    row, last = torch.arange(len(x), device=x.device), is_real.sum(dim=1) - 1
-    u, v = (functional.normalize(state[row, last], dim=-1) for state in (x, x + f))
-    return 2 * torch.atan2(linalg.vector_norm(u - v, dim=-1), linalg.vector_norm(u + v, dim=-1)) / math.pi
 
 
 def _mean(values: Tensor, is_real: Tensor) -> Tensor:

@@ -77,8 +77,4 @@ METRICS = Registry("score.metric", Metric, [
         "relative_magnitude_frobenius", INFLUENCES + "relative_magnitude_frobenius",
         "relative magnitude (Frobenius)", "|F| / |X + F| over all tokens of a row", influence=True,
     ),
-    Metric(
-        "angular_distance", INFLUENCES + "angular_distance", "angular distance",
-        "arccos(cos(x, x + f)) / pi at the last token (arXiv 2403.17887)", influence=True,
-    ),
 ])  # fmt: skip

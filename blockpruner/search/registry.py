@@ -11,7 +11,6 @@ from blockpruner.core.options import Options, read_options
 from blockpruner.core.registry import Registry
 from blockpruner.scoring.metrics import METRICS, NLL, Metric
 from blockpruner.scoring.settings import Score
-from blockpruner.search.contiguous import contiguous
 from blockpruner.search.floating import FloatingOptions, floating
 from blockpruner.search.given import GivenOptions, given
 from blockpruner.search.greedy import PricedOptions, greedy
@@ -87,11 +86,6 @@ def request(score: Score) -> Request:
             f"score.metric {metric.name} is of single units, and method: {search.name} compares whole masks; choose a "
             f"metric of masks ({losses}), or one of the methods {able}"
         )
-    if metric.influence and score.unit == "shifted":
-        raise InputError(
-            f"score.metric {metric.name} is of blocks and layers, and score.unit is shifted; choose a metric of masks "
-            f"({losses}), or unit: layer"
-        )
     found = Request(search, read_options(search.name, search.options, score.options), metric, score)
     if score.acceleration not in (None, "none") and (metric.influence or not search.accelerated):
         raise InputError(
@@ -111,7 +105,6 @@ SEARCHES = Registry(
     [
         Search("greedy", "greedy", greedy, PricedOptions, asks="units", accelerated=True),
         Search("one_shot", "one-shot", one_shot, asks="units"),
-        Search("contiguous", "contiguous layers", contiguous, nested=False, asks="units"),
         Search("floating", "floating search", floating, FloatingOptions, nested=False, accelerated=True),
         Search("swap", "swap search", swap, SwapOptions, nested=False, accelerated=True),
         Search("random", "random order", random_order, RandomOptions, asks="nothing"),

@@ -31,7 +31,6 @@ METHODS = {
     "given": {"method": "given", "options": {"order": ["mha.2", "mlp.1", "mha.0,mlp.0"]}},
     "swap": {"method": "swap"},
     "floating": {"method": "floating"},
-    "contiguous": {"method": "contiguous", "unit": "layer", "metric": "angular_distance"},
     "laco": {"method": "laco", "options": {"count": 2}},
     "slicegpt": {"method": "slicegpt"},
 }

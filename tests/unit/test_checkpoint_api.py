@@ -200,10 +200,9 @@ def test_prune_goes_on_from_the_trials_of_a_call_that_was_killed(tmp_path):
     assert prune(other, cache=tmp_path)[1] == passes
 
 
-@pytest.mark.parametrize(("block", "method"), [("mlp.0", "refit"), ("mlp.0", "map")])
-def test_a_compensated_model_has_the_perplexity_that_it_reports(block, method):
-    """On blocks where it happens to help a random model."""
-    settings = {"seq_len": 16, "method": "given", "options": {"order": [block]}, "compensate": method}
+def test_a_compensated_model_has_the_perplexity_that_it_reports():
+    """On a block where it happens to help a random model."""
+    settings = {"seq_len": 16, "method": "given", "options": {"order": ["mlp.0"]}, "compensate": "refit"}
     pruned = blockpruner.prune(tiny_model(), tiny_tokenizer(), TEXTS, budget="1blocks", **settings)
     rows = compensation_rows(TEXTS, tiny_tokenizer(), Compensate(), (), 128).rows
     perplexity = pruned.compensation["perplexity"]

@@ -37,17 +37,17 @@ def compensate(model, plan, *given):
     return compensation.compensate(model, {"plan": plan}, *given, methods.STRENGTHS, compensation.SHARES)["plan"]
 
 
-def fitted_(streams, mask, method="refit"):
+def fitted_(streams, mask):
     """What was done stop by stop; the streams' model is given its new weights."""
     with torch.no_grad():
-        done = list(methods.COMPENSATIONS[method].fit(streams, {"": parse_mask(mask)}, methods.STRENGTHS))
+        done = list(methods.refit(streams, {"": parse_mask(mask)}, methods.STRENGTHS))
         for weight, value in done[-1][0].weights.items():
             weight.copy_(value)
     return [mended for _, mended in done if mended]
 
 
-def changed(model, mask, method):
-    return fitted_(Streams(model, ROWS.rows, 30), mask, method)
+def changed(model, mask):
+    return fitted_(Streams(model, ROWS.rows, 30), mask)
 
 
 def stops_of(model, mask):
@@ -126,29 +126,21 @@ FITS = {
 """Without mha.1 and mlp.2: each writer from before the first hole on, and the norm that next reads the stream."""
 
 
-@pytest.mark.parametrize("method", ["refit", "map"])
-def test_fits_are_least_squares_of_writers_on_plain_forward_passes(monkeypatch, method):
-    """A refit of all writers from the first hole on, and a map of the two before holes."""
+def test_fits_are_least_squares_of_writers_on_plain_forward_passes(monkeypatch):
     monkeypatch.setattr(methods, "STRENGTHS", (0.3,))
     model, tokens = tiny_model("llama").requires_grad_(False), ids()[:30]
-    before_holes = ("model.layers.0.mlp.down_proj", "model.layers.2.self_attn.o_proj")
-    fits = {writer: place for writer, place in FITS.items() if method == "refit" or writer in before_holes}
-    dense = {place: seen_by(model, place, tokens) for place in fits.values()}
+    dense = {place: seen_by(model, place, tokens) for place in FITS.values()}
     wanted = tiny_model("llama").requires_grad_(False)
-    for name, place in fits.items():
+    for name, place in FITS.items():
         writer, target = wanted.get_submodule(name), dense[place]
         with masked(wanted, parse_mask("mha.1,mlp.2")):
             reads, stream = seen_by(wanted, name, tokens), seen_by(wanted, place, tokens)
         weight = 1 / target.norm(dim=-1, keepdim=True)
-        x = reads if method == "refit" else reads @ writer.weight.T
-        change = ridge(*((part * weight).flatten(0, 1).numpy() for part in (x, target - stream)), 0.3)
-        step = torch.tensor(change.T) if method == "refit" else torch.tensor(change.T) @ writer.weight
-        writer.weight.add_(step)
-    stops = changed(model, "mha.1,mlp.2", method)
+        change = ridge(*((part * weight).flatten(0, 1).numpy() for part in (reads, target - stream)), 0.3)
+        writer.weight.add_(torch.tensor(change.T))
+    stops = changed(model, "mha.1,mlp.2")
     done = [("mha.1", "mlp.0"), ("", "mlp.1"), ("mlp.2", "mha.2"), ("", "mha.3"), ("", "mlp.3")]
-    assert [("+".join(stop["hole"]), "+".join(stop["writers"])) for stop in stops] == [
-        (hole, writer) for hole, writer in done if method == "refit" or hole
-    ]
+    assert [("+".join(stop["hole"]), "+".join(stop["writers"])) for stop in stops] == done
     assert all(stop["error"] < 1 for stop in stops)
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(weight, wanted.state_dict()[name], atol=1e-9, rtol=0)
@@ -196,7 +188,7 @@ def test_fits_before_norms_are_least_squares_by_gains_on_plain_forward_passes(mo
         cross, squares = ((unit * weight * part).sum(0) for part in (missing, unit * weight))
         writer.weight.add_(torch.tensor(step.T))
         norm.weight.add_(torch.tensor(cross / (squares + 0.3 * squares.mean())))
-    stops = changed(model, "mlp.2", "refit")
+    stops = changed(model, "mlp.2")
     assert [stop["writers"] for stop in stops] == [["mha.2"], ["mha.3"], ["mlp.3"]]
     assert all(stop["error"] < 1 for stop in stops)
     for name, weight in model.state_dict().items():
@@ -269,17 +261,16 @@ def rewire(model, layer, give):
     block.mlp.forward = lambda states: give(given[len(states)])
 
 
-@pytest.mark.parametrize("method", ["refit", "map"])
-def test_a_removed_linear_map_of_the_writer_before_is_recovered(monkeypatch, method):
+def test_a_removed_linear_map_of_the_writer_before_is_recovered(monkeypatch):
     monkeypatch.setattr(methods, "STRENGTHS", (1e-12,))
     model = tiny_model("llama").requires_grad_(False)
     matrix = torch.randn(32, 32, dtype=torch.float64, generator=GENERATOR) / 6
     rewire(model, 1, lambda given: given @ matrix)
     before = model(ids()).logits
-    hole, *behind = changed(model, "mlp.1", method)
+    hole, *behind = changed(model, "mlp.1")
     with masked(model, parse_mask("mlp.1")) as pruned:
         torch.testing.assert_close(pruned(ids()).logits, before, atol=1e-5, rtol=0)
-    assert hole["error"] < 1e-9 and len(behind) == (4 if method == "refit" else 0)
+    assert hole["error"] < 1e-9 and len(behind) == 4
 
 
 @pytest.mark.parametrize("variant", GRID)
@@ -296,7 +287,7 @@ def test_refit_comes_nearer_to_the_dense_states_in_every_family(variant):
     before, streams = distance(), Streams(model, ROWS.rows, 30)
     behind = dropwhile(lambda stop: not stop.hole, stops_of(model, "mlp.1,mha.2"))
     able = [str(block) for stop in behind for block in stop.kept if streams.writer(block) is not None]
-    stops = changed(model, "mlp.1,mha.2", "refit")
+    stops = changed(model, "mlp.1,mha.2")
     assert [block for stop in stops for block in stop["writers"]] == able and len(able) >= 2
     assert [block for stop in stops for block in stop["hole"]] == ["mlp.1", "mha.2"]
     assert distance() < before
@@ -369,7 +360,7 @@ def test_blocks_of_a_common_beginning_are_run_once(monkeypatch):
     with torch.no_grad():
         streams = Streams(model, ROWS.rows, 30)
         masks = {mask: parse_mask(mask) for mask in ("mlp.2,mha.3", "mlp.2", "mlp.3")}
-        list(methods.COMPENSATIONS["refit"].fit(streams, masks, (1.0,)))
+        list(methods.refit(streams, masks, (1.0,)))
     runs = {name: ran.count(name) // len(streams.dense) for name in dict.fromkeys(ran)}
     assert runs == dict.fromkeys(runs, 1) | {"mha.2": 3, "mha.3": 3, "mlp.3": 3}
 
@@ -389,7 +380,7 @@ def test_bad_requests_name_the_fix():
         ({}, 0, "refit", "raise compensate.num_rows"),
         ({}, 40, "refit", "40 rows, 40 held out"),
         ({"kind": "laco"}, 10, "refit", "not for laco; set none"),
-        ({}, 10, "glue", "valid: map, refit"),
+        ({}, 10, "glue", "valid: refit"),
     ):
         with pytest.raises(InputError, match=words):
             compensate(model, replace(plan, **changes), ROWS, rows, method, SilentObserver())

@@ -28,7 +28,7 @@ from blockpruner.search.iteration import removals
 from blockpruner.search.registry import SEARCHES, request
 from blockpruner.search.trace import read_trace, trace_directory
 from tests.builders import FakeScorer, removed_in, scored, searched, short_rows, small_config
-from tests.oracles import divergence, influence, model_of, recorded, row, states_of
+from tests.oracles import divergence, influence, model_of, recorded, row
 from tests.shapes import SHAPES
 from tests.tiny import full_nll, tiny_model
 from tests.unit.test_blocks_budgets import OFFICIAL_ORDER
@@ -154,23 +154,6 @@ def test_greedy_by_influence_measures_what_is_left_anew(variant, metric, unit):
         moved |= {unit for unit in brute if abs(brute[unit] - dense[unit]) > 1e-3}
     assert len(moved) > 1  # scores of the dense model would not have passed
     assert found.perplexities == perplexities_of(model, bases)
-
-
-@pytest.mark.parametrize("metric", ["angular_distance", "perplexity"])
-def test_adjacent_layers(metric):
-    """By angular distance arXiv 2403.17887: of all runs of n layers the one whose ends differ least."""
-    model = lopsided("llama")
-    for n in (1, 2):
-        runs = [DENSE.union(*units_of("layer")[i : i + n]) for i in range(LAYERS - n + 1)]
-        if metric == "perplexity":
-            wanted = {run: nll(model, run) for run in runs}
-        else:
-            seen = [states_of(model, DENSE, tokens) for tokens in ROWS.rows]
-            wanted = {run: np.mean([influence(metric, s[i], s[i + n]) for s in seen]) for i, run in enumerate(runs)}
-        found = searched(model, ROWS, [f"{n}layers"], method="contiguous", unit="layer", metric=metric)
-        (step,) = found.of(f"{n}layers")
-        assert {score.mask: score.loss for score in step.scores if score.mask} == pytest.approx(wanted, rel=1e-9)
-        assert step.removed == min(runs, key=wanted.__getitem__)
 
 
 def test_perplexity_is_over_the_scored_tokens():
@@ -310,7 +293,6 @@ def test_switching_method_or_metric_and_back_computes_no_trial_again(tmp_path):
     [
         *({"metric": metric} for metric in ("perplexity", "kl", "block_influence")),
         *({"method": method} for method in ("one_shot", "random", "swap")),
-        {"method": "contiguous", "unit": "layer", "metric": "angular_distance"},
     ],
     ids=lambda score: " ".join(map(str, score.values())),
 )

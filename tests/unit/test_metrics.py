@@ -192,7 +192,7 @@ def test_adjacent_layers_are_a_unit(variant):
     model, base = model_of(variant, 4), parse_mask("mha.1,mlp.2")
     layers = removable_units(4, "layer", "all")
     runs = [(first, last) for first in range(4) for last in range(first, 4)]
-    for name in ("angular_distance", "block_influence"):
+    for name in ("relative_magnitude", "block_influence"):
         for removed in (DENSE, base):
             asked = [removed | DENSE.union(*layers[first : last + 1]) for first, last in runs]
             found = values_of(Engine(model, 24), ROWS, name, asked, removed)

@@ -726,7 +726,6 @@ def test_runs_that_cannot_be_compared_are_kept_apart(several: Path) -> None:
         ("random", {}, "blocks"),
         ("given", {"options": {"order": ("mha.1,mlp.1", "mha.2,mlp.2", "mha.0,mlp.0")}}, "whole layers"),
         ("floating", {"candidates": "mha"}, "MHA blocks"),
-        ("contiguous", {"unit": "layer", "metric": "angular_distance"}, "whole layers"),
         ("swap", {"options": {"tries": 4}}, "blocks"),
     ],
 )

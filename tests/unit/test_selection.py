@@ -134,8 +134,8 @@ def test_added_run_and_target_keep_comments(project):
 def test_healed_targets_are_added_beside_the_plain_ones(project):
     run = Path("runs/smollm2.yaml")
     run.write_text(f"{run.read_text()}\ntrain: {{data: {{source: path, path: texts.parquet}}}}\n")
-    options = [{}, {"compensate": "map"}, {"train": True}, {"compensate": "none", "train": True}]
-    names = ["", "-map", "-train", "-none-train"]
+    options = [{}, {"compensate": "refit"}, {"train": True}, {"compensate": "none", "train": True}]
+    names = ["", "-refit", "-train", "-none-train"]
     for option, name in zip(options, names, strict=True):
         chosen = choose(Selection(budgets=("0.1",), **option))
         assert chosen.additions == (f"target smollm2-b10{name}",)
