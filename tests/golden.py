@@ -353,7 +353,7 @@ def compensated(world: World) -> Any:
     world.built("compensated", ["1blocks"], compensate, score=given, compensate=settings)
     folder = Path("data/compensated/compensated-t0")
     facts = read_json(folder / "compensate.json")
-    del facts["search"], facts["proposal"]
+    del facts["search"]
     return {"report": facts, "norms": norms_of(folder / "weights.safetensors")}
 
 

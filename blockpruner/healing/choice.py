@@ -22,7 +22,7 @@ from blockpruner.core.progress import Observer
 from blockpruner.core.settings import Texts
 from blockpruner.evaluation.kinds import perplexities, uneven
 from blockpruner.evaluation.perplexity import measure_perplexity
-from blockpruner.healing.compensate import compensate
+from blockpruner.healing.compensate import compensate, ranked
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.apply import Pruning, pruned_copy
 from blockpruner.methods.healed import COMPENSATE_FACTS, Healed, save_healed, set_weights_
@@ -35,9 +35,7 @@ FINALISTS = 3
 """How many proposals are compensated on all rows."""
 
 ROUGH = 8
-"""The first fit has one of so many rows, and one strength."""
-
-ROUGH_STRENGTH = 0.3
+"""The first fit has one of so many rows."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +92,7 @@ def choose(
         if len(plans) > FINALISTS:
             few = max(1, (len(fit.rows) - held_out) // ROUGH)
             rows = CalibrationSet((*fit.rows[:few], *fit.rows[len(fit.rows) - held_out :]))
-            found = compensate(dense(), plans, rows, held_out, method, observer, (ROUGH_STRENGTH,), (1.0,))
-            facts["rough"] = {name: told["perplexity"]["after"] for name, (_, told) in found.items()}
+            facts["rough"] = ranked(dense(), plans, rows, held_out, method, observer)
             plans = {name: plans[name] for name in sorted(plans, key=facts["rough"].__getitem__)[:FINALISTS]}
         found = compensate(dense(), plans, fit, held_out, method, observer)
         tried = [Healing(name, plans[name], weights, {**told, **facts}) for name, (weights, told) in found.items()]
@@ -129,7 +126,8 @@ def keep(folder: Path, found: Healing, pruning: Pruning, data: Texts) -> None:
 
     def build(directory: Path) -> None:
         save_plan(found.plan, directory / PLAN)
-        write_sealed_json(directory / COMPENSATE_FACTS, {"proposal": found.name, "search": found.search, **found.facts})
+        named = {"search": found.search} | ({} if found.name == found.search else {"proposal": found.name})
+        write_sealed_json(directory / COMPENSATE_FACTS, {**named, **found.facts})
         if (told := found.healed(data)) is not None:
             save_healed(directory, found.weights, pruning.identity, told.words, data, perplexity=told.perplexity)
 

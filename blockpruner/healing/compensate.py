@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
 from blockpruner.healing.refit import COMPENSATIONS, STRENGTHS, Mended
-from blockpruner.healing.streams import Streams
+from blockpruner.healing.streams import Stream, Streams
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import prune_, shared_copy
 from blockpruner.scoring.metrics import perplexity
@@ -23,6 +23,13 @@ from blockpruner.scoring.work import Task
 
 SHARES = (1.0, 0.75, 0.5)
 """How much of a change is tried; the best one on the held-out rows is kept, or none."""
+
+ROUGH = 0.3
+"""The strength of fits that only rank plans."""
+
+Fits = dict[str, tuple[dict[str, Tensor], dict[str, Any]]]
+"""By the plans' names: the changed weights by their names in the pruned model, none where nothing helped; and facts as
+JSON: method, tokens, held-out perplexities, and what was done at each stop."""
 
 
 @torch.no_grad()
@@ -33,9 +40,7 @@ def compensate(
     held_out: int,
     method: str,
     observer: Observer,
-    strengths: Sequence[float] = STRENGTHS,
-    shares: Sequence[float] = SHARES,
-) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:
+) -> Fits:
     """Find new weights for the pruned models of some plans. What they have in common is computed once.
 
     Args:
@@ -44,29 +49,14 @@ def compensate(
         plans: by a name each.
         rows: of any lengths; all real tokens are fitted to.
         held_out: how many of the rows, the last ones, choose strengths and decide whether a change helps.
-        strengths, shares: pulls to the old weights, and shares of a whole change, to choose from.
-
-    Returns:
-        For each plan the changed weights by their names in the pruned model, none where nothing helped; and facts as
-        JSON: method, tokens, held-out perplexities, and what was done at each stop.
 
     Raises:
         InputError: an unknown method; a plan that changes weights; or no row to fit to or to hold out.
     """
-    row, count = COMPENSATIONS[method], len(rows.rows)
-    for plan in plans.values():
-        if plan.kind != "mask":
-            raise InputError(
-                f"compensate.method {method} is for plans that remove blocks, not for {plan.kind}; set none"
-            )
-    if not 0 < held_out < count:
-        raise InputError(
-            f"compensate needs rows to fit to and rows to hold out: {count} rows, {held_out} held out; raise "
-            "compensate.num_rows, or set compensate.validation between 0 and 1"
-        )
+    count, masks = len(rows.rows), {name: plan.mask for name, plan in plans.items()}
+    _require(plans, count, held_out, method)
     observer.begin(f"compensate by {method}")
-    streams = Streams(dense, rows.rows, count - held_out)
-    held, masks = range(count - held_out, count), {name: plan.mask for name, plan in plans.items()}
+    streams, held = Streams(dense, rows.rows, count - held_out), range(count - held_out, count)
 
     def measured(*masks: Mask) -> dict[Mask, float]:
         losses: dict[Mask, list[float]] = {mask: [] for mask in masks}
@@ -74,12 +64,10 @@ def compensate(
             losses[scored.mask] += scored.loss
         return {mask: perplexity(math.fsum(each) / len(each)) for mask, each in losses.items()}
 
-    def kept(name: str, changed: Mapping[Tensor, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def kept(name: str, mask: Mask, changed: Mapping[Tensor, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The share of a change that is best on the rows that are held out, and what it does there."""
-        best, mask = 0.0, masks[name]
-        before = plain[mask]
-        found = {"dense": plain[DENSE], "before": before, "after": before}
-        for share in shares if changed else ():
+        best, found = 0.0, {"dense": plain[DENSE], "before": plain[mask], "after": plain[mask]}
+        for share in SHARES if changed else ():
             _set_(streams, changed, share)
             after = measured(mask)[mask]
             if after < found["after"]:
@@ -90,30 +78,74 @@ def compensate(
         weights = {own[id(weight)]: weight.clone().cpu() for weight in changed} if best else {}
         streams.put_aside_()
         left = "" if best else ": no help, left as it was"
-        observer.note(f"{name}: held-out perplexity {before:.2f} -> {found['after']:.2f}{left}")
-        facts = {"method": method, "tokens": tokens, "share": best, "perplexity": found, "stops": stops[name]}
-        return weights, facts
+        observer.note(f"{name}: held-out perplexity {found['before']:.2f} -> {found['after']:.2f}{left}")
+        return weights, {"method": method, "tokens": tokens, "share": best, "perplexity": found, "stops": stops[name]}
 
     tokens, plain = sum(map(len, rows.rows[: count - held_out])), measured(*{DENSE, *masks.values()})
     stops: dict[str, list[Mended]] = {name: [] for name in plans}
     changes: dict[str, Mapping[Tensor, Tensor]] = {}
-    names = [str(block) for block in streams.blocks]
     try:
-        for branch, mended in row.fit(streams, masks, strengths):
-            changes |= dict.fromkeys(branch.masks, branch.weights)
-            if not mended:
-                continue
-            for name in branch.masks:
-                stops[name].append(mended)
+        for stream, mended in _fitted(streams, masks, method, STRENGTHS, observer):
+            for name in stream.masks:
+                changes[name] = stream.weights
+                stops[name] += [mended] if mended else []
+        found = {name: kept(name, mask, changes[name]) for name, mask in masks.items()}
+    finally:
+        streams.put_aside_()
+    observer.end(f"{COMPENSATIONS[method].title}, dense {plain[DENSE]:.2f}")
+    return found
+
+
+@torch.no_grad()
+def ranked(
+    dense: PreTrainedModel,
+    plans: Mapping[str, Plan],
+    rows: CalibrationSet,
+    held_out: int,
+    method: str,
+    observer: Observer,
+) -> dict[str, float]:
+    """The perplexity that the model of each plan has on the held-out rows, fitted to the others with strength ROUGH.
+
+    It is that of the streams' ends, so no weight is kept. Arguments and errors are those of `compensate`.
+    """
+    _require(plans, len(rows.rows), held_out, method)
+    observer.begin(f"compare {len(plans)} masks, compensated by {method}")
+    streams, ends = Streams(dense, rows.rows, len(rows.rows) - held_out), dict[str, Sequence[Tensor]]()
+    masks = {name: plan.mask for name, plan in plans.items()}
+    try:
+        for stream, _ in _fitted(streams, masks, method, (ROUGH,), observer):
+            stream.weights = {}
+            ends |= dict.fromkeys(stream.masks, stream.states)
+        found = {name: streams.perplexity(states) for name, states in ends.items()}
+    finally:
+        streams.put_aside_()
+    observer.end(", ".join(f"{name} {found[name]:.2f}" for name in sorted(found, key=found.__getitem__)))
+    return found
+
+
+def _require(plans: Mapping[str, Plan], count: int, held_out: int, method: str) -> None:
+    for kind in (plan.kind for plan in plans.values() if plan.kind != "mask"):
+        raise InputError(f"compensate.method {method} is for plans that remove blocks, not for {kind}; set none")
+    if not 0 < held_out < count:
+        raise InputError(
+            f"compensate needs rows to fit to and rows to hold out: {count} rows, {held_out} held out; raise "
+            "compensate.num_rows, or set compensate.validation between 0 and 1"
+        )
+
+
+def _fitted(
+    streams: Streams, masks: Mapping[str, Mask], method: str, strengths: Sequence[float], observer: Observer
+) -> Iterator[tuple[Stream, Mended]]:
+    """The streams as `Compensation.fit` yields them, with progress."""
+    names = [str(block) for block in streams.blocks]
+    for stream, mended in COMPENSATIONS[method].fit(streams, masks, strengths):
+        yield stream, mended
+        if mended:
             changed, gone = mended["writers"], mended["hole"]
             done = 1 + max(map(names.index, [*changed, *gone]))
             hole = f" before hole {'+'.join(gone)}" if gone else ""
             observer.advance(done, len(names), f"{'+'.join(changed) or 'writers'}{hole}")
-        found = {name: kept(name, changes[name]) for name in plans}
-    finally:
-        streams.put_aside_()
-    observer.end(f"{row.title}, dense {plain[DENSE]:.2f}")
-    return found
 
 
 def _set_(streams: Streams, new: Mapping[Tensor, Tensor], share: float) -> None:

@@ -30,7 +30,7 @@ from blockpruner.core.blocks import BlockId, Mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.registry import Registry
 from blockpruner.healing.ridge import Moments, best_change
-from blockpruner.healing.streams import Branch, Streams
+from blockpruner.healing.streams import Stream, Streams
 
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Pulls to the old weights. Each fit takes the one that does best on the held-out rows."""
@@ -49,16 +49,16 @@ class Compensation:
     name: str
     """As in `compensate.method` of a run file."""
     title: str
-    fit: Callable[[Streams, Mapping[str, Mask], Sequence[float]], Iterator[tuple[Branch, Mended]]]
+    fit: Callable[[Streams, Mapping[str, Mask], Sequence[float]], Iterator[tuple[Stream, Mended]]]
     """Finds new weights for the models of some masks; gets the strengths to choose from. It moves the streams on, and
-    yields each branch behind each of its stops, with what was done there, if anything was."""
+    yields each stream behind each of its stops, with what was done there, if anything was."""
 
 
 def _with_one(writer: nn.Linear, x: Tensor) -> Tensor:
     return x if writer.bias is None else torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
 
 
-def refit(streams: Streams, masks: Mapping[str, Mask], strengths: Sequence[float]) -> Iterator[tuple[Branch, Mended]]:
+def refit(streams: Streams, masks: Mapping[str, Mask], strengths: Sequence[float]) -> Iterator[tuple[Stream, Mended]]:
     """Refit the writers of some models; as `Compensation.fit`."""
     if all(streams.writer(block) is None for block in streams.blocks):
         raise InputError(
@@ -66,31 +66,31 @@ def refit(streams: Streams, masks: Mapping[str, Mask], strengths: Sequence[float
             rule="no-writer",
             key="compensate.method",
         )
-    for branch in streams.walk(masks):
-        stop, mended = branch.stop, dict[str, Any]()
-        branch.is_behind = branch.is_behind or bool(stop.hole)
+    for stream in streams.walk(masks):
+        stop, mended = stream.stop, dict[str, Any]()
+        stream.is_behind = stream.is_behind or bool(stop.hole)
         writers = {block: streams.writer(block) for block in stop.kept}
         able = {block: writer for block, writer in writers.items() if writer is not None}
-        if able and branch.is_behind:
+        if able and stream.is_behind:
             mended = {"hole": stop.missing, "writers": [str(block) for block in able]}
-            mended |= _fit_stop_(streams, branch, able, strengths)
-            branch.weights = {**branch.weights, **streams.put_aside_()}
-        elif branch.is_behind:
-            branch.states = [streams.behind(stop.kept, state, number) for number, state in enumerate(branch.states)]
+            mended |= _fit_stop_(streams, stream, able, strengths)
+            stream.weights = {**stream.weights, **streams.put_aside_()}
+        elif stream.is_behind:
+            stream.states = [streams.behind(stop.kept, state, number) for number, state in enumerate(stream.states)]
             if stop.hole:
                 mended = {"hole": stop.missing, "writers": [], "error": 1.0}
         else:
-            branch.states = streams.dense
-        yield branch, mended
+            stream.states = streams.dense
+        yield stream, mended
 
 
 def _fit_stop_(
-    streams: Streams, branch: Branch, writers: Mapping[BlockId, nn.Linear], strengths: Sequence[float]
+    streams: Streams, stream: Stream, writers: Mapping[BlockId, nn.Linear], strengths: Sequence[float]
 ) -> Mended:
     """Fit the writers of a stop; two at once where both blocks of a layer read the same state."""
-    place = _Place(streams, branch, writers, strengths)
-    for block in branch.stop.kept:
-        pairs = [streams.written(block, branch.states[number], number) for number in place.batches]
+    place = _Place(streams, stream, writers, strengths)
+    for block in stream.stop.kept:
+        pairs = [streams.written(block, stream.states[number], number) for number in place.batches]
         place.reads[block], place.gives[block] = [x for x, _ in pairs], [y for _, y in pairs]
     if (norm := streams.norm_behind(next(iter(writers)))) is not None:
         facts = _fit_before_norm_(place, norm.get_parameter("weight"))
@@ -99,7 +99,7 @@ def _fit_stop_(
         if error < 1:
             place.change_(change)
         facts = {"strength": strength, "error": error}
-    branch.states = [place.moved(number) for number in place.batches]
+    stream.states = [place.moved(number) for number in place.batches]
     return facts
 
 
@@ -108,7 +108,7 @@ class _Place:
     """The kept blocks of a stop: what they read and give, and what is missing behind them."""
 
     streams: Streams
-    branch: Branch
+    stream: Stream
     writers: Mapping[BlockId, nn.Linear]
     strengths: Sequence[float]
     reads: dict[BlockId, list[Tensor]] = field(default_factory=dict)
@@ -124,7 +124,7 @@ class _Place:
     def moved(self, number: int) -> Tensor:
         """The pruned stream behind the blocks."""
         added = (self.streams.added(block, gives[number]) for block, gives in self.gives.items())
-        return self.branch.states[number] + sum(added)
+        return self.stream.states[number] + sum(added)
 
     def relative(self, number: int, states: Tensor) -> Tensor:
         """States of a batch by the size of the dense stream, at real tokens, [N, k]."""

@@ -2,13 +2,14 @@
 
 Decides where they are compared, and what a kept block reads and writes there. All run on one copy of the model: the
 dense stream passes a block before the block's weights change, and the new weights are then put aside. Pruned models
-are one branch, with one stream, up to the first difference of their masks. So the dense model is used layer by layer,
+are one stream, with one stream, up to the first difference of their masks. So the dense model is used layer by layer,
 once, for any number of pruned ones, and the rows' states lie in the host's memory (a number of float32 for each token,
 column and stream).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 
 from blockpruner.core.blocks import BlockId, Mask
 from blockpruner.scoring.engine import Engine
+from blockpruner.scoring.metrics import NLL, perplexity
 from blockpruner.scoring.walk import Step
 from blockpruner.scoring.work import Rows
 
@@ -42,7 +44,7 @@ class Stop:
 
 
 @dataclass
-class Branch:
+class Stream:
     """Pruned models whose masks agree so far."""
 
     masks: Mapping[str, Mask]
@@ -56,8 +58,8 @@ class Branch:
     weights: Mapping[Tensor, Tensor] = field(default_factory=dict)
     """The new values of the weights that were changed, on the host."""
 
-    def parted(self, by: Callable[[Mask], Key]) -> list[tuple[Key, Branch]]:
-        """The branch as one or several, each with the masks of which `by` says the same."""
+    def parted(self, by: Callable[[Mask], Key]) -> list[tuple[Key, Stream]]:
+        """The stream as one or several, each with the masks of which `by` says the same."""
         found: dict[Key, dict[str, Mask]] = {}
         for name, mask in self.masks.items():
             found.setdefault(by(mask), {})[name] = mask
@@ -79,31 +81,40 @@ class Streams(Engine):
         """All blocks, as the stream passes them."""
         spans = [span for part in parts if part for span in self.row_batches(rows, part)]
         self.is_fitted = [span[-1] < fitted for span in spans]
-        batches = [self._batch([rows[i] for i in span]) for span in spans]
-        self.real = [batch.is_real.cpu() for batch in batches]
-        prepared = [self._prepare(batch.input_ids) for batch in batches]
+        self._batches = [self._batch([rows[i] for i in span]) for span in spans]
+        self.real = [batch.is_real.cpu() for batch in self._batches]
+        prepared = [self._prepare(batch.input_ids) for batch in self._batches]
         self._kwargs = [kwargs for _, kwargs in prepared]
         self.dense = [states.to(torch.promote_types(states.dtype, torch.float32)).cpu() for states, _ in prepared]
         self.old: dict[Tensor, Tensor] = {}
         """The former values of the weights that are changed at present."""
 
-    def walk(self, masks: Mapping[str, Mask]) -> Iterator[Branch]:
-        """The branches of pruned models, each at all its stops in order. There the dense stream is behind kept blocks
-        and hole, and the branch's before the kept blocks; the caller moves it on."""
-        branches = [Branch(masks, self.dense)]
+    def walk(self, masks: Mapping[str, Mask]) -> Iterator[Stream]:
+        """The streams of pruned models, each at all its stops in order. There the dense stream is behind kept blocks
+        and hole, and the pruned one before the kept blocks; the caller moves it on."""
+        streams = [Stream(masks, self.dense)]
         for step in self._steps:
-            arrived = [part for branch in branches for part in branch.parted(partial(_keeps, step))]
-            branches = []
-            for is_next, branch in arrived:
+            arrived = [part for stream in streams for part in stream.parted(partial(_keeps, step))]
+            streams = []
+            for is_next, stream in arrived:
                 if is_next:
-                    yield branch
-                for kept, part in branch.parted(partial(_kept, step)):
+                    yield stream
+                for kept, part in stream.parted(partial(_kept, step)):
                     gone = tuple(block for block in step if block not in kept)
                     last = Stop(kept, ()) if kept else part.stop
                     part.stop = Stop(last.kept, (*last.hole, gone) if gone else last.hole)
-                    branches.append(part)
+                    streams.append(part)
             self.dense = [self.behind(step, state, number) for number, state in enumerate(self.dense)]
-        yield from branches
+        yield from streams
+
+    def perplexity(self, states: Sequence[Tensor]) -> float:
+        """What the end of a stream gives on the rows that are held out."""
+        means: list[float] = []
+        for batch, state, is_fitted in zip(self._batches, states, self.is_fitted, strict=True):
+            if not is_fitted:
+                sums = self._losses(self._final_states(self._read(state), batch), None, batch, NLL)
+                means += (sums.cpu() / batch.counts).tolist()
+        return perplexity(math.fsum(means) / len(means))
 
     def put_aside_(self) -> dict[Tensor, Tensor]:
         """Give the weights their former values back; returns the new ones, on the host."""

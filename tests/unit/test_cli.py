@@ -291,8 +291,8 @@ def test_training_begins_at_the_compensated_weights(model, place, say, monkeypat
 
     def another(model, *given):
         """Other weights than the pruned model's, whether or not they help this one."""
-        _, facts = fit(model, *given)
-        return {"model.norm.weight": 3 * model.model.norm.weight.detach()}, facts
+        other = {"model.norm.weight": 3 * model.model.norm.weight.detach()}
+        return {name: (other, facts) for name, (_, facts) in fit(model, *given).items()}
 
     before = []
     for wanted in (fit, another):
@@ -312,7 +312,8 @@ def test_healed_weights_that_are_gone_are_made_again(model, place, say, monkeypa
     fit = choice.compensate
 
     def helping(model, *given):
-        return {"model.norm.weight": 3 * model.model.norm.weight.detach()}, fit(model, *given)[1] | {"share": 1.0}
+        other = {"model.norm.weight": 3 * model.model.norm.weight.detach()}
+        return {name: (other, facts | {"share": 1.0}) for name, (_, facts) in fit(model, *given).items()}
 
     monkeypatch.setattr(choice, "compensate", helping)
     done(say(*args))
@@ -355,7 +356,7 @@ def test_a_dry_run_counts_from_the_shape_and_leaves_nothing(model, place, say):
     assert found["weights_bytes"] == found["disk_bytes"] == sum(tensor.nbytes for tensor in weights)
     assert found["parameters_to_remove"] == round(0.3 * found["parameters"])
     both = done(say(*prune(model, "--dry-run", "--json", "--dtype", "bfloat16", method="recommended")))
-    assert both["first_step_masks"] == {"floating": 8, "greedy-layers": 4}, "a recipe of two searches"
+    assert both["first_step_masks"] == {"floating": 8, "greedy-layers": 4, "greedy-shifted": 3}
     assert 2 * both["weights_bytes"] == both["disk_bytes"]
 
 

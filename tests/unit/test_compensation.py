@@ -34,7 +34,12 @@ def mask_plan(model, mask):
 
 def compensate(model, plan, *given):
     """Compensate one plan."""
-    return compensation.compensate(model, {"plan": plan}, *given, methods.STRENGTHS, compensation.SHARES)["plan"]
+    return compensation.compensate(model, {"plan": plan}, *given)["plan"]
+
+
+def fit_with(monkeypatch, strength):
+    for module in (methods, compensation):
+        monkeypatch.setattr(module, "STRENGTHS", (strength,))
 
 
 def fitted_(streams, mask):
@@ -127,7 +132,7 @@ FITS = {
 
 
 def test_fits_are_least_squares_of_writers_on_plain_forward_passes(monkeypatch):
-    monkeypatch.setattr(methods, "STRENGTHS", (0.3,))
+    fit_with(monkeypatch, 0.3)
     model, tokens = tiny_model("llama").requires_grad_(False), ids()[:30]
     dense = {place: seen_by(model, place, tokens) for place in FITS.values()}
     wanted = tiny_model("llama").requires_grad_(False)
@@ -168,8 +173,8 @@ NORMED = {
 
 def test_fits_before_norms_are_least_squares_by_gains_on_plain_forward_passes(monkeypatch):
     """With half of each writer's change, and then the gains that are best for it."""
-    for name, value in (("STRENGTHS", (0.3,)), ("SHARES", (0.5,))):
-        monkeypatch.setattr(methods, name, value)
+    fit_with(monkeypatch, 0.3)
+    monkeypatch.setattr(methods, "SHARES", (0.5,))
     model, wanted = (spread_gains_(tiny_model("gemma3_text")) for _ in range(2))
     wanted.load_state_dict(model.state_dict())
     dense = {place: seen_by(model, f"model.{place}", ids()[:30]) for _, place in NORMED.values()}
@@ -233,7 +238,7 @@ def test_the_real_held_out_error_rises_at_no_stop_in_any_family(variant):
 
 def test_a_removed_multiple_of_each_column_is_recovered_by_the_gains(monkeypatch):
     """The writer cannot: a norm keeps the size of what it gives. The pruned model has the gains by their name."""
-    monkeypatch.setattr(methods, "STRENGTHS", (1e-12,))
+    fit_with(monkeypatch, 1e-12)
     monkeypatch.setattr("blockpruner.healing.compensate.SHARES", (1.0,))
     model, given = spread_gains_(tiny_model("gemma3_text")), {}
     layer, factor = decoder_layers(model)[1], torch.rand(32, dtype=torch.float64, generator=GENERATOR) * 3
@@ -262,7 +267,7 @@ def rewire(model, layer, give):
 
 
 def test_a_removed_linear_map_of_the_writer_before_is_recovered(monkeypatch):
-    monkeypatch.setattr(methods, "STRENGTHS", (1e-12,))
+    fit_with(monkeypatch, 1e-12)
     model = tiny_model("llama").requires_grad_(False)
     matrix = torch.randn(32, 32, dtype=torch.float64, generator=GENERATOR) / 6
     rewire(model, 1, lambda given: given @ matrix)
@@ -345,6 +350,26 @@ def test_models_that_are_fitted_together_get_the_weights_they_get_alone():
             weights, facts = compensate(model, plans[mask], ROWS, 10, "refit", SilentObserver())
             assert facts == together[mask][1] and weights.keys() == together[mask][0].keys()
             assert all(torch.equal(weight, together[mask][0][name]) for name, weight in weights.items())
+
+
+def test_plans_are_ranked_by_what_they_have_once_fitted():
+    """Of the streams' ends, as of the fitted models."""
+    for variant in ("llama", "gpt_neox", "gemma3_text"):
+        model = tiny_model(variant).requires_grad_(False)
+        before = {name: weight.clone() for name, weight in model.state_dict().items()}
+        plans = {mask: mask_plan(model, mask) for mask in ("mlp.1,mha.2", "mlp.1,mha.3", "mlp.3")}
+        found = compensation.ranked(model, plans, ROWS, 10, "refit", SilentObserver())
+        assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+        for name, plan in plans.items():
+            streams = Streams(model, ROWS.rows, 30)
+            with torch.no_grad():
+                *_, (end, _) = methods.refit(streams, {"": plan.mask}, (compensation.ROUGH,))
+                for weight, value in end.weights.items():
+                    streams.change_(weight, value)
+                with masked(model, plan.mask) as pruned:
+                    nll = np.mean([full_nll(pruned, row) for row in ROWS.rows[30:]])
+                streams.put_aside_()
+            assert found[name] == pytest.approx(np.exp(nll), rel=1e-4 if variant == "gemma3_text" else 1e-9)
 
 
 def test_blocks_of_a_common_beginning_are_run_once(monkeypatch):

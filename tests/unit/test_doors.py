@@ -103,7 +103,7 @@ def test_every_door_makes_the_same_model_of_the_same_words(place, monkeypatch):
     assert (place / "by-file/model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
     found = prune_in_memory()
     assert found.plan.removed == same_plan(exported, "tiny").removed
-    assert found.compensation["judged"].keys() == {"floating", "greedy-layers"}
+    assert found.compensation["judged"].keys() == {"floating", "greedy-layers", "greedy-shifted"}
     found.save(str(place / "memory"))
     assert (place / "memory/model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
     more = {"model": {"dtype": "float32"}, "calibration": {"seq_len": 64}}

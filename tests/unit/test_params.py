@@ -211,7 +211,7 @@ def test_a_mistake_is_a_line_with_the_file_the_key_and_the_value(tmp_path):
     with refused("settings") as error:
         load_run("r", tmp_path)
     lines = str(error.value).splitlines()
-    assert lines[0] == f"{tmp_path}/r.yaml: score.unit: Input should be 'block' or 'layer' (given 'head')"
+    assert lines[0] == f"{tmp_path}/r.yaml: score.unit: Input should be 'block', 'layer' or 'shifted' (given 'head')"
     assert lines[2] == f"{tmp_path}/r.yaml: exports: Extra inputs are not permitted (given ['hf'])" and len(lines) == 3
 
 
