@@ -29,5 +29,5 @@ EXPORT_VERSION = 7
 EVAL_VERSION = 4
 """Perplexities, task scores, sample texts and timings. Part of the key of every stored result."""
 
-REPORT_VERSION = 11
+REPORT_VERSION = 12
 """Tables, figures and pages made from results."""

@@ -36,7 +36,7 @@ from blockpruner.reporting.paper.tables import TABLES, bands, front, models_fram
 from blockpruner.reporting.results import RunLabels
 from blockpruner.scoring.settings import Score
 from blockpruner.settings import Run, Target, resolve
-from blockpruner.store.files import write_sealed_json, write_table
+from blockpruner.store.files import read_json, write_sealed_json, write_table
 from blockpruner.store.plans import save_plan
 from blockpruner.studies import Study, load_study, study_names, targets_of
 from tests.builders import speed_facts
@@ -467,12 +467,25 @@ def test_a_target_without_evidence_is_a_row_with_its_reason(tmp_path):
 
 def test_runs_that_differ_by_their_draw_are_summed_up(tmp_path):
     study = study_of(["blockpruner"], ["0.10"], runs=("one", "two", "three"))
-    rows = rows_of(study, evidence(tmp_path, study))
-    frame = models_frame(rows)
-    (found,) = tables_of(rows)["draws"].to_dict("records")
-    own = frame[frame["recipe"] == "blockpruner"]["heldout_ppl"]
-    assert (found["runs"], found["heldout_ppl"]) == (3, pytest.approx(own.mean()))
-    assert found["heldout_sd"] == pytest.approx(np.std(own, ddof=1))
+    folder, effects = evidence(tmp_path, study), list[Any]()
+    for run, extra in (("one", 0.0), ("two", 0.1), ("three", 0.3)):
+        for name, more in ((f"{run}-dense", 0.0), (f"{run}-blockpruner-b10", extra)):
+            facts = read_json(folder / name / "results.json", sealed=True)
+            text = facts["perplexity"]
+            kinds = ["stories", "program text"] * 3
+            losses = [nll + more * (kind == "stories") for nll, kind in zip(text["row_nll"][:6], kinds, strict=True)]
+            text |= {"row_nll": losses, "row_kind": kinds, "rows": 6}
+            write_sealed_json(folder / name / "results.json", facts)
+            effects.append(np.array(losses))
+    rises = [after - before for before, after in zip(effects[::2], effects[1::2], strict=True)]
+    (found,) = tables_of(rows_of(study, folder))["draws"].to_dict("records")
+    for key, part in (("heldout_x", slice(None)), ("stories_x", slice(0, 6, 2)), ("program text_x", slice(1, 6, 2))):
+        means = [rise[part].mean() for rise in rises]
+        low, high = stats.t.interval(0.95, 2, np.mean(means), stats.sem(means))
+        wanted = np.exp([np.mean(means), low, high])
+        assert [found[key], found[f"{key}_low"], found[f"{key}_high"]] == pytest.approx(wanted)
+    worst = [max(rise[0::2].mean(), rise[1::2].mean()) for rise in rises]
+    assert found["runs"] == 3 and found["worst_x"] == pytest.approx(np.exp(np.mean(worst)))
 
 
 @pytest.fixture(scope="module")

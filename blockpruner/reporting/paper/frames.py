@@ -52,7 +52,7 @@ COLUMNS: Mapping[str, Shown] = {
     "mha_share_pct": Shown("MHA among removed blocks, %", 0),
     "samples": Shown("calibration samples", 0),
     "runs": Shown("runs", 0),
-    "heldout_sd": Shown("held-out PPL, sd"),
+    "worst_x": Shown("worst kind of text, × dense"),
     "avg_sd": Shown("accuracy, sd", 1),
     "transformers_x": Shown("transformers"),
     "llama_cpp_f16_x": Shown("llama.cpp, F16"),
@@ -65,7 +65,8 @@ COLUMNS: Mapping[str, Shown] = {
 def table_of_frame(name: str, title: str, frame: pd.DataFrame, note: str = "") -> Table:
     """Make a table for people: a cell has its number, its error and its interval; columns without any value go."""
     keys = [key for key in frame.columns if not key.endswith(EXTRAS) and frame[key].map(_is_known).any()]
-    shown = {key: COLUMNS.get(key, Shown(key.replace("_", " "))) for key in keys}
+    titles = {key: f"{key[:-2]}, × dense" if key.endswith("_x") else key.replace("_", " ") for key in keys}
+    shown = {key: COLUMNS.get(key, Shown(titles[key])) for key in keys}
     columns = tuple(Column(key, shown[key].title) for key in keys)
     rows = tuple(tuple(_cell(row, key, shown[key]) for key in keys) for row in frame.to_dict("records"))
     return Table(name, title, columns, rows, (note,) if note else ())

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pandas as pd
 
 from blockpruner.core.blocks import BlockKind
@@ -56,6 +57,11 @@ def _line(row: Row, dense: Measured | None) -> dict[str, Any]:
         line["wikitext2_ppl"] = model.perplexity
     line["heldout_ppl"] = model.perplexity
     line |= interval("heldout_x", _against_dense(model, dense.result) if plan else None)
+    before, after = dense.result.heldout, model.heldout
+    if plan and (kinds := statistics.losses_by_kind(before.row_nll, after.row_nll, before.row_kind)):
+        for kind, (_, effect) in kinds.items():
+            line |= interval(f"{kind}_x", effect)
+        line["worst_x"] = max(effect.value for _, effect in kinds.values())
     line |= {"avg_pct": 100 * model.average.value, "avg_pct_se": 100 * model.average.stderr}
     if model.confidence:
         line |= {"p_gold_pct": 100 * model.confidence.value, "p_gold_pct_se": 100 * model.confidence.stderr}
@@ -380,17 +386,23 @@ def _items(row: Row) -> tuple[str, ...]:
 
 
 def draws(frame: pd.DataFrame) -> list[Table]:
-    """Sum up models that differ by their run alone, such as its calibration seed: mean and standard deviation."""
+    """Sum up models that differ by their run alone, such as its calibration seed."""
     found = measured(frame)
     if not len(found):
         return []
+    alike, lines = ["model", "method", "budget"], []
     pruned = found[found["recipe"] != DENSE]
-    alike = ["model", "method", "budget", "texts", "samples"]
-    grouped = pruned.groupby(alike, sort=False, dropna=False).agg(
-        runs=("run", "nunique"), removed_pct=("removed_pct", "mean"), heldout_ppl=("heldout_ppl", "mean"),
-        heldout_sd=("heldout_ppl", "std"), avg_pct=("avg_pct", "mean"), avg_sd=("avg_pct", "std"),
-    )  # fmt: skip
-    several = grouped[grouped["runs"] > 1].reset_index()
-    several = several.drop(columns=["texts", "samples"])
-    note = "Means and standard deviations over runs of one model, one search each, on the same items and text."
-    return [table_of_frame("draws", "Over calibration draws", several, note)] if len(several) else []
+    for names, own in pruned.groupby([*alike, "texts", "samples"], sort=False, dropna=False):
+        if own["run"].nunique() < 2:
+            continue
+        line = dict(zip(alike, names, strict=False)) | {"runs": own["run"].nunique()}
+        line |= {
+            "removed_pct": own["removed_pct"].mean(),
+            "avg_pct": own["avg_pct"].mean(),
+            "avg_sd": own["avg_pct"].std(),
+        }
+        for key in (key for key in own if key.endswith("_x") and key != "generation_x" and own[key].notna().all()):
+            line |= interval(key, statistics.perplexity_ratio(np.zeros(len(own)), np.log(own[key])))
+        lines.append(line)
+    note = "Geometric means over runs of one model, one search each, on the same items and text; t intervals over runs."
+    return [table_of_frame("draws", "Over calibration draws", pd.DataFrame(lines), note)] if lines else []
