@@ -115,7 +115,9 @@ def _read(path: Path, text: str | None = None) -> Any:
 def with_sources(values: Any, sources: Mapping[str, Any], where: str = "") -> Any:
     """The values of a run file with the keys of each named source in place of its name; `where` begins messages."""
     if isinstance(values, list):
-        return [with_sources(value, sources, where) for value in values]
+        items = [with_sources(value, sources, where) for value in values]
+        mixes = [each["of"] if isinstance(each, dict) and each.get("source") == "mix" else [each] for each in items]
+        return [each for mix in mixes for each in mix]  # a mix in a list is of another mix
     if not isinstance(values, dict):
         return values
     source, found = values.get("source"), {key: with_sources(value, sources, where) for key, value in values.items()}

@@ -171,7 +171,8 @@ def _set_aside(
             "search of the recipe is made"
         )
     elif lacking := [kind.name for kind in order if kind and kind.name not in kinds]:
-        note(f"too few texts of {', '.join(lacking)} to set some aside that judge between searches")
+        few = ", ".join(lacking)
+        note(f"warning: too few texts of {few} to set some aside: what they lose is not judged; give more")
     return CalibrationSet(tuple(rows), kinds=tuple(kinds)), documents
 
 
@@ -217,7 +218,7 @@ class Proposal:
     """A plan that a search proposes for a budget."""
 
     name: str
-    """The name of the search in its recipe; "<search>.2" and so on are rivals of its own answer."""
+    """The name of the search in its recipe; "<search>.2" and so on for its other masks."""
     plan: Plan
     tables: Sequence[Path] = field(default=(), compare=False)
     """The iteration tables that it used, in order."""
@@ -254,6 +255,7 @@ def commit(
     for name in names:
         plan, tables = commit_run(folder / name, config, budget, target, run)
         others = rivals(folder / name, config, plan) if len(names) > 1 and compensate != "none" else []
+        others = [each for each in others if each.mask not in {one.plan.mask for one in found}]
         for number, each in enumerate((plan, *others), 1):
             own = replace(each, compensate=compensate, train=train, **base)
             found.append(Proposal(name if number == 1 else f"{name}.{number}", own, tables if number == 1 else ()))

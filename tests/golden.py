@@ -77,7 +77,7 @@ ITEMS: dict[str, list[dict[str, Any]]] = {
 """By the name of their file."""
 
 EVALUATE = {
-    "perplexity": {"data": TEXTS, "seq_len": 64, "max_rows": 2},
+    "perplexity": {"data": {"source": "path", "path": "inputs/heldout.txt"}, "seq_len": 64, "max_rows": 2},
     "zero_shot": {"data": {"source": "path", "path": "inputs"}, "tasks": [*KINDS], "limit": 2},
     "speed": TIMED,
 }
@@ -105,6 +105,7 @@ class World:
         (root / "inputs").mkdir()
         (root / "runs").mkdir()
         pq.write_table(pa.table({"text": [sentence(i) for i in range(60)]}), root / "inputs/texts.parquet")
+        (root / "inputs/heldout.txt").write_text("\n\n".join(sentence(i) for i in range(60)))
         for file, items in ITEMS.items():
             pq.write_table(pa.Table.from_pylist(items), root / f"inputs/{file}.parquet")
 

@@ -126,7 +126,7 @@ def prune(
         ),
     ] = None,
     unit: Annotated[
-        str | None, Option(metavar="NAME", help="What a step removes: block or layer.", show_default="block")
+        str | None, Option(metavar="NAME", help="What a step removes: block, layer, shifted.", show_default="block")
     ] = None,
     metric: Annotated[
         str | None,
@@ -140,7 +140,7 @@ def prune(
         str | None,
         Option(
             metavar="NAME",
-            help="Fit the weights that stay: refit, map, none.",
+            help="Fit the weights that stay: refit, none.",
             show_default="refit if recommended",
         ),
     ] = None,

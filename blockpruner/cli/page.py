@@ -15,7 +15,7 @@ from blockpruner.evaluation.kinds import in_words
 from blockpruner.methods.healed import HEALED_FILE
 from blockpruner.methods.registry import KINDS
 from blockpruner.reporting.figures import removed_map
-from blockpruner.reporting.findings import UNEVEN, Finding, Level
+from blockpruner.reporting.findings import UNLIKE, Finding, Level
 from blockpruner.reporting.formats import number, parameters, percent, size, times
 from blockpruner.reporting.pages import Facts, Findings, Page, Section, to_html
 from blockpruner.reporting.report import INTRO, starts
@@ -105,7 +105,7 @@ def _findings(plan: Plan, verified: dict[str, Any], found: dict[str, Any] | None
             f"On rows of {found['text']}, as pruned." if found else "",
         )
     if warning := in_words(plan.kinds or {})[1]:
-        yield Finding(Level.WARNING, "uneven", UNEVEN, warning)
+        yield Finding(Level.WARNING, "uneven", UNLIKE, warning)
     if found is None:
         text = "blockpruner curve does that."
         yield Finding(Level.ADVICE, "curve", "Measure it on texts that the search has not seen", text)

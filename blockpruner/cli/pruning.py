@@ -177,7 +177,7 @@ class Place:
     def _key(self, run: Run, rows: pipeline.Rows, method: str, base: str, budget: str) -> str:
         """What decides the compensated model."""
         facts = run.model_dump(mode="json", include={"score": True, "compensate": True, "model": {"dtype"}})
-        digests = [part.digest for part in (rows.search, rows.fit, rows.judge)]
+        digests = [*(part.digest for part in (rows.search, rows.fit, rows.judge)), *rows.judge.kinds]
         version = [SCORE_VERSION, SEARCH_VERSION, PLAN_VERSION, WEIGHTS_VERSION]
         return fingerprint(
             {**facts, "method": method, "base": base, "rows": digests, "budget": budget, "version": version}
@@ -412,7 +412,7 @@ def words(found: Mapping[str, Any]) -> str:
         dense = f", dense {told['dense']:.2f}" if "dense" in told else ""
         lines.append(f"{name}: perplexity of rows held out for it {told['before']:.2f} -> {told['after']:.2f}{dense}")
     kinds, warning = in_words(plan.get("kinds", {}))
-    lines += [f"perplexity of unseen texts, {kind}: {lost}" for kind, lost in kinds]
+    lines += [f"perplexity of texts set aside, {kind}: {lost}" for kind, lost in kinds]
     lines += [f"warning: {warning}"] if warning else []
     for each in found["written"]:
         engine = each["verified_by"]

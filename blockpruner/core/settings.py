@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from blockpruner.core.errors import InputError
 
@@ -179,6 +179,16 @@ class MixedTexts(Frozen):
 
     source: Literal["mix"]
     of: tuple[Source, ...] = Field(min_length=2)
+
+    @field_validator("of")
+    @classmethod
+    def _one_share_a_kind(cls, value: tuple[Source, ...]) -> tuple[Source, ...]:
+        shares: dict[str, float] = {}
+        for one in value:
+            name = one.kind or one.title
+            if shares.setdefault(name, one.share) != one.share:
+                raise ValueError(f"kind {name!r} has the shares {shares[name]:g} and {one.share:g}; give it one")
+        return value
 
     @property
     def title(self) -> str:

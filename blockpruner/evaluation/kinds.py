@@ -14,8 +14,10 @@ from blockpruner.scoring.metrics import perplexity
 UNEVEN = 1.2
 """One kind lost too much if its perplexity, times the dense model's, is more than so many times the geometric mean of
 all kinds."""
-LOST = "lost most: {:.2f} times dense, {:.2f} times the mean of all kinds."
-FIX = "Give texts of that kind, if the model is for it."
+LOST = (
+    "The kind {!r} lost most: its perplexity is {:.2f} times the dense model's, {:.2f} times the mean of all kinds. "
+    "If the model is for it, raise its share among the texts, or give more of it."
+)
 
 
 def rows_by_kind(row_nll: Sequence[float], kinds: Sequence[str]) -> dict[str, list[float]]:
@@ -42,4 +44,4 @@ def uneven(ratios: Mapping[str, float]) -> str:
     """A warning on the kind that lost more than `UNEVEN` allows, from perplexities times dense, or an empty text."""
     worst = max(ratios, key=ratios.__getitem__, default="")
     excess = ratios[worst] / math.exp(fmean(map(math.log, ratios.values()))) if ratios else 0.0
-    return f"{worst.capitalize()} {LOST.format(ratios[worst], excess)} {FIX}" if excess > UNEVEN else ""
+    return LOST.format(worst, ratios[worst], excess) if excess > UNEVEN else ""

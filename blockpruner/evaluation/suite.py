@@ -32,7 +32,7 @@ from blockpruner.evaluation.store import ResultsStore, Stored
 from blockpruner.evaluation.tasks import task_digest
 from blockpruner.inputs.calibration import CalibrationSet, check_context, require_embedded
 from blockpruner.inputs.checkpoints import GENERATION_FILE, TOKENIZER_FILES
-from blockpruner.inputs.texts import by_kind, read_texts
+from blockpruner.inputs.texts import kind_of, read_texts
 from blockpruner.inputs.tokenizers import load_export_tokenizer, load_tokenizer
 from blockpruner.methods.apply import pruned_copy
 from blockpruner.methods.healed import Healed, load_healed_
@@ -288,10 +288,10 @@ def perplexity_of(model: Evaluated, texts: Path, settings: Perplexity, identity:
         value = asdict(measure_perplexity(model.model, data.rows, advance)) | {"seq_len": settings.seq_len}
         return Stored(value | ({"row_kind": list(data.kinds)} if data.kinds else {}), made={"batch": "1 row"})
 
-    kinds = {kind and kind.name: len(own) for kind, own in by_kind(found).items()}
+    kinds = [kind and kind.name for kind in map(kind_of, found)]
     key = {
         "kind": "perplexity",
-        "texts": fingerprint({"texts": found} | ({"kinds": [*kinds.items()]} if len(kinds) > 1 else {})),
+        "texts": fingerprint({"texts": found} | ({"kinds": kinds} if len({*kinds}) > 1 else {})),
         **settings.model_dump(include={"seq_len", "max_rows"}),
         **({} if settings.packing == "joined" else {"packing": settings.packing}),
     }

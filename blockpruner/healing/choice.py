@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from blockpruner.evaluation.perplexity import measure_perplexity
 from blockpruner.healing.compensate import compensate, ranked
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.apply import Pruning, pruned_copy
+from blockpruner.methods.commit import search_of
 from blockpruner.methods.healed import COMPENSATE_FACTS, Healed, save_healed, set_weights_
 from blockpruner.store.files import replace_directory, write_sealed_json
 from blockpruner.store.plans import save_plan
@@ -34,7 +36,7 @@ PLAN = "plan.json"
 FINALISTS = 3
 """How many proposals are compensated on all rows."""
 
-ROUGH = 8
+FEW = 8
 """The first fit has one of so many rows."""
 
 
@@ -54,7 +56,7 @@ class Healing:
     @property
     def search(self) -> str:
         """The name of the search that proposed it."""
-        return self.name.partition(".")[0]
+        return search_of(self.name)
 
     def healed(self, data: Texts) -> Healed | None:
         """What was done, to texts of `data`; None where no weight changed."""
@@ -85,16 +87,16 @@ def choose(
     Raises:
         InputError: too few rows to fit to; or see `compensate`.
     """
-    method, facts = next(iter(plans.values())).compensate, dict[str, Any]()
-    if method == "none":
+    dense, facts = cache(dense), dict[str, Any]()
+    if next(iter(plans.values())).compensate == "none":
         tried = [Healing(name, plan) for name, plan in plans.items()]
     else:
         if len(plans) > FINALISTS:
-            few = max(1, (len(fit.rows) - held_out) // ROUGH)
+            few = max(1, (len(fit.rows) - held_out) // FEW)
             rows = CalibrationSet((*fit.rows[:few], *fit.rows[len(fit.rows) - held_out :]))
-            facts["rough"] = ranked(dense(), plans, rows, held_out, method, observer)
+            facts["rough"] = ranked(dense(), plans, rows, held_out, observer)
             plans = {name: plans[name] for name in sorted(plans, key=facts["rough"].__getitem__)[:FINALISTS]}
-        found = compensate(dense(), plans, fit, held_out, method, observer)
+        found = compensate(dense(), plans, fit, held_out, observer)
         tried = [Healing(name, plans[name], weights, {**told, **facts}) for name, (weights, told) in found.items()]
     if len(tried) == 1:
         return tried[0]

@@ -14,7 +14,7 @@ from blockpruner.core.blocks import DENSE, Mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
-from blockpruner.healing.refit import COMPENSATIONS, STRENGTHS, Mended
+from blockpruner.healing.refit import STRENGTHS, Mended, refit
 from blockpruner.healing.streams import Stream, Streams
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import prune_, shared_copy
@@ -38,24 +38,23 @@ def compensate(
     plans: Mapping[str, Plan],
     rows: CalibrationSet,
     held_out: int,
-    method: str,
     observer: Observer,
 ) -> Fits:
     """Find new weights for the pruned models of some plans. What they have in common is computed once.
 
     Args:
         dense: on one device; its memory also takes the sums of one fit (four float64 matrices of the MLP's width). It
-            is as before at the end.
+            is as before at the end. The host's memory takes the fitted matrices of every plan.
         plans: by a name each.
         rows: of any lengths; all real tokens are fitted to.
         held_out: how many of the rows, the last ones, choose strengths and decide whether a change helps.
 
     Raises:
-        InputError: an unknown method; a plan that changes weights; or no row to fit to or to hold out.
+        InputError: a plan that changes weights; or no row to fit to or to hold out.
     """
     count, masks = len(rows.rows), {name: plan.mask for name, plan in plans.items()}
-    _require(plans, count, held_out, method)
-    observer.begin(f"compensate by {method}")
+    _require(plans, count, held_out)
+    observer.begin("compensate by refit")
     streams, held = Streams(dense, rows.rows, count - held_out), range(count - held_out, count)
 
     def measured(*masks: Mask) -> dict[Mask, float]:
@@ -75,24 +74,25 @@ def compensate(
             streams.put_aside_()
         _set_(streams, changed, best)
         own = {id(weight): name for name, weight in prune_(shared_copy(dense), mask).named_parameters()}
-        weights = {own[id(weight)]: weight.clone().cpu() for weight in changed} if best else {}
+        new = {own[id(weight)]: value if best == 1 else weight.clone().cpu() for weight, value in changed.items()}
         streams.put_aside_()
         left = "" if best else ": no help, left as it was"
         observer.note(f"{name}: held-out perplexity {found['before']:.2f} -> {found['after']:.2f}{left}")
-        return weights, {"method": method, "tokens": tokens, "share": best, "perplexity": found, "stops": stops[name]}
+        facts = {"method": "refit", "tokens": tokens, "share": best, "perplexity": found, "stops": stops[name]}
+        return new if best else {}, facts
 
     tokens, plain = sum(map(len, rows.rows[: count - held_out])), measured(*{DENSE, *masks.values()})
     stops: dict[str, list[Mended]] = {name: [] for name in plans}
     changes: dict[str, Mapping[Tensor, Tensor]] = {}
     try:
-        for stream, mended in _fitted(streams, masks, method, STRENGTHS, observer):
+        for stream, mended in _fitted(streams, masks, STRENGTHS, observer):
             for name in stream.masks:
                 changes[name] = stream.weights
                 stops[name] += [mended] if mended else []
-        found = {name: kept(name, mask, changes[name]) for name, mask in masks.items()}
+        found = {name: kept(name, mask, changes.pop(name)) for name, mask in masks.items()}
     finally:
         streams.put_aside_()
-    observer.end(f"{COMPENSATIONS[method].title}, dense {plain[DENSE]:.2f}")
+    observer.end(f"dense {plain[DENSE]:.2f}")
     return found
 
 
@@ -102,19 +102,18 @@ def ranked(
     plans: Mapping[str, Plan],
     rows: CalibrationSet,
     held_out: int,
-    method: str,
     observer: Observer,
 ) -> dict[str, float]:
     """The perplexity that the model of each plan has on the held-out rows, fitted to the others with strength ROUGH.
 
     It is that of the streams' ends, so no weight is kept. Arguments and errors are those of `compensate`.
     """
-    _require(plans, len(rows.rows), held_out, method)
-    observer.begin(f"compare {len(plans)} masks, compensated by {method}")
+    _require(plans, len(rows.rows), held_out)
+    observer.begin(f"compare {len(plans)} masks by a rough refit")
     streams, ends = Streams(dense, rows.rows, len(rows.rows) - held_out), dict[str, Sequence[Tensor]]()
     masks = {name: plan.mask for name, plan in plans.items()}
     try:
-        for stream, _ in _fitted(streams, masks, method, (ROUGH,), observer):
+        for stream, _ in _fitted(streams, masks, (ROUGH,), observer):
             stream.weights = {}
             ends |= dict.fromkeys(stream.masks, stream.states)
         found = {name: streams.perplexity(states) for name, states in ends.items()}
@@ -124,9 +123,9 @@ def ranked(
     return found
 
 
-def _require(plans: Mapping[str, Plan], count: int, held_out: int, method: str) -> None:
+def _require(plans: Mapping[str, Plan], count: int, held_out: int) -> None:
     for kind in (plan.kind for plan in plans.values() if plan.kind != "mask"):
-        raise InputError(f"compensate.method {method} is for plans that remove blocks, not for {kind}; set none")
+        raise InputError(f"compensate.method refit is for plans that remove blocks, not for {kind}; set none")
     if not 0 < held_out < count:
         raise InputError(
             f"compensate needs rows to fit to and rows to hold out: {count} rows, {held_out} held out; raise "
@@ -135,11 +134,11 @@ def _require(plans: Mapping[str, Plan], count: int, held_out: int, method: str) 
 
 
 def _fitted(
-    streams: Streams, masks: Mapping[str, Mask], method: str, strengths: Sequence[float], observer: Observer
+    streams: Streams, masks: Mapping[str, Mask], strengths: Sequence[float], observer: Observer
 ) -> Iterator[tuple[Stream, Mended]]:
-    """The streams as `Compensation.fit` yields them, with progress."""
+    """The streams as `refit` yields them, with progress."""
     names = [str(block) for block in streams.blocks]
-    for stream, mended in COMPENSATIONS[method].fit(streams, masks, strengths):
+    for stream, mended in refit(streams, masks, strengths):
         yield stream, mended
         if mended:
             changed, gone = mended["writers"], mended["hole"]

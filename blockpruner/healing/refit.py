@@ -1,15 +1,14 @@
-"""Methods of compensation: COMPENSATIONS, one row each.
+"""Refit: the writers of a pruned model are fitted to the dense one, without training.
 
 A hole is what is removed between two kept blocks. Behind it the pruned model's residual stream lacks what the hole
-added, and the kept block before it is the last that can make good for that. Each method changes writers: the matrices
+added, and the kept block before it is the last that can make good for that. What changes are writers: the matrices
 through which blocks add to the stream. No weight is added, so every export and every engine works as before.
 
-- refit: all writers from the one before the first hole on, each by least squares. Each fits the stream behind its
-  block, and behind the hole that follows, to the dense model's.
-
-It goes from the first hole to the last block with what the pruned model itself reads, so a fit mends what earlier ones
-have left. A token counts by its relative error, |dense - pruned|^2 / |dense|^2. The first token of a row, whose state
-is a thousand times as long in many models, would otherwise decide alone.
+All writers from the one before the first hole on are fitted, each by least squares: the stream behind its block, and
+behind the hole that follows, to the dense model's. It goes from the first hole to the last block with what the pruned
+model itself reads, so a fit mends what earlier ones have left. A token counts by its relative error,
+|dense - pruned|^2 / |dense|^2. The first token of a row, whose state is a thousand times as long in many models, would
+otherwise decide alone.
 
 Some families have a norm behind each module. What such a block adds, g y / rms(y) with the gains g, is linear in the
 writer only while rms(y) stays, and its size does not depend on the writer. So the gains are fitted, too, and the real
@@ -18,7 +17,7 @@ error on held-out rows decides how much of a writer's change is kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
@@ -28,7 +27,6 @@ from torch import Tensor, nn
 
 from blockpruner.core.blocks import BlockId, Mask
 from blockpruner.core.errors import InputError
-from blockpruner.core.registry import Registry
 from blockpruner.healing.ridge import Moments, best_change
 from blockpruner.healing.streams import Stream, Streams
 
@@ -42,24 +40,20 @@ Mended = dict[str, Any]
 """What was done at a stop, for the report: the blocks missing behind it (`hole`), and how they were made up for."""
 
 
-@dataclass(frozen=True)
-class Compensation:
-    """One method."""
-
-    name: str
-    """As in `compensate.method` of a run file."""
-    title: str
-    fit: Callable[[Streams, Mapping[str, Mask], Sequence[float]], Iterator[tuple[Stream, Mended]]]
-    """Finds new weights for the models of some masks; gets the strengths to choose from. It moves the streams on, and
-    yields each stream behind each of its stops, with what was done there, if anything was."""
-
-
 def _with_one(writer: nn.Linear, x: Tensor) -> Tensor:
     return x if writer.bias is None else torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
 
 
 def refit(streams: Streams, masks: Mapping[str, Mask], strengths: Sequence[float]) -> Iterator[tuple[Stream, Mended]]:
-    """Refit the writers of some models; as `Compensation.fit`."""
+    """Find new writers for the models of some masks. Yields each stream behind each of its stops, with what was done
+    there, if anything was.
+
+    Args:
+        strengths: pulls to the old weights to choose from.
+
+    Raises:
+        InputError: no block of the model ends in a single matrix.
+    """
     if all(streams.writer(block) is None for block in streams.blocks):
         raise InputError(
             "compensate: no block of this model ends in a single matrix; set compensate.method: none",
@@ -205,12 +199,3 @@ def _more_gain(place: _Place, block: BlockId) -> Tensor:
         square += unit.square().sum(0)
     more: Tensor = cross / (square + STRENGTHS[0] * square.mean())
     return more
-
-
-COMPENSATIONS: Registry[Compensation] = Registry(
-    "compensate.method",
-    Compensation,
-    [
-        Compensation("refit", "writers refitted", refit),
-    ],
-)

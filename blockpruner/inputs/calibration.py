@@ -11,12 +11,12 @@ import json
 import random
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,8 @@ from blockpruner.core.errors import InputError
 from blockpruner.inputs.settings import Calibration
 from blockpruner.inputs.texts import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, TextKind, by_kind, response_start
 from blockpruner.store.files import damaged, read_table, write_table
+
+T = TypeVar("T")
 
 CALIBRATION = pa.schema([pa.field("input_ids", pa.list_(pa.int32()), nullable=False)])
 
@@ -89,7 +91,6 @@ def draw(
     seed: int,
     key: str = "calibration.num_samples",
     reserved: AbstractSet[str] = frozenset(),
-    joined: bool = False,
     note: Callable[[str], object] = lambda message: None,
 ) -> list[str]:
     """Draw samples without replacement.
@@ -102,7 +103,6 @@ def draw(
             (`datasets.train_test_split`); the samples are a `random.sample` of the first half.
         key: what asks for so many in the run file, for the message.
         reserved: texts that are passed over. They are left out after the order of "all" is drawn, which stays the same.
-        joined: the shares of a mix are of characters, and not of texts.
         note: receives which kinds ran out.
 
     Raises:
@@ -123,7 +123,8 @@ def draw(
         chance.shuffle(pool)
     pool = [text for text in pool if text not in reserved]
     if split == "all":
-        pool = _by_share(pool, by_kind(texts), joined)
+        own = by_kind(pool)
+        pool = _by_share({kind: own[kind] for kind in by_kind(texts) if kind in own}, _weight)
     if num_samples is None:
         num_samples = len(pool)
     if num_samples > len(pool):
@@ -133,34 +134,36 @@ def draw(
         )
     if split == "paper":
         return [pool[i] for i in chance.sample(range(len(pool)), num_samples)]
-    _note_gone(pool, num_samples, key, note)
+    _note_gone(by_kind(pool), by_kind(pool[num_samples:]), key, note)
     return pool[:num_samples]
 
 
-def _by_share(pool: Sequence[str], kinds: Iterable[TextKind | None], joined: bool) -> list[str]:
-    """The texts in an order of which every beginning has the kinds by their shares, until one runs out.
+def _by_share(own: Mapping[TextKind | None, Sequence[T]], weight: Callable[[T], float]) -> list[T]:
+    """The items of some kinds in an order of which every part has the kinds by their shares, until one runs out.
 
-    The kind comes next of which the least was drawn, over its share; of equals, the first in `kinds`. Texts are
-    counted, those too short for a row as a tenth: half of an encyclopaedia may be bare titles, whose rows are dropped.
-    Where texts are joined, characters are counted.
+    The kind comes next of which the least was taken, over its share; of equals, the first.
     """
-    own = by_kind(pool)
-    left = {kind: deque(own[kind]) for kind in kinds if kind in own}
-    drawn, found = dict.fromkeys(left, 0.0), list[str]()
+    left = {kind: deque(items) for kind, items in own.items()}
+    taken, found = dict.fromkeys(left, 0.0), list[T]()
     while left:
-        kind = min(left, key=drawn.__getitem__)
-        found.append(text := left[kind].popleft())
-        is_row = len(text) - (response_start(text) or 0) >= 4 * FEWEST_SCORED  # four characters to a token
-        drawn[kind] += (len(text) if joined else 1.0 if is_row else 0.1) / (kind.share if kind else 1)
+        kind = min(left, key=taken.__getitem__)
+        found.append(item := left[kind].popleft())
+        taken[kind] += weight(item) / (kind.share if kind else 1)
         if not left[kind]:
             del left[kind]
     return found
 
 
-def _note_gone(order: Sequence[str], count: int, key: str, note: Callable[[str], object]) -> None:
-    """Report the kinds of a mix of which all texts are among the first ones, where others go on."""
-    left = by_kind(order[count:])
-    if left and (gone := [kind.name for kind in by_kind(order[:count]) if kind and kind not in left]):
+def _weight(text: str) -> float:
+    """A text too short for a row counts as a tenth: half of an encyclopaedia may be bare titles."""
+    return 1.0 if len(text) - (response_start(text) or 0) >= 4 * FEWEST_SCORED else 0.1  # four characters to a token
+
+
+def _note_gone(
+    kinds: Iterable[TextKind | None], left: Collection[TextKind | None], key: str, note: Callable[[str], object]
+) -> None:
+    """Report the kinds of a mix of which nothing is left, where others go on."""
+    if left and (gone := [kind.name for kind in kinds if kind and kind not in left]):
         note(f"{key}: all texts of {', '.join(gone)} are drawn; the others make up for what is missing")
 
 
@@ -169,7 +172,8 @@ def without_evaluated(
 ) -> list[str]:
     """The texts that share no paragraph with an evaluated text; a note counts the others.
 
-    A paragraph is a line of at least 50 characters. White space and upper case make no difference.
+    A paragraph is a line of at least 50 characters, or a text without such a line. White space and upper case make no
+    difference.
     """
     known = sharing(texts, evaluated)
     pool = [text for text in texts if text not in known]
@@ -192,7 +196,7 @@ def sharing(texts: Iterable[str], others: Iterable[str]) -> set[str]:
 
 def _paragraphs(text: str) -> set[str]:
     lines = (" ".join(line.split()).casefold() for line in text.splitlines())
-    return {line for line in lines if len(line) >= 50} - TEMPLATE
+    return {line for line in lines if len(line) >= 50} - TEMPLATE or {" ".join(text.split()).casefold()}
 
 
 def pack_rows(
@@ -310,10 +314,7 @@ def draw_rows(
             kept = {*pool} - reserved
             samples = [text for text in drawn if text in kept]
         else:
-            joined = wanted.packing == "joined"
-            samples = draw(
-                pool, wanted.num_samples, wanted.split, wanted.seed, reserved=reserved, joined=joined, note=note
-            )
+            samples = draw(pool, wanted.num_samples, wanted.split, wanted.seed, reserved=reserved, note=note)
         bos = "first" if wanted.split == "paper" else "row"
         rows = pack_rows(samples, tokenizer, wanted.seq_len, wanted.packing, wanted.score, bos)
         if bos == "first" and wanted.packing == "joined" and beginning(tokenizer):
@@ -338,6 +339,8 @@ def fill_rows(
 ) -> CalibrationSet:
     """The first `num_rows` rows of all texts joined, in the order in which they are drawn.
 
+    The texts of each kind of a mix are joined by themselves, and of the rows every part has the kinds by their shares.
+
     Args:
         key: what asks for so many in the run file, for the message.
         at_most: all rows will do where there are fewer.
@@ -346,19 +349,37 @@ def fill_rows(
     Raises:
         InputError: the texts are fewer rows.
     """
-    samples = draw(pool, None, wanted.split, wanted.seed, reserved=reserved, joined=True)
+    samples, dropped = by_kind(draw(pool, None, wanted.split, wanted.seed, reserved=reserved)), 0
+    parts = dict[TextKind | None, Sequence[tuple[int, ...]]]()
+    for kind, own in samples.items():
+        try:
+            part = _first_rows(own, tokenizer, wanted, num_rows)
+        except InputError:
+            if len(samples) == 1:
+                raise
+            continue
+        parts[kind], dropped = part.rows, dropped + part.dropped
+    rows = _by_share(parts, lambda row: 1.0)
+    if len(rows) < num_rows and not at_most:
+        raise InputError(
+            f"{key} {num_rows} is more than the {len(rows)} rows of {wanted.seq_len} tokens that the "
+            f"{sum(map(len, samples.values()))} texts of the source fill; lower it to at most {len(rows)}, or choose a "
+            "larger source"
+        )
+    left = set(rows[num_rows:])
+    _note_gone(samples, [kind for kind, own in parts.items() if not left.isdisjoint(own)], key, note)
+    return CalibrationSet(tuple(rows[:num_rows]), dropped)
+
+
+def _first_rows(samples: Sequence[str], tokenizer: Any, wanted: Calibration, num_rows: int) -> CalibrationSet:
+    """At least `num_rows` joined rows of the first samples, or all that they fill."""
     enough = 8 * num_rows * wanted.seq_len  # characters; to tokenize all of a large pool takes minutes
     sizes = enumerate(accumulate(map(len, samples)), 1)
     taken = next((count for count, size in sizes if size >= enough), len(samples))
-    for count in (taken, len(samples)):
-        rows = pack_rows(samples[:count], tokenizer, wanted.seq_len, wanted.packing, wanted.score)
-        if len(rows.rows) >= num_rows or (at_most and count == len(samples)):
-            _note_gone(samples, count * num_rows // max(len(rows.rows), num_rows), key, note)
-            return CalibrationSet(rows.rows[:num_rows], rows.dropped)
-    raise InputError(
-        f"{key} {num_rows} is more than the {len(rows.rows)} rows of {wanted.seq_len} tokens that the "
-        f"{len(samples)} texts of the source fill; lower it to at most {len(rows.rows)}, or choose a larger source"
-    )
+    found = pack_rows(samples[:taken], tokenizer, wanted.seq_len, wanted.packing, wanted.score)
+    if len(found.rows) < num_rows and taken < len(samples):
+        found = pack_rows(samples, tokenizer, wanted.seq_len, wanted.packing, wanted.score)
+    return found
 
 
 def cut(ids: Sequence[int], seq_len: int, repeated: int = 0) -> list[tuple[int, ...]]:

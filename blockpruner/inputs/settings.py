@@ -38,6 +38,11 @@ class Calibration(Frozen):
 
     @model_validator(mode="after")
     def _fits_the_data(self) -> Calibration:
+        if isinstance(self.data, MixedTexts) and self.split == "paper":
+            raise ValueError(
+                "split: paper draws from a tenth of one source, and data is a mix, whose kinds are drawn by their "
+                "shares; set split: all"
+            )
         if self.num_rows is not None and (self.packing != "joined" or self.split != "all"):
             raise ValueError(
                 "num_rows is for joined rows of all texts; set packing: joined and split: all, or num_samples"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -86,11 +87,13 @@ def read_texts(path: Path) -> list[str]:
 
 
 def _text(record: Mapping[str, Any]) -> str:
-    """The text of a record, which is of a kind where the record has `kind` and `share`."""
-    kind, share = record.get("kind"), record.get("share")
-    if isinstance(kind, str) and isinstance(share, int | float) and share > 0:
-        return MixedText(record["text"], TextKind(kind, share))
-    return str(record["text"])
+    """The text of a record, which is of a kind where the record has one; its share is 1 if the record has none."""
+    kind, share = record.get("kind"), record.get("share") or 1.0
+    if not isinstance(kind, str):
+        return str(record["text"])
+    if not isinstance(share, int | float) or not 0 < share < math.inf:
+        raise InputError(f"a record of kind {kind!r} has the share {share!r}; give a number above 0, or none for 1")
+    return MixedText(record["text"], TextKind(kind, share))
 
 
 Template = Callable[[Sequence[Mapping[str, Any]]], str]

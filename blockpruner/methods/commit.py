@@ -5,6 +5,7 @@ Stages behind it read plans and do not know which method made them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,11 @@ def commit_run(scores: Path, config: Config, budget: str, target: str, run: str)
     current = Current.load(scores)
     plan, tables = KINDS[current.kind].commit(scores, config, budget, current)
     return replace(plan, target=target, run=run), tables
+
+
+def search_of(proposal: str) -> str:
+    """The search that made a proposal; those behind its own answer are called "<search>.2" and so on."""
+    return re.sub(r"\.\d+$", "", proposal)
 
 
 def rivals(scores: Path, config: Config, plan: Plan) -> list[Plan]:

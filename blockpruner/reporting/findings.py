@@ -42,7 +42,7 @@ MISMATCH_FACTOR = 1.5
 """The search spared what its texts need and cut what others need, if perplexity rises (in nats) one and a half times as
 much on held-out text, and by JUMP_NATS more than that: so much do two samples of a few thousand tokens differ."""
 
-UNEVEN = "One kind of text lost more than the others"
+UNLIKE = "One kind of text lost more than the others"
 
 AnyOption = TypeVar("AnyOption", bound=Option)
 
@@ -178,7 +178,7 @@ def _mismatch(found: Sequence[Option]) -> Finding:
 
 def _uneven(found: Sequence[Option]) -> Finding:
     text = " ".join(f"{option.name}: {_unlike(option)}" for option in found)
-    return Finding(Level.WARNING, "uneven", UNEVEN, text)
+    return Finding(Level.WARNING, "uneven", UNLIKE, text)
 
 
 def _slow(found: Sequence[Option]) -> Finding:

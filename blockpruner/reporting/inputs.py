@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from blockpruner.core.blocks import BlockId, BlockKind, Mask, format_mask, parse_mask
+from blockpruner.core.blocks import BlockId, BlockKind, Mask, format_mask, parse_mask, removable_units
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.methods.registry import KINDS
@@ -203,6 +203,7 @@ def unit_of(rows: Sequence[Mapping[str, Any]]) -> str:
     kinds = {block.kind for row in rows if row["rows_used"] for block in row["removed"]}
     if all(BlockId(kind, block.layer) in mask for mask in masks for block in mask for kind in BlockKind):
         return "whole layers"
-    if all(unit is None or len(unit) == 2 for unit in (row["added"] for row in rows)):
+    shifted = removable_units(max((b.layer for mask in masks for b in mask), default=0) + 1, "shifted", "all")
+    if all(row["added"] is None or row["added"] in shifted for row in rows):
         return "shifted layers"
     return f"{next(iter(kinds)).upper()} blocks" if len(kinds) == 1 else "blocks"

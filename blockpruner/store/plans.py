@@ -6,6 +6,7 @@ A plan may come from a stranger. Whether it fits a model is decided where it is 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -58,4 +59,8 @@ def load_plan(path: Path) -> Plan:
             value = getattr(plan, name).get(key, "missing")
             if not (isinstance(value, int | float) or (value is None and name == "calibration")):
                 raise InputError(f"{where}{name}.{key} is {value!r}; valid: a number", rule="settings", key=name)
+    for kind, own in (plan.kinds or {}).items():
+        if own.keys() != {"dense", "after"} or not all(0 < value < math.inf for value in own.values()):
+            message = f"{where}kinds.{kind} is {own}; valid: dense and after, above 0"
+            raise InputError(message, rule="settings", key="kinds")
     return plan

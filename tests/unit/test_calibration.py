@@ -14,6 +14,7 @@ from blockpruner.inputs.calibration import (
     beginning,
     draw,
     draw_rows,
+    fill_rows,
     pack_rows,
     require_embedded,
     sharing,
@@ -56,15 +57,31 @@ def test_every_beginning_of_a_mix_has_the_kinds_by_their_shares_until_one_runs_o
     assert not notes
     draw(mix, 50, "all", 42, key="k", note=notes.append)
     assert notes == ["k: all texts of c are drawn; the others make up for what is missing"]
-    by_characters = draw(mix, None, "all", 42, joined=True)[:50]
-    size = {kind: sum(len(text) for text in by_characters if kind_of(text) == kind) for kind in parts}
-    a, b, _ = size.values()
-    assert abs(b / a - 2) < 0.1
     titles = [MixedText("Short", TextKind("a", 1.0))] * 50 + [MixedText(text, TextKind("b", 1.0)) for text in long]
     names = [kind_of(text).name for text in draw(titles, 28, "all", 42)]
     assert names.count("a") > 20, "a text that is no row counts as a tenth"
     plain = [MixedText(text, TextKind("a", 3.0)) for text in TEXTS]
     assert draw(plain, None, "all", 42) == draw(TEXTS, None, "all", 42), "one kind is drawn as texts without one"
+
+
+def test_joined_rows_are_of_one_kind_each_and_every_part_of_them_has_the_shares():
+    kinds, notes = [TextKind("a", 1.0), TextKind("b", 2.0), TextKind("c", 1.0)], []
+    sizes = {"a": [900, 30], "b": [200] * 20, "c": [100, 20]}  # one document of many rows; one kind that runs out
+    mix = [MixedText(kind.name * size, kind) for kind in kinds for size in sizes[kind.name]]
+    wanted = Calibration(data=DATA, split="all", seq_len=20)
+    rows = fill_rows(mix, tiny_tokenizer(), wanted, 40, key="k", note=notes.append).rows
+    names = [set(tiny_tokenizer().decode(row).strip()) & {*"abc"} for row in rows]
+    assert all(len(name) == 1 for name in names)
+    names = "".join(name for (name,) in names)
+    for part in (names[:4], names[:8], names[12:20]):
+        assert part.count("b") == 2 * part.count("a") == 2 * part.count("c"), names
+    assert len(rows) == 40 and set(names[-9:]) == {"a", "b"}
+    assert notes == ["k: all texts of c are drawn; the others make up for what is missing"]
+
+
+def test_a_text_without_a_long_line_is_known_by_all_of_it():
+    short = "if x:\n    y()\nelse:\n    z()"
+    assert sharing([short, "if x:\n    y()"], [f"\n{short.upper()}\n"]) == {short}
 
 
 def test_response_scoring_gives_the_same_tokens_and_scores_what_ends_in_a_response():

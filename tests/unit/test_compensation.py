@@ -3,7 +3,6 @@ must recover the dense model exactly."""
 
 from dataclasses import replace
 from itertools import dropwhile
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from blockpruner.core.progress import SilentObserver
 from blockpruner.healing import compensate as compensation
 from blockpruner.healing import refit as methods
 from blockpruner.healing.ridge import Moments, best_change
-from blockpruner.healing.settings import CompensationMethod
 from blockpruner.healing.streams import Streams
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.healed import set_weights_
@@ -63,10 +61,6 @@ def stops_of(model, mask):
 
 def ids():
     return torch.tensor(ROWS.rows)
-
-
-def test_settings_name_the_methods():
-    assert {*get_args(CompensationMethod)} == {"none", *methods.COMPENSATIONS}
 
 
 def test_ridge_is_numpys_least_squares():
@@ -246,7 +240,7 @@ def test_a_removed_multiple_of_each_column_is_recovered_by_the_gains(monkeypatch
     layer.post_attention_layernorm.register_forward_hook(lambda _, x, y: given.update({len(y): y}))
     layer.mlp.forward = lambda states: given[len(states)]
     layer.post_feedforward_layernorm.forward = lambda states: states * factor
-    weights, facts = compensate(model, mask_plan(model, "mlp.1"), ROWS, 10, "refit", SilentObserver())
+    weights, facts = compensate(model, mask_plan(model, "mlp.1"), ROWS, 10, SilentObserver())
     assert facts["stops"][0]["error"] < 1e-9
     assert facts["perplexity"]["after"] == pytest.approx(facts["perplexity"]["dense"], rel=1e-5)
     torch.testing.assert_close(
@@ -307,7 +301,7 @@ def test_a_hole_before_all_kept_blocks_and_progress_to_the_last_block(variant):
             seen.append((done, total, detail))
 
     gone = "mha.0,mlp.0"
-    _, facts = compensate(model, mask_plan(model, gone), ROWS, 10, "refit", Observer())
+    _, facts = compensate(model, mask_plan(model, gone), ROWS, 10, Observer())
     assert facts["stops"][0] == {"hole": ["mha.0", "mlp.0"], "writers": [], "error": 1.0}
     blocks = [block for stop in facts["stops"] for block in stop["writers"]]
     assert blocks == [f"{kind}.{layer}" for layer in (1, 2, 3) for kind in ("mha", "mlp")]
@@ -322,7 +316,7 @@ def test_weights_are_named_as_in_the_pruned_model_and_the_dense_one_is_left_alon
     rewire(model, 2, lambda given: given @ matrix)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     mask = "mha.1,mlp.1,mlp.2"
-    weights, facts = compensate(model, mask_plan(model, mask), ROWS, 10, "refit", SilentObserver())
+    weights, facts = compensate(model, mask_plan(model, mask), ROWS, 10, SilentObserver())
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert facts["perplexity"]["after"] < facts["perplexity"]["before"]
     pruned = prune_(model, parse_mask(mask))
@@ -345,9 +339,9 @@ def test_models_that_are_fitted_together_get_the_weights_they_get_alone():
     for variant in ("llama", "gpt_neox", "gemma3_text"):
         model = tiny_model(variant).requires_grad_(False)
         plans = {mask: mask_plan(model, mask) for mask in masks}
-        together = compensation.compensate(model, plans, ROWS, 10, "refit", SilentObserver())
+        together = compensation.compensate(model, plans, ROWS, 10, SilentObserver())
         for mask in masks:
-            weights, facts = compensate(model, plans[mask], ROWS, 10, "refit", SilentObserver())
+            weights, facts = compensate(model, plans[mask], ROWS, 10, SilentObserver())
             assert facts == together[mask][1] and weights.keys() == together[mask][0].keys()
             assert all(torch.equal(weight, together[mask][0][name]) for name, weight in weights.items())
 
@@ -358,7 +352,7 @@ def test_plans_are_ranked_by_what_they_have_once_fitted():
         model = tiny_model(variant).requires_grad_(False)
         before = {name: weight.clone() for name, weight in model.state_dict().items()}
         plans = {mask: mask_plan(model, mask) for mask in ("mlp.1,mha.2", "mlp.1,mha.3", "mlp.3")}
-        found = compensation.ranked(model, plans, ROWS, 10, "refit", SilentObserver())
+        found = compensation.ranked(model, plans, ROWS, 10, SilentObserver())
         assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
         for name, plan in plans.items():
             streams = Streams(model, ROWS.rows, 30)
@@ -393,7 +387,7 @@ def test_blocks_of_a_common_beginning_are_run_once(monkeypatch):
 def test_what_does_not_help_is_left(monkeypatch):
     model = tiny_model("llama").requires_grad_(False)
     monkeypatch.setattr(methods, "best_change", lambda fitted, held_out, strengths: (-fitted.solve(0.01), 0.01, 0.5))
-    weights, facts = compensate(model, mask_plan(model, "mlp.1"), ROWS, 10, "refit", SilentObserver())
+    weights, facts = compensate(model, mask_plan(model, "mlp.1"), ROWS, 10, SilentObserver())
     perplexity = facts["perplexity"]
     assert not weights and facts["share"] == 0 and perplexity["after"] == perplexity["before"]
 
@@ -401,11 +395,10 @@ def test_what_does_not_help_is_left(monkeypatch):
 def test_bad_requests_name_the_fix():
     model = tiny_model("llama")
     plan = mask_plan(model, "mlp.1")
-    for changes, rows, method, words in (
-        ({}, 0, "refit", "raise compensate.num_rows"),
-        ({}, 40, "refit", "40 rows, 40 held out"),
-        ({"kind": "laco"}, 10, "refit", "not for laco; set none"),
-        ({}, 10, "glue", "valid: refit"),
+    for changes, rows, words in (
+        ({}, 0, "raise compensate.num_rows"),
+        ({}, 40, "40 rows, 40 held out"),
+        ({"kind": "laco"}, 10, "not for laco; set none"),
     ):
         with pytest.raises(InputError, match=words):
-            compensate(model, replace(plan, **changes), ROWS, rows, method, SilentObserver())
+            compensate(model, replace(plan, **changes), ROWS, rows, SilentObserver())

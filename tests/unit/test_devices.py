@@ -87,13 +87,10 @@ def scored(metric):
     return losses
 
 
-def compensated(method):
-    def change(model):
-        plan = plan_of(model.config.to_dict(), ["mha.1", "mlp.0"])
-        weights, facts = compensate(model, {"plan": plan}, LONG, 2, method, SilentObserver())["plan"]
-        return [*facts["perplexity"].values(), *(weight.sum().item() for weight in weights.values())]
-
-    return change
+def compensated(model):
+    plan = plan_of(model.config.to_dict(), ["mha.1", "mlp.0"])
+    weights, facts = compensate(model, {"plan": plan}, LONG, 2, SilentObserver())["plan"]
+    return [*facts["perplexity"].values(), *(weight.sum().item() for weight in weights.values())]
 
 
 def merged(model):
@@ -117,7 +114,7 @@ def distance(model):
 
 
 WORK = {f"score {name}": scored(metric) for name, metric in METRICS.items()}
-WORK |= {f"compensate {method}": compensated(method) for method in ("refit",)}
+WORK |= {"compensate": compensated}
 
 WORK |= {
     "perplexity": lambda model: measure_perplexity(model, ROWS).row_nll,

@@ -152,6 +152,8 @@ def test_a_target_that_does_not_fit_its_run(tmp_path, monkeypatch, changes, rule
 def test_sections_have_the_searches_of_all_targets(llama):
     """The run's own comes first, and another method keeps what is measured, not how."""
     run = load_run("smollm2", ROOT / "runs")
+    own = {"method": "floating", "options": {"tries": 2}, "acceleration": "lazy+race"}
+    run = run.model_copy(update={"score": Score.model_validate(own)})
     targets = llama(
         a={}, b={"budget": "0.3"}, c={"method": "one_shot"}, d={"method": "recommended", "budget": "7layers"}
     )
