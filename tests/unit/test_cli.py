@@ -705,7 +705,7 @@ def test_the_loss_of_each_kind_of_text_is_told_wherever_the_model_is_shown(model
     for kind, facts in told.items():
         dense, after = facts["dense"], facts["after"]
         lost = f"{kind}: {dense:,.2f} dense, {after:,.2f} after, {after / dense:.2f} times"
-        assert f"- {lost}" in card and f"unseen texts, {lost}" in out and lost.partition(": ")[2] in page
+        assert f"- {lost}" in card and f"texts set aside, {lost}" in out and lost.partition(": ")[2] in page
     assert all("lost most: " in shown for shown in (card, out, page, result[2]))
 
 
