@@ -140,7 +140,7 @@ RIVALS = 3
 
 
 def rivals(scores: Path, config: Config, plan: Plan, current: Current) -> list[Plan]:
-    """The best other masks of a search that remove as much. A third of what one removes, or more, others do not."""
+    """The best other masks of a search that remove as much. A fifth of what one removes, or more, others do not."""
     trace = read_trace(trace_directory(scores, current, plan.budget), current.search)
     resources = known_resources(config, plan.budget, current)
     wanted = parse_budget(plan.budget, resources["parameters"])
@@ -149,7 +149,7 @@ def rivals(scores: Path, config: Config, plan: Plan, current: Current) -> list[P
     scored = {score.mask: score for score in known if math.isfinite(score.loss) and near.is_met(score.mask)}
     found = [plan.mask]
     for mask in sorted(scored, key=lambda mask: scored[mask].loss):
-        if len(found) <= RIVALS and all(3 * len(mask - other) >= len(mask) for other in found):
+        if len(found) <= RIVALS and all(5 * len(mask - other) >= len(mask) for other in found):
             found.append(mask)
     dense = plan.calibration["dense_perplexity"]
     made = (choose([mask], [dense, scored[mask].perplexity], config, plan.budget, current) for mask in found[1:])
