@@ -32,6 +32,7 @@ def write_inputs(folder: Path) -> None:
     """Texts and benchmark items for `run_of`."""
     folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"text": [sentence(i) for i in range(60)]}), folder / "texts.parquet")
+    (folder / "heldout.txt").write_text("\n\n".join(sentence(i) for i in range(60)))
     items = {
         "goal": [sentence(i) for i in range(8)],
         "sol1": ["the cat", "a dog"] * 4,
@@ -51,7 +52,7 @@ def run_of(folder: Path, **calibration: Any) -> dict[str, Any]:
         } | calibration,
         "score": {"method": "greedy"},
         "evaluate": {
-            "perplexity": {"data": data, "seq_len": 64, "max_rows": 2},
+            "perplexity": {"data": data | {"path": str(folder / "heldout.txt")}, "seq_len": 64, "max_rows": 2},
             "zero_shot": {"data": {"source": "path", "path": str(folder)}, "tasks": ["piqa"], "limit": 6},
             "speed": {"prompt_tokens": 4, "new_tokens": 4, "repeats": 1, "batch": 1},
         },
