@@ -251,11 +251,12 @@ def commit(
     found, base = list[Proposal](), dict[str, Any]()
     if dense is not None:
         base = {"base": checkpoint_identity(dense), "weights": checkpoint_weights(dense)}
-    names = _competing(wanted, config, budget, rows)
-    for name in names:
-        plan, tables = commit_run(folder / name, config, budget, target, run)
-        others = rivals(folder / name, config, plan) if len(names) > 1 and compensate != "none" else []
-        others = [each for each in others if each.mask not in {one.plan.mask for one in found}]
+    answers = {n: commit_run(folder / n, config, budget, target, run) for n in _competing(wanted, config, budget, rows)}
+    seen = {plan.mask for plan, _ in answers.values()}
+    for name, (plan, tables) in answers.items():
+        others = rivals(folder / name, config, plan) if len(answers) > 1 and compensate != "none" else []
+        others = [each for each in others if each.mask not in seen]
+        seen |= {each.mask for each in others}
         for number, each in enumerate((plan, *others), 1):
             own = replace(each, compensate=compensate, train=train, **base)
             found.append(Proposal(name if number == 1 else f"{name}.{number}", own, tables if number == 1 else ()))

@@ -62,6 +62,10 @@ def _heldout(option: Option) -> Number:
     return _multiple(option.model.perplexity / option.dense.perplexity, option.heldout_interval)
 
 
+def _perplexity_of(option: Option, kind: str) -> Number:
+    return Number(option.by_kind[kind][0])
+
+
 def _of_kind(option: Option, kind: str) -> Number:
     _, found = option.by_kind[kind]
     return _multiple(found.value, found.interval) if option.plan else Number(1)
@@ -103,7 +107,7 @@ def headline(reported: ReportedRun) -> Table:
     add("Held-out perplexity", lambda o: Number(o.model.perplexity))
     add("Held-out perplexity, × dense", lambda o: _heldout(o) if o.plan else Number(1))
     for kind in reported.dense.by_kind:
-        add(f"Perplexity of {kind}", lambda o, kind=kind: Number(o.by_kind[kind][0]))  # type: ignore[misc]
+        add(f"Perplexity of {kind}", partial(_perplexity_of, kind=kind))
         add(f"Perplexity of {kind}, × dense", partial(_of_kind, kind=kind))
     for task, chance in reported.chance.items():
         add(f"{task}, %", partial(accuracy, task=task), chance)

@@ -12,12 +12,14 @@ import torch
 from huggingface_hub import metadata_load
 from safetensors.torch import load_file
 
+from blockpruner import pipeline
 from blockpruner.core.settings import HubTexts
 from blockpruner.healing.refit import STRENGTHS
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.inputs.texts import write_texts
 from blockpruner.methods.healed import save_healed
 from blockpruner.params import load_run
+from blockpruner.scoring.settings import Score
 from blockpruner.store.files import read_json, write_json
 from blockpruner.store.plans import save_plan
 from stages import calibrate, compensate, materialize, settings, train
@@ -123,6 +125,27 @@ def test_many_proposals_are_fitted_on_few_rows_first_and_the_best_three_judged(p
     plan = read_json(Path(f"data/plans/t/{best}.json"))
     assert read_json(Path("data/compensated/t/plan.json")) == plan
     assert all(stop["strength"] in STRENGTHS for stop in facts["stops"] if stop["writers"])
+
+
+def test_no_rival_is_another_proposal(project, monkeypatch):
+    """Equal masks would stand next to each other in every ranking."""
+    answers = {"floating": "mlp.0", "greedy-layers": "mha.1,mlp.1", "greedy-shifted": "mha.2,mlp.1"}
+    others = {"mlp.0": ("mha.1,mlp.1", "mha.3"), "mha.1,mlp.1": ("mha.3", "mlp.2"), "mha.2,mlp.1": ()}
+    config = read_json(DENSE / "config.json")
+
+    def plan(mask):
+        return plan_of(config, mask.split(","))
+
+    monkeypatch.setattr(pipeline, "commit_run", lambda folder, *_: (plan(answers[folder.name]), ()))
+    monkeypatch.setattr(
+        pipeline, "rivals", lambda folder, _, own: [plan(mask) for mask in others[",".join(own.removed)]]
+    )
+    rows = pipeline.Rows(CalibrationSet(()), judge=CalibrationSet(((1, 2),)))
+    given = {"target": "", "run": "", "compensate": "refit"}
+    found = pipeline.commit(Path(), Score(method="recommended"), config, "0.2", rows, **given)
+    assert {each.name: ",".join(each.plan.removed) for each in found} == answers | {
+        "floating.2": "mha.3", "greedy-layers.2": "mlp.2",
+    }  # fmt: skip
 
 
 def test_stage_trains_and_every_export_has_the_weights(project):
