@@ -17,10 +17,10 @@ SCORE_VERSION = 3
 SEARCH_VERSION = 4
 """What a search decides from the same trials. Part of the fingerprint of a search."""
 
-PLAN_VERSION = 4
+PLAN_VERSION = 5
 """Which prefix of a search meets a budget, LaCo's merges and SliceGPT's widths, and what a plan holds."""
 
-WEIGHTS_VERSION = 7
+WEIGHTS_VERSION = 8
 """The weights of a pruned model: merged, sliced, compensated or trained. Part of the keys under which they are kept."""
 
 EXPORT_VERSION = 7

@@ -27,6 +27,9 @@ SHARES = (1.0, 0.75, 0.5)
 ROUGH = 0.3
 """The strength of fits that only rank plans."""
 
+REACH = 4
+"""At how many stops from a hole on such fits change writers. Further on a fit hardly lowers the error."""
+
 Fits = dict[str, tuple[dict[str, Tensor], dict[str, Any]]]
 """By the plans' names: the changed weights by their names in the pruned model, none where nothing helped; and facts as
 JSON: method, tokens, held-out perplexities, and what was done at each stop."""
@@ -85,7 +88,7 @@ def compensate(
     stops: dict[str, list[Mended]] = {name: [] for name in plans}
     changes: dict[str, Mapping[Tensor, Tensor]] = {}
     try:
-        for stream, mended in _fitted(streams, masks, STRENGTHS, observer):
+        for stream, mended in _fitted(streams, masks, STRENGTHS, math.inf, observer):
             for name in stream.masks:
                 changes[name] = stream.weights
                 stops[name] += [mended] if mended else []
@@ -104,7 +107,8 @@ def ranked(
     held_out: int,
     observer: Observer,
 ) -> dict[str, float]:
-    """The perplexity that the model of each plan has on the held-out rows, fitted to the others with strength ROUGH.
+    """The perplexity that the model of each plan has on the held-out rows, fitted to the others with strength ROUGH
+    near holes.
 
     It is that of the streams' ends, so no weight is kept. Arguments and errors are those of `compensate`.
     """
@@ -113,7 +117,7 @@ def ranked(
     streams, ends = Streams(dense, rows.rows, len(rows.rows) - held_out), dict[str, Sequence[Tensor]]()
     masks = {name: plan.mask for name, plan in plans.items()}
     try:
-        for stream, _ in _fitted(streams, masks, (ROUGH,), observer):
+        for stream, _ in _fitted(streams, masks, (ROUGH,), REACH, observer):
             stream.weights = {}
             ends |= dict.fromkeys(stream.masks, stream.states)
         found = {name: streams.perplexity(states) for name, states in ends.items()}
@@ -134,11 +138,11 @@ def _require(plans: Mapping[str, Plan], count: int, held_out: int) -> None:
 
 
 def _fitted(
-    streams: Streams, masks: Mapping[str, Mask], strengths: Sequence[float], observer: Observer
+    streams: Streams, masks: Mapping[str, Mask], strengths: Sequence[float], reach: float, observer: Observer
 ) -> Iterator[tuple[Stream, Mended]]:
     """The streams as `refit` yields them, with progress."""
     names = [str(block) for block in streams.blocks]
-    for stream, mended in refit(streams, masks, strengths):
+    for stream, mended in refit(streams, masks, strengths, reach):
         yield stream, mended
         if mended:
             changed, gone = mended["writers"], mended["hole"]

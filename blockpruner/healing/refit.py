@@ -17,6 +17,7 @@ error on held-out rows decides how much of a writer's change is kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -31,7 +32,7 @@ from blockpruner.healing.ridge import Moments, best_change
 from blockpruner.healing.streams import Stream, Streams
 
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-"""Pulls to the old weights. Each fit takes the one that does best on the held-out rows."""
+"""Pulls to the old weights. Each fit takes the one that does best on the held-out rows, near that of the last fit."""
 
 SHARES = (1.0, 0.5, 0.25, 0.0)
 """How much of a writer's change is tried before a norm, each time with the gains that fit best."""
@@ -44,12 +45,16 @@ def _with_one(writer: nn.Linear, x: Tensor) -> Tensor:
     return x if writer.bias is None else torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
 
 
-def refit(streams: Streams, masks: Mapping[str, Mask], strengths: Sequence[float]) -> Iterator[tuple[Stream, Mended]]:
+def refit(
+    streams: Streams, masks: Mapping[str, Mask], strengths: Sequence[float], reach: float = math.inf
+) -> Iterator[tuple[Stream, Mended]]:
     """Find new writers for the models of some masks. Yields each stream behind each of its stops, with what was done
     there, if anything was.
 
     Args:
         strengths: pulls to the old weights to choose from.
+        reach: at how many stops from a hole on writers are fitted. Behind the last of them only rows that are held out
+            go on.
 
     Raises:
         InputError: no block of the model ends in a single matrix.
@@ -63,14 +68,18 @@ def refit(streams: Streams, masks: Mapping[str, Mask], strengths: Sequence[float
     for stream in streams.walk(masks):
         stop, mended = stream.stop, dict[str, Any]()
         stream.is_behind = stream.is_behind or bool(stop.hole)
+        stream.left = reach if stop.hole else max(0, stream.left - 1)
         writers = {block: streams.writer(block) for block in stop.kept}
         able = {block: writer for block, writer in writers.items() if writer is not None}
-        if able and stream.is_behind:
+        if able and stream.left:
             mended = {"hole": stop.missing, "writers": [str(block) for block in able]}
             mended |= _fit_stop_(streams, stream, able, strengths)
             stream.weights = {**stream.weights, **streams.put_aside_()}
         elif stream.is_behind:
-            stream.states = [streams.behind(stop.kept, state, number) for number, state in enumerate(stream.states)]
+            stream.is_done = not stream.left and not streams.are_ahead(stream)
+            states = dict(enumerate(stream.states))
+            moving = streams.held_out if stream.is_done else states
+            stream.states = [*(states | {n: streams.behind(stop.kept, states[n], n) for n in moving}).values()]
             if stop.hole:
                 mended = {"hole": stop.missing, "writers": [], "error": 1.0}
         else:
@@ -89,10 +98,10 @@ def _fit_stop_(
     if (norm := streams.norm_behind(next(iter(writers)))) is not None:
         facts = _fit_before_norm_(place, norm.get_parameter("weight"))
     else:
-        change, strength, error = best_change(*place.moments(), strengths)
+        change, stream.strength, error = best_change(*place.moments(), strengths, stream.strength)
         if error < 1:
             place.change_(change)
-        facts = {"strength": strength, "error": error}
+        facts = {"strength": stream.strength, "error": error}
     stream.states = [place.moved(number) for number in place.batches]
     return facts
 
@@ -129,19 +138,27 @@ class _Place:
         """What the moved stream lacks, relatively, [N, d]."""
         return self.relative(number, self.streams.dense[number] - self.moved(number))
 
-    def moments(self, gain: Tensor | None = None) -> tuple[Moments, Moments]:
-        """The sums of the fitted and of the held-out rows; `gain`: the only writer has a norm behind it."""
+    def moments(self, gain: Tensor | None = None) -> tuple[Moments, tuple[Tensor, Tensor]]:
+        """The sums of the fitted rows, and features and residuals of those that are held out.
+
+        Args:
+            gain: what the norm behind the only writer multiplies its columns with.
+        """
         streams, sizes = self.streams, [part.shape[-1] for part in self.features(0)]
         first = next(iter(self.writers))
         home = self.writers[first].weight.device
-        fitted, held_out = (Moments.zero(sum(sizes), streams.dense[0].shape[-1], home) for _ in range(2))
-        for number in self.batches:
-            features, missing = torch.cat(self.features(number), -1), self.missing(number)
+        fitted = Moments.zero(sum(sizes), streams.dense[0].shape[-1], home)
+
+        def tokens(number: int) -> tuple[Tensor, Tensor]:
+            features = torch.cat(self.features(number), -1)
             if gain is not None:
                 features = features * self.gives[first][number].square().mean(dim=-1, keepdim=True).rsqrt()
-            moments = fitted if streams.is_fitted[number] else held_out
-            moments.add(self.relative(number, features).to(home), missing.to(home))
-        return fitted, held_out
+            return self.relative(number, features).to(home), self.missing(number).to(home)
+
+        for number in streams.fitted:
+            fitted.add(*tokens(number))
+        features, missing = (torch.cat(parts) for parts in zip(*map(tokens, streams.held_out), strict=True))
+        return fitted, (features, missing)
 
     def change_(self, change: Tensor) -> None:
         """Change the writers, and what they give of what they read."""
@@ -162,8 +179,7 @@ def _fit_before_norm_(place: _Place, gains: nn.Parameter) -> Mended:
     weights = [weight for weight in (writer.weight, writer.bias, gains) if weight is not None]
 
     def error() -> float:
-        held_out = (number for number in place.batches if not streams.is_fitted[number])
-        return sum(float(place.missing(number).double().square().sum()) for number in held_out)
+        return sum(float(place.missing(number).double().square().sum()) for number in streams.held_out)
 
     def values() -> list[Tensor]:
         """All that changes: the weights, and what the block gives."""
@@ -181,7 +197,8 @@ def _fit_before_norm_(place: _Place, gains: nn.Parameter) -> Mended:
         return error(), values()
 
     old, before, gain = values(), error(), streams.gain(block).to(writer.weight.device)
-    change, strength, _ = best_change(*place.moments(gain), place.strengths, gain)
+    change, strength, _ = best_change(*place.moments(gain), place.strengths, place.stream.strength, gain)
+    place.stream.strength = strength
     place.change_(change)
     new = values()
     after, best = min(map(tried, SHARES), key=itemgetter(0))
@@ -193,7 +210,7 @@ def _more_gain(place: _Place, block: BlockId) -> Tensor:
     """What is best added to the gains of the norm behind a block, [d]: a ridge regression for each of them."""
     streams, size = place.streams, place.gives[block][0].shape[-1]
     cross, square = torch.zeros(2, size, dtype=torch.float64)
-    for number in (number for number in place.batches if streams.is_fitted[number]):
+    for number in streams.fitted:
         unit = place.relative(number, streams.unit(block, place.gives[block][number]))
         cross += (unit * place.missing(number)).sum(0)
         square += unit.square().sum(0)

@@ -4,8 +4,8 @@ For features X [N, p] and residuals R [N, q], the change D [p, q] minimises
 
     |X D - R|^2 + s mean(diag(X^T X)) |D|^2
 
-with s the strength. Everything comes from X^T X, X^T R and |R|^2, so the tokens themselves are never kept, and any
-strength costs one factorization more.
+with s the strength. Everything comes from X^T X and X^T R, so the fitted tokens themselves are never kept, and any
+strength costs one factorization more. Of few tokens that are held out, features and residuals are kept.
 
 Where column j of X D counts g_j times, D_j = Q diag(g_j / (g_j^2 L + t)) Q^T c_j, with X^T X = Q diag(L) Q^T, C = X^T R
 and t = s mean(diag(X^T X)) mean(g^2). One decomposition serves all columns and strengths.
@@ -13,11 +13,15 @@ and t = s mean(diag(X^T X)) mean(g^2). One decomposition serves all columns and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+Solver = Callable[[float], Tensor]
+"""The change D [p, q] for a strength."""
 
 
 @dataclass
@@ -28,8 +32,6 @@ class Moments:
     """X^T X [p, p]."""
     cross: Tensor
     """X^T R [p, q]."""
-    total: float = 0.0
-    """|R|^2."""
 
     @classmethod
     def zero(cls, features: int, outputs: int, device: torch.device) -> Moments:
@@ -41,7 +43,6 @@ class Moments:
         """Add tokens: features [N, p], residuals [N, q], float32 or wider. Products are taken in their dtype."""
         self.gram += features.T @ features
         self.cross += features.T @ residuals
-        self.total += float(residuals.double().square().sum())
 
     def solve(self, strength: float) -> Tensor:
         """The change D [p, q] of these tokens."""
@@ -51,33 +52,48 @@ class Moments:
         del shifted
         return torch.cholesky_solve(self.cross, factor)
 
-    def solutions(self, strengths: Sequence[float], gain: Tensor) -> Iterator[Tensor]:
+    def gained(self, gain: Tensor) -> Solver:
         """The changes D of these tokens where column j of X D counts gain_j times, [q]."""
         values, vectors = torch.linalg.eigh(self.gram)
         turned, squares = vectors.T @ self.cross * gain, gain.square()
         pull = self.gram.diagonal().mean() * squares.mean()
-        for strength in strengths:
-            yield vectors @ (turned / (squares * values[:, None] + strength * pull))
+        return lambda strength: vectors @ (turned / (squares * values[:, None] + strength * pull))
 
-    def error(self, change: Tensor) -> float:
-        """|X D - R|^2 / |R|^2 of a change over these tokens; below 1 it helps."""
-        moved = (change * (self.gram @ change - 2 * self.cross)).sum()
-        return 1.0 + float(moved) / self.total if self.total else 1.0
+
+def error(features: Tensor, residuals: Tensor, change: Tensor) -> float:
+    """|X D - R|^2 / |R|^2 of a change; below 1 it helps."""
+    left = residuals - features @ change.to(features)
+    total = float(residuals.double().square().sum())
+    return float(left.double().square().sum()) / total if total else 1.0
 
 
 def best_change(
-    fitted: Moments, held_out: Moments, strengths: Sequence[float], gain: Tensor | None = None
+    fitted: Moments,
+    held_out: tuple[Tensor, Tensor],
+    strengths: Sequence[float],
+    near: float,
+    gain: Tensor | None = None,
 ) -> tuple[Tensor, float, float]:
     """The change that does best on tokens that it was not fitted to, its strength, and its error there.
 
     Args:
+        held_out: features [N, p] and residuals [N, q].
+        strengths: from small to large. The error falls and then rises with the strength, so that it is followed from
+            the one that is nearest to `near` to where its neighbours are no better.
         gain: how many times each column of X D counts; None: all once.
     """
-    best: tuple[Tensor, float, float] | None = None
-    changes = map(fitted.solve, strengths) if gain is None else fitted.solutions(strengths, gain)
-    for strength, change in zip(strengths, changes, strict=True):
-        error = held_out.error(change if gain is None else change * gain)
-        if best is None or error < best[2]:
-            best = change, strength, error
-    assert best is not None
-    return best
+    solve = fitted.solve if gain is None else fitted.gained(gain)
+    found: dict[int, tuple[Tensor, float]] = {}
+
+    def tried(index: int) -> float:
+        if index not in found:
+            change = solve(strengths[index])
+            found[index] = change, error(*held_out, change if gain is None else change * gain)
+        return found[index][1]
+
+    best, at = -1, min(range(len(strengths)), key=lambda index: abs(math.log(strengths[index] / near)))
+    while best != at:
+        best = at
+        at = min(range(max(0, best - 1), min(best + 2, len(strengths))), key=tried)
+    change, least = found[best]
+    return change, strengths[best], least

@@ -55,8 +55,14 @@ class Stream:
     """Where they are. The first stop has no kept block; its hole is what is removed before any is kept."""
     is_behind: bool = False
     """Whether something is removed up to here."""
+    left: float = 0
+    """At how many stops from here on something is fitted, as far as is known."""
+    is_done: bool = False
+    """Nothing is fitted any more: only rows that are held out are moved on."""
     weights: Mapping[Tensor, Tensor] = field(default_factory=dict)
     """The new values of the weights that were changed, on the host."""
+    strength: float = 0.3
+    """The pull to the old weights of the last fit."""
 
     def parted(self, by: Callable[[Mask], Key]) -> list[tuple[Key, Stream]]:
         """The stream as one or several, each with the masks of which `by` says the same."""
@@ -80,7 +86,9 @@ class Streams(Engine):
         self.blocks = [block for step in self._steps for block in step]
         """All blocks, as the stream passes them."""
         spans = [span for part in parts if part for span in self.row_batches(rows, part)]
-        self.is_fitted = [span[-1] < fitted for span in spans]
+        self.fitted = [number for number, span in enumerate(spans) if span[-1] < fitted]
+        """The batches that something is fitted to."""
+        self.held_out = [number for number, span in enumerate(spans) if span[-1] >= fitted]
         self._batches = [self._batch([rows[i] for i in span]) for span in spans]
         self.real = [batch.is_real.cpu() for batch in self._batches]
         prepared = [self._prepare(batch.input_ids) for batch in self._batches]
@@ -104,16 +112,22 @@ class Streams(Engine):
                     last = Stop(kept, ()) if kept else part.stop
                     part.stop = Stop(last.kept, (*last.hole, gone) if gone else last.hole)
                     streams.append(part)
-            self.dense = [self.behind(step, state, number) for number, state in enumerate(self.dense)]
+            if not all(stream.is_done for stream in streams):
+                self.dense = [self.behind(step, state, number) for number, state in enumerate(self.dense)]
         yield from streams
+
+    def are_ahead(self, stream: Stream) -> bool:
+        """Whether a mask of a stream removes blocks behind the stream's stop."""
+        last = max(self.blocks.index(block) for step in (stream.stop.kept, *stream.stop.hole) for block in step)
+        return any(block in mask for mask in stream.masks.values() for block in self.blocks[last + 1 :])
 
     def perplexity(self, states: Sequence[Tensor]) -> float:
         """What the end of a stream gives on the rows that are held out."""
         means: list[float] = []
-        for batch, state, is_fitted in zip(self._batches, states, self.is_fitted, strict=True):
-            if not is_fitted:
-                sums = self._losses(self._final_states(self._read(state), batch), None, batch, NLL)
-                means += (sums.cpu() / batch.counts).tolist()
+        for number in self.held_out:
+            batch = self._batches[number]
+            sums = self._losses(self._final_states(self._read(states[number]), batch), None, batch, NLL)
+            means += (sums.cpu() / batch.counts).tolist()
         return perplexity(math.fsum(means) / len(means))
 
     def put_aside_(self) -> dict[Tensor, Tensor]:

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from blockpruner.core.blocks import removable_units
 from blockpruner.core.budgets import read_budget
 from blockpruner.core.errors import InputError
-from blockpruner.core.families import Config
+from blockpruner.core.families import Config, count_parameters
 from blockpruner.scoring.settings import Score
 
 
@@ -23,7 +24,7 @@ class Recipe:
     title: str
     """Its name in tables and figures."""
     searches: Mapping[str, Mapping[str, Any]]
-    """What each search sets in the `score` section, by the search's name."""
+    """What each search sets in the `score` section, by the search's name; of several see `proposals`."""
     compensate: str = "none"
     """The value of `compensate.method` where the user sets none."""
     published: tuple[str, ...] = ()
@@ -37,9 +38,12 @@ def _one(title: str, published: tuple[str, ...] = (), /, **score: Any) -> Recipe
 RECOMMENDED, BLOCKPRUNER = "recommended", "blockpruner"
 BI, RM = "block_influence", "relative_magnitude"
 LAYERS: Mapping[str, Any] = {"method": "one_shot", "unit": "layer"}
+NEAR = 0.1
+"""Whole layers are near a budget that they miss by no more than this share of it."""
+
 RECIPES: Mapping[str, Recipe] = {
-    # Whole layers leave fewer and wider holes, which a refit fills better: they came first on Gemma 3 and at 30 % of
-    # SmolLM2 (docs/experiments.md).
+    # Whole layers leave fewer and wider holes, which a refit fills better (docs/experiments.md). Floating search is for
+    # budgets that they do not come near.
     RECOMMENDED: Recipe(
         "recommended",
         {
@@ -96,7 +100,7 @@ def recipe(name: str) -> Recipe:
 
 
 def searches(score: Score) -> dict[str, Score]:
-    """The searches of a `score` section, by name: one, or those of its recipe.
+    """The searches of a `score` section, by name: one, or those of its recipe; `proposals` has those that compete.
 
     An acceleration that the section sets wins over the recipe's. A recipe's other searches also change what a step
     removes, so they are there only if the section leaves unit, candidates and options as they are.
@@ -111,25 +115,23 @@ def searches(score: Score) -> dict[str, Score]:
 
 
 def proposals(score: Score, config: Config, budget: str) -> dict[str, Score]:
-    """The searches whose results compete for a budget.
+    """The searches whose results compete for a budget: those of whole layers, or the first one alone.
 
-    A search that cannot meet the budget is left out; the first one is always there, to refuse it with words. A budget
-    that is not a share of all parameters is searched for by the first one alone.
+    The first one alone searches for a budget that is not a share of all parameters, that whole layers do not come near,
+    or that cannot be met at all, which it refuses with words.
     """
-    from blockpruner.methods.registry import require_budgets
-
     found = searches(score)
     first, *others = found
-    if read_budget(budget)[1] != "":
-        return {first: found[first]}
-    kept = {first: found[first]}
-    for name in others:
-        try:
-            require_budgets(found[name], config, (budget,))
-        except InputError:
-            continue
-        kept[name] = found[name]
-    return kept
+    wanted, unit = read_budget(budget)
+    costs = count_parameters(config)
+    layers = {name: removable_units(len(costs.blocks) // 2, found[name].unit, "all") for name in others}
+    sizes = {name: costs.ratio(units[0]) for name, units in layers.items() if units}
+    near = [
+        name
+        for name, size in sizes.items()
+        if unit == "" and abs(round(wanted / size) * size - wanted) <= NEAR * wanted < len(layers[name]) * size
+    ]
+    return {name: found[name] for name in near or [first]}
 
 
 def compensation(own: str | None, method: str) -> str:

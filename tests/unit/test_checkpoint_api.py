@@ -241,10 +241,10 @@ def test_of_the_searches_that_can_meet_a_budget_one_is_kept():
 
     best = kept(0.3)
     judged, rough = best.compensation["judged"], best.compensation["rough"]
-    assert {name.partition(".")[0] for name in rough} == {"floating", "greedy-layers", "greedy-shifted"}
+    assert {name.partition(".")[0] for name in rough} == {"greedy-layers", "greedy-shifted"}
     assert set(judged) == set(sorted(rough, key=rough.get)[:3])
-    assert best.plan.method == min(judged, key=judged.get).partition("-")[0].partition(".")[0]
-    for alone in (kept(0.05), kept(0.1, candidates="mha"), kept("2layers")):  # no layer is that small
+    assert len(best.plan.order) == {"greedy-layers": 2, "greedy-shifted": 2}.get(min(judged, key=judged.get), 1)
+    for alone in (kept(0.05), kept(0.25), kept(0.1, candidates="mha"), kept("2layers")):  # no layers come near those
         assert alone.plan.method == "floating" and "judged" not in alone.compensation
 
 

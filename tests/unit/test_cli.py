@@ -356,7 +356,7 @@ def test_a_dry_run_counts_from_the_shape_and_leaves_nothing(model, place, say):
     assert found["weights_bytes"] == found["disk_bytes"] == sum(tensor.nbytes for tensor in weights)
     assert found["parameters_to_remove"] == round(0.3 * found["parameters"])
     both = done(say(*prune(model, "--dry-run", "--json", "--dtype", "bfloat16", method="recommended")))
-    assert both["first_step_masks"] == {"floating": 8, "greedy-layers": 4, "greedy-shifted": 3}
+    assert both["first_step_masks"] == {"greedy-layers": 4, "greedy-shifted": 3}
     assert 2 * both["weights_bytes"] == both["disk_bytes"]
 
 
@@ -689,7 +689,7 @@ def test_the_loss_of_each_kind_of_text_is_told_wherever_the_model_is_shown(model
     monkeypatch.setattr(
         pipeline, "calibrate", lambda *given, **more: found.append(calibrate(*given, **more)) or found[-1]
     )
-    args = ("prune", model, "--budget", 0.2, "--texts", "mix.json", "--seq-len", 16, "--out", "out")
+    args = ("prune", model, "--budget", 0.33, "--texts", "mix.json", "--seq-len", 16, "--out", "out")
     result = say(*args, "--json")
     told = done(result)["plan"]["kinds"]
     judge = found[0].judge

@@ -14,7 +14,7 @@ from blockpruner.core.families import FAMILIES
 from blockpruner.core.progress import SilentObserver
 from blockpruner.healing import compensate as compensation
 from blockpruner.healing import refit as methods
-from blockpruner.healing.ridge import Moments, best_change
+from blockpruner.healing.ridge import Moments, best_change, error
 from blockpruner.healing.streams import Streams
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.healed import set_weights_
@@ -71,18 +71,36 @@ def test_ridge_is_numpys_least_squares():
     wanted = ridge(x, r, 0.3)
     change = moments.solve(0.3)
     np.testing.assert_allclose(change, wanted, atol=1e-12)
-    assert moments.error(change) == pytest.approx(((x @ wanted - r) ** 2).sum() / (r**2).sum(), rel=1e-12)
-    assert moments.error(torch.zeros(6, 3, dtype=torch.float64)) == 1.0
-    assert best_change(moments, moments, (1.0, 0.1, 10.0))[1:] == (0.1, moments.error(moments.solve(0.1)))
-    noise = Moments.zero(6, 3, torch.device("cpu"))
-    noise.add(torch.tensor(x), torch.tensor(-r))  # on which every change does harm: the smallest is the best one
-    assert best_change(moments, noise, (0.1, 1.0, 10.0))[1:] == (10.0, noise.error(moments.solve(10.0)))
-    assert noise.error(moments.solve(10.0)) > 1
+    x_t, r_t = torch.tensor(x), torch.tensor(r)
+    assert error(x_t, r_t, change) == pytest.approx(((x @ wanted - r) ** 2).sum() / (r**2).sum(), rel=1e-12)
+    assert error(x_t, r_t, torch.zeros(6, 3)) == 1.0 == error(x_t, torch.zeros(50, 3), torch.zeros(6, 3))
     gain = np.array([0.05, 1.0, 5.0])
-    for s, change in zip((0.3, 2.0), moments.solutions((0.3, 2.0), torch.tensor(gain)), strict=True):
-        np.testing.assert_allclose(change, ridge(x, r, s, gain), atol=1e-12)
-    best, strength, error = best_change(moments, moments, (1.0, 0.1), torch.tensor(gain))
-    assert strength == 0.1 and error == pytest.approx(((x @ best.numpy() * gain - r) ** 2).sum() / (r**2).sum())
+    solve = moments.gained(torch.tensor(gain))
+    for s in (0.3, 2.0):
+        np.testing.assert_allclose(solve(s), ridge(x, r, s, gain), atol=1e-12)
+    best, strength, least = best_change(moments, (x_t, r_t), (0.1, 1.0), 1.0, torch.tensor(gain))
+    assert strength == 0.1 and least == pytest.approx(((x @ best.numpy() * gain - r) ** 2).sum() / (r**2).sum())
+
+
+STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+
+
+@pytest.mark.parametrize("near", STRENGTHS)
+@pytest.mark.parametrize("noise", [0.0, 0.5, 2.0, 8.0, 100.0])
+def test_the_strength_is_the_best_of_all_wherever_the_walk_begins(near, noise, monkeypatch):
+    rng = np.random.default_rng(3)
+    x, way = rng.normal(size=(60, 8)), rng.normal(size=(8, 3))
+    r, asked, solve = x @ way + noise * rng.normal(size=(60, 3)), [], Moments.solve
+    fitted = Moments.zero(8, 3, torch.device("cpu"))
+    fitted.add(torch.tensor(x[:30]), torch.tensor(r[:30]))
+    held_out = torch.tensor(x[30:]), torch.tensor(r[30:])
+    errors = {strength: error(*held_out, solve(fitted, strength)) for strength in STRENGTHS}
+    monkeypatch.setattr(Moments, "solve", lambda self, strength: asked.append(strength) or solve(self, strength))
+    change, strength, least = best_change(fitted, held_out, STRENGTHS, near)
+    assert strength == min(errors, key=errors.__getitem__) and least == errors[strength]
+    torch.testing.assert_close(change, solve(fitted, strength), rtol=0, atol=0)
+    ways = sorted(map(STRENGTHS.index, (near, strength)))
+    assert len(asked) == len(set(asked)) <= ways[1] - ways[0] + 3  # from there to here, and one on either side
 
 
 def test_stops_hold_every_block_once_and_holes_follow_kept_blocks():
@@ -212,7 +230,7 @@ class Watched(Streams):
 
     def error(self, kept, states):
         total = 0.0
-        for n in [n for n, fitted in enumerate(self.is_fitted) if not fitted]:
+        for n in self.held_out:
             missing = self.dense[n] - self.behind(kept, states[n], n)
             total += float((missing.norm(dim=-1) / self.dense[n].norm(dim=-1))[self.real[n]].square().sum())
         return total
@@ -357,7 +375,7 @@ def test_plans_are_ranked_by_what_they_have_once_fitted():
         for name, plan in plans.items():
             streams = Streams(model, ROWS.rows, 30)
             with torch.no_grad():
-                *_, (end, _) = methods.refit(streams, {"": plan.mask}, (compensation.ROUGH,))
+                *_, (end, _) = methods.refit(streams, {"": plan.mask}, (compensation.ROUGH,), compensation.REACH)
                 for weight, value in end.weights.items():
                     streams.change_(weight, value)
                 with masked(model, plan.mask) as pruned:
@@ -384,9 +402,29 @@ def test_blocks_of_a_common_beginning_are_run_once(monkeypatch):
     assert runs == dict.fromkeys(runs, 1) | {"mha.2": 3, "mha.3": 3, "mlp.3": 3}
 
 
+def test_a_fit_within_reach_ends_behind_the_last_hole(monkeypatch):
+    """From there on only held-out rows are moved, and no dense stream."""
+    ran, block = [], Streams._block
+
+    def counted(self, which, *given):
+        ran.append(str(which))
+        return block(self, which, *given)
+
+    model = tiny_model("llama").requires_grad_(False)
+    monkeypatch.setattr(Streams, "_block", counted)
+    with torch.no_grad():
+        streams = Streams(model, ROWS.rows, 30)
+        done = list(methods.refit(streams, {"": parse_mask("mlp.0,mlp.1")}, (1.0,), 2))
+    fitted = [mended["writers"] for _, mended in done if mended]
+    assert fitted == [["mha.0"], ["mha.1"], ["mha.2"]]
+    runs = {name: ran.count(name) for name in dict.fromkeys(ran)}
+    every, few = len(streams.dense), len(streams.held_out)
+    assert 0 < few < every and runs["mlp.3"] == few and runs["mha.2"] == 2 * every
+
+
 def test_what_does_not_help_is_left(monkeypatch):
     model = tiny_model("llama").requires_grad_(False)
-    monkeypatch.setattr(methods, "best_change", lambda fitted, held_out, strengths: (-fitted.solve(0.01), 0.01, 0.5))
+    monkeypatch.setattr(methods, "best_change", lambda fitted, held_out, *given: (-fitted.solve(0.01), 0.01, 0.5))
     weights, facts = compensate(model, mask_plan(model, "mlp.1"), ROWS, 10, SilentObserver())
     perplexity = facts["perplexity"]
     assert not weights and facts["share"] == 0 and perplexity["after"] == perplexity["before"]
