@@ -77,9 +77,11 @@ def refit(
             stream.weights = {**stream.weights, **streams.put_aside_()}
         elif stream.is_behind:
             stream.is_done = not stream.left and not streams.are_ahead(stream)
-            states = dict(enumerate(stream.states))
-            moving = streams.held_out if stream.is_done else states
-            stream.states = [*(states | {n: streams.behind(stop.kept, states[n], n) for n in moving}).values()]
+            moving = streams.held_out if stream.is_done else range(len(stream.states))
+            stream.states = [
+                streams.behind(stop.kept, state, number) if number in moving else state
+                for number, state in enumerate(stream.states)
+            ]
             if stop.hole:
                 mended = {"hole": stop.missing, "writers": [], "error": 1.0}
         else:

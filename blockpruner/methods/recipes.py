@@ -6,11 +6,11 @@ and the form take the same names: that of a recipe, or that of a plain method, w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from blockpruner.core.blocks import removable_units
+from blockpruner.core.blocks import Mask, removable_units
 from blockpruner.core.budgets import read_budget
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config, count_parameters
@@ -124,13 +124,14 @@ def proposals(score: Score, config: Config, budget: str) -> dict[str, Score]:
     first, *others = found
     wanted, unit = read_budget(budget)
     costs = count_parameters(config)
-    layers = {name: removable_units(len(costs.blocks) // 2, found[name].unit, "all") for name in others}
-    sizes = {name: costs.ratio(units[0]) for name, units in layers.items() if units}
-    near = [
-        name
-        for name, size in sizes.items()
-        if unit == "" and abs(round(wanted / size) * size - wanted) <= NEAR * wanted < len(layers[name]) * size
-    ]
+
+    def is_near(layers: Sequence[Mask]) -> bool:
+        size = costs.ratio(layers[0]) if layers else 1.0
+        count = round(wanted / size)
+        return count <= len(layers) and abs(count * size - wanted) <= NEAR * wanted
+
+    units = {name: removable_units(len(costs.blocks) // 2, found[name].unit, "all") for name in others}
+    near = [name for name in others if unit == "" and is_near(units[name])]
     return {name: found[name] for name in near or [first]}
 
 

@@ -384,16 +384,22 @@ def test_plans_are_ranked_by_what_they_have_once_fitted():
             assert found[name] == pytest.approx(np.exp(nll), rel=1e-4 if variant == "gemma3_text" else 1e-9)
 
 
-def test_blocks_of_a_common_beginning_are_run_once(monkeypatch):
-    """The dense stream passes each block; behind the first hole each branch passes its own."""
-    ran, block = [], Streams._block
+@pytest.fixture
+def ran(monkeypatch):
+    """The blocks that are run, by name, once for each batch."""
+    found, block = [], Streams._block
 
     def counted(self, which, *given):
-        ran.append(str(which))
+        found.append(str(which))
         return block(self, which, *given)
 
-    model = tiny_model("llama").requires_grad_(False)
     monkeypatch.setattr(Streams, "_block", counted)
+    return found
+
+
+def test_blocks_of_a_common_beginning_are_run_once(ran):
+    """The dense stream passes each block; behind the first hole each branch passes its own."""
+    model = tiny_model("llama").requires_grad_(False)
     with torch.no_grad():
         streams = Streams(model, ROWS.rows, 30)
         masks = {mask: parse_mask(mask) for mask in ("mlp.2,mha.3", "mlp.2", "mlp.3")}
@@ -402,16 +408,9 @@ def test_blocks_of_a_common_beginning_are_run_once(monkeypatch):
     assert runs == dict.fromkeys(runs, 1) | {"mha.2": 3, "mha.3": 3, "mlp.3": 3}
 
 
-def test_a_fit_within_reach_ends_behind_the_last_hole(monkeypatch):
+def test_a_fit_within_reach_ends_behind_the_last_hole(ran):
     """From there on only held-out rows are moved, and no dense stream."""
-    ran, block = [], Streams._block
-
-    def counted(self, which, *given):
-        ran.append(str(which))
-        return block(self, which, *given)
-
     model = tiny_model("llama").requires_grad_(False)
-    monkeypatch.setattr(Streams, "_block", counted)
     with torch.no_grad():
         streams = Streams(model, ROWS.rows, 30)
         done = list(methods.refit(streams, {"": parse_mask("mlp.0,mlp.1")}, (1.0,), 2))

@@ -18,6 +18,7 @@ from blockpruner.healing.refit import STRENGTHS
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.inputs.texts import write_texts
 from blockpruner.methods.healed import save_healed
+from blockpruner.methods.recipes import proposals
 from blockpruner.params import load_run
 from blockpruner.scoring.settings import Score
 from blockpruner.store.files import read_json, write_json
@@ -27,7 +28,7 @@ from tests.errors import refused
 from tests.fakes import unverified
 from tests.integration.project import sentence
 from tests.plans import SOMEONE, fetch_tiny, plan_of, pruning
-from tests.tiny import tiny_tokenizer
+from tests.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 DENSE, OUT = Path("data/models/tiny"), "model.layers.0.mlp.down_proj.weight"
@@ -125,6 +126,22 @@ def test_many_proposals_are_fitted_on_few_rows_first_and_the_best_three_judged(p
     plan = read_json(Path(f"data/plans/t/{best}.json"))
     assert read_json(Path("data/compensated/t/plan.json")) == plan
     assert all(stop["strength"] in STRENGTHS for stop in facts["stops"] if stop["writers"])
+
+
+@pytest.mark.parametrize(
+    ("budget", "searches"),
+    [
+        ("0.33", ["greedy-layers", "greedy-shifted"]),  # a layer is 0.1625
+        ("0.65", ["greedy-layers"]),  # all four layers, and there are three shifted ones
+        ("0.25", ["floating"]),
+        ("0.05", ["floating"]),
+        ("0.99", ["floating"]),
+        ("4blocks", ["floating"]),
+        ("0.5kv", ["floating"]),
+    ],
+)
+def test_whole_layers_compete_where_they_come_near_the_budget(budget, searches):
+    assert [*proposals(Score(method="recommended"), tiny_model("llama").config.to_dict(), budget)] == searches
 
 
 def test_no_rival_is_another_proposal(project, monkeypatch):
