@@ -35,7 +35,7 @@ from blockpruner.methods.healed import FILE, Healed, find_healed, set_weights_
 from blockpruner.methods.kind import Material
 from blockpruner.methods.recipes import OWN_ROWS, RECIPES, RECOMMENDED, compensation, searches, sections
 from blockpruner.methods.registry import KINDS, kind_of_method
-from blockpruner.model.models import prune_, require_float64, require_plain, resolve_device
+from blockpruner.model.models import require_float64, require_plain, resolve_device
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.metrics import METRICS, Metric
 from blockpruner.scoring.stability import Stability
@@ -126,7 +126,7 @@ class Pruned:
         """Write verified checkpoints, `hf` at the folder and another format at FOLDER-FORMAT; returns the places.
 
         A fresh process compares each with this model. A copy of the model is in memory meanwhile. transformers loads
-        `hf` without blockpruner (`trust_remote_code=True`); `blockpruner report`, `curve` and `push` take the folder.
+        `hf` without blockpruner (`trust_remote_code=True`); `blockpruner report` and `push` take the folder.
 
         Args:
             formats: as in `export` of a run file.
@@ -234,7 +234,7 @@ def prune(
         run = read_settings(Run, {"model": source} | sections(name, data=source, **own))
         check_run(run)
         recipe = run.train and run.train.fitted(model.config.max_position_embeddings)
-        _require_masks(run)
+        _require_parts(run)
         if device != "auto" or model.device.type == "cpu":
             model.to(resolve_device(device))
         model.eval()
@@ -255,8 +255,8 @@ def prune(
         pipeline.score(material, rows, run.score, [wanted], folder)
         found = pipeline.commit(folder, run.score, config, wanted, rows, target="", run="", compensate=chosen)
         healed = pipeline.heal(lambda: model, found, rows, run.compensate, shown)
-        current = Current.load(folder / healed.search)
-        trace = read_trace(trace_directory(folder / healed.search, current, wanted), current.search)
+        current = Current.load(folder / healed.name)
+        trace = read_trace(trace_directory(folder / healed.name, current, wanted), current.search)
         firm = stabilities(trace, str(current.score.options.get("per", "none")))
         plan, weights, data = replace(healed.plan, train=recipe is not None), healed.weights, run.calibration.data
         told, learns = healed.healed(data), [weight for weight in model.parameters() if weight.requires_grad]
@@ -270,16 +270,16 @@ def prune(
             pipeline.train(made, recipe, rows, (scores or place) / "training", place / "trained", shown)
             told = find_healed([place / "trained"], made.identity)
             weights = read_tensors(place / "trained" / FILE)[0]
-        pruned = prune_(model, plan.mask)
+        pruned = KINDS[plan.kind].apply_(model, plan, ())
         set_weights_(pruned, weights)
         return Pruned(pruned, tokenizer, plan, tuple(trace), firm, healed.facts, told, base)
 
 
-def _require_masks(run: Run) -> None:
-    """Refuse methods that change weights, which need a run file."""
-    if not all(kind_of_method(one.method).removes_blocks for one in searches(run.score).values()):
+def _require_parts(run: Run) -> None:
+    """Refuse methods that make other weights, which need a run file."""
+    if not all(kind_of_method(one.method).is_part for one in searches(run.score).values()):
         raise InputError(
-            f"method {run.score.method!r} changes weights, which prune does not; use a run file and the stages",
+            f"method {run.score.method!r} makes other weights, which prune does not; use a run file and the stages",
             rule="method-of-weights", key="method", value=run.score.method,
         )  # fmt: skip
 

@@ -40,10 +40,10 @@ def check_target(run: Run, target: Target) -> None:
 
 
 def check_compensation(score: Score, method: str) -> None:
-    """Refuse compensation after a method that leaves no holes; raises InputError."""
-    if method != "none" and not kind_of_method(score.method).removes_blocks:
+    """Refuse compensation after a method that does more than take parts out; raises InputError."""
+    if method != "none" and not kind_of_method(score.method).is_part:
         raise InputError(
-            f"compensate: {method} is for methods that remove blocks, and score.method: {score.method} changes "
+            f"compensate: {method} is for methods that take parts out, and score.method: {score.method} changes "
             "weights; set compensate: none, or another score.method",
             rule="compensates-no-holes", key="compensate", value=method,
         )  # fmt: skip

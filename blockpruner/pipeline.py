@@ -25,9 +25,10 @@ from blockpruner.inputs.calibration import CalibrationSet, draw, draw_rows, requ
 from blockpruner.inputs.checkpoints import checkpoint_identity, checkpoint_weights
 from blockpruner.inputs.settings import Calibration
 from blockpruner.inputs.texts import by_kind
-from blockpruner.methods.commit import commit_run, rivals
+from blockpruner.methods.commit import commit_run
 from blockpruner.methods.kind import Material
 from blockpruner.methods.recipes import proposals, searches
+from blockpruner.methods.registry import kind_of_method
 from blockpruner.methods.score import score_run
 from blockpruner.scoring.settings import Score
 
@@ -204,7 +205,8 @@ def score(
         if len(far) > 1:
             material.observer.note(f"search {number} of {len(far)}: {name}")
         section = searches(wanted)[name]
-        found[name] = score_run(material, rows.search, section, own, folder / name, latency)
+        seen = rows.fit if kind_of_method(section.method).of_fit and len(rows.fit.rows) > 1 else rows.search
+        found[name] = score_run(material, seen, section, own, folder / name, latency)
     return found
 
 
@@ -218,7 +220,7 @@ class Proposal:
     """A plan that a search proposes for a budget."""
 
     name: str
-    """The name of the search in its recipe; "<search>.2" and so on for its other masks."""
+    """The name of the search in its recipe."""
     plan: Plan
     tables: Sequence[Path] = field(default=(), compare=False)
     """The iteration tables that it used, in order."""
@@ -239,8 +241,6 @@ def commit(
 ) -> list[Proposal]:
     """What each search of the recipe removes for a budget; one proposal, or several that `heal` judges.
 
-    Where weights are fitted, other masks that the searches have scored are among them.
-
     Args:
         folder: as `score` left it.
         dense: the dense model's directory, where it is kept: the plans name it by its content.
@@ -248,18 +248,13 @@ def commit(
     Raises:
         InputError: the budget cannot be met, or a file of a search is missing or damaged.
     """
-    found, base = list[Proposal](), dict[str, Any]()
+    base = dict[str, Any]()
     if dense is not None:
         base = {"base": checkpoint_identity(dense), "weights": checkpoint_weights(dense)}
-    answers = {n: commit_run(folder / n, config, budget, target, run) for n in _competing(wanted, config, budget, rows)}
-    seen = {plan.mask for plan, _ in answers.values()}
-    for name, (plan, tables) in answers.items():
-        others = rivals(folder / name, config, plan) if len(answers) > 1 and compensate != "none" else []
-        others = [each for each in others if each.mask not in seen]
-        seen |= {each.mask for each in others}
-        for number, each in enumerate((plan, *others), 1):
-            own = replace(each, compensate=compensate, train=train, **base)
-            found.append(Proposal(name if number == 1 else f"{name}.{number}", own, tables if number == 1 else ()))
+    found = list[Proposal]()
+    for name in _competing(wanted, config, budget, rows):
+        plan, tables = commit_run(folder / name, config, budget, target, run)
+        found.append(Proposal(name, replace(plan, compensate=compensate, train=train, **base), tables))
     return found
 
 

@@ -179,14 +179,12 @@ def score_of(run: Run, method: str | None) -> Score:
     """
     if method is None or method == run.score.method:
         return run.score
-    rows = [{"metric": run.score.metric, **row} for row in recipe(method).searches.values()]
-    kept = {"latency"}
-    if all(kind_of_method(str(row["method"])).removes_blocks for row in rows):
+    row = {"metric": run.score.metric, **next(iter(recipe(method).searches.values()))}
+    name, kept = str(row["method"]), {"latency"}
+    if kind_of_method(name).removes_blocks:
         kept |= {"metric"}
-    if all(row["method"] in SEARCHES and SEARCHES[str(row["method"])].accelerated for row in rows) and not any(
-        METRICS[str(row["metric"])].influence for row in rows
-    ):
-        kept.add("acceleration")
+        if SEARCHES[name].accelerated and not METRICS[str(row["metric"])].influence:
+            kept.add("acceleration")
     given = run.score.model_dump(include=kept, exclude_none=True)
     return read_settings(Score, {**given, "method": method})
 

@@ -17,17 +17,17 @@ SCORE_VERSION = 3
 SEARCH_VERSION = 4
 """What a search decides from the same trials. Part of the fingerprint of a search."""
 
-PLAN_VERSION = 5
-"""Which prefix of a search meets a budget, LaCo's merges and SliceGPT's widths, and what a plan holds."""
+PLAN_VERSION = 6
+"""Which prefix of a search meets a budget, LaCo's merges, widths of MLPs and SliceGPT's, and what a plan holds."""
 
 WEIGHTS_VERSION = 8
 """The weights of a pruned model: merged, sliced, compensated or trained. Part of the keys under which they are kept."""
 
-EXPORT_VERSION = 7
+EXPORT_VERSION = 8
 """The content of exported checkpoints, in every format."""
 
 EVAL_VERSION = 4
 """Perplexities, task scores, sample texts and timings. Part of the key of every stored result."""
 
-REPORT_VERSION = 12
+REPORT_VERSION = 13
 """Tables, figures and pages made from results."""

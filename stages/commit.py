@@ -1,4 +1,4 @@
-"""commit <target>: the plans that meet its budget, one or more a search, with the iteration tables they used, at
+"""commit <target>: the plans that meet its budget, one a search, with the iteration tables they used, at
 data/plans/<target>."""
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from blockpruner import pipeline
 from blockpruner.core.progress import observer
-from blockpruner.methods.commit import save_iterations, search_of
+from blockpruner.methods.commit import save_iterations
 from blockpruner.methods.recipes import compensation
 from blockpruner.methods.registry import KINDS
 from blockpruner.store.files import read_json, replace_directory
@@ -40,7 +40,7 @@ def main(name: str) -> None:
                 save_iterations(each.tables, directory / f"{each.name}.parquet")
 
     replace_directory(DATA / "plans" / name, build)
-    for plan in (each.plan for each in found if search_of(each.name) == each.name):
+    for plan in (each.plan for each in found):
         what = KINDS[plan.kind].taken_out(plan)
         order = ", ".join(plan.order) or plan.method
         observer().note(f"{name}: {what} ({order}); ratio {plan.ratio:.4f} for budget {wanted.budget}")

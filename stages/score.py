@@ -22,7 +22,7 @@ from stages import DATA, run, sections
 def main(name: str) -> None:
     runtime, settings, watch = load_params().runtime, sections(name), observer()
     checkpoint, model, found = DATA / "models" / name, settings.model, {}
-    rows = pipeline.Rows.load(DATA / "calibration" / name, "search", "judge")
+    rows = pipeline.Rows.load(DATA / "calibration" / name, "search", "fit", "judge")
     with open_material(checkpoint, model, runtime, trials_root(), watch) as material:
         for method, asked in settings.score.items():
             place = DATA / "scores" / name / method

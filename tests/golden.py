@@ -435,6 +435,7 @@ PLANS: dict[str, tuple[Mapping[str, Any], tuple[str, ...]]] = {
     "laco": ({"method": "laco", "options": {"count": 2}}, ("0.2", "1layers", "0.25kv")),
     "laco of the paper": ({"method": "laco", "options": {"count": 2, "variant": "paper"}}, ("1layers", "2layers")),
     "slicegpt": ({"method": "slicegpt"}, ("0.2",)),
+    "narrow": ({"method": "narrow"}, ("0.1",)),
 }
 EXPORTS: dict[str, tuple[Any, ...]] = {
     "hf": ("hf", BLOCKS),

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from blockpruner.checkpoints import hf
-from blockpruner.core.blocks import parse_mask
+from blockpruner.core.blocks import format_channels, parse_mask
+from blockpruner.core.families import count_parameters
 from blockpruner.core.plan import Plan
 from blockpruner.core.settings import HubTexts, LocalModel
 from blockpruner.inputs.calibration import CalibrationSet
@@ -22,6 +23,8 @@ from blockpruner.inputs.checkpoints import fetch_checkpoint
 from blockpruner.methods.apply import Pruning
 from blockpruner.methods.blocks.kind import choose
 from blockpruner.methods.healed import Healed, find_healed, save_healed
+from blockpruner.methods.kind import make_plan
+from blockpruner.methods.narrow.kind import channel_parameters
 from blockpruner.scoring.settings import Score
 from blockpruner.scoring.work import Rows
 from blockpruner.search.trace import Current
@@ -38,6 +41,19 @@ def plan_of(config: Mapping[str, Any] | Path, order: Sequence[str], /, **changes
     budget = f"{sum(map(len, units))}blocks"
     plan = choose(units, [2.0] * (len(units) + 1), config, budget, current)
     return replace(plan, **{"target": "t", "run": "r"} | changes)
+
+
+def narrow_plan(config: Mapping[str, Any] | Path, kept: Mapping[str, Sequence[int]], /) -> Plan:
+    """The plan that keeps these channels of MLPs."""
+    if isinstance(config, Path):
+        config = read_json(config / "config.json")
+    width = int(config["intermediate_size"])
+    details = {"channels": {name: format_channels(channels, width) for name, channels in kept.items()}, "cost": 0.5}
+    gone = sum(width - len(channels) for channels in kept.values())
+    pruned = count_parameters(config).total - gone * channel_parameters(config)
+    current = Current("narrow", "s", False, Score(method="narrow"), store={}, calibration={"rows": 3, "tokens": 30})
+    plan = make_plan(current, "0.1", config, perplexities=(2.0, None), pruned=pruned, details=details)
+    return replace(plan, target="t", run="r")
 
 
 def pruning(dense: Path, plan: Plan, dtype: str = "float32", rows: Rows = (), **more: Any) -> Pruning:

@@ -65,7 +65,8 @@ def test_a_method_that_changes_weights():
     """Its neurons are those that brute force would keep."""
     names, dense = run("A method that changes weights"), tiny_model(layers=2)
     details = {"width": 40}
-    plan = Plan("narrow", "t", "r", "0.1", "narrow", "perplexity", "", 2, (), (), 0.1, (), {}, {}, {}, details=details)
+    said = ("uniform", "t", "r", "0.1", "uniform", "perplexity", "", 2, (), (), 0.1, (), {}, {}, {})
+    plan = Plan(*said, details=details)
     config = dense.config.to_dict()
     before = dense.model.layers[1].mlp.down_proj.weight.clone()
     names["narrow_"](dense, plan, ())

@@ -190,10 +190,10 @@ def test_numbers_of_others_enter_no_card_and_no_page_of_apply_and_no_text_is_mar
         place.apply(read(place, mine[0]), file, out := tmp_path / "out")
     card = (out / "README.md").read_text()
     assert "before, " not in card and "\n# Heading" not in card and "`per: '](https://x.example) <img src=x> #" in card
-    write_page_of(out, tmp_path / "trials", tmp_path / "page.html")
+    write_page_of(out, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert not [text for text in ("1.357", "1.36", "1.47", "987,654", "<img src=x>") if text in page]
     save_plan(replace(load_plan(file), target=hostile), out / "blockpruner_plan.json")  # a checkpoint of a stranger
     write_sealed_json(out / "verification.json", {"ok": True, "engine": "x", "manifest": manifest(out)})
-    write_page_of(out, tmp_path / "trials", tmp_path / "page.html")
+    write_page_of(out, tmp_path / "page.html")
     assert "<img src=x>" not in (tmp_path / "page.html").read_text()

@@ -53,7 +53,7 @@ ROWS = (
     Export("shapes", "a file of shapes", ("nothing",), shapes),
     Family("gemma", "Gemma", optional_bias, gated_mlp, defaults={"tie_word_embeddings": True}),
     weights_kind(
-        "quiet", "quiet MLPs", apply_=quiet_, plan=lambda budget, options, job: {"first": 2},
+        "quiet", "quiet MLPs", apply_=quiet_, plan=lambda options, job: lambda budget: {"first": 2},
         left=lambda details, config: Left(pruned=count_parameters(config).total),
         words=lambda plan, unit: "quiet MLPs at the top", taken_out=lambda plan: "nothing but sound",
     ),

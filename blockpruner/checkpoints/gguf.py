@@ -192,7 +192,7 @@ def hyperparameters(config: Mapping[str, Any], parts: PackedModel, architecture:
     counts: dict[str, Any] = {
         "head_count": [heads if mha else 0 for mha, _ in parts.layers],
         "head_count_kv": [config["num_key_value_heads"] if mha else 0 for mha, _ in parts.layers],
-        "feed_forward_length": [config["intermediate_size"] if mlp else STUB for _, mlp in parts.layers],
+        "feed_forward_length": [width or STUB for width in parts.widths],
     }
     if architecture != "deci":
         counts = {name: values[0] for name, values in counts.items()}

@@ -85,10 +85,12 @@ def nas_config(model: PreTrainedModel, blocks: PackedModel) -> dict[str, Any]:
     config = model.config.to_dict()
     rope = config["rope_parameters"]
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    heads = config["num_attention_heads"]
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
     mha = {"no_op": False, "replace_with_linear": False, "n_heads_in_group": heads // config["num_key_value_heads"]}
-    width = config["intermediate_size"] + _missing(config)
-    mlp = {"no_op": False, "replace_with_linear": False, "ffn_mult": 3 * width / (2 * config["hidden_size"])}
+    mlps = [
+        {"no_op": False, "replace_with_linear": False, "ffn_mult": 3 * (width + _missing(width)) / (2 * hidden)}
+        for width in blocks.widths
+    ]
     return {
         "architectures": ["DeciLMForCausalLM"],
         "model_type": "nemotron-nas",
@@ -102,7 +104,8 @@ def nas_config(model: PreTrainedModel, blocks: PackedModel) -> dict[str, Any]:
         "mlp_bias": config.get("mlp_bias", False),
         "tie_word_embeddings": blocks.head is None,
         "block_configs": [
-            {"attention": _or_no_op(mha, layer[0]), "ffn": _or_no_op(mlp, layer[1])} for layer in blocks.layers
+            {"attention": _or_no_op(mha, layer[0]), "ffn": _or_no_op(mlp, layer[1])}
+            for layer, mlp in zip(blocks.layers, mlps, strict=True)
         ],
     }
 
@@ -112,17 +115,17 @@ def nas_weights(model: PreTrainedModel, blocks: PackedModel) -> dict[str, Tensor
 
     With `attention_bias`, readers expect a bias of the output projection too. Qwen2 has none: it is zero.
     """
-    family, missing = model_family(model), _missing(model.config.to_dict())
+    family = model_family(model)
     result = {"model.embed_tokens.weight": blocks.embedding, "model.norm.weight": model.model.norm.weight}
     if blocks.head is not None:
         result["lm_head.weight"] = blocks.head
-    for number, layers in enumerate(blocks.layers):
+    for number, (layers, width) in enumerate(zip(blocks.layers, blocks.widths, strict=True)):
         for layer, branch in zip(layers, (family.mha, family.mlp), strict=True):
             if layer is None:
                 continue
             for name in (branch.module, *branch.norms):
                 for key, weight in getattr(layer, name).state_dict().items():
-                    result[f"model.layers.{number}.{name}.{key}"] = _padded(key, weight, missing)
+                    result[f"model.layers.{number}.{name}.{key}"] = _padded(key, weight, _missing(width))
         if layers[0] is not None and _has_bias(model):
             name = f"model.layers.{number}.self_attn.o_proj.bias"
             result.setdefault(name, model.model.norm.weight.new_zeros(model.config.hidden_size))
@@ -139,9 +142,9 @@ def _has_bias(model: PreTrainedModel) -> bool:
     return model_family(model).model_type == "qwen2" or bool(getattr(model.config, "attention_bias", False))
 
 
-def _missing(config: Mapping[str, Any]) -> int:
+def _missing(width: int) -> int:
     """Columns by which an MLP is too narrow for the format."""
-    return int(-config["intermediate_size"] % MULTIPLE)
+    return -width % MULTIPLE
 
 
 def _padded(key: str, weight: Tensor, missing: int) -> Tensor:

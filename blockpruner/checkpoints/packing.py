@@ -74,8 +74,16 @@ class PackedModel:
     """[V, H]; None where it is the embedding."""
 
     @property
+    def widths(self) -> list[int]:
+        """The width of each new layer's MLP; 0 without one."""
+        return [
+            0 if layer is None else layer.get_parameter("mlp.down_proj.weight").shape[1] for _, layer in self.layers
+        ]
+
+    @property
     def is_whole(self) -> bool:
-        return all(mha is not None and mlp is not None for mha, mlp in self.layers)
+        """All layers have the same shape, and lack nothing."""
+        return all(mha is not None for mha, _ in self.layers) and 0 not in self.widths and len({*self.widths}) == 1
 
 
 @torch.no_grad()

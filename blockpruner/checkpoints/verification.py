@@ -99,7 +99,7 @@ def write_verified(out: Path, write: Callable[[Path, Path], float], script: Modu
     """
 
     def build(directory: Path) -> None:
-        # named like a directory of `new_directory`: `stages.clean` removes what a killed export left
+        # named like a directory of `new_directory`
         name, writer, end = directory.name.rsplit(".", 2)
         folder = directory.with_name(f"{name}.reference.{writer}.{end}")
         folder.mkdir()

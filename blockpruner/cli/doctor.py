@@ -24,7 +24,7 @@ from blockpruner.store.provenance import machine
 OPTIONAL = {
     "accelerate": "one model over several GPUs",
     "datasets": "texts from the hub",
-    "matplotlib": "report, and the pictures of curve",
+    "matplotlib": "report",
     "gguf": "--export gguf",
     "xllamacpp": "verifies --export gguf",
     "mlx-lm": "verifies --export nas",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -248,50 +247,6 @@ def _heldout(texts: Path | None, seq_len: int | None, max_rows: int) -> dict[str
 
 
 @app.command()
-def curve(
-    model: Dense,
-    plan: Planned,
-    cache: Annotated[Path, CACHE],
-    texts: Unseen = None,
-    seq_len: RowLength = None,
-    max_rows: MostRows = 32,
-    out: Annotated[
-        Path | None,
-        Option(
-            metavar="FILE",
-            help="A picture (.svg, .png; needs matplotlib) or the numbers (.csv, .json).",
-            show_default="PLAN-curve.svg; .csv without matplotlib",
-        ),
-    ] = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    trust_remote_code: Trust = False,
-    as_json: AsJson = False,
-) -> None:
-    """Show held-out perplexity against the share removed, to choose a budget.
-
-    The texts are WikiText-2 without --texts. Each point is a step of the plan's search, without compensation. If it is
-    interrupted, run the same command again.
-    """
-    from blockpruner.cli import curve as work
-    from blockpruner.cli.pruning import Place, read_plan
-
-    place = Place(cache.expanduser().absolute(), device, stderr_observer())
-    heldout = _heldout(texts, seq_len, max_rows)
-    run = place.read_run(model, dtype, trust_remote_code, {"evaluate": {"perplexity": heldout}})
-    stem = (plan if plan.is_dir() else plan.with_suffix("")).expanduser().absolute()
-    file = out or stem.with_name(f"{stem.name}-curve.{'svg' if find_spec('matplotlib') else 'csv'}")
-    work.require_known(file)
-    found = work.measure(place, run, plan.expanduser())
-    work.write(found, file)
-    if as_json:
-        _tell({**found, "file": str(file)}, "", True)
-    else:
-        shown(work.words(found, read_plan(plan.expanduser())[1]))
-        print(f"the plan's point is bold; wrote {file}")
-
-
-@app.command()
 def chat(
     model: Spoken,
     prompt: Annotated[str | None, Option(metavar="TEXT", help="Answer this, and end.")] = None,
@@ -363,12 +318,11 @@ def evaluate(
 @app.command()
 def report(
     checkpoint: Written,
-    cache: Annotated[Path, CACHE],
     out: Annotated[
         Path | None, Option(metavar="FILE", help="The page, one file.", show_default="DIR-report.html")
     ] = None,
 ) -> None:
-    """Write a page on a checkpoint: what is gone, what that cost, and its curve if there is one."""
+    """Write a page on a checkpoint: what is gone, and what that cost."""
     from blockpruner.cli.pruning import read_plan
 
     folder = checkpoint.expanduser().absolute()
@@ -376,7 +330,7 @@ def report(
     from blockpruner.cli.page import write_page_of
 
     file = out or folder.with_name(f"{folder.name}-report.html")
-    write_page_of(folder, cache.expanduser().absolute(), file)
+    write_page_of(folder, file)
     print(file)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from blockpruner.checkpoints.card import HEALED
-from blockpruner.cli import curve
 from blockpruner.cli.pruning import read_plan
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
@@ -24,11 +23,8 @@ from blockpruner.store.files import read_json, write_text
 from blockpruner.store.manifest import REPORT_FILE, require_verified
 
 
-def write_page_of(checkpoint: Path, trials: Path, out: Path) -> None:
+def write_page_of(checkpoint: Path, out: Path) -> None:
     """Write the page.
-
-    Args:
-        trials: the folder that keeps the curve, if one was made.
 
     Raises:
         InputError: there is no checkpoint with a plan, or it is not what was verified.
@@ -38,10 +34,9 @@ def write_page_of(checkpoint: Path, trials: Path, out: Path) -> None:
         raise InputError(f"{checkpoint} has no {REPORT_FILE}; give a folder that prune or apply has written")
     files = require_verified(checkpoint)
     weights = sum((checkpoint / name).stat().st_size for name in files if name.endswith((".safetensors", ".gguf")))
-    found = read_json(kept) if (kept := curve.kept(trials, plan)).is_file() else None
     healed = read_json(checkpoint / HEALED_FILE) if (checkpoint / HEALED_FILE).is_file() else {}
     verified = read_json(checkpoint / REPORT_FILE)
-    findings = Findings(tuple(_findings(plan, verified, found)))
+    findings = Findings(tuple(_findings(plan, verified)))
     pairs, _ = in_words(plan.kinds or {})
     tables = [_healing(healed["perplexity"])] if healed.get("perplexity") else []
     lost = [Facts("Perplexity by kind of text, after compensation", pairs)] if pairs else []
@@ -49,8 +44,6 @@ def write_page_of(checkpoint: Path, trials: Path, out: Path) -> None:
         Section("Verdict", (findings, *tables, *lost)),
         Section("Removed blocks", tuple(_removed(plan))),
     ]
-    if found is not None:
-        sections.append(Section("Choosing a budget", (curve.plot(found), curve.table(found, plan))))
     facts = {
         "Folder": str(checkpoint),
         "Weights": size(weights),
@@ -78,13 +71,13 @@ def _healing(told: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def _removed(plan: Plan) -> Iterator[Any]:
-    if plan.removed:
+    if plan.gone:
         yield removed_map(plan.target, plan)
     else:
         yield KINDS[plan.kind].steps(plan) or "No block is removed as a whole."
 
 
-def _findings(plan: Plan, verified: dict[str, Any], found: dict[str, Any] | None) -> Iterator[Finding]:
+def _findings(plan: Plan, verified: dict[str, Any]) -> Iterator[Finding]:
     before, after = plan.calibration["dense_perplexity"], plan.calibration["perplexity"]
     dense, pruned = (parameters(plan.parameters[name]) for name in ("dense", "pruned"))
     yield Finding(
@@ -96,19 +89,10 @@ def _findings(plan: Plan, verified: dict[str, Any], found: dict[str, Any] | None
         if after
         else "The perplexity of the pruned model was not measured.",
     )
-    for point in (point for point in (found or {}).get("points", ()) if point["removed"] == list(plan.removed)):
-        low, high = (f"{end:.2f}" for end in point["interval"])
-        yield Finding(
-            Level.RESULT,
-            "heldout",
-            f"Held-out perplexity {times(point['relative'])} the dense model's [{low}, {high}]",
-            f"On rows of {found['text']}, as pruned." if found else "",
-        )
     if warning := in_words(plan.kinds or {})[1]:
         yield Finding(Level.WARNING, "uneven", UNLIKE, warning)
-    if found is None:
-        text = "blockpruner curve does that."
-        yield Finding(Level.ADVICE, "curve", "Measure it on texts that the search has not seen", text)
+    text = "blockpruner eval and compare do that."
+    yield Finding(Level.ADVICE, "measure", "Measure it on texts that the search has not seen", text)
     yield Finding(
         Level.RESULT if verified["ok"] else Level.WARNING,
         "verified",

@@ -38,7 +38,7 @@ from blockpruner.inputs.texts import load_texts
 from blockpruner.inputs.tokenizers import conversation, load_tokenizer
 from blockpruner.methods.blocks.kind import require_of
 from blockpruner.methods.recipes import compensation, searches
-from blockpruner.methods.registry import require_budgets
+from blockpruner.methods.registry import KINDS, require_budgets
 from blockpruner.methods.score import open_material
 from blockpruner.settings import Run
 from blockpruner.store.files import read_json, set_aside
@@ -238,14 +238,14 @@ class Place:
     def apply(self, run: Run, path: Path, out: Path) -> dict[str, Any]:
         """Export the model of a plan's file."""
         file, plan = read_plan(path)
-        if plan.kind != "mask":
+        if not KINDS[plan.kind].is_part:
             raise InputError(
                 f"{file} is of a model with other weights (method: {plan.method}), which a plan does not hold; run "
                 "prune again: scores are kept"
             )
         if plan.compensate != "none" or plan.train:
             self.observer.note(
-                "a plan holds no weights: this model loses the same blocks, but is not healed "
+                "a plan holds no weights: this model loses the same parts, but is not healed "
                 f"({plan.compensate if plan.compensate != 'none' else 'no refit'}{', trained' * plan.train})"
             )
             plan = replace(plan, compensate="none", train=False)
@@ -269,7 +269,8 @@ class Place:
         if at:
             run = self._at_commit(run, file, repo, commit)
         with named(f"{file}: "):
-            require_of(plan, self.config_of(run), run.model.title)
+            config = self.config_of(run)
+            require_of(plan, config, run.model.title, KINDS[plan.kind].pruned(plan, config))
         dense = self.fetch(run)
         found = checkpoint_weights(dense) if at else checkpoint_identity(dense)
         if at and plan.weights is None and not is_own:

@@ -1,4 +1,4 @@
-"""Blocks and masks: what can be removed from a decoder, and its text form.
+"""Blocks, masks and cuts: what can be removed from a decoder, and its text form.
 
 A decoder layer is two residual blocks, `X' = X + MHA(norm(X))` and `Y = X' + MLP(norm(X'))`
 (BlockPruner, arXiv 2406.10594, section 3.1). Removing one drops its whole residual branch, norm included.
@@ -7,8 +7,8 @@ This file decides names and order; which modules a block is made of is in `famil
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from blockpruner.core.errors import InputError
@@ -39,6 +39,28 @@ Mask = frozenset[BlockId]
 """Removed blocks. The empty mask is the dense model."""
 
 DENSE: Mask = frozenset()
+
+Channels = tuple[int, ...]
+"""The channels that a narrowed MLP keeps, by rising number: rows of what reads, and columns of what writes."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """All that a pruned model does without."""
+
+    mask: Mask = DENSE
+    channels: Mapping[BlockId, Channels] = field(default_factory=dict)
+    """What narrowed MLPs keep; every other block that is left is whole."""
+
+
+def format_channels(kept: Iterable[int], width: int) -> str:
+    """Hexadecimal digits whose bits are the `width` channels of an MLP; the last bit is channel 0."""
+    return f"{sum(1 << channel for channel in kept):0{-(-width // 4)}x}"
+
+
+def parse_channels(text: str) -> Channels:
+    """Read what `format_channels` writes; raises ValueError for anything else."""
+    return tuple(channel for channel, bit in enumerate(f"{int(text, 16):b}"[::-1]) if bit == "1")
 
 
 def parse_block(text: str) -> BlockId:

@@ -61,6 +61,8 @@ class Family:
     """The config field of c, where the logits are c tanh(head / c)."""
     alibi: bool = False
     """Attention masks hold a bias for each head."""
+    has_one_mlp: bool = True
+    """The MLP of a layer is not a mixture of several."""
     in_vllm: bool = True
     """vLLM has a model of the family."""
     renumbered: Callable[[Config, Sequence[tuple[int, int]]], Config] = lambda config, layers: _types(config, layers)
@@ -271,6 +273,7 @@ FAMILIES: Registry[Family] = Registry(
             no_bias,
             lambda c, layer: _experts(c, "intermediate_size"),
             lambda c, layer: _routed(c, "intermediate_size"),
+            has_one_mlp=False,
         ),
         Family(
             "qwen3_moe",
@@ -278,6 +281,7 @@ FAMILIES: Registry[Family] = Registry(
             head_norms,
             _sparse_mlp,
             _sparse_products,
+            has_one_mlp=False,
             renumbered=_sparse_layers,
             defaults={"mlp_only_layers": (), "decoder_sparse_step": 1},
         ),

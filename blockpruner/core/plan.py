@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from pydantic import ConfigDict
 
-from blockpruner.core.blocks import Mask, parse_mask
+from blockpruner.core.blocks import BlockId, Cut, Mask, parse_block, parse_channels, parse_mask
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Plan:
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid", strict=True)
 
     kind: str
-    """The kind of method: "mask" (blocks are removed), or a kind that changes weights, such as "laco"."""
+    """The kind of method: "mask" (blocks are removed), or that of another method, such as "laco"."""
     target: str
     run: str
     budget: str
@@ -59,7 +59,7 @@ class Plan:
     options: Mapping[str, Any] = field(default_factory=dict)
     """The method's options."""
     details: Mapping[str, Any] = field(default_factory=dict)
-    """What a method that changes weights will do; only its own kind reads them."""
+    """What a method that searches no mask will do."""
     base: str | None = None
     """The dense model, by content (`checkpoint_identity`), or as <repository>@<commit> of the hub; None for a plan in
     the folder of its model."""
@@ -69,3 +69,17 @@ class Plan:
     @property
     def mask(self) -> Mask:
         return parse_mask(",".join(self.removed))
+
+    @property
+    def gone(self) -> dict[BlockId, float]:
+        """The share of each block that is gone, of all of which something is; rough for MLPs of few channels."""
+        texts, parts = self.details.get("channels", {}), self.cut.channels.items()
+        return dict.fromkeys(self.mask, 1.0) | {
+            block: 1 - len(kept) / 4 / len(texts[str(block)]) for block, kept in parts
+        }
+
+    @property
+    def cut(self) -> Cut:
+        """All that is taken out: blocks, and under "channels" of `details` what narrowed MLPs keep."""
+        kept: Mapping[str, str] = self.details.get("channels", {})
+        return Cut(self.mask, {parse_block(name): parse_channels(text) for name, text in kept.items()})

@@ -1,7 +1,6 @@
-"""The choice among proposals: all are compensated on few rows, the best of them on all, and one is kept.
+"""The choice among proposals: all are compensated, and the best by rows that nothing else has seen is kept.
 
-Which mask is best before weights are fitted says little about which is best afterwards. So proposals are compared as
-they will be used: first roughly, on rows held out from the fit, and the FINALISTS by rows that nothing else has seen.
+Which plan is best before weights are fitted says little about which is best afterwards.
 
 Decides what is kept (one folder: the plan, the facts, and the weights that changed). How weights are fitted is decided
 in `compensate`.
@@ -23,21 +22,14 @@ from blockpruner.core.progress import Observer
 from blockpruner.core.settings import Texts
 from blockpruner.evaluation.kinds import perplexities, uneven
 from blockpruner.evaluation.perplexity import measure_perplexity
-from blockpruner.healing.compensate import compensate, ranked
+from blockpruner.healing.compensate import compensate
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.apply import Pruning, pruned_copy
-from blockpruner.methods.commit import search_of
 from blockpruner.methods.healed import COMPENSATE_FACTS, Healed, save_healed, set_weights_
 from blockpruner.store.files import replace_directory, write_sealed_json
 from blockpruner.store.plans import save_plan
 
 PLAN = "plan.json"
-
-FINALISTS = 3
-"""How many proposals are compensated on all rows."""
-
-FEW = 8
-"""The first fit has one of so many rows."""
 
 
 @dataclass(frozen=True)
@@ -45,18 +37,13 @@ class Healing:
     """The proposal that is kept, and its compensated weights."""
 
     name: str
-    """The proposal's name."""
+    """The name of the search that proposed it."""
     plan: Plan
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     """The changed weights by their names in the pruned model; empty where nothing helped, or nothing was asked for."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What was done, as JSON: the compensation's facts; under "rough" the perplexity of each proposal after the first
-    fit, and under "judged" that of each finalist on the rows that judge."""
-
-    @property
-    def search(self) -> str:
-        """The name of the search that proposed it."""
-        return search_of(self.name)
+    """What was done, as JSON: the compensation's facts; under "judged" the perplexity of each proposal on the rows that
+    judge."""
 
     def healed(self, data: Texts) -> Healed | None:
         """What was done, to texts of `data`; None where no weight changed."""
@@ -87,17 +74,12 @@ def choose(
     Raises:
         InputError: too few rows to fit to; or see `compensate`.
     """
-    dense, facts = cache(dense), dict[str, Any]()
+    dense = cache(dense)
     if next(iter(plans.values())).compensate == "none":
         tried = [Healing(name, plan) for name, plan in plans.items()]
     else:
-        if len(plans) > FINALISTS:
-            few = max(1, (len(fit.rows) - held_out) // FEW)
-            rows = CalibrationSet((*fit.rows[:few], *fit.rows[len(fit.rows) - held_out :]))
-            facts["rough"] = ranked(dense(), plans, rows, held_out, observer)
-            plans = {name: plans[name] for name in sorted(plans, key=facts["rough"].__getitem__)[:FINALISTS]}
         found = compensate(dense(), plans, fit, held_out, observer)
-        tried = [Healing(name, plans[name], weights, {**told, **facts}) for name, (weights, told) in found.items()]
+        tried = [Healing(name, plans[name], weights, told) for name, (weights, told) in found.items()]
     if len(tried) == 1:
         return tried[0]
     judged, kinds = {}, {}
@@ -128,8 +110,7 @@ def keep(folder: Path, found: Healing, pruning: Pruning, data: Texts) -> None:
 
     def build(directory: Path) -> None:
         save_plan(found.plan, directory / PLAN)
-        named = {"search": found.search} | ({} if found.name == found.search else {"proposal": found.name})
-        write_sealed_json(directory / COMPENSATE_FACTS, {**named, **found.facts})
+        write_sealed_json(directory / COMPENSATE_FACTS, {"search": found.name, **found.facts})
         if (told := found.healed(data)) is not None:
             save_healed(directory, found.weights, pruning.identity, told.words, data, perplexity=told.perplexity)
 

@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from blockpruner.core.blocks import DENSE, Mask
+from blockpruner.core.blocks import DENSE, Cut
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
-from blockpruner.healing.refit import STRENGTHS, Mended, refit
-from blockpruner.healing.streams import Stream, Streams
+from blockpruner.healing.refit import Mended, refit
 from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.methods.registry import KINDS
 from blockpruner.model.models import prune_, shared_copy
 from blockpruner.scoring.metrics import perplexity
+from blockpruner.scoring.streams import Streams
 from blockpruner.scoring.work import Task
 
 SHARES = (1.0, 0.75, 0.5)
 """How much of a change is tried; the best one on the held-out rows is kept, or none."""
-
-ROUGH = 0.3
-"""The strength of fits that only rank plans."""
-
-REACH = 4
-"""At how many stops from a hole on such fits change writers. Further on a fit hardly lowers the error."""
 
 Fits = dict[str, tuple[dict[str, Tensor], dict[str, Any]]]
 """By the plans' names: the changed weights by their names in the pruned model, none where nothing helped; and facts as
@@ -53,83 +48,62 @@ def compensate(
         held_out: how many of the rows, the last ones, choose strengths and decide whether a change helps.
 
     Raises:
-        InputError: a plan that changes weights; or no row to fit to or to hold out.
+        InputError: a plan that does more than take parts out; or no row to fit to or to hold out.
     """
-    count, masks = len(rows.rows), {name: plan.mask for name, plan in plans.items()}
+    count, cuts = len(rows.rows), {name: plan.cut for name, plan in plans.items()}
     _require(plans, count, held_out)
     observer.begin("compensate by refit")
     streams, held = Streams(dense, rows.rows, count - held_out), range(count - held_out, count)
 
-    def measured(*masks: Mask) -> dict[Mask, float]:
-        losses: dict[Mask, list[float]] = {mask: [] for mask in masks}
-        for scored in streams.run([Task(span, masks) for span in streams.row_batches(rows.rows, held)], rows.rows):
-            losses[scored.mask] += scored.loss
-        return {mask: perplexity(math.fsum(each) / len(each)) for mask, each in losses.items()}
+    def measured(cut: Cut, changed: Mapping[Tensor, Tensor], share: float) -> float:
+        """The held-out perplexity of a cut with a share of a change."""
+        _set_(streams, cut, changed, share)
+        tasks = [Task(span, (cut.mask,)) for span in streams.row_batches(rows.rows, held)]
+        losses = [loss for scored in streams.run(tasks, rows.rows) for loss in scored.loss]
+        streams.put_aside_()
+        return perplexity(math.fsum(losses) / len(losses))
 
-    def kept(name: str, mask: Mask, changed: Mapping[Tensor, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def kept(name: str, cut: Cut, changed: Mapping[Tensor, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The share of a change that is best on the rows that are held out, and what it does there."""
-        best, found = 0.0, {"dense": plain[DENSE], "before": plain[mask], "after": plain[mask]}
+        before = measured(cut, {}, 0)
+        best, found = 0.0, {"dense": unpruned, "before": before, "after": before}
         for share in SHARES if changed else ():
-            _set_(streams, changed, share)
-            after = measured(mask)[mask]
-            if after < found["after"]:
+            if (after := measured(cut, changed, share)) < found["after"]:
                 best, found["after"] = share, after
-            streams.put_aside_()
-        _set_(streams, changed, best)
-        own = {id(weight): name for name, weight in prune_(shared_copy(dense), mask).named_parameters()}
+        _set_(streams, cut, changed, best)
+        own = {id(weight): name for name, weight in prune_(shared_copy(dense), cut.mask).named_parameters()}
         new = {own[id(weight)]: value if best == 1 else weight.clone().cpu() for weight, value in changed.items()}
+        for block, channels in cut.channels.items():
+            if (writer := own[id(streams.weight(block))]) in new:
+                new[writer] = new[writer][:, list(channels)]
         streams.put_aside_()
         left = "" if best else ": no help, left as it was"
         observer.note(f"{name}: held-out perplexity {found['before']:.2f} -> {found['after']:.2f}{left}")
         facts = {"method": "refit", "tokens": tokens, "share": best, "perplexity": found, "stops": stops[name]}
         return new if best else {}, facts
 
-    tokens, plain = sum(map(len, rows.rows[: count - held_out])), measured(*{DENSE, *masks.values()})
+    tokens, unpruned = sum(map(len, rows.rows[: count - held_out])), measured(Cut(DENSE), {}, 0)
     stops: dict[str, list[Mended]] = {name: [] for name in plans}
     changes: dict[str, Mapping[Tensor, Tensor]] = {}
+    names = [str(block) for block in streams.blocks]
     try:
-        for stream, mended in _fitted(streams, masks, STRENGTHS, math.inf, observer):
-            for name in stream.masks:
+        for stream, mended in refit(streams, cuts):
+            for name in stream.cuts:
                 changes[name] = stream.weights
                 stops[name] += [mended] if mended else []
-        found = {name: kept(name, mask, changes.pop(name)) for name, mask in masks.items()}
+            if mended:
+                done = 1 + max(map(names.index, [*mended["writers"], *mended["hole"]]))
+                observer.advance(done, len(names), "+".join(mended["writers"]) or "writers")
+        found = {name: kept(name, cut, changes.pop(name)) for name, cut in cuts.items()}
     finally:
         streams.put_aside_()
-    observer.end(f"dense {plain[DENSE]:.2f}")
-    return found
-
-
-@torch.no_grad()
-def ranked(
-    dense: PreTrainedModel,
-    plans: Mapping[str, Plan],
-    rows: CalibrationSet,
-    held_out: int,
-    observer: Observer,
-) -> dict[str, float]:
-    """The perplexity that the model of each plan has on the held-out rows, fitted to the others with strength ROUGH
-    near holes.
-
-    It is that of the streams' ends, so no weight is kept. Arguments and errors are those of `compensate`.
-    """
-    _require(plans, len(rows.rows), held_out)
-    observer.begin(f"compare {len(plans)} masks by a rough refit")
-    streams, ends = Streams(dense, rows.rows, len(rows.rows) - held_out), dict[str, Sequence[Tensor]]()
-    masks = {name: plan.mask for name, plan in plans.items()}
-    try:
-        for stream, _ in _fitted(streams, masks, (ROUGH,), REACH, observer):
-            stream.weights = {}
-            ends |= dict.fromkeys(stream.masks, stream.states)
-        found = {name: streams.perplexity(states) for name, states in ends.items()}
-    finally:
-        streams.put_aside_()
-    observer.end(", ".join(f"{name} {found[name]:.2f}" for name in sorted(found, key=found.__getitem__)))
+    observer.end(f"dense {unpruned:.2f}")
     return found
 
 
 def _require(plans: Mapping[str, Plan], count: int, held_out: int) -> None:
-    for kind in (plan.kind for plan in plans.values() if plan.kind != "mask"):
-        raise InputError(f"compensate.method refit is for plans that remove blocks, not for {kind}; set none")
+    for kind in (plan.kind for plan in plans.values() if not KINDS[plan.kind].is_part):
+        raise InputError(f"compensate.method refit is for plans that take parts out, not for {kind}; set none")
     if not 0 < held_out < count:
         raise InputError(
             f"compensate needs rows to fit to and rows to hold out: {count} rows, {held_out} held out; raise "
@@ -137,22 +111,9 @@ def _require(plans: Mapping[str, Plan], count: int, held_out: int) -> None:
         )
 
 
-def _fitted(
-    streams: Streams, masks: Mapping[str, Mask], strengths: Sequence[float], reach: float, observer: Observer
-) -> Iterator[tuple[Stream, Mended]]:
-    """The streams as `refit` yields them, with progress."""
-    names = [str(block) for block in streams.blocks]
-    for stream, mended in refit(streams, masks, strengths, reach):
-        yield stream, mended
-        if mended:
-            changed, gone = mended["writers"], mended["hole"]
-            done = 1 + max(map(names.index, [*changed, *gone]))
-            hole = f" before hole {'+'.join(gone)}" if gone else ""
-            observer.advance(done, len(names), f"{'+'.join(changed) or 'writers'}{hole}")
-
-
-def _set_(streams: Streams, new: Mapping[Tensor, Tensor], share: float) -> None:
-    """Set weights to their old values moved by a share of the change."""
+def _set_(streams: Streams, cut: Cut, new: Mapping[Tensor, Tensor], share: float) -> None:
+    """Take a cut's channels out, and move weights by a share of the change."""
+    streams.narrow_(cut.channels)
     for weight, value in new.items():
         wide = torch.promote_types(value.dtype, torch.float32)
         streams.change_(weight, torch.lerp(weight.to(wide), value.to(weight.device, wide), share))

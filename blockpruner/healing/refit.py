@@ -1,12 +1,13 @@
 """Refit: the writers of a pruned model are fitted to the dense one, without training.
 
 A hole is what is removed between two kept blocks. Behind it the pruned model's residual stream lacks what the hole
-added, and the kept block before it is the last that can make good for that. What changes are writers: the matrices
-through which blocks add to the stream. No weight is added, so every export and every engine works as before.
+added, and the kept block before it is the last that can make good for that. A narrowed block lacks channels, and makes
+good for them itself. What changes are writers: the matrices through which blocks add to the stream. No weight is added,
+so every export and every engine works as before.
 
-All writers from the one before the first hole on are fitted, each by least squares: the stream behind its block, and
-behind the hole that follows, to the dense model's. It goes from the first hole to the last block with what the pruned
-model itself reads, so a fit mends what earlier ones have left. A token counts by its relative error,
+All writers from the first narrowed one, or the one before the first hole, are fitted, each by least squares: the stream
+behind its block, and behind the hole that follows, to the dense model's. It goes on to the last block with what the
+pruned model itself reads, so a fit mends what earlier ones have left. A token counts by its relative error,
 |dense - pruned|^2 / |dense|^2. The first token of a row, whose state is a thousand times as long in many models, would
 otherwise decide alone.
 
@@ -17,7 +18,6 @@ error on held-out rows decides how much of a writer's change is kept.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blockpruner.core.blocks import BlockId, Mask
+from blockpruner.core.blocks import BlockId, Cut
 from blockpruner.core.errors import InputError
 from blockpruner.healing.ridge import Moments, best_change
-from blockpruner.healing.streams import Stream, Streams
+from blockpruner.scoring.streams import Stream, Streams
 
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Pulls to the old weights. Each fit takes the one that does best on the held-out rows, near that of the last fit."""
@@ -45,16 +45,9 @@ def _with_one(writer: nn.Linear, x: Tensor) -> Tensor:
     return x if writer.bias is None else torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
 
 
-def refit(
-    streams: Streams, masks: Mapping[str, Mask], strengths: Sequence[float], reach: float = math.inf
-) -> Iterator[tuple[Stream, Mended]]:
-    """Find new writers for the models of some masks. Yields each stream behind each of its stops, with what was done
+def refit(streams: Streams, cuts: Mapping[str, Cut]) -> Iterator[tuple[Stream, Mended]]:
+    """Find new writers for the models of some cuts. Yields each stream behind each of its stops, with what was done
     there, if anything was.
-
-    Args:
-        strengths: pulls to the old weights to choose from.
-        reach: at how many stops from a hole on writers are fitted. Behind the last of them only rows that are held out
-            go on.
 
     Raises:
         InputError: no block of the model ends in a single matrix.
@@ -65,23 +58,17 @@ def refit(
             rule="no-writer",
             key="compensate.method",
         )
-    for stream in streams.walk(masks):
+    for stream in streams.walk(cuts):
         stop, mended = stream.stop, dict[str, Any]()
-        stream.is_behind = stream.is_behind or bool(stop.hole)
-        stream.left = reach if stop.hole else max(0, stream.left - 1)
+        stream.is_behind = stream.is_behind or bool(stop.hole or stop.channels)
         writers = {block: streams.writer(block) for block in stop.kept}
         able = {block: writer for block, writer in writers.items() if writer is not None}
-        if able and stream.left:
+        if able and stream.is_behind:
             mended = {"hole": stop.missing, "writers": [str(block) for block in able]}
-            mended |= _fit_stop_(streams, stream, able, strengths)
+            mended |= _fit_stop_(streams, stream, able)
             stream.weights = {**stream.weights, **streams.put_aside_()}
         elif stream.is_behind:
-            stream.is_done = not stream.left and not streams.are_ahead(stream)
-            moving = streams.held_out if stream.is_done else range(len(stream.states))
-            stream.states = [
-                streams.behind(stop.kept, state, number) if number in moving else state
-                for number, state in enumerate(stream.states)
-            ]
+            stream.states = [streams.behind(stop.kept, state, number) for number, state in enumerate(stream.states)]
             if stop.hole:
                 mended = {"hole": stop.missing, "writers": [], "error": 1.0}
         else:
@@ -89,18 +76,17 @@ def refit(
         yield stream, mended
 
 
-def _fit_stop_(
-    streams: Streams, stream: Stream, writers: Mapping[BlockId, nn.Linear], strengths: Sequence[float]
-) -> Mended:
+def _fit_stop_(streams: Streams, stream: Stream, writers: Mapping[BlockId, nn.Linear]) -> Mended:
     """Fit the writers of a stop; two at once where both blocks of a layer read the same state."""
-    place = _Place(streams, stream, writers, strengths)
+    place = _Place(streams, stream, writers)
     for block in stream.stop.kept:
         pairs = [streams.written(block, stream.states[number], number) for number in place.batches]
         place.reads[block], place.gives[block] = [x for x, _ in pairs], [y for _, y in pairs]
+    place.narrow_()
     if (norm := streams.norm_behind(next(iter(writers)))) is not None:
         facts = _fit_before_norm_(place, norm.get_parameter("weight"))
     else:
-        change, stream.strength, error = best_change(*place.moments(), strengths, stream.strength)
+        change, stream.strength, error = best_change(*place.moments(), STRENGTHS, stream.strength)
         if error < 1:
             place.change_(change)
         facts = {"strength": stream.strength, "error": error}
@@ -115,13 +101,22 @@ class _Place:
     streams: Streams
     stream: Stream
     writers: Mapping[BlockId, nn.Linear]
-    strengths: Sequence[float]
     reads: dict[BlockId, list[Tensor]] = field(default_factory=dict)
     gives: dict[BlockId, list[Tensor]] = field(default_factory=dict)
 
     @property
     def batches(self) -> range:
         return range(len(self.streams.real))
+
+    def narrow_(self) -> None:
+        """Take the channels of narrowed blocks out of what is read and given."""
+        before = {block: self.writers[block].weight.clone() for block in self.stream.stop.channels}
+        self.streams.narrow_(self.stream.stop.channels)
+        for block, kept in self.stream.stop.channels.items():
+            lost = (before[block] - self.writers[block].weight).T
+            gives, reads = self.gives[block], self.reads[block]
+            self.gives[block] = [y - x @ lost.to(x) for x, y in zip(reads, gives, strict=True)]
+            self.reads[block] = [x[..., list(kept)] for x in reads]
 
     def features(self, number: int) -> list[Tensor]:
         return [_with_one(writer, self.reads[block][number]) for block, writer in self.writers.items()]
@@ -167,7 +162,10 @@ class _Place:
         sizes = [part.shape[-1] for part in self.features(0)]
         for (block, writer), part in zip(self.writers.items(), torch.split(change, sizes), strict=True):
             reads, gives = self.reads[block], self.gives[block]
-            step = self.streams.change_(writer.weight, writer.weight + part[: writer.in_features].T).T.to(reads[0])
+            kept = torch.tensor(self.stream.stop.channels.get(block, range(writer.in_features)))
+            more = torch.zeros_like(part[:1]).expand(writer.in_features, -1)
+            more = more.index_copy(0, kept.to(part.device), part[: len(kept)])
+            step = self.streams.change_(writer.weight, writer.weight + more.T).T.to(reads[0])[kept]
             shift: Tensor | float = 0.0
             if writer.bias is not None:
                 shift = self.streams.change_(writer.bias, writer.bias + part[-1]).to(reads[0])
@@ -199,7 +197,7 @@ def _fit_before_norm_(place: _Place, gains: nn.Parameter) -> Mended:
         return error(), values()
 
     old, before, gain = values(), error(), streams.gain(block).to(writer.weight.device)
-    change, strength, _ = best_change(*place.moments(gain), place.strengths, place.stream.strength, gain)
+    change, strength, _ = best_change(*place.moments(gain), STRENGTHS, place.stream.strength, gain)
     place.stream.strength = strength
     place.change_(change)
     new = values()

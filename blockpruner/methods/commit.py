@@ -5,7 +5,6 @@ Stages behind it read plans and do not know which method made them.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,19 +30,6 @@ def commit_run(scores: Path, config: Config, budget: str, target: str, run: str)
     current = Current.load(scores)
     plan, tables = KINDS[current.kind].commit(scores, config, budget, current)
     return replace(plan, target=target, run=run), tables
-
-
-def search_of(proposal: str) -> str:
-    """The search that made a proposal; those behind its own answer are called "<search>.2" and so on."""
-    return re.sub(r"\.\d+$", "", proposal)
-
-
-def rivals(scores: Path, config: Config, plan: Plan) -> list[Plan]:
-    """Other plans of the search that meet the budget as nearly; none where the method's kind has no such."""
-    current = Current.load(scores)
-    others = KINDS[current.kind].rivals
-    found = [] if others is None else others(scores, config, plan, current)
-    return [replace(each, target=plan.target, run=plan.run) for each in found]
 
 
 def save_iterations(tables: Sequence[Path], path: Path) -> None:

@@ -50,37 +50,6 @@ class Material:
     observer: Observer
 
 
-@contextmanager
-def open_stores(
-    losses: Sequence[str],
-    rows: CalibrationSet,
-    identity: str,
-    dtype: str,
-    trials: Path | None,
-    observer: Observer,
-) -> Iterator[dict[str, TrialStore]]:
-    """The trial stores of some losses, locked: another process that computes the same trials is waited for.
-
-    Args:
-        trials: folder of all trial stores; None keeps these in memory.
-    """
-    found = dict[str, TrialStore]()
-
-    def busy(holder: str) -> None:
-        observer.note(f"{holder} computes the same trials; waiting for it, then reusing them")
-
-    with ExitStack() as stack:
-        for loss in sorted(losses):  # in one order everywhere: two processes cannot wait for each other
-            fields = store_fields(rows.digest, identity, dtype, loss)
-            if trials is not None:
-                stack.enter_context(hold(trials / f"{fingerprint(fields)}.lock", this_process(), busy))
-            found[loss] = TrialStore(fields, rows.row_keys, trials)
-            stack.callback(found[loss].close)
-            if known := found[loss].trials:
-                observer.note(f"found {known:,} scores of before in {trials}")
-        yield found
-
-
 @dataclass(frozen=True)
 class Job:
     """What the stage `score` has to do for one run."""
@@ -99,10 +68,24 @@ class Job:
         """What identifies the trial store of a loss."""
         return store_fields(self.calibration.digest, self.material.identity, self.material.dtype, loss)
 
-    def stores(self, losses: Sequence[str]) -> AbstractContextManager[dict[str, TrialStore]]:
-        """The trial stores of some losses, locked."""
-        given = self.material
-        return open_stores(losses, self.calibration, given.identity, given.dtype, given.trials, given.observer)
+    @contextmanager
+    def stores(self, losses: Sequence[str]) -> Iterator[dict[str, TrialStore]]:
+        """The trial stores of some losses, locked: another process that computes the same trials is waited for."""
+        found, trials, note = dict[str, TrialStore](), self.material.trials, self.material.observer.note
+
+        def busy(holder: str) -> None:
+            note(f"{holder} computes the same trials; waiting for it, then reusing them")
+
+        with ExitStack() as stack:
+            for loss in sorted(losses):  # in one order everywhere: two processes cannot wait for each other
+                fields = self.store_fields(loss)
+                if trials is not None:
+                    stack.enter_context(hold(trials / f"{fingerprint(fields)}.lock", this_process(), busy))
+                found[loss] = TrialStore(fields, self.calibration.row_keys, trials)
+                stack.callback(found[loss].close)
+                if known := found[loss].trials:
+                    note(f"found {known:,} scores of before in {trials}")
+            yield found
 
     def current(self, kind: str, search: str, nested: bool, options: Options, loss: str) -> Current:
         """What the run's current search is."""
@@ -123,7 +106,7 @@ class Kind:
     """One kind of plan."""
 
     name: str
-    """As in a plan's `kind`; for a method that changes weights also as in `score.method`."""
+    """As in a plan's `kind`; for a method that searches no mask also as in `score.method`."""
     title: str
     """As in reports, for instance "SliceGPT"."""
     score: Callable[[Job], tuple[Current, Counts]]
@@ -146,8 +129,13 @@ class Kind:
     lend: Callable[[PreTrainedModel, Plan], AbstractContextManager[PreTrainedModel]] | None = None
     """The dense model changed for a while: another way to the same model, to verify the first one by. Where there is
     none, `apply_` writes to the tensors of the dense model."""
-    rivals: Callable[[Path, Config, Plan, Current], list[Plan]] | None = None
-    """Other plans for the budget of a committed one, from the same folder of scores, unlike it and each other."""
+    is_part: bool = False
+    """Its models hold parts of the dense model's weights, and nothing else: its plans say all, and what is left can be
+    fitted to the dense model."""
+    pruned: Callable[[Plan, Config], int | None] = lambda plan, config: None
+    """The parameters that are left, where the removed blocks do not say it."""
+    of_fit: bool = False
+    """It is planned from the rows that weights are fitted to, which are more than a search has."""
     options: type[Options] = Options
     require: Callable[[Budget, Any, Config], object] = lambda budget, options, config: None
     """Refuses, before anything is computed, a budget that no plan meets; called with the kind's own options."""

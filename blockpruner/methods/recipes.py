@@ -6,11 +6,11 @@ and the form take the same names: that of a recipe, or that of a plain method, w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from blockpruner.core.blocks import Mask, removable_units
+from blockpruner.core.blocks import removable_units
 from blockpruner.core.budgets import read_budget
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config, count_parameters
@@ -42,12 +42,13 @@ NEAR = 0.1
 """Whole layers are near a budget that they miss by no more than this share of it."""
 
 RECIPES: Mapping[str, Recipe] = {
-    # Whole layers leave fewer and wider holes, which a refit fills better (docs/experiments.md). Floating search is for
-    # budgets that they do not come near.
+    # Narrower MLPs win or are level (docs/experiments.md). Floating search is for budgets that neither they nor whole
+    # layers, whose wide holes a refit fills better than many small ones, come near.
     RECOMMENDED: Recipe(
         "recommended",
         {
             "floating": {"method": "floating", "acceleration": "lazy+race"},
+            "narrow": {"method": "narrow", "acceleration": None, "metric": "perplexity"},
             "greedy-layers": {"method": "greedy", "acceleration": "lazy+race", "unit": "layer"},
             "greedy-shifted": {"method": "greedy", "acceleration": "lazy+race", "unit": "shifted"},
         },
@@ -56,6 +57,7 @@ RECIPES: Mapping[str, Recipe] = {
     # The search of arXiv 2406.10594; its calibration set is that of `sections`.
     BLOCKPRUNER: _one("BlockPruner", ("blockpruner", "ppl", "block"), method="greedy"),
     "slicegpt": _one("SliceGPT", ("slicegpt",), method="slicegpt"),
+    "narrow": Recipe("narrower MLPs", {"narrow": {"method": "narrow"}}, "refit"),
     "laco": _one("LaCo", ("laco",), method="laco"),
     "laco-3": _one("LaCo, 3 layers a merge", ("laco",), method="laco", options={"count": 3}),
     "laco-7": _one("LaCo, 7 layers a merge", ("laco",), method="laco", options={"count": 7}),
@@ -111,28 +113,42 @@ def searches(score: Score) -> dict[str, Score]:
     is_free = (score.unit, score.candidates, dict(score.options)) == ("block", "all", {})
     rows = {first: own, **(dict(others) if is_free else {})}
     kept = {} if score.acceleration is None else {"acceleration": score.acceleration}
-    return {name: score.model_copy(update={**row, **kept}) for name, row in rows.items()}
+    return {
+        name: score.model_copy(update=row if row.get("acceleration", "") is None else {**row, **kept})
+        for name, row in rows.items()
+    }
 
 
 def proposals(score: Score, config: Config, budget: str) -> dict[str, Score]:
-    """The searches whose results compete for a budget: those of whole layers, or the first one alone.
+    """The searches whose results compete for a budget: those of whole layers or, where these do not come near it, the
+    first one; and narrower MLPs where they reach it.
 
-    The first one alone searches for a budget that is not a share of all parameters, that whole layers do not come near,
-    or that cannot be met at all, which it refuses with words.
+    The first one alone searches for a budget that is not a share of all parameters, or that cannot be met at all, which
+    it refuses with words.
     """
+    from blockpruner.methods.registry import kind_of_method, require_budgets
+
     found = searches(score)
     first, *others = found
     wanted, unit = read_budget(budget)
     costs = count_parameters(config)
 
-    def is_near(layers: Sequence[Mask]) -> bool:
+    def is_near(one: Score) -> bool:
+        layers = removable_units(len(costs.blocks) // 2, one.unit, "all")
         size = costs.ratio(layers[0]) if layers else 1.0
         count = round(wanted / size)
         return count <= len(layers) and abs(count * size - wanted) <= NEAR * wanted
 
-    units = {name: removable_units(len(costs.blocks) // 2, found[name].unit, "all") for name in others}
-    near = [name for name in others if unit == "" and is_near(units[name])]
-    return {name: found[name] for name in near or [first]}
+    def is_reached(one: Score) -> bool:
+        try:
+            require_budgets(one, config, (budget,))
+        except InputError:
+            return False
+        return True
+
+    layers = [name for name in others if kind_of_method(found[name].method).removes_blocks]
+    able = [name for name in others if unit == "" and (is_near if name in layers else is_reached)(found[name])]
+    return {name: found[name] for name in (*able, *(() if {*able} & {*layers} else (first,)))}
 
 
 def compensation(own: str | None, method: str) -> str:

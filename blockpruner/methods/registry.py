@@ -13,6 +13,7 @@ from blockpruner.core.registry import Registry
 from blockpruner.methods.blocks.kind import BLOCKS
 from blockpruner.methods.kind import Kind
 from blockpruner.methods.laco.kind import LACO
+from blockpruner.methods.narrow.kind import NARROW
 from blockpruner.methods.slicegpt.kind import SLICEGPT
 from blockpruner.scoring.settings import Score
 from blockpruner.search.registry import SEARCHES, request
@@ -87,4 +88,4 @@ def model_facts(plan: Plan, rows: str) -> dict[str, Any]:
     return {"kind": plan.kind, **KINDS[plan.kind].identity(plan, rows)}
 
 
-KINDS = Registry("plan kind", Kind, [BLOCKS, LACO, SLICEGPT])
+KINDS = Registry("plan kind", Kind, [BLOCKS, LACO, NARROW, SLICEGPT])

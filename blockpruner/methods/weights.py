@@ -1,6 +1,6 @@
-"""Methods that change weights: their details are found first and kept in a file, then become a plan.
+"""Methods that search no mask: their details are found first and kept in a file, then become a plan.
 
-Details are JSON that only the method itself reads: merges, or a width. How they are applied to weights is decided in
+Details are JSON that only the method itself reads: merges, or widths. How they are applied to weights is decided in
 the method's own folder.
 """
 
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 Details = dict[str, Any]
 """What a method will do, as JSON. Under "nll" it may hold the mean NLL of each calibration row in the pruned model."""
 
-Planner = Callable[[Budget, Any, Job], Details]
-"""Finds what to do for a budget, from the method's own options. Raises InputError where nothing meets the budget."""
+Planner = Callable[[Any, Job], Callable[[Budget], Details]]
+"""From the method's own options, finds what to do for budgets. Raises InputError where nothing meets one."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def weights_kind(
     version: int = 1,
     **others: Any,
 ) -> Kind:
-    """A kind of method that changes weights; `name` is its `score.method`.
+    """A kind of method that searches no mask; `name` is its `score.method`.
 
     Args:
         version: raise it when the method plans something else for the same budget, or makes other weights of a plan.
@@ -72,6 +72,7 @@ def weights_kind(
         return {**identity(plan, rows), "version": version}
 
     score, commit = partial(_score, name, options, plan, version), partial(_commit, left)
+    others["pruned"] = lambda plan, config: left(plan.details, config).pruned
     return Kind(name, title, score, commit, apply_, identity_of_version, options=options, **others)
 
 
@@ -84,14 +85,15 @@ def _score(name: str, options: type[Options], plan: Planner, version: int, job: 
     fields = {"method": name, "metric": job.score.metric, "options": chosen.model_dump(), "version": version}
     current = job.current(name, search_fingerprint(job.store_fields(loss), fields), False, chosen, loss)
     with job.stores([loss]) as stores, closing(LazyScorer(lambda: Engine(job.material.dense()))) as scorer:
+        find = plan(chosen, job)
         for text in job.budgets:
             path = trace_directory(job.folder, current, text) / "details.json"
             observer.begin(f"{name} for {text}")
             known = read_kept_json(path, observer.note)
-            found = known or plan(parse_budget(text, job.resources["parameters"]), chosen, job)
+            found = known or find(parse_budget(text, job.resources["parameters"]))
             if known is None:
                 write_sealed_json(path, found)
-            words = (f"{key} {value}" for key, value in found.items() if key != "nll")
+            words = (f"{key} {value}" for key, value in found.items() if key not in ("nll", "channels"))
             observer.end(", ".join(words), cached=known is not None)
 
         def dense() -> tuple[float, Counts]:

@@ -1,11 +1,12 @@
 """Modelling code of block-pruned checkpoints; ships inside them and needs only transformers.
 
-Decides how a decoder runs without some of its blocks: a removed branch adds nothing to the residual stream and
-holds no weights. Each class is transformers' own model of the base family with holes in it, so that attention
-kernels, generation and caches are the family's.
+Decides how a decoder runs without some of its blocks, or with narrower MLPs: a removed branch adds nothing to the
+residual stream and holds no weights. Each class is transformers' own model of the base family with holes in it, so
+that attention kernels, generation and caches are the family's.
 
 Config fields beside the base family's (layers are those kept, numbered from 0):
     layers_without_mha, layers_without_mlp: indices of layers whose branch was removed;
+    mlp_widths: the width of each layer's MLP; None: all have `intermediate_size`;
     source_layers: the layer of the dense model that each kept layer was; None: no layer was dropped;
     per_layer_config: the same holes in transformers' own words; it reads them, and no released model class uses them.
 
@@ -100,6 +101,15 @@ def remove_blocks_(layers: nn.ModuleList, mha: set[int], mlp: set[int], branches
                 setattr(layers[index], norm, unchanged)
 
 
+def narrow_mlps_(layers: nn.ModuleList, config, module: str) -> None:
+    """Replace the MLPs that are not as wide as the family's by narrower ones."""
+    for layer, width in zip(layers, config.mlp_widths or (), strict=False):
+        if width != config.intermediate_size:
+            narrow = copy.copy(config)
+            narrow.intermediate_size = width
+            setattr(layer, module, type(getattr(layer, module))(narrow))
+
+
 def drop_layers_(layers: nn.ModuleList, kept) -> None:
     """Keep only the given layers, in order."""
     for index in reversed(range(len(layers))):
@@ -124,6 +134,7 @@ class BlockPrunedConfigMixin:
 
     layers_without_mha: list[int] = field(default_factory=list)
     layers_without_mlp: list[int] = field(default_factory=list)
+    mlp_widths: list[int] | None = None
     source_layers: list[int] | None = None
 
     def cache_config(self):
@@ -176,6 +187,7 @@ class BlockPrunedMixin:
     def __init__(self, config):
         super().__init__(config)
         layers = self.base_model.get_submodule(self.decoder_layers.partition(".")[2])
+        narrow_mlps_(layers, config, self.layer_branches[1][0])
         remove_blocks_(layers, set(config.layers_without_mha), set(config.layers_without_mlp), self.layer_branches)
         number_attentions_(layers, module=self.layer_branches[0][0])
 

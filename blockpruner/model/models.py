@@ -308,7 +308,7 @@ def masked(model: PreTrainedModel, mask: Mask) -> Iterator[PreTrainedModel]:
         InputError: a block that the model does not have.
     """
     with restored(model):
-        _remove_(model, mask, range(len(decoder_layers(model))))
+        remove_(model, mask, range(len(decoder_layers(model))))
         yield model
 
 
@@ -327,7 +327,7 @@ def prune_(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
     if is_joined:
         _join_(model, layout)
     else:
-        _remove_(model, mask, [layer for layer, _ in layout])
+        remove_(model, mask, [layer for layer, _ in layout])
         model.__class__ = model_class(model_family(model))
         # weights of a loaded model may have had other names (GPT-NeoX's head, experts); the new class reads its own
         model._weight_conversions = []
@@ -370,7 +370,7 @@ def _check(mask: Mask, layers: int) -> None:
         raise InputError(f"mask removes {format_mask(beyond)}, but the model has layers 0 to {layers - 1}")
 
 
-def _remove_(model: PreTrainedModel, mask: Mask, kept: Sequence[int]) -> None:
+def remove_(model: PreTrainedModel, mask: Mask, kept: Sequence[int]) -> None:
     """Cut the holes, keep the layers `kept`, number the attentions, and enter all that into the config."""
     family, layers, config = model_family(model), decoder_layers(model), model.config
     _check(mask, len(layers))

@@ -1,7 +1,8 @@
-"""vLLM's models without the blocks that a checkpoint lacks: <prefix>BlockPrunedForCausalLM, made when it is asked for.
+"""vLLM's models without what a checkpoint lacks: <prefix>BlockPrunedForCausalLM, made when it is asked for.
 
 Decides how a class of vLLM's builds a model with holes. In place of a removed block is a module that returns zeros and
-has no weights; a removed attention is unknown to the KV cache; a removed block is freed before the next one is made.
+has no weights; a removed attention is unknown to the KV cache; a removed block is freed before the next one is made. A
+narrower MLP is made while the config has its width.
 What the layers compute is vLLM's own. `vllm_plugin.register` names the classes to vLLM. Imports nothing of blockpruner.
 """
 
@@ -51,12 +52,13 @@ class NoNorm(nn.Module):
 
 @contextmanager
 def holes(config: Any, compilation: Any) -> Iterator[None]:
-    """Decoder layers that are built meanwhile lack the blocks that the config names.
+    """Decoder layers that are built meanwhile lack the blocks that the config names, and have MLPs of its widths.
 
     Raises:
         ValueError: there are no such blocks in the layers.
     """
     wanted = {"mha": set(config.layers_without_mha), "mlp": set(config.layers_without_mlp)}
+    width, widths = getattr(config, "intermediate_size", None), getattr(config, "mlp_widths", None)
     numbers: dict[nn.Module, int] = {}  # of the layers: an MLP does not tell it, and is made after the attention
     made: dict[tuple[str, int], nn.Module] = {}
 
@@ -64,6 +66,8 @@ def holes(config: Any, compilation: Any) -> Iterator[None]:
         kind = ATTRIBUTES.get(name)
         if kind == "mha":
             numbers[layer] = layer_number(block)
+            if widths is not None:
+                config.intermediate_size = widths[numbers[layer]]
         if kind is None or numbers.get(layer) not in wanted[kind]:
             return None
         made[kind, numbers[layer]] = layer
@@ -75,6 +79,8 @@ def holes(config: Any, compilation: Any) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+        if widths is not None:
+            config.intermediate_size = width
     built = set(numbers.values())  # in a pipeline, not all of the model's
     missed = {(kind, number) for kind, layers in wanted.items() for number in layers & built} - made.keys()
     if missed or not built:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -182,9 +182,6 @@ def steps_of(rows: Sequence[Mapping[str, Any]], plan: Plan, path: Path) -> tuple
     for row in (*dense, *sorted(chosen, key=lambda row: row["iteration"])):
         if not found or found[-1]["removed"] != row["removed"]:
             found.append(row)
-    if not plan.nested and found[-1]["removed"] != plan.mask:  # a rival of the search's own answer
-        rivals = (row for row in rows if row["removed"] == plan.mask and row["rows_used"] == row["rows_total"])
-        found = [*dense, *islice(rivals, 1)]
     masks = [row["removed"] for row in found]
     order = [format_mask(mask - before) for before, mask in pairwise(masks)]
     leads = order == list(plan.order) if plan.nested else masks[-1:] == [plan.mask]

@@ -6,7 +6,7 @@ Decides colours and scales. The same figure gives the same bytes every time.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -105,18 +105,17 @@ def scale_(axes: Axes, values: Sequence[float]) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def block_map(figure: Figure, layers: int, mask: Mask, removals: Sequence[Mask]) -> None:
-    """Draw which blocks are gone, with the number of the removal that took each where they have an order."""
+def block_map(figure: Figure, layers: int, gone: Mapping[BlockId, float], removals: Sequence[Mask]) -> None:
+    """Draw what share of each block is gone, with the number of the removal that took it where they have an order."""
     axes, kinds = figure.subplots(), list(BlockKind)
     places = {block: i for i, removal in enumerate(removals, 1) for block in removal}
     for block in (BlockId(kind, layer) for kind in kinds for layer in range(layers)):
-        corner = (block.layer - 0.46, kinds.index(block.kind) - 0.44)
-        gone = block in mask
-        colour, width = (KIND_COLOURS[block.kind], 0.0) if gone else ("none", 0.6)
-        axes.add_patch(Rectangle(corner, 0.92, 0.88, facecolor=colour, edgecolor=GREY, linewidth=width))
-        if gone:
-            at = str(places.get(block, ""))
-            axes.text(block.layer, kinds.index(block.kind), at, color="white", ha="center", va="center", fontsize=8.5)
+        x, row, share = block.layer - 0.46, kinds.index(block.kind), gone.get(block, 0.0)
+        axes.add_patch(Rectangle((x, row - 0.44), 0.92, 0.88, facecolor="none", edgecolor=GREY, linewidth=0.6))
+        filled = (x, row + 0.44 - 0.88 * share), 0.92, 0.88 * share
+        axes.add_patch(Rectangle(*filled, facecolor=KIND_COLOURS[block.kind]))
+        at = str(places.get(block, ""))
+        axes.text(block.layer, row, at, color="white", ha="center", va="center", fontsize=8.5)
     axes.set_xlim(-0.6, layers - 0.4)
     axes.set_ylim(len(kinds) - 0.4, -0.6)
     axes.set_yticks(range(len(kinds)), [kind.upper() for kind in kinds])

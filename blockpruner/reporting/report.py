@@ -71,7 +71,7 @@ def _sections(comparison: Comparison, draw: bool) -> list[Section]:
             Findings((stop(targets),)),
             compared(comparison),
             *([Findings(tuple(signs))] if signs else []),
-            *([removed_map(shown.name, shown.plan)] if draw and shown.plan.removed else []),
+            *([removed_map(shown.name, shown.plan)] if draw and shown.plan.gone else []),
             *samples([comparison.options[0], *targets]),
             *(_use(target, target is not shown) for target in sorted(targets, key=lambda target: target is not shown)),
         ),
@@ -102,7 +102,7 @@ def starts(form: str, plan: Plan, place: Path) -> list[tuple[str, str]]:
 def _evidence(reported: ReportedRun, shown: Option, draw: bool) -> Section:
     """Show all that was measured of a run. The blocks of the option `shown` are drawn already."""
     searches = [*reported.traces, *(target for target in reported.targets if not target.curve)]
-    drawn = [target for target in searches if target is not shown and target.plan.removed]
+    drawn = [target for target in searches if target is not shown and target.plan.gone]
     return Section(
         f"Evidence: {reported.run}",
         (

@@ -22,7 +22,7 @@ class Score(Frozen):
     """How the blocks to remove are found. The defaults are the paper's."""
 
     method: str = "greedy"
-    """A recipe (recommended, blockpruner, ...), a plain search, or a method that changes weights."""
+    """A recipe (recommended, blockpruner, ...), a plain search, or a method that searches no mask."""
     unit: Literal["block", "layer", "shifted"] = "block"
     """What one step removes: a block, a layer, or an MLP with the MHA behind it (a shifted layer)."""
     candidates: Literal["all", "mha", "mlp"] = "all"

@@ -92,7 +92,7 @@ def writing(path: Path, *, alone: bool = False) -> Iterator[None]:
 
 
 def temporary_beside(path: Path) -> Path:
-    """A name for a temporary file or folder in the same folder; `stages.clean` removes what a kill leaves there."""
+    """A name for a temporary file or folder in the same folder."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 

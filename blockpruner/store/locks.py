@@ -18,7 +18,7 @@ from blockpruner.core.errors import InputError
 from blockpruner.store.files import make_folder, writing
 
 WORKSPACE = Path(".dvc/tmp/flow.lock")
-"""Held by a flow, which changes params.yaml, and by `stages.clean`, which deletes outputs."""
+"""Held by a flow, which changes params.yaml."""
 
 
 def this_process() -> str:

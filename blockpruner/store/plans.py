@@ -54,6 +54,10 @@ def load_plan(path: Path) -> Plan:
         plan = TypeAdapter(Plan).validate_json(json.dumps(fields))
     except ValidationError as error:
         raise input_error(error, where) from error
+    try:
+        _ = plan.cut, plan.details["channels"] if plan.kind == "narrow" else None
+    except (KeyError, ValueError, AttributeError) as error:
+        raise InputError(f"{where}details.channels: {error!r}", rule="settings", key="details") from error
     for name, keys in NUMBERS.items():
         for key in keys:
             value = getattr(plan, name).get(key, "missing")

@@ -1,5 +1,5 @@
 """A colleague clones, pulls and asks for one target more; an experiment is queued here and pulled there; the stores are
-cleaned. All in bfloat16, where losses of one device are not mixed with those of another."""
+deleted. All in bfloat16, where losses of one device are not mixed with those of another."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from blockpruner.store.files import read_json
-from tests.integration.project import ROOT, counts, dvc, make_project, module, set_targets, stage, tables
+from tests.integration.project import ROOT, counts, dvc, make_project, module, set_targets, tables
 
 
 def git(folder, *arguments):
@@ -113,23 +113,9 @@ def test_a_changed_file_of_a_remote_is_refused(project, tmp_path):
         assert (clone / plan).exists() != bool(setting)
 
 
-def test_clean_deletes_only_what_no_run_names_and_stores_may_go_as_a_whole(project, tmp_path):
+def test_stores_may_be_deleted_as_a_whole(project, tmp_path):
     copy = tmp_path / "project"
     shutil.copytree(project, copy)
-
-    def files():
-        return {
-            path for path in copy.rglob("*") if "provenance" not in path.parts and not path.name.startswith("flow.lock")
-        }
-
-    before = files()
-    shutil.copytree(copy / "data/models/tiny", copy / "data/models/old")
-    (copy / "data/scores/tiny/x.parquet.bad").touch()
-    with_more = files()
-    listed = stage(copy, "clean", "").stdout
-    assert "  unused: data/models/old\n" in listed and "models/tiny" not in listed and files() == with_more
-    assert stage(copy, "clean", "delete").returncode == 0
-    assert files() == before
     for store in ("trials", "evaluations", "cache", "adapters"):
         shutil.rmtree(copy / "data" / store, ignore_errors=True)
     assert "didn't change" in dvc(copy, "repro", "commit@small") and tables(copy) == tables(project)

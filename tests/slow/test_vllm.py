@@ -13,7 +13,7 @@ from blockpruner.checkpoints.hf import export_hf
 from blockpruner.core.families import FAMILIES
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model.models import load_model
-from tests.plans import fetch_tiny, plan_of, pruning, save_pruned
+from tests.plans import fetch_tiny, narrow_plan, plan_of, pruning, save_pruned
 from tests.tiny import VARIANTS, tiny_tokenizer
 
 PROMPTS = ["The capital of France is", "Once upon a time, a little fox", "def fibonacci(n):\n"]
@@ -81,6 +81,9 @@ def test_vllm_says_what_the_model_in_memory_says(tmp_path, smollm2, plans, heale
 HOLES = ["mha.0", "mlp.1", "mha.3", "mlp.3", "mlp.4", "mha.5"]
 """Of six layers: the first has no MHA, and the fourth is gone."""
 
+KEPT = {"mlp.1": range(16), "mlp.3": range(0, 48, 2)}
+"""What narrowed MLPs keep of 48 channels."""
+
 TAKEN: dict[str, dict[str, Any]] = {
     "qwen2": {"use_sliding_window": False},
     "qwen3": {"head_dim": 32},
@@ -95,15 +98,16 @@ def test_every_family_is_served_from_its_hf_checkpoint(tmp_path):
     made, references, configs = tmp_path / "made", tmp_path / "references", {}
     references.mkdir()
     variants = [variant for variant in VARIANTS if FAMILIES[variant.split()[0]].in_vllm]
-    for name in [*variants, "llama wrong"]:
-        variant = name.removesuffix(" wrong")
+    narrow = {f"{variant} narrow" for variant in variants if FAMILIES[variant.split()[0]].has_one_mlp}
+    for name in [*variants, *sorted(narrow), "llama wrong"]:
+        variant = name.removesuffix(" wrong").removesuffix(" narrow")
         dense = fetch_tiny(tmp_path / name, variant, 6, hidden_size=128, **TAKEN.get(variant, {}))
-        asked = pruning(dense, plan_of(dense, HOLES))
+        asked = pruning(dense, narrow_plan(dense, KEPT) if name in narrow else plan_of(dense, HOLES))
         pruned = asked.prune_(asked.load())
         save_pruned(pruned, made / name)
         tiny_tokenizer().save_pretrained(made / name)
         configs[name] = pruned.config
-        if name != variant:
+        if name.endswith("wrong"):
             asked = pruning(dense, plan_of(dense, ["mlp.2" if block == "mlp.1" else block for block in HOLES]))
             pruned = asked.prune_(asked.load())
         write_reference(pruned, tiny_tokenizer(), references / f"{name}.json")
@@ -111,6 +115,10 @@ def test_every_family_is_served_from_its_hf_checkpoint(tmp_path):
     assert reports.keys() == configs.keys()
     for name, report in reports.items():
         print(name, report["max_logprob_difference"])
+        if name in narrow:
+            assert configs[name].mlp_widths == [48, 16, 48, 24, 48, 48] and report["cached"] == [*range(6)]
+            assert report["max_logprob_difference"] <= 5e-3 and report["greedy_tokens_equal"], name
+            continue
         layers, without = (
             range(5),
             {"self_attn": [0, 4], "attention": [0, 4], "mlp": [1, 3], "block_sparse_moe": [1, 3]},

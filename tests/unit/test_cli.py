@@ -1,6 +1,5 @@
 """The command `blockpruner`, on tiny models."""
 
-import csv
 import json
 import math
 import re
@@ -25,13 +24,11 @@ from typer import Abort
 import blockpruner
 from blockpruner import pipeline
 from blockpruner.checkpoints import verify_llama_cpp
-from blockpruner.cli import curve as work
 from blockpruner.cli import doctor, talking
 from blockpruner.cli import main as command
 from blockpruner.cli.pruning import Place
-from blockpruner.core.blocks import DENSE, parse_mask, sorted_blocks
+from blockpruner.core.blocks import parse_mask
 from blockpruner.core.errors import InputError
-from blockpruner.core.families import count_parameters
 from blockpruner.core.progress import SilentObserver
 from blockpruner.evaluation import kinds, zero_shot
 from blockpruner.healing import choice, train
@@ -39,9 +36,8 @@ from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import load_model, masked, prune_
 from blockpruner.reporting.formats import number
 from blockpruner.store.files import read_json, write_sealed_json
-from blockpruner.store.plans import load_plan
+from blockpruner.store.plans import load_plan, save_plan
 from tests.fakes import Hub, PushHub
-from tests.plans import plan_of
 from tests.tiny import bos_tokenizer, full_nll, save_tiny, tiny_tokenizer
 from tests.unit.zero_shot_items import tables_of, write_tasks
 
@@ -218,6 +214,23 @@ def test_apply_makes_the_same_checkpoint_from_the_same_base_alone(model, place, 
 
 
 @pytest.mark.usefixtures("in_process")
+def test_a_plan_of_channels_says_all(model, place, say):
+    """Applied to its model it makes the same weights, and to no other model; nor is it taken where it was changed."""
+    args = prune(model, "--set", "compensate.method=none", "--out", "out", "--json", method="narrow")
+    made = done(say(*args))["plan"]
+    assert made["details"]["channels"] and not made["removed"]
+    assert say("apply", model, "out", "--out", "again")[0] == 0
+    assert (place / "again/model.safetensors").read_bytes() == (place / "out/model.safetensors").read_bytes()
+    code, _, err = say("apply", save_tiny(place / "wide", intermediate_size=96), "out", "--out", "other")
+    assert code == 2 and "the plan is of another model" in err
+    plan = load_plan(place / "out/blockpruner_plan.json")
+    fewer = dict([*plan.details["channels"].items()][1:])
+    save_plan(replace(plan, details={**plan.details, "channels": fewer}), place / "changed.json")
+    code, _, err = say("apply", model, "changed.json", "--out", "other")
+    assert code == 2 and "an unchanged plan" in err and not (place / "other").exists()
+
+
+@pytest.mark.usefixtures("in_process")
 def test_compensated_weights_are_kept_and_no_plan_promises_them(model, place, say):
     args = prune(model, "--seq-len", 16, "--out", "out", "--json", budget="1blocks", method="recommended")
     made = done(say(*args))["plan"]
@@ -231,7 +244,7 @@ def test_compensated_weights_are_kept_and_no_plan_promises_them(model, place, sa
     done(say(*args))
     assert report.stat().st_mtime_ns == before
     code, _, err = say("apply", model, "out", "--out", "again")
-    assert code == 0 and "loses the same blocks, but is not healed (refit)" in err
+    assert code == 0 and "loses the same parts, but is not healed (refit)" in err
     plain = load_plan(place / "again/blockpruner_plan.json")
     assert plain.compensate == "none" and list(plain.removed) == made["removed"]
     assert "compensated" not in (place / "again/README.md").read_text()
@@ -371,73 +384,6 @@ def test_a_model_of_the_hub_is_asked_for_its_shape_alone_before_it_is_fetched(mo
     assert hub.asked == [("a/tiny", None)]
 
 
-def curve(model, plan, *more):
-    return ("curve", model, plan, "--texts", "heldout.txt", "--seq-len", 16, *more)
-
-
-@pytest.mark.usefixtures("in_process")
-@pytest.mark.parametrize("method", ["blockpruner", "floating"])
-def test_a_curve_is_the_perplexity_of_each_pruned_model(model, place, say, method):
-    """Of models that are pruned one by one. The trial folder knows more of the search than the plan does."""
-    (place / "heldout.txt").write_text(" ".join(f"other words {i}" for i in range(20)))
-    for ratio in (0.5, 0.3):
-        done(say(*prune(model, "--out", f"out{ratio}", "--json", budget=ratio, method=method)))
-    found = done(say(*curve(model, "out0.3", "--json")))
-    plan, tokenizer = load_plan(place / "out0.3/blockpruner_plan.json"), tiny_tokenizer()
-    ids = tokenizer((place / "heldout.txt").read_text()).input_ids
-    rows = [ids[i : i + 16] for i in range(0, len(ids) - 15, 16)]
-    assert found["rows"] == len(rows) and len(found["points"]) > len(plan.removed)
-    assert sorted(len(point["removed"]) for point in found["points"]) == [*range(1, len(found["points"]) + 1)]
-    ratios = [point["ratio"] for point in found["points"]]
-    counts = count_parameters(json.loads((model / "config.json").read_text()))
-    assert ratios == sorted(counts.ratio(parse_mask(",".join(point["removed"]))) for point in found["points"])
-    shown = [point["removed"] for point in found["points"]]
-    assert work.table(found, plan).strong == {shown.index(list(plan.removed))}
-    for before, point in zip([[], *shown], found["points"], strict=False):
-        more = {*point["removed"]} - {*before}
-        assert parse_mask(point["added"] or "") == (
-            parse_mask(",".join(more)) if {*before} < {*point["removed"]} else DENSE
-        )
-    dense = [full_nll(load_model(model, "float32"), row) for row in rows]
-    assert found["dense_perplexity"] == pytest.approx(math.exp(mean(dense)), rel=1e-5)
-    for point in found["points"]:
-        pruned = prune_(load_model(model, "float32"), parse_mask(",".join(point["removed"])))
-        nll = [full_nll(pruned, row) for row in rows]
-        assert point["perplexity"] == pytest.approx(math.exp(mean(nll)), rel=1e-5)
-        low, high = ttest_rel(nll, dense).confidence_interval(0.95)
-        assert point["interval"] == pytest.approx([math.exp(low), math.exp(high)], rel=1e-4)
-    if method == "blockpruner":
-        order = list(plan.order)
-        assert [point["added"] for point in found["points"]][: len(order)] == order
-        alone = done(say(*curve(model, "out0.3", "--json", "--cache", "elsewhere")))["points"]
-        assert [point["removed"] for point in alone] == [point["removed"] for point in found["points"]][: len(order)]
-    again = done(say(*curve(model, "out0.3", "--json", "--out", "all.csv")))
-    assert again["trials_computed"] == 0
-    lines = [*csv.DictReader((place / "all.csv").read_text().splitlines())]
-    assert [float(line["perplexity"]) for line in lines] == [point["perplexity"] for point in again["points"]]
-    assert float(lines[-1]["relative_low"]) == again["points"][-1]["interval"][0]
-
-
-@pytest.mark.usefixtures("in_process")
-def test_a_curve_goes_on_after_a_kill_and_draws_itself(model, place, say, monkeypatch):
-    (place / "heldout.txt").write_text(" ".join(f"other words {i}" for i in range(20)))
-    done(say(*prune(model, "--out", "out", "--json")))
-    killed = fresh(KILLED.replace("12", "3"), *curve(model, "out"))
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    monkeypatch.setenv("COLUMNS", "80")
-    code, out, err = say(*curve(model, "out", "--cache", "elsewhere", "--out", "whole.png"))
-    assert code == 0 and (place / "whole.png").read_bytes()[:4] == b"\x89PNG", err
-    assert max(map(len, out.splitlines())) <= 80
-    whole, found = (
-        done(say(*curve(model, "out", "--cache", "elsewhere", "--json"))),
-        done(say(*curve(model, "out", "--json"))),
-    )
-    points = len(found["points"]) + 1
-    assert 0 < found["trials_computed"] < points and whole["trials_computed"] == 0
-    assert found["points"] == whole["points"]
-    assert "<svg" in (place / "out-curve.svg").read_text()
-
-
 @pytest.mark.parametrize(
     ("option", "value", "named"),
     [
@@ -540,7 +486,7 @@ def test_a_revision_and_an_address_of_the_hub(model, say, asked, monkeypatch):
         assert code == 130, err
         assert (asked[-1][1].model.repo, asked[-1][1].model.revision) == ("a/tiny", "v1")
     assert {*hub.asked} == {("a/tiny", "v1")}
-    assert say("curve", "a/tiny@refs/pr/1", "plan.json")[0] == 130 and asked[-1][1].model.revision == "refs/pr/1"
+    assert say("prune", "a/tiny@refs/pr/1", "--budget", 0.3)[0] == 130 and asked[-1][1].model.revision == "refs/pr/1"
 
 
 def test_a_quantized_base_is_refused_from_its_config(place, say):
@@ -593,7 +539,7 @@ def test_help_loads_no_torch_and_every_command_explains_itself(say):
     code = "import sys; from blockpruner.cli.main import app; app(['--help'], standalone_mode=False)"
     result = fresh(f"{code}; assert not {{'torch', 'transformers'}} & set(sys.modules)")
     assert result.returncode == 0 and "compare" in result.stdout, result.stderr
-    for name in ("prune", "curve", "push"):
+    for name in ("prune", "apply", "push"):
         assert "Usage" in say(name, "--help")[1]
     assert say("--version")[1].strip() == command.__version__
     assert say("prune")[0] == 2
@@ -630,8 +576,6 @@ def test_names_and_answers_are_shown_as_text(model, place, say, monkeypatch, cap
     shutil.copytree(model, place / (odd := "m[/x]\x1b[31m:smile:"))
     code, out, err = say("compare", odd, odd, "--prompt", "x")
     assert code == 0 and "m[/x]" in out and ":smile:" in out, err
-    found = {"model": odd, "text": "t", "dense_perplexity": 1.0, "points": []}
-    command.shown(work.words(found, plan_of(model, ["mha.0"])))
     talking.Streamer(tiny_tokenizer()).on_finalized_text(f"{said} é👩‍💻\t", stream_end=True)
     out += capsys.readouterr().out
     assert "é👩‍💻\t" in out and not {"\x1b", "\x07", "\x9b"} & set(out)
@@ -715,7 +659,6 @@ def test_json_has_no_infinity(model, place, say, monkeypatch):
     monkeypatch.setattr(talking, "compared", lambda *_: [one])
     (found,) = done(say("compare", model, model, "--prompt", "x", "--json"))
     assert (found["perplexity"], found["relative"], found["interval"]) == (None, 1.5, [0.0, None])
-    assert json.loads(work.FORMS[".json"]({"points": [{"relative": math.nan}]})) == {"points": [{"relative": None}]}
 
 
 def test_a_note_names_a_key_as_the_command_does(place, say, monkeypatch):
@@ -758,21 +701,16 @@ def test_code_of_others_is_not_run_and_not_needed_for_a_known_family(place, say)
 
 
 @pytest.mark.usefixtures("in_process")
-def test_the_report_is_one_file_that_tells_what_the_plan_and_the_curve_hold(model, place, say):
-    (place / "heldout.txt").write_text(" ".join(f"other words {i}" for i in range(20)))
+def test_the_report_is_one_file_that_tells_what_the_plan_holds(model, place, say):
     done(say(*prune(model, "--out", "out", "--json")))
     code, out, err = say("report", "out")
     assert code == 0, err
     page = Path(out.strip()).read_text()
     plan = load_plan(place / "out/blockpruner_plan.json")
-    assert page.count("data:image/svg") == 1 and "blockpruner curve does that" in page
+    assert page.count("data:image/svg") == 1 and "blockpruner eval and compare do that" in page
     assert "Verified by transformers" in page
     assert f"{100 * plan.ratio:.1f} % of the parameters removed" in page
     assert f"{plan.calibration['perplexity']:,.0f}" in page
-    point = done(say(*curve(model, "out", "--json")))["points"][len(plan.order) - 1]
-    assert say("report", "out", "--out", "page.html")[0] == 0
-    page = (place / "page.html").read_text()
-    assert page.count("data:image/svg") == 2 and f"[{point['interval'][0]:.2f}, {point['interval'][1]:.2f}]" in page
     (place / "out/config.json").write_text("{}")
     code, _, err = say("report", "out")
     assert code == 2 and "is not what was verified: config.json changed" in err
@@ -786,8 +724,6 @@ def test_what_the_api_saves_is_taken_by_every_command(model, place, say):
     pruned = blockpruner.prune(loaded, tiny_tokenizer(), TEXTS.split("\n"), 0.3, seq_len=32, method="greedy")
     pruned.save("out")
     assert say("report", "out")[0] == 0
-    points = done(say(*curve(model, "out", "--json")))["points"]
-    assert points[-1]["removed"] == [str(block) for block in sorted_blocks(pruned.plan.mask)]
     assert "model.safetensors" in done(say("push", "out", "me/small", "--dry-run", "--json"))["files"]
     code, _, err = say("apply", model, "out", "--out", "again")
     assert code == 0 and (place / "again/model.safetensors").exists(), err
@@ -795,7 +731,7 @@ def test_what_the_api_saves_is_taken_by_every_command(model, place, say):
     with torch.no_grad():
         changed.model.norm.weight.mul_(1.5)
     blockpruner.prune(changed, tiny_tokenizer(), TEXTS.split("\n"), "1blocks", seq_len=32, method="greedy").save("b")
-    code, _, err = say(*curve(model, "b"))
+    code, _, err = say("apply", model, "b", "--out", "c")
     assert code == 2 and "does not name its base model" in err
 
 

@@ -29,8 +29,11 @@ from blockpruner.healing.loss import TrainingLoss
 from blockpruner.healing.settings import Train
 from blockpruner.healing.trainer import _batch, train_
 from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.methods.apply import pruned_copy
+from blockpruner.methods.healed import set_weights_
 from blockpruner.methods.laco.merging import Similarity, merged_nll
 from blockpruner.methods.laco.walk import Merge
+from blockpruner.methods.narrow.levels import levels_of
 from blockpruner.methods.slicegpt.slicing import slice_
 from blockpruner.methods.slicegpt.widths import SLICEABLE
 from blockpruner.model import accelerator
@@ -43,7 +46,7 @@ from blockpruner.scoring.work import Task, live_numbers
 from tests import fake_devices as made_up
 from tests.fake_devices import MODULE, SETUP, fake_devices
 from tests.golden import unverified
-from tests.plans import fetch_tiny, plan_of, pruning, save_pruned
+from tests.plans import fetch_tiny, narrow_plan, plan_of, pruning, save_pruned
 from tests.tiny import GRID, VARIANTS, VOCABULARY, tiny_model, tolerance
 
 pytestmark = pytest.mark.skipif(SETUP is None, reason=f"torch {torch.__version__} has no devices written in Python")
@@ -93,6 +96,17 @@ def compensated(model):
     return [*facts["perplexity"].values(), *(weight.sum().item() for weight in weights.values())]
 
 
+def narrowed_and_compensated(model):
+    """The narrow copy of a model that accelerate has hooked is narrow, too."""
+    levels = levels_of(model, LONG.rows, 12, SilentObserver())
+    plan = narrow_plan(model.config.to_dict(), {str(block): each[1].kept for block, each in levels.items()})
+    weights, facts = compensate(model, {"plan": plan}, LONG, 2, SilentObserver())["plan"]
+    pruned = pruned_copy(model, plan, ())
+    set_weights_(pruned, weights, shared=True)
+    costs = [level.cost for each in levels.values() for level in each]
+    return [*costs, *facts["perplexity"].values(), *measure_perplexity(pruned, LONG.rows).row_nll]
+
+
 def merged(model):
     merges = (Merge(0, 1),)
     return [
@@ -114,7 +128,7 @@ def distance(model):
 
 
 WORK = {f"score {name}": scored(metric) for name, metric in METRICS.items()}
-WORK |= {"compensate": compensated}
+WORK |= {"compensate": compensated, "compensate narrow": narrowed_and_compensated}
 
 WORK |= {
     "perplexity": lambda model: measure_perplexity(model, ROWS).row_nll,

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 
 import blockpruner
 from blockpruner import api, pipeline
-from blockpruner.cli import curve as cli_curve
 from blockpruner.cli import main as command
 from blockpruner.cli import pruning, talking
 from blockpruner.cli.pruning import Place
@@ -23,9 +22,8 @@ from blockpruner.healing import rows as healing_rows
 from blockpruner.inputs import calibration, texts
 from blockpruner.inputs.texts import ALPACA_WITHOUT_INPUT
 from blockpruner.params import load_run
-from blockpruner.store.plans import load_plan, save_plan
+from blockpruner.store.plans import load_plan
 from flows.new_model import NewModel
-from tests.plans import plan_of
 from tests.tiny import bos_tokenizer, save_tiny, tiny_tokenizer
 
 
@@ -103,7 +101,11 @@ def test_every_door_makes_the_same_model_of_the_same_words(place, monkeypatch):
     assert (place / "by-file/model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
     found = prune_in_memory()
     assert found.plan.removed == same_plan(exported, "tiny").removed
-    assert {name.partition(".")[0] for name in found.compensation["judged"]} == {"greedy-layers", "greedy-shifted"}
+    assert {name.partition(".")[0] for name in found.compensation["judged"]} == {
+        "greedy-layers",
+        "greedy-shifted",
+        "narrow",
+    }
     found.save(str(place / "memory"))
     assert (place / "memory/model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
     more = {"model": {"dtype": "float32"}, "calibration": {"seq_len": 64}}
@@ -161,7 +163,6 @@ def gemma(place, monkeypatch):
     monkeypatch.setattr(texts, "package_file", lambda *given: None)
     monkeypatch.setattr(texts, "read_member", lambda archive, file: files[Path(file).name].encode())
     monkeypatch.setattr(pruning, "load_texts", load)
-    monkeypatch.setattr(cli_curve, "load_texts", load)
     return place
 
 
@@ -214,14 +215,11 @@ def test_held_out_rows_begin_with_bos_in_every_door(gemma, monkeypatch):
 
     for module in (perplexity, talking, api):
         monkeypatch.setattr(module, "held_out", recorded)
-    save_plan(plan_of(gemma / "tiny", ["mlp.0"], base=f"some/one@{40 * 'a'}"), gemma / "plan.json")
     given = ("--texts", "heldout.jsonl", "--seq-len", "64")
     model = AutoModelForCausalLM.from_pretrained("tiny")
     for door in (
         lambda: blockpruner.evaluate(model, bos_tokenizer(), TEXTS, 64),
         lambda: command.main(("compare", "tiny", "tiny", *given)),
-        lambda: command.main(("curve", "tiny", "plan.json", *given)),
-        lambda: command.main(("curve", "tiny", "plan.json", *given[2:])),
     ):
         with pytest.raises(RecordedError):
             door()
@@ -276,7 +274,7 @@ def test_what_must_be_apart_has_no_row_and_no_text_in_common(place):
     held = texts.read_texts(Path("data/sources/tiny/perplexity.parquet"))
     evaluated = perplexity.held_out(tiny_tokenizer(), held, load_run("tiny").evaluate.perplexity)
     rows = {name: part.rows for name, part in vars(found).items()} | {"evaluated": evaluated.rows}
-    rows |= {"fitted": found.fit.rows[:-6], "held out": found.fit.rows[-6:], "rough": found.fit.rows[:6]}
+    rows |= {"fitted": found.fit.rows[:-6], "held out": found.fit.rows[-6:]}
     seen = {name: re.findall(r"doc(\d{3}) begins", decoded(own)) for name, own in rows.items()}
     apart = [("fitted", "held out"), ("train", "validation"), ("judge", "evaluated")]
     apart += [(name, other) for name in ("search", "fit", "train", "validation") for other in ("judge", "evaluated")]
@@ -284,7 +282,7 @@ def test_what_must_be_apart_has_no_row_and_no_text_in_common(place):
         assert seen[name] and not {*seen[name]} & {*seen[other]}, (name, other)
         assert not {*rows[name]} & {*rows[other]}, (name, other)
     assert evaluated.kinds == found.judge.kinds == ("a", "b", "c")
-    for name in ("search", "fitted", "held out", "rough", "train", "validation"):
+    for name in ("search", "fitted", "held out", "train", "validation"):
         shares = [sum(int(number) % 3 == i for number in seen[name]) / len(seen[name]) for i in range(3)]
         assert all(abs(share - (i + 1) / 6) < 0.15 for i, share in enumerate(shares)), (name, shares)
 
@@ -297,7 +295,7 @@ def test_with_too_few_texts_to_judge_the_first_search_is_made_alone(place):
     notes = []
     model = AutoModelForCausalLM.from_pretrained("tiny")
     found = blockpruner.prune(model, tiny_tokenizer(), TEXTS[:5], 0.3, seq_len=64, observer=Notes())
-    assert found.plan.blocks == {"mha": 2, "mlp": 2} and "judged" not in found.compensation
+    assert found.plan.kind == "narrow" and "judged" not in found.compensation
     assert any("too few to set some aside" in note for note in notes)
     with pytest.raises(InputError):
         prune_in_memory(TEXTS[:1])

@@ -28,7 +28,7 @@ from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model.models import load_model, masked, prune_
 from tests.errors import refused
 from tests.fakes import InProcess
-from tests.plans import fetch, healed_of, plan_of, pruning
+from tests.plans import fetch, healed_of, narrow_plan, plan_of, pruning
 from tests.tiny import tiny_model
 
 engine = pytest.mark.skipif(
@@ -248,6 +248,17 @@ def test_export_is_complete_and_verified(tmp_path, dense, dtype, monkeypatch):
     kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "out/model-Q8_0.gguf").tensors}
     assert (kinds["token_embd.weight"], kinds["output_norm.weight"]) == ("Q8_0", "F32")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@engine
+@pytest.mark.usefixtures("in_process")
+def test_layers_have_mlps_of_their_own_widths(tmp_path, dense):
+    plan = narrow_plan(dense, {"mlp.0": range(32), "mlp.3": range(5, 42)})
+    export_gguf(pruning(dense, plan), tmp_path / "out")
+    assert json.loads((tmp_path / "out/verification.json").read_text())["ok"]
+    fields = GGUFReader(tmp_path / "out/model-F16.gguf").fields
+    widths = fields["deci.feed_forward_length"].contents()
+    assert widths == [32, widths[1], widths[1], 37, widths[1], widths[1]] and widths[1] > 37
 
 
 @pytest.mark.usefixtures("in_process")

@@ -14,12 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from blockpruner.checkpoints import nas, verification
 from blockpruner.checkpoints.nas import export_nas
 from blockpruner.core.errors import InputError
-from blockpruner.methods.laco.merging import merged
-from blockpruner.methods.laco.walk import Merge
-from blockpruner.model.models import masked
+from blockpruner.methods.registry import KINDS
 from tests.errors import refused
 from tests.fakes import InProcess
-from tests.plans import fetch_tiny, plan_of, pruning
+from tests.plans import fetch_tiny, narrow_plan, plan_of, pruning
 
 ROOT = Path(__file__).parents[2]
 IDS = torch.randint(1, 257, (2, 20), generator=torch.Generator().manual_seed(3))
@@ -33,6 +31,7 @@ CASES = {
     "wide": ("llama", {"intermediate_size": 256, "rope_parameters": LLAMA3 | {"rope_type": "linear"}}, "mha.3"),
     "whole layers": ("mistral", {"sliding_window": None}, "mha.1,mlp.1,mlp.4,mha.5"),
     "qwen2 mlp": ("qwen2", QWEN2 | {"tie_word_embeddings": True}, "mlp.0,mlp.3,mlp.5"),
+    "narrow": ("llama", {"tie_word_embeddings": True}, {"mlp.0": range(7), "mlp.4": range(5, 40)}),
     "merged": ("qwen2", QWEN2, "mha.4,mha.5,mlp.4,mlp.5"),
 }
 
@@ -53,7 +52,10 @@ def exported(tmp_path_factory):
         family, config, removed = CASES[case]
         dense = fetch_tiny(tmp_path_factory.mktemp("nas"), family, 6, **config)
         merges = {"kind": "laco", "order": ("2+2",), "details": {"merges": [[2, 2]], "variant": "paper"}}
-        plan = plan_of(dense, removed.split(","), **(merges if case == "merged" else {}))
+        if case == "narrow":
+            plan = narrow_plan(dense, removed)
+        else:
+            plan = plan_of(dense, removed.split(","), **(merges if case == "merged" else {}))
         with pytest.MonkeyPatch.context() as patch:
             if case != "attention":
                 patch.setattr(verification, "subprocess", InProcess)
@@ -64,13 +66,9 @@ def exported(tmp_path_factory):
 
 
 def dense_logits(dense, plan):
-    """Of the dense model with the blocks masked, or the layers merged, in float64."""
+    """Of the dense model changed for a while, in float64."""
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float64)
-    if plan.kind == "laco":
-        merges = [Merge(*pair) for pair in plan.details["merges"]]
-        with merged(model, merges, plan.details["variant"]), torch.no_grad():
-            return model(IDS, use_cache=False).logits
-    with masked(model, plan.mask), torch.no_grad():
+    with KINDS[plan.kind].lend(model, plan), torch.no_grad():
         return model(IDS, use_cache=False).logits
 
 

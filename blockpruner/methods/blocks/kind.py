@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockpruner.core.blocks import DENSE, BlockKind, Mask, format_mask, parse_mask, sorted_blocks
-from blockpruner.core.budgets import Resources, choose_prefix, goal_of, is_settled, parse_budget, resources_of
+from blockpruner.core.budgets import Resources, choose_prefix, is_settled, parse_budget, resources_of
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config, Costs
 from blockpruner.core.markdown import code
@@ -106,12 +104,13 @@ def listed(order: Sequence[Mask], counts: Costs) -> dict[str, Any]:
     }
 
 
-def require_of(plan: Plan, config: Config, model: str) -> None:
-    """Refuse a plan of another shape than the model of this name has, or that does not follow from what it removes."""
+def require_of(plan: Plan, config: Config, model: str, pruned: int | None) -> None:
+    """Refuse a plan of another shape than the model of this name has, or that does not follow from what it removes;
+    `pruned` is as `Kind.pruned` says."""
     resources = resources_of(config)
     counts = resources["parameters"]
     order = [parse_mask(unit) & counts.blocks.keys() for unit in plan.order]  # a deeper model has others
-    own = sizes(resources, DENSE.union(*order)) | listed(order, counts)
+    own = sizes(resources, DENSE.union(*order), pruned) | listed(order, counts)
     own["removes"] = {**plan.removes, **own["removes"]}  # there may also be a time that was measured
     for name, value in own.items():
         if getattr(plan, name) != value:
@@ -133,27 +132,6 @@ def commit(scores: Path, config: Config, budget: str, current: Current) -> tuple
     plan = choose(order, perplexities, config, budget, current)
     used = len(plan.order) if plan.nested else len(trace)
     return plan, [table_path(directory, index) for index in range(used)]
-
-
-RIVALS = 3
-"""How many other masks of a search are compared with its answer once their weights are fitted."""
-
-
-def rivals(scores: Path, config: Config, plan: Plan, current: Current) -> list[Plan]:
-    """The best other masks of a search that remove as much. A fifth of what one removes, or more, others do not."""
-    trace = read_trace(trace_directory(scores, current, plan.budget), current.search)
-    resources = known_resources(config, plan.budget, current)
-    wanted = parse_budget(plan.budget, resources["parameters"])
-    near = goal_of(wanted, units_of(request(current.score), resources), resources[wanted.resource]).around(plan.mask)
-    known = (score for iteration in trace for score in iteration.nll if score is not None and score.is_complete)
-    scored = {score.mask: score for score in known if math.isfinite(score.loss) and near.is_met(score.mask)}
-    found = [plan.mask]
-    for mask in sorted(scored, key=lambda mask: scored[mask].loss):
-        if len(found) <= RIVALS and all(5 * len(mask - other) >= len(mask) for other in found):
-            found.append(mask)
-    dense = plan.calibration["dense_perplexity"]
-    made = (choose([mask], [dense, scored[mask].perplexity], config, plan.budget, current) for mask in found[1:])
-    return [replace(each, nested=False) for each in made]
 
 
 def _require_scored(order: Sequence[Mask], resources: Resources, budget: str, current: Current) -> None:
@@ -200,7 +178,7 @@ BLOCKS = Kind(
     "blocks removed",
     score=score,
     commit=commit,
-    rivals=rivals,
+    is_part=True,
     apply_=_apply,
     lend=_lend,
     identity=lambda plan, rows: {"removed": list(plan.removed)},

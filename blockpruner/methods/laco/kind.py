@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, closing
-from functools import cache
+from functools import cache, partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -48,7 +48,7 @@ class LacoOptions(Options):
     """How weights are merged: as the public notebook does it, or by the paper's equation."""
 
 
-def plan_merges(budget: Budget, options: LacoOptions, job: Job) -> Details:
+def plan_merges(options: LacoOptions, job: Job, budget: Budget) -> Details:
     """LaCo's merges that remove the number of layers nearest to the budget.
 
     Returns:
@@ -165,7 +165,7 @@ def _steps(plan: Plan) -> str:
 LACO = weights_kind(
     "laco",
     "LaCo",
-    plan=plan_merges,
+    plan=lambda options, job: partial(plan_merges, options, job),
     left=_left,
     apply_=_apply,
     lend=_lend,

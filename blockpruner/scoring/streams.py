@@ -2,7 +2,7 @@
 
 Decides where they are compared, and what a kept block reads and writes there. All run on one copy of the model: the
 dense stream passes a block before the block's weights change, and the new weights are then put aside. Pruned models
-are one stream, with one stream, up to the first difference of their masks. So the dense model is used layer by layer,
+are one stream, with one stream, up to the first difference of their cuts. So the dense model is used layer by layer,
 once, for any number of pruned ones, and the rows' states lie in the host's memory (a number of float32 for each token,
 column and stream).
 """
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from blockpruner.core.blocks import BlockId, Mask
+from blockpruner.core.blocks import BlockId, Channels, Cut
 from blockpruner.scoring.engine import Engine
-from blockpruner.scoring.metrics import NLL, perplexity
+from blockpruner.scoring.metrics import NLL
 from blockpruner.scoring.walk import Step
 from blockpruner.scoring.work import Rows
 
@@ -36,6 +36,8 @@ class Stop:
     kept: Step
     hole: tuple[Step, ...]
     """The removed blocks that read the same state, state by state."""
+    channels: Mapping[BlockId, Channels] = field(default_factory=dict)
+    """What is kept of kept blocks that are narrowed."""
 
     @property
     def missing(self) -> list[str]:
@@ -45,9 +47,9 @@ class Stop:
 
 @dataclass
 class Stream:
-    """Pruned models whose masks agree so far."""
+    """Pruned models whose cuts agree so far."""
 
-    masks: Mapping[str, Mask]
+    cuts: Mapping[str, Cut]
     """By the models' names."""
     states: Sequence[Tensor]
     """Their stream, batch by batch."""
@@ -55,21 +57,17 @@ class Stream:
     """Where they are. The first stop has no kept block; its hole is what is removed before any is kept."""
     is_behind: bool = False
     """Whether something is removed up to here."""
-    left: float = 0
-    """At how many stops from here on something is fitted, as far as is known."""
-    is_done: bool = False
-    """Nothing is fitted any more: only rows that are held out are moved on."""
     weights: Mapping[Tensor, Tensor] = field(default_factory=dict)
     """The new values of the weights that were changed, on the host."""
     strength: float = 0.3
     """The pull to the old weights of the last fit."""
 
-    def parted(self, by: Callable[[Mask], Key]) -> list[tuple[Key, Stream]]:
-        """The stream as one or several, each with the masks of which `by` says the same."""
-        found: dict[Key, dict[str, Mask]] = {}
-        for name, mask in self.masks.items():
-            found.setdefault(by(mask), {})[name] = mask
-        return [(key, replace(self, masks=masks)) for key, masks in found.items()]
+    def parted(self, by: Callable[[Cut], Key]) -> list[tuple[Key, Stream]]:
+        """The stream as one or several, each with the cuts of which `by` says the same."""
+        found: dict[Key, dict[str, Cut]] = {}
+        for name, cut in self.cuts.items():
+            found.setdefault(by(cut), {})[name] = cut
+        return [(key, replace(self, cuts=cuts)) for key, cuts in found.items()]
 
 
 class Streams(Engine):
@@ -97,10 +95,10 @@ class Streams(Engine):
         self.old: dict[Tensor, Tensor] = {}
         """The former values of the weights that are changed at present."""
 
-    def walk(self, masks: Mapping[str, Mask]) -> Iterator[Stream]:
+    def walk(self, cuts: Mapping[str, Cut]) -> Iterator[Stream]:
         """The streams of pruned models, each at all its stops in order. There the dense stream is behind kept blocks
         and hole, and the pruned one before the kept blocks; the caller moves it on."""
-        streams = [Stream(masks, self.dense)]
+        streams = [Stream(cuts, self.dense)]
         for step in self._steps:
             arrived = [part for stream in streams for part in stream.parted(partial(_keeps, step))]
             streams = []
@@ -108,27 +106,26 @@ class Streams(Engine):
                 if is_next:
                     yield stream
                 for kept, part in stream.parted(partial(_kept, step)):
-                    gone = tuple(block for block in step if block not in kept)
-                    last = Stop(kept, ()) if kept else part.stop
-                    part.stop = Stop(last.kept, (*last.hole, gone) if gone else last.hole)
+                    blocks = tuple(block for block, _ in kept)
+                    gone = tuple(block for block in step if block not in blocks)
+                    narrow = {block: channels for block, channels in kept if channels is not None}
+                    last = Stop(blocks, (), narrow) if kept else part.stop
+                    part.stop = replace(last, hole=(*last.hole, gone) if gone else last.hole)
                     streams.append(part)
-            if not all(stream.is_done for stream in streams):
-                self.dense = [self.behind(step, state, number) for number, state in enumerate(self.dense)]
+            self.dense = [self.behind(step, state, number) for number, state in enumerate(self.dense)]
         yield from streams
 
-    def are_ahead(self, stream: Stream) -> bool:
-        """Whether a mask of a stream removes blocks behind the stream's stop."""
-        last = max(self.blocks.index(block) for step in (stream.stop.kept, *stream.stop.hole) for block in step)
-        return any(block in mask for mask in stream.masks.values() for block in self.blocks[last + 1 :])
-
-    def perplexity(self, states: Sequence[Tensor]) -> float:
-        """What the end of a stream gives on the rows that are held out."""
-        means: list[float] = []
+    def loss_behind(self, block: BlockId | None, states: Mapping[int, Tensor]) -> float:
+        """The mean loss of the rows that are held out, from states behind a block on, by the number of the batch; None:
+        before the first block."""
+        ahead, means = 1 + next((n for n, step in enumerate(self._steps) if block in step), -1), list[float]()
         for number in self.held_out:
-            batch = self._batches[number]
-            sums = self._losses(self._final_states(self._read(states[number]), batch), None, batch, NLL)
+            state, batch = states[number], self._batches[number]
+            for step in self._steps[ahead:]:
+                state = self.behind(step, state, number)
+            sums = self._losses(self._final_states(self._read(state), batch), None, batch, NLL)
             means += (sums.cpu() / batch.counts).tolist()
-        return perplexity(math.fsum(means) / len(means))
+        return math.fsum(means) / len(means)
 
     def put_aside_(self) -> dict[Tensor, Tensor]:
         """Give the weights their former values back; returns the new ones, on the host."""
@@ -187,6 +184,12 @@ class Streams(Engine):
         found = getattr(self._module(block), self._family.branch(block.kind).output, None)
         return found if isinstance(found, nn.Linear) else None
 
+    def weight(self, block: BlockId) -> Tensor:
+        """The weight [d, p] of the writer of a block that has one."""
+        writer = self.writer(block)
+        assert writer is not None, block
+        return writer.weight
+
     def norm_behind(self, block: BlockId) -> nn.Module | None:
         """The norm between a module and the stream."""
         post = self._family.branch(block.kind).post
@@ -200,6 +203,13 @@ class Streams(Engine):
         weight.copy_(value)
         return weight.detach() - before
 
+    def narrow_(self, channels: Mapping[BlockId, Channels]) -> None:
+        """Let the writers of narrowed blocks read the other channels no more."""
+        for block, kept in channels.items():
+            weight = self.weight(block)
+            is_kept = torch.zeros(weight.shape[1]).index_fill(0, torch.tensor(kept), 1)
+            self.change_(weight, weight * is_kept.to(weight))
+
     def _module(self, block: BlockId) -> nn.Module:
         found: nn.Module = getattr(self._layers[block.layer], self._family.branch(block.kind).module)
         return found
@@ -208,12 +218,12 @@ class Streams(Engine):
         return state.to(self._home, self._head.weight.dtype)
 
 
-def _kept(step: Step, mask: Mask) -> Step:
-    return tuple(block for block in step if block not in mask)
+def _kept(step: Step, cut: Cut) -> tuple[tuple[BlockId, Channels | None], ...]:
+    return tuple((block, cut.channels.get(block)) for block in step if block not in cut.mask)
 
 
-def _keeps(step: Step, mask: Mask) -> bool:
-    return not mask.issuperset(step)
+def _keeps(step: Step, cut: Cut) -> bool:
+    return not cut.mask.issuperset(step)
 
 
 def _first(out: Tensor | tuple[Tensor, ...]) -> Tensor:

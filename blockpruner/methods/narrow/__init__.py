@@ -1,0 +1,1 @@
+"""Narrower MLPs: channels leave where the residual stream loses least."""

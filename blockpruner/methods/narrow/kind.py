@@ -1,0 +1,152 @@
+"""Narrower MLPs as a kind of method: the widths that lose least for a budget. Nothing is searched.
+
+Each MLP may lose channels step by step (`levels`). The step that costs least for each parameter is taken next, in any
+MLP; several of one MLP count as one where that is cheaper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from functools import cache
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from blockpruner.core.blocks import BlockId, format_channels
+from blockpruner.core.budgets import Budget
+from blockpruner.core.errors import InputError, UnreachableError
+from blockpruner.core.families import FAMILIES, Config, count_parameters
+from blockpruner.core.options import Options
+from blockpruner.core.plan import Plan
+from blockpruner.methods.kind import Job
+from blockpruner.methods.weights import Details, Left, weights_kind
+from blockpruner.scoring.work import Rows
+from blockpruner.versions import PLAN_VERSION
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from blockpruner.methods.narrow.levels import Width
+
+
+class NarrowOptions(Options):
+    step: int | None = Field(default=None, ge=1)
+    """Channels that leave an MLP at once; null: an eighth of its width, in multiples of 256 or 64 if it has as many."""
+
+
+def step_of(options: NarrowOptions, width: int) -> int:
+    eighth = max(1, width // 8)
+    return options.step or eighth - eighth % next(size for size in (256, 64, 1) if size <= eighth)
+
+
+def plan_widths(options: NarrowOptions, job: Job) -> Callable[[Budget], Details]:
+    """Plans MLPs' widths for budgets; the model is run for the first of them.
+
+    The details are `channels`, the kept ones of each narrowed MLP, and `cost`, what the levels cost in all.
+
+    Raises:
+        InputError: a budget that is no share of parameters.
+        UnreachableError: a ratio out of reach, or a family whose MLPs are mixtures.
+    """
+    material, config = job.material, job.material.config
+
+    @cache
+    def known() -> dict[BlockId, list[Width]]:
+        from blockpruner.methods.narrow.levels import levels_of
+
+        if len(job.calibration.rows) < 2:
+            raise InputError(
+                "narrow measures costs on some rows and sums the others: 1 row is too few; give more texts"
+            )
+        material.scorer.close()  # it may hold the model, too; it is made anew when it is asked
+        step = step_of(options, int(config["intermediate_size"]))
+        return levels_of(material.dense(), job.calibration.rows, step, material.observer)
+
+    return lambda budget: choose(wanted=require_widths(budget, options, config), known=known(), config=config)
+
+
+def require_widths(budget: Budget, options: NarrowOptions, config: Config) -> int:
+    """The number of channels, of all MLPs, whose removal is nearest to a budget; raises as `plan_widths` does."""
+    if budget.ratio is None or budget.resource != "parameters":
+        raise InputError(
+            f"budget {budget.text!r} is met by removing blocks, and narrow removes none; give a share of all "
+            'parameters ("0.22")'
+        )
+    family, counts = FAMILIES[str(config["model_type"])], count_parameters(config)
+    width, layers = int(config["intermediate_size"]), int(config["num_hidden_layers"])
+    if not family.has_one_mlp:
+        raise UnreachableError(f"narrow is for families with one MLP in a layer, not for {family.model_type}")
+    step, one = step_of(options, width), channel_parameters(config) / counts.total
+    most, wanted = layers * ((width - 1) // step * step), round(budget.ratio / one)
+    if not step <= 2 * wanted <= 2 * most:
+        reach = f"{step * one:.2%} to {most * one:.1%} of the parameters"
+        raise UnreachableError(f"budget {budget.text!r} is out of reach: narrow removes {reach}")
+    return wanted
+
+
+def channel_parameters(config: Config) -> int:
+    """The parameters of one channel of an MLP."""
+    count = FAMILIES[str(config["model_type"])].mlp_parameters
+    return count({**config, "intermediate_size": 2}, 0) - count({**config, "intermediate_size": 1}, 0)
+
+
+def choose(known: Mapping[BlockId, list[Width]], config: Config, wanted: int) -> Details:
+    """The channels that MLPs keep so that about `wanted` are gone, at the least cost; see `plan_widths`."""
+    width = int(config["intermediate_size"])
+    gone, cost = dict.fromkeys(known, 0), dict.fromkeys(known, 0.0)
+    taken = dict[BlockId, "Width"]()
+    while (left := wanted - sum(gone.values())) > 0:
+        steps = (
+            ((level.cost - cost[block]) / (more := width - len(level.kept) - gone[block]), more, block, level)
+            for block, levels in known.items()
+            for level in levels
+            if 0 < width - len(level.kept) - gone[block] <= 2 * left  # no step that goes farther than none
+        )
+        best = min(steps, key=lambda step: step[0], default=None)
+        if best is None:
+            break
+        _, more, block, level = best
+        gone[block], cost[block], taken[block] = gone[block] + more, level.cost, level
+    return {
+        "channels": {str(block): format_channels(taken[block].kept, width) for block in known if block in taken},
+        "cost": sum(cost.values()),
+    }
+
+
+def _left(details: Details, config: Config) -> Left:
+    width = int(config["intermediate_size"])
+    kept = [int(text, 16).bit_count() for text in details["channels"].values()]
+    gone = len(kept) * width - sum(kept)
+    return Left(pruned=count_parameters(config).total - gone * channel_parameters(config))
+
+
+def _apply(model: PreTrainedModel, plan: Plan, rows: Rows) -> PreTrainedModel:
+    from blockpruner.model.narrow import narrow_
+
+    return narrow_(model, plan.cut.channels)
+
+
+def _lend(model: PreTrainedModel, plan: Plan) -> AbstractContextManager[PreTrainedModel]:
+    from blockpruner.model.narrow import narrowed
+
+    return narrowed(model, plan.cut.channels)
+
+
+NARROW = weights_kind(
+    "narrow",
+    "narrower MLPs",
+    plan=plan_widths,
+    left=_left,
+    apply_=_apply,
+    lend=_lend,
+    identity=lambda plan, rows: {"channels": plan.details["channels"]},
+    words=lambda plan, unit: "narrower MLPs, by measured cost",
+    taken_out=lambda plan: f"channels of {len(plan.gone)} MLPs",
+    card=lambda plan: f"with {len(plan.gone)} of its {plan.layers} MLPs narrowed, to the channels that matter most",
+    is_part=True,
+    of_fit=True,
+    options=NarrowOptions,
+    require=require_widths,
+    version=PLAN_VERSION,
+)
