@@ -98,13 +98,13 @@ def compensated(model):
 
 def narrowed_and_compensated(model):
     """The narrow copy of a model that accelerate has hooked is narrow, too."""
-    levels = levels_of(model, LONG.rows, 12, SilentObserver())
+    levels = levels_of(model, ROWS, 12, SilentObserver())
     plan = narrow_plan(model.config.to_dict(), {str(block): each[1].kept for block, each in levels.items()})
-    weights, facts = compensate(model, {"plan": plan}, LONG, 2, SilentObserver())["plan"]
+    weights, facts = compensate(model, {"plan": plan}, CalibrationSet(tuple(ROWS)), 2, SilentObserver())["plan"]
     pruned = pruned_copy(model, plan, ())
     set_weights_(pruned, weights, shared=True)
     costs = [level.cost for each in levels.values() for level in each]
-    return [*costs, *facts["perplexity"].values(), *measure_perplexity(pruned, LONG.rows).row_nll]
+    return [*costs, *facts["perplexity"].values(), *measure_perplexity(pruned, ROWS).row_nll]
 
 
 def merged(model):

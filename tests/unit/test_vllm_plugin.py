@@ -211,6 +211,17 @@ def test_removed_blocks_add_nothing_and_are_nowhere(registry, around, mlp):
     torch.testing.assert_close(pruned(x), whole(x))
 
 
+def test_each_mlp_is_made_while_the_config_has_its_width(registry, monkeypatch):
+    seen, vllm_config, made = [], asked([], []), Mixture.__init__
+    config = vllm_config.model_config.hf_config
+    config.intermediate_size, config.mlp_widths = 8, [8, 3, 8, 5]
+    monkeypatch.setattr(Mixture, "__init__", lambda *given: (seen.append(config.intermediate_size), made(*given))[1])
+    base = type("LlamaForCausalLM", (Decoder,), {})
+    registry.models["LlamaForCausalLM"] = SimpleNamespace(load_model_cls=lambda: base)
+    importlib.import_module(vllm_plugin.MODELS).LlamaBlockPrunedForCausalLM(vllm_config=vllm_config)
+    assert seen == [8, 3, 8, 5] and config.intermediate_size == 8
+
+
 def test_layers_of_other_names_are_refused_and_later_models_are_whole(registry):
     base = type("LlamaForCausalLM", (Decoder,), {"mlp": "feed_forward"})
     registry.models["LlamaForCausalLM"] = SimpleNamespace(load_model_cls=lambda: base)
