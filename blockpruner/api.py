@@ -254,7 +254,7 @@ def prune(
         material = Material(identity, dtype, config, scores, Engine(model, batch_tokens), lambda: model, shown)
         pipeline.score(material, rows, run.score, [wanted], folder)
         found = pipeline.commit(folder, run.score, config, wanted, rows, target="", run="", compensate=chosen)
-        healed = pipeline.heal(lambda: model, found, rows, run.compensate, shown)
+        healed = pipeline.heal(lambda: model, found, rows, shown)
         current = Current.load(folder / healed.name)
         trace = read_trace(trace_directory(folder / healed.name, current, wanted), current.search)
         firm = stabilities(trace, str(current.score.options.get("per", "none")))

@@ -66,7 +66,9 @@ class Rows:
     search: CalibrationSet
     """The rows on which masks are scored."""
     fit: CalibrationSet = NONE
-    """The rows to which weights are fitted; the last ones are held out to choose the strength."""
+    """The rows to which weights are fitted."""
+    tuning: CalibrationSet = NONE
+    """The rows on which the strength of a fit is chosen."""
     judge: CalibrationSet = NONE
     """The rows that choose between proposals. Neither search nor fit nor training has seen their texts."""
     train: CalibrationSet = NONE
@@ -117,10 +119,10 @@ def calibrate(
         reserved = documents | sharing({*texts, *pool.search, *(pool.train or ())}, documents)
     search = draw_rows(pool.search, tokenizer, wanted, pool.evaluated, note, at_most=at_most, reserved=reserved)
     try:
-        fit = compensation_rows(texts, tokenizer, compensate, pool.evaluated, context, reserved, note)
+        fit, tuning = compensation_rows(texts, tokenizer, compensate, pool.evaluated, context, reserved, note)
     except InputError:  # no row comes out, which `heal` refuses where something is compensated
-        fit = NONE
-    rows = Rows(search, fit, judge)
+        fit = tuning = NONE
+    rows = Rows(search, fit, tuning, judge)
     if train is not None and pool.train is not None:
         trained, validation = training_rows(
             pool.train, tokenizer, train, pool.evaluated, note, at_most=at_most, reserved=reserved
@@ -132,10 +134,10 @@ def calibrate(
 
 def require_fit(rows: Rows, wanted: Compensate, method: str) -> None:
     """Refuse, before a search, a compensation with too few rows to fit to some and to check on others."""
-    if method != "none" and len(rows.fit.rows) < 2:
+    if method != "none" and not rows.fit.rows:
         raise InputError(
             f"compensate {method} is fitted to rows of {wanted.seq_len} tokens and checked on others, and the texts "
-            f"fill {len(rows.fit.rows)}; give more texts, or compensate: none",
+            f"fill {len(rows.tuning.rows)}; give more texts, or compensate: none",
             rule="too-few-rows", key="compensate",
         )  # fmt: skip
 
@@ -258,9 +260,7 @@ def commit(
     return found
 
 
-def heal(
-    dense: Callable[[], PreTrainedModel], found: Sequence[Proposal], rows: Rows, wanted: Compensate, observer: Observer
-) -> Healing:
+def heal(dense: Callable[[], PreTrainedModel], found: Sequence[Proposal], rows: Rows, observer: Observer) -> Healing:
     """Compensate each proposal as its plan says, and keep the best by the rows that judge.
 
     Args:
@@ -271,8 +271,8 @@ def heal(
     """
     from blockpruner.healing.choice import choose
 
-    plans, held_out = {each.name: each.plan for each in found}, wanted.held_out(len(rows.fit.rows))
-    return choose(dense, plans, rows.fit, held_out, rows.judge, rows.search, observer)
+    plans = {each.name: each.plan for each in found}
+    return choose(dense, plans, rows.fit, rows.tuning, rows.judge, rows.search, observer)
 
 
 def train(pruning: Pruning, wanted: Train, rows: Rows, states: Path, out: Path, observer: Observer) -> None:

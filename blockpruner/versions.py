@@ -8,7 +8,7 @@ version, and names the constant to raise.
 FETCH_VERSION = 5
 """Texts, benchmark items and checkpoints as they are fetched: what is read, kept, converted and recorded."""
 
-CALIBRATION_VERSION = 5
+CALIBRATION_VERSION = 6
 """Calibration rows: which samples are drawn, how they are packed, which tokens are scored."""
 
 SCORE_VERSION = 3
@@ -17,7 +17,7 @@ SCORE_VERSION = 3
 SEARCH_VERSION = 4
 """What a search decides from the same trials. Part of the fingerprint of a search."""
 
-PLAN_VERSION = 6
+PLAN_VERSION = 9
 """Which prefix of a search meets a budget, LaCo's merges, widths of MLPs and SliceGPT's, and what a plan holds."""
 
 WEIGHTS_VERSION = 8
@@ -29,5 +29,5 @@ EXPORT_VERSION = 8
 EVAL_VERSION = 4
 """Perplexities, task scores, sample texts and timings. Part of the key of every stored result."""
 
-REPORT_VERSION = 13
+REPORT_VERSION = 14
 """Tables, figures and pages made from results."""

@@ -1,4 +1,5 @@
-"""calibrate <run>: every token row of a run, at data/calibration/<run>: search, fit, judge, train, validation."""
+"""calibrate <run>: every token row of a run, at data/calibration/<run>: search, fit, tuning, judge, train,
+validation."""
 
 from __future__ import annotations
 

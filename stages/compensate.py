@@ -24,11 +24,12 @@ def pruning_of(plan: Plan, rows: pipeline.Rows) -> Pruning:
 
 def main(name: str) -> None:
     wanted = target(name)
-    settings, rows = sections(wanted.run), pipeline.Rows.load(DATA / "calibration" / wanted.run)
+    settings = sections(wanted.run)
+    rows = pipeline.Rows.load(DATA / "calibration" / wanted.run, "search", "fit", "tuning", "judge")
     files = sorted((DATA / "plans" / name).glob("*.json"))
     found = [pipeline.Proposal(path.stem, load_plan(path)) for path in files]
     pruning = pruning_of(found[0].plan, rows)
-    best = pipeline.heal(pruning.load, found, rows, settings.compensate, observer())
+    best = pipeline.heal(pruning.load, found, rows, observer())
     data = settings.compensate.data or settings.calibration.data
     choice.keep(DATA / "compensated" / name, best, pruning_of(best.plan, rows), data)
 

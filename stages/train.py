@@ -18,7 +18,8 @@ def main(name: str) -> None:
     from blockpruner.methods.healed import find_healed
     from stages.compensate import pruning_of
 
-    rows, wanted = pipeline.Rows.load(DATA / "calibration" / plan.run), sections(plan.run).train
+    rows = pipeline.Rows.load(DATA / "calibration" / plan.run, "search", "train", "validation")
+    wanted = sections(plan.run).train
     assert wanted is not None  # load_params has checked it
     pruning = pruning_of(plan, rows)
     pruning = replace(pruning, healed=find_healed([DATA / "compensated" / name], pruning.identity))

@@ -138,7 +138,7 @@ class Place:
                     traces, run.score, config, budget, rows,
                     target="", run=run.model.title, compensate=method, dense=dense,
                 )  # fmt: skip
-                best = pipeline.heal(material.dense, found, rows, run.compensate, self.observer)
+                best = pipeline.heal(material.dense, found, rows, self.observer)
                 data = run.compensate.data or run.calibration.data
                 choice.keep(healed, best, self._pruning(run, dense, best.plan, rows.search), data)
         pruning = self._healed(run, dense, replace(load_plan(healed / choice.PLAN), target=out.name), rows, [healed])
@@ -177,7 +177,7 @@ class Place:
     def _key(self, run: Run, rows: pipeline.Rows, method: str, base: str, budget: str) -> str:
         """What decides the compensated model."""
         facts = run.model_dump(mode="json", include={"score": True, "compensate": True, "model": {"dtype"}})
-        digests = [*(part.digest for part in (rows.search, rows.fit, rows.judge)), *rows.judge.kinds]
+        digests = [*(part.digest for part in (rows.search, rows.fit, rows.tuning, rows.judge)), *rows.judge.kinds]
         version = [SCORE_VERSION, SEARCH_VERSION, PLAN_VERSION, WEIGHTS_VERSION]
         return fingerprint(
             {**facts, "method": method, "base": base, "rows": digests, "budget": budget, "version": version}

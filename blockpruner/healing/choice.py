@@ -58,7 +58,7 @@ def choose(
     dense: Callable[[], PreTrainedModel],
     plans: Mapping[str, Plan],
     fit: CalibrationSet,
-    held_out: int,
+    tuning: CalibrationSet,
     judge: CalibrationSet,
     search: CalibrationSet,
     observer: Observer,
@@ -68,7 +68,7 @@ def choose(
     Args:
         dense: loads the dense model, which is as before at the end; called if something must be computed.
         plans: by the proposals' names, all of one target; one alone is not judged.
-        held_out: how many rows of the fit, the last ones, choose the strength.
+        tuning: the rows that choose the strength of the fit.
         search: the calibration rows, of which some kinds of plans make weights.
 
     Raises:
@@ -78,7 +78,7 @@ def choose(
     if next(iter(plans.values())).compensate == "none":
         tried = [Healing(name, plan) for name, plan in plans.items()]
     else:
-        found = compensate(dense(), plans, fit, held_out, observer)
+        found = compensate(dense(), plans, fit, tuning, observer)
         tried = [Healing(name, plans[name], weights, told) for name, (weights, told) in found.items()]
     if len(tried) == 1:
         return tried[0]

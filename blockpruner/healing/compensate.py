@@ -34,8 +34,8 @@ JSON: method, tokens, held-out perplexities, and what was done at each stop."""
 def compensate(
     dense: PreTrainedModel,
     plans: Mapping[str, Plan],
-    rows: CalibrationSet,
-    held_out: int,
+    fit: CalibrationSet,
+    tuning: CalibrationSet,
     observer: Observer,
 ) -> Fits:
     """Find new weights for the pruned models of some plans. What they have in common is computed once.
@@ -44,22 +44,22 @@ def compensate(
         dense: on one device; its memory also takes the sums of one fit (four float64 matrices of the MLP's width). It
             is as before at the end. The host's memory takes the fitted matrices of every plan.
         plans: by a name each.
-        rows: of any lengths; all real tokens are fitted to.
-        held_out: how many of the rows, the last ones, choose strengths and decide whether a change helps.
+        fit: rows of any lengths; all real tokens are fitted to.
+        tuning: rows that choose strengths and decide whether a change helps.
 
     Raises:
         InputError: a plan that does more than take parts out; or no row to fit to or to hold out.
     """
-    count, cuts = len(rows.rows), {name: plan.cut for name, plan in plans.items()}
-    _require(plans, count, held_out)
+    rows, cuts = (*fit.rows, *tuning.rows), {name: plan.cut for name, plan in plans.items()}
+    _require(plans, fit, tuning)
     observer.begin("compensate by refit")
-    streams, held = Streams(dense, rows.rows, count - held_out), range(count - held_out, count)
+    streams, held = Streams(dense, rows, len(fit.rows)), range(len(fit.rows), len(rows))
 
     def measured(cut: Cut, changed: Mapping[Tensor, Tensor], share: float) -> float:
         """The held-out perplexity of a cut with a share of a change."""
         _set_(streams, cut, changed, share)
-        tasks = [Task(span, (cut.mask,)) for span in streams.row_batches(rows.rows, held)]
-        losses = [loss for scored in streams.run(tasks, rows.rows) for loss in scored.loss]
+        tasks = [Task(span, (cut.mask,)) for span in streams.row_batches(rows, held)]
+        losses = [loss for scored in streams.run(tasks, rows) for loss in scored.loss]
         streams.put_aside_()
         return perplexity(math.fsum(losses) / len(losses))
 
@@ -82,7 +82,7 @@ def compensate(
         facts = {"method": "refit", "tokens": tokens, "share": best, "perplexity": found, "stops": stops[name]}
         return new if best else {}, facts
 
-    tokens, unpruned = sum(map(len, rows.rows[: count - held_out])), measured(Cut(DENSE), {}, 0)
+    tokens, unpruned = fit.tokens, measured(Cut(DENSE), {}, 0)
     stops: dict[str, list[Mended]] = {name: [] for name in plans}
     changes: dict[str, Mapping[Tensor, Tensor]] = {}
     names = [str(block) for block in streams.blocks]
@@ -101,12 +101,12 @@ def compensate(
     return found
 
 
-def _require(plans: Mapping[str, Plan], count: int, held_out: int) -> None:
+def _require(plans: Mapping[str, Plan], fit: CalibrationSet, tuning: CalibrationSet) -> None:
     for kind in (plan.kind for plan in plans.values() if not KINDS[plan.kind].is_part):
         raise InputError(f"compensate.method refit is for plans that take parts out, not for {kind}; set none")
-    if not 0 < held_out < count:
+    if not (fit.rows and tuning.rows):
         raise InputError(
-            f"compensate needs rows to fit to and rows to hold out: {count} rows, {held_out} held out; raise "
+            f"compensate needs rows to fit to and rows to hold out: {len(fit.rows)} and {len(tuning.rows)}; raise "
             "compensate.num_rows, or set compensate.validation between 0 and 1"
         )
 

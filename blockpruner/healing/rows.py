@@ -67,8 +67,9 @@ def compensation_rows(
     context: int,
     reserved: AbstractSet[str] = frozenset(),
     note: Callable[[str], object] = lambda message: None,
-) -> CalibrationSet:
-    """Draw at most `wanted.num_rows` full rows, every token of which counts.
+) -> tuple[CalibrationSet, CalibrationSet]:
+    """Draw at most `wanted.num_rows` full rows, every token of which counts: those that weights are fitted to, and
+    those that choose the fit's strength.
 
     Args:
         evaluated: texts on which models are evaluated; those that share a paragraph with one are not drawn.
@@ -77,4 +78,6 @@ def compensation_rows(
     """
     joined = Calibration(seq_len=min(wanted.seq_len, context), split="all", score="all", seed=wanted.seed)
     pool = without_evaluated(texts, evaluated, "fit", lambda message: None)
-    return fill_rows(pool, tokenizer, joined, wanted.num_rows, "compensate.num_rows", True, reserved, note)
+    rows = fill_rows(pool, tokenizer, joined, wanted.num_rows, "compensate.num_rows", True, reserved, note).rows
+    fitted = len(rows) - wanted.held_out(len(rows))
+    return CalibrationSet(rows[:fitted]), CalibrationSet(rows[fitted:])

@@ -30,7 +30,7 @@ class Compensate(Frozen):
 
     def held_out(self, rows: int) -> int:
         """How many of so many rows these are."""
-        return max(1, round(self.validation * rows))
+        return max(1, min(rows - 1, round(self.validation * rows)))
 
 
 class Train(Frozen):

@@ -57,7 +57,7 @@ RECIPES: Mapping[str, Recipe] = {
     # The search of arXiv 2406.10594; its calibration set is that of `sections`.
     BLOCKPRUNER: _one("BlockPruner", ("blockpruner", "ppl", "block"), method="greedy"),
     "slicegpt": _one("SliceGPT", ("slicegpt",), method="slicegpt"),
-    "narrow": Recipe("narrower MLPs", {"narrow": {"method": "narrow"}}, "refit"),
+    "narrow": Recipe("narrower MLPs", {"narrow": {"method": "narrow", "acceleration": None}}, "refit"),
     "laco": _one("LaCo", ("laco",), method="laco"),
     "laco-3": _one("LaCo, 3 layers a merge", ("laco",), method="laco", options={"count": 3}),
     "laco-7": _one("LaCo, 7 layers a merge", ("laco",), method="laco", options={"count": 7}),

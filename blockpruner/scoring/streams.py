@@ -9,7 +9,6 @@ column and stream).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,7 +21,7 @@ from transformers import PreTrainedModel
 
 from blockpruner.core.blocks import BlockId, Channels, Cut
 from blockpruner.scoring.engine import Engine
-from blockpruner.scoring.metrics import NLL
+from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.walk import Step
 from blockpruner.scoring.work import Rows
 
@@ -115,17 +114,28 @@ class Streams(Engine):
             self.dense = [self.behind(step, state, number) for number, state in enumerate(self.dense)]
         yield from streams
 
-    def loss_behind(self, block: BlockId | None, states: Mapping[int, Tensor]) -> float:
-        """The mean loss of the rows that are held out, from states behind a block on, by the number of the batch; None:
-        before the first block."""
-        ahead, means = 1 + next((n for n, step in enumerate(self._steps) if block in step), -1), list[float]()
+    def final_states(self, block: BlockId | None, states: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """What the head reads of the rows that are held out, from states behind a block on, by the number of the batch;
+        None: before the first block."""
+        ahead, found = 1 + next((n for n, step in enumerate(self._steps) if block in step), -1), dict[int, Tensor]()
         for number in self.held_out:
-            state, batch = states[number], self._batches[number]
+            state = states[number]
             for step in self._steps[ahead:]:
                 state = self.behind(step, state, number)
-            sums = self._losses(self._final_states(self._read(state), batch), None, batch, NLL)
-            means += (sums.cpu() / batch.counts).tolist()
-        return math.fsum(means) / len(means)
+            found[number] = self._final_states(self._read(state), self._batches[number])
+        return found
+
+    def divergence(self, finals: Mapping[int, Tensor], dense: Mapping[int, Tensor], every: int) -> float:
+        """The mean KL divergence of predictions from the dense model's, in nats, from `final_states` of both.
+
+        Args:
+            every: one of so many predictions is compared.
+        """
+        found = list[Tensor]()
+        for number in self.held_out:
+            ours, theirs = (self._logits(each[number][::every]) for each in (finals, dense))
+            found.append(METRICS["kl"].compute(ours, self._batches[number].targets[::every], theirs))
+        return float(torch.cat(found).double().mean())
 
     def put_aside_(self) -> dict[Tensor, Tensor]:
         """Give the weights their former values back; returns the new ones, on the host."""

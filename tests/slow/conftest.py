@@ -17,7 +17,7 @@ from blockpruner.inputs.texts import read_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.methods.healed import find_healed
 from blockpruner.store.files import read_json
-from tests.plans import SOMEONE, plan_of, pruning
+from tests.plans import SOMEONE, narrow_plan, plan_of, pruning
 
 MODEL = Path(__file__).parents[2] / "data/models/smollm2"
 REMOVED = (
@@ -41,27 +41,32 @@ def plans(smollm2):
     return {"dense": nothing_removed(found[0])} | {f"{plan.ratio:.2%}": plan for plan in found}
 
 
+NARROWED = {f"mlp.{layer}": range(0, 1536, 2) for layer in range(8, 18)}
+"""The channels that are kept of ten MLPs."""
+
+
 @pytest.fixture(scope="session")
 def healed(smollm2, plans, tmp_path_factory):
-    """The smallest model refitted, and then trained on a few rows, by name."""
+    """The smallest model and a narrow one, refitted, and then trained on a few rows, by name."""
     folder, texts, tokenizer = tmp_path_factory.mktemp("healed"), read_texts(TEXT), load_tokenizer(smollm2)
-    name, plan = max(plans.items(), key=lambda item: item[1].ratio)
-    refit = pruning(smollm2, replace(plan, compensate="refit"))
-    wanted, none = Compensate(method="refit", num_rows=64), CalibrationSet(())
-    rows = compensation_rows(texts, tokenizer, wanted, (), wanted.seq_len)
-    held_out = wanted.held_out(len(rows.rows))
-    best = choose(refit.load, {"mine": refit.plan}, rows, held_out, none, none, SilentObserver())
-    keep(folder / "refit", best, refit, SOMEONE)
-    found = find_healed([folder / "refit"], refit.identity)
-    assert found is not None, best.facts
-    refit = replace(refit, healed=found)
+    wanted, none, made = Compensate(method="refit", num_rows=64), CalibrationSet(()), {}
     recipe = Train(
         data=SOMEONE, num_rows=40, seq_len=128, weights="all", distill=1, learning_rate=3e-4, batch=2, accumulation=1,
         validation=4,
     )  # fmt: skip
-    trained = replace(refit, plan=replace(refit.plan, train=True))
+    fit, tuning = compensation_rows(texts, tokenizer, wanted, (), wanted.seq_len)
     rows, validation = training_rows(texts, tokenizer, recipe)
-    write_trained(folder / "trained", trained, recipe, rows, validation, folder / "states", SilentObserver())
-    found = find_healed([folder / "trained"], trained.identity)
-    assert found is not None and read_json(folder / "trained/train.json")["step"] > 0
-    return {f"{name} + refit": refit, f"{name} + refit + training": replace(trained, healed=found)}
+    smallest = max(plans.items(), key=lambda item: item[1].ratio)
+    for name, plan in (smallest, ("narrow", narrow_plan(smollm2, NARROWED))):
+        refit, place = pruning(smollm2, replace(plan, compensate="refit")), folder / name
+        best = choose(refit.load, {"mine": refit.plan}, fit, tuning, none, none, SilentObserver())
+        keep(place / "refit", best, refit, SOMEONE)
+        found = find_healed([place / "refit"], refit.identity)
+        assert found is not None, best.facts
+        refit = made[f"{name} + refit"] = replace(refit, healed=found)
+        trained = replace(refit, plan=replace(refit.plan, train=True))
+        write_trained(place / "trained", trained, recipe, rows, validation, place / "states", SilentObserver())
+        found = find_healed([place / "trained"], trained.identity)
+        assert found is not None and read_json(place / "trained/train.json")["step"] > 0
+        made[f"{name} + refit + training"] = replace(trained, healed=found)
+    return made

@@ -204,10 +204,10 @@ def test_a_compensated_model_has_the_perplexity_that_it_reports():
     """On a block where it happens to help a random model."""
     settings = {"seq_len": 16, "method": "given", "options": {"order": ["mlp.0"]}, "compensate": "refit"}
     pruned = blockpruner.prune(tiny_model(), tiny_tokenizer(), TEXTS, budget="1blocks", **settings)
-    rows = compensation_rows(TEXTS, tiny_tokenizer(), Compensate(), (), 128).rows
+    _, tuning = compensation_rows(TEXTS, tiny_tokenizer(), Compensate(), (), 128)
     perplexity = pruned.compensation["perplexity"]
     assert perplexity["after"] < perplexity["before"]
-    nll = mean(full_nll(pruned.model, row) for row in rows[-Compensate().held_out(len(rows)) :])
+    nll = mean(full_nll(pruned.model, row) for row in tuning.rows)
     assert math.exp(nll) == pytest.approx(perplexity["after"])
 
 

@@ -351,7 +351,7 @@ def test_healed_weights_that_are_gone_are_made_again(model, place, say, monkeypa
         assert "it is made again" in result[2]
 
 
-@pytest.mark.parametrize("part", ["search", "fit", "judge"])
+@pytest.mark.parametrize("part", ["search", "fit", "tuning", "judge"])
 def test_a_kept_refit_is_of_the_rows_it_was_fitted_to_and_judged_by(model, tmp_path, part):
     place = Place(tmp_path, "cpu", SilentObserver())
     run, rows = place.read_run(str(model), "auto", False, {}), pipeline.Rows(CalibrationSet(((1, 2, 3),)))

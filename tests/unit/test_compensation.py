@@ -24,6 +24,7 @@ from tests.tiny import GRID, full_nll, tiny_model
 
 GENERATOR = torch.Generator().manual_seed(5)
 ROWS = CalibrationSet(tuple(tuple(torch.randint(1, 257, (24,), generator=GENERATOR).tolist()) for _ in range(40)))
+FIT, TUNING = CalibrationSet(ROWS.rows[:30]), CalibrationSet(ROWS.rows[30:])
 
 
 def mask_plan(model, mask):
@@ -257,7 +258,7 @@ def test_a_removed_multiple_of_each_column_is_recovered_by_the_gains(monkeypatch
     layer.post_attention_layernorm.register_forward_hook(lambda _, x, y: given.update({len(y): y}))
     layer.mlp.forward = lambda states: given[len(states)]
     layer.post_feedforward_layernorm.forward = lambda states: states * factor
-    weights, facts = compensate(model, mask_plan(model, "mlp.1"), ROWS, 10, SilentObserver())
+    weights, facts = compensate(model, mask_plan(model, "mlp.1"), FIT, TUNING, SilentObserver())
     assert facts["stops"][0]["error"] < 1e-9
     assert facts["perplexity"]["after"] == pytest.approx(facts["perplexity"]["dense"], rel=1e-5)
     torch.testing.assert_close(
@@ -318,7 +319,7 @@ def test_a_hole_before_all_kept_blocks_and_progress_to_the_last_block(variant):
             seen.append((done, total, detail))
 
     gone = "mha.0,mlp.0"
-    _, facts = compensate(model, mask_plan(model, gone), ROWS, 10, Observer())
+    _, facts = compensate(model, mask_plan(model, gone), FIT, TUNING, Observer())
     assert facts["stops"][0] == {"hole": ["mha.0", "mlp.0"], "writers": [], "error": 1.0}
     blocks = [block for stop in facts["stops"] for block in stop["writers"]]
     assert blocks == [f"{kind}.{layer}" for layer in (1, 2, 3) for kind in ("mha", "mlp")]
@@ -333,7 +334,7 @@ def test_weights_are_named_as_in_the_pruned_model_and_the_dense_one_is_left_alon
     rewire(model, 2, lambda given: given @ matrix)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     mask = "mha.1,mlp.1,mlp.2"
-    weights, facts = compensate(model, mask_plan(model, mask), ROWS, 10, SilentObserver())
+    weights, facts = compensate(model, mask_plan(model, mask), FIT, TUNING, SilentObserver())
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert facts["perplexity"]["after"] < facts["perplexity"]["before"]
     pruned = prune_(model, parse_mask(mask))
@@ -356,9 +357,9 @@ def test_models_that_are_fitted_together_get_the_weights_they_get_alone():
     for variant in ("llama", "gpt_neox", "gemma3_text"):
         model = tiny_model(variant).requires_grad_(False)
         plans = {mask: mask_plan(model, mask) for mask in masks}
-        together = compensation.compensate(model, plans, ROWS, 10, SilentObserver())
+        together = compensation.compensate(model, plans, FIT, TUNING, SilentObserver())
         for mask in masks:
-            weights, facts = compensate(model, plans[mask], ROWS, 10, SilentObserver())
+            weights, facts = compensate(model, plans[mask], FIT, TUNING, SilentObserver())
             assert facts == together[mask][1] and weights.keys() == together[mask][0].keys()
             assert all(torch.equal(weight, together[mask][0][name]) for name, weight in weights.items())
 
@@ -390,7 +391,7 @@ def test_blocks_of_a_common_beginning_are_run_once(ran):
 def test_what_does_not_help_is_left(monkeypatch):
     model = tiny_model("llama").requires_grad_(False)
     monkeypatch.setattr(methods, "best_change", lambda fitted, held_out, *given: (-fitted.solve(0.01), 0.01, 0.5))
-    weights, facts = compensate(model, mask_plan(model, "mlp.1"), ROWS, 10, SilentObserver())
+    weights, facts = compensate(model, mask_plan(model, "mlp.1"), FIT, TUNING, SilentObserver())
     perplexity = facts["perplexity"]
     assert not weights and facts["share"] == 0 and perplexity["after"] == perplexity["before"]
 
@@ -398,10 +399,10 @@ def test_what_does_not_help_is_left(monkeypatch):
 def test_bad_requests_name_the_fix():
     model = tiny_model("llama")
     plan = mask_plan(model, "mlp.1")
-    for changes, rows, words in (
-        ({}, 0, "raise compensate.num_rows"),
-        ({}, 40, "40 rows, 40 held out"),
-        ({"kind": "laco"}, 10, "not for laco; set none"),
+    for changes, fit, tuning, words in (
+        ({}, ROWS, CalibrationSet(()), "hold out: 40 and 0; raise compensate.num_rows"),
+        ({}, CalibrationSet(()), ROWS, "hold out: 0 and 40"),
+        ({"kind": "laco"}, FIT, TUNING, "not for laco; set none"),
     ):
         with pytest.raises(InputError, match=words):
-            compensate(model, replace(plan, **changes), ROWS, rows, SilentObserver())
+            compensate(model, replace(plan, **changes), fit, tuning, SilentObserver())

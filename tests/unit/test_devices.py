@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from blockpruner.checkpoints.registry import EXPORTS
 from blockpruner.checkpoints.verification import in_float32, reference_outputs
-from blockpruner.core.blocks import DENSE, all_blocks, parse_mask
+from blockpruner.core.blocks import DENSE, all_blocks, parse_channels, parse_mask
 from blockpruner.core.errors import DeviceMemoryError, InputError
 from blockpruner.core.progress import SilentObserver
 from blockpruner.core.settings import HubTexts
@@ -33,7 +33,7 @@ from blockpruner.methods.apply import pruned_copy
 from blockpruner.methods.healed import set_weights_
 from blockpruner.methods.laco.merging import Similarity, merged_nll
 from blockpruner.methods.laco.walk import Merge
-from blockpruner.methods.narrow.levels import levels_of
+from blockpruner.methods.narrow.levels import by_cost, measure_levels
 from blockpruner.methods.slicegpt.slicing import slice_
 from blockpruner.methods.slicegpt.widths import SLICEABLE
 from blockpruner.model import accelerator
@@ -52,7 +52,7 @@ from tests.tiny import GRID, VARIANTS, VOCABULARY, tiny_model, tolerance
 pytestmark = pytest.mark.skipif(SETUP is None, reason=f"torch {torch.__version__} has no devices written in Python")
 
 ROWS = [tuple(range(1, 10)), tuple(range(3, 12)), (5, 6, 7), (9, 8, 7, 100, 4)]
-LONG = CalibrationSet(tuple(tuple((7 * r + 3 * k) % 250 + 1 for k in range(16)) for r in range(6)))
+LONG = [tuple((7 * r + 3 * k) % 250 + 1 for k in range(16)) for r in range(6)]
 MASK = parse_mask("mlp.0")
 
 
@@ -90,17 +90,22 @@ def scored(metric):
     return losses
 
 
+def parted(rows):
+    """The rows of a fit, and two that choose its strength."""
+    return CalibrationSet(tuple(rows[:-2])), CalibrationSet(tuple(rows[-2:]))
+
+
 def compensated(model):
     plan = plan_of(model.config.to_dict(), ["mha.1", "mlp.0"])
-    weights, facts = compensate(model, {"plan": plan}, LONG, 2, SilentObserver())["plan"]
+    weights, facts = compensate(model, {"plan": plan}, *parted(LONG), SilentObserver())["plan"]
     return [*facts["perplexity"].values(), *(weight.sum().item() for weight in weights.values())]
 
 
 def narrowed_and_compensated(model):
     """The narrow copy of a model that accelerate has hooked is narrow, too."""
-    levels = levels_of(model, ROWS, 12, SilentObserver())
-    plan = narrow_plan(model.config.to_dict(), {str(block): each[1].kept for block, each in levels.items()})
-    weights, facts = compensate(model, {"plan": plan}, CalibrationSet(tuple(ROWS)), 2, SilentObserver())["plan"]
+    levels = by_cost(list(measure_levels(model, ROWS, 12, (), SilentObserver())))
+    plan = narrow_plan(model.config.to_dict(), {block: parse_channels(each[1].kept) for block, each in levels.items()})
+    weights, facts = compensate(model, {"plan": plan}, *parted(ROWS), SilentObserver())["plan"]
     pruned = pruned_copy(model, plan, ())
     set_weights_(pruned, weights, shared=True)
     costs = [level.cost for each in levels.values() for level in each]

@@ -249,7 +249,11 @@ def test_no_row_that_judges_or_is_evaluated_is_seen_elsewhere(place, monkeypatch
     documents = {name: set(map(int, re.findall(r"doc(\d{3})", text))) for name, text in decoded.items()}
     judge, others = documents.pop("judge"), set().union(*documents.values())
     keys = rows.pop("judge").row_keys
-    assert judge and documents.keys() >= {"search", "fit"} and ("train" in documents) is (door is not prune_in_memory)
+    assert (
+        judge
+        and documents.keys() >= {"search", "fit", "tuning"}
+        and ("train" in documents) is (door is not prune_in_memory)
+    )
     assert not evaluated & (judge | others)
     assert bool(judge & others) is ignored
     assert ignored or not {*keys} & {key for part in rows.values() for key in part.row_keys}
@@ -272,15 +276,16 @@ def test_what_must_be_apart_has_no_row_and_no_text_in_common(place):
     held = texts.read_texts(Path("data/sources/tiny/perplexity.parquet"))
     evaluated = perplexity.held_out(tiny_tokenizer(), held, load_run("tiny").evaluate.perplexity)
     rows = {name: part.rows for name, part in vars(found).items()} | {"evaluated": evaluated.rows}
-    rows |= {"fitted": found.fit.rows[:-6], "held out": found.fit.rows[-6:]}
     seen = {name: re.findall(r"doc(\d{3}) begins", decoded(own)) for name, own in rows.items()}
-    apart = [("fitted", "held out"), ("train", "validation"), ("judge", "evaluated")]
-    apart += [(name, other) for name in ("search", "fit", "train", "validation") for other in ("judge", "evaluated")]
+    apart = [("fit", "tuning"), ("train", "validation"), ("judge", "evaluated")]
+    apart += [
+        (name, other) for name in ("search", "fit", "tuning", "train", "validation") for other in ("judge", "evaluated")
+    ]
     for name, other in apart:
         assert seen[name] and not {*seen[name]} & {*seen[other]}, (name, other)
         assert not {*rows[name]} & {*rows[other]}, (name, other)
     assert evaluated.kinds == found.judge.kinds == ("a", "b", "c")
-    for name in ("search", "fitted", "held out", "train", "validation"):
+    for name in ("search", "fit", "tuning", "train", "validation"):
         shares = [sum(int(number) % 3 == i for number in seen[name]) / len(seen[name]) for i in range(3)]
         assert all(abs(share - (i + 1) / 6) < 0.15 for i, share in enumerate(shares)), (name, shares)
 

@@ -77,7 +77,7 @@ def exported():
 def test_rows_share_no_text_with_what_evaluates_or_judges(project):
     """The last five of the calibration texts are the first five of the held-out ones."""
     seen = {}
-    for part in ("search", "fit", "judge", "train", "validation"):
+    for part in ("search", "fit", "tuning", "judge", "train", "validation"):
         rows = CalibrationSet.load(Path(f"data/calibration/tiny/{part}.parquet")).rows
         text = tiny_tokenizer().decode([token for row in rows for token in row])
         seen[part] = {int(number) for number in re.findall(r"(\d+): ", text)}

@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+import shutil
+from itertools import product
 
 import numpy as np
 import pytest
@@ -23,14 +25,17 @@ from blockpruner.methods.apply import pruned_copy
 from blockpruner.methods.healed import set_weights_
 from blockpruner.methods.narrow import levels as narrowing
 from blockpruner.methods.narrow.kind import NarrowOptions, choose, require_widths, step_of
-from blockpruner.methods.narrow.levels import Width, levels, levels_of
+from blockpruner.methods.narrow.levels import Width, by_cost, levels, measure_levels
 from blockpruner.model.models import decoder_layers, load_model, model_family, shared_copy
 from blockpruner.model.narrow import narrow_, narrowed
+from blockpruner.scoring.engine import Engine
+from tests.builders import scored
 from tests.plans import fetch_tiny, healed_of, narrow_plan, pruning, save_pruned
 from tests.tiny import GRID, full_nll, tiny_model
 
 GENERATOR = torch.Generator().manual_seed(5)
 ROWS = CalibrationSet(tuple(tuple(torch.randint(1, 257, (24,), generator=GENERATOR).tolist()) for _ in range(40)))
+FIT, TUNING = CalibrationSet(ROWS.rows[:30]), CalibrationSet(ROWS.rows[30:])
 IDS = torch.tensor([row[:12] for row in ROWS.rows[:3]])
 KEPT = {"mlp.1": tuple(range(3, 20)), "mlp.3": (0, 5, 47)}
 NARROW = [each for each in GRID if FAMILIES[each.values[0].split()[0]].has_one_mlp]
@@ -88,9 +93,11 @@ def test_channels_are_written_as_bits():
     assert all(parse_channels(format_channels(range(n), 48)) == tuple(range(n)) for n in range(1, 49))
 
 
-def test_levels_are_those_of_least_squares(monkeypatch):
-    """Each channel that leaves is the one without which the best writer of all others errs least, solved anew."""
-    monkeypatch.setattr(narrowing, "AT_ONCE", 1)
+@pytest.mark.parametrize("part", [9, 4])
+def test_levels_are_those_of_least_squares(part, monkeypatch):
+    """Each channel that leaves is the one without which the best writer of all others errs least, solved anew; and so
+    are writers and costs where two leave at once."""
+    monkeypatch.setattr(narrowing, "AT_ONCE", part)
     generator = np.random.default_rng(3)
     x, w = generator.normal(size=(50, 9)) @ generator.normal(size=(9, 9)), generator.normal(size=(9, 4))
     gram, gain = x.T @ x / 50, np.array([1.0, 2.0, 0.5, 0.0])
@@ -105,27 +112,32 @@ def test_levels_are_those_of_least_squares(monkeypatch):
         return np.trace((best(kept) * gain).T @ matrix @ (best(kept) * gain))
 
     kept, found = list(range(9)), list(levels(*map(torch.tensor, (gram, w, gain)), 2))
-    assert [len(level.kept) for level, _ in found] == [7, 5, 3, 1]
-    while len(kept) > 1:
+    assert [level.channels for level, _ in found] == [7, 5, 3, 1]
+    for level, change in found:
+        left = list(parse_channels(level.kept))
+        np.testing.assert_allclose(change, best(left), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(level.cost, loss(left, gram), rtol=1e-9)
+    while part == 9 and len(kept) > 1:
         kept = min(([k for k in kept if k != j] for j in kept), key=lambda rest: loss(rest, shifted))
-        for level, writer in found:
-            if len(level.kept) == len(kept):
-                assert level.kept == tuple(kept)
-                np.testing.assert_allclose(level.cost, loss(kept, gram), rtol=1e-9)
-                np.testing.assert_allclose(writer, (w - best(kept))[kept], rtol=1e-9)
+        for level, _ in found:
+            if level.channels == len(kept):
+                assert parse_channels(level.kept) == tuple(kept)
 
 
+@pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.parametrize("variant", NARROW)
 @torch.no_grad()
-def test_a_level_costs_what_the_stream_loses_times_what_the_loss_rises_by(variant, monkeypatch):
-    """Rows of two lengths, of which every fourth measures the loss; the writer is put into a copy of the model."""
-    monkeypatch.setattr(narrowing, "LEAST", 0)
+def test_a_level_costs_what_the_stream_loses_times_the_divergence_for_that(variant, every, monkeypatch):
+    """Rows of two lengths (of one where not each token counts), of which every eighth measures divergences. The writer
+    is put into a copy of the model."""
+    monkeypatch.setattr(narrowing, "EVERY", every)
     model = tiny_model(variant)
-    rows = tuple(row[: 24 if n < 8 else 9] for n, row in enumerate(ROWS.rows[:16]))
-    summed, judging, family = [row for n, row in enumerate(rows) if n % 4 != 3], rows[3::4], model_family(model).mlp
-    costs, got = levels_of(model, rows, 12, SilentObserver()), {}
+    rows = tuple(row[: 24 if n < 16 or every > 1 else 9] for n, row in enumerate(ROWS.rows[:32]))
+    summed, judging, family = [row for n, row in enumerate(rows) if n % 8 != 7], rows[7::8], model_family(model).mlp
+    costs, got = by_cost(list(measure_levels(model, rows, 12, (), SilentObserver()))), {}
     for block, found in costs.items():
-        layer, other = decoder_layers(model)[block.layer], copy.deepcopy(model)
+        number = parse_block(block).layer
+        layer, other = decoder_layers(model)[number], copy.deepcopy(model)
         mlp, norm, x = getattr(layer, family.module), getattr(layer, family.post or "", None), []
         hooks = [
             getattr(mlp, family.output).register_forward_pre_hook(lambda _, given: got.update(x=given[0][0])),
@@ -142,18 +154,62 @@ def test_a_level_costs_what_the_stream_loses_times_what_the_loss_rises_by(varian
         expected = list(levels(x.T @ x / len(x), weight.T, gain, 12))
         assert [level.kept for level in found] == [level.kept for level, _ in expected]
 
-        narrow = getattr(getattr(decoder_layers(other)[block.layer], family.module), family.output).weight
-        narrow.zero_()
-        narrow[:, list(expected[2][0].kept)] = expected[2][1].T
-        rise = max(0, sum(full_nll(other, row) - full_nll(model, row) for row in judging) / len(judging))
+        getattr(getattr(decoder_layers(other)[number], family.module), family.output).weight -= expected[2][1].T
+        p, q = (torch.cat([m(torch.tensor([row])).logits[0, :-1] for row in judging]) for m in (model, other))
+        p, q = (logits[::every].log_softmax(-1) for logits in (p, q))
+        rise = float((p.exp() * (p - q)).sum(-1).mean())
         for mine, (theirs, _) in zip(found, expected, strict=True):
             assert mine.cost == pytest.approx(theirs.cost / expected[2][0].cost * rise, rel=1e-6, abs=1e-9)
     assert any(levels[0].cost > 0 for levels in costs.values())
 
 
+class KilledError(Exception):
+    pass
+
+
+class Killed(SilentObserver):
+    def advance(self, done, total, unit):
+        if done == 3:
+            raise KilledError
+
+
+def test_levels_are_measured_once_and_survive_a_kill(tmp_path, monkeypatch):
+    """Three MLPs are kept when a run ends behind them; other budgets, workspaces and clones measure none."""
+    model, measured, one = tiny_model(layers=12).requires_grad_(False), [], narrowing.levels
+    monkeypatch.setattr(narrowing, "levels", lambda *given: (measured.append(1), one(*given))[1])
+
+    def channels(folder, *budgets, observer=None):
+        """Of the last budget, and for how many MLPs levels were measured."""
+        measured.clear()
+        found = scored(folder, Engine(model), model.config.to_dict(), budgets, ROWS, method="narrow",
+                       dense=lambda: model, observer=observer)  # fmt: skip
+        details = next((folder / "scores").glob(f"*/{budgets[-1]}/details.json"))
+        assert found.current.kind == "narrow"
+        return details.read_text(), len(measured)
+
+    whole, count = channels(tmp_path / "whole", "0.1")
+    assert count == 12 and '"channels"' in whole
+    with pytest.raises(KilledError):
+        channels(tmp_path / "mine", "0.1", observer=Killed())
+    assert channels(tmp_path / "mine", "0.1") == (whole, 9)
+    more, count = channels(tmp_path / "mine", "0.1", "0.2")
+    assert count == 0 and more != whole
+    shutil.copytree(tmp_path / "mine/trials", tmp_path / "beside/trials")
+    shutil.copytree(tmp_path / "mine/scores", tmp_path / "clone/scores")
+    for place in ("beside", "clone"):
+        for folder in (tmp_path / place / "scores").glob("*/0.2"):
+            shutil.rmtree(folder)
+        assert channels(tmp_path / place, "0.2") == (more, 0), place
+    changed = next((tmp_path / "clone/scores").glob("levels-*.json"))
+    changed.write_text(changed.read_text().replace('"rise": ', '"rise": 1'))
+    shutil.rmtree(next((tmp_path / "clone/scores").glob("*/0.2")))
+    assert channels(tmp_path / "clone", "0.2") == (more, 12), "a damaged table is not used"
+
+
 def narrowest(*losts):
     """Levels of an MLP of 48 channels that loses 12, 24 and 36 of them at these costs."""
-    return [Width(tuple(range(48 - 12 * n)), lost) for n, lost in enumerate(losts, 1)]
+    widths = [48 - 12 * n for n in range(1, 4)]
+    return [Width(format_channels(range(n), 48), n, lost) for n, lost in zip(widths, losts, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -162,9 +218,23 @@ def narrowest(*losts):
 )
 def test_what_costs_least_leaves_first(wanted, widths):
     """mlp.1 twice, mlp.0 once, then two steps of mlp.0 at once, which cost less than one of mlp.1."""
-    known = {parse_block("mlp.0"): narrowest(3.0, 6.5, 7.0), parse_block("mlp.1"): narrowest(1.0, 2.0, 9.0)}
+    known = {"mlp.0": narrowest(3.0, 6.5, 7.0), "mlp.1": narrowest(1.0, 2.0, 9.0)}
     found = choose(known, tiny_model().config.to_dict(), wanted)
     assert {name: len(parse_channels(text)) for name, text in found["channels"].items()} == widths
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_other_widths_cost_less(seed):
+    """Against all combinations of three MLPs' widths, where each step costs more than the one before."""
+    draw, names = np.random.default_rng(seed), ("mlp.0", "mlp.1", "mlp.2")
+    losts = {name: [0.0, *np.sort(draw.exponential(size=3)).cumsum()] for name in names}
+    known = {name: narrowest(*lost[1:]) for name, lost in losts.items()}
+    for steps in range(1, 10):
+        found = choose(known, tiny_model().config.to_dict(), 12 * steps)
+        enumerated = (sum(losts[name][n] for name, n in zip(names, each, strict=True))
+                      for each in product(range(4), repeat=3) if sum(each) == steps)  # fmt: skip
+        assert found["cost"] == pytest.approx(min(enumerated))
+        assert sum(48 - len(parse_channels(text)) for text in found["channels"].values()) == 12 * steps
 
 
 @pytest.mark.parametrize(
@@ -193,7 +263,7 @@ def test_a_refit_of_a_narrow_block_is_least_squares(monkeypatch):
     monkeypatch.setattr("blockpruner.healing.refit.STRENGTHS", (1e-12,))
     model, kept = tiny_model().requires_grad_(False), tuple(range(0, 48, 2))
     plan = narrow_plan(model.config.to_dict(), {"mlp.3": kept})
-    weights, facts = compensate(model, {"": plan}, ROWS, 10, SilentObserver())[""]
+    weights, facts = compensate(model, {"": plan}, FIT, TUNING, SilentObserver())[""]
     assert facts["share"] == 1 and list(weights) == ["model.layers.3.mlp.down_proj.weight"]
     layer, got = decoder_layers(model)[3], {}
     layer.mlp.down_proj.register_forward_pre_hook(lambda _, given: got.update(x=given[0]))
@@ -213,7 +283,7 @@ def test_a_refitted_narrow_model_has_the_perplexity_that_is_reported(variant):
     model = tiny_model(variant).requires_grad_(False)
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     plans = {"narrow": narrow_plan(model.config.to_dict(), KEPT), "none": narrow_plan(model.config.to_dict(), {})}
-    found = compensate(model, plans, ROWS, 10, SilentObserver())
+    found = compensate(model, plans, FIT, TUNING, SilentObserver())
     assert all(torch.equal(before[name], weight) for name, weight in model.named_parameters())
     weights, facts = found["narrow"]
     pruned = pruned_copy(model, plans["narrow"], ())

@@ -466,10 +466,10 @@ def test_a_target_without_evidence_is_a_row_with_its_reason(tmp_path):
 
 
 def test_runs_that_differ_by_their_draw_are_summed_up(tmp_path):
-    study = study_of(["blockpruner"], ["0.10"], runs=("one", "two", "three"))
+    study = study_of(["blockpruner", "greedy-layers"], ["0.10"], runs=("one", "two", "three"))
     folder, effects = evidence(tmp_path, study), list[Any]()
     for run, extra in (("one", 0.0), ("two", 0.1), ("three", 0.3)):
-        for name, more in ((f"{run}-dense", 0.0), (f"{run}-blockpruner-b10", extra)):
+        for name, more in ((f"{run}-dense", 0), (f"{run}-blockpruner-b10", extra), (f"{run}-greedy-layers-b10", 0.5)):
             facts = read_json(folder / name / "results.json", sealed=True)
             text = facts["perplexity"]
             kinds = ["stories", "program text"] * 3
@@ -477,8 +477,17 @@ def test_runs_that_differ_by_their_draw_are_summed_up(tmp_path):
             text |= {"row_nll": losses, "row_kind": kinds, "rows": 6}
             write_sealed_json(folder / name / "results.json", facts)
             effects.append(np.array(losses))
-    rises = [after - before for before, after in zip(effects[::2], effects[1::2], strict=True)]
-    (found,) = tables_of(rows_of(study, folder))["draws"].to_dict("records")
+    rises = [after - before for before, after in zip(effects[::3], effects[1::3], strict=True)]
+    rows = rows_of(study, folder)
+    page, tables = results_page("A study", models_frame(rows), (), ()), tables_of(rows)
+    assert page.count("<!-- table: draws -->\n| method |") == page.count("The best rival is") == 1
+    (found, other), (kinds, _) = (tables[name].to_dict("records") for name in ("draws", "draws-kinds"))
+    against = [mine - theirs for mine, theirs in zip(effects[1::3], effects[2::3], strict=True)]
+    assert found["rival"] == "greedy layers, 3 runs"
+    assert found["rival_x"] == pytest.approx(np.exp(np.mean(against)))
+    assert other["rival_x"] == pytest.approx(1 / found["rival_x"])
+    assert other["rival_x_low"] == pytest.approx(1 / found["rival_x_high"])
+    found |= kinds
     for key, part in (("heldout_x", slice(None)), ("stories_x", slice(0, 6, 2)), ("program text_x", slice(1, 6, 2))):
         means = [rise[part].mean() for rise in rises]
         low, high = stats.t.interval(0.95, 2, np.mean(means), stats.sem(means))

@@ -7,13 +7,14 @@ MLP; several of one MLP count as one where that is cheaper.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import asdict
 from functools import cache
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from blockpruner.core.blocks import BlockId, format_channels
+from blockpruner.core.blocks import parse_block
 from blockpruner.core.budgets import Budget
 from blockpruner.core.errors import InputError, UnreachableError
 from blockpruner.core.families import FAMILIES, Config, count_parameters
@@ -21,7 +22,11 @@ from blockpruner.core.options import Options
 from blockpruner.core.plan import Plan
 from blockpruner.methods.kind import Job
 from blockpruner.methods.weights import Details, Left, weights_kind
+from blockpruner.scoring.metrics import NLL
 from blockpruner.scoring.work import Rows
+from blockpruner.store.files import read_kept_json, write_sealed_json
+from blockpruner.store.journal import Journal
+from blockpruner.store.provenance import fingerprint
 from blockpruner.versions import PLAN_VERSION
 
 if TYPE_CHECKING:
@@ -41,7 +46,7 @@ def step_of(options: NarrowOptions, width: int) -> int:
 
 
 def plan_widths(options: NarrowOptions, job: Job) -> Callable[[Budget], Details]:
-    """Plans MLPs' widths for budgets; the model is run for the first of them.
+    """Plans MLPs' widths for budgets; levels that are not known are measured for the first of them.
 
     The details are `channels`, the kept ones of each narrowed MLP, and `cost`, what the levels cost in all.
 
@@ -49,21 +54,38 @@ def plan_widths(options: NarrowOptions, job: Job) -> Callable[[Budget], Details]
         InputError: a budget that is no share of parameters.
         UnreachableError: a ratio out of reach, or a family whose MLPs are mixtures.
     """
-    material, config = job.material, job.material.config
-
-    @cache
-    def known() -> dict[BlockId, list[Width]]:
-        from blockpruner.methods.narrow.levels import levels_of
-
-        if len(job.calibration.rows) < 2:
-            raise InputError(
-                "narrow measures costs on some rows and sums the others: 1 row is too few; give more texts"
-            )
-        material.scorer.close()  # it may hold the model, too; it is made anew when it is asked
-        step = step_of(options, int(config["intermediate_size"]))
-        return levels_of(material.dense(), job.calibration.rows, step, material.observer)
-
+    config = job.material.config
+    known = cache(lambda: known_widths(step_of(options, int(config["intermediate_size"])), job))
     return lambda budget: choose(wanted=require_widths(budget, options, config), known=known(), config=config)
+
+
+def known_widths(step: int, job: Job) -> dict[str, list[Width]]:
+    """What each width of each MLP costs. An MLP's are kept beside the trials once they are measured, and all together
+    in the run's folder of scores: no budget measures them again."""
+    from blockpruner.methods.narrow.levels import Levels, by_cost, measure_levels
+
+    material, rows, observer = job.material, job.calibration.rows, job.material.observer
+    if len(rows) < 2:
+        raise InputError("narrow measures costs on some rows and sums the others: 1 row is too few; give more texts")
+    facts = {**job.store_fields(NLL.name), "step": step, "version": PLAN_VERSION}
+    name, problems = f"levels-{fingerprint(facts)}", list[str]()
+    log = Journal(material.trials / f"{name}.jsonl", facts) if material.trials else None
+    table = job.folder / f"{name}.json"
+    kept = (read_kept_json(table, observer.note) or {"levels": []})["levels"]
+    found = {unit["block"]: Levels.of(unit) for unit in (*kept, *(log.read(problems) if log else ()))}
+    for problem in problems:
+        observer.note(problem)
+    if len(found) < int(material.config["num_hidden_layers"]):
+        material.scorer.close()  # it may hold the model, too; it is made anew when it is asked
+        with closing(log) if log else nullcontext():
+            for levels in measure_levels(material.dense(), rows, step, found, observer):
+                found[levels.block] = levels
+                if log is not None:
+                    log.append(asdict(levels))
+    ordered = [found[block] for block in sorted(found, key=lambda block: parse_block(block).layer)]
+    if len(kept) < len(found):
+        write_sealed_json(table, {"levels": [asdict(levels) for levels in ordered]})
+    return by_cost(ordered)
 
 
 def require_widths(budget: Budget, options: NarrowOptions, config: Config) -> int:
@@ -91,17 +113,17 @@ def channel_parameters(config: Config) -> int:
     return count({**config, "intermediate_size": 2}, 0) - count({**config, "intermediate_size": 1}, 0)
 
 
-def choose(known: Mapping[BlockId, list[Width]], config: Config, wanted: int) -> Details:
+def choose(known: Mapping[str, list[Width]], config: Config, wanted: int) -> Details:
     """The channels that MLPs keep so that about `wanted` are gone, at the least cost; see `plan_widths`."""
     width = int(config["intermediate_size"])
     gone, cost = dict.fromkeys(known, 0), dict.fromkeys(known, 0.0)
-    taken = dict[BlockId, "Width"]()
+    taken = dict[str, "Width"]()
     while (left := wanted - sum(gone.values())) > 0:
         steps = (
-            ((level.cost - cost[block]) / (more := width - len(level.kept) - gone[block]), more, block, level)
+            ((level.cost - cost[block]) / (more := width - level.channels - gone[block]), more, block, level)
             for block, levels in known.items()
             for level in levels
-            if 0 < width - len(level.kept) - gone[block] <= 2 * left  # no step that goes farther than none
+            if 0 < width - level.channels - gone[block] <= 2 * left  # no step that goes farther than none
         )
         best = min(steps, key=lambda step: step[0], default=None)
         if best is None:
@@ -109,7 +131,7 @@ def choose(known: Mapping[BlockId, list[Width]], config: Config, wanted: int) ->
         _, more, block, level = best
         gone[block], cost[block], taken[block] = gone[block] + more, level.cost, level
     return {
-        "channels": {str(block): format_channels(taken[block].kept, width) for block in known if block in taken},
+        "channels": {block: taken[block].kept for block in known if block in taken},
         "cost": sum(cost.values()),
     }
 

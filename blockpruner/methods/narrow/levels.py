@@ -6,77 +6,99 @@ costs |w_j|^2 / [H^-1]_jj. The cheapest leave some at a time, and the others' pa
 date in closed form (structured OBS; ZipLM, arXiv 2302.04089, equations 2 and 3). What the stream loses,
 |X (W - W')|^2 / tokens, is its mean squared relative change.
 
-A change of the stream costs several times as much in one layer as in another. So the loss of the model with one MLP
-narrowed is measured, once for each, and a level's cost is what the stream loses times what the loss rose by for that.
+A change of the stream costs several times as much in one layer as in another. So the KL divergence of the model with
+one MLP narrowed is measured, once for each, and a level's cost is what the stream loses times the divergence for that.
+It says what the loss rises by, as far as the dense model predicts texts well, and with far less noise: tokens that the
+text decides otherwise cancel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Channels, Cut
+from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Cut, format_channels
 from blockpruner.core.progress import Observer
 from blockpruner.scoring.streams import Streams
 from blockpruner.scoring.work import Rows
 
-AT_ONCE = 32
-"""So many channels leave before costs are renewed."""
+AT_ONCE = 48
+"""One in so many of an MLP's channels leaves before costs are renewed."""
 
 STRENGTH = 0.003
 """The pull to smaller writers, s."""
 
-JUDGING, MOST = 4, 16
-"""One of so many rows measures losses, and no more rows than this; the others are summed."""
-
-LEAST = 0.2
-"""The least that a change of the stream may cost in a layer, by the median of all: what is measured is uncertain."""
+JUDGING, MOST, EVERY = 8, 8, 2
+"""One of eight rows measures divergences, at most eight do, at every other token. The other rows are summed."""
 
 
 @dataclass(frozen=True)
 class Width:
     """One width of an MLP."""
 
-    kept: Channels
+    kept: str
+    """Its channels, as from `format_channels`."""
+    channels: int
     cost: float
-    """What the mean negative log-likelihood of a token rises by, as far as is known."""
+    """The mean KL divergence of a token's prediction, in nats, as far as is known."""
+
+
+@dataclass(frozen=True)
+class Levels:
+    """What was measured of one MLP."""
+
+    block: str
+    widths: Sequence[Width]
+    """From wide to narrow; here a width's cost is what the stream loses."""
+    rise: float
+    """The divergence for each unit of that."""
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Levels:
+        """From its fields as JSON."""
+        return cls(fields["block"], [Width(**width) for width in fields["widths"]], fields["rise"])
 
 
 @torch.no_grad()
-def levels_of(model: PreTrainedModel, rows: Rows, step: int, observer: Observer) -> dict[BlockId, list[Width]]:
-    """The levels of each MLP of a dense model, from wide to narrow: `step`, 2 `step` and more channels gone, as long as
-    some are left.
+def measure_levels(
+    model: PreTrainedModel, rows: Rows, step: int, known: Container[str], observer: Observer
+) -> Iterator[Levels]:
+    """The levels of each MLP that is not in `known`: `step`, 2 `step` and more channels gone, as long as some are left.
 
     Args:
         rows: two or more, of any lengths; all real tokens count. The host's memory takes their residual stream in
-            float32, and the device three float64 matrices of the MLP's width.
+            float32, and the device four float64 matrices of the MLP's width.
     """
     places = range(len(rows))[JUDGING - 1 :: JUDGING][:MOST] or [len(rows) - 1]
     judging = [rows[place] for place in places]
     summed = [row for place, row in enumerate(rows) if place not in places]
-    streams, found = Streams(model, (*summed, *judging), len(summed)), dict[BlockId, list[Width]]()
-    count, rises = sum(block.kind is BlockKind.MLP for block in streams.blocks), dict[BlockId, float]()
-    dense = streams.loss_behind(None, dict(enumerate(streams.dense)))
+    streams = Streams(model, (*summed, *judging), len(summed))
+    mlps = [str(block) for block in streams.blocks if block.kind is BlockKind.MLP]
+    dense = streams.final_states(None, dict(enumerate(streams.dense)))
     for stream in streams.walk({"": Cut(DENSE)}):
-        for block in (block for block in stream.stop.kept if block.kind is BlockKind.MLP):
+        for block in (block for block in stream.stop.kept if str(block) in mlps and str(block) not in known):
             gram, gain = _moments(streams, stream.states, block)
-            weight, found[block] = streams.weight(block).T.double(), []
-            for level, writer in levels(gram, weight, gain, step):
-                found[block].append(level)
-                if block not in rises and (2 * len(level.kept) < len(weight) or len(level.kept) <= step):
-                    change = weight.index_add(0, torch.tensor(level.kept, device=weight.device), -writer)
-                    rises[block] = (_loss_without(streams, stream.states, block, change) - dense) / (level.cost or 1)
-            observer.advance(len(found), count, str(block))
+            weight, rise, widths = streams.weight(block).T.double(), None, list[Width]()
+            for width, change in levels(gram, weight, gain, step):
+                widths.append(width)
+                if rise is None and (2 * width.channels < len(weight) or width.channels <= step):
+                    moved = _final_without(streams, stream.states, block, change)
+                    rise = streams.divergence(moved, dense, EVERY) / (width.cost or 1)
+            assert rise is not None
+            yield Levels(str(block), widths, rise)
+            observer.advance(1 + mlps.index(str(block)), len(mlps), str(block))
         stream.states = streams.dense
-    least = LEAST * median(map(abs, rises.values()))
+
+
+def by_cost(found: Sequence[Levels]) -> dict[str, list[Width]]:
+    """The widths of all MLPs with what each costs, as far as is known."""
     return {
-        block: [replace(level, cost=level.cost * max(least, rises[block])) for level in levels]
-        for block, levels in found.items()
+        levels.block: [replace(width, cost=width.cost * levels.rise) for width in levels.widths] for levels in found
     }
 
 
@@ -97,19 +119,19 @@ def _moments(streams: Streams, states: Sequence[Tensor], block: BlockId) -> tupl
     return gram / tokens, gain.to(gram)
 
 
-def _loss_without(streams: Streams, states: Sequence[Tensor], block: BlockId, change: Tensor) -> float:
-    """The loss of the judging rows with this much less in the writer of a block [p, d]."""
+def _final_without(streams: Streams, states: Sequence[Tensor], block: BlockId, change: Tensor) -> dict[int, Tensor]:
+    """The final states of the judging rows with this much less in the writer of a block [p, d]."""
     moved = {}
     for number in streams.held_out:
         reads, gives = streams.written(block, states[number], number)
         less = gives - reads @ change.to(reads)
         moved[number] = streams.dense[number] + streams.added(block, less) - streams.added(block, gives)
-    return streams.loss_behind(block, moved)
+    return streams.final_states(block, moved)
 
 
 def levels(gram: Tensor, weight: Tensor, gain: Tensor, step: int) -> Iterator[tuple[Width, Tensor]]:
-    """The levels of one MLP, each with the best writer of its channels [k, d]; here a level's cost is what the stream
-    loses.
+    """The widths of one MLP, each with W less the best writer of its channels, [p, d]; here a width's cost is what
+    the stream loses.
 
     Args:
         gram: X^T X / tokens [p, p], float64, as all are.
@@ -117,19 +139,22 @@ def levels(gram: Tensor, weight: Tensor, gain: Tensor, step: int) -> Iterator[tu
         gain: how many times each column of W counts, [d].
         step: so many channels leave from level to level.
     """
-    shifted = gram.clone()
+    shifted, at_once = gram.clone(), max(1, len(weight) // AT_ONCE)
     shifted.diagonal().add_(STRENGTH * gram.diagonal().mean())
-    inverse, left = torch.linalg.inv(shifted), weight.clone()
-    kept, goal = torch.arange(len(weight), device=weight.device), len(weight) - step
-    while goal > 0:
-        costs = (left * gain).square().sum(1) / inverse.diagonal()
+    inverse, left = torch.cholesky_inverse(torch.linalg.cholesky(shifted)), weight.clone()
+    del shifted
+    kept = torch.arange(len(weight), device=weight.device)
+    for goal in range(len(weight) - step, 0, -step):
         goes = torch.zeros_like(kept, dtype=torch.bool)
-        goes[costs.argsort(stable=True)[: min(AT_ONCE, len(kept) - goal)]] = True
-        across = inverse[~goes][:, goes] @ torch.linalg.inv(inverse[goes][:, goes])
-        left = left[~goes] - across @ left[goes]
-        inverse = inverse[~goes][:, ~goes] - across @ inverse[goes][:, ~goes]
-        kept = kept[~goes]
-        if len(kept) == goal:
-            change = weight.index_add(0, kept, -left) * gain
-            yield Width(tuple(kept.tolist()), float((change * (gram @ change)).sum())), left
-            goal -= step
+        for more in [at_once] * ((len(kept) - goal) // at_once) + [(len(kept) - goal) % at_once]:
+            costs = ((left * gain).square().sum(1) / inverse.diagonal()).masked_fill(goes, torch.inf)
+            now = costs.argsort(stable=True)[:more]
+            columns, own = inverse[:, now], left[now]
+            across = columns @ torch.linalg.inv(columns[now])
+            left.addmm_(across, own, alpha=-1)
+            inverse.addmm_(across, columns.T, alpha=-1)
+            goes[now] = True
+        kept, left, inverse = kept[~goes], left[~goes], inverse[~goes][:, ~goes]
+        change = weight.index_add(0, kept, -left)
+        loss = float((change * gain * (gram @ (change * gain))).sum())
+        yield Width(format_channels(kept.tolist(), len(weight)), goal, loss), change

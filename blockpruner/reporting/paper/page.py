@@ -6,6 +6,7 @@ index.html, report.md, results.md, tables/*.csv and *.tex, plots/*.svg and *.png
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -29,13 +30,20 @@ from blockpruner.reporting.paper.tables import (
 )
 from blockpruner.reporting.table import Number, Table, to_csv, to_latex, to_markdown
 
-FRONT_TITLE = "The best models of each size"
+FRONT_NOTE = (
+    "For each size: the lowest held-out perplexity, the lowest without training, its best rival healed alike, and "
+    "BlockPruner as pruned. ± is one standard error."
+)
+
+
+def best_of_each_size(frame: pd.DataFrame) -> Table:
+    return table_of_frame("front", "The best models of each size", front(frame), FRONT_NOTE)
 
 
 def study_tables(rows: Sequence[Row], published: Path) -> list[Table]:
     """Make every table of a study, the front page's first."""
     frame = models_frame(rows)
-    chosen = [table_of_frame("front", FRONT_TITLE, front(frame))] if len(measured(frame)) else []
+    chosen = [best_of_each_size(frame)] if len(measured(frame)) else []
     every = table_of_frame("models", "Every model", frame.drop(columns=["recipe"]))
     known = measured(frame)
     curves = [
@@ -70,8 +78,8 @@ PREFACE = (
     "for a small one above all, need not hold for another."
 )
 
-MARKED = "<!-- table: front -->\n{}\n<!-- /table -->"
-"""`publish` fills such a block from docs/results/front.csv."""
+MARKED = "## {0.title}\n\n<!-- table: {0.name} -->\n{1}\n<!-- /table -->"
+"""`publish` fills such a block from docs/results/<name>.csv."""
 
 
 def verdict(frame: pd.DataFrame) -> list[str]:
@@ -109,17 +117,17 @@ def _size(band: pd.DataFrame, dense: pd.Series[float]) -> str:
 
 
 def results_page(title: str, frame: pd.DataFrame, conditions: Sequence[str], plots: Sequence[str]) -> str:
-    """Write docs/results.md: a verdict, one table, two figures, the conditions once, and links to all numbers."""
-    known = len(measured(frame))
+    """Write docs/results.md: a verdict, tables of draws and of sizes, two figures, the conditions, and links to all
+    numbers."""
+    shown = [*draws(frame), best_of_each_size(frame)] if len(measured(frame)) else []
     missing = [f"- {row.target}: {row.reason}" for row in frame[frame["reason"].fillna("") != ""].itertuples()]
     parts = [
         f"# {title}",
         PREFACE,
         "\n".join(f"- {line}" for line in verdict(frame)),
-        f"## {FRONT_TITLE}",
-        MARKED.format(to_markdown(table_of_frame("", "", front(frame)))) if known else "Nothing is measured yet.",
-        "For each size: the lowest held-out perplexity, the lowest without training, its best rival healed alike, and "
-        "BlockPruner as pruned. ± is one standard error.",
+        *(MARKED.format(table, to_markdown(replace(table, title="", notes=()))) for table in shown),
+        *dict.fromkeys(note for table in shown for note in table.notes),
+        *([] if shown else ["Nothing is measured yet."]),
         *(f"![{name}](results/{name}.png)" for name in plots[:2]),
         *(["## Not measured", "\n".join(missing)] if missing else []),
         "## Conditions",

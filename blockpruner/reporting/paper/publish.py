@@ -52,7 +52,7 @@ def filled(text: str, folder: Path) -> str:
         path = folder / f"{found['name']}.csv"
         if not path.exists():
             raise InputError(f"a page has a block of table {found['name']!r}, and {path} does not exist")
-        lines = to_markdown(table_of_frame("", "", pd.read_csv(path))).splitlines()
+        lines = to_markdown(table_of_frame("", "", pd.read_csv(path, dtype={"budget": str}))).splitlines()
         head, *_, tail = found[0].splitlines()
         return "\n".join([head, *(found["indent"] + line for line in lines), tail])
 

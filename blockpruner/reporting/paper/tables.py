@@ -385,24 +385,39 @@ def _items(row: Row) -> tuple[str, ...]:
     return row.subject.model, labels.heldout, labels.tasks
 
 
+DRAWS_NOTE = (
+    "Geometric means over runs of one model, one search each, on the same items and text; t intervals over runs."
+)
+RIVAL_NOTE = "The best rival is another method at the same budget, healed alike, in the runs that have both."
+
+
 def draws(frame: pd.DataFrame) -> list[Table]:
-    """Sum up models that differ by their run alone, such as its calibration seed."""
-    found = measured(frame)
+    """Sum up models that differ by their run alone, such as its calibration seed: in all, and by kind of text."""
+    found, lines, kinds = measured(frame), list[dict[str, Any]](), list[dict[str, Any]]()
     if not len(found):
         return []
-    alike, lines = ["model", "method", "budget"], []
-    pruned = found[found["recipe"] != DENSE]
-    for names, own in pruned.groupby([*alike, "texts", "samples"], sort=False, dropna=False):
-        if own["run"].nunique() < 2:
-            continue
-        line = dict(zip(alike, names, strict=False)) | {"runs": own["run"].nunique()}
-        line |= {
-            "removed_pct": own["removed_pct"].mean(),
-            "avg_pct": own["avg_pct"].mean(),
-            "avg_sd": own["avg_pct"].std(),
-        }
-        for key in (key for key in own if key.endswith("_x") and key != "generation_x" and own[key].notna().all()):
-            line |= interval(key, statistics.perplexity_ratio(np.zeros(len(own)), np.log(own[key])))
-        lines.append(line)
-    note = "Geometric means over runs of one model, one search each, on the same items and text; t intervals over runs."
-    return [table_of_frame("draws", "Over calibration draws", pd.DataFrame(lines), note)] if lines else []
+    pruned, which = found[found["recipe"] != DENSE], ["model"] if found["model"].nunique() > 1 else []
+    for _, alike in pruned.groupby(["model", "budget", "texts", "samples"], sort=False, dropna=False):
+        methods = [own.set_index("run") for _, own in alike.groupby("method", sort=False)]
+        for own in (own for own in methods if len(own) > 1):
+            first, keys = own.iloc[0], [key for key in own if key.endswith("_x") and key != "generation_x"]
+            of = first[[*which, "method", "budget"]].to_dict() | {"removed_pct": own["removed_pct"].mean()}
+            times = {key: _mean_ratio(key, own[key]) for key in keys if own[key].notna().all()}
+            line = of | {"runs": len(own)} | times["heldout_x"] | times.pop("worst_x", {})
+            others = (other for other in methods if other is not own and (other["healing"] == first["healing"]).all())
+            against = [
+                (own["heldout_x"] / other["heldout_x"]).dropna().rename(other["method"].iloc[0]) for other in others
+            ]
+            if against := [ratio for ratio in against if len(ratio) > 1]:
+                worst = max(against, key=lambda ratio: np.log(ratio).mean())
+                line |= {"rival": f"{worst.name}, {len(worst)} runs"} | _mean_ratio("rival_x", worst)
+            lines.append(line)
+            kinds.append(of | {key: value for interval_ in times.values() for key, value in interval_.items()})
+    rival = f"{DRAWS_NOTE} {RIVAL_NOTE}" if any("rival" in line for line in lines) else DRAWS_NOTE
+    tables = [("draws", "Over calibration draws", lines, rival), ("draws-kinds", "By kind of text", kinds, DRAWS_NOTE)]
+    return [table_of_frame(name, title, pd.DataFrame(own), note) for name, title, own, note in tables if own]
+
+
+def _mean_ratio(key: str, ratio: pd.Series[float]) -> dict[str, float]:
+    """The geometric mean of a ratio over runs."""
+    return interval(key, statistics.perplexity_ratio(np.zeros(len(ratio)), np.log(ratio)))
