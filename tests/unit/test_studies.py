@@ -466,10 +466,11 @@ def test_a_target_without_evidence_is_a_row_with_its_reason(tmp_path):
 
 
 def test_runs_that_differ_by_their_draw_are_summed_up(tmp_path):
-    study = study_of(["blockpruner", "greedy-layers"], ["0.10"], runs=("one", "two", "three"))
+    study = study_of(["blockpruner", "greedy-layers", "shortgpt"], ["0.10"], runs=("one", "two", "three"))
     folder, effects = evidence(tmp_path, study), list[Any]()
     for run, extra in (("one", 0.0), ("two", 0.1), ("three", 0.3)):
-        for name, more in ((f"{run}-dense", 0), (f"{run}-blockpruner-b10", extra), (f"{run}-greedy-layers-b10", 0.5)):
+        added = {"dense": 0.0, "blockpruner-b10": extra, "greedy-layers-b10": 0.5, "shortgpt-b10": 9.0}
+        for name, more in ((f"{run}-{name}", more) for name, more in added.items()):
             facts = read_json(folder / name / "results.json", sealed=True)
             text = facts["perplexity"]
             kinds = ["stories", "program text"] * 3
@@ -477,12 +478,12 @@ def test_runs_that_differ_by_their_draw_are_summed_up(tmp_path):
             text |= {"row_nll": losses, "row_kind": kinds, "rows": 6}
             write_sealed_json(folder / name / "results.json", facts)
             effects.append(np.array(losses))
-    rises = [after - before for before, after in zip(effects[::3], effects[1::3], strict=True)]
+    rises = [after - before for before, after in zip(effects[::4], effects[1::4], strict=True)]
     rows = rows_of(study, folder)
     page, tables = results_page("A study", models_frame(rows), (), ()), tables_of(rows)
     assert page.count("<!-- table: draws -->\n| method |") == page.count("The best rival is") == 1
-    (found, other), (kinds, _) = (tables[name].to_dict("records") for name in ("draws", "draws-kinds"))
-    against = [mine - theirs for mine, theirs in zip(effects[1::3], effects[2::3], strict=True)]
+    (found, other, _), (kinds, *_) = (tables[name].to_dict("records") for name in ("draws", "draws-kinds"))
+    against = [mine - theirs for mine, theirs in zip(effects[1::4], effects[2::4], strict=True)]
     assert found["rival"] == "greedy layers, 3 runs"
     assert found["rival_x"] == pytest.approx(np.exp(np.mean(against)))
     assert other["rival_x"] == pytest.approx(1 / found["rival_x"])

@@ -78,7 +78,7 @@ PREFACE = (
     "for a small one above all, need not hold for another."
 )
 
-MARKED = "## {0.title}\n\n<!-- table: {0.name} -->\n{1}\n<!-- /table -->"
+MARKED = "## {0.title}\n\n<!-- table: {0.name} -->\n{1}\n<!-- /table -->\n\n{2}"
 """`publish` fills such a block from docs/results/<name>.csv."""
 
 
@@ -125,8 +125,7 @@ def results_page(title: str, frame: pd.DataFrame, conditions: Sequence[str], plo
         f"# {title}",
         PREFACE,
         "\n".join(f"- {line}" for line in verdict(frame)),
-        *(MARKED.format(table, to_markdown(replace(table, title="", notes=()))) for table in shown),
-        *dict.fromkeys(note for table in shown for note in table.notes),
+        *(MARKED.format(t, to_markdown(replace(t, title="", notes=())), "\n\n".join(t.notes)).rstrip() for t in shown),
         *([] if shown else ["Nothing is measured yet."]),
         *(f"![{name}](results/{name}.png)" for name in plots[:2]),
         *(["## Not measured", "\n".join(missing)] if missing else []),

@@ -414,7 +414,10 @@ def draws(frame: pd.DataFrame) -> list[Table]:
             lines.append(line)
             kinds.append(of | {key: value for interval_ in times.values() for key, value in interval_.items()})
     rival = f"{DRAWS_NOTE} {RIVAL_NOTE}" if any("rival" in line for line in lines) else DRAWS_NOTE
-    tables = [("draws", "Over calibration draws", lines, rival), ("draws-kinds", "By kind of text", kinds, DRAWS_NOTE)]
+    tables = [
+        ("draws", "Over calibration draws", lines, rival),
+        ("draws-kinds", "Over calibration draws, by kind of text", kinds, ""),
+    ]
     return [table_of_frame(name, title, pd.DataFrame(own), note) for name, title, own, note in tables if own]
 
 
