@@ -59,8 +59,6 @@ class Family:
     """The config field that tells whether MHA and MLP both read the layer's input: x + MHA(norm(x)) + MLP(norm(x))."""
     logit_cap: str | None = None
     """The config field of c, where the logits are c tanh(head / c)."""
-    alibi: bool = False
-    """Attention masks hold a bias for each head."""
     has_one_mlp: bool = True
     """The MLP of a layer is not a mixture of several."""
     in_vllm: bool = True
@@ -241,7 +239,7 @@ FAMILIES: Registry[Family] = Registry(
     Family,
     [
         Family("llama", "Llama", optional_bias, gated_mlp),
-        Family("baichuan", "Baichuan", no_bias, gated_mlp, alibi=True, in_vllm=False),
+        Family("baichuan", "Baichuan", no_bias, gated_mlp, in_vllm=False),
         Family("mistral", "Mistral", no_bias, gated_mlp),
         Family("qwen2", "Qwen2", lambda c, layer: _attention(c, qkv_bias=True), gated_mlp),
         Family("qwen3", "Qwen3", head_norms, gated_mlp),

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from blockpruner.reporting.paper import publish
 from blockpruner.reporting.paper.curves import FIGURES
 from blockpruner.reporting.paper.evidence import FIVE, Row, Subject, read_rows
 from blockpruner.reporting.paper.needs import differences, items_of, takes
-from blockpruner.reporting.paper.page import results_page, study_tables, verdict, write_study
+from blockpruner.reporting.paper.page import conditions, results_page, study_tables, verdict, write_study
 from blockpruner.reporting.paper.published import read_published
 from blockpruner.reporting.paper.tables import TABLES, bands, front, models_frame
 from blockpruner.reporting.results import RunLabels
@@ -462,7 +463,8 @@ def test_a_target_without_evidence_is_a_row_with_its_reason(tmp_path):
     assert reasons["tiny-blockpruner-b20"] == "" and reasons["tiny-shortgpt-b20"] == "not measured yet"
     assert reasons["tiny-laco-b20"] == "stage score failed: removes 6 or 8 layers"
     assert "different items" in reasons["tiny-mha-only-b20"]
-    assert "- tiny-laco-b20: stage score failed" in results_page("A study", frame, (), ())
+    page = results_page("A study", frame, (), ())
+    assert "- tiny-laco-b20: stage score failed" in page and "\n- tiny-shortgpt-b20: not measured yet\n" in page
 
 
 def test_runs_that_differ_by_their_draw_are_summed_up(tmp_path):
@@ -482,6 +484,7 @@ def test_runs_that_differ_by_their_draw_are_summed_up(tmp_path):
     rows = rows_of(study, folder)
     page, tables = results_page("A study", models_frame(rows), (), ()), tables_of(rows)
     assert page.count("<!-- table: draws -->\n| method |") == page.count("The best rival is") == 1
+    assert page.count("- These are numbers of first runs;") == 1
     (found, other, _), (kinds, *_) = (tables[name].to_dict("records") for name in ("draws", "draws-kinds"))
     against = [mine - theirs for mine, theirs in zip(effects[1::4], effects[2::4], strict=True)]
     assert found["rival"] == "greedy layers, 3 runs"
@@ -496,6 +499,20 @@ def test_runs_that_differ_by_their_draw_are_summed_up(tmp_path):
         assert [found[key], found[f"{key}_low"], found[f"{key}_high"]] == pytest.approx(wanted)
     worst = [max(rise[0::2].mean(), rise[1::2].mean()) for rise in rises]
     assert found["runs"] == 3 and found["worst_x"] == pytest.approx(np.exp(np.mean(worst)))
+
+
+def test_conditions_tell_of_healing_and_name_runs_that_differ_by_a_seed_once():
+    apart, told = (("a", "42", ""), ("b", "43", "more"), ("c", "44", "")), {"training": "LoRA", "compensation": "texts"}
+    subjects = [
+        Subject(run, replace(LABELS, calibration=f"web, seed {seed}", tasks=tasks, **told))
+        for run, seed, tasks in apart
+    ]
+    rows = [Row(one.run, one, "laco", how, "", None) for one in subjects for how in ("", "refit")]
+    both, other = conditions(rows)
+    assert both.startswith("a, c: ") and "web, seed 42, 44; " in both and both.endswith("; refit: texts.")
+    assert other.startswith("b: ") and "web, seed 43; " in other and "LoRA" not in other
+    (trained,) = conditions([replace(rows[0], healing="refit + training")])
+    assert trained.endswith("; refit: texts; training: LoRA.")
 
 
 @pytest.fixture(scope="module")
@@ -514,7 +531,7 @@ def test_a_study_writes_its_tables_figures_and_pages(written, rows):
     assert plots == {"quality", "speed", "figure5", "figure10"} and plots - {"quality", "speed"} < tables.keys()
     page, html = (out / "results.md").read_text(), (out / "index.html").read_text()
     assert page.startswith("# A study\n") and page.count("![") == 2 and page.count("instructions") == 1
-    assert len(verdict(models_frame(rows))) <= 5
+    assert len(found := verdict(models_frame(rows))) <= 5 and not any("first runs" in line for line in found)
     assert "&lt;tiny&gt;" in html and "<tiny>" not in html
 
 

@@ -5,7 +5,8 @@ index.html, report.md, results.md, tables/*.csv and *.tex, plots/*.svg and *.png
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from blockpruner.reporting.table import Number, Table, to_csv, to_latex, to_mark
 
 FRONT_NOTE = (
     "For each size: the lowest held-out perplexity, the lowest without training, its best rival healed alike, and "
-    "BlockPruner as pruned. ± is one standard error."
+    "BlockPruner as pruned. Of a method with several runs it is the first. ± is one standard error."
 )
 
 
@@ -58,7 +59,7 @@ def write_study(out: Path, title: str, rows: Sequence[Row], published: Path) -> 
     """Write the tables and figures of a study in the place of `out`, as a whole or not at all."""
     frame, tables = models_frame(rows), study_tables(rows, published)
     plots = figures(frame)
-    ours = dict.fromkeys(f"{row.subject.run}: {row.subject.labels.conditions}." for row in rows)
+    ours = list(conditions(rows))
     made = made_line(made for row in rows if row.found for made in row.found.result.made)
     summary = results_page(title, frame, [*ours, made], [plot.name for plot in plots])
     files = {f"tables/{table.name}.csv": to_csv(table) for table in tables}
@@ -67,6 +68,22 @@ def write_study(out: Path, title: str, rows: Sequence[Row], published: Path) -> 
     sections += [Section(table.title, (table,)) for table in tables]
     sections += [Section("Figures", tuple(plots)), Section("Conditions", tuple(ours))]
     write_page(out, Page(title, PREFACE, tuple(sections), made), files)
+
+
+SEED = re.compile(r"(?<=seed )\d+")
+
+
+def conditions(rows: Sequence[Row]) -> Iterator[str]:
+    """Say what the results of each run hold for; runs that differ by a seed alone have one line."""
+    alike: dict[str, dict[str, str]] = {}
+    for run, labels in {row.subject.run: row.subject.labels for row in rows}.items():
+        done = {word for row in rows if row.subject.run == run for word in row.healing.split(" + ")}
+        more = {"refit": labels.compensation, "training": labels.training}
+        text = "; ".join([labels.conditions, *(f"{word}: {how}" for word, how in more.items() if word in done)])
+        alike.setdefault(SEED.sub("", text), {})[run] = text
+    for runs in alike.values():
+        seeds = ", ".join(dict.fromkeys(seed for text in runs.values() for seed in SEED.findall(text)))
+        yield f"{', '.join(runs)}: {SEED.sub(seeds, next(iter(runs.values())))}."
 
 
 def written(value: float, digits: int) -> str:
@@ -83,7 +100,7 @@ MARKED = "## {0.title}\n\n<!-- table: {0.name} -->\n{1}\n<!-- /table -->\n\n{2}"
 
 
 def verdict(frame: pd.DataFrame) -> list[str]:
-    """Sum up a study in at most five sentences for each model: three sizes, accuracy, speed."""
+    """Sum up a study in at most five sentences for each model: three sizes, accuracy, speed; and say which runs."""
     found: list[str] = []
     for model, own in first_runs(measured(frame)).groupby("model", sort=False):
         several = f"{model}: " if frame["model"].nunique() > 1 else ""
@@ -101,6 +118,8 @@ def verdict(frame: pd.DataFrame) -> list[str]:
         if len(timed):
             fast, slow = written(timed.max(), 2), written(timed.min(), 2)
             found.append(f"{several}Generation is {slow} to {fast} times as fast as dense.")
+    if len(draws(frame)):
+        found.append("These are numbers of first runs; the tables over calibration draws have all runs.")
     return found
 
 
@@ -120,7 +139,8 @@ def results_page(title: str, frame: pd.DataFrame, conditions: Sequence[str], plo
     """Write docs/results.md: a verdict, tables of draws and of sizes, two figures, the conditions, and links to all
     numbers."""
     shown = [*draws(frame), best_of_each_size(frame)] if len(measured(frame)) else []
-    missing = [f"- {row.target}: {row.reason}" for row in frame[frame["reason"].fillna("") != ""].itertuples()]
+    unknown = frame[frame["reason"].fillna("") != ""].groupby("reason", sort=False)["target"]
+    missing = [f"- {', '.join(targets)}: {reason}" for reason, targets in unknown]
     parts = [
         f"# {title}",
         PREFACE,

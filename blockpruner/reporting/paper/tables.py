@@ -385,9 +385,7 @@ def _items(row: Row) -> tuple[str, ...]:
     return row.subject.model, labels.heldout, labels.tasks
 
 
-DRAWS_NOTE = (
-    "Geometric means over runs of one model, one search each, on the same items and text; t intervals over runs."
-)
+DRAWS_NOTE = "Geometric means over runs of one model, on the same items and text; t intervals over runs."
 RIVAL_NOTE = "The best rival is another method at the same budget, healed alike, in the runs that have both."
 
 
