@@ -1,7 +1,7 @@
 """The loss of training and its gradient: the text's NLL, and how far the model is from the dense one on the same text.
 
-Decides the formula, and in which pieces it is computed. The head runs over chunks of tokens. A chunk's gradient goes
-back to its states before the next chunk has logits, so neither model's logits ever exist for a whole row.
+Decides the formula, and in which pieces it is computed. The head runs over chunks of tokens, so neither model's logits
+ever exist for a whole row. Their gradient has a closed form, and goes back to the states before the next chunk.
 
     loss = mean over rows of the mean over the row's predicted tokens of
            (1 - distill) NLL + distill KL(p || q)
@@ -12,17 +12,16 @@ With `likeliest` they are those of the tokens that the dense model finds likelie
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import starmap
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from blockpruner.healing.settings import Train
 from blockpruner.model.models import head_of
-from blockpruner.scoring.losses import token_kl
+from blockpruner.scoring.losses import cut, log_probabilities
 from blockpruner.scoring.work import LOGITS_BYTES
 
 REST = 1e-6
@@ -59,11 +58,16 @@ class TrainingLoss:
         gradients, chunk = torch.empty_like(states), max(1, LOGITS_BYTES // (4 * self.model.config.vocab_size))
         for part in (slice(start, start + chunk) for start in range(0, len(targets), chunk)):
             leaf = states[part].detach().requires_grad_(train)
-            losses, nlls = self._token_losses(leaf, [each[part] for each in told], targets[part])
-            loss = losses.double() @ weight[part]
+            logits = head_of(self.model)(leaf)
+            with torch.no_grad():
+                given = [each[part] for each in told]
+                if self.teacher and self.recipe.likeliest is None:
+                    given = [head_of(self.teacher)(given[0])]
+                tokens = cut(logits.detach(), targets[part], weight[part], *(each.to(home) for each in given))
+                losses, nlls, slopes = (torch.cat(each) for each in zip(*starmap(self._of_tokens, tokens), strict=True))
             if train:
-                (gradients[part],) = torch.autograd.grad(loss, leaf)
-            total, nll = total + loss.detach(), nll + nlls.detach().double() @ weight[part]
+                (gradients[part],) = torch.autograd.grad(logits, leaf, slopes)
+            total, nll = total + losses.double() @ weight[part], nll + nlls.double() @ weight[part]
         known = (states * gradients).sum() if train else total  # its gradient for the states is the one found above
         return total + (known - known.detach()), nll
 
@@ -78,44 +82,44 @@ class TrainingLoss:
             one = slice(number, number + 1)
             states, k = _states(self.teacher, ids[one], predicts[one]), self.recipe.likeliest
             chunk = max(1, LOGITS_BYTES // (4 * self.model.config.vocab_size))
-            parts = [_wide(head_of(self.teacher)(part)).log_softmax(-1).topk(k) for part in torch.split(states, chunk)]
+            parts = [log_probabilities(head_of(self.teacher)(part)).topk(k) for part in torch.split(states, chunk)]
             places = torch.cat([part.indices for part in parts]).to("cpu", torch.int32)
             self._known[rows[number]] = places, torch.cat([part.values for part in parts]).cpu()
         return [torch.cat(each) for each in zip(*map(self._known.__getitem__, rows), strict=True)]
 
-    def _token_losses(self, states: Tensor, told: Sequence[Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
-        """What the heads make of final states [N, H]: the loss and the NLL, [N].
+    def _of_tokens(self, logits: Tensor, targets: Tensor, weight: Tensor, *told: Tensor) -> tuple[Tensor, ...]:
+        """The loss and the NLL of some tokens, [N], and the gradient of the weighted loss for their logits [N, V].
 
-        Args:
-            told: what the teacher says of these tokens, as from `_told`.
+        A cross-entropy's gradient for the logits is q less the distribution that is wanted. `told` are the teacher's
+        logits of these tokens or, as from `_told`, the likeliest ones.
         """
-        logits, share = _wide(head_of(self.model)(states)), self.recipe.distill
-        nll = F.cross_entropy(logits, targets, reduction="none")
-        if self.teacher is None:
-            return nll, nll
-        if self.recipe.likeliest is None:
-            with torch.no_grad():
-                p = _wide(head_of(self.teacher)(told[0])).to(logits.device)
-            kl = token_kl(logits, targets, p)
-        else:
-            kl = _kl_of_likeliest(logits, *(each.to(logits.device) for each in told))
-        return share * kl + ((1 - share) * nll if share < 1 else 0.0), nll
+        log_q, share = log_probabilities(logits), self.recipe.distill if told else 0.0
+        nll = -log_q.gather(-1, targets[:, None])[:, 0]
+        loss, slope = (1 - share) * nll, log_q.exp()
+        if told:
+            kl, wanted = (_kl if len(told) == 1 else _kl_of_likeliest)(log_q, *told)
+            loss, slope = loss + share * kl, slope.sub_(wanted.mul_(share))
+        slope.scatter_add_(-1, targets[:, None], torch.full_like(nll, share - 1)[:, None])
+        return loss, nll, slope.mul_(weight[:, None].to(slope.dtype)).to(logits.dtype)
 
 
-def _kl_of_likeliest(logits: Tensor, places: Tensor, log_p: Tensor) -> Tensor:
-    """KL(p || q) of the tokens at some places [N, K], and of all others as one outcome."""
-    log_p, log_q = log_p.to(logits.dtype), logits.gather(-1, places.long()) - logits.logsumexp(-1, keepdim=True)
-    parts = [
-        torch.cat([each, torch.log1p(-each.exp().sum(-1, True).clamp(max=1 - REST))], -1) for each in (log_p, log_q)
-    ]
-    return (parts[0].exp() * (parts[0] - parts[1])).sum(-1)
+def _kl(log_q: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(p || q) of some tokens, [N], and p, [N, V], of the dense model's logits."""
+    log_p = log_probabilities(dense)
+    p = log_p.exp()
+    return log_p.sub_(log_q).mul_(p).sum(-1), p
+
+
+def _kl_of_likeliest(log_q: Tensor, places: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of the tokens at some places [N, K], and of all others as one outcome, whose share of p is as in q."""
+    places, log_p = places.long(), log_p.to(log_q.dtype)
+    log_best = log_q.gather(-1, places)
+    rest_p, rest_q = ((1 - each.exp().sum(-1, True)).clamp(min=REST) for each in (log_p, log_best))
+    kl = (log_p.exp() * (log_p - log_best)).sum(-1, True) + rest_p * (rest_p / rest_q).log()
+    return kl[:, 0], log_q.exp().mul_(rest_p / rest_q).scatter_(-1, places, log_p.exp())
 
 
 def _states(model: PreTrainedModel, ids: Tensor, chosen: Tensor) -> Tensor:
     """The states [N, H] of the chosen tokens [B, T - 1] that the head reads; no token sees a pad behind it."""
     states: Tensor = model.get_decoder()(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
     return states[:, :-1].to(model.get_output_embeddings().weight.device)[chosen.to(states.device)]
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()

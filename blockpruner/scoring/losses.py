@@ -6,9 +6,8 @@ Each function takes a chunk of tokens. Sums run in float32 at least. Their words
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
-from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,33 +16,30 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(logits [N, V], targets [N], logits of the dense model [N, V], or none where not needed) -> losses [N]."""
 
 PIECE_BYTES = 2 * 2**20
-"""On a CPU, a loss takes so many bytes of logits at a time: it goes over them several times, and so few stay in the
-cache meanwhile."""
+"""On a CPU, a loss takes so many bytes of logits at a time, which stay in the cache while it goes over them."""
 
 PIECE_TOKENS = 4
 """A piece may have so many tokens, however large they are. Pieces are of like size, so each has at least two: torch
 divides a sum over a single token among its threads, and KL over 49,152 logits then has other bits."""
 
-LossFunction = TypeVar("LossFunction", bound=Callable[..., Tensor])
+
+def cut(*given: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Logits and what else there is of each token: on a CPU of a few tokens at a time, else of all."""
+    logits = given[0]
+    item = max(4, logits.element_size())  # sums run in float32 at least
+    most = max(PIECE_TOKENS, PIECE_BYTES // (logits.shape[-1] * item))
+    count = max(1, math.ceil(len(logits) / most)) if logits.device.type == "cpu" else 1
+    return zip(*(part.tensor_split(count) for part in given), strict=True)
 
 
-def in_pieces(loss: LossFunction) -> LossFunction:
-    """A loss with the same bits, on a CPU computed for a few tokens at a time.
-
-    For a gradient it is taken whole: each piece would fill a gradient of all logits with zeros.
-    """
+def in_pieces(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A loss with the same bits, on a CPU computed for a few tokens at a time."""
 
     @wraps(loss)
     def computed(*given: Tensor) -> Tensor:
-        logits = given[0]
-        item = max(4, logits.element_size())  # sums run in float32 at least
-        most = max(PIECE_TOKENS, PIECE_BYTES // (logits.shape[-1] * item))
-        if logits.device.type != "cpu" or logits.requires_grad or len(logits) <= most:
-            return loss(*given)
-        count = math.ceil(len(logits) / most)
-        return torch.cat([loss(*piece) for piece in zip(*(part.tensor_split(count) for part in given), strict=True)])
+        return torch.cat([loss(*piece) for piece in cut(*given)])
 
-    return cast(LossFunction, computed)
+    return computed
 
 
 @in_pieces
@@ -53,14 +49,14 @@ def token_nll(logits: Tensor, targets: Tensor, dense: Tensor | None = None) -> T
     `cross_entropy` would do, but over a vocabulary of 49,152 its sum is off by 4e-6 on average, always to the same
     side; `logsumexp` is exact to 2e-6 and unbiased.
     """
-    wide = _wide(logits)
-    return wide.logsumexp(dim=-1) - wide.gather(-1, targets[:, None])[:, 0]
+    logits = _wide(logits)
+    return logits.logsumexp(dim=-1) - logits.gather(-1, targets[:, None])[:, 0]
 
 
 @in_pieces
 def token_kl(logits: Tensor, targets: Tensor, dense: Tensor) -> Tensor:
     """KL(p || q) = sum_v p_v (log p_v - log q_v), nats, [N]; p: the dense model's distribution, q: the masked one's."""
-    log_p, log_q = _log_probabilities(dense), _log_probabilities(logits)
+    log_p, log_q = log_probabilities(dense), log_probabilities(logits)
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
 
 
@@ -71,7 +67,7 @@ def token_js(logits: Tensor, targets: Tensor, dense: Tensor) -> Tensor:
     JS = 1/2 KL(p || m) + 1/2 KL(q || m), m = (p + q) / 2 (the metric of FinerCut, arXiv 2405.18218, and of table 4 of
     arXiv 2406.10594).
     """
-    log_p, log_q = _log_probabilities(dense), _log_probabilities(logits)
+    log_p, log_q = log_probabilities(dense), log_probabilities(logits)
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     return ((log_p.exp() * (log_p - log_m)).sum(dim=-1) + (log_q.exp() * (log_q - log_m)).sum(dim=-1)) / 2
 
@@ -80,5 +76,6 @@ def _wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _log_probabilities(logits: Tensor) -> Tensor:
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Of logits [N, V], in float32 at least."""
     return _wide(logits).log_softmax(dim=-1)

@@ -150,7 +150,7 @@ def test_a_metric_of_ones_own(tmp_path, streamed):
 @pytest.mark.parametrize("loss", [token_nll, token_kl, token_js])
 @pytest.mark.parametrize("tokens", [1, 5, 13])
 def test_pieces_of_logits_keep_the_bits(loss, dtype, tokens, monkeypatch):
-    """A CPU takes pieces of a few tokens, and never one token alone; a gradient takes all at once."""
+    """A CPU takes pieces of a few tokens, and never one token alone."""
     generator = torch.Generator().manual_seed(2)
     logits, dense = (torch.randn(tokens, 50257, generator=generator).to(dtype) for _ in range(2))
     given = (logits, torch.randint(50257, (tokens,), generator=generator), dense)
@@ -160,9 +160,6 @@ def test_pieces_of_logits_keep_the_bits(loss, dtype, tokens, monkeypatch):
     found = loss(*given)
     assert max(sizes) <= losses.PIECE_TOKENS and (min(sizes) > 1 or tokens == 1)
     assert torch.equal(found, loss.__wrapped__(*given))
-    sizes.clear()
-    loss(logits.requires_grad_(), *given[1:])
-    assert set(sizes) == {tokens}
 
 
 # --- influences ------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from blockpruner.healing.settings import Train
 from blockpruner.healing.trainer import train_
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import prune_
+from blockpruner.scoring import losses
 from tests.tiny import GRID, full_nll, tiny_model, tiny_tokenizer, tolerance
 
 MASK = parse_mask("mha.0,mlp.1,mha.2,mlp.2")  # an MLP-only layer, an attention-only layer, a layer that is gone
@@ -232,8 +233,9 @@ def plain_loss(model, teacher, row, wanted):
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("recipe", [{"distill": 0.7}, {"distill": 1.0}, {"distill": 0.7, "likeliest": 5}])
 def test_gradient_is_that_of_the_plain_formula(monkeypatch, family, recipe):
-    """In chunks of 7 tokens and batches of rows of unlike lengths; Gemma 2 caps its logits."""
+    """In chunks of 7 tokens, pieces of 4 and batches of rows of unlike lengths; Gemma 2 caps its logits."""
     monkeypatch.setattr(loss, "LOGITS_BYTES", 7 * 4 * 260)
+    monkeypatch.setattr(losses, "PIECE_BYTES", 1)
     wanted, teacher = changed(**recipe), tiny_model(family)
     models = [pruned(family).requires_grad_(), pruned(family).requires_grad_()]
     for weight in (model.get_input_embeddings().weight for model in models):
