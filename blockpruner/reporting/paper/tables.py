@@ -108,8 +108,8 @@ def plain_rows(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 FRONT = (
-    "model", "method", "removed_pct", "kv_pct", "heldout_ppl", "heldout_x", "wikitext2_ppl", "wikitext2_x", "avg_pct",
-    "avg_pct_se",
+    "model", "method", "removed_pct", "kv_pct", "heldout_ppl", "heldout_x", "heldout_x_low", "heldout_x_high",
+    "worst_x", "wikitext2_ppl", "wikitext2_x", "avg_pct", "avg_pct_se",
 )  # fmt: skip
 
 
