@@ -1,7 +1,7 @@
 """The loss of training and its gradient: the text's NLL, and how far the model is from the dense one on the same text.
 
 Decides the formula, and in which pieces it is computed. The head runs over chunks of tokens, so neither model's logits
-ever exist for a whole row. Their gradient has a closed form, and goes back to the states before the next chunk.
+ever exist for a whole row. The gradient for a chunk's logits has a closed form; it goes back to the states at once.
 
     loss = mean over rows of the mean over the row's predicted tokens of
            (1 - distill) NLL + distill KL(p || q)
@@ -21,11 +21,11 @@ from transformers import PreTrainedModel
 
 from blockpruner.healing.settings import Train
 from blockpruner.model.models import head_of
-from blockpruner.scoring.losses import cut, log_probabilities
+from blockpruner.scoring.losses import log_probabilities, pieces
 from blockpruner.scoring.work import LOGITS_BYTES
 
 REST = 1e-6
-"""The least probability of all tokens that are not among the likeliest: float32 knows no smaller one beside 1."""
+"""The dense model's least probability of all tokens that are not among the likeliest; below it, rounding prevails."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class TrainingLoss:
                 given = [each[part] for each in told]
                 if self.teacher and self.recipe.likeliest is None:
                     given = [head_of(self.teacher)(given[0])]
-                tokens = cut(logits.detach(), targets[part], weight[part], *(each.to(home) for each in given))
+                tokens = pieces(logits.detach(), targets[part], weight[part], *(each.to(home) for each in given))
                 losses, nlls, slopes = (torch.cat(each) for each in zip(*starmap(self._of_tokens, tokens), strict=True))
             if train:
                 (gradients[part],) = torch.autograd.grad(logits, leaf, slopes)
@@ -95,7 +95,7 @@ class TrainingLoss:
         """
         log_q, share = log_probabilities(logits), self.recipe.distill if told else 0.0
         nll = -log_q.gather(-1, targets[:, None])[:, 0]
-        loss, slope = (1 - share) * nll, log_q.exp()
+        loss, slope = (1 - share) * nll if share < 1 else torch.zeros_like(nll), log_q.exp()
         if told:
             kl, wanted = (_kl if len(told) == 1 else _kl_of_likeliest)(log_q, *told)
             loss, slope = loss + share * kl, slope.sub_(wanted.mul_(share))
@@ -113,10 +113,10 @@ def _kl(log_q: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
 def _kl_of_likeliest(log_q: Tensor, places: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
     """The same of the tokens at some places [N, K], and of all others as one outcome, whose share of p is as in q."""
     places, log_p = places.long(), log_p.to(log_q.dtype)
-    log_best = log_q.gather(-1, places)
-    rest_p, rest_q = ((1 - each.exp().sum(-1, True)).clamp(min=REST) for each in (log_p, log_best))
-    kl = (log_p.exp() * (log_p - log_best)).sum(-1, True) + rest_p * (rest_p / rest_q).log()
-    return kl[:, 0], log_q.exp().mul_(rest_p / rest_q).scatter_(-1, places, log_p.exp())
+    p, others = log_p.exp(), log_q.exp().scatter_(-1, places, 0.0)
+    rest_p, rest_q = (1 - p.sum(-1, True)).clamp(min=REST), others.sum(-1, True).clamp(min=torch.finfo(p.dtype).tiny)
+    kl = (p * (log_p - log_q.gather(-1, places))).sum(-1, True) + rest_p * (rest_p / rest_q).log()
+    return kl[:, 0], others.mul_(rest_p / rest_q).scatter_(-1, places, p)
 
 
 def _states(model: PreTrainedModel, ids: Tensor, chosen: Tensor) -> Tensor:

@@ -19,12 +19,12 @@ PIECE_BYTES = 2 * 2**20
 """On a CPU, a loss takes so many bytes of logits at a time, which stay in the cache while it goes over them."""
 
 PIECE_TOKENS = 4
-"""A piece may have so many tokens, however large they are. Pieces are of like size, so each has at least two: torch
-divides a sum over a single token among its threads, and KL over 49,152 logits then has other bits."""
+"""A piece may have so many tokens, however large they are. Pieces are of like size, so none has one token alone: torch
+divides the sum over a single token among its threads, and KL over 49,152 logits then has other bits."""
 
 
-def cut(*given: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Logits and what else there is of each token: on a CPU of a few tokens at a time, else of all."""
+def pieces(*given: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Logits, and what else there is of each token, in pieces: of a few tokens each on a CPU, else all at once."""
     logits = given[0]
     item = max(4, logits.element_size())  # sums run in float32 at least
     most = max(PIECE_TOKENS, PIECE_BYTES // (logits.shape[-1] * item))
@@ -37,7 +37,7 @@ def in_pieces(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @wraps(loss)
     def computed(*given: Tensor) -> Tensor:
-        return torch.cat([loss(*piece) for piece in cut(*given)])
+        return torch.cat([loss(*piece) for piece in pieces(*given)])
 
     return computed
 

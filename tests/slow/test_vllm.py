@@ -93,8 +93,8 @@ TAKEN: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 32, "tie_word_embeddings": True, "query_pre_attn_scalar": 1200},
     "gemma3_text": {"head_dim": 32, "tie_word_embeddings": True},
 }
-"""What vLLM takes of a family, dense or not. Its attention on a CPU needs heads that are a multiple of 32 wide, and caps
-no logits of several hundred, which random weights have: it gives NaN."""
+"""What vLLM takes of a family, dense or not. Its attention on a CPU needs heads that are a multiple of 32 wide, and
+gives NaN where it caps logits of several hundred, which Gemma 2's random weights would reach."""
 
 
 def test_every_family_is_served_from_its_hf_checkpoint(tmp_path):
