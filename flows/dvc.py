@@ -72,7 +72,7 @@ def stale(stages: Sequence[str], show: Callable[[str], object]) -> frozenset[str
 
 
 def repro(stage: str, lock: int, show: Callable[[str], object], environment: Mapping[str, str] | None = None) -> bool:
-    """Run `dvc repro --single-item` on one stage; True if its command ran, False if nothing had changed.
+    """Run `dvc repro --single-item` on one stage; False if nothing changed, True if it ran or has earlier outputs back.
 
     Args:
         lock: the workspace's. dvc holds it, too: after a killed flow, its last stage ends before a new flow.
@@ -84,7 +84,7 @@ def repro(stage: str, lock: int, show: Callable[[str], object], environment: Map
         reasons = [found[1] for found in map(REASON.match, lines) if found]
         why = f": {reasons[-1]}" if reasons else f" (dvc ended with {code}); its output names the reason"
         raise StageError(f"stage {stage} failed{why}")
-    return any(line.startswith(f"Running stage '{stage}'") for line in lines)
+    return any(line.startswith((f"Running stage '{stage}'", f"Stage '{stage}' is cached")) for line in lines)
 
 
 def require_remotes(push: str | None, share: str | None) -> None:

@@ -12,7 +12,7 @@ import pytest
 from prefect.states import Completed, Failed
 
 from blockpruner.core.errors import InputError
-from flows import paper
+from flows import dvc, paper
 from flows import prune as prune_module
 from flows.dvc import require_remotes
 from flows.new_model import NewModel, add, source_of
@@ -93,6 +93,21 @@ def test_stages_start_behind_what_changed_and_are_left_out_behind_what_failed(
     states = run_stages(NEEDS, ["report"], stale.split(), 0, keep_going)
     assert [state.name for state in states.values()] == [words.get(word, word) for word in expected.split()]
     assert outcome(states).is_completed() == (not fails)
+
+
+@pytest.mark.parametrize(
+    ("line", "changed"),
+    [
+        ("Running stage 'train@a':", True),
+        ("Stage 'train@a' is cached - skipping run, checking out outputs", True),
+        ("Stage 'train@a' didn't change, skipping", False),
+        ("Running stage 'train@ab':", False),
+    ],
+)
+def test_a_stage_that_has_earlier_outputs_back_has_changed(monkeypatch, line, changed):
+    """Settings that come back bring outputs of the cache; what depends on them must be looked at."""
+    monkeypatch.setattr(dvc, "_follow", lambda *given: (0, [line]))
+    assert dvc.repro("train@a", 0, print) is changed
 
 
 def test_a_table_has_a_row_for_each_model_that_is_measured_or_failed(tmp_path, monkeypatch):
