@@ -61,7 +61,7 @@ class TrainingLoss:
             logits = head_of(self.model)(leaf)
             with torch.no_grad():
                 given = [each[part] for each in told]
-                if self.teacher and self.recipe.likeliest is None:
+                if self.teacher is not None and self.recipe.likeliest is None:
                     given = [head_of(self.teacher)(given[0])]
                 tokens = pieces(logits.detach(), targets[part], weight[part], *(each.to(home) for each in given))
                 losses, nlls, slopes = (torch.cat(each) for each in zip(*starmap(self._of_tokens, tokens), strict=True))
