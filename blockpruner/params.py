@@ -15,7 +15,7 @@ import yaml
 from blockpruner.checks import check_run, check_target
 from blockpruner.core.errors import InputError, named
 from blockpruner.core.settings import NAME, T, read_settings
-from blockpruner.methods.recipes import names
+from blockpruner.methods.recipes import RECOMMENDED, names, sections
 from blockpruner.methods.registry import method_names, options_model
 from blockpruner.settings import Params, Run, Sections, resolve
 
@@ -64,11 +64,15 @@ def load_run(name: str, directory: Path = Path("runs"), text: str | None = None)
 
 
 def read_values(path: Path, text: str | None = None) -> dict[str, Any]:
-    """The values of a run file, with those of each named source."""
-    found = with_sources(_read(path, text), named_sources(path.parent), f"{path}: ")
+    """The values of a run file, with those of each named source. Without `calibration` it has its recipe's."""
+    found = _read(path, text)
     if not isinstance(found, dict):
         raise InputError(f"{path} is no run file: it holds no keys", rule="yaml")
-    return found
+    score = found.get("score") or {}
+    method = score.get("method", RECOMMENDED) if isinstance(score, dict) else RECOMMENDED
+    if method in names():
+        found = {**sections(method, calibration={}, score={}), **found}
+    return dict(with_sources(found, named_sources(path.parent), f"{path}: "))
 
 
 def load_sections(run: str) -> Sections:

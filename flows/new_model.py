@@ -61,9 +61,9 @@ class NewModel(Frozen):
     def text(self) -> str:
         """The run file."""
         data = None if self.texts is None else source_of(self.texts)
-        values = {"model": source_of(self.model)} | sections(self.method, data=data, calibration={}, score={})
-        if self.train:
-            values["train"] = {key: value for key, value in values["calibration"].items() if key == "data"}
+        train = "all" if self.train else None
+        values: dict[str, Any] = {"model": source_of(self.model)}
+        values |= sections(self.method, data=data, calibration={}, score={}, train=train)
         if self.heldout is not None:
             values["evaluate"] = {"perplexity": {"data": source_of(self.heldout)}}
         values = merged(values, self.more)

@@ -88,7 +88,7 @@ def searched(
     Args:
         resources: of what a scorer scores; a model's own are counted.
     """
-    asked = request(read_settings(Score, score))
+    asked = request(read_settings(Score, {"method": "greedy", **score}))
     scorer: Any = model
     if isinstance(model, PreTrainedModel):
         scorer, resources = Engine(model, 24), resources or resources_of(model.config.to_dict())
@@ -136,7 +136,8 @@ def scored(
     """
     material = material_of(folder, scorer, config, **{key: score.pop(key) for key in MATERIAL if key in score})
     latency = None if times is None else lambda: times
-    counts = score_run(material, rows, read_settings(Score, score), budgets, folder / "scores", latency)
+    asked = read_settings(Score, {"method": "greedy", **score})
+    counts = score_run(material, rows, asked, budgets, folder / "scores", latency)
     return SimpleNamespace(**counts, current=Current.load(folder / "scores"))
 
 

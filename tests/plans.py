@@ -37,7 +37,7 @@ def plan_of(config: Mapping[str, Any] | Path, order: Sequence[str], /, **changes
     if isinstance(config, Path):
         config = read_json(config / "config.json")
     units = [parse_mask(unit) for unit in order]
-    current = Current("mask", "s", True, Score(), store={}, calibration={"rows": 3, "tokens": 30})
+    current = Current("mask", "s", True, Score(method="greedy"), store={}, calibration={"rows": 3, "tokens": 30})
     budget = f"{sum(map(len, units))}blocks"
     plan = choose(units, [2.0] * (len(units) + 1), config, budget, current)
     return replace(plan, **{"target": "t", "run": "r"} | changes)

@@ -19,9 +19,9 @@ class Latency(Frozen):
 
 
 class Score(Frozen):
-    """How the blocks to remove are found. The defaults are the paper's."""
+    """How the blocks to remove are found."""
 
-    method: str = "greedy"
+    method: str = "recommended"
     """A recipe (recommended, blockpruner, ...), a plain search, or a method that searches no mask."""
     unit: Literal["block", "layer", "shifted"] = "block"
     """What one step removes: a block, a layer, or an MLP with the MHA behind it (a shifted layer)."""

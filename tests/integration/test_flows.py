@@ -21,6 +21,7 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_H
 
 from blockpruner.core.errors import InputError
 from blockpruner.inputs.hub import hub_error
+from blockpruner.methods.recipes import training
 from blockpruner.params import load_params
 from blockpruner.settings import Target
 from blockpruner.store.locks import workspace
@@ -343,7 +344,7 @@ def test_a_new_model_is_written_made_and_pushed(project, server, tmp_path, monke
         "model": {"source": "path", "path": "models/mine"},
         "score": {"method": "recommended", "unit": "layer"},
         "calibration": {"data": {"source": "path", "path": "texts.txt"}, "split": "all", "num_rows": 16},
-        "train": {"data": {"source": "path", "path": "texts.txt"}},
+        "train": training("all") | {"data": {"source": "path", "path": "texts.txt"}},
         "evaluate": {"perplexity": {"data": {"source": "wikitext-2"}}, "zero_shot": {"limit": 7}},
     }
     subprocess.run([*remote, "modify", "team", "url", str(tmp_path / "remote")], check=True)

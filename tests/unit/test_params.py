@@ -9,11 +9,12 @@ from jsonschema import ValidationError, validate
 
 from blockpruner import versions
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import LocalModel, LocalTexts, MixedTexts
+from blockpruner.core.settings import LocalModel, LocalTexts, MixedTexts, read_settings
 from blockpruner.evaluation.settings import Evaluate, ZeroShot
 from blockpruner.healing.settings import Train
 from blockpruner.inputs.settings import Calibration
-from blockpruner.params import NO_RUNS, load_params, load_run, named_sources, run_schema
+from blockpruner.methods.recipes import sections
+from blockpruner.params import NO_RUNS, load_params, load_run, named_sources, run_schema, with_sources
 from blockpruner.scoring.settings import Score
 from blockpruner.settings import Sections, resolve
 from tests.errors import refused
@@ -84,9 +85,23 @@ def test_a_named_source_is_its_keys_and_those_of_the_run_file(tmp_path):
         assert error.value.value == name
 
 
+def test_a_run_file_has_the_recipe_of_the_command_and_the_texts_that_belong_to_it(tmp_path):
+    drawn = with_sources(sections("recommended", calibration={}, score={})["calibration"], named_sources())
+    for score, calibration in (
+        ("", drawn),
+        ("score: {method: narrow}", drawn),
+        ("score: {metric: js}\ncalibration: {num_samples: 8}", {"num_samples": 8}),
+        ("score: {method: shortgpt}", {}),
+    ):
+        (tmp_path / "r.yaml").write_text(f"model: {{source: path, path: m}}\n{score}\n")
+        run = load_run("r", tmp_path)
+        assert run.score.method == ("recommended" if "method" not in score else score.split()[2].rstrip("}"))
+        assert run.calibration == read_settings(Calibration, calibration)
+
+
 def test_the_llama_run_is_the_papers_setting_and_so_are_the_defaults():
     run = load_run("llama2-7b", ROOT / "runs")
-    assert run.model.repo == "meta-llama/Llama-2-7b-hf" and run.score == Score()
+    assert run.model.repo == "meta-llama/Llama-2-7b-hf" and run.score == Score(method="blockpruner")
     assert (run.calibration.num_samples, run.calibration.seq_len, run.calibration.seed) == (256, 2048, 42)
     assert (run.calibration.packing, run.calibration.split, run.model.dtype) == ("joined", "paper", "bfloat16")
     recover = run.train

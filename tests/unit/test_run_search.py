@@ -134,11 +134,11 @@ def test_a_budget_out_of_reach_is_refused_before_anything_is_computed(tmp_path, 
         scored(tmp_path, scorer, CONFIG, budgets, ROWS, **score)
     assert scorer.asked == []
     with pytest.raises(InputError, match=reachable):
-        require_budgets(Score(**score), CONFIG, budgets)
+        require_budgets(Score(**{"method": "greedy", **score}), CONFIG, budgets)
 
 
 def test_a_budget_that_needs_a_measurement_is_not_refused_before():
-    for score in (Score(), Score(method="laco", options={"count": 2})):
+    for score in (Score(method="greedy"), Score(method="laco", options={"count": 2})):
         require_budgets(score, CONFIG, ("1.5x",))
 
 
