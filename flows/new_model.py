@@ -15,7 +15,7 @@ from prefect.client.schemas.objects import State
 from pydantic import Field
 
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import Frozen, merged
+from blockpruner.core.settings import Frozen, merged, source_of
 from blockpruner.methods.recipes import RECOMMENDED, sections
 from blockpruner.params import load_run, named_sources
 from blockpruner.store.files import write_text
@@ -24,8 +24,7 @@ from flows.selection import BUDGETS, Chosen, Selection, choose
 
 RUNS = Path("runs")
 HEAD = "# yaml-language-server: $schema=schema.json\n# Written by the form of a new model.\n"
-FILES = (".jsonl", ".json", ".parquet", ".txt")
-WHERE = "a folder or file of the workspace, a name on the hub, or a name in a sources.yaml"
+WHERE = "a folder or file of the workspace, a name on the hub (NAME@REVISION), or a name in a sources.yaml"
 
 
 class NewModel(Frozen):
@@ -60,25 +59,16 @@ class NewModel(Frozen):
 
     def text(self) -> str:
         """The run file."""
-        data = None if self.texts is None else source_of(self.texts)
+        named = named_sources(RUNS)
+        data = None if self.texts is None else source_of(self.texts, named)
         train = "all" if self.train else None
-        values: dict[str, Any] = {"model": source_of(self.model)}
+        values: dict[str, Any] = {"model": source_of(self.model, named)}
         values |= sections(self.method, data=data, calibration={}, score={}, train=train)
         if self.heldout is not None:
-            values["evaluate"] = {"perplexity": {"data": source_of(self.heldout)}}
+            values["evaluate"] = {"perplexity": {"data": source_of(self.heldout, named)}}
         values = merged(values, self.more)
         require_inside(values)
         return HEAD + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
-
-def source_of(text: str) -> dict[str, str]:
-    """A source by its name, a file or folder, or a repository of the hub, as a run file names it."""
-    if text in named_sources(RUNS):
-        return {"source": text}
-    is_path = text.startswith((".", "/", "~")) or text.count("/") > 1  # a name on the hub has one
-    if is_path or Path(text).exists() or Path(text).suffix in FILES:
-        return {"source": "path", "path": text}
-    return {"source": "hub", "repo": text}
 
 
 def require_inside(values: Any) -> None:

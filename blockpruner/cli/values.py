@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import merged
+from blockpruner.core.settings import HUB, merged, source_of
 from blockpruner.methods.recipes import RECOMMENDED, sections, training
 
 OPTIONS = {
@@ -30,7 +30,6 @@ OPTIONS = {
 """The options that give a settings key."""
 
 KEY = re.compile(r"\b(?:calibration|score|evaluate|compensate|train|runtime)(?:\.[a-z_]+)+")
-HUB = re.compile(r"^(hf://|https://(huggingface\.co|hf\.co)/)")
 TAGS = re.compile(r"\.(hub|path|pypi|pypi-parts|mix)(?=\.)")
 """Kinds of source, which pydantic puts into the key of a mistake."""
 
@@ -41,17 +40,14 @@ def data_of(texts: Path | None, dataset: str | None) -> dict[str, Any] | None:
         raise InputError("--texts and --dataset are both given; give one", rule="texts-twice", key="calibration.data")
     if dataset is None:
         return None if texts is None else {"source": "path", "path": str(texts)}
-    repo, _, split = HUB.sub("", dataset).removeprefix("datasets/").partition(":")
+    repo, _, split = HUB.sub("", dataset).partition(":")
     return {"source": "hub", "repo": repo} | ({"split": split} if split else {})
 
 
 def model_of(text: str) -> dict[str, Any]:
-    """The source of a model: a folder; or a name on the hub or its address, perhaps with @ and a revision."""
-    repo, _, revision = HUB.sub("", text).partition("@")
-    is_path = text.startswith((".", "/", "~")) or repo.count("/") > 1  # a name on the hub has one
-    if is_path or Path(text).expanduser().is_dir():
-        return {"source": "path", "path": str(Path(text).expanduser().absolute())}
-    return {"source": "hub", "repo": repo} | ({"revision": revision} if revision else {})
+    """The source of a model, as `source_of` reads it, with the whole path of a folder."""
+    found = source_of(text)
+    return found | {key: str(Path(found[key]).expanduser().absolute()) for key in ("path",) if key in found}
 
 
 def values_of(

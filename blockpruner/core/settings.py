@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Mapping
-from pathlib import PurePath
+from collections.abc import Container, Mapping
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -19,11 +19,26 @@ from blockpruner.core.errors import InputError
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 """A name of a run or a target: DVC reads a dot as nesting."""
 
+HUB = re.compile(r"^(hf://|https://(huggingface\.co|hf\.co)/)(datasets/)?")
+FILES = (".jsonl", ".json", ".parquet", ".txt")
+
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
 class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=False, use_attribute_docstrings=True)
+
+
+def source_of(text: str, named: Container[str] = ()) -> dict[str, str]:
+    """A source in one string, as a run file has it: one of the names; a file or folder; or a name on the hub or its
+    address, perhaps with @ and a revision."""
+    if text in named:
+        return {"source": text}
+    repo, _, revision = HUB.sub("", text).partition("@")
+    is_path = text.startswith((".", "/", "~")) or repo.count("/") > 1  # a name on the hub has one
+    if is_path or Path(text).suffix in FILES or Path(text).expanduser().exists():
+        return {"source": "path", "path": text}
+    return {"source": "hub", "repo": repo} | ({"revision": revision} if revision else {})
 
 
 class Package(Frozen):

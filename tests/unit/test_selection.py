@@ -12,10 +12,12 @@ import pytest
 from prefect.states import Completed, Failed
 
 from blockpruner.core.errors import InputError
+from blockpruner.core.settings import source_of
+from blockpruner.params import named_sources
 from flows import dvc, paper
 from flows import prune as prune_module
 from flows.dvc import require_remotes
-from flows.new_model import NewModel, add, source_of
+from flows.new_model import NewModel, add
 from flows.prune import LEFT_OUT, main, outcome, results, run_here, run_stages
 from flows.selection import Chosen, Selection, choose, choose_study
 from tests.errors import refused
@@ -241,13 +243,15 @@ def test_what_a_form_may_not_ask_for_is_refused_and_nothing_written(project, cha
     [
         ("smollm2-135m", {"source": "smollm2-135m"}),
         ("meta-llama/Llama-2-7b-hf", {"source": "hub", "repo": "meta-llama/Llama-2-7b-hf"}),
+        ("https://hf.co/a/b@v2", {"source": "hub", "repo": "a/b", "revision": "v2"}),
+        ("hf://datasets/a/b", {"source": "hub", "repo": "a/b"}),
         ("models/a/b", {"source": "path", "path": "models/a/b"}),
         ("runs", {"source": "path", "path": "runs"}),
         ("absent.jsonl", {"source": "path", "path": "absent.jsonl"}),
     ],
 )
 def test_a_source_is_named_in_one_string(project, text, source):
-    assert source_of(text) == source
+    assert source_of(text, named_sources()) == source
 
 
 @pytest.mark.parametrize(
