@@ -10,8 +10,7 @@ A cell copies that, breaks the stage once, runs it again, and compares its outpu
 - `disk full`: the project is on a small file system with room for a share of what the stage writes. It is mounted, so
   this needs root and a mount namespace.
 
-Stages run in forks of this process. `every` verifies checkpoints within them: a process for each takes seconds.
-Prints a Markdown table; exits with 1 if a cell is not good.
+Stages run in forks; `every` verifies checkpoints within them. Prints Markdown; exits with 1 if a cell is not good.
 """
 
 from __future__ import annotations

@@ -2,10 +2,9 @@
 
     python -m benchmarks.serving
 
-The pruned models are those of the floating search in the study smollm2, compensated. It measures one sequence,
-with the prompt and new tokens of Table 6 of arXiv 2406.10594. An engine's models take turns within each repeat. Medians
-are shown, and their ratios to dense with 95 % intervals. It prints Markdown for docs/serving.md. It needs `python -m
-flows.paper --study smollm2` and `pip install '.[serve]'`. `make test-slow` prints the speed in vLLM.
+The pruned models are those of the floating search in the study smollm2, compensated: `python -m flows.paper --study
+smollm2` makes them. One sequence, of Table 6 of arXiv 2406.10594; an engine's models take turns within each repeat.
+Prints medians, and their ratios to dense with 95 % intervals, for docs/serving.md. Needs `pip install '.[serve]'`.
 """
 
 from __future__ import annotations

@@ -68,11 +68,9 @@ def read_values(path: Path, text: str | None = None) -> dict[str, Any]:
     found = _read(path, text)
     if not isinstance(found, dict):
         raise InputError(f"{path} is no run file: it holds no keys", rule="yaml")
-    score = found.get("score") or {}
-    method = score.get("method", RECOMMENDED) if isinstance(score, dict) else RECOMMENDED
-    if method in names():
-        found = {**sections(method, calibration={}, score={}), **found}
-    return dict(with_sources(found, named_sources(path.parent), f"{path}: "))
+    method = score.get("method") if isinstance(score := found.get("score"), dict) else None
+    own = sections(method if method in names() else RECOMMENDED, calibration={}, score={})
+    return dict(with_sources({**own, **found}, named_sources(path.parent), f"{path}: "))
 
 
 def load_sections(run: str) -> Sections:

@@ -61,9 +61,8 @@ class NewModel(Frozen):
         """The run file."""
         named = named_sources(RUNS)
         data = None if self.texts is None else source_of(self.texts, named)
-        train = "all" if self.train else None
-        values: dict[str, Any] = {"model": source_of(self.model, named)}
-        values |= sections(self.method, data=data, calibration={}, score={}, train=train)
+        own = sections(self.method, data=data, calibration={}, score={}, train="all" if self.train else None)
+        values = {"model": source_of(self.model, named), **own}
         if self.heldout is not None:
             values["evaluate"] = {"perplexity": {"data": source_of(self.heldout, named)}}
         values = merged(values, self.more)
