@@ -15,7 +15,7 @@ import yaml
 from blockpruner.checks import check_run, check_target
 from blockpruner.core.errors import InputError, named
 from blockpruner.core.settings import NAME, T, read_settings
-from blockpruner.methods.recipes import RECOMMENDED, names, sections
+from blockpruner.methods.recipes import RECIPES, completed, names
 from blockpruner.methods.registry import method_names, options_model
 from blockpruner.settings import Params, Run, Sections, resolve
 
@@ -57,20 +57,18 @@ def load_run(name: str, directory: Path = Path("runs"), text: str | None = None)
         known = ", ".join(run_names(directory)) or "none"
         message = f"run {name!r} is unknown: {path} does not exist; existing runs: {known}"
         raise InputError(message, rule="unknown-run", value=name)
-    run = read_settings(Run, read_values(path, text), f"{path}: ")
+    run = read_settings(Run, with_sources(completed(read_values(path, text)), named_sources(directory)), f"{path}: ")
     with named(f"{path}: "):
         check_run(run)
     return run
 
 
 def read_values(path: Path, text: str | None = None) -> dict[str, Any]:
-    """The values of a run file, with those of each named source. Without `calibration` it has its recipe's."""
-    found = _read(path, text)
+    """The values of a run file, with those of each named source."""
+    found = with_sources(_read(path, text), named_sources(path.parent), f"{path}: ")
     if not isinstance(found, dict):
         raise InputError(f"{path} is no run file: it holds no keys", rule="yaml")
-    method = score.get("method") if isinstance(score := found.get("score"), dict) else None
-    own = sections(method if method in names() else RECOMMENDED, calibration={}, score={})
-    return dict(with_sources({**own, **found}, named_sources(path.parent), f"{path}: "))
+    return found
 
 
 def load_sections(run: str) -> Sections:
@@ -143,6 +141,11 @@ def run_schema(named: Collection[str]) -> dict[str, Any]:
     }
     score = found["$defs"]["Score"]
     score["properties"]["method"]["enum"] = names()
+    paper = ", ".join(name for name, one in RECIPES.items() if one.published)
+    found["properties"]["calibration"] |= {  # also on the file that says when stages read settings anew
+        "default": completed({})["calibration"],
+        "description": f"Without `data`, its default. For these methods it is the paper's set: {paper}.",
+    }
     score["allOf"] = [  # the options of each method
         {
             "if": {"properties": {"method": {"const": name}}},

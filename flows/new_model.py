@@ -43,7 +43,7 @@ class NewModel(Frozen):
         default=RECOMMENDED,
         description=f"{RECOMMENDED}, blockpruner (the paper's), or a search of docs/methods.md.",
     )
-    train: bool = Field(default=False, description="Whether the model is trained after that, on the texts above.")
+    train: bool = Field(default=False, description="Whether all weights are then distilled, on the texts above.")
     more: dict[str, Any] = Field(
         default={},
         description='Any other keys of the run file (docs/methods.md), such as {"compensate": {"num_rows": 512}}. They '

@@ -16,7 +16,7 @@ import yaml
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import HUB, merged, source_of
-from blockpruner.methods.recipes import RECOMMENDED, sections, training
+from blockpruner.methods.recipes import RECOMMENDED, completed, sections, training
 
 OPTIONS = {
     key: f"--{key.rpartition('.')[2].replace('_', '-')}"
@@ -40,7 +40,7 @@ def data_of(texts: Path | None, dataset: str | None) -> dict[str, Any] | None:
         raise InputError("--texts and --dataset are both given; give one", rule="texts-twice", key="calibration.data")
     if dataset is None:
         return None if texts is None else {"source": "path", "path": str(texts)}
-    repo, _, split = HUB.sub("", dataset).partition(":")
+    repo, _, split = HUB.sub("", dataset).removeprefix("datasets/").partition(":")
     return {"source": "hub", "repo": repo} | ({"split": split} if split else {})
 
 
@@ -65,15 +65,16 @@ def values_of(
     if config is None:
         found = sections(method or RECOMMENDED, **given)
     else:
+        score = given["score"] | ({"method": method} if method else {})
+        compensate = {"method": given["compensate"]} if given["compensate"] else {}
+        more = {"calibration": given["calibration"], "score": score, "compensate": compensate}
+        found = merged(read_values(config.expanduser()), {key: value for key, value in more.items() if value})
+        found = completed(found, given["data"])
         own = {} if given["data"] is None else {"data": given["data"]}
-        found = read_values(config.expanduser())
+        found = merged(found, {"calibration": own} if own else {})
         if given["train"]:
             texts = found.get("train") or found.get("calibration") or {}
             found["train"] = training(given["train"]) | {key: texts[key] for key in ("data",) if key in texts} | own
-        calibration = own | given["calibration"]
-        score = given["score"] | ({"method": method} if method else {})
-        compensate = {"method": given["compensate"]} if given["compensate"] else {}
-        found = merged(found, {"calibration": calibration, "score": score, "compensate": compensate})
     for each in (others, *map(_set, sets)):
         for key, value in each.items():
             if key == "export":

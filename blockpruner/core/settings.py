@@ -34,7 +34,7 @@ def source_of(text: str, named: Container[str] = ()) -> dict[str, str]:
     address, perhaps with @ and a revision."""
     if text in named:
         return {"source": text}
-    repo, _, revision = HUB.sub("", text).partition("@")
+    repo, _, revision = HUB.sub("", text.rstrip("/")).partition("@")
     is_path = text.startswith((".", "/", "~")) or repo.count("/") > 1  # a name on the hub has one
     if is_path or Path(text).suffix in FILES or Path(text).expanduser().exists():
         return {"source": "path", "path": text}

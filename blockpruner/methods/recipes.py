@@ -210,10 +210,21 @@ def sections(
         rows = {} if "num_samples" in drawn else {"num_rows": OWN_ROWS}
         drawn = {"data": data, "split": "all", **rows, **drawn}
     elif not recipe(method).published:
-        drawn = {**MIXED, **drawn}
+        kept = ("data", "split") if "num_rows" in drawn else MIXED
+        drawn = {**{key: MIXED[key] for key in kept}, **drawn}
     found: dict[str, Any] = {"calibration": drawn, "score": {"method": method, **score}}
     if compensate is not None:
         found["compensate"] = {"method": compensate}
     if train is not None:
         found["train"] = training(train) | {key: drawn[key] for key in drawn if key == "data"}
     return found
+
+
+def completed(values: Mapping[str, Any], data: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The values of a run file. If it names no texts, they are those of `data`, or those that belong to its method."""
+    drawn, score = values.get("calibration", {}), values.get("score")
+    if not isinstance(drawn, Mapping) or "data" in drawn:
+        return dict(values)
+    method = score.get("method") if isinstance(score, Mapping) else None
+    own = sections(method if method in names() else RECOMMENDED, data=data, calibration=drawn, score={})
+    return {**values, "calibration": own["calibration"]}

@@ -38,8 +38,10 @@ def name_of(source: Any) -> str:
 
 def labels(settings: Sections) -> RunLabels:
     calibration, heldout, tasks, train = settings.calibration, settings.heldout, settings.zero_shot, settings.train
-    compensate, (method, own) = settings.compensate, next(iter(settings.score.items()))
-    kinds = dict.fromkeys(one.acceleration or "none" for one in searches(own.score).values())
+    compensate, ways = settings.compensate, dict[str, str]()
+    for method, own in settings.score.items():
+        kinds = dict.fromkeys(one.acceleration or "none" for one in searches(own.score).values())
+        ways[method] = ", ".join(EXACT.get(kind, kind) for kind in kinds)
     return RunLabels(
         name=name_of(settings.model),
         model=f"{origin(settings.model)}, {settings.model.dtype}",
@@ -59,5 +61,5 @@ def labels(settings: Sections) -> RunLabels:
         + f" of {origin(train.data)}, learning rate {train.learning_rate:g}, epochs {train.epochs}"
         if train
         else "",
-        search=f"{method}: " + ", ".join(EXACT.get(kind, kind) for kind in kinds),
+        search="; ".join(f"{method}: {how}" for method, how in ways.items()),
     )

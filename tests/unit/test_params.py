@@ -8,6 +8,7 @@ import yaml
 from jsonschema import ValidationError, validate
 
 from blockpruner import versions
+from blockpruner.cli.values import values_of
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import LocalModel, LocalTexts, MixedTexts, read_settings
 from blockpruner.evaluation.settings import Evaluate, ZeroShot
@@ -16,7 +17,7 @@ from blockpruner.inputs.settings import Calibration
 from blockpruner.methods.recipes import sections
 from blockpruner.params import NO_RUNS, load_params, load_run, named_sources, run_schema, with_sources
 from blockpruner.scoring.settings import Score
-from blockpruner.settings import Sections, resolve
+from blockpruner.settings import Run, Sections, resolve
 from tests.errors import refused
 
 ROOT = Path(__file__).parents[2]
@@ -90,8 +91,9 @@ def test_a_run_file_has_the_recipe_of_the_command_and_the_texts_that_belong_to_i
     for score, calibration in (
         ("", drawn),
         ("score: {method: narrow}", drawn),
-        ("score: {metric: js}\ncalibration: {num_samples: 8}", {"num_samples": 8}),
-        ("score: {method: shortgpt}", {}),
+        ("score: {metric: js}\ncalibration: {num_samples: 8}", drawn | {"num_samples": 8}),
+        ("calibration: {num_rows: 5}", {"data": drawn["data"], "split": "all", "num_rows": 5}),
+        ("score: {method: shortgpt}\ncalibration: {seed: 7}", {"seed": 7}),
     ):
         (tmp_path / "r.yaml").write_text(f"model: {{source: path, path: m}}\n{score}\n")
         run = load_run("r", tmp_path)
@@ -99,7 +101,18 @@ def test_a_run_file_has_the_recipe_of_the_command_and_the_texts_that_belong_to_i
         assert run.calibration == read_settings(Calibration, calibration)
 
 
-def test_the_llama_run_is_the_papers_setting_and_so_are_the_defaults():
+@pytest.mark.parametrize("method", [None, "recommended", "blockpruner"])
+@pytest.mark.parametrize("data", [None, {"source": "path", "path": "texts.txt"}])
+@pytest.mark.parametrize("train", [None, "all"])
+def test_a_run_file_of_a_model_alone_adds_nothing_to_the_options_of_the_command(tmp_path, method, data, train):
+    given = {"data": data, "calibration": {"seq_len": 99}, "score": {}, "compensate": None, "train": train}
+    (tmp_path / "r.yaml").write_text("model: {source: path, path: m}")
+    model = {"source": "path", "path": "m"}
+    own, plain = (values_of(file, [], {"model": model}, method, **given) for file in (tmp_path / "r.yaml", None))
+    assert read_settings(Run, own) == read_settings(Run, plain)
+
+
+def test_the_llama_run_is_the_papers_setting():
     run = load_run("llama2-7b", ROOT / "runs")
     assert run.model.repo == "meta-llama/Llama-2-7b-hf" and run.score == Score(method="blockpruner")
     assert (run.calibration.num_samples, run.calibration.seq_len, run.calibration.seed) == (256, 2048, 42)
