@@ -69,8 +69,7 @@ def prunings() -> dict[str, Pruning]:
 
 
 def exported(pruning: Pruning, form: str) -> Path:
-    facts = pruning.healed and pruning.healed.digest
-    out = MODELS / fingerprint([pruning.identity, facts]) / form
+    out = MODELS / fingerprint([pruning.identity, pruning.healed and pruning.healed.digest]) / form
     if not out.exists():
         EXPORTS[form].write(pruning, out)
     return out
@@ -84,7 +83,7 @@ def transformers_(directory: Path) -> tuple[int, Callable[[], Run]]:
         found = generate(model, prompt, NEW)
         return Run(found.prefill_seconds, found.decode_seconds, found.kv_cache_bytes)
 
-    return weights_bytes(directory), run
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors")), run
 
 
 def llama_cpp(precision: str) -> Callable[[Path], tuple[int, Callable[[], Run]]]:
@@ -103,10 +102,6 @@ def llama_cpp(precision: str) -> Callable[[Path], tuple[int, Callable[[], Run]]]
         return path.stat().st_size, run
 
     return opened
-
-
-def weights_bytes(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
 ENGINES: dict[str, tuple[str, Callable[[Path], tuple[int, Callable[[], Run]]]]] = {

@@ -99,10 +99,7 @@ EXPORTS: Registry[Export] = Registry(
             "transformers checkpoint",
             ("transformers", "vLLM"),
             HERE + "hf:export_hf",
-            commands=(
-                "blockpruner chat {path}",
-                "vllm serve {path} --host 127.0.0.1 --port 8000",
-            ),
+            commands=("blockpruner chat {path}", "vllm serve {path} --host 127.0.0.1 --port 8000"),
         ),
         Export(
             "nas",

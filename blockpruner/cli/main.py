@@ -60,8 +60,7 @@ Limit = Annotated[int, Option(metavar="N", min=1, help="The most tokens of an an
 TASKS = ",".join(ZeroShot().tasks)
 FILES = ".jsonl, .json or .parquet records with a text, or a .txt file."
 Unseen = Annotated[
-    Path | None,
-    Option(metavar="FILE", help=f"Texts that prune has not seen, to measure perplexity on: {FILES}"),
+    Path | None, Option(metavar="FILE", help=f"Texts that prune has not seen, to measure perplexity on: {FILES}")
 ]
 Written = Annotated[Path, Argument(metavar="DIR", help="A folder that prune or apply has written.")]
 Planned = Annotated[Path, Argument(metavar="PLAN", help="A checkpoint's folder, or the file of a plan.")]
@@ -128,8 +127,7 @@ def prune(
         str | None, Option(metavar="NAME", help="What a step removes: block, layer, shifted.", show_default="block")
     ] = None,
     metric: Annotated[
-        str | None,
-        Option(metavar="NAME", help="What a step keeps low (docs/methods.md).", show_default="perplexity"),
+        str | None, Option(metavar="NAME", help="What a step keeps low (docs/methods.md).", show_default="perplexity")
     ] = None,
     acceleration: Annotated[
         str | None,
@@ -137,11 +135,7 @@ def prune(
     ] = None,
     compensate: Annotated[
         str | None,
-        Option(
-            metavar="NAME",
-            help="Fit the weights that stay: refit, none.",
-            show_default="refit if recommended",
-        ),
+        Option(metavar="NAME", help="Fit the weights that stay: refit, none.", show_default="refit if recommended"),
     ] = None,
     train: Annotated[
         str | None,
@@ -160,8 +154,7 @@ def prune(
         int | None, Option(metavar="N", min=1, help="Copies of the model that score at once, by Ray.")
     ] = None,
     streaming: Annotated[
-        bool,
-        Option("--streaming", help="Score one layer at a time; healing and exports hold the whole model."),
+        bool, Option("--streaming", help="Score one layer at a time; healing and exports hold the whole model.")
     ] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Print what it would take; prune nothing.")] = False,
     as_json: AsJson = False,
@@ -365,10 +358,7 @@ def push(
 
 
 @app.command()
-def doctor(
-    cache: Annotated[Path, CACHE],
-    as_json: AsJson = False,
-) -> None:
+def doctor(cache: Annotated[Path, CACHE], as_json: AsJson = False) -> None:
     """Show what this machine has, and how to get what is missing. Exit code 1 if something needed is missing."""
     from blockpruner.cli import doctor as work
 

@@ -40,10 +40,7 @@ def write_page_of(checkpoint: Path, out: Path) -> None:
     pairs, _ = in_words(plan.kinds or {})
     tables = [_healing(healed["perplexity"])] if healed.get("perplexity") else []
     lost = [Facts("Perplexity by kind of text, after compensation", pairs)] if pairs else []
-    sections = [
-        Section("Verdict", (findings, *tables, *lost)),
-        Section("Removed blocks", tuple(_removed(plan))),
-    ]
+    sections = [Section("Verdict", (findings, *tables, *lost)), Section("Removed blocks", tuple(_removed(plan)))]
     facts = {
         "Folder": str(checkpoint),
         "Weights": size(weights),

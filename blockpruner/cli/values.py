@@ -69,9 +69,8 @@ def values_of(
         compensate = {"method": given["compensate"]} if given["compensate"] else {}
         more = {"calibration": given["calibration"], "score": score, "compensate": compensate}
         found = merged(read_values(config.expanduser()), {key: value for key, value in more.items() if value})
-        found = completed(found, given["data"])
         own = {} if given["data"] is None else {"data": given["data"]}
-        found = merged(found, {"calibration": own} if own else {})
+        found = merged(completed(found, given["data"]), {"calibration": own} if own else {})
         if given["train"]:
             texts = found.get("train") or found.get("calibration") or {}
             found["train"] = training(given["train"]) | {key: texts[key] for key in ("data",) if key in texts} | own
