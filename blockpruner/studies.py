@@ -17,8 +17,8 @@ from blockpruner.core.errors import InputError, named
 from blockpruner.core.settings import NAME, Frozen
 from blockpruner.healing.settings import CompensationMethod
 from blockpruner.methods.recipes import compensation, recipe
-from blockpruner.params import load_sections, read_file
-from blockpruner.settings import Target
+from blockpruner.params import load_run, read_file
+from blockpruner.settings import Target, resolve
 
 if TYPE_CHECKING:
     from blockpruner.reporting.paper.evidence import Row
@@ -118,8 +118,9 @@ def rows_of_study(study: Study, evidence: Path) -> list[Row]:
     from blockpruner.reporting.paper.evidence import Subject, read_rows  # loads much
     from blockpruner.reporting.paper.published import MODELS
 
-    runs, subjects = {run: load_sections(run) for run in study.runs}, []
-    for run, settings in runs.items():
+    runs, subjects = {}, []
+    for run in study.runs:
+        runs[run] = settings = resolve(load_run(run), [one for one in study.targets.values() if one.run == run])
         known, drawn = MODELS.get(getattr(settings.model, "repo", "")), settings.calibration
         samples = None if drawn.num_rows else drawn.num_samples
         name = known.name if known else None

@@ -287,6 +287,11 @@ def test_the_front_has_the_best_of_each_size(rows):
     ours = found[found["removed_pct"] > 15]["method"].tolist()
     assert ours[0] == twenty.iloc[0]["method"] and ours[-1] == "BlockPruner" and len(ours) == len(set(ours))
     assert set(ours) >= {"ShortGPT + refit + training", "BlockPruner + refit", "ShortGPT + refit"} - {ours[0]}
+    trained = frame[frame["target"] == "tiny-shortgpt-b20-refit-train"]
+    for recipe in ("other", "shortgpt"):  # a rival is of another recipe
+        more = trained.assign(recipe=recipe, method="worse", heldout_ppl=trained["heldout_ppl"] + 1)
+        listed = front(pd.concat([frame, more], ignore_index=True))["method"].tolist()
+        assert listed.count("worse") == (recipe == "other")
 
 
 def test_comparisons_are_paired_and_corrected_over_the_table(folder, rows):

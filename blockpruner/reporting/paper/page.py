@@ -32,8 +32,8 @@ from blockpruner.reporting.paper.tables import (
 from blockpruner.reporting.table import Number, Table, to_csv, to_latex, to_markdown
 
 FRONT_NOTE = (
-    "For each size: the best model by held-out perplexity, the best untrained, its best rival healed alike, and plain "
-    "BlockPruner; of several runs, the first. Brackets are 95 % intervals over rows of text, ± is one standard error."
+    "Of each size: the best trained and untrained model by held-out perplexity, each with its best rival healed alike, "
+    "and plain BlockPruner. Of several runs, the first. Brackets are 95 % intervals over rows, ± is one standard error."
 )
 
 

@@ -127,7 +127,7 @@ def bands(frame: pd.DataFrame) -> list[pd.DataFrame]:
 
 
 def front(frame: pd.DataFrame) -> pd.DataFrame:
-    """Choose for each size: the best model, the best that is not trained, its best rival healed alike, BlockPruner.
+    """Choose for each size: the best trained and untrained model, each with its best rival healed alike; BlockPruner.
 
     Best is the lowest held-out perplexity.
     """
@@ -146,14 +146,13 @@ def front(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _chosen(band: pd.DataFrame) -> list[int]:
     """Choose the rows of one size, from those sorted by perplexity."""
-    untrained = band[~band["healing"].str.contains("training")]
-    best = untrained.iloc[:1]
-    if len(best):
-        same, rival = untrained["healing"] == best["healing"].iloc[0], untrained["recipe"] != best["recipe"].iloc[0]
-        best = pd.concat([best, untrained[same & rival].iloc[:1]])
+    trained, picked = band["healing"].str.contains("training"), list[pd.DataFrame]()
+    for own in (band[trained], band[~trained]):
+        best = own.iloc[:1]
+        rivals = own[own["healing"].isin(best["healing"]) & ~own["recipe"].isin(best["recipe"])]
+        picked += [best, rivals.iloc[:1]]
     plain = band[(band["recipe"] == BLOCKPRUNER) & (band["healing"] == "")]
-    picked = pd.concat([band.iloc[:1], best, plain.iloc[:1]])
-    return list(dict.fromkeys(picked.index.tolist()))
+    return list(dict.fromkeys(pd.concat([*picked, plain.iloc[:1]]).index.tolist()))
 
 
 @dataclass(frozen=True)
