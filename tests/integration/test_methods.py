@@ -57,7 +57,7 @@ def project(shared, monkeypatch):
 
 def choose(project, section, budget):
     path = project / "runs" / "tiny.yaml"
-    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"score": section}))
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"score": {"method": "greedy"} | section}))
     set_targets(project, {"t": budget})
     settings.main("tiny")
 
