@@ -47,7 +47,9 @@ def data_of(texts: Path | None, dataset: str | None) -> dict[str, Any] | None:
 def model_of(text: str) -> dict[str, Any]:
     """The source of a model, as `source_of` reads it, with the whole path of a folder."""
     found = source_of(text)
-    return found | {key: str(Path(found[key]).expanduser().absolute()) for key in ("path",) if key in found}
+    if "path" in found:
+        found["path"] = str(Path(found["path"]).expanduser().absolute())
+    return found
 
 
 def values_of(

@@ -20,7 +20,9 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 """A name of a run or a target: DVC reads a dot as nesting."""
 
 HUB = re.compile(r"^(hf://|https://(huggingface\.co|hf\.co)/)(datasets/)?")
+"""What an address of the hub begins with."""
 FILES = (".jsonl", ".json", ".parquet", ".txt")
+"""What a file of texts ends with."""
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 

@@ -39,7 +39,7 @@ from blockpruner.scoring.settings import Score
 from blockpruner.settings import Run, Target, resolve
 from blockpruner.store.files import read_json, write_sealed_json, write_table
 from blockpruner.store.plans import save_plan
-from blockpruner.studies import Study, load_study, study_names, targets_of
+from blockpruner.studies import Study, load_study, rows_of_study, study_names, targets_of
 from tests.builders import speed_facts
 from tests.errors import refused
 
@@ -292,6 +292,12 @@ def test_the_front_has_the_best_of_each_size(rows):
         more = trained.assign(recipe=recipe, method="worse", heldout_ppl=trained["heldout_ppl"] + 1)
         listed = front(pd.concat([frame, more], ignore_index=True))["method"].tolist()
         assert listed.count("worse") == (recipe == "other")
+
+
+def test_conditions_name_every_search_of_a_study(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    said = rows_of_study(load_study("smollm2-draws"), tmp_path)[0].subject.labels.search
+    assert said == "narrow: exact; greedy-layers: lazy + race"
 
 
 def test_comparisons_are_paired_and_corrected_over_the_table(folder, rows):
