@@ -132,8 +132,9 @@ class World:
         """Write a run file and params.yaml, then fetch and calibrate. Targets: <name>-t0, <name>-t1, ..., by budget."""
         sections = {
             "model": {"source": "path", "path": str(self.model(variant).relative_to(self.root)), "dtype": dtype},
-            "calibration": CALIBRATION, "score": {"method": "greedy"}, "evaluate": EVALUATE, "train": None,
+            "calibration": CALIBRATION, "score": {}, "evaluate": EVALUATE, "train": None,
         } | own  # fmt: skip
+        sections["score"] = {"method": "greedy"} | sections["score"]
         (self.root / "runs" / f"{name}.yaml").write_text(yaml.safe_dump(sections))
         targets = {
             f"{name}-t{i}": {"run": name, "budget": budget, "train": bool(sections["train"])}
@@ -149,12 +150,12 @@ class World:
     def scored(self, name: str, section: Mapping[str, Any]) -> Path:
         """Score a run that was started by another section; the folder of its search."""
         path = self.root / "runs" / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"score": dict(section)}))
+        section = {"method": "greedy"} | dict(section)
+        path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"score": section}))
         settings.main(name)
         with made_up_times():
             score.main(name)
-        method = section.get("method", "greedy")
-        folder = Path("data/scores") / name / method / method
+        folder = Path("data/scores") / name / section["method"] / section["method"]
         return folder / read_json(folder / "current.json")["search"]
 
     def built(self, name: str, budgets: Sequence[str] = ("2blocks",), until: Any = materialize, **own: Any) -> None:
