@@ -29,5 +29,5 @@ EXPORT_VERSION = 8
 EVAL_VERSION = 4
 """Perplexities, task scores, sample texts and timings. Part of the key of every stored result."""
 
-REPORT_VERSION = 15
+REPORT_VERSION = 16
 """Tables, figures and pages made from results."""
