@@ -105,7 +105,7 @@ class Pruned:
     """The argument, pruned in place."""
     tokenizer: Any
     plan: Plan
-    """What was removed, in order."""
+    """What was removed, and the size of what is left. `order` is empty where channels are removed and no blocks."""
     steps: tuple[Iteration, ...]
     """The scores of every step of the search."""
     stability: tuple[Stability | None, ...]
@@ -117,6 +117,11 @@ class Pruned:
     """What was done to the weights that stay, in words, and perplexities of rows held out from it; None for nothing."""
     base: _Base
     """What exports take over from the dense model beside its weights."""
+
+    @property
+    def taken_out(self) -> str:
+        """What was removed, in words: "9 MHA + 2 MLP", "channels of 26 MLPs"."""
+        return KINDS[self.plan.kind].taken_out(self.plan)
 
     def evaluate(self, texts: Sequence[str], **settings: Any) -> HeldOutPerplexity:
         """The perplexity on texts that `prune` has not seen; the settings are those of `blockpruner.evaluate`."""

@@ -1,7 +1,8 @@
-"""`python -m blockpruner.reporting.paper.publish [STUDY]`: the results of a study into docs/.
+"""`python -m blockpruner.reporting.paper.publish [STUDY ...]`: the results of studies into docs/.
 
-With a study it copies results.md to docs/, and tables and figures to docs/results/. Then, and without a study, it fills
-every marked block of README.md and docs/*.md from docs/results/<name>.csv:
+The first study's results.md goes to docs/, its tables and figures to docs/results/; those of any other have a folder of
+their own there. Then, and without a study, every marked block of README.md and docs/*.md is filled from
+docs/results/<name>.csv:
 
     <!-- table: front -->
     ...
@@ -25,28 +26,20 @@ from blockpruner.store.files import write_text
 BLOCK = re.compile(r"(?P<indent>[ ]*)<!-- table: (?P<name>[\w-]+) -->\n.*?(?P=indent)<!-- /table -->", re.DOTALL)
 
 
-def publish(study: str, root: Path = Path()) -> None:
-    """Copy the results of a study to docs/.
-
-    Raises:
-        InputError: its tables are not made.
-    """
-    source, out = root / "data" / "tables" / study, root / "docs" / "results"
+def publish(study: str, root: Path = Path(), place: str = "docs") -> None:
+    """Copy the results of a study to a folder; raises InputError if its tables are not made."""
+    source, out = root / "data" / "tables" / study, root / place / "results"
     if not (source / "results.md").exists():
         fix = f"`python -m flows.paper --study {study}` makes it"
         raise InputError(f"{source} has no results.md; {fix}", rule="no-results", value=study)
     out.mkdir(parents=True, exist_ok=True)
     for path in (*source.glob("tables/*.csv"), *source.glob("plots/*.png")):
         shutil.copy(path, out / path.name)
-    shutil.copy(source / "results.md", root / "docs" / "results.md")
+    shutil.copy(source / "results.md", root / place / "results.md")
 
 
 def filled(text: str, folder: Path) -> str:
-    """Fill the marked blocks of a page from the CSV files of `folder`.
-
-    Raises:
-        InputError: a block names a table that is not there.
-    """
+    """Fill the marked blocks of a page from the CSV files of `folder`; raises InputError if one is not there."""
 
     def table(found: re.Match[str]) -> str:
         path = folder / f"{found['name']}.csv"
@@ -77,8 +70,8 @@ def fill(root: Path = Path()) -> list[Path]:
 
 def main(arguments: list[str]) -> int:
     try:
-        for study in arguments:
-            publish(study)
+        for number, study in enumerate(arguments):
+            publish(study, place=f"docs/results/{study}" if number else "docs")
         for path in fill():
             print(f"written: {path}")
     except InputError as error:

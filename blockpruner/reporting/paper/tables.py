@@ -384,8 +384,8 @@ def _items(row: Row) -> tuple[str, ...]:
     return row.subject.model, labels.heldout, labels.tasks
 
 
-DRAWS_NOTE = "Geometric means over runs of one model, on the same items and text; t intervals over runs."
-RIVAL_NOTE = "The best rival is another method at the same budget, healed alike, in the runs that have both."
+DRAWS_NOTE = "Geometric means over runs of one model; t intervals over runs. All are on the same items and rows of text."
+RIVAL_NOTE = "The best rival of a budget's best method is another one, healed alike, in the runs that have both."
 
 
 def draws(frame: pd.DataFrame) -> list[Table]:
@@ -407,7 +407,8 @@ def draws(frame: pd.DataFrame) -> list[Table]:
             ]
             if against := [ratio for ratio in against if len(ratio) > 1]:
                 worst = max(against, key=lambda ratio: np.log(ratio).mean())
-                line |= {"rival": f"{worst.name}, {len(worst)} runs"} | _mean_ratio("rival_x", worst)
+                if np.log(worst).mean() < 0:  # the best of its budget
+                    line |= {"rival": f"{worst.name}, {len(worst)} runs"} | _mean_ratio("rival_x", worst)
             lines.append(line)
             kinds.append(of | {key: value for interval_ in times.values() for key, value in interval_.items()})
     rival = f"{DRAWS_NOTE} {RIVAL_NOTE}" if any("rival" in line for line in lines) else DRAWS_NOTE
