@@ -33,7 +33,7 @@ from blockpruner.reporting.table import Number, Table, to_csv, to_latex, to_mark
 
 FRONT_NOTE = (
     "Of each size: the best trained and untrained model by held-out perplexity, each with its best rival healed alike, "
-    "and plain BlockPruner if it was measured. Of several runs, the first. Brackets: 95 % over rows; ±: a standard error."
+    "and plain BlockPruner if it was measured. Of several runs, the first. Brackets: 95 % over rows; ±: standard error."
 )
 
 

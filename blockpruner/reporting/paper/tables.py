@@ -384,7 +384,7 @@ def _items(row: Row) -> tuple[str, ...]:
     return row.subject.model, labels.heldout, labels.tasks
 
 
-DRAWS_NOTE = "Geometric means over runs of one model; t intervals over runs. All are on the same items and rows of text."
+DRAWS_NOTE = "Geometric means over runs of one model; t intervals over runs. All have the same items and rows of text."
 RIVAL_NOTE = "The best rival of a budget's best method is another one, healed alike, in the runs that have both."
 
 
