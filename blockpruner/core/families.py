@@ -300,7 +300,8 @@ FAMILIES: Registry[Family] = Registry(
         ),
     ],
     key="model_type",
-    hint='A new one is one row in blockpruner/core/families.py (docs/architecture.md, "Model families")',
+    hint='A new one is one row in blockpruner/core/families.py (docs/architecture.md, "Model families"). '
+    "Of a pruned model, prune the dense one by more: its scores are kept",
 )
 
 

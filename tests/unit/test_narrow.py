@@ -223,15 +223,20 @@ def test_what_costs_least_leaves_first(wanted, widths):
     assert {name: len(parse_channels(text)) for name, text in found["channels"].items()} == widths
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_no_other_widths_cost_less(seed):
-    """Against all combinations of three MLPs' widths, where each step costs more than the one before."""
-    draw, names = np.random.default_rng(seed), ("mlp.0", "mlp.1", "mlp.2")
-    losts = {name: [0.0, *np.sort(draw.exponential(size=3)).cumsum()] for name in names}
-    known = {name: narrowest(*lost[1:]) for name, lost in losts.items()}
+@pytest.mark.parametrize("costs", [*range(20), "llama", "gpt_neox", "gemma3_text"])
+def test_no_other_widths_cost_less(costs):
+    """Against all combinations of three MLPs' widths, where each step costs more than the one before: of costs that are
+    drawn, and of those of tiny models."""
+    if isinstance(costs, int):
+        draw = np.random.default_rng(costs)
+        known = {f"mlp.{n}": narrowest(*np.sort(draw.exponential(size=3)).cumsum()) for n in range(3)}
+    else:
+        known = by_cost(list(measure_levels(tiny_model(costs, 3), ROWS.rows[:10], 12, (), SilentObserver())))
+    losts = [[0.0, *(width.cost for width in widths)] for widths in known.values()]
+    assert all((np.diff(lost, 2) > 0).all() for lost in losts)
     for steps in range(1, 10):
         found = choose(known, tiny_model().config.to_dict(), 12 * steps)
-        enumerated = (sum(losts[name][n] for name, n in zip(names, each, strict=True))
+        enumerated = (sum(lost[n] for lost, n in zip(losts, each, strict=True))
                       for each in product(range(4), repeat=3) if sum(each) == steps)  # fmt: skip
         assert found["cost"] == pytest.approx(min(enumerated))
         assert sum(48 - len(parse_channels(text)) for text in found["channels"].values()) == 12 * steps

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.func import functional_call
 
-from blockpruner.core.blocks import parse_mask
+from blockpruner.core.blocks import parse_block, parse_mask
 from blockpruner.core.errors import InputError, NonFiniteLossError, StorageError
 from blockpruner.core.progress import SilentObserver
 from blockpruner.healing import loss, trainer
@@ -20,6 +20,7 @@ from blockpruner.healing.settings import Train
 from blockpruner.healing.trainer import train_
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import prune_
+from blockpruner.model.narrow import narrow_
 from blockpruner.scoring import losses
 from tests.tiny import GRID, full_nll, tiny_model, tiny_tokenizer, tolerance
 
@@ -171,10 +172,11 @@ def test_rows_are_seen_once_an_epoch_in_a_seeded_order(tmp_path):
 
 
 @pytest.mark.parametrize("weights", ["lora", "all"])
-@pytest.mark.parametrize("variant", GRID)
+@pytest.mark.parametrize("variant", [*GRID, "narrow"])
 def test_what_is_trained_learns_and_nothing_else(tmp_path, variant, weights):
     """Every linear layer but the head; or all weights but embeddings and head."""
-    model = pruned(variant, torch.float32)
+    narrow = {parse_block("mlp.1"): range(5, 20)}
+    model = narrow_(tiny_model(dtype=torch.float32), narrow) if variant == "narrow" else pruned(variant, torch.float32)
     kind, config, names = type(model), model.config.to_dict(), [name for name, _ in model.named_modules()]
     before, ends = weights_of(model), (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
     if weights == "lora":
