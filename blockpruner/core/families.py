@@ -301,7 +301,7 @@ FAMILIES: Registry[Family] = Registry(
     ],
     key="model_type",
     hint='A new one is one row in blockpruner/core/families.py (docs/architecture.md, "Model families"). '
-    "Of a pruned model, prune the dense one by more: its scores are kept",
+    "A pruned model is not pruned again: prune its dense model by more (its scores are kept)",
 )
 
 

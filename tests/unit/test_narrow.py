@@ -79,6 +79,8 @@ def test_a_narrow_model_is_the_dense_one_with_zeros(variant, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", trust_remote_code=True, dtype=torch.float64)
     assert torch.equal(loaded(IDS).logits, pruned(IDS).logits)
     assert loaded.config.mlp_widths == [48, 17, 48, 3]
+    with pytest.raises(InputError, match="prune its dense model by more"):
+        FAMILIES[loaded.config.model_type]
     assert loaded.num_parameters() == pruned.num_parameters() == narrow_plan(config, KEPT).parameters["pruned"]
 
 

@@ -500,7 +500,10 @@ def test_runs_that_differ_by_their_draw_are_summed_up(tmp_path):
     against = [mine - theirs for mine, theirs in zip(effects[1::4], effects[2::4], strict=True)]
     best, behind = (found, other) if np.mean(against) < 0 else (other, found)
     assert best["rival"] == f"{behind['method']}, 3 runs" and behind["rival"] is behind["rival_x"] is None
-    assert best["rival_x"] == pytest.approx(np.exp(-abs(np.mean(against))))
+    of_runs = np.array([run.mean() for run in against]) * -np.sign(np.mean(against))
+    interval = stats.t.interval(0.95, 2, of_runs.mean(), stats.sem(of_runs))
+    assert best["rival_x"] == pytest.approx(np.exp(of_runs.mean()))
+    assert [best["rival_x_low"], best["rival_x_high"]] == pytest.approx(np.exp(interval))
     found |= kinds
     for key, part in (("heldout_x", slice(None)), ("stories_x", slice(0, 6, 2)), ("program text_x", slice(1, 6, 2))):
         means = [rise[part].mean() for rise in rises]
