@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from blockpruner.checkpoints.hf import export_hf
 from blockpruner.checkpoints.nas import export_nas
-from blockpruner.core.blocks import format_channels, parse_block, parse_channels
+from blockpruner.core.blocks import format_channels, parse_block, parse_channels, parse_mask
 from blockpruner.core.budgets import parse_budget
 from blockpruner.core.errors import InputError, UnreachableError
 from blockpruner.core.families import FAMILIES, count_parameters
@@ -26,7 +26,7 @@ from blockpruner.methods.healed import set_weights_
 from blockpruner.methods.narrow import levels as narrowing
 from blockpruner.methods.narrow.kind import NarrowOptions, choose, require_widths, step_of
 from blockpruner.methods.narrow.levels import Width, by_cost, levels, measure_levels
-from blockpruner.model.models import decoder_layers, load_model, model_family, shared_copy
+from blockpruner.model.models import decoder_layers, load_model, masked, model_family, shared_copy
 from blockpruner.model.narrow import narrow_, narrowed
 from blockpruner.scoring.engine import Engine
 from tests.builders import scored
@@ -82,6 +82,19 @@ def test_a_narrow_model_is_the_dense_one_with_zeros(variant, tmp_path):
     with pytest.raises(InputError, match="prune its dense model by more"):
         FAMILIES[loaded.config.model_type]
     assert loaded.num_parameters() == pruned.num_parameters() == narrow_plan(config, KEPT).parameters["pruned"]
+
+
+@pytest.mark.parametrize("variant", NARROW)
+def test_an_mlp_without_any_channel_is_a_removed_block(variant):
+    """To the bit: zeros in place of all channels, and of the bias of the writer."""
+    model = tiny_model(variant)
+    emptied = with_zeros(model, {"mlp.2": ()})
+    for name, weight in decoder_layers(emptied)[2].named_parameters():
+        if name.endswith(f"{model_family(model).mlp.output}.bias"):
+            weight.data.zero_()
+    with masked(model, parse_mask("mlp.2")) as lent:
+        assert torch.equal(lent(IDS).logits, emptied(IDS).logits)
+    assert not torch.equal(model(IDS).logits, emptied(IDS).logits)
 
 
 @pytest.mark.parametrize("kept", [{"mlp.4": (1,)}, {"mha.1": (1,)}, {"mlp.1": ()}, {"mlp.1": (1, 48)}])
