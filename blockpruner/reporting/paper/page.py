@@ -107,7 +107,7 @@ def verdict(frame: pd.DataFrame) -> list[str]:
         dense = own[own["recipe"] == DENSE].iloc[0]
         sizes = bands(own)
         for band in sizes[:3]:
-            found.append(several + _size(band, dense))
+            found.append(several + _size(band))
         if not sizes:
             continue
         pruned = pd.concat(sizes)
@@ -123,10 +123,9 @@ def verdict(frame: pd.DataFrame) -> list[str]:
     return found
 
 
-def _size(band: pd.DataFrame, dense: pd.Series[float]) -> str:
+def _size(band: pd.DataFrame) -> str:
     def quality(row: pd.Series[float]) -> str:
-        times = written(row["heldout_ppl"] / dense["heldout_ppl"], 2)
-        return f"{written(row['heldout_ppl'], 2)} ({times} × dense)"
+        return f"{written(row['heldout_ppl'], 2)} ({written(row['heldout_x'], 2)} × dense)"
 
     best = band.loc[band["heldout_ppl"].idxmin()]
     plain = band[(band["recipe"] == BLOCKPRUNER) & (band["healing"] == "") & (band.index != best.name)]
