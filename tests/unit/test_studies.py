@@ -545,6 +545,8 @@ def test_a_study_writes_its_tables_figures_and_pages(written, rows):
     page, html = (out / "results.md").read_text(), (out / "index.html").read_text()
     assert page.startswith("# A study\n") and page.count("![") == 2 and page.count("instructions") == 1
     assert len(found := verdict(models_frame(rows))) <= 5 and not any("first runs" in line for line in found)
+    sizes = [line for line in verdict(models_frame(rows).assign(heldout_x=1.5)) if "lowest" in line]
+    assert sizes and all(" (1.50 × dense)" in line for line in sizes), "of each run's own dense model"
     assert "&lt;tiny&gt;" in html and "<tiny>" not in html
 
 
