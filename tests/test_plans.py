@@ -49,7 +49,7 @@ def tiny_of(plan, folder):
     """A tiny model of a plan's depth, and the plan as it would be for that model's shape."""
     model = save_tiny(folder / "tiny", layers=plan.layers)
     if plan.cut.channels:
-        return model, replace(narrow_plan(model, dict.fromkeys(plan.details["channels"], range(20))), base=plan.base)
+        return model, narrow_plan(model, dict.fromkeys(plan.details["channels"], range(20)))
     return model, plan_of(model, plan.order, base=plan.base, calibration=plan.calibration, nested=plan.nested)
 
 
@@ -92,16 +92,16 @@ def test_apply_takes_it(file, place, tmp_path):
     assert file.stat().st_size < 30_000 and "/home" not in file.read_text()
     plan = load_plan(file)
     model, fitting = tiny_of(plan, tmp_path)
-    save_plan(fitting, tmp_path / "plan.json")
+    save_plan(replace(fitting, base=f"a/tiny@{SHA}"), tmp_path / "plan.json")
     with pytest.raises(InputError, match=r"is of another model: its base is .*; give the model"):
         place.apply(read(place, model), file, tmp_path / "refused")
-    if "@" in plan.base:
-        assert place.apply(read(place, model), tmp_path / "plan.json", tmp_path / "out")["written"][0]["verified"]
-        assert place.observer.lines[-1].endswith("only the shape was compared")
-        loaded = load_model(tmp_path / "out", "float32", trust_remote_code=True)
-        left = [sum(hasattr(layer, name) and any(True for _ in getattr(layer, name).parameters())
-                    for layer in decoder_layers(loaded)) for name in ("self_attn", "mlp")]  # fmt: skip
-        assert left == [plan.layers - plan.blocks["mha"], plan.layers - plan.blocks["mlp"]]
+    assert place.apply(read(place, model), tmp_path / "plan.json", tmp_path / "out")["written"][0]["verified"]
+    assert place.observer.lines[-1].endswith("only the shape was compared")
+    loaded = load_model(tmp_path / "out", "float32", trust_remote_code=True)
+    left = [sum(hasattr(layer, name) and any(True for _ in getattr(layer, name).parameters())
+                for layer in decoder_layers(loaded)) for name in ("self_attn", "mlp")]  # fmt: skip
+    assert left == [plan.layers - plan.blocks["mha"], plan.layers - plan.blocks["mlp"]]
+    assert sum(width == 20 for width in getattr(loaded.config, "mlp_widths", None) or ()) == len(plan.cut.channels)
 
 
 @pytest.mark.usefixtures("in_process")
