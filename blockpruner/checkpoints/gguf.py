@@ -24,7 +24,7 @@ from blockpruner.checkpoints import verify_llama_cpp
 from blockpruner.checkpoints.card import base_of, model_card
 from blockpruner.checkpoints.hf import save_other_files
 from blockpruner.checkpoints.packing import PackedModel, pack_model, require_fit
-from blockpruner.checkpoints.verification import in_float32, limited, reference_outputs, write_verified
+from blockpruner.checkpoints.verification import limited, reference_outputs, write_verified
 from blockpruner.checkpoints.vocabulary import vocabulary
 from blockpruner.core.errors import InputError, extra
 from blockpruner.inputs.checkpoints import licence_of
@@ -92,8 +92,7 @@ def export_gguf(pruning: Pruning, out: Path, quantizations: Sequence[str] = ()) 
 
     def note(reduced: PreTrainedModel, reference: Path) -> None:
         narrow = torch.tensor(reduced.dtype != torch.float32)
-        with in_float32(reduced):  # a pass in bfloat16 errs as much as 8 bits do, and would hide a fault of a file
-            save_file(reference_outputs(reduced, plan) | more | {"narrow": narrow}, reference)
+        save_file(reference_outputs(reduced, plan) | more | {"narrow": narrow}, reference)
 
     def write_all(directory: Path, reference: Path) -> float:
         pruned = pruning.prune_(model, partial(note, reference=reference))

@@ -7,7 +7,6 @@ hf export, and `verification.json` from mlx-lm in a fresh process. A directory t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from blockpruner.checkpoints import verify_mlx
 from blockpruner.checkpoints.card import model_card
 from blockpruner.checkpoints.hf import save_other_files
 from blockpruner.checkpoints.packing import PackedModel, pack_model, require_fit
-from blockpruner.checkpoints.verification import in_float32, reference_outputs, write_verified
+from blockpruner.checkpoints.verification import reference_outputs, write_verified
 from blockpruner.core.plan import Plan
 from blockpruner.methods.apply import Pruning
 from blockpruner.model.classes import read_config
@@ -59,12 +58,8 @@ def export_nas(pruning: Pruning, out: Path) -> None:
     require_fit("nas", config.to_dict(), plan, dtype=(pruning.dtype, DTYPES), head_dim=(head, (width,)))
     model, narrow = pruning.load_for_export(), getattr(torch, pruning.dtype)
 
-    def note(reduced: PreTrainedModel, reference: Path) -> None:
-        with in_float32(reduced):  # two engines may round differently in 16 bits, by more than a fault would change
-            save_file(reference_outputs(reduced, plan), reference)
-
     def write(directory: Path, reference: Path) -> float:
-        pruned = pruning.prune_(model, partial(note, reference=reference))
+        pruned = pruning.prune_(model, lambda reduced: save_file(reference_outputs(reduced, plan), reference))
         blocks = pack_model(pruned)
         wide = nas_weights(pruned, blocks)
         weights = {name: weight.to(narrow) for name, weight in wide.items()}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blockpruner.checkpoints.registry import READABLE
-from blockpruner.checkpoints.verification import in_float32
+from blockpruner.checkpoints.verify import in_float32
 from blockpruner.core.blocks import BlockId, BlockKind, Mask, pack_layers
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan

@@ -8,26 +8,58 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 ENGINE = "transformers"
 """The Python module that runs the checkpoint."""
 
 
+@contextmanager
+def in_float32(*models: nn.Module) -> Iterator[None]:
+    """Within, these compute in float32 on inputs of float32: many CPUs multiply 16 bits a hundred times as slowly.
+    Weights keep their dtype: each module has its own as float32 while it runs, so a model never lies in memory so wide.
+    """
+
+    def run(module: nn.Module, *inputs: Any, **named: Any) -> Any:
+        own = dict(module._parameters)
+        wide = {name: weight if weight is None else nn.Parameter(weight.float(), False) for name, weight in own.items()}
+        module._parameters.update(wide)
+        try:
+            return type(module).forward(module, *inputs, **named)
+        finally:
+            module._parameters.update(own)
+
+    chosen = [module for model in models for module in model.modules() if module._parameters]
+    for module in chosen:
+        module.forward = partial(run, module)
+    try:
+        yield
+    finally:
+        for module in chosen:
+            del module.forward
+
+
 @torch.inference_mode()
-def stepped(model: PreTrainedModel, tokens: torch.Tensor, prompt: int) -> tuple[torch.Tensor, Any]:
-    """Logits [B, T, V] of tokens [B, T], the first `prompt` at once, then one by one; and the KV cache."""
+def stepped(model: PreTrainedModel, tokens: Tensor, prompt: int, length: int) -> tuple[Tensor, Tensor, Any]:
+    """Logits [B, length, V], the first `prompt` tokens at once, then one by one; all tokens [B, length], those behind
+    the given ones [B, T] the likeliest; and the KV cache."""
     out = model(tokens[:, :prompt], use_cache=True)
     logits = [out.logits]
-    for position in range(prompt, tokens.shape[1]):
+    for position in range(prompt, length):
+        if position == tokens.shape[1]:
+            tokens = torch.cat([tokens, out.logits[:, -1:].argmax(-1)], dim=1)
         out = model(tokens[:, position : position + 1], cache=out.cache, use_cache=True)
         logits.append(out.logits)
-    return torch.cat(logits, dim=1), out.cache
+    return torch.cat(logits, dim=1), tokens, out.cache
 
 
 def verify(checkpoint: str, reference_file: str, tolerance: float) -> dict[str, object]:
@@ -36,7 +68,7 @@ def verify(checkpoint: str, reference_file: str, tolerance: float) -> dict[str, 
 
     No logit through the cache may differ by more than the tolerance from the reference's own through the cache. At half
     the positions, none may differ from those of one pass: elsewhere rounding may choose another expert of a mixture.
-    Tokens are reported but not required: in low precision or on another device, a near-tie may fall the other way.
+    Tokens are reported but not required: on another device, a near-tie may fall the other way.
     """
     reference = load_file(reference_file)
     tokens, expected = reference["tokens"], reference["logits"].double()
@@ -45,11 +77,11 @@ def verify(checkpoint: str, reference_file: str, tolerance: float) -> dict[str, 
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint, trust_remote_code=has_code, dtype="auto", local_files_only=True, experts_implementation=experts
     ).eval()
-    prompt = int(reference["prompt"])
-    new = tokens.shape[1] - prompt
-    with torch.inference_mode():
+    prompt, length = int(reference["prompt"]), tokens.shape[1]
+    new = length - prompt
+    with torch.inference_mode(), nullcontext() if model.dtype is torch.float64 else in_float32(model):
         whole = model(tokens, use_cache=False).logits.double()
-        cached, cache = stepped(model, tokens, prompt)
+        cached, _, cache = stepped(model, tokens, prompt, length)
         ids = tokens[:, :prompt]
         greedy = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False,

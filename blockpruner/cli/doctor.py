@@ -18,6 +18,7 @@ from rich.text import Text
 
 from blockpruner.checkpoints.gguf import QUANTIZER
 from blockpruner.model import accelerator
+from blockpruner.model.rates import product_rate
 from blockpruner.reporting.formats import size
 from blockpruner.store.provenance import machine
 
@@ -62,7 +63,8 @@ def look(cache: Path) -> Iterator[Checkup]:
     for name, row in sorted(rows.items()):
         if row.marker is None or name in OPTIONAL:
             yield _package(row)
-    yield Checkup("CPU", f"{machine()}, {torch.get_num_threads()} threads")
+    rates = ", ".join(f"{dtype} {product_rate(dtype) / 1e9:.0f}" for dtype in ("float32", "bfloat16", "float16"))
+    yield Checkup("CPU", f"{machine()}, {torch.get_num_threads()} threads; GFLOP/s: {rates}")
     devices = accelerator.devices()
     for device in devices:
         free, whole = accelerator.free_memory(device), accelerator.total_memory(device)

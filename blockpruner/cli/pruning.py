@@ -20,7 +20,7 @@ from blockpruner.core.errors import InputError, named
 from blockpruner.core.families import FAMILIES, Config
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
-from blockpruner.core.settings import HubModel, LocalModel, Runtime, Texts, merged, read_settings
+from blockpruner.core.settings import HubModel, LocalModel, Model, Runtime, Texts, merged, read_settings
 from blockpruner.evaluation.kinds import in_words
 from blockpruner.evaluation.settings import Perplexity
 from blockpruner.healing.settings import Train
@@ -79,25 +79,25 @@ class Place:
     def read_run(self, model: str | None, dtype: str, trusted: bool, sections: Mapping[str, Any]) -> Run:
         """The settings of a run file; raises InputError for a model, name or value that is not valid.
 
-        The model has its own dtype; but where it is None, and `sections` name one, they decide as a run file does.
+        The model has its own dtype, or what `_computed_in` finds faster; but where it is None, and `sections` name one,
+        they decide as a run file does.
         """
         given = {} if model is None else model_of(model)
         given |= ({"trust_remote_code": True} if trusted else {}) | ({} if dtype == "auto" else {"dtype": dtype})
         run = read_settings(
             Run, merged({"export": list(self._asked)}, sections) | {"model": merged(given, sections.get("model", {}))}
         )
-        is_auto = model is not None and "dtype" not in run.model.model_fields_set
         require_packages(run.export)
         config = self.config_of(run)
         if "vllm" in self.export.lower() and not FAMILIES[str(config["model_type"])].in_vllm:
             raise InputError(f"export vllm: vLLM has no {config['model_type']} models; leave it out")
         require_families(run.export, str(config["model_type"]))
-        own = run.model.model_copy(update={"dtype": own_dtype(config)} if is_auto else {})
+        is_auto = model is not None and "dtype" not in run.model.model_fields_set
         heldout = fitted(run.evaluate.perplexity, config, "evaluate.perplexity.seq_len")
         run = run.model_copy(
             update={
                 "train": run.train and run.train.fitted(config.get("max_position_embeddings")),
-                "model": own,
+                "model": self._in_dtype(run, config, is_auto),
                 "calibration": fitted(run.calibration, config, "calibration.seq_len"),
                 "evaluate": run.evaluate.model_copy(update={"perplexity": heldout}),
             }
@@ -106,6 +106,18 @@ class Place:
         self._runtime.model_dump()  # checked before anything is computed
         self.checked_formats()
         return run
+
+    def _in_dtype(self, run: Run, config: Config, is_auto: bool) -> Model:
+        """The model with the dtype that is computed in; it is set where the user has named one."""
+        if not is_auto:
+            return run.model.model_copy(update={"dtype": run.model.dtype})
+        from blockpruner.model.rates import fast_dtype
+
+        found = fast_dtype(own_dtype(config), self.device, self.root)
+        if found != (own := own_dtype(config)):
+            self.observer.note(f"this CPU is slow in {own}: {found} is computed in, with twice the memory")
+        fields = {**dict(run.model), "dtype": found}
+        return type(run.model).model_construct(_fields_set=run.model.model_fields_set, **fields)
 
     def checked_formats(self) -> Mapping[str, Sequence[str]]:
         """The formats, each with its quantizations, which this machine can make; raises InputError."""
@@ -342,7 +354,8 @@ class Place:
                 "run again, or choose another --out: scores are kept",
                 rule="place-not-empty", key="out", value=str(lacking.parent),
             )  # fmt: skip
-        pipeline.export(pruning, missing, self._asked)
+        own = run.model.dtype if "dtype" in run.model.model_fields_set else own_dtype(self.config_of(run))
+        pipeline.export(replace(pruning, dtype=own), missing, self._asked)
         return {"plan": plan_fields(pruning.plan), "written": [pipeline.exported(*each) for each in places.items()]}
 
 

@@ -31,6 +31,7 @@ from blockpruner.inputs.texts import load_texts
 from blockpruner.inputs.tokenizers import conversation, load_tokenizer
 from blockpruner.model.classes import has_our_code
 from blockpruner.model.models import load_model
+from blockpruner.model.rates import fast_dtype
 from blockpruner.reporting.formats import number, printable
 from blockpruner.reporting.statistics import losses_by_kind, perplexity_ratio
 from blockpruner.reporting.table import Number
@@ -60,7 +61,7 @@ class Talker:
     def __init__(self, folder: Path, device: str) -> None:
         config = config_of(folder)
         has_code = config.get("model_type") not in FAMILIES and has_our_code(folder)
-        self.model = load_model(folder, own_dtype(config), device, has_code)
+        self.model = load_model(folder, fast_dtype(own_dtype(config), device), device, has_code)
         self.tokenizer = load_tokenizer(folder)
 
     def answer(self, turns: Sequence[str], limit: int, show: bool = False) -> tuple[str, int]:

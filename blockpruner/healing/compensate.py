@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from blockpruner.core.blocks import DENSE, Cut
+from blockpruner.core.blocks import Cut
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
@@ -20,10 +20,9 @@ from blockpruner.methods.registry import KINDS
 from blockpruner.model.models import prune_, shared_copy
 from blockpruner.scoring.metrics import perplexity
 from blockpruner.scoring.streams import Streams
-from blockpruner.scoring.work import Task
 
-SHARES = (1.0, 0.75, 0.5)
-"""How much of a change is tried; the best one on the held-out rows is kept, or none."""
+SHARES = (0.75, 0.5)
+"""How much of a change is tried beside all of it, as long as less is better on the held-out rows."""
 
 Fits = dict[str, tuple[dict[str, Tensor], dict[str, Any]]]
 """By the plans' names: the changed weights by their names in the pruned model, none where nothing helped; and facts as
@@ -53,23 +52,30 @@ def compensate(
     rows, cuts = (*fit.rows, *tuning.rows), {name: plan.cut for name, plan in plans.items()}
     _require(plans, fit, tuning)
     observer.begin("compensate by refit")
-    streams, held = Streams(dense, rows, len(fit.rows)), range(len(fit.rows), len(rows))
+    streams = Streams(dense, rows, len(fit.rows))
 
-    def measured(cut: Cut, changed: Mapping[Tensor, Tensor], share: float) -> float:
+    def measured(states: Mapping[int, Tensor]) -> float:
+        """The held-out perplexity from states behind the last block."""
+        losses = streams.losses(states)
+        return perplexity(math.fsum(losses) / len(losses))
+
+    def changed_by(share: float, cut: Cut, changed: Mapping[Tensor, Tensor]) -> float:
         """The held-out perplexity of a cut with a share of a change."""
         _set_(streams, cut, changed, share)
-        tasks = [Task(span, (cut.mask,)) for span in streams.row_batches(rows, held)]
-        losses = [loss for scored in streams.run(tasks, rows) for loss in scored.loss]
+        found = measured(streams.ends(cut.mask))
         streams.put_aside_()
-        return perplexity(math.fsum(losses) / len(losses))
+        return found
 
     def kept(name: str, cut: Cut, changed: Mapping[Tensor, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The share of a change that is best on the rows that are held out, and what it does there."""
-        before = measured(cut, {}, 0)
-        best, found = 0.0, {"dense": unpruned, "before": before, "after": before}
+        before = changed_by(0.0, cut, {})
+        tried = {1.0: measured(ends[name])} if changed else {}
         for share in SHARES if changed else ():
-            if (after := measured(cut, changed, share)) < found["after"]:
-                best, found["after"] = share, after
+            tried[share] = changed_by(share, cut, changed)
+            if tried[share] > min(tried.values()):
+                break
+        best = min(tried | {0.0: before}, key=(tried | {0.0: before}).__getitem__)
+        found = {"dense": unpruned, "before": before, "after": tried.get(best, before)}
         _set_(streams, cut, changed, best)
         own = {id(weight): name for name, weight in prune_(shared_copy(dense), cut.mask).named_parameters()}
         new = {own[id(weight)]: value if best == 1 else weight.clone().cpu() for weight, value in changed.items()}
@@ -82,18 +88,21 @@ def compensate(
         facts = {"method": "refit", "tokens": tokens, "share": best, "perplexity": found, "stops": stops[name]}
         return new if best else {}, facts
 
-    tokens, unpruned = fit.tokens, measured(Cut(DENSE), {}, 0)
+    tokens = fit.tokens
     stops: dict[str, list[Mended]] = {name: [] for name in plans}
     changes: dict[str, Mapping[Tensor, Tensor]] = {}
+    ends: dict[str, Mapping[int, Tensor]] = {}
     names = [str(block) for block in streams.blocks]
     try:
         for stream, mended in refit(streams, cuts):
             for name in stream.cuts:
                 changes[name] = stream.weights
+                ends[name] = {number: stream.states[number] for number in streams.held_out}
                 stops[name] += [mended] if mended else []
             if mended:
                 done = 1 + max(map(names.index, [*mended["writers"], *mended["hole"]]))
                 observer.advance(done, len(names), "+".join(mended["writers"]) or "writers")
+        unpruned = measured(dict(enumerate(streams.dense)))
         found = {name: kept(name, cut, changes.pop(name)) for name, cut in cuts.items()}
     finally:
         streams.put_aside_()

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from blockpruner.core.blocks import BlockId, Cut
 from blockpruner.core.errors import InputError
@@ -79,10 +80,6 @@ def refit(streams: Streams, cuts: Mapping[str, Cut]) -> Iterator[tuple[Stream, M
 def _fit_stop_(streams: Streams, stream: Stream, writers: Mapping[BlockId, nn.Linear]) -> Mended:
     """Fit the writers of a stop; two at once where both blocks of a layer read the same state."""
     place = _Place(streams, stream, writers)
-    for block in stream.stop.kept:
-        pairs = [streams.written(block, stream.states[number], number) for number in place.batches]
-        place.reads[block], place.gives[block] = [x for x, _ in pairs], [y for _, y in pairs]
-    place.narrow_()
     if (norm := streams.norm_behind(next(iter(writers)))) is not None:
         facts = _fit_before_norm_(place, norm.get_parameter("weight"))
     else:
@@ -102,24 +99,33 @@ class _Place:
     stream: Stream
     writers: Mapping[BlockId, nn.Linear]
     reads: dict[BlockId, list[Tensor]] = field(default_factory=dict)
+    """What writers read, batch by batch; of narrowed ones the kept channels."""
     gives: dict[BlockId, list[Tensor]] = field(default_factory=dict)
+    """What the blocks add, before a norm behind them."""
+
+    def __post_init__(self) -> None:
+        streams, stop = self.streams, self.stream.stop
+        self.home = next(iter(self.writers.values())).weight.device
+        self.kept = {block: torch.tensor(channels, device=self.home) for block, channels in stop.channels.items()}
+        self.scales = [1 / state.norm(dim=-1, keepdim=True) for state in streams.dense]
+        streams.narrow_(stop.channels)
+        for block in stop.kept:
+            self.reads[block], self.gives[block] = [], []
+            for number, state in enumerate(self.stream.states):
+                reads, gives = streams.written(block, state, number)
+                if block in self.kept:
+                    reads = reads.index_select(-1, self.kept[block].to(reads.device))
+                self.reads[block].append(reads)
+                self.gives[block].append(gives)
 
     @property
     def batches(self) -> range:
         return range(len(self.streams.real))
 
-    def narrow_(self) -> None:
-        """Take the channels of narrowed blocks out of what is read and given."""
-        before = {block: self.writers[block].weight.clone() for block in self.stream.stop.channels}
-        self.streams.narrow_(self.stream.stop.channels)
-        for block, kept in self.stream.stop.channels.items():
-            lost = (before[block] - self.writers[block].weight).T
-            gives, reads = self.gives[block], self.reads[block]
-            self.gives[block] = [y - x @ lost.to(x) for x, y in zip(reads, gives, strict=True)]
-            self.reads[block] = [x[..., list(kept)] for x in reads]
-
-    def features(self, number: int) -> list[Tensor]:
-        return [_with_one(writer, self.reads[block][number]) for block, writer in self.writers.items()]
+    def features(self, number: int) -> Tensor:
+        """What all writers read of a batch, [B, T, p], with a column of ones where one has a bias."""
+        parts = [_with_one(writer, self.reads[block][number].to(self.home)) for block, writer in self.writers.items()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def moved(self, number: int) -> Tensor:
         """The pruned stream behind the blocks."""
@@ -128,8 +134,7 @@ class _Place:
 
     def relative(self, number: int, states: Tensor) -> Tensor:
         """States of a batch by the size of the dense stream, at real tokens, [N, k]."""
-        weight: Tensor = 1 / self.streams.dense[number].norm(dim=-1, keepdim=True)
-        return (states * weight)[self.streams.real[number]]
+        return self.streams.at_real(number, states * self.scales[number].to(states.device))
 
     def missing(self, number: int) -> Tensor:
         """What the moved stream lacks, relatively, [N, d]."""
@@ -141,17 +146,17 @@ class _Place:
         Args:
             gain: what the norm behind the only writer multiplies its columns with.
         """
-        streams, sizes = self.streams, [part.shape[-1] for part in self.features(0)]
-        first = next(iter(self.writers))
-        home = self.writers[first].weight.device
-        fitted = Moments.zero(sum(sizes), streams.dense[0].shape[-1], home)
+        streams, first = self.streams, next(iter(self.writers))
 
         def tokens(number: int) -> tuple[Tensor, Tensor]:
-            features = torch.cat(self.features(number), -1)
+            features = self.features(number)
             if gain is not None:
-                features = features * self.gives[first][number].square().mean(dim=-1, keepdim=True).rsqrt()
-            return self.relative(number, features).to(home), self.missing(number).to(home)
+                size = self.gives[first][number].square().mean(dim=-1, keepdim=True)
+                features = features * size.rsqrt().to(self.home)
+            return self.relative(number, features), self.missing(number).to(self.home)
 
+        width, state, narrow = self.features(0).shape[-1], streams.dense[0], self.writers[first].weight.dtype
+        fitted = Moments.zero(width, state.shape[-1], self.home, state.dtype, narrow.itemsize == 2)
         for number in streams.fitted:
             fitted.add(*tokens(number))
         features, missing = (torch.cat(parts) for parts in zip(*map(tokens, streams.held_out), strict=True))
@@ -159,18 +164,17 @@ class _Place:
 
     def change_(self, change: Tensor) -> None:
         """Change the writers, and what they give of what they read."""
-        sizes = [part.shape[-1] for part in self.features(0)]
+        sizes = [reads[0].shape[-1] + (self.writers[block].bias is not None) for block, reads in self.reads.items()]
         for (block, writer), part in zip(self.writers.items(), torch.split(change, sizes), strict=True):
-            reads, gives = self.reads[block], self.gives[block]
-            kept = torch.tensor(self.stream.stop.channels.get(block, range(writer.in_features)))
-            more = torch.zeros_like(part[:1]).expand(writer.in_features, -1)
-            more = more.index_copy(0, kept.to(part.device), part[: len(kept)])
-            step = self.streams.change_(writer.weight, writer.weight + more.T).T.to(reads[0])[kept]
-            shift: Tensor | float = 0.0
+            columns = self.kept.get(block, slice(None))
+            weight = writer.weight.clone()
+            weight[:, columns] += part[: self.reads[block][0].shape[-1]].T.to(weight.device)
+            self.streams.change_(writer.weight, weight)
             if writer.bias is not None:
-                shift = self.streams.change_(writer.bias, writer.bias + part[-1]).to(reads[0])
-            for number, x in enumerate(reads):
-                gives[number] = gives[number] + x @ step + shift
+                self.streams.change_(writer.bias, writer.bias + part[-1].to(weight.device))
+            kept = writer.weight[:, columns]
+            pairs = zip(self.reads[block], self.gives[block], strict=True)
+            self.gives[block] = [linear(x.to(kept.device), kept, writer.bias).to(y) for x, y in pairs]
 
 
 def _fit_before_norm_(place: _Place, gains: nn.Parameter) -> Mended:

@@ -5,7 +5,8 @@ For features X [N, p] and residuals R [N, q], the change D [p, q] minimises
     |X D - R|^2 + s mean(diag(X^T X)) |D|^2
 
 with s the strength. Everything comes from X^T X and X^T R, so the fitted tokens themselves are never kept, and any
-strength costs one factorization more. Of few tokens that are held out, features and residuals are kept.
+strength costs one factorization more. Of few tokens that are held out, features and residuals are kept. Strengths are
+compared in the dtype of the features; the change of the best one is solved for in float64.
 
 Where column j of X D counts g_j times, D_j = Q diag(g_j / (g_j^2 L + t)) Q^T c_j, with X^T X = Q diag(L) Q^T, C = X^T R
 and t = s mean(diag(X^T X)) mean(g^2). One decomposition serves all columns and strengths.
@@ -16,9 +17,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from blockpruner.scoring.gram import add_gram_, products, symmetric_
 
 Solver = Callable[[float], Tensor]
 """The change D [p, q] for a strength."""
@@ -26,45 +30,53 @@ Solver = Callable[[float], Tensor]
 
 @dataclass
 class Moments:
-    """Sums over tokens, float64."""
+    """Sums over tokens."""
 
     gram: Tensor
-    """X^T X [p, p]."""
+    """X^T X [p, p]; until `symmetric_`, its upper triangle."""
     cross: Tensor
     """X^T R [p, q]."""
+    is_rough: bool = False
+    """As of `products`."""
 
     @classmethod
-    def zero(cls, features: int, outputs: int, device: torch.device) -> Moments:
+    def zero(
+        cls, features: int, outputs: int, device: torch.device, dtype: torch.dtype = torch.float64, rough: bool = False
+    ) -> Moments:
         sizes = ((features, features), (features, outputs))
-        gram, cross = (torch.zeros(size, dtype=torch.float64, device=device) for size in sizes)
-        return cls(gram, cross)
+        gram, cross = (torch.zeros(size, dtype=dtype, device=device) for size in sizes)
+        return cls(gram, cross, rough)
 
     def add(self, features: Tensor, residuals: Tensor) -> None:
-        """Add tokens: features [N, p], residuals [N, q], float32 or wider. Products are taken in their dtype."""
-        self.gram += features.T @ features
-        self.cross += features.T @ residuals
+        """Add tokens: features [N, p], residuals [N, q]."""
+        with products(self.is_rough):
+            add_gram_(self.gram, features)
+            self.cross.addmm_(features.T, residuals)
 
-    def solve(self, strength: float) -> Tensor:
-        """The change D [p, q] of these tokens."""
-        shifted = self.gram.clone()
-        shifted.diagonal().add_(strength * self.gram.diagonal().mean())
-        factor = torch.linalg.cholesky(shifted)
+    def solve(self, strength: float, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The change D [p, q] of these tokens, solved for in a dtype, or in float64 where that one is too narrow."""
+        shifted = self.gram.to(dtype, copy=True)
+        shifted.diagonal().add_(strength * shifted.diagonal().mean())
+        factor, failed = torch.linalg.cholesky_ex(shifted)
         del shifted
-        return torch.cholesky_solve(self.cross, factor)
+        if failed and dtype is not torch.float64:
+            return self.solve(strength)
+        return torch.cholesky_solve(self.cross.to(dtype), factor)
 
     def gained(self, gain: Tensor) -> Solver:
         """The changes D of these tokens where column j of X D counts gain_j times, [q]."""
         values, vectors = torch.linalg.eigh(self.gram)
+        gain = gain.to(values)
         turned, squares = vectors.T @ self.cross * gain, gain.square()
         pull = self.gram.diagonal().mean() * squares.mean()
         return lambda strength: vectors @ (turned / (squares * values[:, None] + strength * pull))
 
-
-def error(features: Tensor, residuals: Tensor, change: Tensor) -> float:
-    """|X D - R|^2 / |R|^2 of a change; below 1 it helps."""
-    left = residuals - features @ change.to(features)
-    total = float(residuals.double().square().sum())
-    return float(left.double().square().sum()) / total if total else 1.0
+    def error(self, features: Tensor, residuals: Tensor, change: Tensor) -> float:
+        """|X D - R|^2 / |R|^2 of a change; below 1 it helps."""
+        with products(self.is_rough):
+            left = residuals - features @ change.to(features)
+        total = float(residuals.double().square().sum())
+        return float(left.double().square().sum()) / total if total else 1.0
 
 
 def best_change(
@@ -82,18 +94,19 @@ def best_change(
             the one that is nearest to `near` to where its neighbours are no better.
         gain: how many times each column of X D counts; None: all once.
     """
-    solve = fitted.solve if gain is None else fitted.gained(gain)
-    found: dict[int, tuple[Tensor, float]] = {}
+    symmetric_(fitted.gram)
+    solve = partial(fitted.solve, dtype=fitted.gram.dtype) if gain is None else fitted.gained(gain)
+    found: dict[int, float] = {}
 
     def tried(index: int) -> float:
         if index not in found:
             change = solve(strengths[index])
-            found[index] = change, error(*held_out, change if gain is None else change * gain)
-        return found[index][1]
+            found[index] = fitted.error(*held_out, change if gain is None else change * gain)
+        return found[index]
 
     best, at = -1, min(range(len(strengths)), key=lambda index: abs(math.log(strengths[index] / near)))
     while best != at:
         best = at
         at = min(range(max(0, best - 1), min(best + 2, len(strengths))), key=tried)
-    change, least = found[best]
-    return change, strengths[best], least
+    change = fitted.solve(strengths[best]) if gain is None else solve(strengths[best])
+    return change, strengths[best], found[best]

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from blockpruner.core.blocks import BlockId, Channels, Cut
+from blockpruner.core.blocks import BlockId, Channels, Cut, Mask
 from blockpruner.scoring.engine import Engine
-from blockpruner.scoring.metrics import METRICS
+from blockpruner.scoring.metrics import METRICS, NLL
 from blockpruner.scoring.walk import Step
 from blockpruner.scoring.work import Rows
 
@@ -91,6 +91,7 @@ class Streams(Engine):
         prepared = [self._prepare(batch.input_ids) for batch in self._batches]
         self._kwargs = [kwargs for _, kwargs in prepared]
         self.dense = [states.to(torch.promote_types(states.dtype, torch.float32)).cpu() for states, _ in prepared]
+        self._first = {number: self.dense[number] for number in self.held_out}
         self.old: dict[Tensor, Tensor] = {}
         """The former values of the weights that are changed at present."""
 
@@ -125,6 +126,23 @@ class Streams(Engine):
             found[number] = self._final_states(self._read(state), self._batches[number])
         return found
 
+    def ends(self, mask: Mask) -> dict[int, Tensor]:
+        """The states behind the last block of the rows that are held out, in the model as it is without some blocks."""
+        found = dict(self._first)
+        for step in self._steps:
+            kept = tuple(block for block in step if block not in mask)
+            found = {number: self.behind(kept, state, number) for number, state in found.items()} if kept else found
+        return found
+
+    def losses(self, states: Mapping[int, Tensor]) -> list[float]:
+        """The loss of each row that is held out, from states behind the last block."""
+        found = list[float]()
+        for number in self.held_out:
+            batch = self._batches[number]
+            finals = self._final_states(self._read(states[number]), batch)
+            found += (self._losses(finals, None, batch, NLL).cpu() / batch.counts).tolist()
+        return found
+
     def divergence(self, finals: Mapping[int, Tensor], dense: Mapping[int, Tensor], every: int) -> float:
         """The mean KL divergence of predictions from the dense model's, in nats, from `final_states` of both.
 
@@ -136,6 +154,11 @@ class Streams(Engine):
             ours, theirs = (self._logits(each[number][::every]) for each in (finals, dense))
             found.append(METRICS["kl"].compute(ours, self._batches[number].targets[::every], theirs))
         return float(torch.cat(found).double().mean())
+
+    def at_real(self, number: int, states: Tensor) -> Tensor:
+        """States of a batch [B, T, k] at its real tokens, [N, k]."""
+        real = self.real[number]
+        return states.flatten(0, 1) if real.all() else states[real.to(states.device)]
 
     def put_aside_(self) -> dict[Tensor, Tensor]:
         """Give the weights their former values back; returns the new ones, on the host."""
@@ -152,7 +175,7 @@ class Streams(Engine):
 
     def written(self, block: BlockId, state: Tensor, number: int) -> tuple[Tensor, Tensor]:
         """What the writer of a block reads where the block reads a state of a batch, [B, T, p] (no column without a
-        writer), and what its module gives, before a norm behind it, [B, T, d]."""
+        writer) and of the model's dtype, and what its module gives, before a norm behind it, [B, T, d]."""
         found: list[Tensor] = []
         hooks = [
             self._module(block).register_forward_hook(lambda _, given, out: found.append(_first(out))),
@@ -164,8 +187,8 @@ class Streams(Engine):
         finally:
             for hook in hooks:
                 hook.remove()
-        *reads, gives = (states.to(state) for states in found)
-        return reads[0] if reads else gives[..., :0], gives
+        *reads, gives = found
+        return (reads[0] if reads else gives[..., :0]).to(state.device), gives.to(state)
 
     def added(self, block: BlockId, gives: Tensor) -> Tensor:
         """What a block adds to the stream if its module gives this; some families have a norm between them."""

@@ -33,6 +33,7 @@ from blockpruner.core.progress import SilentObserver
 from blockpruner.evaluation import kinds, zero_shot
 from blockpruner.healing import choice, train
 from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.model import rates
 from blockpruner.model.models import load_model, masked, prune_
 from blockpruner.reporting.formats import number
 from blockpruner.store.files import read_json, write_sealed_json
@@ -371,6 +372,24 @@ def test_a_dry_run_counts_from_the_shape_and_leaves_nothing(model, place, say):
     both = done(say(*prune(model, "--dry-run", "--json", "--dtype", "bfloat16", method="recommended")))
     assert both["first_step_masks"] == {"greedy-layers": 4, "greedy-shifted": 3}
     assert 2 * both["weights_bytes"] == both["disk_bytes"]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_cpu_that_is_slow_in_16_bits_computes_in_float32_and_writes_the_models_own(place, say, monkeypatch):
+    narrow, slow = save_tiny(place / "narrow"), {"float32": 50.0, "bfloat16": 1.0}
+    load_model(narrow, "bfloat16").save_pretrained(narrow)
+    monkeypatch.setattr(rates, "product_rate", slow.__getitem__)
+    code, _, said = say(*prune(narrow, "--out", "out"))
+    assert code == 0 and "this CPU is slow in bfloat16: float32 is computed in, with twice the memory" in said
+    (facts,) = (place / "cache/blockpruner").glob("*/fingerprint.json")
+    assert read_json(facts)["dtype"] == "float32"
+    assert {tensor.dtype for tensor in load_file(place / "out/model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((place / "out/config.json").read_text())["dtype"] == "bfloat16"
+    slow["bfloat16"] = 50.0  # another measurement: the search that was begun goes on in its dtype
+    assert done(say(*prune(narrow, "--out", "again", "--json")))["search"]["greedy"]["units_computed"] == 0
+    own = done(say(*prune(narrow, "--out", "own", "--dtype", "bfloat16", "--json")))
+    assert own["search"]["greedy"]["units_computed"] > 0
+    assert "bfloat16" in say(*prune(narrow, "--dry-run", "--cache", "fast"))[1]
 
 
 @pytest.mark.usefixtures("in_process")

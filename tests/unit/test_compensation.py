@@ -14,10 +14,11 @@ from blockpruner.core.families import FAMILIES
 from blockpruner.core.progress import SilentObserver
 from blockpruner.healing import compensate as compensation
 from blockpruner.healing import refit as methods
-from blockpruner.healing.ridge import Moments, best_change, error
+from blockpruner.healing.ridge import Moments, best_change
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.healed import set_weights_
 from blockpruner.model.models import decoder_layers, masked, prune_
+from blockpruner.scoring.gram import symmetric_
 from blockpruner.scoring.streams import Streams
 from tests.plans import plan_of
 from tests.tiny import GRID, full_nll, tiny_model
@@ -63,15 +64,36 @@ def ids():
     return torch.tensor(ROWS.rows)
 
 
+def test_sums_of_16_bit_features_lead_to_the_weights_of_exact_sums():
+    """Products may round to 16 bits, strengths are compared in float32, and a matrix that is too near to singular for
+    that is solved in float64."""
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(3000, 700)) @ np.diag(np.geomspace(1, 1e-3, 700)) + 1
+    x = torch.tensor(x).bfloat16().double().numpy()
+    r = x @ rng.normal(size=(700, 5)) + rng.normal(size=(3000, 5))
+    parts = [tuple(torch.tensor(part[rows]).float() for part in (x, r)) for rows in (slice(2000), slice(2000, 3000))]
+    fitted = Moments.zero(700, 5, torch.device("cpu"), torch.float32, rough=True)
+    fitted.add(*parts[0])
+    change, strength, least = best_change(fitted, parts[1], STRENGTHS, 0.3)
+    wanted = ridge(x[:2000], r[:2000], strength)
+    assert change.dtype is torch.float64 and torch.get_float32_matmul_precision() == "highest"
+    np.testing.assert_allclose(x[2000:] @ change.numpy(), x[2000:] @ wanted, atol=0.02 * np.abs(r).max())
+    assert least == pytest.approx(((x[2000:] @ wanted - r[2000:]) ** 2).sum() / (r[2000:] ** 2).sum(), rel=0.01)
+    near = Moments(torch.ones(700, 700), torch.ones(700, 1))  # of rank 1
+    np.testing.assert_allclose(near.solve(1e-9, torch.float32), near.solve(1e-9), rtol=1e-6)
+
+
 def test_ridge_is_numpys_least_squares():
     x, r = np.random.default_rng(0).normal(size=(50, 6)), np.random.default_rng(1).normal(size=(50, 3))
     moments = Moments.zero(6, 3, torch.device("cpu"))
     for part in (slice(0, 20), slice(20, 50)):
         moments.add(torch.tensor(x[part]), torch.tensor(r[part]))
     wanted = ridge(x, r, 0.3)
+    symmetric_(moments.gram)
+    np.testing.assert_allclose(moments.gram, x.T @ x, atol=1e-12)
     change = moments.solve(0.3)
     np.testing.assert_allclose(change, wanted, atol=1e-12)
-    x_t, r_t = torch.tensor(x), torch.tensor(r)
+    x_t, r_t, error = torch.tensor(x), torch.tensor(r), moments.error
     assert error(x_t, r_t, change) == pytest.approx(((x @ wanted - r) ** 2).sum() / (r**2).sum(), rel=1e-12)
     assert error(x_t, r_t, torch.zeros(6, 3)) == 1.0 == error(x_t, torch.zeros(50, 3), torch.zeros(6, 3))
     gain = np.array([0.05, 1.0, 5.0])
@@ -94,8 +116,10 @@ def test_the_strength_is_the_best_of_all_wherever_the_walk_begins(near, noise, m
     fitted = Moments.zero(8, 3, torch.device("cpu"))
     fitted.add(torch.tensor(x[:30]), torch.tensor(r[:30]))
     held_out = torch.tensor(x[30:]), torch.tensor(r[30:])
-    errors = {strength: error(*held_out, solve(fitted, strength)) for strength in STRENGTHS}
-    monkeypatch.setattr(Moments, "solve", lambda self, strength: asked.append(strength) or solve(self, strength))
+    errors = {strength: fitted.error(*held_out, solve(fitted, strength)) for strength in STRENGTHS}
+    monkeypatch.setattr(
+        Moments, "solve", lambda self, strength, dtype=None: dtype and asked.append(strength) or solve(self, strength)
+    )
     change, strength, least = best_change(fitted, held_out, STRENGTHS, near)
     assert strength == min(errors, key=errors.__getitem__) and least == errors[strength]
     torch.testing.assert_close(change, solve(fitted, strength), rtol=0, atol=0)

@@ -14,7 +14,7 @@ import torch
 from transformers.utils import logging
 
 from blockpruner.checkpoints.registry import EXPORTS
-from blockpruner.checkpoints.verification import in_float32, reference_outputs
+from blockpruner.checkpoints.verification import reference_outputs
 from blockpruner.core.blocks import DENSE, all_blocks, parse_channels, parse_mask
 from blockpruner.core.errors import DeviceMemoryError, InputError
 from blockpruner.core.progress import SilentObserver
@@ -451,8 +451,7 @@ def test_a_reference_in_float32_takes_a_weight_at_a_time():
         model = tiny_model("llama", 4, torch.bfloat16, hidden_size=256, intermediate_size=688).to("gpu:0")
         own, size, before = dict(model.named_parameters()), sum(w.nbytes for w in model.parameters()), card.live
         MODULE.reset_peak_memory_stats(0)
-        with in_float32(model):
-            reference_outputs(model, plan_of(model.config.to_dict(), ["mlp.0"]))
+        reference_outputs(model, plan_of(model.config.to_dict(), ["mlp.0"]))
         assert card.peak - before < size / 2
         assert all(weight is own[name] for name, weight in model.named_parameters())
         assert not any("forward" in vars(module) for module in model.modules())

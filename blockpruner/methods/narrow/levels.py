@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Cut, format_channels
 from blockpruner.core.progress import Observer
+from blockpruner.scoring.gram import add_gram_, products, symmetric_
 from blockpruner.scoring.streams import Streams
 from blockpruner.scoring.work import Rows
 
@@ -106,17 +107,18 @@ def _moments(streams: Streams, states: Sequence[Tensor], block: BlockId) -> tupl
     """X^T X / tokens [p, p] of an MLP, and how many times columns of W count [d], float64. Behind a norm these are its
     gains, and X is also divided by the size of what the module gives."""
     weight, norm, tokens = streams.weight(block), streams.norm_behind(block), 0
-    gram = torch.zeros(2 * weight.shape[1:], dtype=torch.float64, device=weight.device)
+    gram = torch.zeros(2 * weight.shape[1:], dtype=states[0].dtype, device=weight.device)
     for number in streams.fitted:
         reads, gives = streams.written(block, states[number], number)
         size = streams.dense[number].norm(dim=-1, keepdim=True)
         if norm is not None:
             size = size * gives.square().mean(dim=-1, keepdim=True).sqrt()
-        features = (reads / size)[streams.real[number]].to(weight.device)
-        gram += features.T @ features
+        features = streams.at_real(number, reads / size).to(weight.device)
+        with products(weight.dtype.itemsize == 2):
+            add_gram_(gram, features)
         tokens += len(features)
     gain = torch.ones(len(weight)) if norm is None else streams.gain(block)
-    return gram / tokens, gain.to(gram)
+    return symmetric_(gram).double() / tokens, gain.to(gram.device, torch.float64)
 
 
 def _final_without(streams: Streams, states: Sequence[Tensor], block: BlockId, change: Tensor) -> dict[int, Tensor]:
