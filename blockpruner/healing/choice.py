@@ -8,7 +8,7 @@ in `compensate`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
 from blockpruner.core.settings import Texts
 from blockpruner.evaluation.kinds import perplexities, uneven
-from blockpruner.evaluation.perplexity import measure_perplexity
+from blockpruner.evaluation.perplexity import HeldOutPerplexity, measure_perplexity
 from blockpruner.healing.compensate import compensate
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.apply import Pruning, pruned_copy
@@ -30,6 +30,10 @@ from blockpruner.store.files import replace_directory, write_sealed_json
 from blockpruner.store.plans import save_plan
 
 PLAN = "plan.json"
+
+HEAT, ENOUGH, BEHIND = 4, 64, 1.05
+"""Several proposals are first fitted to one of four rows, where there are at least 64. Those whose perplexity is then
+more than 1.05 times the best one's are out: docs/experiments.md has how far a proposal comes back."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Healing:
     """The changed weights by their names in the pruned model; empty where nothing helped, or nothing was asked for."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What was done, as JSON: the compensation's facts; under "judged" the perplexity of each proposal on the rows that
-    judge."""
+    judge, under "out" those that were fitted to a part of the rows alone."""
 
     def healed(self, data: Texts) -> Healed | None:
         """What was done, to texts of `data`; None where no weight changed."""
@@ -75,29 +79,45 @@ def choose(
         InputError: too few rows to fit to; or see `compensate`.
     """
     dense = cache(dense)
-    if next(iter(plans.values())).compensate == "none":
-        tried = [Healing(name, plan) for name, plan in plans.items()]
-    else:
-        found = compensate(dense(), plans, fit, tuning, observer)
-        tried = [Healing(name, plans[name], weights, told) for name, (weights, told) in found.items()]
-    if len(tried) == 1:
-        return tried[0]
-    judged, kinds = {}, {}
-    for one in tried:
-        model = pruned_copy(dense(), one.plan, search.rows)
-        set_weights_(model, one.weights, shared=True)
-        own = measure_perplexity(model, judge.rows)
-        judged[one.name], kinds[one.name] = own.perplexity, perplexities(own.row_nll, judge.kinds)
-    best = min(tried, key=lambda one: judged[one.name])
-    words = ", ".join(f"{name} {value:.2f}" for name, value in judged.items())
-    observer.note(f"perplexity of the rows that judge: {words}; {best.name} is kept")
+    fits = next(iter(plans.values())).compensate != "none"
+
+    def tried(plans: Mapping[str, Plan], every: int = 1) -> list[Healing]:
+        """The proposals, fitted to every n-th row."""
+        if not fits:
+            return [Healing(name, plan) for name, plan in plans.items()]
+        some, others = (CalibrationSet(part.rows[::every]) for part in (fit, tuning))
+        found = compensate(dense(), plans, some, others, observer, is_last=every == 1)
+        return [Healing(name, plans[name], *each) for name, each in found.items()]
+
+    def judged(healings: Sequence[Healing]) -> dict[str, HeldOutPerplexity]:
+        found = {}
+        for one in healings:
+            model = pruned_copy(dense(), one.plan, search.rows)
+            set_weights_(model, one.weights, shared=True)
+            found[one.name] = measure_perplexity(model, judge.rows)
+        words = ", ".join(f"{name} {own.perplexity:.2f}" for name, own in found.items())
+        observer.note(f"perplexity of the rows that judge: {words}")
+        return found
+
+    known, left = dict[str, HeldOutPerplexity](), dict(plans)
+    if fits and len(plans) > 1 and len(fit.rows) >= ENOUGH:
+        known = judged(tried(plans, HEAT))
+        least = min(own.perplexity for own in known.values())
+        left = {name: plan for name, plan in plans.items() if known[name].perplexity <= BEHIND * least}
+    finalists = tried(left)
+    if len(plans) == 1:
+        return finalists[0]
+    known |= judged(finalists)
+    best = min(finalists, key=lambda one: known[one.name].perplexity)
+    observer.note(f"{best.name} is kept")
     plan = best.plan
-    if after := kinds[best.name]:
+    if after := perplexities(known[best.name].row_nll, judge.kinds):
         before = perplexities(measure_perplexity(dense(), judge.rows).row_nll, judge.kinds)
         plan = replace(plan, kinds={kind: {"dense": before[kind], "after": after[kind]} for kind in after})
         if warning := uneven({kind: after[kind] / before[kind] for kind in after}):
             observer.note(f"warning: {warning}")
-    return replace(best, plan=plan, facts={**best.facts, "judged": judged})
+    values = {name: own.perplexity for name, own in known.items()}
+    return replace(best, plan=plan, facts={**best.facts, "judged": values, "out": sorted(plans.keys() - left.keys())})
 
 
 def keep(folder: Path, found: Healing, pruning: Pruning, data: Texts) -> None:

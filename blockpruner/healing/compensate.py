@@ -36,6 +36,7 @@ def compensate(
     fit: CalibrationSet,
     tuning: CalibrationSet,
     observer: Observer,
+    is_last: bool = True,
 ) -> Fits:
     """Find new weights for the pruned models of some plans. What they have in common is computed once.
 
@@ -45,6 +46,7 @@ def compensate(
         plans: by a name each.
         fit: rows of any lengths; all real tokens are fitted to.
         tuning: rows that choose strengths and decide whether a change helps.
+        is_last: whether shares of a change are tried, too. Else all of it is taken, as a first guess.
 
     Raises:
         InputError: a plan that does more than take parts out; or no row to fit to or to hold out.
@@ -68,9 +70,9 @@ def compensate(
 
     def kept(name: str, cut: Cut, changed: Mapping[Tensor, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The share of a change that is best on the rows that are held out, and what it does there."""
-        before = changed_by(0.0, cut, {})
+        before = changed_by(0.0, cut, {}) if is_last or not changed else math.inf
         tried = {1.0: measured(ends[name])} if changed else {}
-        for share in SHARES if changed else ():
+        for share in SHARES if changed and is_last else ():
             tried[share] = changed_by(share, cut, changed)
             if tried[share] > min(tried.values()):
                 break
@@ -83,8 +85,9 @@ def compensate(
             if (writer := own[id(streams.weight(block))]) in new:
                 new[writer] = new[writer][:, list(channels)]
         streams.put_aside_()
-        left = "" if best else ": no help, left as it was"
-        observer.note(f"{name}: held-out perplexity {found['before']:.2f} -> {found['after']:.2f}{left}")
+        if is_last:
+            left = "" if best else ": no help, left as it was"
+            observer.note(f"{name}: held-out perplexity {found['before']:.2f} -> {found['after']:.2f}{left}")
         facts = {"method": "refit", "tokens": tokens, "share": best, "perplexity": found, "stops": stops[name]}
         return new if best else {}, facts
 

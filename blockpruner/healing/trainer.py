@@ -8,16 +8,21 @@ Trainer's: AdamW with betas 0.9 and 0.999 and no weight decay, gradients clipped
 The Trainer holds only the trained weights (`weights`), so its checkpoints hold nothing else, and the model stays in
 evaluation mode: without dropout, a step depends only on the steps before it. A killed run goes on from its last
 checkpoint to the same weights, to the bit on a CPU. On a GPU the backward pass adds in an order of its own.
+
+Where a device's memory ends, fewer rows are computed at once, then layers anew in the backward pass, and the step
+begins again.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
@@ -30,7 +35,14 @@ from blockpruner.healing.settings import Train
 from blockpruner.healing.weights import TrainedWeights, trained_weights_
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model import accelerator
-from blockpruner.store.files import writing
+from blockpruner.model.models import decoder_layers
+from blockpruner.store.files import write_atomic, writing
+
+BEST = "best.safetensors"
+"""The file of the best weights so far, beside the checkpoints."""
+
+SECONDS, SHARE = 60.0, 50
+"""The least time between two checkpoints, and how many times that of writing one it is."""
 
 
 def train_(
@@ -75,7 +87,7 @@ def train_(
         before = {name: master.detach().clone().cpu() for name, master in weights.state_dict().items()}
         last = _last_checkpoint(states)
         observer.begin("train")
-        trainer.add_callback(_Watch(observer, last))
+        trainer.add_callback(_Watch(observer, last, weights, states / BEST, start.get("eval_loss", math.inf)))
         trainer.train(resume_from_checkpoint=last)
     log = trainer.state.log_history
     losses = [entry["loss"] for entry in log if "loss" in entry]
@@ -85,8 +97,8 @@ def train_(
         if "eval_loss" in each
     ]
     step = min(curve, key=lambda each: each["loss"])["step"] if curve else len(losses)
-    if step == 0:
-        weights.load_state_dict(before)
+    if curve:
+        weights.load_state_dict(load_file(states / BEST) if step else before)
     weights.show_()
     weights.end_()
     if dtype is torch.float16:
@@ -120,18 +132,19 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     ) -> None:
         steps = recipe.epochs * math.ceil(math.ceil(len(rows.rows) / recipe.batch) / recipe.accumulation)
         self.objective = TrainingLoss(model, teacher, recipe)
-        when = {"eval_strategy": "no" if validation is None else "steps", "save_strategy": "steps"}
+        self.most, self.begun = recipe.batch, list[dict[str, Tensor]]()
+        is_cpu = model.device.type == "cpu"
         arguments = TrainingArguments(
             output_dir=str(states), per_device_train_batch_size=recipe.batch, per_device_eval_batch_size=1,
             gradient_accumulation_steps=recipe.accumulation, num_train_epochs=recipe.epochs, seed=recipe.seed,
             data_seed=recipe.seed, learning_rate=recipe.learning_rate, lr_scheduler_type=recipe.schedule,
-            warmup_steps=round(recipe.warmup * steps), optim="adamw_torch", **when, eval_steps=recipe.validate_every,
-            save_steps=recipe.validate_every, save_total_limit=1, load_best_model_at_end=validation is not None,
-            metric_for_best_model="eval_loss", greater_is_better=False, logging_steps=1, logging_nan_inf_filter=False,
+            warmup_steps=round(recipe.warmup * steps), optim="adamw_torch" if is_cpu else "adamw_torch_fused",
+            eval_strategy="no" if validation is None else "steps", eval_steps=recipe.validate_every,
+            save_strategy="no", save_total_limit=1, logging_steps=1, logging_nan_inf_filter=False,
             remove_unused_columns=False, disable_tqdm=True, report_to="none", dataloader_pin_memory=False,
             use_cpu=True,  # the weights stay where they are; it would move them, or copy them to all GPUs
         )  # fmt: skip
-        if model.device.type != "cpu":
+        if not is_cpu:
             weights.hf_device_map = {"": model.device}  # type: ignore[assignment]
         super().__init__(
             weights, arguments, train_dataset=rows.rows, eval_dataset=validation and validation.rows,
@@ -143,16 +156,41 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     def get_batch_samples(self, iterator: Iterator[Any], number: int, device: Any) -> tuple[list[Any], int]:
         """The batches of a step, and how many rows they have."""
         batches, _ = super().get_batch_samples(iterator, number, device)
+        self.begun.clear()
         return batches, sum(len(batch["lengths"]) for batch in batches)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
-        rows, tokens = inputs["ids"].shape
+        """The gradient of a batch, in as many parts as the device's memory asks for."""
+        self.begun.append(inputs)
+        todo, losses, layers = [inputs], list[Tensor](), decoder_layers(self.objective.model)
+
+        def work() -> None:
+            losses[:] = [
+                super(_Trainer, self).training_step(model, part, num_items_in_batch) for part in self._parts(todo)
+            ]
+
         with accelerator.named_if_too_large(
-            f"training on {rows} rows of up to {tokens} tokens",
-            "lower train.batch (and raise train.accumulation), or lower train.seq_len",
+            f"training on a row of {inputs['ids'].shape[1]} tokens", "lower train.seq_len"
         ):
-            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        return loss
+            while not accelerator.fits(work, is_least=self.most == 1 and layers[0].training):
+                for weight in (*self.model.parameters(), *self.objective.model.parameters()):
+                    weight.grad = None
+                todo = self.begun
+                if self.most > 1:
+                    self.most = -(-self.most // 2)
+                else:  # only layers in training compute anew; what is in them stays without dropout
+                    self.objective.model.gradient_checkpointing_enable({"use_reentrant": False})
+                    for layer in layers:
+                        layer.training = True
+        return torch.stack(losses[-len(self._parts([inputs])) :]).sum()
+
+    def _parts(self, batches: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """The batches in parts of at most `most` rows."""
+        return [
+            dict(zip(batch, pair, strict=True))
+            for batch in batches
+            for pair in zip(*(torch.split(values, self.most) for values in batch.values()), strict=True)
+        ]
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -176,19 +214,33 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Reports progress, and has the last state validated and saved, be it between two others or not."""
+    """Reports progress, keeps the best weights, and has states saved from time to time, and the last one validated."""
 
-    def __init__(self, observer: Observer, last: str | None) -> None:
-        self.observer, self.last, self.first = observer, last, 0
+    def __init__(self, observer: Observer, last: str | None, weights: TrainedWeights, best: Path, least: float) -> None:
+        self.observer, self.last, self.weights, self.best, self.least = observer, last, weights, best, least
+        self.first, self.began, self.next = 0, 0.0, time.monotonic() + SECONDS
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.first = state.global_step
+        self.least = min([self.least, *(each["eval_loss"] for each in state.log_history if "eval_loss" in each)])
         if self.last:
             self.observer.note(f"training goes on after step {self.first}, from {self.last}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == state.max_steps:
-            control.should_evaluate, control.should_save = args.eval_strategy != "no", True
+        self.began, is_last = time.monotonic(), state.global_step == state.max_steps
+        control.should_save = is_last or self.began >= self.next
+        if is_last:
+            control.should_evaluate = args.eval_strategy != "no"
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
+        self.began = time.monotonic()
+        if metrics["eval_loss"] < self.least:
+            self.least = metrics["eval_loss"]
+            kept = {name: master.detach().contiguous() for name, master in self.weights.state_dict().items()}
+            write_atomic(self.best, lambda path: save_file(kept, path))
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.next = time.monotonic() + max(SECONDS, SHARE * (time.monotonic() - self.began))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         if "loss" in logs:

@@ -12,14 +12,15 @@ from torch import nn
 from torch.func import functional_call
 
 from blockpruner.core.blocks import parse_block, parse_mask
-from blockpruner.core.errors import InputError, NonFiniteLossError, StorageError
+from blockpruner.core.errors import DeviceMemoryError, InputError, NonFiniteLossError, StorageError
 from blockpruner.core.progress import SilentObserver
 from blockpruner.healing import loss, trainer
+from blockpruner.healing.loss import TrainingLoss
 from blockpruner.healing.rows import training_rows
 from blockpruner.healing.settings import Train
 from blockpruner.healing.trainer import train_
 from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.model.models import prune_
+from blockpruner.model.models import decoder_layers, prune_
 from blockpruner.model.narrow import narrow_
 from blockpruner.scoring import losses
 from tests.tiny import GRID, full_nll, tiny_model, tiny_tokenizer, tolerance
@@ -331,6 +332,41 @@ def test_what_does_not_get_better_is_left_as_it_was(tmp_path, monkeypatch, weigh
     assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
 
 
+# --- where memory ends ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", ["lora", "all"])
+def test_a_full_device_gets_fewer_rows_at_once_then_checkpointing_and_the_same_weights(tmp_path, monkeypatch, weights):
+    """The device holds one row, and its layers only where they are computed anew; it is full at the second batch of a
+    step, when one gradient is there already, and in the middle of a backward pass."""
+    recipe = changed(weights=weights, epochs=2, **ALL_AT_ONCE)
+    expected, found = pruned(), pruned()
+    train(expected, tmp_path / "roomy", recipe)
+    plain, asked, calls = TrainingLoss.__call__, [], count()
+
+    def full(self, ids, lengths, total):
+        asked.append((len(ids), decoder_layers(self.model)[0].training))
+        loss, nll = plain(self, ids, lengths, total)
+        if next(calls) and asked[-1] != (1, True):
+            loss.backward(retain_graph=True)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate much")
+        return loss, nll
+
+    monkeypatch.setattr(TrainingLoss, "__call__", full)
+    facts = train(found, tmp_path / "full", recipe)
+    assert asked[:4] == [(3, False), (1, False), (2, False), (1, False)] and set(asked[4:]) == {(1, True)}
+    assert len(facts["losses"]) == 2
+    for name, weight in weights_of(found).items():
+        torch.testing.assert_close(weight, weights_of(expected)[name], rtol=1e-5, atol=1e-7)
+
+    def always(self, ids, lengths, total):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate much")
+
+    monkeypatch.setattr(TrainingLoss, "__call__", always)
+    with pytest.raises(DeviceMemoryError, match=r"training on a row of [0-9]+ tokens does not fit .*; lower train.seq_len"):
+        train(pruned(), tmp_path / "none", recipe)
+
+
 # --- what survives a kill -------------------------------------------------------------------------------------
 
 
@@ -348,6 +384,8 @@ KINDS = [
 @pytest.mark.parametrize(("dtype", "changes", "validation"), KINDS)
 def test_a_killed_run_ends_in_the_same_weights(tmp_path, monkeypatch, dtype, changes, validation):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trainer, "SECONDS", 0.0)
+    monkeypatch.setattr(trainer, "SHARE", 0)
     recipe = changed(epochs=3, batch=1, accumulation=2, **changes)
     undisturbed, model = pruned(dtype=dtype), pruned(dtype=dtype)
     given = {"teacher": tiny_model(dtype=dtype), "validation": validation}
