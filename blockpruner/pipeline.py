@@ -19,6 +19,7 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
+from blockpruner.core.settings import Runtime
 from blockpruner.evaluation.settings import Evaluate, Perplexity
 from blockpruner.healing.settings import Compensate, Train
 from blockpruner.inputs.calibration import CalibrationSet, draw, draw_rows, require_embedded, sharing
@@ -130,6 +131,19 @@ def calibrate(
         rows = replace(rows, train=trained, validation=validation or NONE)
     require_embedded((row for part in vars(rows).values() for row in part.rows), tokenizer, config)
     return rows
+
+
+def require_room(config: Config, dtype: str, runtime: Runtime, compensate: str, train: Train | None) -> None:
+    """Refuse, before a search, a run that a GPU has not the memory for; a split over several is not counted."""
+    from blockpruner.healing.memory import require_room, step_bytes
+    from blockpruner.model import accelerator
+    from blockpruner.model.models import resolve_device
+
+    place, needs = resolve_device(runtime.device), step_bytes(config, dtype, compensate, train)
+    if runtime.streaming:
+        del needs["search"]
+    if place.type != "cpu" and runtime.device != "split":
+        require_room(needs, str(place), accelerator.total_memory(place))
 
 
 def require_fit(rows: Rows, wanted: Compensate, method: str) -> None:

@@ -9,13 +9,11 @@ from blockpruner.cli.pruning import own_dtype
 from blockpruner.core.blocks import removable_units
 from blockpruner.core.budgets import parse_budget
 from blockpruner.core.families import Config, count_parameters
-from blockpruner.methods.recipes import proposals, searches
+from blockpruner.healing.memory import BYTES, step_bytes
+from blockpruner.methods.recipes import compensation, proposals, searches
 from blockpruner.methods.registry import kind_of_method, require_budgets
 from blockpruner.reporting.formats import size
 from blockpruner.settings import Run
-
-BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-"""The bytes of a number, by dtype."""
 
 
 def dry_run(run: Run, config: Config, budget: str) -> dict[str, Any]:
@@ -40,6 +38,9 @@ def dry_run(run: Run, config: Config, budget: str) -> dict[str, Any]:
         "parameters_to_remove": share and round(share * counts.total),
         "first_step_masks": masks,
         "weights_bytes": counts.total * BYTES[run.model.dtype],
+        "memory_bytes": step_bytes(
+            config, run.model.dtype, compensation(run.compensate.method, run.score.method), run.train
+        ),
         "disk_bytes": counts.total * BYTES[own_dtype(config)],
     }
 
@@ -52,7 +53,7 @@ def in_words(found: Mapping[str, Any]) -> str:
         "blocks": found["blocks"],
         "parameters": f"{found['parameters']:,}" + (f"; removed: {gone:,}" if gone else ""),
         "masks of the first step": ", ".join(f"{count} ({name})" for name, count in masks.items()) or "0",
-        "memory": f"{size(found['weights_bytes'])} of weights, and more for what is computed",
+        "memory": "at least " + ", ".join(f"{size(most)} for {step}" for step, most in found["memory_bytes"].items()),
         "disk": f"{size(found['disk_bytes'])} for the download of a hub model (HF_HOME), and less for each checkpoint",
     }
     return "\n".join(f"{name}: {value}" for name, value in lines.items())

@@ -134,6 +134,7 @@ class Place:
 
         config, method = self.config_of(run), compensation(run.compensate.method, run.score.method)
         require_budgets(next(iter(searches(run.score).values())), config, (budget,))
+        pipeline.require_room(config, run.model.dtype, self._runtime, method, run.train)
         pool, dense = self._pool(run), self.fetch(run)
         tokenizer, base = load_tokenizer(dense, run.model.trust_remote_code), checkpoint_identity(dense)
         judged, wanted = len(searches(run.score)) > 1, (run.calibration, run.compensate, run.train)

@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from blockpruner.core.blocks import BlockId, Cut
 from blockpruner.core.errors import InputError
 from blockpruner.healing.ridge import Moments, best_change
+from blockpruner.scoring.gram import symmetric_
 from blockpruner.scoring.streams import Stream, Streams
 
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -99,24 +99,25 @@ class _Place:
     stream: Stream
     writers: Mapping[BlockId, nn.Linear]
     reads: dict[BlockId, list[Tensor]] = field(default_factory=dict)
-    """What writers read, batch by batch; of narrowed ones the kept channels."""
+    """What writers read, batch by batch."""
     gives: dict[BlockId, list[Tensor]] = field(default_factory=dict)
     """What the blocks add, before a norm behind them."""
 
     def __post_init__(self) -> None:
         streams, stop = self.streams, self.stream.stop
         self.home = next(iter(self.writers.values())).weight.device
-        self.kept = {block: torch.tensor(channels, device=self.home) for block, channels in stop.channels.items()}
         self.scales = [1 / state.norm(dim=-1, keepdim=True) for state in streams.dense]
         streams.narrow_(stop.channels)
         for block in stop.kept:
-            self.reads[block], self.gives[block] = [], []
-            for number, state in enumerate(self.stream.states):
-                reads, gives = streams.written(block, state, number)
-                if block in self.kept:
-                    reads = reads.index_select(-1, self.kept[block].to(reads.device))
-                self.reads[block].append(reads)
-                self.gives[block].append(gives)
+            pairs = [streams.written(block, state, number) for number, state in enumerate(self.stream.states)]
+            self.reads[block], self.gives[block] = [x for x, _ in pairs], [y for _, y in pairs]
+        kept, start = list[Tensor](), 0
+        for block, writer in self.writers.items():
+            width = writer.in_features + (writer.bias is not None)
+            own = [*stop.channels.get(block, range(writer.in_features)), *range(writer.in_features, width)]
+            kept.append(start + torch.tensor(own, device=self.home))
+            start += width
+        self.width, self.kept = start, torch.cat(kept)
 
     @property
     def batches(self) -> range:
@@ -129,8 +130,10 @@ class _Place:
 
     def moved(self, number: int) -> Tensor:
         """The pruned stream behind the blocks."""
-        added = (self.streams.added(block, gives[number]) for block, gives in self.gives.items())
-        return self.stream.states[number] + sum(added)
+        state = self.stream.states[number]
+        for block, gives in self.gives.items():
+            state = state + self.streams.added(block, gives[number])
+        return state
 
     def relative(self, number: int, states: Tensor) -> Tensor:
         """States of a batch by the size of the dense stream, at real tokens, [N, k]."""
@@ -141,7 +144,8 @@ class _Place:
         return self.relative(number, self.streams.dense[number] - self.moved(number))
 
     def moments(self, gain: Tensor | None = None) -> tuple[Moments, tuple[Tensor, Tensor]]:
-        """The sums of the fitted rows, and features and residuals of those that are held out.
+        """The sums of the fitted rows, and features and residuals of those that are held out; of narrowed blocks the
+        kept channels are features.
 
         Args:
             gain: what the norm behind the only writer multiplies its columns with.
@@ -155,26 +159,28 @@ class _Place:
                 features = features * size.rsqrt().to(self.home)
             return self.relative(number, features), self.missing(number).to(self.home)
 
-        width, state, narrow = self.features(0).shape[-1], streams.dense[0], self.writers[first].weight.dtype
-        fitted = Moments.zero(width, state.shape[-1], self.home, state.dtype, narrow.itemsize == 2)
+        state, narrow = streams.dense[0], self.writers[first].weight.dtype
+        fitted = Moments.zero(self.width, state.shape[-1], self.home, state.dtype, narrow.itemsize == 2)
         for number in streams.fitted:
             fitted.add(*tokens(number))
         features, missing = (torch.cat(parts) for parts in zip(*map(tokens, streams.held_out), strict=True))
+        symmetric_(fitted.gram)
+        if len(self.kept) < self.width:
+            fitted.gram, fitted.cross = fitted.gram[self.kept][:, self.kept], fitted.cross[self.kept]
+            features = features[:, self.kept]
         return fitted, (features, missing)
 
     def change_(self, change: Tensor) -> None:
         """Change the writers, and what they give of what they read."""
-        sizes = [reads[0].shape[-1] + (self.writers[block].bias is not None) for block, reads in self.reads.items()]
-        for (block, writer), part in zip(self.writers.items(), torch.split(change, sizes), strict=True):
-            columns = self.kept.get(block, slice(None))
-            weight = writer.weight.clone()
-            weight[:, columns] += part[: self.reads[block][0].shape[-1]].T.to(weight.device)
-            self.streams.change_(writer.weight, weight)
+        whole = change.new_zeros(self.width, change.shape[1]).index_copy_(0, self.kept, change)
+        for block, writer in self.writers.items():
+            count = writer.in_features + (writer.bias is not None)
+            part, whole = whole[:count].to(writer.weight.device), whole[count:]
+            self.streams.change_(writer.weight, writer.weight + part[: writer.in_features].T)
             if writer.bias is not None:
-                self.streams.change_(writer.bias, writer.bias + part[-1].to(weight.device))
-            kept = writer.weight[:, columns]
+                self.streams.change_(writer.bias, writer.bias + part[-1])
             pairs = zip(self.reads[block], self.gives[block], strict=True)
-            self.gives[block] = [linear(x.to(kept.device), kept, writer.bias).to(y) for x, y in pairs]
+            self.gives[block] = [writer(x.to(self.home)).to(y) for x, y in pairs]
 
 
 def _fit_before_norm_(place: _Place, gains: nn.Parameter) -> Mended:

@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from blockpruner.scoring.gram import add_gram_, products, symmetric_
+from blockpruner.scoring.gram import add_gram_, products
 
 Solver = Callable[[float], Tensor]
 """The change D [p, q] for a strength."""
@@ -55,10 +55,10 @@ class Moments:
 
     def solve(self, strength: float, dtype: torch.dtype = torch.float64) -> Tensor:
         """The change D [p, q] of these tokens, solved for in a dtype, or in float64 where that one is too narrow."""
-        shifted = self.gram.to(dtype, copy=True)
-        shifted.diagonal().add_(strength * shifted.diagonal().mean())
-        factor, failed = torch.linalg.cholesky_ex(shifted)
-        del shifted
+        factor = self.gram.to(dtype, copy=True).mT  # by columns, as the library wants to factorize in place
+        factor.diagonal().add_(strength * factor.diagonal().mean())
+        failed = torch.zeros((), dtype=torch.int32, device=factor.device)
+        torch.linalg.cholesky_ex(factor, out=(factor, failed))
         if failed and dtype is not torch.float64:
             return self.solve(strength)
         return torch.cholesky_solve(self.cross.to(dtype), factor)
@@ -94,7 +94,6 @@ def best_change(
             the one that is nearest to `near` to where its neighbours are no better.
         gain: how many times each column of X D counts; None: all once.
     """
-    symmetric_(fitted.gram)
     solve = partial(fitted.solve, dtype=fitted.gram.dtype) if gain is None else fitted.gained(gain)
     found: dict[int, float] = {}
 

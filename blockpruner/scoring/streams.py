@@ -80,7 +80,8 @@ class Streams(Engine):
     def __init__(self, model: PreTrainedModel, rows: Rows, fitted: int, batch_tokens: int | str = "auto") -> None:
         super().__init__(model, batch_tokens)
         parts = (range(fitted), range(fitted, len(rows)))
-        self.blocks = [block for step in self._steps for block in step]
+        self.steps = self._steps
+        self.blocks = [block for step in self.steps for block in step]
         """All blocks, as the stream passes them."""
         spans = [span for part in parts if part for span in self.row_batches(rows, part)]
         self.fitted = [number for number, span in enumerate(spans) if span[-1] < fitted]
@@ -143,16 +144,20 @@ class Streams(Engine):
             found += (self._losses(finals, None, batch, NLL).cpu() / batch.counts).tolist()
         return found
 
+    def predictions(self, finals: Mapping[int, Tensor], every: int) -> dict[int, Tensor]:
+        """The logits of one of so many predictions, from `final_states`."""
+        return {number: self._logits(finals[number][::every]) for number in self.held_out}
+
     def divergence(self, finals: Mapping[int, Tensor], dense: Mapping[int, Tensor], every: int) -> float:
-        """The mean KL divergence of predictions from the dense model's, in nats, from `final_states` of both.
+        """The mean KL divergence of `predictions` from the dense model's, in nats.
 
         Args:
-            every: one of so many predictions is compared.
+            finals: as from `final_states`.
+            dense: the dense model's predictions.
         """
         found = list[Tensor]()
-        for number in self.held_out:
-            ours, theirs = (self._logits(each[number][::every]) for each in (finals, dense))
-            found.append(METRICS["kl"].compute(ours, self._batches[number].targets[::every], theirs))
+        for number, ours in self.predictions(finals, every).items():
+            found.append(METRICS["kl"].compute(ours, self._batches[number].targets[::every], dense[number]))
         return float(torch.cat(found).double().mean())
 
     def at_real(self, number: int, states: Tensor) -> Tensor:
@@ -171,7 +176,13 @@ class Streams(Engine):
     def behind(self, step: Step, state: Tensor, number: int) -> Tensor:
         """A state of a batch, [B, T, d], behind blocks that read it."""
         hidden = self._read(state)
-        return state + sum(self._block(block, hidden, self._kwargs[number]).to(state) for block in step)
+        for block in step:
+            state = state + self._block(block, hidden, self._kwargs[number]).to(state.device)
+        return state
+
+    def adds(self, block: BlockId, state: Tensor, number: int) -> Tensor:
+        """What a block adds to a state of a batch."""
+        return self._block(block, self._read(state), self._kwargs[number]).to(state)
 
     def written(self, block: BlockId, state: Tensor, number: int) -> tuple[Tensor, Tensor]:
         """What the writer of a block reads where the block reads a state of a batch, [B, T, p] (no column without a

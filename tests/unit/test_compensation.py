@@ -74,6 +74,7 @@ def test_sums_of_16_bit_features_lead_to_the_weights_of_exact_sums():
     parts = [tuple(torch.tensor(part[rows]).float() for part in (x, r)) for rows in (slice(2000), slice(2000, 3000))]
     fitted = Moments.zero(700, 5, torch.device("cpu"), torch.float32, rough=True)
     fitted.add(*parts[0])
+    symmetric_(fitted.gram)
     change, strength, least = best_change(fitted, parts[1], STRENGTHS, 0.3)
     wanted = ridge(x[:2000], r[:2000], strength)
     assert change.dtype is torch.float64 and torch.get_float32_matmul_precision() == "highest"
@@ -115,10 +116,11 @@ def test_the_strength_is_the_best_of_all_wherever_the_walk_begins(near, noise, m
     r, asked, solve = x @ way + noise * rng.normal(size=(60, 3)), [], Moments.solve
     fitted = Moments.zero(8, 3, torch.device("cpu"))
     fitted.add(torch.tensor(x[:30]), torch.tensor(r[:30]))
+    symmetric_(fitted.gram)
     held_out = torch.tensor(x[30:]), torch.tensor(r[30:])
     errors = {strength: fitted.error(*held_out, solve(fitted, strength)) for strength in STRENGTHS}
     monkeypatch.setattr(
-        Moments, "solve", lambda self, strength, dtype=None: dtype and asked.append(strength) or solve(self, strength)
+        Moments, "solve", lambda self, strength, dtype=None: (dtype and asked.append(strength)) or solve(self, strength)
     )
     change, strength, least = best_change(fitted, held_out, STRENGTHS, near)
     assert strength == min(errors, key=errors.__getitem__) and least == errors[strength]

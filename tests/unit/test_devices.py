@@ -18,7 +18,7 @@ from blockpruner.checkpoints.verification import reference_outputs
 from blockpruner.core.blocks import DENSE, all_blocks, parse_channels, parse_mask
 from blockpruner.core.errors import DeviceMemoryError, InputError
 from blockpruner.core.progress import SilentObserver
-from blockpruner.core.settings import HubTexts
+from blockpruner.core.settings import HubTexts, Runtime
 from blockpruner.evaluation.choices import answers
 from blockpruner.evaluation.latency import measure_latency
 from blockpruner.evaluation.perplexity import measure_perplexity
@@ -26,6 +26,7 @@ from blockpruner.evaluation.settings import Speed
 from blockpruner.evaluation.speed import generate, measure_speed, random_prompt, weight_bytes
 from blockpruner.healing.compensate import compensate
 from blockpruner.healing.loss import TrainingLoss
+from blockpruner.healing.memory import step_bytes
 from blockpruner.healing.settings import Train
 from blockpruner.healing.trainer import _batch, train_
 from blockpruner.inputs.calibration import CalibrationSet
@@ -38,11 +39,12 @@ from blockpruner.methods.slicegpt.slicing import slice_
 from blockpruner.methods.slicegpt.widths import SLICEABLE
 from blockpruner.model import accelerator
 from blockpruner.model.models import load_model, prune_, resolve_device, shared_copy
+from blockpruner.pipeline import require_room
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.settings import Latency
-from blockpruner.scoring.work import Task, live_numbers
+from blockpruner.scoring.work import LOGITS_BYTES, Task, live_numbers
 from tests import fake_devices as made_up
 from tests.fake_devices import MODULE, SETUP, fake_devices
 from tests.golden import unverified
@@ -426,7 +428,7 @@ def test_training_that_does_not_fit_is_one_line(checkpoints, tmp_path):
         student, rows = prune_(load_model(checkpoints("llama"), "float64"), MASK), CalibrationSet(tuple(EQUAL))
         gc.collect()
         card.limit = card.live + 40_000
-        with pytest.raises(DeviceMemoryError, match=r"training on 2 rows of up to 32 tokens .* lower train.batch"):
+        with pytest.raises(DeviceMemoryError, match=r"training on a row of 32 tokens .* lower train.seq_len"):
             train_(student, rows, recipe(distill=0.0), teacher=None, validation=None, states=tmp_path,
                    observer=SilentObserver())  # fmt: skip
 
@@ -455,3 +457,43 @@ def test_a_reference_in_float32_takes_a_weight_at_a_time():
         assert card.peak - before < size / 2
         assert all(weight is own[name] for name, weight in model.named_parameters())
         assert not any("forward" in vars(module) for module in model.modules())
+
+
+SHAPES = {
+    "qwen2": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+              "num_key_value_heads": 4, "vocab_size": 152064},
+    "gemma2": {"hidden_size": 3584, "intermediate_size": 14336, "num_hidden_layers": 42, "num_attention_heads": 16,
+               "num_key_value_heads": 8, "head_dim": 256, "vocab_size": 256000, "tie_word_embeddings": True},
+    "llama": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+              "num_key_value_heads": 8, "vocab_size": 128256},
+}  # fmt: skip
+"""Qwen2.5 7B, Gemma 2 9B, Llama 3 70B."""
+
+
+def test_what_a_device_cannot_hold_is_refused_before_the_search(tmp_path):
+    wanted = Train(data=HubTexts(source="hub", repo="a/b"), weights="all", distill=1.0)
+    with fake_devices(1) as (card,):
+        card.limit = 24 * 2**30
+        for family in ("qwen2", "gemma2"):
+            config = {"model_type": family, **SHAPES[family]}
+            require_room(config, "bfloat16", Runtime(), "refit", None)
+            with pytest.raises(InputError, match=r"training takes 1[37][0-9]\.. GiB .*, and gpu:0 has 24"):
+                require_room(config, "bfloat16", Runtime(), "refit", wanted)
+        large = {"model_type": "llama", **SHAPES["llama"]}
+        with pytest.raises(InputError, match=r"search takes 13.\.. GiB .*; use --streaming, choose a larger device"):
+            require_room(large, "bfloat16", Runtime(), "none", None)
+        require_room(large, "bfloat16", Runtime(streaming=True), "none", None)
+        with pytest.raises(InputError, match=r"refit takes 14.\.. GiB .*; set compensate: none"):
+            require_room(large, "bfloat16", Runtime(streaming=True), "refit", None)
+        require_room(large, "bfloat16", Runtime(device="cpu"), "refit", wanted)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_refit_takes_no_more_of_a_device_than_is_counted(family):
+    """Of a wide MLP, whose sums are most of it."""
+    with fake_devices(1) as (card,):
+        model = tiny_model(family, 2, torch.float32, hidden_size=32, intermediate_size=1500).to("gpu:0")
+        config = model.config.to_dict()
+        MODULE.reset_peak_memory_stats(0)
+        compensate(model, {"plan": plan_of(config, ["mha.1"])}, *parted(ROWS), SilentObserver())
+        assert card.peak <= step_bytes(config, "float32", "refit", None)["refit"] - 4 * LOGITS_BYTES

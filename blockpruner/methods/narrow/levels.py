@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Cut, format_channels
+from blockpruner.core.blocks import BlockId, BlockKind, format_channels
 from blockpruner.core.progress import Observer
 from blockpruner.scoring.gram import add_gram_, products, symmetric_
 from blockpruner.scoring.streams import Streams
@@ -36,6 +36,10 @@ STRENGTH = 0.003
 
 JUDGING, MOST, EVERY = 8, 8, 2
 """One of eight rows measures divergences, at most eight do, at every other token. The other rows are summed."""
+
+
+Pairs = Sequence[tuple[Tensor, Tensor]]
+"""What the writer of an MLP reads and what its module gives, batch by batch; as from `Streams.written`."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,9 @@ class Levels:
 
 @torch.no_grad()
 def measure_levels(
-    model: PreTrainedModel, rows: Rows, step: int, known: Container[str], observer: Observer
+    model: PreTrainedModel, rows: Rows, channels: int, known: Container[str], observer: Observer
 ) -> Iterator[Levels]:
-    """The levels of each MLP that is not in `known`: `step`, 2 `step` and more channels gone, as long as some are left.
+    """The levels of each MLP that is not in `known`: so many channels gone, twice as many and more.
 
     Args:
         rows: two or more, of any lengths; all real tokens count. The host's memory takes their residual stream in
@@ -80,20 +84,28 @@ def measure_levels(
     summed = [row for place, row in enumerate(rows) if place not in places]
     streams = Streams(model, (*summed, *judging), len(summed))
     mlps = [str(block) for block in streams.blocks if block.kind is BlockKind.MLP]
-    dense = streams.final_states(None, dict(enumerate(streams.dense)))
-    for stream in streams.walk({"": Cut(DENSE)}):
-        for block in (block for block in stream.stop.kept if str(block) in mlps and str(block) not in known):
-            gram, gain = _moments(streams, stream.states, block)
+    dense = streams.predictions(streams.final_states(None, dict(enumerate(streams.dense))), EVERY)
+    for step in streams.steps:
+        before, read = streams.dense, dict[BlockId, list[tuple[Tensor, Tensor]]]()
+        for block in step:
+            new = str(block) in mlps and str(block) not in known
+            if new:
+                read[block] = [streams.written(block, state, number) for number, state in enumerate(before)]
+                adds = [streams.added(block, gives) for _, gives in read[block]]
+            else:
+                adds = [streams.adds(block, state, number) for number, state in enumerate(before)]
+            streams.dense = [state + added for state, added in zip(streams.dense, adds, strict=True)]
+        for block, pairs in read.items():
+            gram, gain = _moments(streams, pairs, block)
             weight, rise, widths = streams.weight(block).T.double(), None, list[Width]()
-            for width, change in levels(gram, weight, gain, step):
+            for width, change in levels(gram, weight, gain, channels, streams.dense[0].dtype):
                 widths.append(width)
-                if rise is None and (2 * width.channels < len(weight) or width.channels <= step):
-                    moved = _final_without(streams, stream.states, block, change)
+                if rise is None and (2 * width.channels < len(weight) or width.channels <= channels):
+                    moved = _final_without(streams, pairs, block, change)
                     rise = streams.divergence(moved, dense, EVERY) / (width.cost or 1)
             assert rise is not None
             yield Levels(str(block), widths, rise)
             observer.advance(1 + mlps.index(str(block)), len(mlps), str(block))
-        stream.states = streams.dense
 
 
 def by_cost(found: Sequence[Levels]) -> dict[str, list[Width]]:
@@ -103,13 +115,13 @@ def by_cost(found: Sequence[Levels]) -> dict[str, list[Width]]:
     }
 
 
-def _moments(streams: Streams, states: Sequence[Tensor], block: BlockId) -> tuple[Tensor, Tensor]:
+def _moments(streams: Streams, pairs: Pairs, block: BlockId) -> tuple[Tensor, Tensor]:
     """X^T X / tokens [p, p] of an MLP, and how many times columns of W count [d], float64. Behind a norm these are its
     gains, and X is also divided by the size of what the module gives."""
     weight, norm, tokens = streams.weight(block), streams.norm_behind(block), 0
-    gram = torch.zeros(2 * weight.shape[1:], dtype=states[0].dtype, device=weight.device)
+    gram = torch.zeros(2 * weight.shape[1:], dtype=streams.dense[0].dtype, device=weight.device)
     for number in streams.fitted:
-        reads, gives = streams.written(block, states[number], number)
+        reads, gives = pairs[number]
         size = streams.dense[number].norm(dim=-1, keepdim=True)
         if norm is not None:
             size = size * gives.square().mean(dim=-1, keepdim=True).sqrt()
@@ -121,17 +133,19 @@ def _moments(streams: Streams, states: Sequence[Tensor], block: BlockId) -> tupl
     return symmetric_(gram).double() / tokens, gain.to(gram.device, torch.float64)
 
 
-def _final_without(streams: Streams, states: Sequence[Tensor], block: BlockId, change: Tensor) -> dict[int, Tensor]:
+def _final_without(streams: Streams, pairs: Pairs, block: BlockId, change: Tensor) -> dict[int, Tensor]:
     """The final states of the judging rows with this much less in the writer of a block [p, d]."""
     moved = {}
     for number in streams.held_out:
-        reads, gives = streams.written(block, states[number], number)
+        reads, gives = pairs[number]
         less = gives - reads @ change.to(reads)
         moved[number] = streams.dense[number] + streams.added(block, less) - streams.added(block, gives)
     return streams.final_states(block, moved)
 
 
-def levels(gram: Tensor, weight: Tensor, gain: Tensor, step: int) -> Iterator[tuple[Width, Tensor]]:
+def levels(
+    gram: Tensor, weight: Tensor, gain: Tensor, step: int, dtype: torch.dtype = torch.float64
+) -> Iterator[tuple[Width, Tensor]]:
     """The widths of one MLP, each with W less the best writer of its channels, [p, d]; here a width's cost is what
     the stream loses.
 
@@ -140,8 +154,9 @@ def levels(gram: Tensor, weight: Tensor, gain: Tensor, step: int) -> Iterator[tu
         weight: W [p, d].
         gain: how many times each column of W counts, [d].
         step: so many channels leave from level to level.
+        dtype: that of the products which say what the stream loses.
     """
-    shifted, at_once = gram.clone(), max(1, len(weight) // AT_ONCE)
+    shifted, at_once, sums = gram.clone(), max(1, len(weight) // AT_ONCE), gram.to(dtype)
     shifted.diagonal().add_(STRENGTH * gram.diagonal().mean())
     inverse, left = torch.cholesky_inverse(torch.linalg.cholesky(shifted)), weight.clone()
     del shifted
@@ -158,5 +173,6 @@ def levels(gram: Tensor, weight: Tensor, gain: Tensor, step: int) -> Iterator[tu
             goes[now] = True
         kept, left, inverse = kept[~goes], left[~goes], inverse[~goes][:, ~goes]
         change = weight.index_add(0, kept, -left)
-        loss = float((change * gain * (gram @ (change * gain))).sum())
+        narrow = (change * gain).to(sums.dtype)
+        loss = float((narrow * (sums @ narrow)).sum())
         yield Width(format_channels(kept.tolist(), len(weight)), goal, loss), change
