@@ -89,19 +89,19 @@ def choose(
         found = compensate(dense(), plans, some, others, observer, is_last=every == 1)
         return [Healing(name, plans[name], *each) for name, each in found.items()]
 
-    def judged(healings: Sequence[Healing]) -> dict[str, HeldOutPerplexity]:
+    def judged(healings: Sequence[Healing], every: int = 1) -> dict[str, HeldOutPerplexity]:
         found = {}
         for one in healings:
             model = pruned_copy(dense(), one.plan, search.rows)
             set_weights_(model, one.weights, shared=True)
-            found[one.name] = measure_perplexity(model, judge.rows)
+            found[one.name] = measure_perplexity(model, judge.rows[::every])
         words = ", ".join(f"{name} {own.perplexity:.2f}" for name, own in found.items())
         observer.note(f"perplexity of the rows that judge: {words}")
         return found
 
     known, left = dict[str, HeldOutPerplexity](), dict(plans)
     if fits and len(plans) > 1 and len(fit.rows) >= ENOUGH:
-        known = judged(tried(plans, HEAT))
+        known = judged(tried(plans, HEAT), 2)
         least = min(own.perplexity for own in known.values())
         left = {name: plan for name, plan in plans.items() if known[name].perplexity <= BEHIND * least}
     finalists = tried(left)

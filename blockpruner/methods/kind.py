@@ -153,7 +153,7 @@ def make_plan(
     budget: str,
     config: Config,
     *,
-    perplexities: tuple[float, float | None],
+    perplexities: tuple[float | None, float | None],
     gone: Mask = DENSE,
     pruned: int | None = None,
     removed: tuple[str, ...] = (),
@@ -164,7 +164,7 @@ def make_plan(
     """A plan from a run's current search; `commit_run` adds its target and run.
 
     Args:
-        perplexities: on the calibration set, of the dense and of the pruned model (None: only known once it is made).
+        perplexities: on the calibration set, of the dense and of the pruned model; None is not measured.
         gone: the blocks that the pruned model does without.
         pruned: its parameters, where `gone` does not say how many are left.
     """

@@ -77,15 +77,15 @@ def weights_kind(
 
 
 def _score(name: str, options: type[Options], plan: Planner, version: int, job: Job) -> tuple[Current, Counts]:
-    """Find the details for each budget, and the NLL of the dense model."""
+    """Find the details for each budget; and the dense model's NLL, where a method measures that of a pruned one."""
     from blockpruner.scoring.engine import Engine
 
-    chosen = read_options(name, options, job.score.options)
+    chosen, nll, is_measured = read_options(name, options, job.score.options), None, False
     loss, observer = NLL.name, job.material.observer
     fields = {"method": name, "metric": job.score.metric, "options": chosen.model_dump(), "version": version}
     current = job.current(name, search_fingerprint(job.store_fields(loss), fields), False, chosen, loss)
     with job.stores([loss]) as stores, closing(LazyScorer(lambda: Engine(job.material.dense()))) as scorer:
-        find = plan(chosen, job)
+        find, counts = plan(chosen, job), Counts()
         for text in job.budgets:
             path = trace_directory(job.folder, current, text) / "details.json"
             observer.begin(f"{name} for {text}")
@@ -93,6 +93,7 @@ def _score(name: str, options: type[Options], plan: Planner, version: int, job: 
             found = known or find(parse_budget(text, job.resources["parameters"]))
             if known is None:
                 write_sealed_json(path, found)
+            is_measured |= "nll" in found
             words = (f"{key} {value}" for key, value in found.items() if key not in ("nll", "channels"))
             observer.end(", ".join(words), cached=known is not None)
 
@@ -100,7 +101,8 @@ def _score(name: str, options: type[Options], plan: Planner, version: int, job: 
             objective = Objective(job.calibration, stores[loss], scorer, observer)
             return objective([DENSE])[0].loss, objective.counts
 
-        nll, counts = in_one_origin(dense, observer)
+        if is_measured:
+            nll, counts = in_one_origin(dense, observer)
     return replace(current, dense_nll=nll), counts
 
 
@@ -109,8 +111,7 @@ def _commit(
 ) -> tuple[Plan, Sequence[Path]]:
     """The plan for a budget from the details that were found for it."""
     details = read_json(trace_directory(scores, current, budget) / "details.json", sealed=True)
-    found, nll = left(details, config), details.pop("nll", None)
-    assert current.dense_nll is not None
+    found, nll, dense = left(details, config), details.pop("nll", None), current.dense_nll
     plan = make_plan(
         current,
         budget,
@@ -118,7 +119,7 @@ def _commit(
         gone=found.gone,
         pruned=found.pruned,
         order=found.order,
-        perplexities=(perplexity(current.dense_nll), perplexity(math.fsum(nll) / len(nll)) if nll else None),
+        perplexities=(dense and perplexity(dense), perplexity(math.fsum(nll) / len(nll)) if nll else None),
         details=details,
     )
     return plan, []
