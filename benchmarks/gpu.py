@@ -1,13 +1,13 @@
-"""What a GPU shows: speed, each with its baseline from the same run. `pytest -m gpu` compares the numbers first.
+"""What a GPU shows: that `blockpruner prune` and training run there, and how fast, each with its baseline from the run.
 
-    python -m benchmarks.gpu [--shape llama2-7b] [--out data/benchmarks/gpu.json] [part ...]
+    python -m benchmarks.gpu [--shape llama3-8b] [--memory 24] [--out data/benchmarks/gpu.json] [part ...]
 
-It needs no network and no checkpoint: models have the widths of the shape and random, seeded weights. Without an
-accelerator all parts are rehearsed at tiny shapes.
+It needs no network and no checkpoint: models have the widths of the shape and random, seeded weights. A large card is
+held to `--memory` GiB, as a small one. Without an accelerator all parts are rehearsed at tiny shapes.
 
 A part is a function of a setting and of `Found`, which keeps each fact in the file as soon as it is known. Keys are
-words with units, since they are printed as they are. A part that fails does not stop the others. Prints Markdown; exits
-with 1 if a part failed or a check does not hold.
+words with units, since they are printed as they are. The parts that say most come first, and one that fails does not
+stop the others. Prints Markdown; exits with 1 if a part failed or a check does not hold.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import math
+import statistics
 import sys
 import tempfile
 import time
@@ -27,21 +28,33 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.flops import Flops
-from benchmarks.scoring import full_forward, matrix_rate
 from benchmarks.shapes import MODELS, random_model, random_rows
 from blockpruner.api import Pruned, prune
-from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Mask, all_blocks
+from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Cut, Mask, all_blocks
+from blockpruner.core.families import count_parameters
+from blockpruner.core.progress import SilentObserver
 from blockpruner.evaluation.settings import Speed
 from blockpruner.evaluation.speed import measure_speed, weight_bytes
+from blockpruner.healing import refit as fitting
+from blockpruner.healing.ridge import best_change
+from blockpruner.healing.settings import Train
+from blockpruner.healing.trainer import train_
+from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model import accelerator
-from blockpruner.model.models import decoder_layers, prune_, resolve_device, shared_copy
+from blockpruner.model.models import decoder_layers, masked, prune_, resolve_device, shared_copy
+from blockpruner.model.rates import product_rate
 from blockpruner.scoring.engine import Engine
-from blockpruner.scoring.work import Rows, Task
+from blockpruner.scoring.streams import Streams
+from blockpruner.scoring.work import LOGITS_BYTES, Rows, Task
 from blockpruner.store.files import read_json, write_json
 from blockpruner.store.provenance import commit, environment
+
+VERIFIED = 540
+"""The tokens that an export and its check compute, in float32 on the host."""
 
 NO_DEVICE = "no accelerator: rehearsal at tiny shapes"
 GIB = 2**30
@@ -91,7 +104,7 @@ def setting_of(shape: str, device: torch.device) -> Setting:
     """The shape's setting; without an accelerator the tiny one."""
     if device.type == "cpu" or shape == "tiny":
         return Setting("tiny", device, 2, 32, 3, 3, 4)
-    return Setting(shape, device, 15, 2048, 8, 16, 64)
+    return Setting(shape, device, 16, 2048, 8, 16, 64)
 
 
 class Found:
@@ -138,10 +151,76 @@ def scored(engine: Engine, rows: Rows, masks: Sequence[Mask]) -> None:
         pass
 
 
-# -- sweep --
+# -- the machine, and the same numbers --
 
 
-def sweep(s: Setting, found: Found) -> None:
+def machine(s: Setting, found: Found) -> None:
+    """Rates of products on card and host, and of copies between them; export and check take the host's."""
+    size, count = (4096, 2**28) if s.is_real else (64, 2**20)
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        x = torch.randn(size, size, device=s.device).to(dtype)
+        seconds = min(clocked(s.device, partial(torch.mm, x, x))[0] for _ in range(5))
+        found.add(**{f"products in {dtype}, TFLOP/s": 2 * size**3 / seconds / 1e12})
+    here, there = torch.zeros(count, dtype=torch.uint8), torch.zeros(count, dtype=torch.uint8, device=s.device)
+    for name, host in (("pageable", here), ("pinned", here.pin_memory() if s.is_real else here)):
+        for way, target, source in (("to the card", there, host), ("from the card", host, there)):
+            seconds = min(clocked(s.device, partial(target.copy_, source))[0] for _ in range(3))
+            found.add(**{f"copies {way}, {name}, GB/s": count / seconds / 1e9})
+    rates = {name: product_rate(name) for name in ("float32", "bfloat16", "float16")}
+    found.add(**{f"the host's products in {name}, GFLOP/s": rate / 1e9 for name, rate in rates.items()})
+    config = {"model_type": "llama", **MODELS[s.shape]}
+    seconds = 2 * count_parameters(config).total * VERIFIED / rates["float32"]
+    found.add(**{"products of a whole export and its check, s": seconds})
+
+
+def numbers(s: Setting, found: Found) -> None:
+    """Losses of four families without one block, in float32, next to the CPU's."""
+    for family in ("llama", "qwen2", "gemma2", "gpt_neox"):
+        torch.manual_seed(0)
+        size = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+        config = AutoConfig.for_model(family, **size, intermediate_size=128, num_hidden_layers=3, vocab_size=500)
+        model, losses = AutoModelForCausalLM.from_config(config).eval(), list[dict[Mask, tuple[float, ...]]]()
+        rows = tuple(map(tuple, random_rows(500, 4, 32)))
+        masks = tuple(frozenset({block}) for block in all_blocks(3))
+        for place in (torch.device("cpu"), s.device):
+            scored_ = Engine(model.to(place)).run([Task(range(4), masks)], rows)
+            losses.append({one.mask: one.loss for one in scored_})
+        apart = max(abs(a - b) for mask in masks for a, b in zip(losses[0][mask], losses[1][mask], strict=True))
+        found.check(f"{family}: losses, apart from the CPU's", apart, 1e-4)
+
+
+# -- one iteration --
+
+
+@torch.inference_mode()
+def full_forward(model: PreTrainedModel, mask: Mask, ids: torch.Tensor) -> torch.Tensor:
+    """Row losses by one forward pass with the logits of all tokens, [B]."""
+    with masked(model, mask):
+        logits = model(input_ids=ids, use_cache=False).logits
+    targets = ids[:, 1:]
+    losses = functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="none")
+    return losses.view(targets.shape).mean(dim=1)
+
+
+@torch.inference_mode()
+def matrix_rate(model: PreTrainedModel, tokens: int) -> float:
+    """FLOP/s of the matrix products of one forward pass alone, each layer's own weights in turn; median of 5."""
+    head = model.get_output_embeddings()
+    chunk = max(1, LOGITS_BYTES // (4 * head.weight.shape[0]))
+    linears = [(m, tokens) for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    linears += [(head, min(chunk, tokens - start)) for start in range(0, tokens, chunk)]
+    sizes = {(m.in_features, n) for m, n in linears}
+    inputs = {(width, n): torch.randn(n, width, dtype=head.weight.dtype, device=model.device) for width, n in sizes}
+
+    def work() -> None:
+        for linear, n in linears:
+            linear(inputs[linear.in_features, n])
+
+    seconds = statistics.median(clocked(model.device, work)[0] for _ in range(5))
+    return sum(2 * n * m.weight.numel() for m, n in linears) / seconds
+
+
+def iteration(s: Setting, found: Found) -> None:
     """The first iteration of the exact search, then some of its masks by full forward passes."""
     model, rows = s.model(), s.data
     flops, masks = Flops.of(model.config.to_dict(), s.rows, s.length), [DENSE]
@@ -175,7 +254,7 @@ def sweep(s: Setting, found: Found) -> None:
     })  # fmt: skip
 
 
-# -- refit, export --
+# -- search, refit, training, export --
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -186,39 +265,131 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def pruned(s: Setting, layers: int, compensation: str) -> tuple[float, Pruned]:
-    """Seconds of one-shot pruning of two blocks by the API, and its result."""
-    model, letters = s.model(layers), [97 + id_ % 26 for row in random_rows(26, 16, s.length) for id_ in row]
-    work = partial(
-        prune, model, byte_tokenizer(), [bytes(letters).decode()], "2blocks",
-        seq_len=s.length, method="one_shot", compensate=compensation, device=str(s.device),
-    )  # fmt: skip
-    return clocked(s.device, work)
+def texts(s: Setting) -> list[str]:
+    """Letters that fill the rows of searches, fits and judging."""
+    size = max(4 * s.length, 512)
+    return [bytes(97 + id_ for id_ in row).decode() for row in random_rows(26, max(4 * s.tokens // size, 16), size)]
 
 
-def refit(s: Setting, found: Found) -> None:
-    """The same pruning without refit and with it: what it takes, and that it does no harm on held-out rows."""
-    plain, _ = pruned(s, s.layers, "none")
-    clean()
+class Phases(SilentObserver):
+    """The seconds of each phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._begun = ("", 0.0)
+
+    def begin(self, phase: str, overall: float | None = None) -> None:
+        self._begun = (phase.partition(",")[0], time.perf_counter())
+
+    def end(self, summary: str, table: Sequence[Mapping[str, Any]] = (), cached: bool = False) -> None:
+        phase, began = self._begun
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
+
+
+def pruned(s: Setting, found: Found, layers: int | None, budget: str, **options: Any) -> Pruned:
+    """Prune by the API, and note what takes the time and the most memory."""
+    model, phases = s.model(layers), Phases()
+    for number, weight in enumerate(model.parameters()):  # blocks that matter differently, as in a trained model
+        if weight.dim() == 2 and weight.shape[0] == model.config.hidden_size:
+            weight.mul_(0.1 + number * 7 % 11 / 10)
     if s.is_real:
         accelerator.reset_peak(s.device)
-    seconds, result = pruned(s, s.layers, "refit")
+    work = partial(
+        prune, model, byte_tokenizer(), texts(s),
+        budget, seq_len=s.length, num_rows=s.rows, device=str(s.device), observer=phases, **options,
+    )  # fmt: skip
+    seconds, result = clocked(s.device, work)
+    found.add(**{"layers": len(decoder_layers(model)), "removed": result.plan.ratio, "seconds": seconds})
+    found.add(**{f"{phase}, s": spent for phase, spent in phases.seconds.items()})
+    if s.is_real:
+        found.add(**{"peak memory, GiB": accelerator.peak(s.device) / GIB})
+    return result
+
+
+def search(s: Setting, found: Found) -> None:
+    """A lazy, racing search of blocks to the end."""
+    budget = "0.1" if s.is_real else "2blocks"
+    pruned(s, found, None, budget, method="floating", acceleration="lazy+race", compensate="none")
+
+
+def recommended(s: Setting, found: Found) -> None:
+    """What `blockpruner prune` does by default: widths, searches, refits, and the choice among them."""
+    result = pruned(s, found, None, "0.1" if s.is_real else "0.2")
     perplexity = result.compensation["perplexity"]
-    found.add(**{
-        "layers": s.layers, "pruning alone, s": plain, "refit, s": seconds - plain,
-        "tokens": result.compensation["tokens"],
-        "peak memory, GiB": accelerator.peak(s.device) / GIB if s.is_real else None,
-    })  # fmt: skip
     found.check("held-out perplexity, refitted relative to pruned", perplexity["after"] / perplexity["before"], 1.0)
 
 
-def export(s: Setting, found: Found) -> None:
-    """A checkpoint written and verified in a fresh process; one that differs from the pruned model raises."""
-    _, result = pruned(s, min(4, s.layers), "none")
+def exact(s: Setting, found: Found) -> None:
+    """The exact search of the paper, to the end."""
+    pruned(s, found, None, "0.1" if s.is_real else "2blocks", method="greedy", compensate="none")
+
+
+@torch.no_grad()
+def stop(s: Setting, found: Found) -> None:
+    """The refit's stops in the layer behind a removed MLP: the writer of an MHA, and that of an MLP."""
+    rows = tuple(map(tuple, random_rows(s.vocabulary, s.rows + s.rows // 4 + 1, s.length)))
+    streams = Streams(s.model(2), rows, s.rows)
+    for stream in streams.walk({"": Cut(frozenset({BlockId(BlockKind.MLP, 0)}))}):
+        writers = {block: writer for block in stream.stop.kept if (writer := streams.writer(block)) and block.layer}
+        if writers:
+            place_of = partial(fitting._Place, streams, stream, writers)
+            forward, place = clocked(s.device, place_of)
+            sums, (fitted, held) = clocked(s.device, place.moments)
+            solve, (change, *_) = clocked(s.device, partial(best_change, fitted, held, fitting.STRENGTHS, 0.3))
+            changed, _ = clocked(s.device, partial(place.change_, change))
+            streams.put_aside_()
+            parts = {"forward and copies": forward, "sums": sums, "strengths and solution": solve, "change": changed}
+            found.add(**{f"{next(iter(writers))}: {name}, s": seconds for name, seconds in parts.items()})
+        stream.states = [streams.behind(stream.stop.kept, state, n) for n, state in enumerate(stream.states)]
+    found.add(tokens=s.tokens)
+
+
+def training(s: Setting, found: Found) -> None:
+    """Ten distilled steps of adapters, student and teacher over the same tensors."""
+    dense = s.model()
+    layers = len(decoder_layers(dense))
+    student = prune_(shared_copy(dense), frozenset({BlockId(BlockKind.MLP, layers // 2)}))
+    rows = CalibrationSet(tuple(map(tuple, random_rows(s.vocabulary, 20, min(512, s.length)))))
+    recipe = Train(data={"source": "path", "path": "random"}, distill=1.0, batch=2, accumulation=1, learning_rate=1e-3)
+    if s.is_real:
+        accelerator.reset_peak(s.device)
     with tempfile.TemporaryDirectory() as folder:
-        seconds, places = clocked(s.device, partial(result.save_pretrained, Path(folder) / "out"))
-        report = read_json(places["hf"] / "verification.json")
-    found.add(seconds=seconds, **{key: value for key, value in report.items() if isinstance(value, bool | float)})
+        work = partial(
+            train_,
+            student,
+            rows,
+            recipe,
+            teacher=dense,
+            validation=None,
+            states=Path(folder),
+            observer=SilentObserver(),
+        )
+        seconds, facts = clocked(s.device, work)
+    found.add(**{"tokens of a step": 2 * len(rows.rows[0]), "seconds of a step": seconds / len(facts["losses"])})
+    found.add(**{"loss of the first step": facts["losses"][0], "loss of the last step": facts["losses"][-1]})
+    if s.is_real:
+        found.add(**{"peak memory, GiB": accelerator.peak(s.device) / GIB})
+
+
+def export(s: Setting, found: Found) -> None:
+    """Checkpoints of four layers in 16 bits, written and verified in a fresh process; a difference raises."""
+    for dtype in (torch.bfloat16, torch.float16):
+        model = s.model(min(4, s.layers)).to(dtype)
+        result = prune(
+            model,
+            byte_tokenizer(),
+            texts(s),
+            "2blocks",
+            seq_len=s.length,
+            method="one_shot",
+            metric="block_influence",
+            device=str(s.device),
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            seconds, places = clocked(s.device, partial(result.save_pretrained, Path(folder) / "out"))
+            report = read_json(places["hf"] / "verification.json")
+        found.add(**{f"{dtype}: seconds": seconds, f"{dtype}: max logit difference": report["max_logit_difference"]})
+        found.check(f"{dtype}: not ok", float(not report["ok"]), 0)
 
 
 # -- generation --
@@ -245,14 +416,20 @@ def generation(s: Setting, found: Found) -> None:
 
 
 PARTS: Mapping[str, tuple[str, Callable[[Setting, Found], None]]] = {
-    "sweep": ("How fast is an exact iteration, and how fast are full forward passes in the same run?", sweep),
-    "refit": ("What does refit take, and does it do no harm?", refit),
-    "export": ("Is a checkpoint written and verified, and how fast?", export),
+    "machine": ("How fast are card, host, and copies between them?", machine),
+    "numbers": ("Are the numbers those of the CPU?", numbers),
+    "iteration": ("How fast is an exact iteration, and how fast are full forward passes in the same run?", iteration),
+    "search": ("What does a lazy, racing search take?", search),
+    "stop": ("What takes the time of a refit?", stop),
+    "training": ("Do ten distilled steps fit, and what do they take?", training),
+    "export": ("Are checkpoints written and verified, and how fast?", export),
+    "recommended": ("What does the whole default take, and does its refit do no harm?", recommended),
     "generation": ("How fast is generation, dense and pruned?", generation),
+    "exact": ("What does the exact search take?", exact),
 }
 
 
-def text(value: Any) -> str:
+def shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return "–" if value is None else str(value)
@@ -261,10 +438,10 @@ def text(value: Any) -> str:
 def page(name: str, record: Mapping[str, Any]) -> str:
     """A part as Markdown."""
     lines = [f"\n## {name}: {record['ended']}\n", f"{PARTS[name][0]}\n", "| | |", "|---|---:|"]
-    lines += [f"| {key} | {text(value)} |" for key, value in record["facts"].items()]
+    lines += [f"| {key} | {shown(value)} |" for key, value in record["facts"].items()]
     for check in record["checks"]:
         holds = "holds" if check["holds"] else "**does not hold**"
-        lines.append(f"| {check['what']}: at most {text(check['at most'])} {holds} | {text(check['found'])} |")
+        lines.append(f"| {check['what']}: at most {shown(check['at most'])} {holds} | {shown(check['found'])} |")
     return "\n".join(lines)
 
 
@@ -273,13 +450,23 @@ def main(arguments: Sequence[str]) -> int:
         "python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; all, if none is given")
-    parser.add_argument("--shape", choices=tuple(MODELS), default="llama2-7b")
+    parser.add_argument("--shape", choices=tuple(MODELS), default="llama3-8b")
+    parser.add_argument("--memory", type=float, default=24.0, help="GiB of the card that may be used")
     parser.add_argument("--out", type=Path, default=Path("data/benchmarks/gpu.json"))
     given = parser.parse_args(arguments)
     if unknown := set(given.parts) - PARTS.keys():
         parser.error(f"unknown part {', '.join(sorted(unknown))}; valid: {', '.join(PARTS)}")
     s = setting_of(given.shape, resolve_device("auto"))
-    place = {"shape": s.shape, "device": accelerator.name(s.device) if s.is_real else NO_DEVICE, "commit": commit()}
+    if s.is_real:
+        room = min(int(given.memory * GIB), accelerator.total_memory(s.device))
+        torch.get_device_module(s.device).set_per_process_memory_fraction(room / accelerator.total_memory(s.device))
+        accelerator.total_memory = lambda device: room
+    place = {
+        "shape": s.shape,
+        "memory": f"{given.memory:g} GiB",
+        "device": accelerator.name(s.device) if s.is_real else NO_DEVICE,
+        "commit": commit(),
+    }
     kept: dict[str, Any] = {"where": place | environment(), "parts": {}}
     print(f"# {s.shape} on {place['device']}", flush=True)
     for name in given.parts or PARTS:

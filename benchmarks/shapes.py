@@ -16,6 +16,8 @@ MODELS: Mapping[str, Config] = {
              "num_key_value_heads": 2, "vocab_size": 500},
     "llama2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
                   "num_key_value_heads": 32, "vocab_size": 32000},
+    "llama3-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+                  "num_key_value_heads": 8, "vocab_size": 128256},
 }  # fmt: skip
 
 

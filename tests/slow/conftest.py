@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.scoring import TEXT
-from benchmarks.serving import nothing_removed
 from blockpruner.core.progress import SilentObserver
 from blockpruner.healing.choice import choose, keep
 from blockpruner.healing.rows import compensation_rows, training_rows
@@ -19,12 +17,19 @@ from blockpruner.methods.healed import find_healed
 from tests.plans import SOMEONE, narrow_plan, plan_of, pruning
 
 MODEL = Path(__file__).parents[2] / "data/models/smollm2"
+TEXT = Path("data/sources/smollm2/calibration.parquet")
 REMOVED = (
     "mha.5 mha.7 mha.17 mha.18 mha.22 mha.26 mha.29 mlp.14 mlp.16 mlp.17",
     "mha.5 mha.7 mha.8 mha.9 mha.15 mha.16 mha.17 mha.18 mha.20 mha.22 mha.23 mha.26 mha.29 mlp.6 mlp.14 mlp.15 "
     "mlp.16 mlp.17 mlp.18",
 )
 """What greedy search removed of SmolLM2-135M at 10.53 % and 20.40 % of its parameters."""
+
+
+def nothing_removed(plan):
+    """The plan of the dense model, from one of a pruned model."""
+    none = replace(plan, removed=(), order=(), ratios=(), ratio=0.0, blocks={"mha": 0, "mlp": 0}, compensate="none")
+    return replace(none, parameters=dict.fromkeys(plan.parameters, plan.parameters["dense"]))
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,10 @@ from benchmarks import gpu
 from blockpruner.store.files import read_json
 
 CPU = torch.device("cpu")
-CHECKS = {"sweep": 0, "refit": 1, "export": 0, "generation": 3}
+CHECKS = {
+    "machine": 0, "numbers": 4, "iteration": 0, "search": 0, "stop": 0, "training": 0, "export": 2, "recommended": 1,
+    "generation": 3, "exact": 0,
+}  # fmt: skip
 """How many checks a part of the rehearsal has."""
 
 
@@ -19,7 +22,6 @@ def test_the_rehearsal_answers_every_part(tmp_path, monkeypatch):
     assert found["where"]["device"] == gpu.NO_DEVICE
     assert {name: len(record["checks"]) for name, record in found["parts"].items()} == CHECKS
     assert all(check["holds"] for record in found["parts"].values() for check in record["checks"])
-    assert found["parts"]["export"]["facts"]["ok"] is True
 
 
 def test_a_part_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):

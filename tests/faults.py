@@ -1,7 +1,7 @@
 """What is lost when a stage breaks, and whether a second run ends in the same outputs: a matrix, measured.
 
-    unshare --mount python -m benchmarks.faults [word ...]     nine cells a stage; those whose names hold all the words
-    python -m benchmarks.faults every [word ...]               a cut before every write, one row a stage and mode
+    unshare --mount python -m tests.faults [word ...]     nine cells a stage; those whose names hold all the words
+    python -m tests.faults every [word ...]               a cut before every write, one row a stage and mode
 
 The stages of a tiny random model run once undisturbed; the project is kept as it was before `score` and `materialize`.
 A cell copies that, breaks the stage once, runs it again, and compares its outputs with the undisturbed ones:
