@@ -54,7 +54,7 @@ def compensate(
     rows, cuts = (*fit.rows, *tuning.rows), {name: plan.cut for name, plan in plans.items()}
     _require(plans, fit, tuning)
     observer.begin("compensate by refit")
-    streams = Streams(dense, rows, len(fit.rows))
+    streams = Streams(dense, rows, len(fit.rows), len(plans))
 
     def measured(states: Mapping[int, Tensor]) -> float:
         """The held-out perplexity from states behind the last block."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import FAMILIES, Config, count_parameters
 from blockpruner.healing.settings import Train
-from blockpruner.scoring.work import LOGITS_BYTES, live_numbers
+from blockpruner.scoring.work import LOGITS_BYTES, live_numbers, sums_bytes
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 """The bytes of a number, by dtype."""
@@ -33,8 +33,7 @@ def step_bytes(config: Config, dtype: str, compensate: str, train: Train | None)
         head = int(config.get("head_dim") or hidden // int(config["num_attention_heads"]))
         mha, mlp = int(config["num_attention_heads"]) * head, inner if family.has_one_mlp else 0
         width = mha + mlp if family.is_parallel(config) else max(mha, mlp)
-        sums = 12 * width * width + 16 * width * hidden  # float32, its factor in float64; and what is solved for
-        found["refit"] = weights + batch + sums + 4 * HELD_OUT * (width + 2 * hidden)
+        found["refit"] = weights + batch + sums_bytes(width, hidden) + 4 * HELD_OUT * (width + 2 * hidden)
     if train is not None:
         trained = sum(costs.blocks.values()) if train.weights == "all" else 0
         teacher = weights if trained and train.distill else 0

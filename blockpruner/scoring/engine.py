@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -208,7 +209,8 @@ class Engine(Forward):
 
     def _values(self, launched: Iterable[Unread], task: Task) -> Iterator[ScoredRows]:
         """The values. A CPU computes nothing meanwhile, so there they are read at once: a kill loses what is not."""
-        for unread in one_late(launched) if self._on_gpu else launched:
+        devices = {self._device(layer) for layer in range(self.layers)}
+        for unread in late(launched, len(devices)) if self._on_gpu else launched:
             values = unread.means()
             for mask in unread.masks:
                 yield self._finite(mask, values, task)
@@ -296,13 +298,15 @@ class Engine(Forward):
                 self._growth = config.num_attention_heads * (2 * item + 4) / bytes_of_token
 
 
-def one_late(launched: Iterable[Unread]) -> Iterator[Unread]:
-    """Each item once the next one is launched, or could not be: a device then never waits for what is done with it."""
-    held: list[Unread] = []
+def late(launched: Iterable[Unread], depth: int) -> Iterator[Unread]:
+    """Each item once so many more are launched, or no more can be. Layers that are spread over so many devices then all
+    compute while the values of one mask are waited for."""
+    held = deque[Unread]()
     try:
         for item in launched:
-            yield from held
-            held = [item]
+            held.append(item)
+            if len(held) > depth:
+                yield held.popleft()
     except RuntimeError:
         yield from held
         raise

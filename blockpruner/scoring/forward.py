@@ -66,7 +66,9 @@ class Forward:
         moved: dict[tuple[int, torch.device], Tensor] = {}  # layers share masks, which may be large
 
         def move(tensor: Tensor, device: torch.device) -> Tensor:
-            return moved.setdefault((id(tensor), device), tensor.to(device))
+            if (id(tensor), device) not in moved:
+                moved[id(tensor), device] = tensor.to(device)
+            return moved[id(tensor), device]
 
         layer_kwargs = tuple(
             map_tensors(kwargs, partial(move, device=self._device(layer))) for layer, (_, kwargs) in enumerate(recorded)
@@ -130,10 +132,16 @@ class Forward:
 
     @property
     def _widens(self) -> bool:
-        """Whether there is a product of this kind: torch has it on CUDA, from 2.8 on."""
+        """Whether there is a product of this kind: torch has it on CUDA, from 2.8 on, and not on ROCm."""
         kinds: list[str] = torch.ops.aten.mm.overloads()  # type: ignore[no-untyped-call]
         is_narrow = self._head.weight.dtype.itemsize == 2
-        return self._home.type == "cuda" and is_narrow and self._head.bias is None and "dtype" in kinds
+        return (
+            self._home.type == "cuda"
+            and torch.version.hip is None
+            and is_narrow
+            and self._head.bias is None
+            and "dtype" in kinds
+        )
 
 
 def joined(hidden: Tensor, adds: Sequence[Tensor]) -> Tensor:

@@ -3,8 +3,8 @@
 Decides where they are compared, and what a kept block reads and writes there. All run on one copy of the model: the
 dense stream passes a block before the block's weights change, and the new weights are then put aside. Pruned models
 are one stream, with one stream, up to the first difference of their cuts. So the dense model is used layer by layer,
-once, for any number of pruned ones, and the rows' states lie in the host's memory (a number of float32 for each token,
-column and stream).
+once, for any number of pruned ones. The rows' states (a number of float32 for each token, column and stream) stay on
+the model's device where it has the room, else in the host's memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from blockpruner.core.blocks import BlockId, Channels, Cut, Mask
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.metrics import METRICS, NLL
 from blockpruner.scoring.walk import Step
-from blockpruner.scoring.work import Rows
+from blockpruner.scoring.work import Rows, live_numbers, sums_bytes
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -75,10 +75,11 @@ class Streams(Engine):
     Args:
         model: the dense model. Weights of a stop's kept blocks are changed once the stop is reached, and not before.
         fitted: how many of the rows, the first ones, something is fitted to; the others are held out.
+        pruned: how many pruned models there will be.
     """
 
-    def __init__(self, model: PreTrainedModel, rows: Rows, fitted: int, batch_tokens: int | str = "auto") -> None:
-        super().__init__(model, batch_tokens)
+    def __init__(self, model: PreTrainedModel, rows: Rows, fitted: int, pruned: int = 1) -> None:
+        super().__init__(model)
         parts = (range(fitted), range(fitted, len(rows)))
         self.steps = self._steps
         self.blocks = [block for step in self.steps for block in step]
@@ -91,7 +92,8 @@ class Streams(Engine):
         self.real = [batch.is_real.cpu() for batch in self._batches]
         prepared = [self._prepare(batch.input_ids) for batch in self._batches]
         self._kwargs = [kwargs for _, kwargs in prepared]
-        self.dense = [states.to(torch.promote_types(states.dtype, torch.float32)).cpu() for states, _ in prepared]
+        rest = self._resting_place(sum(batch.input_ids.numel() for batch in self._batches), pruned)
+        self.dense = [states.to(rest, torch.promote_types(states.dtype, torch.float32)) for states, _ in prepared]
         self._first = {number: self.dense[number] for number in self.held_out}
         self.old: dict[Tensor, Tensor] = {}
         """The former values of the weights that are changed at present."""
@@ -253,6 +255,16 @@ class Streams(Engine):
             weight = self.weight(block)
             is_kept = torch.zeros(weight.shape[1]).index_fill(0, torch.tensor(kept), 1)
             self.change_(weight, weight * is_kept.to(weight))
+
+    def _resting_place(self, tokens: int, pruned: int) -> torch.device:
+        """Where states stay: of each stream, once more as they move on, and what the writers of a stop read."""
+        if self._room is None:
+            return self._home
+        config, item = self._model.config, self._head.weight.element_size()
+        hidden, inner = config.hidden_size, max(config.intermediate_size, 2 * config.hidden_size)
+        states = tokens * (4 * hidden * (pruned + 3) + item * inner)
+        batch = self._tokens * live_numbers(hidden, inner) * item
+        return self._home if states + batch + sums_bytes(inner, hidden) <= self._room else torch.device("cpu")
 
     def _module(self, block: BlockId) -> nn.Module:
         found: nn.Module = getattr(self._layers[block.layer], self._family.branch(block.kind).module)

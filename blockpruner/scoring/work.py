@@ -36,6 +36,11 @@ def live_numbers(hidden: int, inner: int) -> int:
     return 12 * hidden + 4 * inner
 
 
+def sums_bytes(width: int, hidden: int) -> int:
+    """What a fit of a matrix [hidden, width] holds at most: sums in float32, a factor in float64, and solutions."""
+    return 12 * width * width + 16 * width * hidden
+
+
 @dataclass(frozen=True)
 class Task:
     """Masks that are scored on the same batch of rows."""

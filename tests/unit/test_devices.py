@@ -44,7 +44,8 @@ from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.settings import Latency
-from blockpruner.scoring.work import LOGITS_BYTES, Task, live_numbers
+from blockpruner.scoring.streams import Streams
+from blockpruner.scoring.work import Task, live_numbers, sums_bytes
 from tests import fake_devices as made_up
 from tests.fake_devices import MODULE, SETUP, fake_devices
 from tests.golden import unverified
@@ -490,10 +491,24 @@ def test_what_a_device_cannot_hold_is_refused_before_the_search(tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_a_refit_takes_no_more_of_a_device_than_is_counted(family):
-    """Of a wide MLP, whose sums are most of it."""
-    with fake_devices(1) as (card,):
-        model = tiny_model(family, 2, torch.float32, hidden_size=32, intermediate_size=1500).to("gpu:0")
-        config = model.config.to_dict()
-        MODULE.reset_peak_memory_stats(0)
-        compensate(model, {"plan": plan_of(config, ["mha.1"])}, *parted(ROWS), SilentObserver())
-        assert card.peak <= step_bytes(config, "float32", "refit", None)["refit"] - 4 * LOGITS_BYTES
+    """Of a wide MLP, whose sums are most of it, with states on the host: the device has not the room."""
+    plan, found = None, {}
+    for place in ("cpu", "gpu:0", "full"):
+        with fake_devices(1) as (card,):
+            model = tiny_model(family, 2, torch.float32, hidden_size=32, intermediate_size=1500)
+            config = model.config.to_dict()
+            plan = plan_of(config, ["mha.1"])
+            sums, before = sums_bytes(1500, 32), 0
+            if place != "cpu":
+                model, before = model.to("gpu:0"), card.live
+            if place == "full":
+                card.limit = int(1.5 * sums)
+            MODULE.reset_peak_memory_stats(0)
+            found[place] = compensate(model, {"": plan}, *parted(ROWS), SilentObserver())[""][1]["perplexity"]
+            if place == "full":
+                assert Streams(model, ROWS, 2).dense[0].device.type == "cpu"
+                assert 0.9 * sums < card.peak - before < 1.05 * sums
+                assert card.peak < step_bytes(config, "float32", "refit", None)["refit"]
+            elif place == "gpu:0":
+                assert Streams(model, ROWS, 2).dense[0].device.type == "gpu"
+    assert all(found[place] == pytest.approx(found["cpu"], rel=1e-4) for place in found)
