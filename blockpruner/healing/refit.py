@@ -218,8 +218,8 @@ def _fit_before_norm_(place: _Place, gains: nn.Parameter) -> Mended:
 
 def _more_gain(place: _Place, block: BlockId) -> Tensor:
     """What is best added to the gains of the norm behind a block, [d]: a ridge regression for each of them."""
-    streams, size = place.streams, place.gives[block][0].shape[-1]
-    cross, square = torch.zeros(2, size, dtype=torch.float64)
+    streams, given = place.streams, place.gives[block][0]
+    cross, square = torch.zeros(2, given.shape[-1], dtype=torch.float64, device=given.device)
     for number in streams.fitted:
         unit = place.relative(number, streams.unit(block, place.gives[block][number]))
         cross += (unit * place.missing(number)).sum(0)

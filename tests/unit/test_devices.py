@@ -507,7 +507,7 @@ def test_a_refit_takes_no_more_of_a_device_than_is_counted(family):
             found[place] = compensate(model, {"": plan}, *parted(ROWS), SilentObserver())[""][1]["perplexity"]
             if place == "full":
                 assert Streams(model, ROWS, 2).dense[0].device.type == "cpu"
-                assert 0.9 * sums < card.peak - before < 1.05 * sums
+                assert 0.6 * sums < card.peak - before < 1.05 * sums
                 assert card.peak < step_bytes(config, "float32", "refit", None)["refit"]
             elif place == "gpu:0":
                 assert Streams(model, ROWS, 2).dense[0].device.type == "gpu"
