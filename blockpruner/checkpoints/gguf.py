@@ -88,13 +88,13 @@ def export_gguf(pruning: Pruning, out: Path, quantizations: Sequence[str] = ()) 
     require_fit("gguf", config, plan)
     tokenizer = load_tokenizer(dense, trusted)
     words, more = vocabulary(tokenizer, config) | _origin(plan.target, dense), facts(tokenizer, config)
-    model = pruning.load_for_export()
 
     def note(reduced: PreTrainedModel, reference: Path) -> None:
         narrow = torch.tensor(reduced.dtype != torch.float32)
         save_file(reference_outputs(reduced, plan) | more | {"narrow": narrow}, reference)
 
     def write_all(directory: Path, reference: Path) -> float:
+        model = pruning.load_for_export()
         pruned = pruning.prune_(model, partial(note, reference=reference))
         for precision in verify_llama_cpp.PRECISIONS:
             write(pruned, words, precision, directory / f"model-{precision}.gguf")

@@ -40,9 +40,10 @@ def export_hf(pruning: Pruning, out: Path) -> None:
     Raises:
         InputError: the fresh process does not reproduce the model in memory; nothing is left at `out`.
     """
-    model, plan = pruning.load_for_export(), pruning.plan
+    plan = pruning.plan
 
     def write(directory: Path, reference: Path) -> float:
+        model = pruning.load_for_export()  # gone when the fresh process loads its own
         pruned = pruning.prune_(model, lambda reduced: save_file(reference_outputs(reduced.cpu(), plan), reference))
         card = model_card(plan, pruning.dense, "hf", code_file(pruned), pruning.healed, _remark(pruned, pruning.dense))
         save_pruned(pruned, directory)

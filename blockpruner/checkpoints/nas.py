@@ -56,9 +56,10 @@ def export_nas(pruning: Pruning, out: Path) -> None:
     width = config.hidden_size // config.num_attention_heads
     head = getattr(config, "head_dim", None) or width
     require_fit("nas", config.to_dict(), plan, dtype=(pruning.dtype, DTYPES), head_dim=(head, (width,)))
-    model, narrow = pruning.load_for_export(), getattr(torch, pruning.dtype)
+    narrow = getattr(torch, pruning.dtype)
 
     def write(directory: Path, reference: Path) -> float:
+        model = pruning.load_for_export()
         pruned = pruning.prune_(model, lambda reduced: save_file(reference_outputs(reduced, plan), reference))
         blocks = pack_model(pruned)
         wide = nas_weights(pruned, blocks)

@@ -6,13 +6,18 @@ import os
 import subprocess
 import sys
 import venv
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from blockpruner.checkpoints import verification
+from blockpruner.checkpoints.registry import EXPORTS
 from blockpruner.checkpoints.verification import verify_checkpoint
+from blockpruner.methods.apply import Pruning
 from blockpruner.store.files import read_json
+from tests.plans import fetch_tiny, plan_of, pruning
 
 SCRIPT = """import json, sys
 import engine_of_test
@@ -55,3 +60,18 @@ def test_packages_of_the_environment_are_found_and_those_of_the_working_folder_a
     verify_checkpoint(tmp_path / "out", tmp_path / "reference", 1.0, script)
     report = read_json(tmp_path / "out/verification.json")
     assert report["engine"] == str(place / "engine_of_test.py") and not report["working_folder"]
+
+
+@pytest.mark.parametrize("form", ["hf", "nas"])
+def test_no_model_is_in_memory_when_the_fresh_process_loads_its_own(tmp_path, monkeypatch, form):
+    dense, load, alive = fetch_tiny(tmp_path / "dense"), Pruning.load_for_export, []
+
+    def loaded(self):
+        model = load(self)
+        alive.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(Pruning, "load_for_export", loaded)
+    monkeypatch.setattr(verification, "verify_checkpoint", lambda *_: alive.append([each() for each in alive]))
+    EXPORTS[form].write(pruning(dense, plan_of(dense, ["mlp.1"])), tmp_path / "out")
+    assert alive[1:] == [[None]]
