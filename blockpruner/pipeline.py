@@ -133,16 +133,21 @@ def calibrate(
     return rows
 
 
-def require_room(config: Config, dtype: str, runtime: Runtime, compensate: str, train: Train | None) -> None:
-    """Refuse, before a search, a run that a GPU has not the memory for; a split over several is not counted."""
+def require_room(
+    config: Config, dtype: str, runtime: Runtime, wanted: Score, compensate: str, train: Train | None, budget: str
+) -> None:
+    """Refuse, before a search, a run that a GPU has not the memory for. Devices of workers, and a model that is split
+    over several, are not counted."""
     from blockpruner.healing.memory import require_room, step_bytes
     from blockpruner.model import accelerator
     from blockpruner.model.models import resolve_device
 
-    place, needs = resolve_device(runtime.device), step_bytes(config, dtype, compensate, train)
+    if runtime.device == "split" or runtime.executor != "local":
+        return
+    place, needs = resolve_device(runtime.device), step_bytes(config, dtype, wanted, compensate, train, budget)
     if runtime.streaming:
         del needs["search"]
-    if place.type != "cpu" and runtime.device != "split":
+    if place.type != "cpu":
         require_room(needs, str(place), accelerator.total_memory(place))
 
 

@@ -8,7 +8,6 @@ from blockpruner.core.progress import observer
 from blockpruner.inputs.calibration import check_context
 from blockpruner.inputs.texts import read_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
-from blockpruner.params import load_params
 from blockpruner.store.files import read_json
 from stages import DATA, run, sections
 
@@ -19,8 +18,6 @@ def main(name: str) -> None:
     settings, checkpoint, sources = sections(name), DATA / "models" / name, DATA / "sources" / name
     wanted, config, note = settings.calibration, read_json(checkpoint / "config.json"), observer().note
     check_context(wanted.seq_len, config, "calibration.seq_len")
-    healed = settings.compensate.method or ("refit" if settings.judged else "none")  # several searches: recommended
-    pipeline.require_room(config, settings.model.dtype, load_params().runtime, healed, settings.train)
     tokenizer = load_tokenizer(checkpoint, settings.model.trust_remote_code)
     texts = {path.stem: read_texts(path) for path in sources.glob("*.parquet")}
     evaluated = held_out(tokenizer, texts["perplexity"], settings.heldout).documents

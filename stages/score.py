@@ -11,6 +11,7 @@ from typing import Any
 
 from blockpruner import pipeline
 from blockpruner.core.progress import observer
+from blockpruner.methods.recipes import compensation
 from blockpruner.methods.score import headline, open_material
 from blockpruner.params import load_params
 from blockpruner.scoring.settings import Latency
@@ -25,6 +26,8 @@ def main(name: str) -> None:
     rows = pipeline.Rows.load(DATA / "calibration" / name, "search", "fit", "judge")
     with open_material(checkpoint, model, runtime, trials_root(), watch) as material:
         for method, asked in settings.score.items():
+            healed, budget = compensation(None, method), asked.budgets[0] if asked.budgets else "0.1"
+            pipeline.require_room(material.config, model.dtype, runtime, asked.score, healed, None, budget)
             place = DATA / "scores" / name / method
 
             def latency(place: Path = place, timed: Latency = asked.score.latency) -> Mapping[str, Any]:

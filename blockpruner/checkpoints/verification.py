@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from subprocess import TimeoutExpired
@@ -46,7 +46,7 @@ def reference_outputs(model: PreTrainedModel, plan: Plan) -> dict[str, torch.Ten
     logits, in one pass and token by token through the KV cache. 16 bits are computed in float32, a weight at a time."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (PROMPTS, PROMPT_TOKENS), generator=generator).to(model.device)
-    with nullcontext() if model.dtype is torch.float64 else verify.in_float32(model):
+    with verify.in_float32(model):
         cached, tokens, _ = verify.stepped(model, ids, PROMPT_TOKENS, PROMPT_TOKENS + NEW_TOKENS)
         logits = model(tokens, use_cache=False).logits
     attentions = torch.tensor(plan.layers - plan.blocks["mha"])

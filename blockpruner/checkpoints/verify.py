@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ ENGINE = "transformers"
 
 @contextmanager
 def in_float32(*models: nn.Module) -> Iterator[None]:
-    """Within, these compute in float32 on inputs of float32: many CPUs multiply 16 bits a hundred times as slowly.
+    """Within, these compute in float32, unless they are of float64: 16 bits may be a hundred times as slow on a CPU.
     Weights keep their dtype: each module has its own as float32 while it runs, so a model never lies in memory so wide.
     """
 
@@ -38,7 +38,8 @@ def in_float32(*models: nn.Module) -> Iterator[None]:
         finally:
             module._parameters.update(own)
 
-    chosen = [module for model in models for module in model.modules() if module._parameters]
+    parts = [part for model in models for part in model.modules()]
+    chosen = [part for part in parts if any(weight.dtype is not torch.float64 for weight in part.parameters(False))]
     for module in chosen:
         module.forward = partial(run, module)
     try:
@@ -79,7 +80,7 @@ def verify(checkpoint: str, reference_file: str, tolerance: float) -> dict[str, 
     ).eval()
     prompt, length = int(reference["prompt"]), tokens.shape[1]
     new = length - prompt
-    with torch.inference_mode(), nullcontext() if model.dtype is torch.float64 else in_float32(model):
+    with torch.inference_mode(), in_float32(model):
         whole = model(tokens, use_cache=False).logits.double()
         cached, _, cache = stepped(model, tokens, prompt, length)
         ids = tokens[:, :prompt]

@@ -31,6 +31,7 @@ def dry_run(run: Run, config: Config, budget: str) -> dict[str, Any]:
         for name, score in proposals(run.score, config, budget).items()
         if kind_of_method(score.method).removes_blocks
     }
+    compensate = compensation(run.compensate.method, run.score.method)
     return {
         "model": f"{run.model.title}, {config['model_type']}, {run.model.dtype}",
         "blocks": f"{layers} MHA + {layers} MLP",
@@ -38,9 +39,7 @@ def dry_run(run: Run, config: Config, budget: str) -> dict[str, Any]:
         "parameters_to_remove": share and round(share * counts.total),
         "first_step_masks": masks,
         "weights_bytes": counts.total * BYTES[run.model.dtype],
-        "memory_bytes": step_bytes(
-            config, run.model.dtype, compensation(run.compensate.method, run.score.method), run.train
-        ),
+        "memory_bytes": step_bytes(config, run.model.dtype, run.score, compensate, run.train, budget),
         "disk_bytes": counts.total * BYTES[own_dtype(config)],
     }
 

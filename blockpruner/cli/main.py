@@ -40,7 +40,13 @@ Export = Annotated[
         "vllm means OUT itself, which vLLM serves.",
     ),
 ]
-Dtype = Annotated[str, Option(metavar="NAME", help="float32, bfloat16, float16, float64; auto is the model's own.")]
+Dtype = Annotated[
+    str,
+    Option(
+        metavar="NAME",
+        help="float32, bfloat16, float16, float64; auto is the model's own, or float32 where that is faster.",
+    ),
+]
 Device = Annotated[str, Option(metavar="NAME", help="auto, cpu, cuda, cuda:N, or split: one model over all GPUs.")]
 Trust = Annotated[bool, Option("--trust-remote-code", help="Run code that comes with the model.")]
 CACHE = Option(
@@ -184,7 +190,7 @@ def prune(
         raise InputError("there is no model; give MODEL, or --config FILE that names one", rule="no-model")
     runtime, formats = wanted.pop("runtime"), [*wanted.pop("export", ()), export]
     place = work.Place(cache.expanduser().absolute(), device, stderr_observer(), ",".join(formats), runtime)
-    run = place.read_run(model, "auto", False, wanted)
+    run = place.read_run(model, "auto", False, wanted, computes=not dry_run)
     if dry_run:
         found = forecast.dry_run(run, place.config_of(run), budget)
         _tell(found, forecast.in_words(found), as_json)

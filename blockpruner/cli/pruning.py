@@ -6,6 +6,7 @@ something must be computed.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -17,7 +18,7 @@ from blockpruner.checkpoints.registry import EXPORTS, require_families, require_
 from blockpruner.checks import check_run
 from blockpruner.cli.values import called, model_of
 from blockpruner.core.errors import InputError, named
-from blockpruner.core.families import FAMILIES, Config
+from blockpruner.core.families import FAMILIES, Config, count_parameters
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
 from blockpruner.core.settings import HubModel, LocalModel, Model, Runtime, Texts, merged, read_settings
@@ -76,11 +77,15 @@ class Place:
             found[name] = (*found.get(name, ()), *([quantization.upper()] if quantization else []))
         return found
 
-    def read_run(self, model: str | None, dtype: str, trusted: bool, sections: Mapping[str, Any]) -> Run:
+    def read_run(
+        self, model: str | None, dtype: str, trusted: bool, sections: Mapping[str, Any], *, computes: bool = False
+    ) -> Run:
         """The settings of a run file; raises InputError for a model, name or value that is not valid.
 
-        The model has its own dtype, or what `_computed_in` finds faster; but where it is None, and `sections` name one,
-        they decide as a run file does.
+        The model has its own dtype; but where it is None, and `sections` name one, they decide as a run file does.
+
+        Args:
+            computes: whether another dtype may be computed in (`rates.fast_dtype`), where the user names none.
         """
         given = {} if model is None else model_of(model)
         given |= ({"trust_remote_code": True} if trusted else {}) | ({} if dtype == "auto" else {"dtype": dtype})
@@ -97,7 +102,7 @@ class Place:
         run = run.model_copy(
             update={
                 "train": run.train and run.train.fitted(config.get("max_position_embeddings")),
-                "model": self._in_dtype(run, config, is_auto),
+                "model": self._in_dtype(run, config, is_auto, computes),
                 "calibration": fitted(run.calibration, config, "calibration.seq_len"),
                 "evaluate": run.evaluate.model_copy(update={"perplexity": heldout}),
             }
@@ -107,15 +112,20 @@ class Place:
         self.checked_formats()
         return run
 
-    def _in_dtype(self, run: Run, config: Config, is_auto: bool) -> Model:
+    def _in_dtype(self, run: Run, config: Config, is_auto: bool, computes: bool) -> Model:
         """The model with the dtype that is computed in; it is set where the user has named one."""
         if not is_auto:
             return run.model.model_copy(update={"dtype": run.model.dtype})
-        from blockpruner.model.rates import fast_dtype
+        own = found = own_dtype(config)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if computes and 6 * count_parameters(config).total < memory:  # in float32, and half of that for states
+            from blockpruner.model.rates import fast_dtype
 
-        found = fast_dtype(own_dtype(config), self.device, self.root)
-        if found != (own := own_dtype(config)):
-            self.observer.note(f"this CPU is slow in {own}: {found} is computed in, with twice the memory")
+            found = fast_dtype(own, self.device, self.root)
+        if found != own:
+            self.observer.note(
+                f"this CPU is slow in {own}: {found} is computed in, with twice the memory (--dtype {own}: not)"
+            )
         fields = {**dict(run.model), "dtype": found}
         return type(run.model).model_construct(_fields_set=run.model.model_fields_set, **fields)
 
@@ -134,7 +144,6 @@ class Place:
 
         config, method = self.config_of(run), compensation(run.compensate.method, run.score.method)
         require_budgets(next(iter(searches(run.score).values())), config, (budget,))
-        pipeline.require_room(config, run.model.dtype, self._runtime, method, run.train)
         pool, dense = self._pool(run), self.fetch(run)
         tokenizer, base = load_tokenizer(dense, run.model.trust_remote_code), checkpoint_identity(dense)
         judged, wanted = len(searches(run.score)) > 1, (run.calibration, run.compensate, run.train)
@@ -143,6 +152,9 @@ class Place:
         healed, traces = self.root / "compensated" / key, self.root / "searches" / key
         is_kept = self._is_kept(healed, choice.PLAN, COMPENSATE_FACTS)
         self._require_free(run, out, load_plan(healed / choice.PLAN) if is_kept else None)
+        if not is_kept:
+            own = (run.score, method, run.train, budget)
+            pipeline.require_room(config, run.model.dtype, self._runtime, *own)
         pipeline.require_fit(rows, run.compensate, method)
         with open_material(dense, run.model, self._runtime, self.root, self.observer) as material:
             counts = pipeline.score(material, rows, run.score, [budget], traces, self._latency(run, dense, traces))

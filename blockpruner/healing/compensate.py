@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from blockpruner.core.blocks import Cut
-from blockpruner.core.errors import InputError
+from blockpruner.core.errors import InputError, NonFiniteLossError
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
 from blockpruner.healing.refit import Mended, refit
@@ -41,14 +41,15 @@ def compensate(
     """Find new weights for the pruned models of some plans. What they have in common is computed once.
 
     Args:
-        dense: on one device; its memory also takes the sums of one fit (four float64 matrices of the MLP's width). It
-            is as before at the end. The host's memory takes the fitted matrices of every plan.
+        dense: on one device; its memory also takes the sums of one fit (`sums_bytes`). It is as before at the end. The
+            host's memory takes the fitted matrices of every plan.
         plans: by a name each.
         fit: rows of any lengths; all real tokens are fitted to.
         tuning: rows that choose strengths and decide whether a change helps.
         is_last: whether shares of a change are tried, too. Else all of it is taken, as a first guess.
 
     Raises:
+        NonFiniteLossError: the dense model overflows.
         InputError: a plan that does more than take parts out; or no row to fit to or to hold out.
     """
     rows, cuts = (*fit.rows, *tuning.rows), {name: plan.cut for name, plan in plans.items()}
@@ -57,9 +58,9 @@ def compensate(
     streams = Streams(dense, rows, len(fit.rows), len(plans))
 
     def measured(states: Mapping[int, Tensor]) -> float:
-        """The held-out perplexity from states behind the last block."""
+        """The held-out perplexity from states behind the last block, infinite where a loss is not finite."""
         losses = streams.losses(states)
-        return perplexity(math.fsum(losses) / len(losses))
+        return perplexity(math.fsum(losses) / len(losses)) if all(map(math.isfinite, losses)) else math.inf
 
     def changed_by(share: float, cut: Cut, changed: Mapping[Tensor, Tensor]) -> float:
         """The held-out perplexity of a cut with a share of a change."""
@@ -70,14 +71,15 @@ def compensate(
 
     def kept(name: str, cut: Cut, changed: Mapping[Tensor, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The share of a change that is best on the rows that are held out, and what it does there."""
-        before = changed_by(0.0, cut, {}) if is_last or not changed else math.inf
-        tried = {1.0: measured(ends[name])} if changed else {}
+        tried = {0.0: changed_by(0.0, cut, {}) if is_last else math.inf}
+        if changed:
+            tried[1.0] = measured(ends[name])
         for share in SHARES if changed and is_last else ():
             tried[share] = changed_by(share, cut, changed)
-            if tried[share] > min(tried.values()):
+            if tried[share] > tried[1.0]:
                 break
-        best = min(tried | {0.0: before}, key=(tried | {0.0: before}).__getitem__)
-        found = {"dense": unpruned, "before": before, "after": tried.get(best, before)}
+        best = min(tried, key=tried.__getitem__)
+        found = {"dense": unpruned, "before": tried[0.0], "after": tried[best]}
         _set_(streams, cut, changed, best)
         own = {id(weight): name for name, weight in prune_(shared_copy(dense), cut.mask).named_parameters()}
         new = {own[id(weight)]: value if best == 1 else weight.clone().cpu() for weight, value in changed.items()}
@@ -106,6 +108,8 @@ def compensate(
                 done = 1 + max(map(names.index, [*mended["writers"], *mended["hole"]]))
                 observer.advance(done, len(names), "+".join(mended["writers"]) or "writers")
         unpruned = measured(dict(enumerate(streams.dense)))
+        if unpruned == math.inf:
+            raise NonFiniteLossError("a held-out loss of the dense model is not finite; try model.dtype: float32")
         found = {name: kept(name, cut, changes.pop(name)) for name, cut in cuts.items()}
     finally:
         streams.put_aside_()

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from blockpruner.core.budgets import read_budget
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import FAMILIES, Config, count_parameters
 from blockpruner.healing.settings import Train
-from blockpruner.scoring.work import LOGITS_BYTES, live_numbers, sums_bytes
+from blockpruner.methods.recipes import searches
+from blockpruner.methods.registry import kind_of_method
+from blockpruner.scoring.settings import Score
+from blockpruner.scoring.work import LOGITS_BYTES, live_numbers, sums_bytes, widths_bytes
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 """The bytes of a number, by dtype."""
@@ -18,26 +22,32 @@ TOKENS = 2048
 HELD_OUT = 24 * 256
 """Tokens whose features choose the strength of a fit."""
 
-MASTER = 4 + 8 + 4
-"""Bytes of a trained weight beside what the model computes with: float32, two moments, gradient."""
 
-
-def step_bytes(config: Config, dtype: str, compensate: str, train: Train | None) -> dict[str, int]:
+def step_bytes(
+    config: Config, dtype: str, score: Score, compensate: str, train: Train | None, budget: str
+) -> dict[str, int]:
     """Bytes by step: search, refit, training. Of training with adapters only the models count, which they share."""
+    share, unit = read_budget(budget)
+    removed = share if unit == "" else 0.5  # of the parameters, which training does without
     family, item, hidden = FAMILIES[str(config["model_type"])], BYTES[dtype], int(config["hidden_size"])
     costs, inner = count_parameters(config), int(config.get("intermediate_size") or 4 * hidden)
     weights = costs.total * item
     batch = TOKENS * live_numbers(hidden, inner) * item + 4 * LOGITS_BYTES
     found = {"search": weights + batch}
+    if family.has_one_mlp and any(kind_of_method(one.method).of_fit for one in searches(score).values()):
+        found["search"] += widths_bytes(inner, hidden)
     if compensate == "refit":
         head = int(config.get("head_dim") or hidden // int(config["num_attention_heads"]))
         mha, mlp = int(config["num_attention_heads"]) * head, inner if family.has_one_mlp else 0
         width = mha + mlp if family.is_parallel(config) else max(mha, mlp)
-        found["refit"] = weights + batch + sums_bytes(width, hidden) + 4 * HELD_OUT * (width + 2 * hidden)
+        sums = sums_bytes(width, hidden, family.mlp.post is not None)
+        found["refit"] = weights + batch + sums + 4 * HELD_OUT * (width + 2 * hidden)
     if train is not None:
-        trained = sum(costs.blocks.values()) if train.weights == "all" else 0
+        kept = round((1 - removed) * costs.total)
+        trained = kept - costs.total + sum(costs.blocks.values()) if train.weights == "all" else 0
         teacher = weights if trained and train.distill else 0
-        found["training"] = weights + teacher + trained * (MASTER + item) + batch
+        beside = 16 if item == 2 else 3 * item  # masters in float32, two moments and the gradient; or without masters
+        found["training"] = kept * item + teacher + max(0, trained) * beside + batch
     return found
 
 
@@ -45,9 +55,9 @@ def require_room(needs: Mapping[str, int], device: str, room: int) -> None:
     """Refuse a run before its search if the device cannot hold one of its steps; raises InputError."""
     for step, size in needs.items():
         if size > room:
-            fix = {"search": "use --streaming", "refit": "set compensate: none", "training": "train adapters (lora)"}
+            fix = {"search": "score with streaming", "refit": "leave it out (compensate none)"}
             raise InputError(
                 f"{step} takes {size / 2**30:.1f} GiB of memory at least, and {device} has {room / 2**30:.1f}; "
-                f"{fix[step]}, choose a larger device, or device: cpu",
+                f"{fix.get(step, 'train adapters (lora)')}, or choose a larger device or the CPU",
                 rule="too-large", key="device", value=device,
             )  # fmt: skip

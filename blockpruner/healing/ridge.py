@@ -6,7 +6,7 @@ For features X [N, p] and residuals R [N, q], the change D [p, q] minimises
 
 with s the strength. Everything comes from X^T X and X^T R, so the fitted tokens themselves are never kept, and any
 strength costs one factorization more. Of few tokens that are held out, features and residuals are kept. Strengths are
-compared in the dtype of the features; the change of the best one is solved for in float64.
+compared in the dtype of the features; the change of the best one is solved for in float64, without gains.
 
 Where column j of X D counts g_j times, D_j = Q diag(g_j / (g_j^2 L + t)) Q^T c_j, with X^T X = Q diag(L) Q^T, C = X^T R
 and t = s mean(diag(X^T X)) mean(g^2). One decomposition serves all columns and strengths.
@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from blockpruner.scoring.gram import add_gram_, products
+from blockpruner.scoring.gram import add_gram_, factor, products
 
 Solver = Callable[[float], Tensor]
 """The change D [p, q] for a strength."""
@@ -55,13 +55,10 @@ class Moments:
 
     def solve(self, strength: float, dtype: torch.dtype = torch.float64) -> Tensor:
         """The change D [p, q] of these tokens, solved for in a dtype, or in float64 where that one is too narrow."""
-        factor = self.gram.to(dtype, copy=True).mT  # by columns, as the library wants to factorize in place
-        factor.diagonal().add_(strength * factor.diagonal().mean())
-        failed = torch.zeros((), dtype=torch.int32, device=factor.device)
-        torch.linalg.cholesky_ex(factor, out=(factor, failed))
-        if failed and dtype is not torch.float64:
+        found, is_too_narrow = factor(self.gram, strength, dtype)
+        if is_too_narrow and dtype is not torch.float64:
             return self.solve(strength)
-        return torch.cholesky_solve(self.cross.to(dtype), factor)
+        return torch.cholesky_solve(self.cross.to(dtype), found)
 
     def gained(self, gain: Tensor) -> Solver:
         """The changes D of these tokens where column j of X D counts gain_j times, [q]."""

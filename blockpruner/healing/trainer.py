@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -74,7 +75,7 @@ def train_(
 
     Raises:
         NonFiniteLossError: training diverged.
-        DeviceMemoryError: a batch does not fit; names the settings to lower.
+        DeviceMemoryError: one row does not fit; names the setting to lower.
     """
     dtype = model.dtype
     if dtype is torch.float16:
@@ -97,6 +98,9 @@ def train_(
         if "eval_loss" in each
     ]
     step = min(curve, key=lambda each: each["loss"])["step"] if curve else len(losses)
+    if curve and step:  # on a GPU, steps that are taken again may lead elsewhere: what counts is in the file
+        with safe_open(states / BEST, "pt") as file:
+            step = int(file.metadata()["step"])
     if curve:
         weights.load_state_dict(load_file(states / BEST) if step else before)
     weights.show_()
@@ -237,7 +241,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         if metrics["eval_loss"] < self.least:
             self.least = metrics["eval_loss"]
             kept = {name: master.detach().contiguous() for name, master in self.weights.state_dict().items()}
-            write_atomic(self.best, lambda path: save_file(kept, path))
+            write_atomic(self.best, lambda path: save_file(kept, path, {"step": str(state.global_step)}))
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.next = time.monotonic() + max(SECONDS, SHARE * (time.monotonic() - self.began))

@@ -40,7 +40,7 @@ class Forward:
         self._norm: nn.Module = attrgetter(family.final_norm)(model)
         self._head: nn.Linear = attrgetter(family.head)(model)
         self._cap: float | None = config[family.logit_cap] if family.logit_cap else None
-        self._steps = steps_of(len(self._layers), family.is_parallel(config))
+        self.steps = steps_of(len(self._layers), family.is_parallel(config))
         self._on_gpu = self._home.type != "cpu"
         # cuBLAS may else add up parts of a 16-bit product in 16 bits; when it does depends on the shape
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

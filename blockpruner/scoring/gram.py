@@ -40,3 +40,13 @@ def symmetric_(gram: Tensor) -> Tensor:
         part = slice(start, start + COLUMNS)
         gram[start + COLUMNS :, part] = gram[part, start + COLUMNS :].T
     return gram
+
+
+def factor(gram: Tensor, strength: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, bool]:
+    """The Cholesky factor of X^T X + s mean(diag(X^T X)), and whether the dtype was too narrow for it. In place: by
+    columns, as the library wants it, so that no more than the factor itself is held."""
+    found = gram.to(dtype, copy=True).mT
+    found.diagonal().add_(strength * found.diagonal().mean())
+    failed = torch.zeros((), dtype=torch.int32, device=found.device)
+    torch.linalg.cholesky_ex(found, out=(found, failed))
+    return found, bool(failed)

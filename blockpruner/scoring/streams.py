@@ -81,7 +81,6 @@ class Streams(Engine):
     def __init__(self, model: PreTrainedModel, rows: Rows, fitted: int, pruned: int = 1) -> None:
         super().__init__(model)
         parts = (range(fitted), range(fitted, len(rows)))
-        self.steps = self._steps
         self.blocks = [block for step in self.steps for block in step]
         """All blocks, as the stream passes them."""
         spans = [span for part in parts if part for span in self.row_batches(rows, part)]
@@ -102,7 +101,7 @@ class Streams(Engine):
         """The streams of pruned models, each at all its stops in order. There the dense stream is behind kept blocks
         and hole, and the pruned one before the kept blocks; the caller moves it on."""
         streams = [Stream(cuts, self.dense)]
-        for step in self._steps:
+        for step in self.steps:
             arrived = [part for stream in streams for part in stream.parted(partial(_keeps, step))]
             streams = []
             for is_next, stream in arrived:
@@ -121,10 +120,10 @@ class Streams(Engine):
     def final_states(self, block: BlockId | None, states: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """What the head reads of the rows that are held out, from states behind a block on, by the number of the batch;
         None: before the first block."""
-        ahead, found = 1 + next((n for n, step in enumerate(self._steps) if block in step), -1), dict[int, Tensor]()
+        ahead, found = 1 + next((n for n, step in enumerate(self.steps) if block in step), -1), dict[int, Tensor]()
         for number in self.held_out:
             state = states[number]
-            for step in self._steps[ahead:]:
+            for step in self.steps[ahead:]:
                 state = self.behind(step, state, number)
             found[number] = self._final_states(self._read(state), self._batches[number])
         return found
@@ -132,7 +131,7 @@ class Streams(Engine):
     def ends(self, mask: Mask) -> dict[int, Tensor]:
         """The states behind the last block of the rows that are held out, in the model as it is without some blocks."""
         found = dict(self._first)
-        for step in self._steps:
+        for step in self.steps:
             kept = tuple(block for block in step if block not in mask)
             found = {number: self.behind(kept, state, number) for number, state in found.items()} if kept else found
         return found

@@ -36,9 +36,15 @@ def live_numbers(hidden: int, inner: int) -> int:
     return 12 * hidden + 4 * inner
 
 
-def sums_bytes(width: int, hidden: int) -> int:
-    """What a fit of a matrix [hidden, width] holds at most: sums in float32, a factor in float64, and solutions."""
-    return 12 * width * width + 16 * width * hidden
+def sums_bytes(width: int, hidden: int, has_gains: bool = False) -> int:
+    """What a fit of a matrix [hidden, width] holds at most: sums in float32, a factor in float64 (with gains an
+    eigendecomposition in float32 and its workspace), and solutions."""
+    return (20 if has_gains else 12) * width * width + 16 * width * hidden
+
+
+def widths_bytes(width: int, hidden: int) -> int:
+    """What costs of narrower MLPs take at most: sums in float32, an inverse in float64 and its workspace."""
+    return 21 * width * width + 24 * width * hidden
 
 
 @dataclass(frozen=True)

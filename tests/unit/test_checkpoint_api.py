@@ -26,6 +26,7 @@ from blockpruner.core.blocks import DENSE, all_blocks
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import count_parameters
 from blockpruner.core.progress import SilentObserver
+from blockpruner.healing import choice
 from blockpruner.healing.rows import compensation_rows, training_rows
 from blockpruner.healing.settings import Compensate, Train
 from blockpruner.inputs.calibration import draw, pack_rows
@@ -233,6 +234,25 @@ def test_a_trained_model_is_nearer_to_the_dense_one(tmp_path, train):
     assert torch.equal(loaded(ids).logits, pruned.model(ids).logits)
     card = (tmp_path / "out/README.md").read_text()
     assert "compensated without training (refit" in card and "held out from training |" in card
+
+
+def test_proposals_far_behind_after_a_quarter_of_the_rows_are_not_fitted_to_all(monkeypatch):
+    asked, fit_to = [], choice.compensate
+
+    def compensate(dense, plans, fit, tuning, observer, is_last):
+        asked.append((set(plans), len(fit.rows)))
+        return fit_to(dense, plans, fit, tuning, observer, is_last)
+
+    monkeypatch.setattr(choice, "compensate", lambda *given, is_last: compensate(*given, is_last))
+    monkeypatch.setattr(choice, "ENOUGH", 2)
+    names = {"narrow", "greedy-layers", "greedy-shifted"}
+    for behind in (1.0, math.inf):
+        monkeypatch.setattr(choice, "BEHIND", behind)
+        facts = blockpruner.prune(tiny_model(), tiny_tokenizer(), MANY, 0.3, seq_len=16).compensation
+        heat, left = facts["heat"], names if behind == math.inf else {min(facts["heat"], key=facts["heat"].get)}
+        assert heat.keys() == names and facts["judged"].keys() == left
+        (some, few), (rest, rows) = asked[-2:]
+        assert (some, rest) == (names, left) and few == -(-rows // 4) < rows
 
 
 def test_of_the_searches_that_can_meet_a_budget_one_is_kept():

@@ -1,6 +1,7 @@
 """Compensation against plain least squares in numpy, against the same change written into a forward pass, and where it
 must recover the dense model exactly."""
 
+import math
 from dataclasses import replace
 from itertools import dropwhile
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from blockpruner.core.blocks import Cut, parse_mask
-from blockpruner.core.errors import InputError
+from blockpruner.core.errors import InputError, NonFiniteLossError
 from blockpruner.core.families import FAMILIES
 from blockpruner.core.progress import SilentObserver
 from blockpruner.healing import compensate as compensation
@@ -420,6 +421,17 @@ def test_what_does_not_help_is_left(monkeypatch):
     weights, facts = compensate(model, mask_plan(model, "mlp.1"), FIT, TUNING, SilentObserver())
     perplexity = facts["perplexity"]
     assert not weights and facts["share"] == 0 and perplexity["after"] == perplexity["before"]
+
+
+def test_a_change_that_overflows_is_left_and_a_dense_model_that_does_is_named(monkeypatch):
+    model = tiny_model("llama").requires_grad_(False)
+    losses = iter([[1.0], [2.0], [math.nan], [math.inf], [math.nan]])  # dense, before, shares of the change
+    monkeypatch.setattr(Streams, "losses", lambda self, states: next(losses))
+    weights, facts = compensate(model, mask_plan(model, "mlp.1"), FIT, TUNING, SilentObserver())
+    assert not weights and facts["perplexity"]["after"] == facts["perplexity"]["before"] == math.exp(2)
+    losses = iter([[math.nan]])
+    with pytest.raises(NonFiniteLossError, match=r"dense model is not finite; try model.dtype: float32"):
+        compensate(model, mask_plan(model, "mlp.1"), FIT, TUNING, SilentObserver())
 
 
 def test_bad_requests_name_the_fix():

@@ -8,7 +8,7 @@ from blockpruner.store.files import read_json
 
 CPU = torch.device("cpu")
 CHECKS = {
-    "machine": 0, "numbers": 4, "iteration": 0, "search": 0, "stop": 0, "training": 0, "export": 2, "recommended": 1,
+    "machine": 0, "numbers": 4, "iteration": 0, "search": 0, "stop": 0, "training": 0, "export": 0, "recommended": 1,
     "generation": 3, "exact": 0,
 }  # fmt: skip
 """How many checks a part of the rehearsal has."""

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from blockpruner.core.blocks import BlockId, BlockKind, format_channels
 from blockpruner.core.progress import Observer
-from blockpruner.scoring.gram import add_gram_, products, symmetric_
+from blockpruner.scoring.gram import add_gram_, factor, products, symmetric_
 from blockpruner.scoring.streams import Streams
 from blockpruner.scoring.work import Rows
 
@@ -76,15 +76,15 @@ def measure_levels(
     """The levels of each MLP that is not in `known`: so many channels gone, twice as many and more.
 
     Args:
-        rows: two or more, of any lengths; all real tokens count. The host's memory takes their residual stream in
-            float32, and the device four float64 matrices of the MLP's width.
+        rows: two or more, of any lengths; all real tokens count. The model's device also takes `work.widths_bytes`.
     """
     places = range(len(rows))[JUDGING - 1 :: JUDGING][:MOST] or [len(rows) - 1]
     judging = [rows[place] for place in places]
     summed = [row for place, row in enumerate(rows) if place not in places]
     streams = Streams(model, (*summed, *judging), len(summed))
     mlps = [str(block) for block in streams.blocks if block.kind is BlockKind.MLP]
-    dense = streams.predictions(streams.final_states(None, dict(enumerate(streams.dense))), EVERY)
+    finals = streams.final_states(None, dict(enumerate(streams.dense)))
+    dense = {number: logits.cpu() for number, logits in streams.predictions(finals, EVERY).items()}
     for step in streams.steps:
         before, read = streams.dense, dict[BlockId, list[tuple[Tensor, Tensor]]]()
         for block in step:
@@ -98,7 +98,7 @@ def measure_levels(
         for block, pairs in read.items():
             gram, gain = _moments(streams, pairs, block)
             weight, rise, widths = streams.weight(block).T.double(), None, list[Width]()
-            for width, change in levels(gram, weight, gain, channels, streams.dense[0].dtype):
+            for width, change in levels(gram, weight, gain, channels):
                 widths.append(width)
                 if rise is None and (2 * width.channels < len(weight) or width.channels <= channels):
                     moved = _final_without(streams, pairs, block, change)
@@ -130,7 +130,7 @@ def _moments(streams: Streams, pairs: Pairs, block: BlockId) -> tuple[Tensor, Te
             add_gram_(gram, features)
         tokens += len(features)
     gain = torch.ones(len(weight)) if norm is None else streams.gain(block)
-    return symmetric_(gram).double() / tokens, gain.to(gram.device, torch.float64)
+    return symmetric_(gram).div_(tokens), gain.to(gram.device, torch.float64)
 
 
 def _final_without(streams: Streams, pairs: Pairs, block: BlockId, change: Tensor) -> dict[int, Tensor]:
@@ -138,28 +138,24 @@ def _final_without(streams: Streams, pairs: Pairs, block: BlockId, change: Tenso
     moved = {}
     for number in streams.held_out:
         reads, gives = pairs[number]
-        less = gives - reads @ change.to(reads)
+        less = gives - (reads.to(change.device) @ change.to(reads.dtype)).to(gives)
         moved[number] = streams.dense[number] + streams.added(block, less) - streams.added(block, gives)
     return streams.final_states(block, moved)
 
 
-def levels(
-    gram: Tensor, weight: Tensor, gain: Tensor, step: int, dtype: torch.dtype = torch.float64
-) -> Iterator[tuple[Width, Tensor]]:
+def levels(gram: Tensor, weight: Tensor, gain: Tensor, step: int) -> Iterator[tuple[Width, Tensor]]:
     """The widths of one MLP, each with W less the best writer of its channels, [p, d]; here a width's cost is what
     the stream loses.
 
     Args:
-        gram: X^T X / tokens [p, p], float64, as all are.
-        weight: W [p, d].
+        gram: X^T X / tokens [p, p], in float32 or wider; what a width loses is computed so.
+        weight: W [p, d], float64.
         gain: how many times each column of W counts, [d].
         step: so many channels leave from level to level.
-        dtype: that of the products which say what the stream loses.
     """
-    shifted, at_once, sums = gram.clone(), max(1, len(weight) // AT_ONCE), gram.to(dtype)
-    shifted.diagonal().add_(STRENGTH * gram.diagonal().mean())
-    inverse, left = torch.cholesky_inverse(torch.linalg.cholesky(shifted)), weight.clone()
-    del shifted
+    at_once, left = max(1, len(weight) // AT_ONCE), weight.clone()
+    inverse = factor(gram, STRENGTH)[0]
+    torch.cholesky_inverse(inverse, out=inverse)
     kept = torch.arange(len(weight), device=weight.device)
     for goal in range(len(weight) - step, 0, -step):
         goes = torch.zeros_like(kept, dtype=torch.bool)
@@ -171,8 +167,9 @@ def levels(
             left.addmm_(across, own, alpha=-1)
             inverse.addmm_(across, columns.T, alpha=-1)
             goes[now] = True
-        kept, left, inverse = kept[~goes], left[~goes], inverse[~goes][:, ~goes]
+        kept, left, inverse = kept[~goes], left[~goes], inverse[~goes]
+        inverse = inverse[:, ~goes]  # after the rows, which are free again
         change = weight.index_add(0, kept, -left)
-        narrow = (change * gain).to(sums.dtype)
-        loss = float((narrow * (sums @ narrow)).sum())
+        narrow = (change * gain).to(gram.dtype)
+        loss = float((narrow * (gram @ narrow)).sum())
         yield Width(format_channels(kept.tolist(), len(weight)), goal, loss), change

@@ -187,7 +187,7 @@ class StreamingEngine(Engine):
         part: list[Task] = []
         left = room
         for task in tasks:
-            masks = [mask for group, _ in runs(self._steps, task.masks) for mask in group]
+            masks = [mask for group, _ in runs(self.steps, task.masks) for mask in group]
             while masks:
                 part.append(replace(task, masks=tuple(masks[:left])))
                 masks, left = masks[left:], left - len(part[-1].masks)
@@ -231,8 +231,8 @@ class StreamingEngine(Engine):
 
     def _advanced(self, layer: int, work: _Work, tiles: _Tiles) -> Iterator[tuple[Sequence[Mask], int]]:
         """The states of a task after a layer. Among those that come from one state, one takes over its slot."""
-        per_layer = len(self._steps) // self.layers
-        steps = self._steps[layer * per_layer : (layer + 1) * per_layer]
+        per_layer = len(self.steps) // self.layers
+        steps = self.steps[layer * per_layer : (layer + 1) * per_layer]
         # of each state the groups of masks that leave it; the first one keeps the fewest blocks, perhaps none
         branches = [(masks, slot, list(runs(steps, masks))) for masks, slot in work.states]
         used = [slot for _, slot, ((_, ran), *others) in branches if ran or others]
