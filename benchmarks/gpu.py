@@ -144,6 +144,13 @@ def clocked(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - started, result
 
 
+def peak(s: Setting, reset: bool = False) -> float | None:
+    """GiB that tensors took at once since the last reset."""
+    if s.is_real and reset:
+        accelerator.reset_peak(s.device)
+    return accelerator.peak(s.device) / GIB if s.is_real else None
+
+
 def scored(engine: Engine, rows: Rows, masks: Sequence[Mask]) -> None:
     """Score all rows under each mask."""
     tasks = [Task(span, tuple(masks)) for span in engine.row_batches(rows, range(len(rows)))]
@@ -228,14 +235,13 @@ def iteration(s: Setting, found: Found) -> None:
     engine = Engine(model)
     rate = matrix_rate(model, s.tokens)
     scored(engine, rows, [DENSE])  # to warm up
-    if s.is_real:
-        accelerator.reset_peak(s.device)
+    peak(s, reset=True)
     seconds, _ = clocked(s.device, partial(scored, engine, rows, masks))
     exact = flops.exact(masks)
     found.add(**{
         "masks": len(masks), "rows": s.rows, "tokens of each": s.length, "exact iteration, s": seconds,
         "PFLOP": exact / 1e15, "TFLOP/s": exact / seconds / 1e12, "matrix products alone, TFLOP/s": rate / 1e12,
-        "peak memory, GiB": accelerator.peak(s.device) / GIB if s.is_real else None,
+        "peak memory, GiB": peak(s),
     })  # fmt: skip
 
     some = [masks[i * len(masks) // s.sample] for i in range(min(s.sample, len(masks)))]
@@ -292,17 +298,14 @@ def pruned(s: Setting, found: Found, layers: int | None, budget: str, **options:
     for number, weight in enumerate(model.parameters()):  # blocks that matter differently, as in a trained model
         if weight.dim() == 2 and weight.shape[0] == model.config.hidden_size:
             weight.mul_(0.1 + number * 7 % 11 / 10)
-    if s.is_real:
-        accelerator.reset_peak(s.device)
+    peak(s, reset=True)
     work = partial(
         prune, model, byte_tokenizer(), texts(s),
         budget, seq_len=s.length, num_rows=s.rows, device=str(s.device), observer=phases, **options,
     )  # fmt: skip
     seconds, result = clocked(s.device, work)
     found.add(**{"layers": len(decoder_layers(model)), "removed": result.plan.ratio, "seconds": seconds})
-    found.add(**{f"{phase}, s": spent for phase, spent in phases.seconds.items()})
-    if s.is_real:
-        found.add(**{"peak memory, GiB": accelerator.peak(s.device) / GIB})
+    found.add(**{f"{phase}, s": spent for phase, spent in phases.seconds.items()}, **{"peak memory, GiB": peak(s)})
     return result
 
 
@@ -332,8 +335,7 @@ def stop(s: Setting, found: Found) -> None:
     for stream in streams.walk({"": Cut(frozenset({BlockId(BlockKind.MLP, 0)}))}):
         writers = {block: writer for block in stream.stop.kept if (writer := streams.writer(block)) and block.layer}
         if writers:
-            place_of = partial(fitting._Place, streams, stream, writers)
-            forward, place = clocked(s.device, place_of)
+            forward, place = clocked(s.device, partial(fitting._Place, streams, stream, writers))
             sums, (fitted, held) = clocked(s.device, place.moments)
             solve, (change, *_) = clocked(s.device, partial(best_change, fitted, held, fitting.STRENGTHS, 0.3))
             changed, _ = clocked(s.device, partial(place.change_, change))
@@ -351,24 +353,13 @@ def training(s: Setting, found: Found) -> None:
     student = prune_(shared_copy(dense), frozenset({BlockId(BlockKind.MLP, layers // 2)}))
     rows = CalibrationSet(tuple(map(tuple, random_rows(s.vocabulary, 20, min(512, s.length)))))
     recipe = Train(data={"source": "path", "path": "random"}, distill=1.0, batch=2, accumulation=1, learning_rate=1e-3)
-    if s.is_real:
-        accelerator.reset_peak(s.device)
+    peak(s, reset=True)
     with tempfile.TemporaryDirectory() as folder:
-        work = partial(
-            train_,
-            student,
-            rows,
-            recipe,
-            teacher=dense,
-            validation=None,
-            states=Path(folder),
-            observer=SilentObserver(),
-        )
-        seconds, facts = clocked(s.device, work)
+        rest = {"teacher": dense, "validation": None, "states": Path(folder), "observer": SilentObserver()}
+        seconds, facts = clocked(s.device, partial(train_, student, rows, recipe, **rest))
     found.add(**{"tokens of a step": 2 * len(rows.rows[0]), "seconds of a step": seconds / len(facts["losses"])})
-    found.add(**{"loss of the first step": facts["losses"][0], "loss of the last step": facts["losses"][-1]})
-    if s.is_real:
-        found.add(**{"peak memory, GiB": accelerator.peak(s.device) / GIB})
+    losses = facts["losses"]
+    found.add(**{"first loss": losses[0], "last loss": losses[-1], "peak memory, GiB": peak(s)})
 
 
 def export(s: Setting, found: Found) -> None:
@@ -414,17 +405,9 @@ def generation(s: Setting, found: Found) -> None:
     found.check("peak of generation, pruned relative to dense", fewer, 1)
 
 
-PARTS: Mapping[str, tuple[str, Callable[[Setting, Found], None]]] = {
-    "machine": ("How fast are card, host, and copies between them?", machine),
-    "numbers": ("Are the numbers those of the CPU?", numbers),
-    "iteration": ("How fast is an exact iteration, and how fast are full forward passes in the same run?", iteration),
-    "search": ("What does a lazy, racing search take?", search),
-    "stop": ("What takes the time of a refit?", stop),
-    "training": ("Do ten distilled steps fit, and what do they take?", training),
-    "export": ("Are checkpoints written and verified, and how fast?", export),
-    "recommended": ("What does the whole default take, and does its refit do no harm?", recommended),
-    "generation": ("How fast is generation, dense and pruned?", generation),
-    "exact": ("What does the exact search take?", exact),
+PARTS: Mapping[str, Callable[[Setting, Found], None]] = {
+    part.__name__: part
+    for part in (machine, numbers, iteration, search, stop, training, export, recommended, generation, exact)
 }
 
 
@@ -436,7 +419,7 @@ def shown(value: Any) -> str:
 
 def page(name: str, record: Mapping[str, Any]) -> str:
     """A part as Markdown."""
-    lines = [f"\n## {name}: {record['ended']}\n", f"{PARTS[name][0]}\n", "| | |", "|---|---:|"]
+    lines = [f"\n## {name}: {record['ended']}\n", f"{PARTS[name].__doc__}\n", "| | |", "|---|---:|"]
     lines += [f"| {key} | {shown(value)} |" for key, value in record["facts"].items()]
     for check in record["checks"]:
         holds = "holds" if check["holds"] else "**does not hold**"
@@ -461,12 +444,8 @@ def main(arguments: Sequence[str]) -> int:
         torch.get_device_module(s.device).set_per_process_memory_fraction(room / accelerator.total_memory(s.device))
         accelerator.total_memory = lambda device: room
         accelerator.free_memory = lambda device: room - torch.get_device_module(device).memory_allocated(device)
-    place = {
-        "shape": s.shape,
-        "memory": f"{given.memory:g} GiB",
-        "device": accelerator.name(s.device) if s.is_real else NO_DEVICE,
-        "commit": commit(),
-    }
+    place = {"shape": s.shape, "device": accelerator.name(s.device) if s.is_real else NO_DEVICE, "commit": commit()}
+    place["memory"] = f"{given.memory:g} GiB"
     kept: dict[str, Any] = {"where": place | environment(), "parts": {}}
     print(f"# {s.shape} on {place['device']}", flush=True)
     for name in given.parts or PARTS:
@@ -474,7 +453,7 @@ def main(arguments: Sequence[str]) -> int:
         kept["parts"][name] = found.record
         started = time.perf_counter()
         try:
-            PARTS[name][1](s, found)
+            PARTS[name](s, found)
             found.end(f"{time.perf_counter() - started:.0f} s")
         except Exception as error:  # also errors of kernels
             traceback.print_exc()

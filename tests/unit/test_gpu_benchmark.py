@@ -29,8 +29,8 @@ def test_a_part_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsy
         found.add(so_far=1)
         raise RuntimeError("a kernel is missing")
 
-    parts = {"broken": ("", broken), "wrong": ("", lambda s, found: found.check("one is none", 1.0, 0))}
-    monkeypatch.setattr(gpu, "PARTS", parts | {"good": ("", lambda s, found: found.check("none", 0.0, 0))})
+    parts = {"broken": broken, "wrong": lambda s, found: found.check("one is none", 1.0, 0)}
+    monkeypatch.setattr(gpu, "PARTS", parts | {"good": lambda s, found: found.check("none", 0.0, 0)})
     monkeypatch.setattr(gpu, "resolve_device", lambda name: CPU)
     out = str(tmp_path / "gpu.json")
     assert gpu.main(["--out", out]) == 1
