@@ -14,7 +14,7 @@ from blockpruner.core.blocks import Cut
 from blockpruner.core.errors import InputError, NonFiniteLossError
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
-from blockpruner.healing.refit import Mended, refit
+from blockpruner.healing.refit import ROUGH, Mended, refit
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.registry import KINDS
 from blockpruner.model.models import prune_, shared_copy
@@ -46,7 +46,7 @@ def compensate(
         plans: by a name each.
         fit: rows of any lengths; all real tokens are fitted to.
         tuning: rows that choose strengths and decide whether a change helps.
-        is_last: whether shares of a change are tried, too. Else all of it is taken, as a first guess.
+        is_last: whether strengths and shares of a change are tried. Else this is a first guess.
 
     Raises:
         NonFiniteLossError: the dense model overflows.
@@ -99,7 +99,7 @@ def compensate(
     ends: dict[str, Mapping[int, Tensor]] = {}
     names = [str(block) for block in streams.blocks]
     try:
-        for stream, mended in refit(streams, cuts):
+        for stream, mended in refit(streams, cuts, () if is_last else ROUGH):
             for name in stream.cuts:
                 changes[name] = stream.weights
                 ends[name] = {number: stream.states[number] for number in streams.held_out}

@@ -35,6 +35,9 @@ from blockpruner.scoring.streams import Stream, Streams
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Pulls to the old weights. Each fit takes the one that does best on the held-out rows, near that of the last fit."""
 
+ROUGH = (1.0,)
+"""The pull of a first guess."""
+
 SHARES = (1.0, 0.5, 0.25, 0.0)
 """How much of a writer's change is tried before a norm, each time with the gains that fit best."""
 
@@ -46,7 +49,9 @@ def _with_one(writer: nn.Linear, x: Tensor) -> Tensor:
     return x if writer.bias is None else torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
 
 
-def refit(streams: Streams, cuts: Mapping[str, Cut]) -> Iterator[tuple[Stream, Mended]]:
+def refit(
+    streams: Streams, cuts: Mapping[str, Cut], strengths: Sequence[float] = ()
+) -> Iterator[tuple[Stream, Mended]]:
     """Find new writers for the models of some cuts. Yields each stream behind each of its stops, with what was done
     there, if anything was.
 
@@ -66,7 +71,7 @@ def refit(streams: Streams, cuts: Mapping[str, Cut]) -> Iterator[tuple[Stream, M
         able = {block: writer for block, writer in writers.items() if writer is not None}
         if able and stream.is_behind:
             mended = {"hole": stop.missing, "writers": [str(block) for block in able]}
-            mended |= _fit_stop_(streams, stream, able)
+            mended |= _fit_stop_(streams, stream, able, strengths or STRENGTHS)
             stream.weights = {**stream.weights, **streams.put_aside_()}
         elif stream.is_behind:
             stream.states = [streams.behind(stop.kept, state, number) for number, state in enumerate(stream.states)]
@@ -77,13 +82,15 @@ def refit(streams: Streams, cuts: Mapping[str, Cut]) -> Iterator[tuple[Stream, M
         yield stream, mended
 
 
-def _fit_stop_(streams: Streams, stream: Stream, writers: Mapping[BlockId, nn.Linear]) -> Mended:
+def _fit_stop_(
+    streams: Streams, stream: Stream, writers: Mapping[BlockId, nn.Linear], strengths: Sequence[float]
+) -> Mended:
     """Fit the writers of a stop; two at once where both blocks of a layer read the same state."""
     place = _Place(streams, stream, writers)
     if (norm := streams.norm_behind(next(iter(writers)))) is not None:
-        facts = _fit_before_norm_(place, norm.get_parameter("weight"))
+        facts = _fit_before_norm_(place, norm.get_parameter("weight"), strengths)
     else:
-        change, stream.strength, error = best_change(*place.moments(), STRENGTHS, stream.strength)
+        change, stream.strength, error = best_change(*place.moments(), strengths, stream.strength)
         if error < 1:
             place.change_(change)
         facts = {"strength": stream.strength, "error": error}
@@ -183,7 +190,7 @@ class _Place:
             self.gives[block] = [writer(x.to(self.home)).to(y) for x, y in pairs]
 
 
-def _fit_before_norm_(place: _Place, gains: nn.Parameter) -> Mended:
+def _fit_before_norm_(place: _Place, gains: nn.Parameter, strengths: Sequence[float]) -> Mended:
     """Fit a writer and the gains of the norm behind it, unless that does harm on the held-out rows."""
     streams, ((block, writer),) = place.streams, place.writers.items()
     weights = [weight for weight in (writer.weight, writer.bias, gains) if weight is not None]
@@ -207,7 +214,7 @@ def _fit_before_norm_(place: _Place, gains: nn.Parameter) -> Mended:
         return error(), values()
 
     old, before, gain = values(), error(), streams.gain(block).to(writer.weight.device)
-    change, strength, _ = best_change(*place.moments(gain), STRENGTHS, place.stream.strength, gain)
+    change, strength, _ = best_change(*place.moments(gain), strengths, place.stream.strength, gain)
     place.stream.strength = strength
     place.change_(change)
     new = values()

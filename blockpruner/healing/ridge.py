@@ -88,7 +88,8 @@ def best_change(
     Args:
         held_out: features [N, p] and residuals [N, q].
         strengths: from small to large. The error falls and then rises with the strength, so that it is followed from
-            the one that is nearest to `near` to where its neighbours are no better.
+            the one that is nearest to `near` to where its neighbours are no better. One alone is a first guess, which
+            needs no float64.
         gain: how many times each column of X D counts; None: all once.
     """
     solve = partial(fitted.solve, dtype=fitted.gram.dtype) if gain is None else fitted.gained(gain)
@@ -104,5 +105,5 @@ def best_change(
     while best != at:
         best = at
         at = min(range(max(0, best - 1), min(best + 2, len(strengths))), key=tried)
-    change = fitted.solve(strengths[best]) if gain is None else solve(strengths[best])
+    change = fitted.solve(strengths[best]) if gain is None and len(strengths) > 1 else solve(strengths[best])
     return change, strengths[best], found[best]
