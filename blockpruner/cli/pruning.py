@@ -123,11 +123,8 @@ class Place:
 
             found = fast_dtype(own, self.device, self.root)
         if found != own:
-            self.observer.note(
-                f"this CPU is slow in {own}: {found} is computed in, with twice the memory (--dtype {own}: not)"
-            )
-        fields = {**dict(run.model), "dtype": found}
-        return type(run.model).model_construct(_fields_set=run.model.model_fields_set, **fields)
+            self.observer.note(f"{own} is slow on this CPU: {found} is computed in (with --dtype {own} not)")
+        return type(run.model).model_construct(run.model.model_fields_set, **{**dict(run.model), "dtype": found})
 
     def checked_formats(self) -> Mapping[str, Sequence[str]]:
         """The formats, each with its quantizations, which this machine can make; raises InputError."""

@@ -104,14 +104,16 @@ def choose(
                     raise
         return found
 
+    def numbers(found: Mapping[str, HeldOutPerplexity]) -> dict[str, float]:
+        return {name: own.perplexity for name, own in found.items()}
+
     def words(found: Mapping[str, HeldOutPerplexity]) -> str:
-        return ", ".join(f"{name} {own.perplexity:.2f}" for name, own in found.items())
+        return ", ".join(f"{name} {value:.2f}" for name, value in numbers(found).items())
 
     heat, left = dict[str, HeldOutPerplexity](), dict(plans)
     if fits and len(plans) > 1 and len(fit.rows) >= ENOUGH:
         heat = judged(tried(plans, HEAT), 2)
-        least = min(own.perplexity for own in heat.values())
-        left = {name: plans[name] for name, own in heat.items() if own.perplexity <= BEHIND * least}
+        left = {name: plans[name] for name, n in numbers(heat).items() if n <= BEHIND * min(numbers(heat).values())}
         observer.note(f"fitted to one of {HEAT} rows, perplexity: {words(heat)}; all rows next for {', '.join(left)}")
     finalists = tried(left)
     if len(plans) == 1:
@@ -125,10 +127,7 @@ def choose(
         plan = replace(plan, kinds={kind: {"dense": before[kind], "after": after[kind]} for kind in after})
         if warning := uneven({kind: after[kind] / before[kind] for kind in after}):
             observer.note(f"warning: {warning}")
-    values = {
-        key: {name: own.perplexity for name, own in found.items()} for key, found in (("heat", heat), ("judged", known))
-    }
-    return replace(best, plan=plan, facts={**best.facts, **values})
+    return replace(best, plan=plan, facts={**best.facts, "heat": numbers(heat), "judged": numbers(known)})
 
 
 def keep(folder: Path, found: Healing, pruning: Pruning, data: Texts) -> None:

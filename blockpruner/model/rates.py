@@ -44,8 +44,7 @@ def fast_dtype(own: str, device: str, folder: Path | None = None) -> str:
         return own
     facts = {"processor": processor(), "threads": torch.get_num_threads(), "own": own} | computing()
     kept = folder and folder / f"dtype-{fingerprint(facts)}.json"
-    known = kept and read_kept_json(kept, lambda damaged: None)
-    if known:
+    if kept and (known := read_kept_json(kept, lambda damaged: None)):
         return str(known["dtype"])
     found = "float32" if product_rate("float32") > WORTH * product_rate(own) else own
     if kept:

@@ -299,8 +299,7 @@ class Engine(Forward):
 
 
 def late(launched: Iterable[Unread], depth: int) -> Iterator[Unread]:
-    """Each item once so many more are launched, or no more can be. Layers that are spread over so many devices then all
-    compute while the values of one mask are waited for."""
+    """Each item once so many more are launched, or no more can be: so many devices, each with some layers, compute."""
     held = deque[Unread]()
     try:
         for item in launched:

@@ -88,8 +88,7 @@ def measure_levels(
     for step in streams.steps:
         before, read = streams.dense, dict[BlockId, list[tuple[Tensor, Tensor]]]()
         for block in step:
-            new = str(block) in mlps and str(block) not in known
-            if new:
+            if str(block) in mlps and str(block) not in known:
                 read[block] = [streams.written(block, state, number) for number, state in enumerate(before)]
                 adds = [streams.added(block, gives) for _, gives in read[block]]
             else:
