@@ -59,8 +59,8 @@ def train_(
     """Train a pruned model on `rows`, in place. Its class and config stay as they are, and it is left without adapters.
 
     A step minimises the mean over its rows. `batch` therefore changes memory and speed, and `batch * accumulation` the
-    result. Adapters of a bfloat16 model, and masters of its weights, are float32. A float16 model, whose gradients
-    would vanish, is trained in float32 and rounded in the end.
+    result. A bfloat16 model's weights and adapters have masters in float32. A float16 model, whose gradients would
+    vanish, is trained in float32 and rounded in the end.
 
     Args:
         teacher: the dense model, used if the recipe has `distill`. Where adapters are trained, it may share tensors

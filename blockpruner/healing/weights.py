@@ -63,7 +63,7 @@ def trained_weights_(model: PreTrainedModel, recipe: Train) -> TrainedWeights:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             config = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules="all-linear", bias="none")
-            adapted = get_peft_model(model, config)
+            adapted = get_peft_model(model, config, autocast_adapter_dtype=False)  # else inputs are copied as float32
         live = {name: weight for name, weight in adapted.named_parameters() if weight.requires_grad}
         return TrainedWeights(live, adapted.merge_and_unload)
     ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}

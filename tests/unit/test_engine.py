@@ -1,6 +1,7 @@
 """The engine against full forward passes of the masked model, one row and one mask at a time."""
 
 import math
+from contextlib import suppress
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import masked
 from blockpruner.reporting.formats import number
 from blockpruner.scoring import engine as engine_module
-from blockpruner.scoring.engine import Engine
+from blockpruner.scoring.engine import Engine, late
 from blockpruner.scoring.metrics import perplexity
 from blockpruner.scoring.objectives import MaskScore, Objective
 from blockpruner.scoring.work import LOGITS_BYTES, Task, live_numbers
@@ -203,3 +204,27 @@ def test_once_memory_has_run_out_later_batches_are_cut_before_they_fail():
     found = {(mask, row): loss for mask, values in pairs for row, loss in values}
     assert (len(tasks), engine.failed) == (3, 1)
     assert found == pytest.approx(score_all(Engine(model, 40), masks, rows), abs=1e-10)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 8])
+def test_so_many_values_as_devices_are_under_way_and_none_is_lost(depth):
+    seen = []
+
+    def launched(count, broken=False):
+        for number in range(count):
+            seen.append(f"launch {number}")
+            yield number
+        if broken:
+            raise RuntimeError("out of memory")
+
+    for number in late(launched(4), depth):
+        seen.append(f"read {number}")
+    first = min(depth + 1, 4)
+    assert seen[: first + 1] == [*(f"launch {number}" for number in range(first)), "read 0"]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(late(launched(3, broken=True), depth))
+    read = []
+    with suppress(RuntimeError):
+        for number in late(launched(3, broken=True), depth):
+            read.append(number)
+    assert read == [0, 1, 2]
