@@ -211,20 +211,20 @@ def test_so_many_values_as_devices_are_under_way_and_none_is_lost(depth):
     seen = []
 
     def launched(count, broken=False):
-        for number in range(count):
-            seen.append(f"launch {number}")
-            yield number
+        for n in range(count):
+            seen.append(f"launch {n}")
+            yield n
         if broken:
             raise RuntimeError("out of memory")
 
-    for number in late(launched(4), depth):
-        seen.append(f"read {number}")
+    for n in late(launched(4), depth):
+        seen.append(f"read {n}")
     first = min(depth + 1, 4)
-    assert seen[: first + 1] == [*(f"launch {number}" for number in range(first)), "read 0"]
+    assert seen[: first + 1] == [*(f"launch {n}" for n in range(first)), "read 0"]
     with pytest.raises(RuntimeError, match="out of memory"):
         list(late(launched(3, broken=True), depth))
     read = []
     with suppress(RuntimeError):
-        for number in late(launched(3, broken=True), depth):
-            read.append(number)
+        for n in late(launched(3, broken=True), depth):
+            read.append(n)
     assert read == [0, 1, 2]
