@@ -17,13 +17,13 @@ SCORE_VERSION = 3
 SEARCH_VERSION = 4
 """What a search decides from the same trials. Part of the fingerprint of a search."""
 
-PLAN_VERSION = 10
+PLAN_VERSION = 9
 """Which prefix of a search meets a budget, LaCo's merges, widths of MLPs and SliceGPT's, and what a plan holds."""
 
-WEIGHTS_VERSION = 9
+WEIGHTS_VERSION = 8
 """The weights of a pruned model: merged, sliced, compensated or trained. Part of the keys under which they are kept."""
 
-EXPORT_VERSION = 9
+EXPORT_VERSION = 8
 """The content of exported checkpoints, in every format."""
 
 EVAL_VERSION = 4

@@ -154,11 +154,12 @@ class Streams(Engine):
 
         Args:
             finals: as from `final_states`.
-            dense: the dense model's predictions.
+            dense: the dense model's, anywhere.
         """
         found = list[Tensor]()
         for number, ours in self.predictions(finals, every).items():
-            found.append(METRICS["kl"].compute(ours, self._batches[number].targets[::every], dense[number]))
+            targets, theirs = self._batches[number].targets[::every], dense[number].to(ours.device)
+            found.append(METRICS["kl"].compute(ours, targets, theirs))
         return float(torch.cat(found).double().mean())
 
     def at_real(self, number: int, states: Tensor) -> Tensor:

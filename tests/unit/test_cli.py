@@ -303,7 +303,7 @@ def test_training_begins_at_the_compensated_weights(model, place, say, monkeypat
     args = prune(model, "--seq-len", 16, "--train", "all", "--json", method="recommended", budget=0.2)
     fit = choice.compensate
 
-    def another(model, *given):
+    def another(model, *given, **_):
         """Other weights than the pruned model's, whether or not they help this one."""
         other = {"model.norm.weight": 3 * model.model.norm.weight.detach()}
         return {name: (other, facts) for name, (_, facts) in fit(model, *given).items()}
@@ -325,7 +325,7 @@ def test_healed_weights_that_are_gone_are_made_again(model, place, say, monkeypa
     args = prune(model, "--seq-len", 16, "--train", "all", "--json", "--out", "out", method="recommended", budget=0.2)
     fit = choice.compensate
 
-    def helping(model, *given):
+    def helping(model, *given, **_):
         other = {"model.norm.weight": 3 * model.model.norm.weight.detach()}
         return {name: (other, facts | {"share": 1.0}) for name, (_, facts) in fit(model, *given).items()}
 
@@ -426,8 +426,8 @@ def asked(monkeypatch):
     """The place and the run of each command, which ends there."""
     found = []
 
-    def read(place, *given):
-        found.append((place, read_run(place, *given)))
+    def read(place, *given, **more):
+        found.append((place, read_run(place, *given, **more)))
         raise KeyboardInterrupt
 
     read_run = Place.read_run
@@ -552,7 +552,7 @@ def test_a_bad_model_an_absent_package_and_an_interrupt(place, say, monkeypatch)
         (ModuleNotFoundError("", name="gguf"), 2, "error: this needs the package gguf"),
         (KeyboardInterrupt(), 130, "interrupted; scores are kept"),
     ):
-        monkeypatch.setattr(Place, "read_run", lambda *args, raised=raised: (_ for _ in ()).throw(raised))
+        monkeypatch.setattr(Place, "read_run", lambda *args, raised=raised, **_: (x for x in ()).throw(raised))
         assert (found := say(*prune("odd")))[0] == code and found[2].startswith(words)
 
 

@@ -87,7 +87,7 @@ def same_plan(path, run):
 @pytest.mark.usefixtures("in_process")
 def test_every_door_makes_the_same_model_of_the_same_words(place, monkeypatch):
     asked, read = [], Place.read_run
-    monkeypatch.setattr(Place, "read_run", lambda *given: asked.append(read(*given)) or asked[-1])
+    monkeypatch.setattr(Place, "read_run", lambda *given, **more: asked.append(read(*given, **more)) or asked[-1])
     with pytest.raises(SystemExit) as end:
         command.main(PRUNE)
     assert end.value.code == 0
