@@ -158,8 +158,7 @@ class Streams(Engine):
         """
         found = list[Tensor]()
         for number, ours in self.predictions(finals, every).items():
-            targets, theirs = self._batches[number].targets[::every], dense[number].to(ours.device)
-            found.append(METRICS["kl"].compute(ours, targets, theirs))
+            found.append(METRICS["kl"].compute(ours, self._batches[number].targets[::every], dense[number].to(ours)))
         return float(torch.cat(found).double().mean())
 
     def at_real(self, number: int, states: Tensor) -> Tensor:
