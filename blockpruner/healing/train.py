@@ -10,7 +10,7 @@ from typing import Any
 from blockpruner.core.progress import Observer
 from blockpruner.evaluation.perplexity import measure_perplexity
 from blockpruner.healing.settings import Train
-from blockpruner.healing.trainer import train_
+from blockpruner.healing.trainer import BEST, train_
 from blockpruner.inputs.calibration import CalibrationSet, check_context
 from blockpruner.methods.apply import Pruning, pruned_copy
 from blockpruner.methods.healed import TRAIN_FACTS, changed_weights, load_healed_, parameter_digests, save_healed
@@ -78,7 +78,7 @@ def _key(pruning: Pruning, wanted: Train, rows: CalibrationSet, validation: Cali
         "dtype": pruning.dtype,
         "rows": rows.digest,
         "validation": validation and validation.digest,
-        "version": WEIGHTS_VERSION,
+        "version": [WEIGHTS_VERSION, BEST],
         "recipe": wanted.model_dump(mode="json", exclude=NOT_IN_KEY),
     }
     return fingerprint(key)

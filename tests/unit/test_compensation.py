@@ -76,6 +76,7 @@ def test_sums_of_16_bit_features_lead_to_the_weights_of_exact_sums():
     fitted = Moments.zero(700, 5, torch.device("cpu"), torch.float32, rough=True)
     fitted.add(*parts[0])
     symmetric_(fitted.gram)
+    np.testing.assert_allclose(fitted.gram, x[:2000].T @ x[:2000], rtol=0.02, atol=0.02 * 2000)
     change, strength, least = best_change(fitted, parts[1], STRENGTHS, 0.3)
     wanted = ridge(x[:2000], r[:2000], strength)
     assert change.dtype is torch.float64 and torch.get_float32_matmul_precision() == "highest"

@@ -474,9 +474,9 @@ SHAPES = {
 def test_what_a_device_cannot_hold_is_refused_before_the_search():
     distilled = Train(data=HubTexts(source="hub", repo="a/b"), weights="all", distill=1.0)
 
-    def asked(family, runtime=Runtime(), score=Score(), compensate="refit", train=None, budget="0.2"):  # noqa: B008
+    def asked(family, runtime=None, score=None, compensate="refit", train=None):
         config = {"model_type": family, **SHAPES[family]}
-        require_room(config, "bfloat16", runtime, score, compensate, train, budget)
+        require_room(config, "bfloat16", runtime or Runtime(), score or Score(), compensate, train, "0.2")
 
     with fake_devices(1) as (card,):
         card.limit = 24 * 2**30
