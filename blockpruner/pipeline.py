@@ -294,15 +294,19 @@ def heal(dense: Callable[[], PreTrainedModel], found: Sequence[Proposal], rows: 
     return choose(dense, plans, rows.fit, rows.tuning, rows.judge, rows.search, observer)
 
 
-def train(pruning: Pruning, wanted: Train, rows: Rows, states: Path, out: Path, observer: Observer) -> None:
+def train(
+    pruning: Pruning, wanted: Train, rows: Rows, states: Path, out: Path, observer: Observer, processes: int = 1
+) -> None:
     """Train the model of a plan, from its compensated weights on: its weights and facts at `out`.
 
     Args:
         states: a folder for the states of training, from which a killed one continues.
+        processes: how many of this machine train together.
     """
     from blockpruner.healing.train import write_trained
 
-    write_trained(out, pruning, wanted, rows.train, rows.validation if rows.validation.rows else None, states, observer)
+    validation = rows.validation if rows.validation.rows else None
+    write_trained(out, pruning, wanted, rows.train, validation, states, observer, processes)
 
 
 def export(

@@ -29,7 +29,7 @@ def main(name: str) -> None:
     files = sorted((DATA / "plans" / name).glob("*.json"))
     found = [pipeline.Proposal(path.stem, load_plan(path)) for path in files]
     pruning = pruning_of(found[0].plan, rows)
-    best = pipeline.heal(pruning.load, found, rows, observer())
+    best = pipeline.heal(pruning.load_for_fit, found, rows, observer())
     data = settings.compensate.data or settings.calibration.data
     choice.keep(DATA / "compensated" / name, best, pruning_of(best.plan, rows), data)
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from blockpruner import pipeline
 from blockpruner.core.progress import observer
+from blockpruner.params import load_params
 from blockpruner.store.files import replace_directory, write_json
 from stages import DATA, kept_plan, run, sections
 
@@ -23,7 +24,7 @@ def main(name: str) -> None:
     assert wanted is not None  # load_params has checked it
     pruning = pruning_of(plan, rows)
     pruning = replace(pruning, healed=find_healed([DATA / "compensated" / name], pruning.identity))
-    pipeline.train(pruning, wanted, rows, DATA / "adapters", out, observer())
+    pipeline.train(pruning, wanted, rows, DATA / "adapters", out, observer(), load_params().runtime.here)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ from blockpruner.cli.pruning import own_dtype
 from blockpruner.core.blocks import removable_units
 from blockpruner.core.budgets import parse_budget
 from blockpruner.core.families import Config, count_parameters
-from blockpruner.healing.memory import BYTES, step_bytes
+from blockpruner.healing.memory import step_bytes
 from blockpruner.methods.recipes import compensation, proposals, searches
 from blockpruner.methods.registry import kind_of_method, require_budgets
 from blockpruner.reporting.formats import size
+from blockpruner.scoring.work import BYTES
 from blockpruner.settings import Run
 
 

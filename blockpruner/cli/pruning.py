@@ -222,7 +222,8 @@ class Place:
         }  # fmt: skip
         folder = self.root / "trained" / fingerprint(facts)
         if not self._is_kept(folder, TRAIN_FACTS):
-            pipeline.train(pruning, wanted, rows, self.root / "training", folder, self.observer)
+            states, workers = self.root / "training", self._runtime.here
+            pipeline.train(pruning, wanted, rows, states, folder, self.observer, workers)
         return folder
 
     def _is_kept(self, folder: Path, *facts: str) -> bool:

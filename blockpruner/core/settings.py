@@ -236,7 +236,7 @@ class Runtime(Frozen):
     streaming: bool = False
     """Whether one layer at a time is in memory, for models larger than it."""
     executor: Literal["local", "ray"] = "local"
-    """Where the model runs: here, or in `workers` replicas."""
+    """Where the model is scored and trained: here, or in `workers` replicas."""
     workers: int = Field(default=1, ge=1)
     ray_address: str | None = None
     """The address of a Ray cluster; null starts Ray on this machine, for this stage alone."""
@@ -252,6 +252,11 @@ class Runtime(Frozen):
                 "set device: auto, or streaming: false"
             )
         return self
+
+    @property
+    def here(self) -> int:
+        """The replicas that this machine has room for."""
+        return self.workers if self.ray_address is None and self.device != "split" else 1
 
 
 def merged(values: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:

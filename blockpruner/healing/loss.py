@@ -40,7 +40,7 @@ class TrainingLoss:
     _known: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
     """What the teacher finds likeliest in rows that were seen, on the host: places, log-probabilities, [T - 1, K]."""
 
-    def __call__(self, ids: Tensor, lengths: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, ids: Tensor, lengths: Tensor, count: float) -> tuple[Tensor, Tensor]:
         """The sum over rows of the loss, and of the text's NLL, both divided by `count`.
 
         Args:

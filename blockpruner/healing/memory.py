@@ -11,16 +11,7 @@ from blockpruner.healing.settings import Train
 from blockpruner.methods.recipes import searches
 from blockpruner.methods.registry import kind_of_method
 from blockpruner.scoring.settings import Score
-from blockpruner.scoring.work import LOGITS_BYTES, live_numbers, sums_bytes, widths_bytes
-
-BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-"""The bytes of a number, by dtype."""
-
-TOKENS = 2048
-"""Tokens of the smallest batches."""
-
-HELD_OUT = 24 * 256
-"""Tokens whose features choose the strength of a fit."""
+from blockpruner.scoring.work import BYTES, batch_bytes, fit_bytes, inner_size, widths_bytes
 
 
 def step_bytes(
@@ -29,19 +20,14 @@ def step_bytes(
     """Bytes by step: search, refit, training. Of training with adapters only the models count, which they share."""
     share, unit = read_budget(budget)
     removed = share if unit == "" else 0.5  # of the parameters, which training does without
-    family, item, hidden = FAMILIES[str(config["model_type"])], BYTES[dtype], int(config["hidden_size"])
-    costs, inner = count_parameters(config), int(config.get("intermediate_size") or 4 * hidden)
+    costs, item, batch = count_parameters(config), BYTES[dtype], batch_bytes(config, dtype)
     weights = costs.total * item
-    batch = TOKENS * live_numbers(hidden, inner) * item + 4 * LOGITS_BYTES
     found = {"search": weights + batch}
-    if family.has_one_mlp and any(kind_of_method(one.method).of_fit for one in searches(score).values()):
-        found["search"] += widths_bytes(inner, hidden)
+    has_one_mlp = FAMILIES[str(config["model_type"])].has_one_mlp
+    if has_one_mlp and any(kind_of_method(one.method).of_fit for one in searches(score).values()):
+        found["search"] += widths_bytes(inner_size(config), int(config["hidden_size"]))
     if compensate == "refit":
-        head = int(config.get("head_dim") or hidden // int(config["num_attention_heads"]))
-        mha, mlp = int(config["num_attention_heads"]) * head, inner if family.has_one_mlp else 0
-        width = mha + mlp if family.is_parallel(config) else max(mha, mlp)
-        sums = sums_bytes(width, hidden, family.mlp.post is not None)
-        found["refit"] = weights + batch + sums + 4 * HELD_OUT * (width + 2 * hidden)
+        found["refit"] = fit_bytes(config, dtype, visits=True)
     if train is not None:
         kept = round((1 - removed) * costs.total)
         trained = kept - costs.total + sum(costs.blocks.values()) if train.weights == "all" else 0

@@ -112,12 +112,12 @@ class _Place:
 
     def __post_init__(self) -> None:
         streams, stop = self.streams, self.stream.stop
-        self.home = next(iter(self.writers.values())).weight.device
         self.scales = [1 / state.norm(dim=-1, keepdim=True) for state in streams.dense]
         streams.narrow_(stop.channels)
         for block in stop.kept:
             pairs = [streams.written(block, state, number) for number, state in enumerate(self.stream.states)]
             self.reads[block], self.gives[block] = [x for x, _ in pairs], [y for _, y in pairs]
+        self.home = next(iter(self.writers.values())).weight.device  # once they have come: layers may only visit
         kept, start = list[Tensor](), 0
         for block, writer in self.writers.items():
             width = writer.in_features + (writer.bias is not None)

@@ -10,6 +10,7 @@ from typing import Any
 from blockpruner.core.progress import Observer
 from blockpruner.evaluation.perplexity import measure_perplexity
 from blockpruner.healing.settings import Train
+from blockpruner.healing.team import ALONE, Team, together
 from blockpruner.healing.trainer import BEST, train_
 from blockpruner.inputs.calibration import CalibrationSet, check_context
 from blockpruner.methods.apply import Pruning, pruned_copy
@@ -31,6 +32,7 @@ def write_trained(
     validation: CalibrationSet | None,
     states: Path,
     observer: Observer,
+    processes: int = 1,
 ) -> None:
     """Train the model of a plan: the weights that are not what the plan makes of them, and facts, at `folder`.
 
@@ -38,9 +40,33 @@ def write_trained(
         pruning: with healed weights, training begins with those.
         states: folder of the states of training, one folder for each that differs in model, rows or recipe, from which
             a killed one goes on. It is gone in the end.
+        processes: how many of this machine share out the batches of a step.
     """
     check_context(wanted.seq_len, read_json(pruning.dense / "config.json"), "train.seq_len")
-    healed, plan, own = pruning.healed, pruning.plan, states / _key(pruning, wanted, rows, validation)
+    processes = min(processes, wanted.accumulation)
+    own = states / _key(pruning, wanted, rows, validation, processes)
+    given = folder, pruning, wanted, rows, validation, own
+    if processes == 1:
+        _write(ALONE, pruning.device, observer, *given)
+    else:
+        together(processes, pruning.device, _write, observer, *given)
+    shutil.rmtree(own)
+
+
+def _write(
+    team: Team,
+    device: str,
+    observer: Observer,
+    folder: Path,
+    pruning: Pruning,
+    wanted: Train,
+    rows: CalibrationSet,
+    validation: CalibrationSet | None,
+    states: Path,
+) -> None:
+    """The work of one process; the first one writes."""
+    pruning = replace(pruning, device=device)
+    healed, plan, own = pruning.healed, pruning.plan, states / str(team.rank) if team.count > 1 else states
     dense = pruning.load()
     told = {} if validation is None else {"dense": measure_perplexity(dense, validation.rows).perplexity}
     teacher = dense if wanted.distill else None
@@ -53,7 +79,9 @@ def write_trained(
     before = parameter_digests(model)
     if healed is not None:
         load_healed_(model, healed.path, shared)
-    facts = train_(model, rows, wanted, teacher=teacher, validation=validation, states=own, observer=observer)
+    facts = train_(
+        model, rows, wanted, teacher=teacher, validation=validation, states=own, observer=observer, team=team
+    )
     if by_step := {each["step"]: perplexity(each["nll"]) for each in facts["validations"]}:
         told |= {"before": by_step[0], "after": by_step[facts["step"]]}
 
@@ -66,11 +94,13 @@ def write_trained(
         drawn = {"enabled": True, **wanted.model_dump(), "rows": len(rows.rows), "tokens": rows.tokens}
         write_json(directory / TRAIN_FACTS, drawn | facts)
 
-    replace_directory(folder, build)
-    shutil.rmtree(own)
+    if team.rank == 0:
+        replace_directory(folder, build)
 
 
-def _key(pruning: Pruning, wanted: Train, rows: CalibrationSet, validation: CalibrationSet | None) -> str:
+def _key(
+    pruning: Pruning, wanted: Train, rows: CalibrationSet, validation: CalibrationSet | None, processes: int
+) -> str:
     """The fingerprint of all that decides the trained weights."""
     key: dict[str, Any] = {
         "model": pruning.identity,
@@ -78,7 +108,7 @@ def _key(pruning: Pruning, wanted: Train, rows: CalibrationSet, validation: Cali
         "dtype": pruning.dtype,
         "rows": rows.digest,
         "validation": validation and validation.digest,
-        "version": [WEIGHTS_VERSION, BEST],
+        "version": [WEIGHTS_VERSION, BEST, *([processes] if processes > 1 else [])],
         "recipe": wanted.model_dump(mode="json", exclude=NOT_IN_KEY),
     }
     return fingerprint(key)

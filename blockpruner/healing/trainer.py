@@ -10,7 +10,7 @@ evaluation mode: without dropout, a step depends only on the steps before it. A 
 checkpoint to the same weights, to the bit on a CPU. On a GPU the backward pass adds in an order of its own.
 
 Where a device's memory ends, fewer rows are computed at once, then layers anew in the backward pass, and the step
-begins again.
+begins again. Several processes (`team`) find out before the first step, on the longest rows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -33,6 +33,7 @@ from blockpruner.core.errors import NonFiniteLossError
 from blockpruner.core.progress import Observer
 from blockpruner.healing.loss import TrainingLoss
 from blockpruner.healing.settings import Train
+from blockpruner.healing.team import ALONE, Team
 from blockpruner.healing.weights import TrainedWeights, trained_weights_
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model import accelerator
@@ -55,6 +56,7 @@ def train_(
     validation: CalibrationSet | None,
     states: Path,
     observer: Observer,
+    team: Team = ALONE,
 ) -> dict[str, Any]:
     """Train a pruned model on `rows`, in place. Its class and config stay as they are, and it is left without adapters.
 
@@ -67,6 +69,8 @@ def train_(
             with `model`; in the end, when it has done its work, the adapters are merged into these.
         validation: rows that are not trained on. The state that is best on them is kept, be it the one before training.
         states: folder of the checkpoints of this very training, from which a killed one goes on. The last one is left.
+            Each process of a team has its own.
+        team: the processes that train together, each with the same model, teacher and rows on its device.
 
     Returns:
         Facts as JSON, in nats per token: `losses`, of each step before it was taken; `validations`, before training,
@@ -81,14 +85,15 @@ def train_(
     if dtype is torch.float16:
         _cast_(model, torch.float32)
     model.eval()
-    weights = trained_weights_(model, recipe)
+    weights = trained_weights_(model, recipe, team)
     with torch.random.fork_rng(devices=[]), writing(states):
         trainer = _Trainer(model, teacher if recipe.distill else None, weights, rows, validation, recipe, states)
         start = {} if validation is None else trainer.evaluate()
+        trainer.rehearse()
         before = {name: master.detach().clone().cpu() for name, master in weights.state_dict().items()}
-        last = _last_checkpoint(states)
+        last = _last_checkpoint(states, team)
         observer.begin("train")
-        trainer.add_callback(_Watch(observer, last, weights, states / BEST, start.get("eval_loss", math.inf)))
+        trainer.add_callback(_Watch(observer, last, weights, states / BEST, start.get("eval_loss", math.inf), team))
         trainer.train(resume_from_checkpoint=last)
     log = trainer.state.log_history
     losses = [entry["loss"] for entry in log if "loss" in entry]
@@ -135,8 +140,8 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         states: Path,
     ) -> None:
         steps = recipe.epochs * math.ceil(math.ceil(len(rows.rows) / recipe.batch) / recipe.accumulation)
-        self.objective = TrainingLoss(model, teacher, recipe)
-        self.most, self.begun = recipe.batch, list[dict[str, Tensor]]()
+        self.objective, self.team = TrainingLoss(model, teacher, recipe), weights.team
+        self.most, self.again, self.begun, self.todo, self.lost = recipe.batch, False, list[dict[str, Tensor]](), 0, 0.0
         is_cpu = model.device.type == "cpu"
         arguments = TrainingArguments(
             output_dir=str(states), per_device_train_batch_size=recipe.batch, per_device_eval_batch_size=1,
@@ -144,8 +149,9 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             data_seed=recipe.seed, learning_rate=recipe.learning_rate, lr_scheduler_type=recipe.schedule,
             warmup_steps=round(recipe.warmup * steps), optim="adamw_torch" if is_cpu else "adamw_torch_fused",
             eval_strategy="no" if validation is None else "steps", eval_steps=recipe.validate_every,
-            save_strategy="no", save_total_limit=1, logging_steps=1, logging_nan_inf_filter=False,
-            remove_unused_columns=False, disable_tqdm=True, report_to="none", dataloader_pin_memory=False,
+            save_strategy="no", save_total_limit=min(2, self.team.count),  # of a team, one may be a step behind
+            logging_steps=1, logging_nan_inf_filter=False, remove_unused_columns=False,
+            disable_tqdm=True, report_to="none", dataloader_pin_memory=False,
             use_cpu=True,  # the weights stay where they are; it would move them, or copy them to all GPUs
         )  # fmt: skip
         if not is_cpu:
@@ -155,38 +161,87 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             data_collator=_batch, compute_metrics=lambda found: {"nll": float(found.predictions.mean())},
         )  # fmt: skip
         self.accelerator.device_placement = False
+        if self.team.count > 1:
+            self.accelerator.clip_grad_norm_ = self._clip
         self.remove_callback(PrinterCallback)
 
     def get_batch_samples(self, iterator: Iterator[Any], number: int, device: Any) -> tuple[list[Any], int]:
         """The batches of a step, and how many rows they have."""
         batches, _ = super().get_batch_samples(iterator, number, device)
         self.begun.clear()
+        self.todo = len(batches)
         return batches, sum(len(batch["lengths"]) for batch in batches)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
-        """The gradient of a batch, in as many parts as the device's memory asks for."""
+        """The gradient of a batch. Of a team each process has its share of a step's batches, and the last one of them
+        gives the loss of all."""
         self.begun.append(inputs)
-        todo, losses, layers = [inputs], list[Tensor](), decoder_layers(self.objective.model)
+        if self.team.count == 1:
+            return self._gradient(model, self.begun, num_items_in_batch)
+        done, found, team = len(self.begun), torch.zeros(()), self.team
+        if (done - 1) % team.count == team.rank:
+            found = self._gradient(model, [inputs], num_items_in_batch)
+            self.lost += float(found)
+        elif done == self.todo and done % team.count and team.rank >= done % team.count:
+            self._gradient(model, [inputs], math.inf)  # others have one batch more, and wait for the sums of gradients
+        if done < self.todo:
+            return torch.zeros(())
+        mine, self.lost = self.lost, 0.0
+        return torch.tensor(team.agree(mine))
+
+    def rehearse(self) -> None:
+        """Have all processes of a team take parts of one size: on the longest rows, whose gradient nobody uses."""
+        if self.team.count == 1:
+            return
+        longest = sorted(self.train_dataset, key=len)[-self.most :]
+        self.model.closed = True
+        self._gradient(self.model, [_batch(longest)], math.inf)
+        self.model.closed = False
+        self._clear()
+        self.most = round(self.team.agree(self.most, distributed.ReduceOp.MIN))
+        if self.team.agree(self.again) and not self.again:
+            self._compute_again_()
+
+    def _gradient(self, model: nn.Module, batches: list[dict[str, Tensor]], count: Any) -> Tensor:
+        """The gradient of the last of these batches, in as many parts as the device's memory asks for. Where it ends,
+        those of all of them begin again, but for a team's: others wait for sums of gradients that this one gave."""
+        todo, losses, last = batches[-1:], list[Tensor](), batches[-1]
+        is_fixed = self.team.count > 1 and not self.model.closed
 
         def work() -> None:
-            losses[:] = [
-                super(_Trainer, self).training_step(model, part, num_items_in_batch) for part in self._parts(todo)
-            ]
+            losses[:] = [super(_Trainer, self).training_step(model, part, count) for part in self._parts(todo)]
 
         with accelerator.named_if_too_large(
-            f"training on a row of {inputs['ids'].shape[1]} tokens", "lower train.seq_len"
+            f"training on a row of {last['ids'].shape[1]} tokens", "lower train.seq_len"
         ):
-            while not accelerator.fits(work, is_least=self.most == 1 and layers[0].training):
-                for weight in (*self.model.parameters(), *self.objective.model.parameters()):
-                    weight.grad = None
-                todo = self.begun
+            while not accelerator.fits(work, is_least=is_fixed or (self.most == 1 and self.again)):
+                self._clear()
+                todo = batches
                 if self.most > 1:
                     self.most = -(-self.most // 2)
-                else:  # only layers in training compute anew; what is in them stays without dropout
-                    self.objective.model.gradient_checkpointing_enable({"use_reentrant": False})
-                    for layer in layers:
-                        layer.training = True
-        return torch.stack(losses[-len(self._parts([inputs])) :]).sum()
+                else:
+                    self._compute_again_()
+        return torch.stack(losses[-len(self._parts([last])) :]).sum()
+
+    def _compute_again_(self) -> None:
+        """Have layers computed anew in the backward pass: only those in training are; what is in them stays without
+        dropout."""
+        self.again = True
+        self.objective.model.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in decoder_layers(self.objective.model):
+            layer.training = True
+
+    def _clear(self) -> None:
+        for weight in (*self.model.parameters(), *self.objective.model.parameters()):
+            weight.grad = None
+
+    def _clip(self, parameters: Any, most: float, *_: Any) -> Tensor:
+        """Clip a team's gradients to the norm that all their parts have together."""
+        gradients = [weight.grad for weight in parameters if weight.grad is not None]
+        norm = math.sqrt(self.team.agree(sum(float(each.double().square().sum()) for each in gradients)))
+        for each in gradients:
+            each.mul_(min(1.0, most / (norm + 1e-6)))
+        return torch.tensor(norm)
 
     def _parts(self, batches: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """The batches in parts of at most `most` rows."""
@@ -199,16 +254,17 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        return self._losses(inputs, int(num_items_in_batch))[0]
+        return self._losses(inputs, num_items_in_batch)[0]
 
     @torch.no_grad()
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        loss, nll = self._losses(inputs, len(inputs["lengths"]))
+        loss, nll = (each / self.team.count for each in self._losses(inputs, len(inputs["lengths"])))
+        loss, nll = (torch.tensor(self.team.agree(float(each)), dtype=each.dtype) for each in (loss, nll))
         return loss, nll[None], nll[None]
 
-    def _losses(self, inputs: dict[str, Tensor], count: int) -> tuple[Tensor, Tensor]:
+    def _losses(self, inputs: dict[str, Tensor], count: float) -> tuple[Tensor, Tensor]:
         self.model.show_()
         loss, nll = self.objective(inputs["ids"], inputs["lengths"], count)
         if not math.isfinite(loss.detach()):
@@ -220,8 +276,11 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     """Reports progress, keeps the best weights, and has states saved from time to time, and the last one validated."""
 
-    def __init__(self, observer: Observer, last: str | None, weights: TrainedWeights, best: Path, least: float) -> None:
+    def __init__(
+        self, observer: Observer, last: str | None, weights: TrainedWeights, best: Path, least: float, team: Team
+    ) -> None:
         self.observer, self.last, self.weights, self.best, self.least = observer, last, weights, best, least
+        self.team = team
         self.first, self.began, self.next = 0, 0.0, time.monotonic() + SECONDS
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -232,7 +291,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.began, is_last = time.monotonic(), state.global_step == state.max_steps
-        control.should_save = is_last or self.began >= self.next
+        control.should_save = is_last or self.team.agree(self.team.rank == 0 and self.began >= self.next) > 0
         if is_last:
             control.should_evaluate = args.eval_strategy != "no"
 
@@ -257,11 +316,13 @@ def _batch(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     return {"ids": ids, "lengths": torch.tensor([len(row) for row in rows])}
 
 
-def _last_checkpoint(states: Path) -> str | None:
-    """The last checkpoint that was written to its end: the file of the Trainer's state comes last, and ends so."""
+def _last_checkpoint(states: Path, team: Team) -> str | None:
+    """The last checkpoint that every process has written to its end: the file of the Trainer's state comes last, and
+    ends so."""
     ends = states.glob("checkpoint-*/trainer_state.json")
-    found = [path.parent for path in ends if path.read_bytes().endswith(b"\n}\n")]
-    return str(max(found, key=lambda path: int(path.name.split("-")[1]))) if found else None
+    found = {int(path.parent.name.split("-")[1]) for path in ends if path.read_bytes().endswith(b"\n}\n")}
+    last = max(team.common(found), default=None)
+    return None if last is None else str(states / f"checkpoint-{last}")
 
 
 def _cast_(model: PreTrainedModel, dtype: torch.dtype) -> None:

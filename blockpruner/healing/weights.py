@@ -1,7 +1,7 @@
 """The weights in training: which of a model's are trained, and the float32 copies that an optimizer moves.
 
 A step is often smaller than the last bit of a 16-bit weight, and would be lost. So training moves a master of each such
-weight in float32, and the model computes with its rounding.
+weight in float32, and the model computes with its rounding. Of several processes each has a part of every master.
 """
 
 from __future__ import annotations
@@ -15,43 +15,52 @@ from transformers import PreTrainedModel
 
 from blockpruner.core.errors import extra
 from blockpruner.healing.settings import Train
+from blockpruner.healing.team import Team
 
 
 class TrainedWeights(nn.Module):
     """The masters of the trained weights. The model itself is not in it: it is neither saved nor moved with them."""
 
-    def __init__(self, live: Mapping[str, nn.Parameter], end_: Callable[[], object]) -> None:
+    def __init__(self, live: Mapping[str, nn.Parameter], end_: Callable[[], object], team: Team) -> None:
         """Args:
         live: what the model computes with, by name.
         end_: leaves the model with plain weights alone.
         """
         super().__init__()
-        self.end_ = end_
-        masters = [nn.Parameter(weight.detach().float()) if _is_narrow(weight) else weight for weight in live.values()]
-        self.masters = nn.ParameterList(masters)
+        self.end_, self.team, self.closed = end_, team, False
+        self.masters = nn.ParameterList(map(self._master, live.values()))
         self.pairs = [(w, m) for w, m in zip(live.values(), self.masters, strict=True) if w is not m]
         for weight, master in self.pairs:
-            weight.register_post_accumulate_grad_hook(partial(_collect_, master))  # type: ignore[no-untyped-call]
+            weight.register_post_accumulate_grad_hook(partial(self._collect_, master))  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def show_(self) -> None:
         """Round the masters to the weights that the model computes with."""
         for weight, master in self.pairs:
-            weight.copy_(master)
+            weight.copy_(master if self.team.count == 1 else self.team.whole(master.detach(), weight.shape))
+
+    def _master(self, weight: nn.Parameter) -> nn.Parameter:
+        if self.team.count > 1:
+            return nn.Parameter(self.team.part(_wide(weight.detach())))
+        return nn.Parameter(weight.detach().float()) if _wide(weight) is not weight else weight
+
+    def _collect_(self, master: nn.Parameter, weight: Tensor) -> None:
+        """Add the gradient of a weight to that of its master."""
+        assert weight.grad is not None
+        gradient, weight.grad = weight.grad, None
+        if self.closed:
+            return
+        if self.team.count > 1:
+            gradient = self.team.summed(_wide(gradient))
+        master.grad = _wide(gradient) if master.grad is None else master.grad.add_(gradient)
 
 
-def _is_narrow(weight: Tensor) -> bool:
-    return weight.dtype not in (torch.float32, torch.float64)
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32, if it is in 16 bits."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
-def _collect_(master: nn.Parameter, weight: Tensor) -> None:
-    """Add the gradient of a weight to that of its master."""
-    assert weight.grad is not None
-    master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
-    weight.grad = None
-
-
-def trained_weights_(model: PreTrainedModel, recipe: Train) -> TrainedWeights:
+def trained_weights_(model: PreTrainedModel, recipe: Train, team: Team) -> TrainedWeights:
     """Prepare a model for training.
 
     "lora": adapters on every linear layer but the head; the end merges them into the model's own weights. "all": all
@@ -65,9 +74,9 @@ def trained_weights_(model: PreTrainedModel, recipe: Train) -> TrainedWeights:
             config = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules="all-linear", bias="none")
             adapted = get_peft_model(model, config, autocast_adapter_dtype=False)  # else inputs are copied as float32
         live = {name: weight for name, weight in adapted.named_parameters() if weight.requires_grad}
-        return TrainedWeights(live, adapted.merge_and_unload)
+        return TrainedWeights(live, adapted.merge_and_unload, team)
     ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     live = {name: weight for name, weight in model.named_parameters() if id(weight) not in ends}
     for weight in live.values():
         weight.requires_grad_()
-    return TrainedWeights(live, partial(model.requires_grad_, False))
+    return TrainedWeights(live, partial(model.requires_grad_, False), team)

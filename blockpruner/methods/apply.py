@@ -18,6 +18,7 @@ from blockpruner.inputs.checkpoints import checkpoint_identity
 from blockpruner.methods.healed import Healed, load_healed_
 from blockpruner.methods.registry import KINDS, model_facts
 from blockpruner.model.models import load_model, shared_copy
+from blockpruner.scoring.large.visiting import load_for_fit
 from blockpruner.scoring.work import Rows
 from blockpruner.store.provenance import fingerprint
 
@@ -50,6 +51,10 @@ class Pruning:
     def load(self) -> PreTrainedModel:
         """The dense model."""
         return load_model(self.dense, self.dtype, self.device, self.trust_remote_code)
+
+    def load_for_fit(self) -> PreTrainedModel:
+        """The dense model where weights are fitted: layer by layer on a device that does not hold it."""
+        return load_for_fit(self.dense, self.dtype, self.device, self.trust_remote_code)
 
     def load_for_export(self) -> PreTrainedModel:
         """The dense model where an export is made of it: on the CPU, as in the process that verifies the export. A kind

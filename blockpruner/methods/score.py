@@ -39,10 +39,11 @@ def open_material(
 
     @cache
     def dense() -> PreTrainedModel:
-        from blockpruner.model.models import load_model, set_threads
+        from blockpruner.model.models import set_threads
+        from blockpruner.scoring.large.visiting import load_for_fit
 
         set_threads(runtime.threads)
-        return load_model(checkpoint, model.dtype, runtime.device, model.trust_remote_code, runtime.attention)
+        return load_for_fit(checkpoint, model.dtype, runtime.device, model.trust_remote_code, runtime.attention)
 
     def scorer() -> Any:
         return make_scorer(

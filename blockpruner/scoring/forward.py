@@ -114,7 +114,8 @@ class Forward:
         return added
 
     def _device(self, layer: int) -> torch.device:
-        return next(self._layers[layer].parameters()).device
+        found = self._layers[layer]
+        return getattr(found, "visits", None) or next(found.parameters()).device
 
     def _final_states(self, hidden: Tensor, batch: Batch) -> Tensor:
         """The states that the head reads where it predicts a target, row by row: [N, H] for N targets of the batch."""

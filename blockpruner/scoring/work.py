@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from blockpruner.core.blocks import DENSE, Mask
+from blockpruner.core.families import FAMILIES, Config, count_parameters
 from blockpruner.scoring.metrics import NLL, Metric
 from blockpruner.store.trials import Origin
 
@@ -20,6 +21,15 @@ given but not scored: the bitwise complement of its id."""
 
 Span = range | tuple[int, ...]
 """Rows by their numbers: a range where they follow each other, else in any order."""
+
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+"""The bytes of a number, by dtype."""
+
+TOKENS = 2048
+"""Tokens of the smallest batches."""
+
+HELD_OUT = 24 * 256
+"""Tokens whose features choose the strength of a fit."""
 
 LOGITS_BYTES = 64 * 2**20
 """Upper bound of the logits held at once; the head runs over as many tokens as fit."""
@@ -45,6 +55,33 @@ def sums_bytes(width: int, hidden: int, has_gains: bool = False) -> int:
 def widths_bytes(width: int, hidden: int) -> int:
     """What costs of narrower MLPs take at most: sums in float32, an inverse in float64 and its workspace."""
     return 21 * width * width + 24 * width * hidden
+
+
+def fit_bytes(config: Config, dtype: str, visits: bool = False) -> int:
+    """The least memory of a device on which writers are fitted.
+
+    Args:
+        visits: only one layer is there at a time.
+    """
+    family, item, hidden = FAMILIES[str(config["model_type"])], BYTES[dtype], int(config["hidden_size"])
+    costs, inner = count_parameters(config), inner_size(config)
+    head = int(config.get("head_dim") or hidden // int(config["num_attention_heads"]))
+    mha, mlp = int(config["num_attention_heads"]) * head, inner if family.has_one_mlp else 0
+    width = mha + mlp if family.is_parallel(config) else max(mha, mlp)
+    sums = sums_bytes(width, hidden, family.mlp.post is not None) + 4 * HELD_OUT * (width + 2 * hidden)
+    in_layers = sum(costs.blocks.values())
+    there = costs.total - in_layers * (1 - 1 / int(config["num_hidden_layers"])) if visits else costs.total
+    return round(there * item) + batch_bytes(config, dtype) + sums
+
+
+def batch_bytes(config: Config, dtype: str) -> int:
+    """What the smallest batches take beside the weights."""
+    hidden, inner = int(config["hidden_size"]), inner_size(config)
+    return TOKENS * live_numbers(hidden, inner) * BYTES[dtype] + 4 * LOGITS_BYTES
+
+
+def inner_size(config: Config) -> int:
+    return int(config.get("intermediate_size") or 4 * int(config["hidden_size"]))
 
 
 @dataclass(frozen=True)

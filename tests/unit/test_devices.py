@@ -24,6 +24,7 @@ from blockpruner.evaluation.latency import measure_latency
 from blockpruner.evaluation.perplexity import measure_perplexity
 from blockpruner.evaluation.settings import Speed
 from blockpruner.evaluation.speed import generate, measure_speed, random_prompt, weight_bytes
+from blockpruner.healing.choice import choose
 from blockpruner.healing.compensate import compensate
 from blockpruner.healing.loss import TrainingLoss
 from blockpruner.healing.memory import step_bytes
@@ -38,14 +39,15 @@ from blockpruner.methods.narrow.levels import by_cost, measure_levels
 from blockpruner.methods.slicegpt.slicing import slice_
 from blockpruner.methods.slicegpt.widths import SLICEABLE
 from blockpruner.model import accelerator
-from blockpruner.model.models import load_model, prune_, resolve_device, shared_copy
+from blockpruner.model.models import decoder_layers, load_model, prune_, resolve_device, shared_copy
 from blockpruner.pipeline import require_room
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.settings import Latency, Score
 from blockpruner.scoring.streams import Streams
-from blockpruner.scoring.work import Task, live_numbers, sums_bytes
+from blockpruner.scoring.work import Task, fit_bytes, live_numbers, sums_bytes
+from blockpruner.store.files import read_json
 from tests import fake_devices as made_up
 from tests.fake_devices import MODULE, SETUP, fake_devices
 from tests.golden import unverified
@@ -492,7 +494,9 @@ def test_what_a_device_cannot_hold_is_refused_before_the_search():
             asked("llama")
         plain, streamed = Score(method="greedy"), Runtime(streaming=True)
         asked("llama", streamed, plain, "none")
-        with pytest.raises(InputError, match=r"refit takes 14.\.. GiB .*; leave it out"):
+        asked("llama", streamed, plain)  # layer by layer
+        card.limit = 16 * 2**30
+        with pytest.raises(InputError, match=r"refit takes 2.\.. GiB .*; leave it out"):
             asked("llama", streamed, plain)
 
 
@@ -519,3 +523,39 @@ def test_a_refit_takes_no_more_of_a_device_than_is_counted(family):
             elif place == "gpu:0":
                 assert Streams(model, ROWS, 2).dense[0].device.type == "gpu"
     assert all(found[place] == pytest.approx(found["cpu"], rel=1e-4) for place in found)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_refit_has_one_layer_at_a_time_on_a_device_that_does_not_hold_the_model(tmp_path, family):
+    """The proposals and their judgement, too; then the same weights, and the model as it was."""
+    dense = fetch_tiny(tmp_path, family, 6)
+    config = read_json(dense / "config.json")
+    plans = {str(n): plan_of(config, [f"mlp.{n}", f"mha.{n + 1}"]) for n in (1, 3)}
+    ids = torch.randint(1, VOCABULARY, (60, 40), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [
+        CalibrationSet(tuple(map(tuple, ids[part]))) for part in (slice(40), slice(40, 50), slice(50, 60), slice(5))
+    ]
+    plans = {name: replace(plan, compensate="refit") for name, plan in plans.items()}
+    expected = choose(pruning(dense, plans["1"]).load_for_fit, plans, *rows, SilentObserver())
+
+    class Watch(SilentObserver):
+        def advance(self, done, total, detail):
+            layers = [layer.mlp.down_proj.weight.device.type for layer in decoder_layers(model)]
+            seen.append(layers.count("gpu"))
+
+    seen = []
+    with fake_devices(1) as (card,):
+        card.limit = fit_bytes(config, "float32") - 1
+        model = replace(pruning(dense, plans["1"]), device="gpu:0").load_for_fit()
+        before = {name: weight.clone().cpu() for name, weight in model.named_parameters()}
+        found = choose(lambda: model, plans, *rows, Watch())
+        assert set(seen) == {1}
+        assert (found.name, found.plan) == (expected.name, expected.plan)
+        assert all(weight.cpu().equal(before[name]) for name, weight in model.named_parameters())
+        assert model.get_input_embeddings().weight.device.type == "gpu"
+    assert found.facts["judged"] == pytest.approx(expected.facts["judged"], rel=1e-4)
+    errors, wanted = ([stop["error"] for stop in each.facts["stops"]] for each in (found, expected))
+    assert errors == pytest.approx(wanted, rel=1e-4) and min(errors) < 1
+    assert found.weights.keys() == expected.weights.keys() and (len(found.weights) > 4 or family == "llama")
+    for name, weight in expected.weights.items():
+        torch.testing.assert_close(found.weights[name], weight, rtol=1e-4, atol=1e-5)
