@@ -355,12 +355,22 @@ def measure(
     settings: Evaluate,
     observer: Observer,
     search: Mapping[str, float] | None = None,
+    processes: int = 1,
 ) -> dict[str, float | int]:
     """Measure perplexity, tasks and speed of a model, as `evaluation.suite.benchmark`; returns its main figures."""
     from blockpruner.evaluation.suite import benchmark, headline
 
     found = benchmark(
-        subject, dense, sources, out, store, plan=plan, settings=settings, observer=observer, search=search
+        subject,
+        dense,
+        sources,
+        out,
+        store,
+        plan=plan,
+        settings=settings,
+        observer=observer,
+        search=search,
+        processes=processes,
     )
     return headline(found, plan)
 

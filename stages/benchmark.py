@@ -45,8 +45,10 @@ def measure(name: str, run_name: str, subject: Checkpoint | InMemory, dense: Che
     settings = sections(run_name)
     asked = Evaluate(perplexity=settings.heldout, zero_shot=settings.zero_shot, speed=settings.speed)
     places = (DATA / "sources" / run_name, DATA / "evidence" / name, DATA / "evaluations")
-    search = {} if plan is None else search_of(name, run_name, plan)
-    figures = pipeline.measure(subject, dense, *places, plan=plan, settings=asked, observer=observer(), search=search)
+    search, processes = {} if plan is None else search_of(name, run_name, plan), load_params().runtime.here
+    figures = pipeline.measure(
+        subject, dense, *places, plan=plan, settings=asked, observer=observer(), search=search, processes=processes
+    )
     write_json(DATA / "metrics" / f"{name}.json", figures)
 
 

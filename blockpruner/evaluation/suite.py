@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
@@ -40,6 +42,7 @@ from blockpruner.methods.registry import model_facts
 from blockpruner.model import accelerator
 from blockpruner.model.classes import has_our_code
 from blockpruner.model.models import load_model, placement, resolve_device
+from blockpruner.model.team import Team, together
 from blockpruner.store.files import read_json, replace_directory, write_sealed_json, write_table
 from blockpruner.store.manifest import REPORT_FILE, content_sha256, manifest, model_identity, require_verified
 from blockpruner.store.plans import save_plan
@@ -62,6 +65,9 @@ class Checkpoint:
     """The dense model's directory, for an export. Of its code, only ours is run."""
     beside: Checkpoint | None = None
     """Another one, of whose model it takes the tensors that are equal to its own (`load_model`)."""
+
+    def on(self, device: str) -> Checkpoint:
+        return replace(self, device=device)
 
     def export(self, directory: Path) -> Checkpoint:
         """One of our own verified exports of this dense model."""
@@ -100,6 +106,9 @@ class InMemory:
     """The rows that the plan's kind may compute weights from."""
     healed: Healed | None = None
     """The weights to put into it."""
+
+    def on(self, device: str) -> InMemory:
+        return replace(self, dense=self.dense.on(device))
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -184,6 +193,7 @@ def benchmark(
     settings: Evaluate,
     observer: Observer,
     search: Mapping[str, float] | None = None,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Evaluate a model and write results.json, items.parquet, speed.json and its plan.json to the folder `out`.
 
@@ -193,6 +203,7 @@ def benchmark(
         store: the folder of the results store.
         plan: the plan of the subject; None for the dense model.
         search: what the search of the plan took: seconds, trials_asked, trials_computed; None where it is not known.
+        processes: how many of this machine share out the results, all but speed.
 
     Returns:
         results.json has these keys:
@@ -223,13 +234,13 @@ def benchmark(
     is_export = isinstance(subject, Checkpoint) and subject is not dense
     whole = replace(dense, beside=subject) if isinstance(subject, Checkpoint) and is_export else dense
     text_key = subject.key | {"tokenizer": tokenizer_digest(folder)}
-    evaluations = [
-        perplexity_of(subject, sources / "perplexity.parquet", settings.perplexity, text_key),
-        *(task_of(subject, task, sources / "tasks", settings.zero_shot, text_key) for task in tasks),
-        samples_of(subject, text_key),
-        *(() if settings.speed is None else (speed_of(subject, whole, settings.speed, subject.key),)),
-    ]
+    evaluations = _without_speed(subject, sources, settings, text_key)
     evaluator = Evaluator(ResultsStore(store, observer.note), observer)
+    if processes > 1 and any(evaluator.store.load(each.key) is None for each in evaluations):
+        with TemporaryDirectory() as claims:
+            together(processes, dense.device, _settle, observer, subject, sources, settings, text_key, store, claims)
+    if settings.speed is not None:
+        evaluations.append(speed_of(subject, whole, settings.speed, subject.key))
     found = {each.name: evaluator.settle(each, n / len(evaluations)) for n, each in enumerate(evaluations)}
     scores = {task: found[task].value["scores"] for task in tasks}
     results = {
@@ -256,6 +267,36 @@ def benchmark(
 
     replace_directory(out, build)
     return results | timings
+
+
+def _without_speed(
+    subject: Evaluated, sources: Path, settings: Evaluate, text_key: Mapping[str, Any]
+) -> list[Evaluation]:
+    return [
+        perplexity_of(subject, sources / "perplexity.parquet", settings.perplexity, text_key),
+        *(task_of(subject, task, sources / "tasks", settings.zero_shot, text_key) for task in settings.zero_shot.tasks),
+        samples_of(subject, text_key),
+    ]
+
+
+def _settle(
+    team: Team,
+    device: str,
+    observer: Observer,
+    subject: Evaluated,
+    sources: Path,
+    settings: Evaluate,
+    text_key: Mapping[str, Any],
+    store: Path,
+    claims: str,
+) -> None:
+    """The work of one process: one result after another that no other has begun."""
+    evaluations = _without_speed(subject.on(device), sources, settings, text_key)
+    evaluator = Evaluator(ResultsStore(store, observer.note), observer)
+    for number, each in enumerate(evaluations):
+        with suppress(FileExistsError):
+            Path(claims, each.name).touch(exist_ok=False)
+            evaluator.settle(each, number / len(evaluations))
 
 
 def headline(results: Mapping[str, Any], plan: Plan | None) -> dict[str, float | int]:

@@ -10,11 +10,11 @@ from typing import Any
 from blockpruner.core.progress import Observer
 from blockpruner.evaluation.perplexity import measure_perplexity
 from blockpruner.healing.settings import Train
-from blockpruner.healing.team import ALONE, Team, together
 from blockpruner.healing.trainer import BEST, train_
 from blockpruner.inputs.calibration import CalibrationSet, check_context
 from blockpruner.methods.apply import Pruning, pruned_copy
 from blockpruner.methods.healed import TRAIN_FACTS, changed_weights, load_healed_, parameter_digests, save_healed
+from blockpruner.model.team import ALONE, Team, together
 from blockpruner.scoring.metrics import perplexity
 from blockpruner.store.files import read_json, replace_directory, write_json
 from blockpruner.store.provenance import fingerprint

@@ -33,11 +33,11 @@ from blockpruner.core.errors import NonFiniteLossError
 from blockpruner.core.progress import Observer
 from blockpruner.healing.loss import TrainingLoss
 from blockpruner.healing.settings import Train
-from blockpruner.healing.team import ALONE, Team
 from blockpruner.healing.weights import TrainedWeights, trained_weights_
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model import accelerator
 from blockpruner.model.models import decoder_layers
+from blockpruner.model.team import ALONE, Team
 from blockpruner.store.files import write_atomic, writing
 
 BEST = "best.safetensors"

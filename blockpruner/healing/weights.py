@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from blockpruner.core.errors import extra
 from blockpruner.healing.settings import Train
-from blockpruner.healing.team import Team
+from blockpruner.model.team import Team
 
 
 class TrainedWeights(nn.Module):

@@ -265,10 +265,29 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """The function from a decoder's last states [..., H] to logits [..., V], capped where the family caps them."""
+    """The function from a decoder's last states [..., H] to logits [..., V], capped where the family caps them.
+
+    Of 16-bit states that want no gradient they are float32 on CUDA: the product adds up in float32, and is not rounded.
+    """
     head, field = model.get_output_embeddings(), model_family(model).logit_cap
     cap: float | None = getattr(model.config, field) if field else None
-    return head if cap is None else lambda states: cap * torch.tanh(head(states) / cap)
+
+    def logits(states: Tensor) -> Tensor:
+        if widens(head) and not states.requires_grad:
+            wide = torch.mm(states.flatten(0, -2), head.weight.T, out_dtype=torch.float32)
+            found = wide.view(*states.shape[:-1], -1)
+        else:
+            found = head(states)
+        return found if cap is None else cap * torch.tanh(found / cap)
+
+    return logits
+
+
+def widens(head: nn.Linear) -> bool:
+    """Whether there is a product of this kind: torch has it on CUDA, from 2.8 on, and not on ROCm."""
+    kinds: list[str] = torch.ops.aten.mm.overloads()  # type: ignore[no-untyped-call]
+    is_narrow, is_cuda = head.weight.dtype.itemsize == 2, head.weight.device.type == "cuda"
+    return is_cuda and torch.version.hip is None and is_narrow and head.bias is None and "dtype" in kinds
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blockpruner.core.blocks import BlockId, BlockKind
-from blockpruner.model.models import decoder_layers, model_family
+from blockpruner.model.models import decoder_layers, head_of, model_family
 from blockpruner.scoring.batches import Batch
 from blockpruner.scoring.walk import steps_of
 
@@ -39,7 +39,7 @@ class Forward:
         self._layers = decoder_layers(model)
         self._norm: nn.Module = attrgetter(family.final_norm)(model)
         self._head: nn.Linear = attrgetter(family.head)(model)
-        self._cap: float | None = config[family.logit_cap] if family.logit_cap else None
+        self._logits = head_of(model)
         self.steps = steps_of(len(self._layers), family.is_parallel(config))
         self._on_gpu = self._home.type != "cpu"
         # cuBLAS may else add up parts of a 16-bit product in 16 bits; when it does depends on the shape
@@ -121,28 +121,6 @@ class Forward:
         """The states that the head reads where it predicts a target, row by row: [N, H] for N targets of the batch."""
         normed: Tensor = self._norm(hidden[:, :-1].to(next(self._norm.parameters()).device))
         return normed.to(self._home).flatten(0, 1)[batch.places]
-
-    def _logits(self, states: Tensor) -> Tensor:
-        """[N, V]; on CUDA in float32 at least: the product adds up in float32, and is not rounded to 16 bits."""
-        if self._widens:
-            return self._capped(torch.mm(states, self._head.weight.T, out_dtype=torch.float32))
-        return self._capped(self._head(states))
-
-    def _capped(self, logits: Tensor) -> Tensor:
-        return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
-
-    @property
-    def _widens(self) -> bool:
-        """Whether there is a product of this kind: torch has it on CUDA, from 2.8 on, and not on ROCm."""
-        kinds: list[str] = torch.ops.aten.mm.overloads()  # type: ignore[no-untyped-call]
-        is_narrow = self._head.weight.dtype.itemsize == 2
-        return (
-            self._home.type == "cuda"
-            and torch.version.hip is None
-            and is_narrow
-            and self._head.bias is None
-            and "dtype" in kinds
-        )
 
 
 def joined(hidden: Tensor, adds: Sequence[Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from blockpruner.core.blocks import DENSE, parse_mask
 from blockpruner.core.errors import NonFiniteLossError
 from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.model import models
 from blockpruner.model.models import masked
 from blockpruner.reporting.formats import number
 from blockpruner.scoring import engine as engine_module
@@ -131,7 +132,7 @@ def test_logits_of_16_bit_models_are_not_rounded(monkeypatch, family):
     engine = Engine(model)
     rounded = engine._logits(states)
     monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: (a.double() @ b.double()).to(out_dtype))
-    monkeypatch.setattr(Engine, "_widens", True)
+    monkeypatch.setattr(models, "widens", lambda head: True)
     found = engine._logits(states)
     assert rounded.dtype == torch.bfloat16 and found.dtype == torch.float32
     assert (rounded - exact).abs().max() > 1e-3 and (found - exact).abs().max() < 1e-5

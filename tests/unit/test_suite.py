@@ -84,7 +84,7 @@ def place(world, tmp_path, monkeypatch):
     return root
 
 
-def evaluate(root, observer, checkpoint="pruned", subject=None, **changes):
+def evaluate(root, observer, checkpoint="pruned", subject=None, processes=1, **changes):
     sections = {
         "perplexity": {"seq_len": 40, "max_rows": 3, "data": NOWHERE},
         "zero_shot": {"tasks": TASKS, "limit": 3, "data": {"source": "hub"}},
@@ -95,7 +95,8 @@ def evaluate(root, observer, checkpoint="pruned", subject=None, **changes):
     dense = Checkpoint(root / "dense", changes.get("dtype", "float32"), "cpu", False)
     subject = subject(dense) if subject else dense if checkpoint == "dense" else dense.export(root / checkpoint)
     places = [root / name for name in ("sources", "out", "store")]
-    return suite.benchmark(subject, dense, *places, settings=settings, observer=observer, plan=PLAN, search=SEARCH)
+    more = {"plan": PLAN, "search": SEARCH, "processes": processes}
+    return suite.benchmark(subject, dense, *places, settings=settings, observer=observer, **more)
 
 
 def call_verified(checkpoint):
@@ -201,6 +202,16 @@ def test_what_is_stored_is_neither_computed_nor_loaded(world, place, monkeypatch
     assert evaluate(place, observer) == world.results
     assert (observer.computed, observer.cached) == ([], PHASES)
     assert {path.name: path.read_bytes() for path in (place / "out").iterdir()} == before
+
+
+def test_two_processes_share_out_what_is_missing(world, place):
+    shutil.rmtree(place / "store")
+    observer, rows = Recorder(), CalibrationSet(((1, 2, 3, 4),))
+    found = evaluate(place, observer, subject=lambda dense: InMemory(dense, PLAN, rows), processes=2)
+    same = ("perplexity", "tasks", "average", "samples")
+    assert {key: found[key] for key in same} == {key: world.results[key] for key in same}
+    alone = len(observer.computed) - 1  # what the first process did; then speed
+    assert observer.computed[-1] == "speed" and alone < len(PHASES) - 1 and observer.cached == PHASES[:-1]
 
 
 def test_what_is_not_to_be_timed_is_not(place, world, monkeypatch):

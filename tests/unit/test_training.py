@@ -20,12 +20,12 @@ from blockpruner.healing import loss, trainer
 from blockpruner.healing.loss import TrainingLoss
 from blockpruner.healing.rows import training_rows
 from blockpruner.healing.settings import Train
-from blockpruner.healing.team import ALONE, together
 from blockpruner.healing.train import write_trained
 from blockpruner.healing.trainer import train_
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import decoder_layers, prune_
 from blockpruner.model.narrow import narrow_
+from blockpruner.model.team import ALONE, together
 from blockpruner.scoring import losses
 from tests.plans import fetch_tiny, plan_of, pruning
 from tests.tiny import GRID, full_nll, tiny_model, tiny_tokenizer, tolerance

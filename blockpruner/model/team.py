@@ -1,8 +1,8 @@
-"""Training in several processes of this machine, each on a device of its own, to one process's weights up to rounding.
+"""Several processes of this machine, each on a device of its own, that do one thing together.
 
-Each computes its share of a step's batches with a whole copy of the model. The float32 masters, their gradients and the
-optimizer's moments are divided among them (ZeRO, arXiv 1910.02054, stage 2): the sum of a gradient goes to the process
-that holds that part as soon as the backward pass has it.
+In training each computes its share of a step's batches with a whole copy of the model. The float32 masters, their
+gradients and the optimizer's moments are divided among them (ZeRO, arXiv 1910.02054, stage 2): the sum of a gradient
+goes to the process that holds that part as soon as the backward pass has it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ multiprocessing: Any = torch.multiprocessing  # untyped
 
 @dataclass(frozen=True)
 class Team:
-    """The processes of a training, as one of them sees them."""
+    """The processes, as one of them sees them."""
 
     count: int = 1
     rank: int = 0
