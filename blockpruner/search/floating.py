@@ -13,7 +13,7 @@ share most of their trials.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from typing import Literal
@@ -25,7 +25,7 @@ from blockpruner.core.blocks import DENSE, Mask
 from blockpruner.core.budgets import Goal
 from blockpruner.scoring.objectives import MaskScore
 from blockpruner.search.greedy import PricedOptions, costs_of, forward
-from blockpruner.search.iteration import Iteration
+from blockpruner.search.iteration import Iteration, compared
 from blockpruner.search.problem import Problem
 from blockpruner.search.space import Space, goal_of_problem, nearest, unit_order
 from blockpruner.search.surrogate import Surrogate, fit
@@ -131,7 +131,7 @@ class _Walk:
                 if score.is_complete and -rise > gain:
                     best, gain = score, -rise
         self._tried.update(found)
-        return _compared(list(found.values()), best)
+        return compared(0, list(found.values()), best)
 
     def _restorations(self, mask: Mask) -> dict[Mask, MaskScore]:
         """Masks with one unit less that were not tried, and the best known one that removes as much as each."""
@@ -157,8 +157,4 @@ class _Walk:
         if not any(map(goal.is_met, masks)):
             goal = goal.around(nearest(goal, masks))
         finished = [self._scores[mask] for mask in masks if goal.is_met(mask)]
-        return _compared(finished, min(finished, key=lambda score: score.loss))
-
-
-def _compared(scores: Sequence[MaskScore], best: MaskScore) -> Iteration:
-    return Iteration(0, tuple(scores), (None,) * len(scores), scores.index(best))
+        return compared(0, finished, min(finished, key=lambda score: score.loss))

@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from blockpruner.core.blocks import DENSE, Mask
+from pydantic import Field
+
+from blockpruner.core.blocks import DENSE, BlockKind, Mask
 from blockpruner.core.families import Costs
 from blockpruner.core.options import Options
 from blockpruner.scoring.accelerate import worth
@@ -30,18 +32,35 @@ class PricedOptions(Options):
         return self.per
 
 
-def greedy(problem: Problem, options: PricedOptions) -> Iterator[Iteration]:
+class GreedyOptions(PricedOptions):
+    mha_share: float | None = Field(default=None, ge=0, le=1)
+    """The share of MHA blocks among what is removed, held as nearly as can be at every step; null: losses decide."""
+
+
+def greedy(problem: Problem, options: GreedyOptions) -> Iterator[Iteration]:
     """Yield iterations until nothing is left to remove."""
     costs = costs_of(problem, options)
     base: MaskScore | None = None
     remaining = list(problem.units)
     index = 0
     while remaining:
-        iteration = forward(problem, index, base, remaining, costs)
+        units = remaining if options.mha_share is None else _nearest(remaining, base, options.mha_share)
+        iteration = forward(problem, index, base, units, costs)
         yield iteration
         base = iteration.scores[iteration.chosen]
         remaining = [unit for unit in remaining if not unit <= base.mask]
         index += 1
+
+
+def _nearest(units: Sequence[Mask], base: MaskScore | None, share: float) -> list[Mask]:
+    """The units after whose removal the share of MHA blocks in the mask is nearest to a share."""
+
+    def distance(unit: Mask) -> float:
+        after = unit | (DENSE if base is None else base.mask)
+        return round(abs(sum(block.kind is BlockKind.MHA for block in after) / len(after) - share), 9)
+
+    least = min(map(distance, units))
+    return [unit for unit in units if distance(unit) == least]
 
 
 def costs_of(problem: Problem, options: PricedOptions) -> Costs | None:

@@ -48,6 +48,11 @@ class Iteration:
         return score.perplexity
 
 
+def compared(index: int, scores: Sequence[MaskScore], best: MaskScore) -> Iteration:
+    """A step that compares whole masks."""
+    return Iteration(index, tuple(scores), (None,) * len(scores), list(scores).index(best))
+
+
 def removals(trace: Sequence[Iteration], nested: bool) -> tuple[list[Mask], list[float]]:
     """What a search removed, in order, and the perplexities of the dense model and after each removal.
 

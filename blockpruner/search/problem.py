@@ -21,8 +21,8 @@ class Problem:
 
     units: Sequence[Mask]
     """What may be removed at once, in tie-break order: of equal scores the first wins."""
-    ask: Callable[[Sequence[Mask]], list[MaskScore]]
-    """Scores any masks on all rows, lower is better, in the order given."""
+    ask: Callable[..., list[MaskScore]]
+    """Of masks, and a number of rows: scores masks on the first rows, else on all; in the order given."""
     select: Select
     """Scores the candidates of one step. In an accelerated run it leaves out some that cannot win."""
     rows: int

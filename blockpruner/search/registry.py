@@ -11,9 +11,11 @@ from blockpruner.core.options import Options, read_options
 from blockpruner.core.registry import Registry
 from blockpruner.scoring.metrics import METRICS, NLL, Metric
 from blockpruner.scoring.settings import Score
+from blockpruner.search.beam import BeamOptions, beam
 from blockpruner.search.floating import FloatingOptions, floating
+from blockpruner.search.genetic import GeneticOptions, genetic
 from blockpruner.search.given import GivenOptions, given
-from blockpruner.search.greedy import PricedOptions, greedy
+from blockpruner.search.greedy import GreedyOptions, greedy
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.one_shot import one_shot
 from blockpruner.search.problem import Problem
@@ -103,10 +105,12 @@ SEARCHES = Registry(
     "score.method",
     Search,
     [
-        Search("greedy", "greedy", greedy, PricedOptions, asks="units", accelerated=True),
+        Search("greedy", "greedy", greedy, GreedyOptions, asks="units", accelerated=True),
         Search("one_shot", "one-shot", one_shot, asks="units"),
         Search("floating", "floating search", floating, FloatingOptions, nested=False, accelerated=True),
         Search("swap", "swap search", swap, SwapOptions, nested=False, accelerated=True),
+        Search("beam", "beam search", beam, BeamOptions, nested=False),
+        Search("genetic", "evolutionary search", genetic, GeneticOptions, nested=False),
         Search("random", "random order", random_order, RandomOptions, asks="nothing"),
         Search("given", "given order", given, GivenOptions, asks="nothing"),
     ],

@@ -7,7 +7,7 @@ composition, and the composition alone decides whether the mask meets the goal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -62,15 +62,16 @@ class Exchange:
 class Space:
     """All masks over units that meet a goal; where there is none, all that come as near to it as the nearest does.
 
+    by: what units of a class have in common; None: that they count the same.
     goal: as given, or moved to the nearest mask.
     classes: the units of each.
     compositions: all that meet the goal: how many units of each class a mask removes.
     """
 
-    def __init__(self, units: Sequence[Mask], goal: Goal) -> None:
-        kinds: dict[float, list[Mask]] = {}
+    def __init__(self, units: Sequence[Mask], goal: Goal, by: Callable[[Mask], Hashable] | None = None) -> None:
+        kinds: dict[Hashable, list[Mask]] = {}
         for unit in units:
-            kinds.setdefault(goal.share(unit), []).append(unit)
+            kinds.setdefault((by or goal.share)(unit), []).append(unit)
         self.classes = list(kinds.values())
         some = {  # one mask of each composition
             counts: DENSE.union(*(unit for kind, n in zip(self.classes, counts, strict=True) for unit in kind[:n]))

@@ -15,7 +15,7 @@ from pydantic import Field
 from blockpruner.core.blocks import DENSE, Mask
 from blockpruner.core.budgets import is_settled
 from blockpruner.core.options import Options
-from blockpruner.search.greedy import PricedOptions, greedy
+from blockpruner.search.greedy import GreedyOptions, greedy
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.problem import Problem
 from blockpruner.search.space import Exchange, Space, goal_of_problem, nearest, unit_order
@@ -39,7 +39,7 @@ def swap(problem: Problem, options: SwapOptions) -> Iterator[Iteration]:
     """
     goal, prefixes = goal_of_problem(problem), list[Mask]()
     costs = problem.resources[goal.budget.resource]
-    for iteration in greedy(problem, PricedOptions()):
+    for iteration in greedy(problem, GreedyOptions()):
         yield iteration
         prefixes.append(iteration.removed)
         if is_settled(goal.budget, prefixes, costs, [unit for unit in problem.units if not unit <= prefixes[-1]]):

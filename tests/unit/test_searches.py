@@ -29,7 +29,7 @@ from tests.tiny import full_nll, tiny_model
 ROWS = 8
 SIZES = pytest.mark.parametrize("size", [1.0, 2.016, 3.0])
 """Of an MLP block, an MHA block being 1: any two alike, Llama-2, SmolLM2."""
-NOT_NESTED = pytest.mark.parametrize("method", ["swap", "floating"])
+NOT_NESTED = pytest.mark.parametrize("method", ["swap", "floating", "beam"])
 
 
 class Table(FakeScorer):
@@ -206,6 +206,55 @@ def test_swap_leaves_what_greedy_cannot():
     assert trace[-1].removed == {a, b}
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+def test_greedy_with_a_share_of_mha_blocks(share):
+    """Against a walk that takes, of the kind that is behind its share, the block that costs least; at ties any."""
+    table, removed, kinds = Table(3), DENSE, []
+    for step in table.search("greedy", "8blocks", mha_share=share):
+        left = [block for block in table.cost if block not in removed]
+        after = {block: abs(kinds.count("mha") + (block.kind == "mha") - share * (len(kinds) + 1)) for block in left}
+        able = [block for block in left if after[block] < min(after.values()) + 1e-9]
+        removed = min((removed | {block} for block in able), key=table.rank)
+        kinds.append(next(iter(step.added[step.chosen])).kind)
+        assert step.removed == removed
+    wanted = {0.0: ["mlp"] * 4, 0.25: 1, 0.5: 2, 1.0: ["mha"] * 4}[share]
+    assert kinds[:4] == wanted if isinstance(wanted, list) else kinds[:4].count("mha") == wanted
+
+
+@pytest.mark.parametrize("budget", ["3blocks", "5blocks"])
+def test_a_beam_of_one_is_greedy_and_a_wide_one_finds_the_best(budget):
+    table, size = Table(2), int(budget[0])
+    path, _ = table.greedy(0.5)
+    trace = table.search("beam", budget, width=1, per="none")
+    assert [step.removed for step in trace] == [*path[:size], path[size - 1]]
+    best = min((mask for mask in table.masks() if len(mask) == size), key=table.rank)
+    assert table.search("beam", budget, width=100, per="none")[-1].removed == best
+    between = table.search("beam", budget, width=3, per="none")[-1].removed
+    assert table.loss(best) <= table.loss(between) <= table.loss(path[size - 1])
+
+
+@pytest.mark.parametrize("budget", ["4blocks", "0.4"])
+def test_children_are_one_to_three_swaps_within_a_kind_from_their_parent(budget):
+    """The best of two that are best on the first rows, and of the parent, is the next one; it is never worse."""
+    table, given = Table(1, layers=6), {"generations": 12, "children": 8, "initial": 10, "share": 4}
+    trace = table.search("genetic", budget, **given)
+    again = table.search("genetic", budget, **given)
+    assert len(trace) == 13 and [step.removed for step in trace] == [step.removed for step in again]
+    parent = trace[0].scores[trace[0].chosen]
+    assert len(trace[0].scores) == 11 and parent.loss == min(score.loss for score in trace[0].scores[1:])
+    for step in trace[1:]:
+        first, *children = step.scores
+        assert first == parent and len(children) == 8
+        for child in children:
+            more, less = (Counter(b.kind for b in part) for part in (child.mask - first.mask, first.mask - child.mask))
+            assert more == less and 1 <= more.total() <= 3
+        assert [score.rows_used for score in children] == [8] * 2 + [2] * 6
+        started = [math.fsum(score.row_loss[:2]) for score in children]
+        assert max(started[:2]) <= min(started[2:])
+        parent = min([first, *children[:2]], key=lambda score: score.loss)
+        assert step.scores[step.chosen] == parent
+
+
 def test_floating_goes_back():
     """Two blocks that are cheap together only, and another that is cheap once both are gone: greedy's third removal
     completes the pair, its first is given back, and the way on from there is better."""
@@ -240,6 +289,8 @@ SEARCHED = {
     "greedy, priced": ("greedy", {"per": "parameters"}),
     "swap": ("swap", {}),
     "floating": ("floating", {}),
+    "beam": ("beam", {}),
+    "genetic": ("genetic", {}),
 }
 
 
