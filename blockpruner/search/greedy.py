@@ -33,7 +33,7 @@ class PricedOptions(Options):
 
 
 class GreedyOptions(PricedOptions):
-    mha_share: float | None = Field(default=None, ge=0, le=1)
+    mha_share: float | None = Field(default=None, ge=0, le=1, exclude_if=lambda value: value is None)
     """The share of MHA blocks among what is removed, held as nearly as can be at every step; null: losses decide."""
 
 
