@@ -167,11 +167,7 @@ class _Passes:
     """The most of a pass; halved where one does not fit into a device's memory."""
 
     def over(
-        self,
-        rows: Sequence[Row],
-        length: Callable[[Row], int],
-        work: Callable[[Sequence[Row]], object],
-        held: int = 0,
+        self, rows: Sequence[Row], length: Callable[[Row], int], work: Callable[[Sequence[Row]], object], held: int = 0
     ) -> None:
         """Do the work over rows of like lengths, the longest first.
 

@@ -31,13 +31,7 @@ from blockpruner.versions import EVAL_VERSION
 
 
 def kept_latency(
-    folder: Path,
-    shared: Path,
-    checkpoint: Path,
-    model: Model,
-    timed: Latency,
-    runtime: Runtime,
-    observer: Observer,
+    folder: Path, shared: Path, checkpoint: Path, model: Model, timed: Latency, runtime: Runtime, observer: Observer
 ) -> dict[str, Any]:
     """The measurement that was kept for a model; it is made now if there is none, or if the kept one is damaged.
 

@@ -18,14 +18,7 @@ from blockpruner.core.blocks import BlockId, BlockKind, Mask, format_mask, parse
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.methods.registry import KINDS
-from blockpruner.reporting.results import (
-    Model,
-    Option,
-    Race,
-    RunLabels,
-    read_items,
-    read_results,
-)
+from blockpruner.reporting.results import Model, Option, Race, RunLabels, read_items, read_results
 from blockpruner.search.trace import ITERATION
 from blockpruner.store.files import read_json, read_table
 from blockpruner.store.plans import load_plan

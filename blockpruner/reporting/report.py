@@ -20,14 +20,7 @@ from blockpruner.reporting.formats import listed, number
 from blockpruner.reporting.inputs import PrunedOption, ReportedRun, read_runs
 from blockpruner.reporting.pages import Facts, Findings, Page, Section, made_line, write_page
 from blockpruner.reporting.results import Option, RunLabels
-from blockpruner.reporting.tables import (
-    NOT_TIMED,
-    compared,
-    curve_csv,
-    headline,
-    iterations_csv,
-    samples,
-)
+from blockpruner.reporting.tables import NOT_TIMED, compared, curve_csv, headline, iterations_csv, samples
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.search.registry import SEARCHES
 

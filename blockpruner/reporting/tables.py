@@ -20,18 +20,7 @@ from blockpruner.reporting.formats import parameters, percent, size, times
 from blockpruner.reporting.inputs import ReportedRun
 from blockpruner.reporting.results import PARTS, Option
 from blockpruner.reporting.statistics import Interval, Mean
-from blockpruner.reporting.table import (
-    Cell,
-    Column,
-    Field,
-    Number,
-    Table,
-    percentage,
-    points,
-    score,
-    table_of,
-    to_csv,
-)
+from blockpruner.reporting.table import Cell, Column, Field, Number, Table, percentage, points, score, table_of, to_csv
 
 BETTER, WORSE = "↑", "↓"
 LEGEND = (

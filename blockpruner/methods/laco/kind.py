@@ -15,15 +15,7 @@ from blockpruner.core.families import Config, Costs
 from blockpruner.core.options import Options
 from blockpruner.core.plan import Plan
 from blockpruner.methods.kind import Job
-from blockpruner.methods.laco.walk import (
-    Merge,
-    Merges,
-    SimilarityLog,
-    Walk,
-    dropped,
-    layers_after,
-    search_threshold,
-)
+from blockpruner.methods.laco.walk import Merge, Merges, SimilarityLog, Walk, dropped, layers_after, search_threshold
 from blockpruner.methods.weights import Details, Left, weights_kind
 from blockpruner.scoring.work import Rows
 from blockpruner.store.provenance import fingerprint

@@ -130,10 +130,7 @@ def choose(known: Mapping[str, list[Width]], config: Config, wanted: int) -> Det
             break
         _, more, block, level = best
         gone[block], cost[block], taken[block] = gone[block] + more, level.cost, level
-    return {
-        "channels": {block: taken[block].kept for block in known if block in taken},
-        "cost": sum(cost.values()),
-    }
+    return {"channels": {block: taken[block].kept for block in known if block in taken}, "cost": sum(cost.values())}
 
 
 def _left(details: Details, config: Config) -> Left:

@@ -36,13 +36,7 @@ CHUNK = 8192
 
 
 @torch.no_grad()  # not inference_mode: its tensors could not be trained afterwards
-def slice_(
-    model: PreTrainedModel,
-    rows: Rows,
-    width: int,
-    *,
-    batch_tokens: int | str = "auto",
-) -> PreTrainedModel:
+def slice_(model: PreTrainedModel, rows: Rows, width: int, *, batch_tokens: int | str = "auto") -> PreTrainedModel:
     """Slice the model's residual stream to `width` columns, in place, for good.
 
     Model and config become the SliceGPT classes of the family, which `save_pretrained` and

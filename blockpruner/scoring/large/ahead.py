@@ -21,10 +21,7 @@ Found = TypeVar("Found")
 
 
 def in_turn(
-    device: torch.device,
-    jobs: Sequence[Job],
-    buffers: Sequence[Tensor],
-    fetch: Callable[[Job, Tensor], Found],
+    device: torch.device, jobs: Sequence[Job], buffers: Sequence[Tensor], fetch: Callable[[Job, Tensor], Found]
 ) -> Generator[Found]:
     """Yield what is fetched for each job, in order; it is valid until the next one is asked for.
 
