@@ -24,8 +24,6 @@ from blockpruner.versions import PLAN_VERSION, WEIGHTS_VERSION
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from blockpruner.methods.laco.merging import Similarity
-
 
 class LacoOptions(Options):
     count: int = 4
@@ -52,16 +50,11 @@ def plan_merges(options: LacoOptions, job: Job, budget: Budget) -> Details:
     """
     material, costs = job.material, job.resources[budget.resource]
     assert material.trials is not None  # only searches of masks keep trials in memory
-    from blockpruner.methods.laco.merging import merged_nll
+    from blockpruner.methods.laco.merging import Similarity, merged_nll
 
     walk, wanted = _walk(options, costs), _wanted(budget, costs)
-    fields = {
-        "calibration": job.calibration.digest,
-        "model": material.identity,
-        "dtype": material.dtype,
-        "variant": options.variant,
-        "plan_version": PLAN_VERSION,
-    }
+    of = {"calibration": job.calibration.digest, "model": material.identity, "dtype": material.dtype}
+    fields = {**of, "variant": options.variant, "plan_version": PLAN_VERSION}
     with closing(SimilarityLog(material.trials / f"laco-{fingerprint(fields)}.jsonl", fields)) as log:
         for problem in log.problems:
             material.observer.note(f"warning: {problem}")
@@ -69,10 +62,7 @@ def plan_merges(options: LacoOptions, job: Job, budget: Budget) -> Details:
         @cache
         def measure() -> Similarity:
             """The model is loaded when the first similarity is not known."""
-            from blockpruner.methods.laco.merging import Similarity
-
-            rows, advance = job.calibration.rows, material.observer.advance
-            return Similarity(material.dense(), rows, options.variant, advance)
+            return Similarity(material.dense(), job.calibration.rows, options.variant, material.observer.advance)
 
         def similarity(merges: Merges) -> float:
             if merges not in log.known:
@@ -140,20 +130,6 @@ def _lend(model: PreTrainedModel, plan: Plan) -> AbstractContextManager[PreTrain
     return merged(model, _merges(plan.details), plan.details["variant"])
 
 
-def _card(plan: Plan) -> str:
-    return (
-        f"with {plan.blocks['mha']} of its {plan.layers} layers merged into others by LaCo (arXiv 2402.11187, variant "
-        f"`{plan.details['variant']}`, merges {', '.join(plan.order)})"
-    )
-
-
-def _steps(plan: Plan) -> str:
-    return (
-        f"merges {', '.join(plan.order)}, in order (N+k: the k layers above layer N of that moment into it), each "
-        f"above a similarity of {plan.details['threshold']:.4g}"
-    )
-
-
 LACO = weights_kind(
     "laco",
     "LaCo",
@@ -166,10 +142,16 @@ LACO = weights_kind(
     ),
     words=lambda plan, unit: f"LaCo ({plan.details['variant']}), layers merged, by cosine similarity",
     taken_out=lambda plan: f"{plan.blocks['mha']} layers by merging",
-    card=_card,
+    card=lambda plan: (
+        f"with {plan.blocks['mha']} of its {plan.layers} layers merged into others by LaCo (arXiv 2402.11187, variant "
+        f"`{plan.details['variant']}`, merges {', '.join(plan.order)})"
+    ),
     options=LacoOptions,
     require=require_merges,
-    steps=_steps,
+    steps=lambda plan: (
+        f"merges {', '.join(plan.order)}, in order (N+k: the k layers above layer N of that moment into it), each "
+        f"above a similarity of {plan.details['threshold']:.4g}"
+    ),
     exports=frozenset({"hf", "nas", "gguf"}),
     version=PLAN_VERSION,
 )
