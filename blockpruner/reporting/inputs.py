@@ -49,10 +49,8 @@ class PrunedOption(Option):
     @property
     def helped(self) -> bool:
         """Whether compensation changed weights: the rows that it held out were better by it."""
-        return (
-            bool(self.compensation)
-            and self.compensation["perplexity"]["after"] < self.compensation["perplexity"]["before"]
-        )
+        found = self.compensation.get("perplexity")
+        return found is not None and found["after"] < found["before"]
 
     @property
     def own_rise(self) -> float | None:

@@ -96,9 +96,8 @@ def made_line(results: Iterable[Mapping[str, str]]) -> str:
         packages = listed([f"{name} {made[name]}" for name in ("python", *COMPUTING) if name in made])
         at = f" at commit {made['commit'][:12]}{made['commit'][40:]}" if made.get("commit") else ""
         place = made["processor"] if made["device"] == "cpu" else f"{made['device_name']} ({made['processor']})"
-        found.setdefault(f"on {place}, attention {made['attention']}, with {packages}{at}", []).append(
-            made["when"][:10]
-        )
+        where = f"on {place}, attention {made['attention']}, with {packages}{at}"
+        found.setdefault(where, []).append(made["when"][:10])
     parts = [f"{len(when)} {where}, {' to '.join(sorted({min(when), max(when)}))}" for where, when in found.items()]
     return f"Results were computed: {'; '.join(parts)}." if parts else ""
 

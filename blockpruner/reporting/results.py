@@ -136,9 +136,8 @@ class Race:
     @cached_property
     def speedups(self) -> Mapping[str, Effect]:
         """By part, with intervals."""
-        return {
-            part: statistics.ratio_of_medians(self.dense.seconds[part], self.pruned.seconds[part]) for part in PARTS
-        }
+        dense, pruned = self.dense.seconds, self.pruned.seconds
+        return {part: statistics.ratio_of_medians(dense[part], pruned[part]) for part in PARTS}
 
     def interval(self, part: str) -> Interval:
         """The interval of a speed-up; infinite where nothing was timed twice."""
