@@ -295,14 +295,8 @@ def perplexity_of(model: Evaluated, texts: Path, settings: Perplexity, identity:
         **settings.model_dump(include={"seq_len", "max_rows"}),
         **({} if settings.packing == "joined" else {"packing": settings.packing}),
     }
-    return Evaluation(
-        "perplexity",
-        model,
-        {**identity, **key},
-        "rows",
-        compute,
-        lambda value: "{perplexity:.2f} over {rows} rows of {seq_len} tokens".format(**value),
-    )
+    words = "{perplexity:.2f} over {rows} rows of {seq_len} tokens"
+    return Evaluation("perplexity", model, {**identity, **key}, "rows", compute, lambda value: words.format(**value))
 
 
 def task_of(model: Evaluated, task: str, task_dir: Path, settings: ZeroShot, identity: Mapping[str, Any]) -> Evaluation:
@@ -320,14 +314,8 @@ def task_of(model: Evaluated, task: str, task_dir: Path, settings: ZeroShot, ide
         return Stored({"scores": scores}, result.items, {"batch": batch})
 
     key = {"kind": "task", "task": task, "data": task_digest(task, task_dir), "limit": limit, "bos": bos}
-    return Evaluation(
-        task,
-        model,
-        {**identity, **key, "harness": version("lm-eval")},
-        "requests",
-        compute,
-        lambda value: "{metric} {value:.3f} of {items} items".format(**value["scores"]),
-    )
+    key, words = {**identity, **key, "harness": version("lm-eval")}, "{metric} {value:.3f} of {items} items"
+    return Evaluation(task, model, key, "requests", compute, lambda value: words.format(**value["scores"]))
 
 
 def samples_of(model: Evaluated, identity: Mapping[str, Any]) -> Evaluation:
@@ -339,9 +327,8 @@ def samples_of(model: Evaluated, identity: Mapping[str, Any]) -> Evaluation:
         return Stored({"samples": samples})
 
     key = {"kind": "samples", "prompts": list(PROMPTS), "new_tokens": NEW_TOKENS, "eval_version": EVAL_VERSION}
-    return Evaluation(
-        "samples", model, {**identity, **key}, "texts", compute, lambda value: f"{len(value['samples'])} texts"
-    )
+    key = {**identity, **key}
+    return Evaluation("samples", model, key, "texts", compute, lambda value: f"{len(value['samples'])} texts")
 
 
 def speed_of(model: Evaluated, dense: Checkpoint, settings: Speed, identity: Mapping[str, Any]) -> Evaluation:

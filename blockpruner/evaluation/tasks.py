@@ -175,13 +175,8 @@ def write_task(name: str, directory: Path, tables: Mapping[str, pa.Table], locat
 def _definition(name: str, data_files: Mapping[str, str]) -> tuple[str, list[Path]]:
     """The YAML of a task over local items, the file of each split given, and the Python files that it names."""
     config, helpers = _stock_config(name)
-    config |= {
-        "dataset_path": "parquet",
-        "dataset_name": None,
-        "dataset_kwargs": {"data_files": dict(data_files)},
-        "training_split": None,
-        "num_fewshot": 0,
-    }
+    config |= {"dataset_path": "parquet", "dataset_name": None, "dataset_kwargs": {"data_files": dict(data_files)}}
+    config |= {"training_split": None, "num_fewshot": 0}
     config.pop("fewshot_split", None)  # its items are not fetched
     config |= {f"{split}_split": split if split in data_files else None for split in EVALUATION_SPLITS}
     return yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True), helpers

@@ -283,15 +283,8 @@ class StreamingEngine(Engine):
         tiles = sum(len(set(task.masks)) for task in tasks)
         host = available_memory() if self._memory is None else min(self._memory, available_memory())
         own = accelerator.free_memory(self._place) if self._on_gpu else 0
-        groups = self._groups(_removed(tasks))
-        return PassPlan(
-            weights_held=self._held(groups),
-            weights_room=(own or host) // 2,
-            tile=tile,
-            tiles=tiles,
-            device_room=own // 2 // tile,
-            ram_room=host // 2 // tile,
-        )
+        held, room = self._held(self._groups(_removed(tasks))), (own or host) // 2
+        return PassPlan(held, room, tile, tiles, device_room=own // 2 // tile, ram_room=host // 2 // tile)
 
 
 class _Distinct:
