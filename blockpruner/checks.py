@@ -12,11 +12,8 @@ from blockpruner.settings import Run, Target, score_of
 
 
 def check_run(run: Run) -> None:
-    """Refuse names that no registry has, and sections that do not fit together.
-
-    Raises:
-        InputError: names the value, the valid ones and the fix.
-    """
+    """Refuse names that no registry has, and sections that do not fit together; raises InputError that names the value,
+    the valid ones and the fix."""
     recipe(run.score.method)  # refuses a name that is neither a recipe nor a method
     for score in searches(run.score).values():
         require_exports(run.export, check_score(score), run.model.dtype)

@@ -63,11 +63,8 @@ def is_of_network(_task: object, _run: object, state: State[Any]) -> bool:
 
 @task(cache_policy=NO_CACHE, retries=len(DELAYS), retry_delay_seconds=DELAYS, retry_condition_fn=is_of_network)
 def run_stage(stage: str, lock: int, start: bool) -> State[None]:
-    """One DVC stage, its output in the task's log. DVC is the cache.
-
-    Args:
-        start: False: the stage is known to be up to date, and DVC is not started.
-    """
+    """One DVC stage, its output in the task's log. DVC is the cache; it is not started where the stage is known to be
+    up to date (`start` is False)."""
     cached: State[None] = Completed(name="Cached", message="nothing has changed")
     if not start:
         return cached

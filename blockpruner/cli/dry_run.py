@@ -18,11 +18,7 @@ from blockpruner.settings import Run
 
 
 def dry_run(run: Run, config: Config, budget: str) -> dict[str, Any]:
-    """Count what a run removes and needs.
-
-    Raises:
-        InputError: a budget that no model of this shape reaches.
-    """
+    """Count what a run removes and needs; raises InputError for a budget that no model of this shape reaches."""
     require_budgets(next(iter(searches(run.score).values())), config, (budget,))
     layers, counts = int(config["num_hidden_layers"]), count_parameters(config)
     wanted = parse_budget(budget, counts)

@@ -62,11 +62,8 @@ def missing(name: str, extra: str) -> MissingPackageError:
 
 @contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Within, packages are imported that an extra of pyproject.toml installs.
-
-    Raises:
-        MissingPackageError: one of them is not installed.
-    """
+    """Within, packages are imported that an extra of pyproject.toml installs; raises MissingPackageError for one that
+    is not installed."""
     try:
         yield
     except ModuleNotFoundError as error:

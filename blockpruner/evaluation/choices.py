@@ -169,11 +169,7 @@ class _Passes:
     def over(
         self, rows: Sequence[Row], length: Callable[[Row], int], work: Callable[[Sequence[Row]], object], held: int = 0
     ) -> None:
-        """Do the work over rows of like lengths, the longest first.
-
-        Args:
-            held: tokens of each row that are in a cache.
-        """
+        """Do the work over rows of like lengths, the longest first; `held` tokens of each row are in a cache."""
         left = sorted(rows, key=length, reverse=True)
         while left:
             count = self._count(map(length, left), held)

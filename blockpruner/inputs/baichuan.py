@@ -39,9 +39,7 @@ Config = Mapping[str, Any]
 
 def convert_(directory: Path) -> None:
     """Rewrite a checkpoint directory in place. One without packed attentions (`W_pack`) is ours and stays as it is.
-
-    Raises:
-        InputError: the config belongs to none of the models above, or sentencepiece is missing for the tokenizer.
+    Raises InputError if the config belongs to none of the models above, or sentencepiece is missing for the tokenizer.
     """
     if not any(name.endswith(PACKED) for name in _names(directory)):
         return

@@ -87,11 +87,8 @@ def has_weights(folder: Path) -> bool:
 
 
 def find_healed(folders: Iterable[Path], of: str) -> Healed | None:
-    """The file in the first of `folders` that has one.
-
-    Raises:
-        InputError: it is damaged, gone, or of another model than `of`.
-    """
+    """The file in the first of `folders` that has one; raises InputError if it is damaged, gone, or of another model
+    than `of`."""
     path = next((folder / FILE for folder in folders if has_weights(folder)), None)
     if path is None:
         return None

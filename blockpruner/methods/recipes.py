@@ -84,11 +84,7 @@ def names() -> list[str]:
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe of this name, or the one of a plain method.
-
-    Raises:
-        InputError: there is neither a recipe nor a method of this name.
-    """
+    """The recipe of this name, or the one of a plain method; raises InputError if there is neither."""
     if name in RECIPES:
         return RECIPES[name]
     if name not in names():

@@ -90,11 +90,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def fits(work: Callable[[], object], is_least: bool) -> bool:
-    """Do work. False if a device's memory ended meanwhile, and what the work took there is free again.
-
-    Args:
-        is_least: less cannot be done at once; then the device's error is raised.
-    """
+    """Do work. False if a device's memory ended meanwhile, and what the work took there is free again. If it
+    `is_least`, less cannot be done at once: the device's error is raised."""
     try:
         work()
         return True

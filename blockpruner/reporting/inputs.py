@@ -162,11 +162,8 @@ def read_iterations(path: Path) -> list[dict[str, Any]]:
 
 
 def steps_of(rows: Sequence[Mapping[str, Any]], plan: Plan, path: Path) -> tuple[SearchStep, ...]:
-    """List the steps of a plan's search, from the dense model on; one that changed nothing is left out.
-
-    Raises:
-        InputError: the rows of `path` do not lead to the plan's removals.
-    """
+    """List the steps of a plan's search, from the dense model on; one that changed nothing is left out. Raises
+    InputError if the rows of `path` do not lead to the plan's removals."""
     dense = [row for row in rows if not row["removed"]][:1]
     chosen = [row for row in rows if row["chosen"] and row["rows_used"] in (0, row["rows_total"])]
     found: list[Mapping[str, Any]] = []

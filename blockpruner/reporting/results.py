@@ -300,11 +300,7 @@ Items = dict[str, tuple[NDArray[Any], Floats, Floats]]
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """Read results.json and speed.json of a folder of evidence.
-
-    Raises:
-        InputError: a file is missing or damaged.
-    """
+    """Read results.json and speed.json of a folder of evidence; raises InputError if one is missing or damaged."""
     return {**read_json(folder / "results.json"), **read_json(folder / "speed.json")}
 
 

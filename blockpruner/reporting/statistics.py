@@ -83,11 +83,8 @@ def average(scores: Scores) -> Mean:
 
 
 def differences(a: Scores, b: Scores) -> dict[str, Floats]:
-    """b - a by task and item, the tasks in alphabetical order.
-
-    Raises:
-        InputError: the two have different tasks or numbers of items, or nothing is there to compare.
-    """
+    """b - a by task and item, the tasks in alphabetical order; raises InputError if the two have different tasks or
+    numbers of items, or nothing is there to compare."""
     if a.keys() != b.keys() or not a:
         raise InputError(
             f"models of tasks {sorted(a)} and {sorted(b)} cannot be compared; evaluate both on the same, one or more"

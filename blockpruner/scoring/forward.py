@@ -26,11 +26,8 @@ those of every row."""
 
 
 class Forward:
-    """The pieces of one model.
-
-    Args:
-        model: a dense causal LM of a supported family, in eval mode; its layers may lie on several devices.
-    """
+    """The pieces of one model: a dense causal LM of a supported family, in eval mode; its layers may lie on several
+    devices."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         family, config = model_family(model), model.config.to_dict()

@@ -36,11 +36,7 @@ def read_facts(path: Path) -> dict[str, str]:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file, and its facts.
-
-    Raises:
-        InputError: the file is damaged, or not written by `write_tensors`.
-    """
+    """The tensors of a file, and its facts; raises InputError if it is damaged, or not written by `write_tensors`."""
     tensors, facts = _read(path, tensors=True)
     if facts.pop(DIGEST) != _digest(tensors, facts):
         raise damaged(path)

@@ -55,11 +55,8 @@ def sliced_ratio(config: Config, width: int) -> float:
 
 
 def width_for_ratio(config: Config, ratio: float) -> int:
-    """The width whose ratio is nearest to `ratio`, a share of all parameters; a tie goes to the larger ratio.
-
-    Raises:
-        UnreachableError: no width comes near `ratio`; names the smallest and the largest that one comes to.
-    """
+    """The width whose ratio is nearest to `ratio`, a share of all parameters; a tie goes to the larger ratio. Raises
+    UnreachableError that names the smallest and the largest ratio where no width comes near."""
     widths = range(MULTIPLE, int(config["hidden_size"]) + 1, MULTIPLE)
     ratios = {width: sliced_ratio(config, width) for width in widths}  # falls with the width
     ratios = {width: share for width, share in ratios.items() if share > 0}  # a wide one adds more than it removes

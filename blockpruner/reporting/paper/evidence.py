@@ -81,11 +81,8 @@ class Row:
 
 
 def read_rows(subjects: Sequence[Subject], asked: Mapping[str, Target], evidence: Path) -> list[Row]:
-    """Read the dense model and all targets of each run, in the order in which they are asked for.
-
-    Args:
-        asked: targets by name, with everything that their run decides filled in.
-    """
+    """Read the dense model and all targets of each run, in the order in which they are asked for: by name, with
+    everything that their run decides filled in."""
     rows: list[Row] = []
     for subject in subjects:
         name = f"{subject.run}-dense"
@@ -109,11 +106,8 @@ def read_rows(subjects: Sequence[Subject], asked: Mapping[str, Target], evidence
 
 
 def _read(folder: Path, dense: Path | None) -> Measured:
-    """Read one model; `dense` is the folder of the model that it is compared with.
-
-    Raises:
-        InputError: it has no results, a file is damaged, or its items are other ones than those of the dense model.
-    """
+    """Read one model; `dense` is the folder of the model that it is compared with. Raises InputError if it has no
+    results, a file is damaged, or its items are other ones than those of the dense model."""
     if (folder / FAILED).exists():
         failed = read_json(folder / FAILED)
         raise InputError(f"stage {failed['stage']} failed: {failed['reason']}")

@@ -58,11 +58,8 @@ class Published:
 
 
 def read_published(folder: Path, name: str) -> list[Published]:
-    """Read the rows of <name>.csv, whose first two columns are the model and the method.
-
-    Raises:
-        InputError: the file is missing.
-    """
+    """Read the rows of <name>.csv, whose first two columns are the model and the method; raises InputError if it is
+    missing."""
     path = folder / f"{name}.csv"
     if not path.exists():
         raise InputError(f"{path} does not exist; it belongs to the repository: `git checkout {path}`")
