@@ -118,12 +118,8 @@ def answers(
         advance(len(found))
 
     def read(batch: Sequence[Group]) -> None:
-        rests = [
-            Rest(one, group.common, number)
-            for number, group in enumerate(batch)
-            for one in group.requests
-            if one.number not in found
-        ]
+        asked = ((number, group.common, one) for number, group in enumerate(batch) for one in group.requests)
+        rests = [Rest(one, common, number) for number, common, one in asked if one.number not in found]
         before = _read(model, batch)
         held = 0 if model.device.type == "cpu" else before[1].shape[1]
         passes.over(rests, lambda rest: len(rest.tokens), partial(score, before=before), held)

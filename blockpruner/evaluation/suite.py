@@ -209,11 +209,8 @@ def benchmark(
     """
     tasks = settings.zero_shot.tasks
     if not tasks:
-        raise InputError(
-            f"evaluate.zero_shot.tasks is empty; name at least one of {', '.join(BENCHMARKS)}",
-            rule="no-tasks",
-            key="evaluate.zero_shot.tasks",
-        )
+        message = f"evaluate.zero_shot.tasks is empty; name at least one of {', '.join(BENCHMARKS)}"
+        raise InputError(message, rule="no-tasks", key="evaluate.zero_shot.tasks")
     folder = subject.directory if isinstance(subject, Checkpoint) else dense.directory
     check_context(settings.perplexity.seq_len, read_json(folder / "config.json"), "evaluate.perplexity.seq_len")
     is_export = isinstance(subject, Checkpoint) and subject is not dense
@@ -259,13 +256,9 @@ def headline(results: Mapping[str, Any], plan: Plan | None) -> dict[str, float |
     gone = plan.blocks if plan else dict.fromkeys(BlockKind, 0)
     figures = {task: scores["value"] for task, scores in results["tasks"].items()}
     figures |= {"average": results["average"]["value"], "perplexity": results["perplexity"]["perplexity"]}
-    figures |= {
-        "ratio": plan.ratio if plan else 0.0,
-        "parameters": results["parameters"],
-        "mha_removed": gone[BlockKind.MHA],
-        "mlp_removed": gone[BlockKind.MLP],
-        "kv_cache": 1 - gone[BlockKind.MHA] / plan.layers if plan else 1.0,
-    }
+    figures |= {"ratio": plan.ratio if plan else 0.0, "parameters": results["parameters"]}
+    figures |= {"mha_removed": gone[BlockKind.MHA], "mlp_removed": gone[BlockKind.MLP]}
+    figures["kv_cache"] = 1 - gone[BlockKind.MHA] / plan.layers if plan else 1.0
     return {key: round(value, 4) for key, value in figures.items()}
 
 

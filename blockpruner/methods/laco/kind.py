@@ -74,14 +74,9 @@ def plan_merges(options: LacoOptions, job: Job, budget: Budget) -> Details:
         except InputError as error:
             raise type(error)(f"budget {budget.text!r}: {error}") from error
         reached, nll = similarity(merges), merged_nll(material.dense(), job.calibration.rows, merges, options.variant)
-    return {
-        "variant": options.variant,
-        "merges": [[merge.layer, merge.count] for merge in merges],
-        "threshold": threshold,
-        "similarity": reached,
-        "layers": dropped(merges, walk.depth),
-        "nll": nll,
-    }
+    found: Details = {"variant": options.variant, "merges": [[merge.layer, merge.count] for merge in merges]}
+    found |= {"threshold": threshold, "similarity": reached}
+    return {**found, "layers": dropped(merges, walk.depth), "nll": nll}
 
 
 def _wanted(budget: Budget, costs: Costs) -> int:

@@ -37,11 +37,8 @@ def sliced_parameters(config: Config, width: int) -> tuple[int, int]:
     """
     row = sliceable_family(str(config["model_type"]))
     hidden, layers, vocabulary = (int(config[key]) for key in ("hidden_size", "num_hidden_layers", "vocab_size"))
-    narrow = {
-        **config,
-        "hidden_size": width,
-        "head_dim": int(config.get("head_dim") or hidden // int(config["num_attention_heads"])),
-    }
+    head = int(config.get("head_dim") or hidden // int(config["num_attention_heads"]))
+    narrow = {**config, "hidden_size": width, "head_dim": head}
     blocks = sum(row.mha_parameters(narrow, layer) + row.mlp_parameters(narrow, layer) for layer in range(layers))
     last_output = (int(config["intermediate_size"]) + bool(config.get("mlp_bias", False))) * (hidden - width)
     shortcuts = (2 * layers - 1) * width * width + width * hidden

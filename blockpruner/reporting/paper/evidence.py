@@ -117,9 +117,6 @@ def _read(folder: Path, dense: Path | None) -> Measured:
     tasks = facts["tasks"]
     metrics = {task: tasks[task]["metric"] for task in (FIVE if tasks.keys() >= set(FIVE) else tasks)}
     items = read_items([folder] if dense is None else [folder, dense], metrics)
-    return Measured(
-        Model.of(facts, items[folder.name]),
-        None if dense is None else load_plan(folder / "plan.json"),
-        Race.of(facts["speed"]) if facts["speed"] else None,
-        facts["search"],
-    )
+    plan = None if dense is None else load_plan(folder / "plan.json")
+    race = Race.of(facts["speed"]) if facts["speed"] else None
+    return Measured(Model.of(facts, items[folder.name]), plan, race, facts["search"])
