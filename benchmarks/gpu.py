@@ -10,8 +10,6 @@ words with units, since they are printed as they are. The parts that say most co
 stop the others. Prints Markdown; exits with 1 if a part failed or a check does not hold.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import math

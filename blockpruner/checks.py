@@ -1,7 +1,5 @@
 """What a run file names (method, metric, formats, tasks), checked against the registries when the file is read."""
 
-from __future__ import annotations
-
 from blockpruner.checkpoints.registry import require_exports
 from blockpruner.core.errors import InputError
 from blockpruner.evaluation.benchmarks import BENCHMARKS

@@ -3,8 +3,6 @@
 Only stages and flows read these files. Everything else gets the values of `settings`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path

@@ -1,8 +1,6 @@
 """commit <target>: the plans that meet its budget, one a search, with the iteration tables they used, at
 data/plans/<target>."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -4,8 +4,6 @@ Decides what a finder of the directory reads: the base model, its licence, what 
 how to load and serve it, its limits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ the family's own; else it is `deci`, whose layers may lack an attention. A layer
 `feed_forward_length` is 0, llama.cpp skips the layer's attention, too.
 """
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence

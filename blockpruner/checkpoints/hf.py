@@ -6,8 +6,6 @@ fresh process that compared it with the masked dense model. A directory that fai
 our modelling file may lie in it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path

@@ -4,8 +4,6 @@ Decides what may be uploaded: the files that a fresh process has verified, with 
 repository that is as private as was asked. The user chooses when, and the name.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ Decides how a pruned model is written in that format, and which models fit it. T
 hf export, and `verification.json` from mlx-lm in a fresh process. A directory that failed does not exist.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

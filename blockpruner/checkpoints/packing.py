@@ -4,8 +4,6 @@ Decides in which layer a block ends up, what the embedding is, and which models 
 written.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

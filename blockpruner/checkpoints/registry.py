@@ -1,7 +1,5 @@
 """Checkpoint formats: EXPORTS, one row each. Every export verifies what it wrote."""
 
-from __future__ import annotations
-
 import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

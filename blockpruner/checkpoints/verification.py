@@ -5,8 +5,6 @@ has a script of its own that loads and runs a checkpoint (`verify.py` for transf
 blockpruner.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

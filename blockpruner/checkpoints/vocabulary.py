@@ -4,8 +4,6 @@ Decides which tokenizers llama.cpp can imitate. llama.cpp has named ways of its 
 tokenizer has one of them, or is refused. The export also compares token ids with llama.cpp's.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

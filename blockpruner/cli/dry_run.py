@@ -1,7 +1,5 @@
 """`blockpruner prune --dry-run`: what a run removes and needs, from the model's config alone; nothing is computed."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -3,8 +3,6 @@
 Decides what stands in for the dense model: the checkpoint's own config, tokenizer, licence and card.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from tempfile import TemporaryDirectory

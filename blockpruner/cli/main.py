@@ -5,8 +5,6 @@ is needed is missing; 2, a value that the user can correct, named with the fix; 
 the work are imported when needed.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """`blockpruner report`: one self-contained page on a checkpoint, of the parts that reports are made of."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any

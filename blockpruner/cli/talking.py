@@ -3,8 +3,6 @@
 Only our own code is run. A dense model of a known family needs none, whatever its folder holds.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

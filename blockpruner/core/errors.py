@@ -3,8 +3,6 @@
 Everything that a user can correct is an InputError. Our own invariants use `assert`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -6,8 +6,6 @@ must then export <prefix>Config, and `AutoModelForCausalLM` build a model from i
 family. Parameters are counted from the config alone, without torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -5,8 +5,6 @@ Decides the events, and how the time that is left is estimated. How events look 
 import no orchestrator.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import time

@@ -8,8 +8,6 @@ Decides which requests form a group, and what goes through the model at once: on
 What a request is, and what is made of its answer, is lm-eval's.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass

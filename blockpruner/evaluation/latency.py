@@ -6,8 +6,6 @@ sum over blocks, with one cost for each kind. Every mask then has a time, althou
 the time of the pruned model itself.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median

@@ -4,8 +4,6 @@ Decides what a local copy looks like. A task file is lm-eval's stock YAML over l
 (stock GSM8K has 5; MMLU is mostly reported with 5).
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import shutil

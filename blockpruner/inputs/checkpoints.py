@@ -6,8 +6,6 @@ into the hub's own cache, where a broken download goes on. A checkpoint is in ou
 content. Its weights are links to where they are, unless they were converted; all else are copies, without code.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 import tempfile

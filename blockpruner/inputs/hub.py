@@ -1,7 +1,5 @@
 """Repositories of the Hugging Face hub: which revision is used, and how a hub error reads."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

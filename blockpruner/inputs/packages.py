@@ -5,8 +5,6 @@ an sdist, pip would build its metadata with a backend that nobody has pinned, so
 the index. A downloaded file is kept in the cache folder, under its SHA-256.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

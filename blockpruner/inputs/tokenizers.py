@@ -1,7 +1,5 @@
 """The tokenizer of a checkpoint. Loading it needs no model and no torch."""
 
-from __future__ import annotations
-
 import logging
 import textwrap
 from collections.abc import Callable, Mapping, Sequence

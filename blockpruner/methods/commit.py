@@ -3,8 +3,6 @@
 Stages behind it read plans and do not know which method made them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -4,8 +4,6 @@ Decides how they are kept (one file, under the names of the pruned model's param
 how they get into it. How weights are healed is decided in `healing`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ A recipe is one search or several, and the compensation that belongs to them. Ru
 and the form take the same names: that of a recipe, or that of a plain method, which is exact and not compensated.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

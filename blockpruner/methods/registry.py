@@ -1,7 +1,5 @@
 """Kinds of methods: KINDS, one row each, from the folder of each kind."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from blockpruner.core.budgets import parse_budget, resources_of

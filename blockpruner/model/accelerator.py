@@ -3,8 +3,6 @@
 What runs there is decided elsewhere. Apple's GPUs are left out: they know no float64, in which losses are summed.
 """
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -4,8 +4,6 @@
 package adds needs no code of its own: the line that adds it is written behind a copy of that file, from its row.
 """
 
-from __future__ import annotations
-
 import atexit
 import importlib.util
 import shutil

@@ -4,8 +4,6 @@ Decides how a removed block is expressed in a live transformers model. The code 
 (`modeling_blockpruned.py`), which makes a masked, a pruned and a loaded model the same thing.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

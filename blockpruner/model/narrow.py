@@ -1,7 +1,5 @@
 """Narrower MLPs in a live model: channels leave, with their rows of what reads and their columns of what writes."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

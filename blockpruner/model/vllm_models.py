@@ -6,8 +6,6 @@ narrower MLP is made while the config has its width.
 What the layers compute is vLLM's own. `vllm_plugin.register` names the classes to vLLM. Imports nothing of blockpruner.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """The maps of removed blocks, each with its caption."""
 
-from __future__ import annotations
-
 from functools import partial
 
 from blockpruner.core.blocks import parse_mask

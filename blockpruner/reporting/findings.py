@@ -4,8 +4,6 @@ Decides the rules and their thresholds, each a named constant with its reason. T
 alike, for the targets of a run and for the budgets of the paper's methods.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

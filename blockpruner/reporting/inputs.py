@@ -3,8 +3,6 @@
 Decides what the report may use.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Decides which parts a page can have. page.html and page.md decide the markup. Th
 its style and its plots are inside. The Markdown (the GitHub dialect) links to PNG files.
 """
 
-from __future__ import annotations
-
 import re
 from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence

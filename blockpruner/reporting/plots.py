@@ -3,8 +3,6 @@
 Decides colours and scales. The same figure gives the same bytes every time.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ For each dense model: the verdict and its numbers, what the search saw, how to u
 run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Decides how a number and its uncertainty are written. The modules of tables decide which numbers are in which column.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Decides which numbers are shown, and in which order.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

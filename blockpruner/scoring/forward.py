@@ -4,8 +4,6 @@ Decides how each piece is computed, by the model's own modules and on their devi
 masks, is decided by those who use it (`engine`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import attrgetter

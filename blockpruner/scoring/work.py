@@ -4,8 +4,6 @@ A piece of an answer, which is logged at once, is some rows of one mask. How it 
 memory (`engine`), streamed from disk, or on many workers. No torch here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol

@@ -4,8 +4,6 @@ Decides how a file gets onto disk (temporary name, fsync, `os.replace`) and what
 means is decided by the modules that write it.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import itertools

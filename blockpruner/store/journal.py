@@ -3,8 +3,6 @@
 Decides how a line is written and when it is trusted. What an entry means is decided by the modules that write them.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

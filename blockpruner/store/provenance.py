@@ -4,8 +4,6 @@ Decides what a fingerprint is and what a record holds. A record carries time and
 (`data/provenance/`), on which no stage depends.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import platform

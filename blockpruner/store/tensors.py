@@ -4,8 +4,6 @@ The metadata is one entry of JSON: safetensors writes several in an order of its
 file of the same content would have other bytes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

@@ -12,8 +12,6 @@ a merge; that never happens, since l + m <= depth - 1 before it. Here a similari
 merge does to weights, and how similar a merged model is, are decided in `merging`. No torch.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -18,8 +18,6 @@ As in the public code, X is the input of a norm; in the paper's text it is the o
 the mean diagonal to X^T X. That moves every eigenvalue and no eigenvector, and is left out here.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel

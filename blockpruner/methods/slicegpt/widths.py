@@ -4,8 +4,6 @@ Decides which families can be sliced and what counts, from a config alone: no to
 decided by `slicing`.
 """
 
-from __future__ import annotations
-
 from blockpruner.core.errors import UnreachableError
 from blockpruner.core.families import FAMILIES, Config, Family, count_parameters
 

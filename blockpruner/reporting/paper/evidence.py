@@ -4,8 +4,6 @@ Decides what the tables may use. A target without evidence, or with evidence tha
 model, has a reason in its place.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -3,8 +3,6 @@
 Decides which of its models a run is of. Nothing here is measured by this project.
 """
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Mapping
 from dataclasses import dataclass

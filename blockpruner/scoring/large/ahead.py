@@ -4,8 +4,6 @@ Decides in which order a thread, a device and its streams wait for each other. W
 there are, is decided by the caller.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -4,8 +4,6 @@ Decides how a tensor gets from disk to where it is used: never mapped, in the dt
 the model's own names, and while others are computed with. `streaming` decides which weights are in memory at what time.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
