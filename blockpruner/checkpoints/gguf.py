@@ -71,8 +71,7 @@ QUANTIZER = "llama-quantize"
 
 
 def export_gguf(pruning: Pruning, out: Path, quantizations: Sequence[str] = ()) -> None:
-    """Write the pruned model as GGUF files in a directory at `out`, verified if llama.cpp is installed
-    (`xllamacpp`).
+    """Write the pruned model as GGUF files in a directory at `out`, verified if llama.cpp is installed (`xllamacpp`).
 
     Args:
         quantizations: more files, by llama.cpp's names, for instance Q4_K_M; `require_quantizations` knows them.

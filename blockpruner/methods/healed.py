@@ -98,14 +98,8 @@ def find_healed(folders: Iterable[Path], of: str) -> Healed | None:
 
 
 def load_healed_(model: PreTrainedModel, path: Path, shared: bool = False) -> None:
-    """Put a file of healed weights into a pruned model.
-
-    Args:
-        shared: the model's tensors belong to another one, too: they are replaced and not written to.
-
-    Raises:
-        InputError: the file is damaged, or has a weight that the model has not.
-    """
+    """Put a file of healed weights into a pruned model; its tensors are replaced and not written to if they are
+    `shared` with another model. Raises InputError if the file is damaged, or has a weight that the model has not."""
     weights, _ = read_tensors(path)
     try:
         set_weights_(model, weights, shared)

@@ -96,14 +96,9 @@ class ReportedRun:
 
 
 def read_runs(targets: Sequence[str], labels: Mapping[str, RunLabels], data: Path) -> list[ReportedRun]:
-    """Read everything about `targets`, grouped by run in order of appearance.
-
-    Args:
-        data: the folder of evidence/, plans/ (for the iteration tables), compensated/ and checkpoints/.
-
-    Raises:
-        InputError: a file is missing, damaged, or disagrees with another.
-    """
+    """Read everything about `targets`, grouped by run in order of appearance. `data` is the folder of evidence/, plans/
+    (for the iteration tables), compensated/ and checkpoints/. Raises InputError if a file is missing, damaged, or
+    disagrees with another."""
     plans = {name: load_plan(data / "evidence" / name / "plan.json") for name in targets}
     runs = dict.fromkeys(plan.run for plan in plans.values())
     return [_read_run(run, labels[run], {n: p for n, p in plans.items() if p.run == run}, data) for run in runs]

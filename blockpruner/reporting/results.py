@@ -305,14 +305,8 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 
 def read_items(folders: Sequence[Path], metrics: Mapping[str, str]) -> dict[str, Items]:
-    """Read the items of each model, in one order, from folders of evidence.
-
-    Args:
-        metrics: the metric of each task that is read.
-
-    Raises:
-        InputError: models were evaluated on different items, or a file is missing or damaged.
-    """
+    """Read the items of each model, in one order, from folders of evidence; `metrics` names the metric of each task
+    that is read. Raises InputError if models were evaluated on different items, or a file is missing or damaged."""
     tables = []
     for folder in folders:
         own = read_table(folder / "items.parquet", ITEMS)[0].drop(["loglikelihoods"])
