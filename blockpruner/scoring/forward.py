@@ -130,8 +130,14 @@ class Forward:
     def _widens(self) -> bool:
         """Whether there is a product of this kind: torch has it on CUDA, from 2.8 on, and not on ROCm."""
         kinds: list[str] = torch.ops.aten.mm.overloads()  # type: ignore[no-untyped-call]
-        on_cuda = self._home.type == "cuda" and torch.version.hip is None
-        return on_cuda and self._head.weight.dtype.itemsize == 2 and self._head.bias is None and "dtype" in kinds
+        is_narrow = self._head.weight.dtype.itemsize == 2
+        return (
+            self._home.type == "cuda"
+            and torch.version.hip is None
+            and is_narrow
+            and self._head.bias is None
+            and "dtype" in kinds
+        )
 
 
 def joined(hidden: Tensor, adds: Sequence[Tensor]) -> Tensor:
