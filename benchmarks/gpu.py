@@ -10,8 +10,6 @@ words with units, since they are printed as they are. The parts that say most co
 stop the others. Prints Markdown; exits with 1 if a part failed or a check does not hold.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import math
@@ -100,13 +98,6 @@ class Setting:
         return random_model(self.shape, torch.bfloat16, str(self.device), **changes)
 
 
-def setting_of(shape: str, device: torch.device) -> Setting:
-    """The shape's setting; without an accelerator the tiny one."""
-    if device.type == "cpu" or shape == "tiny":
-        return Setting("tiny", device, 2, 32, 3, 3, 4)
-    return Setting(shape, device, 16, 2048, 8, 16, 64)
-
-
 class Found:
     """The facts and checks of one part; each is written to the file at once."""
 
@@ -130,11 +121,6 @@ class Found:
         self._write(self.record)
 
 
-def clean() -> None:
-    gc.collect()
-    accelerator.empty_cache()
-
-
 def clocked(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
     """Seconds until the device is done with some work, and its result."""
     accelerator.synchronize(device)
@@ -156,9 +142,6 @@ def scored(engine: Engine, rows: Rows, masks: Sequence[Mask]) -> None:
     tasks = [Task(span, tuple(masks)) for span in engine.row_batches(rows, range(len(rows)))]
     for _ in engine.run(tasks, rows):
         pass
-
-
-# -- the machine, and the same numbers --
 
 
 def machine(s: Setting, found: Found) -> None:
@@ -194,9 +177,6 @@ def numbers(s: Setting, found: Found) -> None:
             losses.append({one.mask: one.loss for one in scored_})
         apart = max(abs(a - b) for mask in masks for a, b in zip(losses[0][mask], losses[1][mask], strict=True))
         found.check(f"{family}: losses, apart from the CPU's", apart, 1e-4)
-
-
-# -- one iteration --
 
 
 @torch.inference_mode()
@@ -258,9 +238,6 @@ def iteration(s: Setting, found: Found) -> None:
         "full forward passes, rows at once": size, "full forward passes, TFLOP/s": naive / 1e12,
         "gain in time": flops.naive(masks) / naive / seconds, "bound by FLOPs": flops.naive(masks) / exact,
     })  # fmt: skip
-
-
-# -- search, refit, training, export --
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -357,32 +334,21 @@ def training(s: Setting, found: Found) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rest = {"teacher": dense, "validation": None, "states": Path(folder), "observer": SilentObserver()}
         seconds, facts = clocked(s.device, partial(train_, student, rows, recipe, **rest))
-    found.add(**{"tokens of a step": 2 * len(rows.rows[0]), "seconds of a step": seconds / len(facts["losses"])})
     losses = facts["losses"]
+    found.add(**{"tokens of a step": 2 * len(rows.rows[0]), "seconds of a step": seconds / len(losses)})
     found.add(**{"first loss": losses[0], "last loss": losses[-1], "peak memory, GiB": peak(s)})
 
 
 def export(s: Setting, found: Found) -> None:
     """Checkpoints of four layers in 16 bits, written and verified in a fresh process; a difference raises."""
+    options: dict[str, Any] = {"seq_len": s.length, "method": "one_shot", "metric": "block_influence"}
     for dtype in (torch.bfloat16, torch.float16):
         model = s.model(min(4, s.layers)).to(dtype)
-        result = prune(
-            model,
-            byte_tokenizer(),
-            texts(s),
-            "2blocks",
-            seq_len=s.length,
-            method="one_shot",
-            metric="block_influence",
-            device=str(s.device),
-        )
+        result = prune(model, byte_tokenizer(), texts(s), "2blocks", device=str(s.device), **options)
         with tempfile.TemporaryDirectory() as folder:
             seconds, places = clocked(s.device, partial(result.save_pretrained, Path(folder) / "out"))
             report = read_json(places["hf"] / "verification.json")
         found.add(**{f"{dtype}: seconds": seconds, f"{dtype}: max logit difference": report["max_logit_difference"]})
-
-
-# -- generation --
 
 
 def generation(s: Setting, found: Found) -> None:
@@ -438,7 +404,10 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     if unknown := set(given.parts) - PARTS.keys():
         parser.error(f"unknown part {', '.join(sorted(unknown))}; valid: {', '.join(PARTS)}")
-    s = setting_of(given.shape, resolve_device("auto"))
+    device = resolve_device("auto")
+    s = Setting(given.shape, device, rows=16, length=2048, layers=8, sample=16, generated=64)
+    if device.type == "cpu" or given.shape == "tiny":
+        s = Setting("tiny", device, rows=2, length=32, layers=3, sample=3, generated=4)
     if s.is_real:
         room = min(int(given.memory * GIB), accelerator.total_memory(s.device))
         torch.get_device_module(s.device).set_per_process_memory_fraction(room / accelerator.total_memory(s.device))
@@ -459,7 +428,8 @@ def main(arguments: Sequence[str]) -> int:
             traceback.print_exc()
             found.end(f"failed: {type(error).__name__}: {str(error).strip()[:300]}")
         print(page(name, found.record), flush=True)
-        clean()
+        gc.collect()
+        accelerator.empty_cache()
     records = kept["parts"].values()
     return int(not all(r["ended"].endswith(" s") and all(c["holds"] for c in r["checks"]) for r in records))
 

@@ -1,7 +1,5 @@
 """Models to measure on: shapes of the paper with random weights, whose cost does not depend on their values."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

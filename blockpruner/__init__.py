@@ -1,7 +1,5 @@
 """BlockPruner: smaller, faster LLMs by removing attention and MLP blocks, without retraining."""
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

@@ -1,7 +1,5 @@
 """The three-line API: prune a model that is in memory, without stages or a server."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress

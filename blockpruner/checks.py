@@ -1,7 +1,5 @@
 """What a run file names (method, metric, formats, tasks), checked against the registries when the file is read."""
 
-from __future__ import annotations
-
 from blockpruner.checkpoints.registry import require_exports
 from blockpruner.core.errors import InputError
 from blockpruner.evaluation.benchmarks import BENCHMARKS
@@ -12,11 +10,8 @@ from blockpruner.settings import Run, Target, score_of
 
 
 def check_run(run: Run) -> None:
-    """Refuse names that no registry has, and sections that do not fit together.
-
-    Raises:
-        InputError: names the value, the valid ones and the fix.
-    """
+    """Refuse names that no registry has, and sections that do not fit together; raises InputError that names the value,
+    the valid ones and the fix."""
     recipe(run.score.method)  # refuses a name that is neither a recipe nor a method
     for score in searches(run.score).values():
         require_exports(run.export, check_score(score), run.model.dtype)

@@ -3,8 +3,6 @@
 Only stages and flows read these files. Everything else gets the values of `settings`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
@@ -44,11 +42,7 @@ def run_names(directory: Path = Path("runs")) -> list[str]:
 
 
 def load_run(name: str, directory: Path = Path("runs"), text: str | None = None) -> Run:
-    """Read runs/<name>.yaml, or check what it is going to hold.
-
-    Args:
-        text: what the file is going to hold; None: it is there.
-    """
+    """Read runs/<name>.yaml, or check the `text` that it is going to hold."""
     if name in NO_RUNS or not NAME.fullmatch(name):
         message = f"run name {name!r} is not valid: at most 100 letters, digits, '_' and '-', and none of "
         raise InputError(message + ", ".join(sorted(NO_RUNS)), rule="run-name", value=name)

@@ -206,13 +206,10 @@ def resolve(run: Run, targets: Sequence[Target]) -> Sections:
         if method not in RECIPES:
             score = score.model_copy(update={"options": options_of(score).model_dump()})
         scored[method] = Scored(score=score, budgets=tuple(dict.fromkeys(wanted)))
+    fetched, items = {role: data for role, data in texts.items() if data}, run.evaluate.zero_shot
     return Sections(
         model=run.model,
-        sources=Sources(
-            model=run.model,
-            texts={role: data for role, data in texts.items() if data},
-            zero_shot=ZeroShot(data=run.evaluate.zero_shot.data, tasks=run.evaluate.zero_shot.tasks),
-        ),
+        sources=Sources(model=run.model, texts=fetched, zero_shot=ZeroShot(data=items.data, tasks=items.tasks)),
         calibration=run.calibration,
         score=scored,
         judged=any(len(searches(each.score)) > 1 for each in scored.values()),

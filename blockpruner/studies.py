@@ -63,11 +63,8 @@ def target_name(run: str, method: str, budget: str, compensate: str | None, trai
 
 
 def targets_of(study: Study) -> dict[str, Target]:
-    """List all targets of a study by name.
-
-    Raises:
-        InputError: a run, method or budget that is none, or two targets of one name that differ.
-    """
+    """List all targets of a study by name; raises InputError for a run, method or budget that is none, or two targets
+    of one name that differ."""
     found: dict[str, Target] = {}
     cells = [
         (target_name(run, method, budget, compensate if compensate != "none" else None, grid.train),
@@ -95,11 +92,8 @@ def study_names(folder: Path = FOLDER) -> list[str]:
 
 
 def load_study(name: str, folder: Path = FOLDER) -> Study:
-    """Read studies/<name>.yaml; its `targets` are all of them, those of its grids included.
-
-    Raises:
-        InputError: there is no such file, or a key or value is not valid.
-    """
+    """Read studies/<name>.yaml; its `targets` are all of them, those of its grids included. Raises InputError if there
+    is no such file, or a key or value is not valid."""
     path = folder / f"{name}.yaml"
     if not NAME.fullmatch(name) or not path.exists():
         known = ", ".join(study_names(folder)) or "none"

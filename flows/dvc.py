@@ -108,13 +108,8 @@ def require_remotes(push: str | None, share: str | None) -> None:
 
 def push(remote: str, stages: Sequence[str], lock: int, show: Callable[[str], object]) -> None:
     """Run `dvc push` of what the stages have made; arguments as those of `repro`."""
-    _send(
-        ["push", "--remote", remote, *stages],
-        f"push to the remote {remote!r}",
-        lock,
-        show,
-        f"; `dvc push -r {remote}` tries it again",
-    )
+    what, hint = f"push to the remote {remote!r}", f"; `dvc push -r {remote}` tries it again"
+    _send(["push", "--remote", remote, *stages], what, lock, show, hint)
 
 
 def share(

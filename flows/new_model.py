@@ -40,8 +40,7 @@ class NewModel(Frozen):
         default=None, description=f"What perplexity is measured on: {WHERE}. None: WikiText-2 from the hub."
     )
     method: str = Field(
-        default=RECOMMENDED,
-        description=f"{RECOMMENDED}, blockpruner (the paper's), or a search of docs/methods.md.",
+        default=RECOMMENDED, description=f"{RECOMMENDED}, blockpruner (the paper's), or a search of docs/methods.md."
     )
     train: bool = Field(default=False, description="Whether all weights are then distilled, on the texts above.")
     more: dict[str, Any] = Field(

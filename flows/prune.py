@@ -53,6 +53,7 @@ LEFT_OUT = "Left out"
 
 DELAYS = [10.0, 120.0]
 """Seconds before a second and a third try of what fails at the network."""
+SENDING: dict[str, Any] = {"cache_policy": NO_CACHE, "retries": len(DELAYS), "retry_delay_seconds": DELAYS}
 
 
 def is_of_network(_task: object, _run: object, state: State[Any]) -> bool:
@@ -63,20 +64,14 @@ def is_of_network(_task: object, _run: object, state: State[Any]) -> bool:
 
 @task(cache_policy=NO_CACHE, retries=len(DELAYS), retry_delay_seconds=DELAYS, retry_condition_fn=is_of_network)
 def run_stage(stage: str, lock: int, start: bool) -> State[None]:
-    """One DVC stage, its output in the task's log. DVC is the cache.
-
-    Args:
-        start: False: the stage is known to be up to date, and DVC is not started.
-    """
+    """One DVC stage, its output in the task's log. DVC is the cache; it is not started where the stage is known to be
+    up to date (`start` is False)."""
     cached: State[None] = Completed(name="Cached", message="nothing has changed")
     if not start:
         return cached
     url = get_current_settings().api.url
-    environment = {
-        OBSERVER_VARIABLE: "flows.observer:PrefectObserver",
-        "PREFECT_API_URL": str(url),
-        TASK_VARIABLE: f"{flow_run.id}/{task_run.id}",
-    }
+    environment = {OBSERVER_VARIABLE: "flows.observer:PrefectObserver", "PREFECT_API_URL": str(url)}
+    environment[TASK_VARIABLE] = f"{flow_run.id}/{task_run.id}"
     try:  # without a lasting server the stage would start another one
         ran = dvc.repro(stage, lock, get_run_logger().info, environment if url else {})
     except BaseException as error:
@@ -89,10 +84,7 @@ def run_stage(stage: str, lock: int, start: bool) -> State[None]:
     return Completed() if ran else cached
 
 
-@task(
-    name="push", task_run_name="push to {remote}", cache_policy=NO_CACHE,
-    retries=len(DELAYS), retry_delay_seconds=DELAYS,
-)  # fmt: skip
+@task(name="push", task_run_name="push to {remote}", **SENDING)
 def push_outputs(remote: str, stages: Sequence[str], lock: int) -> State[None]:
     """What the stages have made, sent to a remote of DVC."""
     try:
@@ -102,10 +94,7 @@ def push_outputs(remote: str, stages: Sequence[str], lock: int) -> State[None]:
     return Completed()
 
 
-@task(
-    name="share", task_run_name="share by {remote}", cache_policy=NO_CACHE,
-    retries=len(DELAYS), retry_delay_seconds=DELAYS,
-)  # fmt: skip
+@task(name="share", task_run_name="share by {remote}", **SENDING)
 def share_outputs(remote: str, to: str | None, stages: Sequence[str], lock: int) -> State[None]:
     """What the stages have made, sent as an experiment, whose name is unique to the flow run."""
     name = f"{phases.artifact_key(str(flow_run.name))}-{str(flow_run.id)[:8]}"

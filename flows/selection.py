@@ -142,11 +142,8 @@ def choose(selection: Selection) -> Chosen:
 
 
 def choose_study(name: str, only: Sequence[str] = ()) -> Chosen:
-    """Check the targets of studies/<name>.yaml as `choose` does; a target's name has one meaning.
-
-    Args:
-        only: names of tables and figures, such as table2, for which alone targets are built; none: all are.
-    """
+    """Check the targets of studies/<name>.yaml as `choose` does; a target's name has one meaning. `only` names tables
+    and figures, such as table2, for which alone targets are built."""
     study, params = load_study(name), load_params(PARAMS)
     targets = dict(study.targets)
     if only:

@@ -5,8 +5,6 @@ traceback. A stage whose settings changed while it ran refuses to finish. A stag
 data/provenance/, of the commit and the files that it began with; no stage depends on it.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import time

@@ -1,7 +1,5 @@
 """baseline <run>: the dense model's results, at data/evidence/<run>-dense."""
 
-from __future__ import annotations
-
 from stages import run
 from stages.benchmark import dense_of, measure
 

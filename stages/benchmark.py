@@ -3,8 +3,6 @@
 The model is the checkpoint that transformers loads; without one it is made in memory.
 """
 
-from __future__ import annotations
-
 from blockpruner import pipeline
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import observer

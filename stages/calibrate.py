@@ -1,8 +1,6 @@
 """calibrate <run>: every token row of a run, at data/calibration/<run>: search, fit, tuning, judge, train,
 validation."""
 
-from __future__ import annotations
-
 from blockpruner import pipeline
 from blockpruner.core.progress import observer
 from blockpruner.inputs.calibration import check_context

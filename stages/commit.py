@@ -1,9 +1,8 @@
 """commit <target>: the plans that meet its budget, one a search, with the iteration tables they used, at
 data/plans/<target>."""
 
-from __future__ import annotations
-
 from pathlib import Path
+from typing import Any
 
 from blockpruner import pipeline
 from blockpruner.core.progress import observer
@@ -20,18 +19,11 @@ def main(name: str) -> None:
     dense = DATA / "models" / wanted.run
     settings, config = sections(wanted.run), read_json(dense / "config.json")
     method = wanted.method or next(iter(settings.score))
-    found = pipeline.commit(
-        DATA / "scores" / wanted.run / method,
-        settings.score[method].score,
-        config,
-        wanted.budget,
-        pipeline.Rows.load(DATA / "calibration" / wanted.run, "search", "judge"),
-        target=name,
-        run=wanted.run,
-        compensate=wanted.compensate or compensation(settings.compensate.method, method),
-        train=wanted.train,
-        dense=dense,
-    )
+    scores, asked = DATA / "scores" / wanted.run / method, settings.score[method].score
+    rows = pipeline.Rows.load(DATA / "calibration" / wanted.run, "search", "judge")
+    healing = wanted.compensate or compensation(settings.compensate.method, method)
+    own: dict[str, Any] = {"target": name, "run": wanted.run, "compensate": healing, "train": wanted.train}
+    found = pipeline.commit(scores, asked, config, wanted.budget, rows, dense=dense, **own)
 
     def build(directory: Path) -> None:
         for each in found:

@@ -1,8 +1,6 @@
 """compensate <target>: the plan that is kept, and weights that make up for what is gone without training, at
 data/compensated/<target>."""
 
-from __future__ import annotations
-
 from blockpruner import pipeline
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import observer

@@ -1,7 +1,5 @@
 """fetch <run>: model, calibration and held-out texts and benchmark items, at data/models and data/sources."""
 
-from __future__ import annotations
-
 from functools import cache, partial
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """materialize <target>: checkpoints without the removed weights, verified, at data/checkpoints/<target>/<format>."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from blockpruner import pipeline

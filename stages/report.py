@@ -3,8 +3,6 @@
 Git keeps its CSV files at data/plots, from which `dvc plots diff` draws any commit.
 """
 
-from __future__ import annotations
-
 import shutil
 
 from blockpruner import pipeline

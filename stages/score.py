@@ -3,8 +3,6 @@
 What was computed, and how long it took, is at data/provenance/<run>-search.json, by method and search.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

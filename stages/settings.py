@@ -1,7 +1,5 @@
 """settings <run>: its sections with every default filled in, at data/settings/<run>/<section>.json."""
 
-from __future__ import annotations
-
 from blockpruner.params import load_sections
 from blockpruner.settings import Sections
 from blockpruner.store.files import write_text

@@ -1,7 +1,5 @@
 """tables <study>: the tables and figures of a study, at data/tables/<study>."""
 
-from __future__ import annotations
-
 from blockpruner.core.progress import observer
 from blockpruner.reporting.paper.page import write_study
 from blockpruner.studies import load_study, rows_of_study

@@ -1,7 +1,5 @@
 """train <target>: weights of the pruned model after training, if the target wants it, at data/trained/<target>."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from blockpruner import pipeline

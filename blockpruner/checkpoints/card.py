@@ -4,8 +4,6 @@ Decides what a finder of the directory reads: the base model, its licence, what 
 how to load and serve it, its limits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,12 +65,9 @@ def model_card(
         loading: how to load it; None: with transformers.
     """
     base, is_hub = base_of(dense)
-    front: dict[str, Any] = {
-        "library_name": LIBRARIES[form],
-        "pipeline_tag": "text-generation",
-        "tags": ["blockpruner", "pruned"],
-    }
-    front |= licence_of(dense) | ({"base_model": base, "base_model_relation": "finetune"} if is_hub else {})
+    front: dict[str, Any] = {"library_name": LIBRARIES[form], "pipeline_tag": "text-generation"}
+    front |= {"tags": ["blockpruner", "pruned"]} | licence_of(dense)
+    front |= {"base_model": base, "base_model_relation": "finetune"} if is_hub else {}
     front |= {"datasets": list(healed.datasets)} if healed and healed.datasets else {}
     told = healed.perplexity if healed else {}
     front |= {"model-index": [{"name": plan.target, "results": _results(told)}]} if told else {}
@@ -91,14 +86,10 @@ def model_card(
 
 def _results(told: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
     """The perplexity after the last healing, as the hub reads it from a card."""
-    return [
-        {
-            "task": {"type": "text-generation"},
-            "dataset": {"type": "custom", "name": f"rows held out from {name}"},
-            "metrics": [{"type": "perplexity", "value": found["after"]}],
-        }
-        for name, found in list(told.items())[-1:]
-    ]
+    name, found = list(told.items())[-1]
+    dataset = {"type": "custom", "name": f"rows held out from {name}"}
+    metrics = [{"type": "perplexity", "value": found["after"]}]
+    return [{"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics}]
 
 
 def _healing(told: Mapping[str, Mapping[str, float]]) -> str:

@@ -5,8 +5,6 @@ the family's own; else it is `deci`, whose layers may lack an attention. A layer
 `feed_forward_length` is 0, llama.cpp skips the layer's attention, too.
 """
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -73,8 +71,7 @@ QUANTIZER = "llama-quantize"
 
 
 def export_gguf(pruning: Pruning, out: Path, quantizations: Sequence[str] = ()) -> None:
-    """Write the pruned model as GGUF files in a directory at `out`, verified if llama.cpp is installed
-    (`xllamacpp`).
+    """Write the pruned model as GGUF files in a directory at `out`, verified if llama.cpp is installed (`xllamacpp`).
 
     Args:
         quantizations: more files, by llama.cpp's names, for instance Q4_K_M; `require_quantizations` knows them.

@@ -6,8 +6,6 @@ fresh process that compared it with the masked dense model. A directory that fai
 our modelling file may lie in it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -35,11 +33,8 @@ Its layers attend in more than one way, in another order than the base model's. 
 
 
 def export_hf(pruning: Pruning, out: Path) -> None:
-    """Write the pruned model as a checkpoint directory at `out`, verified.
-
-    Raises:
-        InputError: the fresh process does not reproduce the model in memory; nothing is left at `out`.
-    """
+    """Write the pruned model as a checkpoint directory at `out`, verified; raises InputError, and leaves nothing there,
+    where the fresh process does not reproduce the model in memory."""
     plan = pruning.plan
 
     def write(directory: Path, reference: Path) -> float:

@@ -4,8 +4,6 @@ Decides what may be uploaded: the files that a fresh process has verified, with 
 repository that is as private as was asked. The user chooses when, and the name.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,15 +16,9 @@ from blockpruner.store.manifest import CARD_FILE, REPORT_FILE, require_verified
 
 
 def files_to_push(checkpoint: Path, licence: Mapping[str, Any]) -> list[str]:
-    """The files of a checkpoint directory that may be uploaded, sorted.
-
-    Args:
-        licence: of the base model, as from `inputs.checkpoints.licence_of`.
-
-    Raises:
-        InputError: there is no such checkpoint, it was not verified or changed since, or its card names no licence
-            though the base does.
-    """
+    """The files of a checkpoint directory that may be uploaded, sorted. `licence` is that of the base model, as from
+    `inputs.checkpoints.licence_of`. Raises InputError if there is no such checkpoint, it was not verified or changed
+    since, or its card names no licence though the base does."""
     from huggingface_hub import ModelCard
 
     report = checkpoint / REPORT_FILE

@@ -4,8 +4,6 @@ Decides how a pruned model is written in that format, and which models fit it. T
 hf export, and `verification.json` from mlx-lm in a fresh process. A directory that failed does not exist.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,12 +43,8 @@ FIELDS = (
 
 
 def export_nas(pruning: Pruning, out: Path) -> None:
-    """Write the pruned model as a DeciLM directory at `out`, verified.
-
-    Raises:
-        InputError: the format cannot hold the model or the plan, or mlx-lm does not reproduce the model in memory;
-            nothing is left at `out`.
-    """
+    """Write the pruned model as a DeciLM directory at `out`, verified; raises InputError, and leaves nothing there,
+    where the format cannot hold the model or the plan, or mlx-lm does not reproduce the model in memory."""
     plan, dense = pruning.plan, pruning.dense
     config = read_config(dense, pruning.trust_remote_code)
     width = config.hidden_size // config.num_attention_heads

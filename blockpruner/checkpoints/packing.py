@@ -4,8 +4,6 @@ Decides in which layer a block ends up, what the embedding is, and which models 
 written.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,11 +32,8 @@ Limits = Mapping[str, tuple[Any, Sequence[Any]]]
 
 
 def require_fit(form: str, config: Mapping[str, Any], plan: Plan, **limits: tuple[Any, Sequence[Any]]) -> None:
-    """Raise InputError for a model or a plan that a format cannot hold, or that its engines compute otherwise.
-
-    Args:
-        limits: the format's own, as `Limits`.
-    """
+    """Raise InputError for a model or a plan that a format cannot hold, or that its engines compute otherwise; `limits`
+    are the format's own, as `Limits`."""
     found: Limits = {
         "model_type": (config["model_type"], READABLE),
         "sliding_window": (config.get("sliding_window"), (None,)),

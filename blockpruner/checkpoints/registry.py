@@ -1,7 +1,5 @@
 """Checkpoint formats: EXPORTS, one row each. Every export verifies what it wrote."""
 
-from __future__ import annotations
-
 import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -49,11 +47,8 @@ class Export:
 
 
 def require_exports(names: Sequence[str], kind: Kind, dtype: str) -> None:
-    """Refuse formats that cannot hold the models of a run, before anything is computed.
-
-    Raises:
-        InputError: a format is unknown, or does not fit the kind of method or the dtype.
-    """
+    """Raise InputError for formats that are unknown, or do not fit the kind of method or the dtype of a run, before
+    anything is computed."""
     for name in names:
         row = EXPORTS[name]
         if not _holds(row, kind):

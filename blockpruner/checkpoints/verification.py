@@ -5,8 +5,6 @@ has a script of its own that loads and runs a checkpoint (`verify.py` for transf
 blockpruner.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -86,11 +84,8 @@ def write_verified(out: Path, write: Callable[[Path, Path], float], script: Modu
 
 @contextmanager
 def limited(program: str, folder: Path) -> Iterator[float]:
-    """Within, a program reads the checkpoint in a folder, for the yielded number of seconds at most.
-
-    Raises:
-        InputError: it hangs.
-    """
+    """Within, a program reads the checkpoint in a folder, for the yielded number of seconds at most; raises InputError
+    if it hangs."""
     seconds = LIMIT * (1 + sum(path.stat().st_size for path in folder.iterdir()) / 2**30)
     try:
         yield seconds

@@ -4,8 +4,6 @@ Run as a script: `python verify.py <checkpoint> <reference.safetensors> <toleran
 exits 0 if the checkpoint agrees with the masked dense model, 1 if not. It imports torch and transformers alone.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterator

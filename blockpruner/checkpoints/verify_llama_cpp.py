@@ -5,8 +5,6 @@ object, and exits 0 if the files agree with the masked dense model, 1 if not. It
 xllamacpp, which is llama.cpp's server, here on the CPU.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import sys

@@ -4,8 +4,6 @@ Run as a script: `python verify_mlx.py <checkpoint> <reference.safetensors> <tol
 exits 0 if the checkpoint agrees with the masked dense model, 1 if not. It imports numpy, mlx and mlx_lm alone.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

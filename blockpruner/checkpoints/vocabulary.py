@@ -4,8 +4,6 @@ Decides which tokenizers llama.cpp can imitate. llama.cpp has named ways of its 
 tokenizer has one of them, or is refused. The export also compares token ids with llama.cpp's.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping
@@ -33,14 +31,12 @@ SPLITS: dict[tuple[tuple[str, ...], bool], str] = {
 
 
 def vocabulary(tokenizer: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A tokenizer's part of a GGUF file, by the name of the `GGUFWriter.add_*` that takes it.
+    """A tokenizer's part of a GGUF file, by the name of the `GGUFWriter.add_*` that takes it; raises InputError if
+    llama.cpp has no equal of the tokenizer.
 
     Args:
         config: the model's. Rows of the embedding without a token get one, up to its `vocab_size`. It names the special
             tokens that the tokenizer does not name.
-
-    Raises:
-        InputError: llama.cpp has no equal of the tokenizer.
     """
     if not tokenizer.is_fast:
         raise _refusal(f"is a {type(tokenizer).__name__}, which has no tokenizer.json")

@@ -1,7 +1,5 @@
 """`blockpruner doctor`: what this machine has for the command, and how to get what is missing. No host is contacted."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

@@ -1,7 +1,5 @@
 """`blockpruner prune --dry-run`: what a run removes and needs, from the model's config alone; nothing is computed."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,11 +16,7 @@ from blockpruner.settings import Run
 
 
 def dry_run(run: Run, config: Config, budget: str) -> dict[str, Any]:
-    """Count what a run removes and needs.
-
-    Raises:
-        InputError: a budget that no model of this shape reaches.
-    """
+    """Count what a run removes and needs; raises InputError for a budget that no model of this shape reaches."""
     require_budgets(next(iter(searches(run.score).values())), config, (budget,))
     layers, counts = int(config["num_hidden_layers"]), count_parameters(config)
     wanted = parse_budget(budget, counts)

@@ -3,8 +3,6 @@
 Decides what stands in for the dense model: the checkpoint's own config, tokenizer, licence and card.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,11 +35,8 @@ BASE = re.compile(r"^`(.+?)` ", re.MULTILINE)
 
 
 def export(folder: Path, place: Place) -> dict[str, Any]:
-    """Write the place's formats at FOLDER-FORMAT.
-
-    Raises:
-        InputError: the folder is no checkpoint as it was verified, a format cannot hold it, or a place is not empty.
-    """
+    """Write the place's formats at FOLDER-FORMAT; raises InputError if the folder is no checkpoint as it was verified,
+    a format cannot hold it, or a place is not empty."""
     plan, config = read_plan(folder)[1], read_json(folder / "config.json")
     require_verified(folder)
     family, dtype = str(config["model_type"]).removesuffix("_blockpruned"), own_dtype(config)

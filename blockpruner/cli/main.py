@@ -5,8 +5,6 @@ is needed is missing; 2, a value that the user can correct, named with the fix; 
 the work are imported when needed.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -32,21 +30,11 @@ def cache_folder() -> Path:
 
 A_MODEL = "A folder, or a name on the Hugging Face hub, perhaps with @REVISION."
 Dense = Annotated[str, Argument(metavar="MODEL", help=A_MODEL)]
-Export = Annotated[
-    str,
-    Option(
-        metavar="NAMES",
-        help="More formats, at OUT-FORMAT, separated by commas: nas (or mlx-lm), gguf (or llama.cpp), gguf:Q4_K_M. "
-        "vllm means OUT itself, which vLLM serves.",
-    ),
-]
-Dtype = Annotated[
-    str,
-    Option(
-        metavar="NAME",
-        help="float32, bfloat16, float16, float64; auto is the model's own, or float32 where that is faster.",
-    ),
-]
+FORMATS = "nas (or mlx-lm), gguf (or llama.cpp), gguf:Q4_K_M."
+OUT_FORMATS = f"More formats, at OUT-FORMAT, separated by commas: {FORMATS} vllm means OUT itself, which vLLM serves."
+Export = Annotated[str, Option(metavar="NAMES", help=OUT_FORMATS)]
+DTYPES = "float32, bfloat16, float16, float64; auto is the model's own, or float32 where that is faster."
+Dtype = Annotated[str, Option(metavar="NAME", help=DTYPES)]
 Device = Annotated[str, Option(metavar="NAME", help="auto, cpu, cuda, cuda:N, or split: one model over all GPUs.")]
 Trust = Annotated[bool, Option("--trust-remote-code", help="Run code that comes with the model.")]
 CACHE = Option(
@@ -63,6 +51,11 @@ MostRows = Annotated[int, Option(metavar="N", min=2, help="The most rows of each
 Spoken = Annotated[str, Argument(metavar="MODEL", help="A checkpoint's folder, or a dense model's name on the hub.")]
 Limit = Annotated[int, Option(metavar="N", min=1, help="The most tokens of an answer.")]
 
+METHODS = "A recipe: recommended, or blockpruner, the paper's search; or a search."
+TRAIN = (
+    "Train the result towards the dense model's predictions, on the texts: all (weights), or lora (adapters, for less "
+    "memory)."
+)
 TASKS = ",".join(ZeroShot().tasks)
 FILES = ".jsonl, .json or .parquet records with a text, or a .txt file."
 Unseen = Annotated[
@@ -121,14 +114,7 @@ def prune(
         int | None,
         Option(metavar="N", min=2, help="Tokens in a row.", show_default="256; of --texts 2048, or the context"),
     ] = None,
-    method: Annotated[
-        str | None,
-        Option(
-            metavar="NAME",
-            help="A recipe: recommended, or blockpruner, the paper's search; or a search.",
-            show_default=RECOMMENDED,
-        ),
-    ] = None,
+    method: Annotated[str | None, Option(metavar="NAME", help=METHODS, show_default=RECOMMENDED)] = None,
     unit: Annotated[
         str | None, Option(metavar="NAME", help="What a step removes: block, layer, shifted.", show_default="block")
     ] = None,
@@ -143,15 +129,7 @@ def prune(
         str | None,
         Option(metavar="NAME", help="Fit the weights that stay: refit, none.", show_default="refit if recommended"),
     ] = None,
-    train: Annotated[
-        str | None,
-        Option(
-            metavar="NAME",
-            help="Train the result towards the dense model's predictions, on the texts: all (weights), or lora "
-            "(adapters, for less memory).",
-            show_default="no training",
-        ),
-    ] = None,
+    train: Annotated[str | None, Option(metavar="NAME", help=TRAIN, show_default="no training")] = None,
     export: Export = "",
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -224,9 +202,7 @@ def apply(
 @app.command()
 def export(
     checkpoint: Written,
-    formats: Annotated[
-        list[str], Argument(metavar="FORMATS...", help="nas (or mlx-lm), gguf (or llama.cpp), gguf:Q4_K_M.")
-    ],
+    formats: Annotated[list[str], Argument(metavar="FORMATS...", help=FORMATS)],
     as_json: AsJson = False,
 ) -> None:
     """Write other formats of a finished checkpoint, each at DIR-FORMAT."""
@@ -305,12 +281,8 @@ def evaluate(
     wanted = read_settings(ZeroShot, {"data": source, "tasks": names, "limit": limit})
     place = cache.expanduser().absolute()
     found = scored(_folder(model, place), wanted, place, device, stderr_observer().note)
-    lines = (
-        f"{task}: {name} {value:.4f}"
-        for task, each in found.items()
-        for name, value in each.items()
-        if value is not None
-    )
+    scores = ((task, name, value) for task, each in found.items() for name, value in each.items())
+    lines = (f"{task}: {name} {value:.4f}" for task, name, value in scores if value is not None)
     _tell(found, "\n".join(lines), as_json)
 
 

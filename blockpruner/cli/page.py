@@ -1,7 +1,5 @@
 """`blockpruner report`: one self-contained page on a checkpoint, of the parts that reports are made of."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,11 +22,7 @@ from blockpruner.store.manifest import REPORT_FILE, require_verified
 
 
 def write_page_of(checkpoint: Path, out: Path) -> None:
-    """Write the page.
-
-    Raises:
-        InputError: there is no checkpoint with a plan, or it is not what was verified.
-    """
+    """Write the page; raises InputError if there is no checkpoint with a plan, or it is not what was verified."""
     _, plan = read_plan(checkpoint)
     if not (checkpoint / REPORT_FILE).is_file():
         raise InputError(f"{checkpoint} has no {REPORT_FILE}; give a folder that prune or apply has written")

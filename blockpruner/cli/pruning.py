@@ -99,14 +99,10 @@ class Place:
         require_families(run.export, str(config["model_type"]))
         is_auto = model is not None and "dtype" not in run.model.model_fields_set
         heldout = fitted(run.evaluate.perplexity, config, "evaluate.perplexity.seq_len")
-        run = run.model_copy(
-            update={
-                "train": run.train and run.train.fitted(config.get("max_position_embeddings")),
-                "model": self._in_dtype(run, config, is_auto, computes),
-                "calibration": fitted(run.calibration, config, "calibration.seq_len"),
-                "evaluate": run.evaluate.model_copy(update={"perplexity": heldout}),
-            }
-        )
+        own: dict[str, Any] = {"train": run.train and run.train.fitted(config.get("max_position_embeddings"))}
+        own |= {"model": self._in_dtype(run, config, is_auto, computes)}
+        own |= {"calibration": fitted(run.calibration, config, "calibration.seq_len")}
+        run = run.model_copy(update=own | {"evaluate": run.evaluate.model_copy(update={"perplexity": heldout})})
         check_run(run)
         self._runtime.model_dump()  # checked before anything is computed
         self.checked_formats()
@@ -441,10 +437,8 @@ def words(found: Mapping[str, Any]) -> str:
     lines += [f"warning: {warning}"] if warning else []
     for each in found["written"]:
         engine = each["verified_by"]
-        checked = (
-            f"checked in a fresh process of {engine}"
-            if each["verified"]
-            else f"unchecked: {engine} is not installed here"
-        )
+        checked = f"unchecked: {engine} is not installed here"
+        if each["verified"]:
+            checked = f"checked in a fresh process of {engine}"
         lines.append(f"{each['path']}: for {', '.join(each['for'])}, {checked}")
     return "\n".join(lines)

@@ -1,7 +1,5 @@
 """`blockpruner push`: what would be uploaded. What may be is decided by `checkpoints.hub`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 Only our own code is run. A dense model of a known family needs none, whatever its folder holds.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -105,11 +103,8 @@ class Compared:
 
 
 def rows_of(folders: Sequence[Path], wanted: Perplexity) -> HeldOut:
-    """Held-out rows that fit into the shortest context of some checkpoints.
-
-    Raises:
-        InputError: the texts are fewer than two rows, or the tokenizers make different rows of them.
-    """
+    """Held-out rows that fit into the shortest context of some checkpoints; raises InputError if the texts are fewer
+    than two rows, or the tokenizers make different rows of them."""
     written = partial(conversation, cache(lambda: load_tokenizer(folders[0])))
     texts, found = load_texts(wanted.data, Path(), Path(), written), list[HeldOut]()
     shortest = min(map(config_of, folders), key=lambda config: config.get("max_position_embeddings") or math.inf)
@@ -130,11 +125,8 @@ def rows_of(folders: Sequence[Path], wanted: Perplexity) -> HeldOut:
 def compared(
     folders: Sequence[Path], prompt: str | None, limit: int, heldout: Perplexity | None, device: str
 ) -> list[Compared]:
-    """Checkpoints compared. One model at a time is in memory.
-
-    Args:
-        heldout: texts whose perplexity is measured; raises InputError as `rows_of`.
-    """
+    """Checkpoints compared, also by the perplexity of `heldout` if it is given; raises InputError as `rows_of`. One
+    model at a time is in memory."""
     rows = None if heldout is None else rows_of(folders, heldout)
     found: list[Compared] = []
     first: Sequence[float] = ()
@@ -164,11 +156,8 @@ def compared(
 
 
 def scored(folder: Path, wanted: ZeroShot, cache: Path, device: str, note: Callable[[str], object]) -> dict[str, Any]:
-    """A checkpoint's scores by task, with the keys that lm-eval's command prints.
-
-    Raises:
-        InputError: a task is unknown, lm-eval is not installed, or the items are out of reach.
-    """
+    """A checkpoint's scores by task, with the keys that lm-eval's command prints; raises InputError if a task is
+    unknown, lm-eval is not installed, or the items are out of reach."""
     check_tasks(wanted)
     from blockpruner.evaluation.zero_shot import evaluate  # lm-eval takes seconds to import
 

@@ -4,8 +4,6 @@ Decides the order: what --set gives replaces what other options give, and those 
 the settings classes.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence

@@ -5,8 +5,6 @@ A decoder layer is two residual blocks, `X' = X + MHA(norm(X))` and `Y = X' + ML
 This file decides names and order; which modules a block is made of is in `families`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum

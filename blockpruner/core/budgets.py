@@ -104,14 +104,8 @@ def resources_of(config: Config, latency: Mapping[str, int] | None = None) -> di
 
 
 def require_reachable(budget: Budget, units: Sequence[Mask], costs: Costs) -> None:
-    """Refuse, before anything is computed, a budget that no sequence over `units` meets.
-
-    Args:
-        costs: of the budget's resource.
-
-    Raises:
-        UnreachableError: names the largest or nearest budget that can be reached.
-    """
+    """Refuse, before anything is computed, a budget that no sequence over `units` meets; `costs` are of its resource.
+    Raises UnreachableError that names the largest or nearest budget that can be reached."""
     everything = frozenset[BlockId]().union(*units)
     size = len(units[0])
     beyond = f"budget {budget.text!r} cannot be reached; the largest reachable is {budget.amount(everything, costs)}"
@@ -192,14 +186,9 @@ def goal_of(budget: Budget, units: Sequence[Mask], costs: Costs) -> Goal:
 
 
 def choose_prefix(budget: Budget, prefixes: Sequence[Mask], costs: Costs) -> int:
-    """Number of removals (1 or more) of the sequence that meet `budget`; of prefixes with one share the shortest.
-
-    Args:
-        costs: of the budget's resource.
-
-    Raises:
-        InputError: nothing in the sequence meets it; what is out of reach is refused by `require_reachable` before.
-    """
+    """Number of removals (1 or more) of the sequence that meet `budget`, whose resource `costs` are of; of prefixes
+    with one share the shortest. Raises InputError if nothing in the sequence meets it; what is out of reach is refused
+    by `require_reachable` before."""
     if budget.blocks is not None:
         sizes = [len(prefix) for prefix in prefixes]
         if budget.blocks not in sizes:

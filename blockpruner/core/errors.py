@@ -3,8 +3,6 @@
 Everything that a user can correct is an InputError. Our own invariants use `assert`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -62,11 +60,8 @@ def missing(name: str, extra: str) -> MissingPackageError:
 
 @contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Within, packages are imported that an extra of pyproject.toml installs.
-
-    Raises:
-        MissingPackageError: one of them is not installed.
-    """
+    """Within, packages are imported that an extra of pyproject.toml installs; raises MissingPackageError for one that
+    is not installed."""
     try:
         yield
     except ModuleNotFoundError as error:

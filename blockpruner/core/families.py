@@ -6,8 +6,6 @@ must then export <prefix>Config, and `AutoModelForCausalLM` build a model from i
 family. Parameters are counted from the config alone, without torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -225,15 +223,18 @@ def _sparse_mlp(config: Config, layer: int) -> int:
     return _experts(config, "moe_intermediate_size") if _is_sparse(config, layer) else gated_mlp(config, layer)
 
 
-BETWEEN_NORMS = (
-    Branch("self_attn", "input_layernorm", "o_proj", "post_attention_layernorm"),
-    Branch("mlp", "pre_feedforward_layernorm", "down_proj", "post_feedforward_layernorm"),
-)
+def _gemma(cap: float | None) -> dict[str, Any]:
+    """What Gemma's generations have in common: norms on both sides, and config fields that may be left out."""
+    mha = Branch("self_attn", "input_layernorm", "o_proj", "post_attention_layernorm")
+    mlp = Branch("mlp", "pre_feedforward_layernorm", "down_proj", "post_feedforward_layernorm")
+    defaults = {"tie_word_embeddings": True, "head_dim": 256, "final_logit_softcapping": cap}
+    return {"logit_cap": "final_logit_softcapping", "defaults": defaults, "mha": mha, "mlp": mlp}
+
+
 AFTER_NORMS = (
     Branch("self_attn", None, "o_proj", "post_attention_layernorm"),
     Branch("mlp", None, "down_proj", "post_feedforward_layernorm"),
 )
-
 FAMILIES: Registry[Family] = Registry(
     "model family",
     Family,
@@ -244,26 +245,8 @@ FAMILIES: Registry[Family] = Registry(
         Family("qwen2", "Qwen2", lambda c, layer: _attention(c, qkv_bias=True), gated_mlp),
         Family("qwen3", "Qwen3", head_norms, gated_mlp),
         Family("phi3", "Phi3", no_bias, gated_mlp),
-        Family(
-            "gemma2",
-            "Gemma2",
-            optional_bias,
-            gated_mlp,
-            logit_cap="final_logit_softcapping",
-            defaults={"tie_word_embeddings": True, "head_dim": 256, "final_logit_softcapping": 30.0},
-            mha=BETWEEN_NORMS[0],
-            mlp=BETWEEN_NORMS[1],
-        ),
-        Family(
-            "gemma3_text",
-            "Gemma3",
-            head_norms,
-            gated_mlp,
-            logit_cap="final_logit_softcapping",
-            defaults={"tie_word_embeddings": True, "head_dim": 256, "final_logit_softcapping": None},
-            mha=BETWEEN_NORMS[0],
-            mlp=BETWEEN_NORMS[1],
-        ),
+        Family("gemma2", "Gemma2", optional_bias, gated_mlp, **_gemma(cap=30.0)),
+        Family("gemma3_text", "Gemma3", head_norms, gated_mlp, **_gemma(cap=None)),
         Family("olmo2", "Olmo2", wide_norms, gated_mlp, mha=AFTER_NORMS[0], mlp=AFTER_NORMS[1]),
         Family(
             "mixtral",

@@ -1,7 +1,5 @@
 """Texts of users and of strangers inside Markdown: nothing in them is markup."""
 
-from __future__ import annotations
-
 import re
 
 

@@ -1,7 +1,5 @@
 """Options of a method: the keys under `score.options`, which belong to one method alone."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, TypeVar
 

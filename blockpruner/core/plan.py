@@ -3,8 +3,6 @@
 Stages after the search read plans and do not need to know which method made them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar

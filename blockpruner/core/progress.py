@@ -5,8 +5,6 @@ Decides the events, and how the time that is left is estimated. How events look 
 import no orchestrator.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import time
@@ -93,13 +91,8 @@ class ConsoleObserver:
         self._started = self._printed = time.monotonic()
         self._outlook = self._pace.begin(overall, self._started)
         if self._console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.fields[detail]}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-            )
+            parts = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[detail]}")
+            columns = (*parts, TimeElapsedColumn(), TimeRemainingColumn())
             self._bar = Progress(*columns, console=self._console, transient=True)
             self._bar.start()
             self._task = self._bar.add_task(phase + self._outlook, total=None, detail="")

@@ -9,8 +9,6 @@ Each registry takes the rows of its own class. Entry points are read at the firs
 registry may be asked for one of those, but not be listed, while modules are imported.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import is_dataclass

@@ -5,8 +5,6 @@ are lm-eval's own. How items are fetched and written for lm-eval is decided in `
 `zero_shot`.
 """
 
-from __future__ import annotations
-
 import gzip
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -8,8 +8,6 @@ Decides which requests form a group, and what goes through the model at once: on
 What a request is, and what is made of its answer, is lm-eval's.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -118,12 +116,8 @@ def answers(
         advance(len(found))
 
     def read(batch: Sequence[Group]) -> None:
-        rests = [
-            Rest(one, group.common, number)
-            for number, group in enumerate(batch)
-            for one in group.requests
-            if one.number not in found
-        ]
+        asked = ((number, group.common, one) for number, group in enumerate(batch) for one in group.requests)
+        rests = [Rest(one, common, number) for number, common, one in asked if one.number not in found]
         before = _read(model, batch)
         held = 0 if model.device.type == "cpu" else before[1].shape[1]
         passes.over(rests, lambda rest: len(rest.tokens), partial(score, before=before), held)
@@ -167,17 +161,9 @@ class _Passes:
     """The most of a pass; halved where one does not fit into a device's memory."""
 
     def over(
-        self,
-        rows: Sequence[Row],
-        length: Callable[[Row], int],
-        work: Callable[[Sequence[Row]], object],
-        held: int = 0,
+        self, rows: Sequence[Row], length: Callable[[Row], int], work: Callable[[Sequence[Row]], object], held: int = 0
     ) -> None:
-        """Do the work over rows of like lengths, the longest first.
-
-        Args:
-            held: tokens of each row that are in a cache.
-        """
+        """Do the work over rows of like lengths, the longest first; `held` tokens of each row are in a cache."""
         left = sorted(rows, key=length, reverse=True)
         while left:
             count = self._count(map(length, left), held)

@@ -3,8 +3,6 @@
 Decides the rule, for every door: report, model card and commands.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean

@@ -6,8 +6,6 @@ sum over blocks, with one cost for each kind. Every mask then has a time, althou
 the time of the pruned model itself.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
@@ -31,13 +29,7 @@ from blockpruner.versions import EVAL_VERSION
 
 
 def kept_latency(
-    folder: Path,
-    shared: Path,
-    checkpoint: Path,
-    model: Model,
-    timed: Latency,
-    runtime: Runtime,
-    observer: Observer,
+    folder: Path, shared: Path, checkpoint: Path, model: Model, timed: Latency, runtime: Runtime, observer: Observer
 ) -> dict[str, Any]:
     """The measurement that was kept for a model; it is made now if there is none, or if the kept one is damaged.
 

@@ -4,8 +4,6 @@ Decides how held-out texts become rows and how their NLL is averaged. It runs a 
 use the scoring engine.
 """
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence

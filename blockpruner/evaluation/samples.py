@@ -3,8 +3,6 @@
 Decides the prompts, and how a turn of a conversation is put to a model. No number is made of the texts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The section `evaluate`: what is measured of the dense and of each pruned model."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field

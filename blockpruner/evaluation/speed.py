@@ -4,8 +4,6 @@ Decides what is timed: greedy decoding with a KV cache and no early stop, as in 
 take turns within each repeat: a drift of the machine then falls on all of them.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

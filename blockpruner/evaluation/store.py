@@ -5,8 +5,6 @@ its items; the JSON holds its digest and is written last. All runs share the sto
 into a key is decided in `suite`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

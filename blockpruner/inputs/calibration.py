@@ -389,11 +389,7 @@ def cut(ids: Sequence[int], seq_len: int, repeated: int = 0) -> list[tuple[int, 
 
 
 def require_embedded(rows: Iterable[Sequence[int]], tokenizer: Any, config: Mapping[str, Any]) -> None:
-    """Refuse rows with a token that the model has no embedding of; on a GPU it would end the process.
-
-    Args:
-        config: of the model.
-    """
+    """Refuse rows with a token that the model of this config has no embedding of; on a GPU it would end the process."""
     last, size = max((max(token, ~token) for row in rows for token in row), default=0), config["vocab_size"]
     if last >= size:
         raise InputError(

@@ -6,8 +6,6 @@ into the hub's own cache, where a broken download goes on. A checkpoint is in ou
 content. Its weights are links to where they are, unless they were converted; all else are copies, without code.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 import tempfile
@@ -88,11 +86,8 @@ def fetch_checkpoint(
 
 def cached_checkpoint(model: Model, cache: Path, pins: Path, note: Callable[[str], object] = lambda line: None) -> Path:
     """The folder of a plain safetensors checkpoint with its tokenizer in the cache. One that is whole stays as it is.
-
-    Raises:
-        InputError: the source is missing, gated or broken, has no safetensors, or its family is not supported; nothing
-            is left behind, except a part of a download in the hub's cache.
-    """
+    Raises InputError if the source is missing, gated or broken, has no safetensors, or its family is not supported;
+    nothing is left behind, except a part of a download in the hub's cache."""
     if isinstance(model, HubModel):
         revision = pinned_revision(model.repo, "model", model.revision, pins)
         model = model.model_copy(update={"revision": revision})
@@ -303,11 +298,8 @@ def _download(model: HubModel) -> Path:
 
 
 def _convert_gguf(content: bytes, dtype: str, directory: Path) -> dict[str, Any]:
-    """De-quantize a GGUF file into a plain checkpoint; returns what it says about its licence.
-
-    Raises:
-        InputError: the content is no GGUF file, or one that transformers cannot read.
-    """
+    """De-quantize a GGUF file into a plain checkpoint, and return what it says about its licence; raises InputError for
+    content that is no GGUF file, or one that transformers cannot read."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

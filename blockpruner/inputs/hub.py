@@ -1,7 +1,5 @@
 """Repositories of the Hugging Face hub: which revision is used, and how a hub error reads."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
@@ -58,14 +56,8 @@ def _read_pins(pins: Path) -> dict[str, str]:
 
 
 def hub_error(repo: str, error: Exception, fix: str = f"check the network, or {ANOTHER}") -> HubError:
-    """An error of `huggingface_hub` as one line for the user.
-
-    Args:
-        fix: what to do where the error does not tell.
-
-    Raises:
-        StorageError: the hub's cache has no room.
-    """
+    """An error of `huggingface_hub` as one line for the user, with a `fix` where the error does not tell what to do;
+    raises StorageError if the hub's cache has no room."""
     if isinstance(error, OSError) and error.errno in FULL:
         raise storage_error(Path(error.filename or "the hub's cache (HF_HOME)"), error) from error
     causes = {

@@ -5,8 +5,6 @@ an sdist, pip would build its metadata with a backend that nobody has pinned, so
 the index. A downloaded file is kept in the cache folder, under its SHA-256.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
@@ -28,11 +26,8 @@ PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 
 
 def package_file(package: str, sha256: str, cache: Path) -> Path:
-    """Download one file of `package` ("name==version"), the one with this SHA-256, into the cache.
-
-    Raises:
-        InputError: there is no such package, or none of its files has this digest; nothing is left behind.
-    """
+    """Download one file of `package` ("name==version"), the one with this SHA-256, into the cache; raises InputError,
+    and leaves nothing behind, if there is no such package, or none of its files has this digest."""
     kept = cache / "packages" / sha256
     found = list(kept.glob("*")) if kept.exists() else []
     if found and file_sha256(found[0]) == sha256:
@@ -89,11 +84,8 @@ def _refusal(package: str, sha256: str, said: str) -> InputError:
 
 
 def read_member(archive: Path, member: str) -> bytes:
-    """Read one file of a wheel or sdist into memory; nothing is unpacked onto disk.
-
-    Raises:
-        InputError: there is no such file (the message names similar ones), or the archive cannot be read.
-    """
+    """Read one file of a wheel or sdist into memory; nothing is unpacked onto disk. Raises InputError if there is no
+    such file (the message names similar ones), or the archive cannot be read."""
     try:
         if archive.suffix == ".whl":
             with zipfile.ZipFile(archive) as wheel:

@@ -1,7 +1,5 @@
 """The tokenizer of a checkpoint. Loading it needs no model and no torch."""
 
-from __future__ import annotations
-
 import logging
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -33,11 +31,8 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
 
 
 def conversation(tokenizer: Callable[[], Any], messages: Sequence[Mapping[str, Any]]) -> str:
-    """A conversation as the tokenizer's chat template writes it, without the BOS that the tokenizer puts before it.
-
-    Raises:
-        InputError: there is no template, or it refuses the messages.
-    """
+    """A conversation as the tokenizer's chat template writes it, without the BOS that the tokenizer puts before it;
+    raises InputError if there is no template, or it refuses the messages."""
     found = tokenizer()
     if not found.chat_template:
         raise InputError(

@@ -3,8 +3,6 @@
 How a checkpoint is written of it is decided by `checkpoints`, how it is measured by `evaluation`.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Stages behind it read plans and do not know which method made them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,14 +17,9 @@ from blockpruner.store.files import read_table, write_table
 
 
 def commit_run(scores: Path, config: Config, budget: str, target: str, run: str) -> tuple[Plan, Sequence[Path]]:
-    """The plan that meets a budget by what a run has scored, and the iteration tables that it used, in order.
-
-    Args:
-        scores: the run's folder, as `score_run` left it.
-
-    Raises:
-        InputError: the budget cannot be met, or a file of the search is missing or damaged.
-    """
+    """The plan that meets a budget by what a run has scored, and the iteration tables that it used, in order. `scores`
+    is the run's folder, as `score_run` left it. Raises InputError if the budget cannot be met, or a file of the search
+    is missing or damaged."""
     current = Current.load(scores)
     plan, tables = KINDS[current.kind].commit(scores, config, budget, current)
     return replace(plan, target=target, run=run), tables

@@ -4,8 +4,6 @@ Decides how they are kept (one file, under the names of the pruned model's param
 how they get into it. How weights are healed is decided in `healing`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -87,11 +85,8 @@ def has_weights(folder: Path) -> bool:
 
 
 def find_healed(folders: Iterable[Path], of: str) -> Healed | None:
-    """The file in the first of `folders` that has one.
-
-    Raises:
-        InputError: it is damaged, gone, or of another model than `of`.
-    """
+    """The file in the first of `folders` that has one; raises InputError if it is damaged, gone, or of another model
+    than `of`."""
     path = next((folder / FILE for folder in folders if has_weights(folder)), None)
     if path is None:
         return None
@@ -103,14 +98,8 @@ def find_healed(folders: Iterable[Path], of: str) -> Healed | None:
 
 
 def load_healed_(model: PreTrainedModel, path: Path, shared: bool = False) -> None:
-    """Put a file of healed weights into a pruned model.
-
-    Args:
-        shared: the model's tensors belong to another one, too: they are replaced and not written to.
-
-    Raises:
-        InputError: the file is damaged, or has a weight that the model has not.
-    """
+    """Put a file of healed weights into a pruned model; its tensors are replaced and not written to if they are
+    `shared` with another model. Raises InputError if the file is damaged, or has a weight that the model has not."""
     weights, _ = read_tensors(path)
     try:
         set_weights_(model, weights, shared)

@@ -156,10 +156,7 @@ def make_plan(
     perplexities: tuple[float | None, float | None],
     gone: Mask = DENSE,
     pruned: int | None = None,
-    removed: tuple[str, ...] = (),
-    order: tuple[str, ...] = (),
-    ratios: tuple[float, ...] = (),
-    details: Mapping[str, Any] | None = None,
+    **fields: Any,
 ) -> Plan:
     """A plan from a run's current search; `commit_run` adds its target and run.
 
@@ -167,27 +164,15 @@ def make_plan(
         perplexities: on the calibration set, of the dense and of the pruned model; None is not measured.
         gone: the blocks that the pruned model does without.
         pruned: its parameters, where `gone` does not say how many are left.
+        fields: what else the plan holds: `removed`, `order`, `ratios` and `details`, each empty by default.
     """
-    resources = known_resources(config, budget, current)
+    own = sizes(known_resources(config, budget, current), gone, pruned)
+    own = {"removed": (), "order": (), "ratios": (), **fields, **own}
     dense, after = perplexities
-    own = sizes(resources, gone, pruned)
-    return Plan(
-        kind=current.kind,
-        target="",
-        run="",
-        budget=budget,
-        method=current.score.method,
-        metric=current.score.metric,
-        options=current.score.options,
-        search=current.search,
-        removed=removed,
-        order=order,
-        ratios=ratios,
-        calibration={**current.calibration, "dense_perplexity": dense, "perplexity": after},
-        nested=current.nested,
-        details=details or {},
-        **own,
-    )
+    own["calibration"] = {**current.calibration, "dense_perplexity": dense, "perplexity": after}
+    own |= {"method": current.score.method, "metric": current.score.metric, "options": current.score.options}
+    own |= {"search": current.search, "nested": current.nested}
+    return Plan(kind=current.kind, target="", run="", budget=budget, **own)
 
 
 def sizes(resources: Resources, gone: Mask, pruned: int | None = None) -> dict[str, Any]:

@@ -4,8 +4,6 @@ A recipe is one search or several, and the compensation that belongs to them. Ru
 and the form take the same names: that of a recipe, or that of a plain method, which is exact and not compensated.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -84,11 +82,7 @@ def names() -> list[str]:
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe of this name, or the one of a plain method.
-
-    Raises:
-        InputError: there is neither a recipe nor a method of this name.
-    """
+    """The recipe of this name, or the one of a plain method; raises InputError if there is neither."""
     if name in RECIPES:
         return RECIPES[name]
     if name not in names():

@@ -1,7 +1,5 @@
 """Kinds of methods: KINDS, one row each, from the folder of each kind."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from blockpruner.core.budgets import parse_budget, resources_of
@@ -50,11 +48,8 @@ def options_model(method: str) -> type[Options]:
 
 
 def check_score(score: Score) -> Kind:
-    """The kind of method that a `score` section names.
-
-    Raises:
-        InputError: an unknown method, metric or option, or settings that do not fit together.
-    """
+    """The kind of method that a `score` section names; raises InputError for an unknown method, metric or option, or
+    settings that do not fit together."""
     kind = kind_of_method(score.method)
     if kind.removes_blocks:
         request(score)
@@ -69,11 +64,8 @@ def check_score(score: Score) -> Kind:
 
 
 def require_budgets(score: Score, config: Config, budgets: tuple[str, ...]) -> None:
-    """Refuse, before anything is computed, budgets that the method cannot meet on any model of this shape.
-
-    Raises:
-        UnreachableError: names the largest or nearest budget that can be reached.
-    """
+    """Refuse, before anything is computed, budgets that the method cannot meet on any model of this shape; raises
+    UnreachableError that names the largest or nearest budget that can be reached."""
     kind, resources = kind_of_method(score.method), resources_of(config)
     if kind.removes_blocks:
         require_searchable(request(score), resources, budgets)

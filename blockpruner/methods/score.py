@@ -46,14 +46,8 @@ def open_material(
         return load_for_fit(checkpoint, model.dtype, runtime.device, model.trust_remote_code, runtime.attention)
 
     def scorer() -> Any:
-        return make_scorer(
-            checkpoint,
-            model.dtype,
-            runtime,
-            trust_remote_code=model.trust_remote_code,
-            note=observer.note,
-            advance=observer.advance,
-        )
+        trusted, note, advance = model.trust_remote_code, observer.note, observer.advance
+        return make_scorer(checkpoint, model.dtype, runtime, trust_remote_code=trusted, note=note, advance=advance)
 
     identity, config = checkpoint_identity(checkpoint), read_json(checkpoint / "config.json")
     with closing(LazyScorer(scorer)) as lazy:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from blockpruner.core.blocks import DENSE, Mask
 from blockpruner.core.budgets import Budget, parse_budget
+from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config
 from blockpruner.core.options import Options, read_options
 from blockpruner.core.plan import Plan
@@ -47,6 +48,16 @@ class Left:
     """Its parameters, where `gone` does not say how many are left."""
     order: tuple[str, ...] = ()
     """The steps, in words."""
+
+
+def share_of(budget: Budget, method: str) -> float:
+    """The share of all parameters that a budget asks for; raises InputError for any other budget."""
+    if budget.ratio is None or budget.resource != "parameters":
+        raise InputError(
+            f"budget {budget.text!r} is met by removing blocks, and {method} removes none; give a share of all "
+            'parameters ("0.22")'
+        )
+    return budget.ratio
 
 
 def weights_kind(
@@ -112,14 +123,5 @@ def _commit(
     """The plan for a budget from the details that were found for it."""
     details = read_json(trace_directory(scores, current, budget) / "details.json", sealed=True)
     found, nll, dense = left(details, config), details.pop("nll", None), current.dense_nll
-    plan = make_plan(
-        current,
-        budget,
-        config,
-        gone=found.gone,
-        pruned=found.pruned,
-        order=found.order,
-        perplexities=(dense and perplexity(dense), perplexity(math.fsum(nll) / len(nll)) if nll else None),
-        details=details,
-    )
-    return plan, []
+    known = dense and perplexity(dense), perplexity(math.fsum(nll) / len(nll)) if nll else None
+    return make_plan(current, budget, config, perplexities=known, details=details, **vars(found)), []

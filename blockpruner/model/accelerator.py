@@ -3,8 +3,6 @@
 What runs there is decided elsewhere. Apple's GPUs are left out: they know no float64, in which losses are summed.
 """
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -90,11 +88,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def fits(work: Callable[[], object], is_least: bool) -> bool:
-    """Do work. False if a device's memory ended meanwhile, and what the work took there is free again.
-
-    Args:
-        is_least: less cannot be done at once; then the device's error is raised.
-    """
+    """Do work. False if a device's memory ended meanwhile, and what the work took there is free again. If it
+    `is_least`, less cannot be done at once: the device's error is raised."""
     try:
         work()
         return True

@@ -5,8 +5,6 @@ that is right: their memory goes back when the model goes. Of activations, above
 a sixth of the CPU time of a small model's scores (docs/performance.md).
 """
 
-from __future__ import annotations
-
 import ctypes
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h

@@ -4,8 +4,6 @@
 package adds needs no code of its own: the line that adds it is written behind a copy of that file, from its row.
 """
 
-from __future__ import annotations
-
 import atexit
 import importlib.util
 import shutil
@@ -74,11 +72,8 @@ def model_class(family: Family) -> type[Any]:
 
 
 def has_our_code(directory: Path) -> bool:
-    """Whether an export needs code to be loaded. That is then ours, byte for byte, and nothing else would run.
-
-    Raises:
-        InputError: the export holds or names other code than one file of the installed package.
-    """
+    """Whether an export needs code to be loaded. That is then ours, byte for byte, and nothing else would run; raises
+    InputError for an export that holds or names other code than one file of the installed package."""
     path = directory / "config.json"
     config = read_json(path) if path.exists() else {}
     asked, found = config.get("auto_map"), sorted(each.relative_to(directory) for each in directory.rglob("*.py"))

@@ -5,8 +5,6 @@ transformers would then read their models by our class. transformers is not impo
 the types when it is made, and a class is loaded when a checkpoint asks for it.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.abc import MetaPathFinder

@@ -4,8 +4,6 @@ Decides how a removed block is expressed in a live transformers model. The code 
 (`modeling_blockpruned.py`), which makes a masked, a pruned and a loaded model the same thing.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -116,6 +114,8 @@ def load_model(
     place = resolve_device(device)
     keep_freed_memory(False)
     options = kernel_options(attention, dtype, place)
+    reading = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": trust_remote_code}
+    reading |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     mismatch = f"the weights in {directory} do not match its config.json "
     repair = "fetch the checkpoint again, or repair its config"
     places: dict[str, torch.device] | None = None
@@ -125,17 +125,9 @@ def load_model(
         places = {"": place}
     try:
         with usable(attention):
+            config = read_config(directory, trust_remote_code)
             model, report = AutoModelForCausalLM.from_pretrained(
-                directory,
-                config=read_config(directory, trust_remote_code),
-                dtype=getattr(torch, dtype),
-                device_map=places,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **options,
+                directory, config=config, dtype=getattr(torch, dtype), device_map=places, **reading, **options
             )
         if beside is not None and device != "split":
             _share_(model, beside)

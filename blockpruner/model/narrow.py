@@ -1,7 +1,5 @@
 """Narrower MLPs in a live model: channels leave, with their rows of what reads and their columns of what writes."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,13 +26,9 @@ def narrowed(model: PreTrainedModel, channels: Mapping[BlockId, Channels]) -> It
 def narrow_(model: PreTrainedModel, channels: Mapping[BlockId, Channels]) -> PreTrainedModel:
     """Narrow MLPs of the model in place, for good; the tensors of the others stay the same ones.
 
-    Model and config become the block-pruned classes of the family, whose `mlp_widths` says how wide each MLP is.
-
-    Args:
-        channels: what each narrowed MLP keeps.
-
-    Raises:
-        InputError: a block that is no MLP of the model, or a channel that it does not have.
+    Model and config become the block-pruned classes of the family, whose `mlp_widths` says how wide each MLP is. The
+    `channels` are those that each narrowed MLP keeps; raises InputError for a block that is no MLP of the model, or a
+    channel that it does not have.
     """
     _narrow_(model, channels)
     model.__class__ = model_class(model_family(model))

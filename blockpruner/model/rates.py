@@ -3,8 +3,6 @@
 Many processors have no product of 16-bit numbers. torch then emulates it, at times a hundred times as slowly.
 """
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

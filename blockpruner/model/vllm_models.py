@@ -6,8 +6,6 @@ narrower MLP is made while the config has its width.
 What the layers compute is vLLM's own. `vllm_plugin.register` names the classes to vLLM. Imports nothing of blockpruner.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -52,11 +50,8 @@ class NoNorm(nn.Module):
 
 @contextmanager
 def holes(config: Any, compilation: Any) -> Iterator[None]:
-    """Decoder layers that are built meanwhile lack the blocks that the config names, and have MLPs of its widths.
-
-    Raises:
-        ValueError: there are no such blocks in the layers.
-    """
+    """Decoder layers that are built meanwhile lack the blocks that the config names, and have MLPs of its widths;
+    raises ValueError if there are no such blocks in the layers."""
     wanted = {"mha": set(config.layers_without_mha), "mlp": set(config.layers_without_mlp)}
     width, widths = getattr(config, "intermediate_size", None), getattr(config, "mlp_widths", None)
     numbers: dict[nn.Module, int] = {}  # of the layers: an MLP does not tell it, and is made after the attention

@@ -6,8 +6,6 @@ class. vLLM calls `register` in each of its processes, by the entry point in pyp
 blockpruner, and works with transformers older than the library needs.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from typing import Any

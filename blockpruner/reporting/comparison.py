@@ -3,8 +3,6 @@
 Decides which runs may be compared, which models count as of one size, and what is on the front.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

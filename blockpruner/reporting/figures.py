@@ -1,6 +1,6 @@
 """The maps of removed blocks, each with its caption."""
 
-from __future__ import annotations
+from functools import partial
 
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.plan import Plan
@@ -17,6 +17,5 @@ def removed_map(name: str, plan: Plan) -> Plot:
     order = [parse_mask(unit) for unit in plan.order] if plan.nested else []
     caption = MAP_CAPTION.format(name) + (ORDER_CAPTION if order else SET_CAPTION)
     size = (max(10.2, 0.29 * plan.layers + 1.5), 1.45)
-    return plots.render(
-        f"{name}-map", caption, size, lambda figure: plots.block_map(figure, plan.layers, plan.gone, order)
-    )
+    draw = partial(plots.block_map, layers=plan.layers, gone=plan.gone, removals=order)
+    return plots.render(f"{name}-map", caption, size, draw)

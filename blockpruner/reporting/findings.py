@@ -4,8 +4,6 @@ Decides the rules and their thresholds, each a named constant with its reason. T
 alike, for the targets of a run and for the budgets of the paper's methods.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,11 +64,8 @@ class Finding:
 
 
 def warnings(options: Sequence[Option], traces: Sequence[Option]) -> list[Finding]:
-    """Find the signs of failed pruning among pruned models.
-
-    Args:
-        traces: the model that is pruned the most, for each removal sequence.
-    """
+    """Find the signs of failed pruning among pruned models; `traces` are those that are pruned the most, one for each
+    removal sequence."""
     found = [_jump(trace, options) for trace in traces]
     for is_shown, tell in ((is_broken, _broken), (is_mismatch, _mismatch), (_unlike, _uneven), (is_slow, _slow)):
         if shown := [option for option in options if is_shown(option)]:

@@ -1,7 +1,5 @@
 """How numbers are written for people, the same in every table, sentence and plot."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

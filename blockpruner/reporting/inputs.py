@@ -3,8 +3,6 @@
 Decides what the report may use.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,14 +16,7 @@ from blockpruner.core.blocks import BlockId, BlockKind, Mask, format_mask, parse
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.methods.registry import KINDS
-from blockpruner.reporting.results import (
-    Model,
-    Option,
-    Race,
-    RunLabels,
-    read_items,
-    read_results,
-)
+from blockpruner.reporting.results import Model, Option, Race, RunLabels, read_items, read_results
 from blockpruner.search.trace import ITERATION
 from blockpruner.store.files import read_json, read_table
 from blockpruner.store.plans import load_plan
@@ -56,10 +47,8 @@ class PrunedOption(Option):
     @property
     def helped(self) -> bool:
         """Whether compensation changed weights: the rows that it held out were better by it."""
-        return (
-            bool(self.compensation)
-            and self.compensation["perplexity"]["after"] < self.compensation["perplexity"]["before"]
-        )
+        found = self.compensation.get("perplexity")
+        return found is not None and found["after"] < found["before"]
 
     @property
     def own_rise(self) -> float | None:
@@ -107,14 +96,9 @@ class ReportedRun:
 
 
 def read_runs(targets: Sequence[str], labels: Mapping[str, RunLabels], data: Path) -> list[ReportedRun]:
-    """Read everything about `targets`, grouped by run in order of appearance.
-
-    Args:
-        data: the folder of evidence/, plans/ (for the iteration tables), compensated/ and checkpoints/.
-
-    Raises:
-        InputError: a file is missing, damaged, or disagrees with another.
-    """
+    """Read everything about `targets`, grouped by run in order of appearance. `data` is the folder of evidence/, plans/
+    (for the iteration tables), compensated/ and checkpoints/. Raises InputError if a file is missing, damaged, or
+    disagrees with another."""
     plans = {name: load_plan(data / "evidence" / name / "plan.json") for name in targets}
     runs = dict.fromkeys(plan.run for plan in plans.values())
     return [_read_run(run, labels[run], {n: p for n, p in plans.items() if p.run == run}, data) for run in runs]
@@ -171,11 +155,8 @@ def read_iterations(path: Path) -> list[dict[str, Any]]:
 
 
 def steps_of(rows: Sequence[Mapping[str, Any]], plan: Plan, path: Path) -> tuple[SearchStep, ...]:
-    """List the steps of a plan's search, from the dense model on; one that changed nothing is left out.
-
-    Raises:
-        InputError: the rows of `path` do not lead to the plan's removals.
-    """
+    """List the steps of a plan's search, from the dense model on; one that changed nothing is left out. Raises
+    InputError if the rows of `path` do not lead to the plan's removals."""
     dense = [row for row in rows if not row["removed"]][:1]
     chosen = [row for row in rows if row["chosen"] and row["rows_used"] in (0, row["rows_total"])]
     found: list[Mapping[str, Any]] = []

@@ -1,7 +1,5 @@
 """What a run is called for people: its model, texts and search in words."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

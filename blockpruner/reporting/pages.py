@@ -4,8 +4,6 @@ Decides which parts a page can have. page.html and page.md decide the markup. Th
 its style and its plots are inside. The Markdown (the GitHub dialect) links to PNG files.
 """
 
-from __future__ import annotations
-
 import re
 from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
@@ -96,9 +94,8 @@ def made_line(results: Iterable[Mapping[str, str]]) -> str:
         packages = listed([f"{name} {made[name]}" for name in ("python", *COMPUTING) if name in made])
         at = f" at commit {made['commit'][:12]}{made['commit'][40:]}" if made.get("commit") else ""
         place = made["processor"] if made["device"] == "cpu" else f"{made['device_name']} ({made['processor']})"
-        found.setdefault(f"on {place}, attention {made['attention']}, with {packages}{at}", []).append(
-            made["when"][:10]
-        )
+        where = f"on {place}, attention {made['attention']}, with {packages}{at}"
+        found.setdefault(where, []).append(made["when"][:10])
     parts = [f"{len(when)} {where}, {' to '.join(sorted({min(when), max(when)}))}" for where, when in found.items()]
     return f"Results were computed: {'; '.join(parts)}." if parts else ""
 

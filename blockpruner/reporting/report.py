@@ -4,8 +4,6 @@ For each dense model: the verdict and its numbers, what the search saw, how to u
 run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,16 +16,9 @@ from blockpruner.reporting.figures import removed_map
 from blockpruner.reporting.findings import recommended, stop, warnings
 from blockpruner.reporting.formats import listed, number
 from blockpruner.reporting.inputs import PrunedOption, ReportedRun, read_runs
-from blockpruner.reporting.pages import Facts, Findings, Page, Section, made_line, write_page
+from blockpruner.reporting.pages import Block, Facts, Findings, Page, Section, made_line, write_page
 from blockpruner.reporting.results import Option, RunLabels
-from blockpruner.reporting.tables import (
-    NOT_TIMED,
-    compared,
-    curve_csv,
-    headline,
-    iterations_csv,
-    samples,
-)
+from blockpruner.reporting.tables import NOT_TIMED, compared, curve_csv, headline, iterations_csv, samples
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.search.registry import SEARCHES
 
@@ -65,18 +56,15 @@ def _sections(comparison: Comparison, draw: bool) -> list[Section]:
     runs, targets = comparison.runs, comparison.targets
     shown = recommended(targets) or targets[0]
     signs = [finding for reported in runs for finding in warnings(reported.targets, reported.traces)]
-    verdict = Section(
-        runs[0].labels.name,
-        (
-            Findings((stop(targets),)),
-            compared(comparison),
-            *([Findings(tuple(signs))] if signs else []),
-            *([removed_map(shown.name, shown.plan)] if draw and shown.plan.gone else []),
-            *samples([comparison.options[0], *targets]),
-            *(_use(target, target is not shown) for target in sorted(targets, key=lambda target: target is not shown)),
-        ),
+    blocks: tuple[Block, ...] = (
+        Findings((stop(targets),)),
+        compared(comparison),
+        *([Findings(tuple(signs))] if signs else []),
+        *([removed_map(shown.name, shown.plan)] if draw and shown.plan.gone else []),
+        *samples([comparison.options[0], *targets]),
+        *(_use(target, target is not shown) for target in sorted(targets, key=lambda target: target is not shown)),
     )
-    return [verdict, *(_evidence(reported, shown, draw) for reported in runs)]
+    return [Section(runs[0].labels.name, blocks), *(_evidence(reported, shown, draw) for reported in runs)]
 
 
 def _use(target: PrunedOption, folded: bool) -> Facts:
@@ -103,14 +91,8 @@ def _evidence(reported: ReportedRun, shown: Option, draw: bool) -> Section:
     """Show all that was measured of a run. The blocks of the option `shown` are drawn already."""
     searches = [*reported.traces, *(target for target in reported.targets if not target.curve)]
     drawn = [target for target in searches if target is not shown and target.plan.gone]
-    return Section(
-        f"Evidence: {reported.run}",
-        (
-            headline(reported),
-            *(removed_map(target.name, target.plan) for target in drawn if draw),
-            Facts("Model, data and work", _facts(reported)),
-        ),
-    )
+    maps, facts = (removed_map(one.name, one.plan) for one in drawn if draw), _facts(reported)
+    return Section(f"Evidence: {reported.run}", (headline(reported), *maps, Facts("Model, data and work", facts)))
 
 
 def _facts(reported: ReportedRun) -> tuple[tuple[str, str], ...]:

@@ -136,9 +136,8 @@ class Race:
     @cached_property
     def speedups(self) -> Mapping[str, Effect]:
         """By part, with intervals."""
-        return {
-            part: statistics.ratio_of_medians(self.dense.seconds[part], self.pruned.seconds[part]) for part in PARTS
-        }
+        dense, pruned = self.dense.seconds, self.pruned.seconds
+        return {part: statistics.ratio_of_medians(dense[part], pruned[part]) for part in PARTS}
 
     def interval(self, part: str) -> Interval:
         """The interval of a speed-up; infinite where nothing was timed twice."""
@@ -301,23 +300,13 @@ Items = dict[str, tuple[NDArray[Any], Floats, Floats]]
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """Read results.json and speed.json of a folder of evidence.
-
-    Raises:
-        InputError: a file is missing or damaged.
-    """
+    """Read results.json and speed.json of a folder of evidence; raises InputError if one is missing or damaged."""
     return {**read_json(folder / "results.json"), **read_json(folder / "speed.json")}
 
 
 def read_items(folders: Sequence[Path], metrics: Mapping[str, str]) -> dict[str, Items]:
-    """Read the items of each model, in one order, from folders of evidence.
-
-    Args:
-        metrics: the metric of each task that is read.
-
-    Raises:
-        InputError: models were evaluated on different items, or a file is missing or damaged.
-    """
+    """Read the items of each model, in one order, from folders of evidence; `metrics` names the metric of each task
+    that is read. Raises InputError if models were evaluated on different items, or a file is missing or damaged."""
     tables = []
     for folder in folders:
         own = read_table(folder / "items.parquet", ITEMS)[0].drop(["loglikelihoods"])

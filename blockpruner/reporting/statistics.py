@@ -26,6 +26,7 @@ Scores = Mapping[str, ArrayLike]
 
 Floats = NDArray[np.float64]
 
+RESAMPLES, SEED = 10_000, 0
 COUNTS = 1 << 21
 """The bootstrap holds this many counts at once: 16 MiB."""
 
@@ -82,11 +83,8 @@ def average(scores: Scores) -> Mean:
 
 
 def differences(a: Scores, b: Scores) -> dict[str, Floats]:
-    """b - a by task and item, the tasks in alphabetical order.
-
-    Raises:
-        InputError: the two have different tasks or numbers of items, or nothing is there to compare.
-    """
+    """b - a by task and item, the tasks in alphabetical order; raises InputError if the two have different tasks or
+    numbers of items, or nothing is there to compare."""
     if a.keys() != b.keys() or not a:
         raise InputError(
             f"models of tasks {sorted(a)} and {sorted(b)} cannot be compared; evaluate both on the same, one or more"
@@ -94,7 +92,7 @@ def differences(a: Scores, b: Scores) -> dict[str, Floats]:
     return {task: _difference(a[task], b[task], f"task {task}") for task in sorted(a)}
 
 
-def paired_bootstrap(a: Scores, b: Scores, resamples: int = 10_000, seed: int = 0, level: float = 0.95) -> Effect:
+def paired_bootstrap(a: Scores, b: Scores, resamples: int = RESAMPLES, level: float = 0.95) -> Effect:
     """Difference of averages over tasks; percentile interval over resamples of the items within each task.
 
     An item is drawn with its scores of both models, so its difference d is what is resampled. Instead of drawing n
@@ -109,7 +107,7 @@ def paired_bootstrap(a: Scores, b: Scores, resamples: int = 10_000, seed: int = 
     Raises:
         InputError: `differences` raises it, or a task has a single item, whose resamples are all the same.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED)
     paired = differences(a, b)
     for task, items in paired.items():
         _require_two(items, f"a bootstrap over the items of task {task}")
@@ -206,9 +204,7 @@ def holm_levels(p_values: Sequence[float], alpha: float = 0.05) -> tuple[float, 
     return tuple(1 - alpha / (len(p_values) - min(int(rank), rejected)) for rank in ranks)
 
 
-def ratio_of_medians(
-    dense: ArrayLike, pruned: ArrayLike, resamples: int = 10_000, seed: int = 0, level: float = 0.95
-) -> Effect:
+def ratio_of_medians(dense: ArrayLike, pruned: ArrayLike, level: float = 0.95) -> Effect:
     """Speed-up median(dense) / median(pruned) of times taken in turns; percentile interval over resampled pairs.
 
     dense and pruned hold the seconds of each repeat, in order. A repeat is drawn with both times, since a drift of the
@@ -223,16 +219,9 @@ def ratio_of_medians(
     def ratio(dense: Floats, pruned: Floats, axis: int) -> Any:
         return np.median(dense, axis=axis) / np.median(pruned, axis=axis)
 
-    draws = stats.bootstrap(
-        (dense, pruned),
-        ratio,
-        n_resamples=resamples,
-        batch=max(1, COUNTS // len(dense)),
-        vectorized=True,
-        paired=True,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).bootstrap_distribution
+    how: dict[str, Any] = {"n_resamples": RESAMPLES, "batch": max(1, COUNTS // len(dense)), "vectorized": True}
+    how |= {"paired": True, "method": "percentile", "rng": np.random.default_rng(SEED)}
+    draws = stats.bootstrap((dense, pruned), ratio, **how).bootstrap_distribution
     return Effect(float(ratio(dense, pruned, axis=0)), _percentiles(draws, level), _two_sided(draws, 1.0))
 
 

@@ -3,8 +3,6 @@
 Decides how a number and its uncertainty are written. The modules of tables decide which numbers are in which column.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,9 +54,9 @@ class Number:
 Cell = str | Number | None
 
 
-def percentage(ratio: float, digits: int = 1) -> Number:
+def percentage(ratio: float) -> Number:
     """Show a share with the sign of per cent."""
-    return Number(ratio, write=lambda value: percent(value, digits))
+    return Number(ratio, write=percent)
 
 
 def score(found: Mean, digits: int = 1, mark: str = "") -> Number:
@@ -166,7 +164,5 @@ def to_latex(table: Table) -> str:
     """Write a table for a document with the package booktabs. Texts are set left, numbers right."""
     frame = DataFrame(table.texts, columns=table.head, dtype=object)
     places = "".join("r" if is_number else "l" for is_number in table.numeric)
-    text = frame.to_latex(
-        index=False, escape=True, column_format=places, caption=table.title, label=f"tab:{table.name}"
-    )
-    return str(text).replace("−", "$-$")
+    about = {"caption": table.title, "label": f"tab:{table.name}"}
+    return str(frame.to_latex(index=False, escape=True, column_format=places, **about)).replace("−", "$-$")

@@ -3,8 +3,6 @@
 Decides which numbers are shown, and in which order.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -20,18 +18,7 @@ from blockpruner.reporting.formats import parameters, percent, size, times
 from blockpruner.reporting.inputs import ReportedRun
 from blockpruner.reporting.results import PARTS, Option
 from blockpruner.reporting.statistics import Interval, Mean
-from blockpruner.reporting.table import (
-    Cell,
-    Column,
-    Field,
-    Number,
-    Table,
-    percentage,
-    points,
-    score,
-    table_of,
-    to_csv,
-)
+from blockpruner.reporting.table import Cell, Column, Field, Number, Table, percentage, points, score, table_of, to_csv
 
 BETTER, WORSE = "↑", "↓"
 LEGEND = (

@@ -45,11 +45,8 @@ class Select(Protocol):
     """Scores masks of which only the best matters, so it may leave out masks or rows."""
 
     def __call__(self, index: int, base: Mask, masks: Sequence[Mask]) -> Considered:
-        """The scores of one greedy step; the lowest of those on all rows is the step's choice.
-
-        Args:
-            masks: base plus one candidate each, and the base itself if its score is wanted.
-        """
+        """The scores of one greedy step; the lowest of those on all rows is the step's choice. `masks` are the base
+        plus one candidate each, and the base itself if its score is wanted."""
         ...
 
     def challenge(self, standing: MaskScore, masks: Sequence[Mask]) -> list[MaskScore]:
@@ -72,11 +69,8 @@ AUDIT = 6
 
 
 def accelerate(objective: Objective, score: Score, costs: Costs | None = None) -> Select:
-    """What selects and scores the candidates of a step.
-
-    Args:
-        costs: of the resource that prices a removal; None where all cost the same.
-    """
+    """What selects and scores the candidates of a step; `costs` are of the resource that prices a removal, None where
+    all cost the same."""
     parts = (score.acceleration or "none").split("+")
     if parts == ["none"]:
         return Exact(objective)

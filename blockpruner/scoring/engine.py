@@ -6,8 +6,6 @@ state of memory. On a GPU several masks go along at once where rows are few and 
 is done with the values, is decided by the caller.
 """
 
-from __future__ import annotations
-
 import gc
 import math
 from collections import deque

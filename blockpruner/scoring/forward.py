@@ -4,8 +4,6 @@ Decides how each piece is computed, by the model's own modules and on their devi
 masks, is decided by those who use it (`engine`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import attrgetter
@@ -26,11 +24,8 @@ those of every row."""
 
 
 class Forward:
-    """The pieces of one model.
-
-    Args:
-        model: a dense causal LM of a supported family, in eval mode; its layers may lie on several devices.
-    """
+    """The pieces of one model: a dense causal LM of a supported family, in eval mode; its layers may lie on several
+    devices."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         family, config = model_family(model), model.config.to_dict()

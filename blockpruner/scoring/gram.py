@@ -1,7 +1,5 @@
 """X^T X of features X, summed batch by batch: half of the products, and no finer than what a model computes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

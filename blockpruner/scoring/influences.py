@@ -5,8 +5,6 @@ what it adds, and is_real [B, T] tells tokens from pads. Numbers are float32 at 
 words are rows of `metrics`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import Tensor, linalg

@@ -3,8 +3,6 @@
 Each function takes a chunk of tokens. Sums run in float32 at least. Their words and names are rows of `metrics`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from functools import wraps

@@ -4,8 +4,6 @@ A loss is a fact about a mask. An influence is a fact about a unit, given what a
 The functions are in `losses` and `influences`. No torch here.
 """
 
-from __future__ import annotations
-
 import math
 import pkgutil
 from collections.abc import Callable

@@ -38,11 +38,7 @@ class MaskScore:
         return math.fsum(self.row_loss) / len(self.row_loss) if self.row_loss else math.nan
 
     def rise_over(self, other: MaskScore, most: int | None = None) -> float:
-        """How much more the loss is than another mask's, on the first rows that both were scored on.
-
-        Args:
-            most: no more rows than this.
-        """
+        """How much more the loss is than another mask's, on the first rows that both were scored on, at most `most`."""
         rows = min(self.rows_used, other.rows_used, most or self.rows_used)
         return (math.fsum(self.row_loss[:rows]) - math.fsum(other.row_loss[:rows])) / rows
 

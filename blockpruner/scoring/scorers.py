@@ -3,8 +3,6 @@
 Decides when a model is loaded, and how a scorer is made from the `runtime` settings. Torch is loaded with the model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 

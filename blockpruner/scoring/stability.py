@@ -4,8 +4,6 @@ Decides which candidates count as rivals of the chosen one, and how rows are res
 single rows, which every search leaves in its tables.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

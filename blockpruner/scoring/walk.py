@@ -15,8 +15,6 @@ that leads to them; with w = 1 the walk is depth first.
 What a state is, the caller decides: the engine walks with hidden states, counting walks with none. No torch here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby, islice

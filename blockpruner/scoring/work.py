@@ -4,8 +4,6 @@ A piece of an answer, which is logged at once, is some rows of one mask. How it 
 memory (`engine`), streamed from disk, or on many workers. No torch here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -58,11 +56,7 @@ def widths_bytes(width: int, hidden: int) -> int:
 
 
 def fit_bytes(config: Config, dtype: str, visits: bool = False) -> int:
-    """The least memory of a device on which writers are fitted.
-
-    Args:
-        visits: only one layer is there at a time.
-    """
+    """The least memory of a device on which writers are fitted; with `visits`, only one layer is there at a time."""
     family, item, hidden = FAMILIES[str(config["model_type"])], BYTES[dtype], int(config["hidden_size"])
     costs, inner = count_parameters(config), inner_size(config)
     head = int(config.get("head_dim") or hidden // int(config["num_attention_heads"]))

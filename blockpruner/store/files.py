@@ -4,8 +4,6 @@ Decides how a file gets onto disk (temporary name, fsync, `os.replace`) and what
 means is decided by the modules that write it.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import itertools
@@ -69,14 +67,8 @@ def no_room(error: OSError) -> StorageError:
 
 @contextmanager
 def writing(path: Path, *, alone: bool = False) -> Iterator[None]:
-    """Within, a file or folder is written, be it by safetensors or torch, which have errors of their own.
-
-    Args:
-        alone: nothing else is done within, so that every OSError is of this place.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
+    """Within, a file or folder is written, be it by safetensors or torch, which have errors of their own; raises
+    StorageError if it cannot be. `alone`: nothing else is done within, so that every OSError is of this place."""
     try:
         yield
     except OSError as error:
@@ -149,14 +141,8 @@ def write_sealed_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path, sealed: bool = False) -> Any:
-    """Read a JSON file. Where it has a digest, it is checked and left out.
-
-    Args:
-        sealed: there must be one.
-
-    Raises:
-        InputError: the file is missing, no JSON, or not what was written.
-    """
+    """Read a JSON file. Where it has a digest, which it must if it is `sealed`, it is checked and left out. Raises
+    InputError if the file is missing, no JSON, or not what was written."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -3,8 +3,6 @@
 Decides how a line is written and when it is trusted. What an entry means is decided by the modules that write them.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -73,11 +71,7 @@ class Journal:
         return entries
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        """Give one entry to the system, and sync the log where it is time.
-
-        Raises:
-            StorageError: it cannot be written.
-        """
+        """Give one entry to the system, and sync the log where it is time; raises StorageError if that fails."""
         is_new = self._stream is None
         try:
             stream = self._open()
@@ -96,11 +90,7 @@ class Journal:
             raise storage_error(self.path, error) from error
 
     def close(self) -> None:
-        """Sync what is not yet, and close the file.
-
-        Raises:
-            StorageError: it cannot be written.
-        """
+        """Sync what is not yet, and close the file; raises StorageError if that fails."""
         stream, self._stream = self._stream, None
         if stream is None:
             return

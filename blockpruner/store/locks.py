@@ -4,8 +4,6 @@ filelock holds a file beside the one with the name. The kernel frees it when the
 no lock is ever stale, and no lock file is deleted.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 from collections.abc import Callable, Iterator

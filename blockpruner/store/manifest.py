@@ -4,8 +4,6 @@ Decides when two checkpoints are the same, and whether one still is what was wri
 model is fetched and when an export is verified. Layout and version of transformers in a config do not enter it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import time

@@ -3,8 +3,6 @@
 A plan may come from a stranger. Whether it fits a model is decided where it is applied.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import asdict

@@ -4,8 +4,6 @@ Decides what a fingerprint is and what a record holds. A record carries time and
 (`data/provenance/`), on which no stage depends.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import platform
@@ -105,15 +103,5 @@ def _now() -> str:
 
 def record(path: Path, inputs: Mapping[str, Any], at: str | None, seconds: float) -> None:
     """Write the record of one stage's run; `at` is the `commit` when it began."""
-    write_json(
-        path,
-        {
-            "finished": _now(),
-            "seconds": round(seconds, 3),
-            "argv": sys.argv,
-            "commit": at,
-            "versions": versions(),
-            "machine": machine(),
-            "inputs": dict(inputs),
-        },
-    )
+    run = {"finished": _now(), "seconds": round(seconds, 3), "argv": sys.argv, "commit": at}
+    write_json(path, run | {"versions": versions(), "machine": machine(), "inputs": dict(inputs)})

@@ -4,8 +4,6 @@ The metadata is one entry of JSON: safetensors writes several in an order of its
 file of the same content would have other bytes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping
@@ -36,11 +34,7 @@ def read_facts(path: Path) -> dict[str, str]:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file, and its facts.
-
-    Raises:
-        InputError: the file is damaged, or not written by `write_tensors`.
-    """
+    """The tensors of a file, and its facts; raises InputError if it is damaged, or not written by `write_tensors`."""
     tensors, facts = _read(path, tensors=True)
     if facts.pop(DIGEST) != _digest(tensors, facts):
         raise damaged(path)

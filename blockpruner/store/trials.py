@@ -38,13 +38,8 @@ Origin = Mapping[str, str | int]
 
 def store_fields(calibration: str, model: str, dtype: str, metric: str) -> dict[str, Any]:
     """What the trials of a search depend on, apart from their origin. All but the calibration names their store."""
-    return {
-        "calibration": calibration,
-        "model": model,
-        "dtype": dtype,
-        "metric": metric,
-        "score_version": SCORE_VERSION,
-    }
+    store = {"model": model, "dtype": dtype, "metric": metric, "score_version": SCORE_VERSION}
+    return {"calibration": calibration, **store}
 
 
 def trial_key(mask: Mask, base: Mask | None = None) -> str:

@@ -17,7 +17,7 @@ from blockpruner.methods.kind import Job, Kind, known_resources, make_plan, size
 from blockpruner.scoring.metrics import METRICS, NLL
 from blockpruner.scoring.objectives import Counts
 from blockpruner.scoring.work import Rows
-from blockpruner.search.iteration import removals
+from blockpruner.search.iteration import Iteration, removals
 from blockpruner.search.registry import SEARCHES, request
 from blockpruner.search.run import search, units_of
 from blockpruner.search.trace import (
@@ -44,25 +44,17 @@ def score(job: Job) -> tuple[Current, Counts]:
     loss = asked.metric.name
     fingerprint = search_fingerprint(job.store_fields(loss), {**asked.fields, **special})
     current = job.current("mask", fingerprint, asked.search.nested, asked.options, loss)
+
+    def keep(budget: str, iteration: Iteration) -> None:
+        write_iteration(trace_directory(job.folder, current, budget), iteration, fingerprint)
+
     with job.stores(asked.losses) as stores:
-        seeded = seed_stores(
-            job.folder / fingerprint, fingerprint, stores[loss], stores[NLL.name], asked.metric.influence
-        )
-        for problem in seeded:
+        own, influence = (stores[loss], stores[NLL.name]), asked.metric.influence
+        for problem in seed_stores(job.folder / fingerprint, fingerprint, *own, influence):
             observer.note(f"warning: {problem}")
         observer.note(f"calibration: {len(rows.rows)} rows, {rows.tokens} tokens; search {fingerprint}")
-        found = search(
-            asked,
-            rows,
-            stores,
-            job.material.scorer,
-            job.resources,
-            job.budgets,
-            observer,
-            lambda budget, iteration: write_iteration(
-                trace_directory(job.folder, current, budget), iteration, fingerprint
-            ),
-        )
+        scorer = job.material.scorer
+        found = search(asked, rows, stores, scorer, job.resources, job.budgets, observer, keep)
     for budget, trace in found.traces.items():
         drop_strays(trace_directory(job.folder, current, budget), trace, found.nested, fingerprint)
     return current, found.counts
@@ -83,15 +75,8 @@ def choose(order: Sequence[Mask], perplexities: Sequence[float], config: Config,
     counts = resources["parameters"]
     wanted = parse_budget(budget, counts)
     steps = choose_prefix(wanted, prefixes, resources[wanted.resource])
-    mask = prefixes[steps - 1]
-    return make_plan(
-        current,
-        budget,
-        config,
-        gone=mask,
-        **listed(order[:steps], counts),
-        perplexities=(perplexities[0], perplexities[steps]),
-    )
+    known, own = (perplexities[0], perplexities[steps]), listed(order[:steps], counts)
+    return make_plan(current, budget, config, gone=prefixes[steps - 1], perplexities=known, **own)
 
 
 def listed(order: Sequence[Mask], counts: Costs) -> dict[str, Any]:

@@ -15,15 +15,7 @@ from blockpruner.core.families import Config, Costs
 from blockpruner.core.options import Options
 from blockpruner.core.plan import Plan
 from blockpruner.methods.kind import Job
-from blockpruner.methods.laco.walk import (
-    Merge,
-    Merges,
-    SimilarityLog,
-    Walk,
-    dropped,
-    layers_after,
-    search_threshold,
-)
+from blockpruner.methods.laco.walk import Merge, Merges, SimilarityLog, Walk, dropped, layers_after, search_threshold
 from blockpruner.methods.weights import Details, Left, weights_kind
 from blockpruner.scoring.work import Rows
 from blockpruner.store.provenance import fingerprint
@@ -31,8 +23,6 @@ from blockpruner.versions import PLAN_VERSION, WEIGHTS_VERSION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from blockpruner.methods.laco.merging import Similarity
 
 
 class LacoOptions(Options):
@@ -60,16 +50,11 @@ def plan_merges(options: LacoOptions, job: Job, budget: Budget) -> Details:
     """
     material, costs = job.material, job.resources[budget.resource]
     assert material.trials is not None  # only searches of masks keep trials in memory
-    from blockpruner.methods.laco.merging import merged_nll
+    from blockpruner.methods.laco.merging import Similarity, merged_nll
 
     walk, wanted = _walk(options, costs), _wanted(budget, costs)
-    fields = {
-        "calibration": job.calibration.digest,
-        "model": material.identity,
-        "dtype": material.dtype,
-        "variant": options.variant,
-        "plan_version": PLAN_VERSION,
-    }
+    of = {"calibration": job.calibration.digest, "model": material.identity, "dtype": material.dtype}
+    fields = {**of, "variant": options.variant, "plan_version": PLAN_VERSION}
     with closing(SimilarityLog(material.trials / f"laco-{fingerprint(fields)}.jsonl", fields)) as log:
         for problem in log.problems:
             material.observer.note(f"warning: {problem}")
@@ -77,10 +62,7 @@ def plan_merges(options: LacoOptions, job: Job, budget: Budget) -> Details:
         @cache
         def measure() -> Similarity:
             """The model is loaded when the first similarity is not known."""
-            from blockpruner.methods.laco.merging import Similarity
-
-            rows, advance = job.calibration.rows, material.observer.advance
-            return Similarity(material.dense(), rows, options.variant, advance)
+            return Similarity(material.dense(), job.calibration.rows, options.variant, material.observer.advance)
 
         def similarity(merges: Merges) -> float:
             if merges not in log.known:
@@ -92,14 +74,9 @@ def plan_merges(options: LacoOptions, job: Job, budget: Budget) -> Details:
         except InputError as error:
             raise type(error)(f"budget {budget.text!r}: {error}") from error
         reached, nll = similarity(merges), merged_nll(material.dense(), job.calibration.rows, merges, options.variant)
-    return {
-        "variant": options.variant,
-        "merges": [[merge.layer, merge.count] for merge in merges],
-        "threshold": threshold,
-        "similarity": reached,
-        "layers": dropped(merges, walk.depth),
-        "nll": nll,
-    }
+    found: Details = {"variant": options.variant, "merges": [[merge.layer, merge.count] for merge in merges]}
+    found |= {"threshold": threshold, "similarity": reached}
+    return {**found, "layers": dropped(merges, walk.depth), "nll": nll}
 
 
 def _wanted(budget: Budget, costs: Costs) -> int:
@@ -148,20 +125,6 @@ def _lend(model: PreTrainedModel, plan: Plan) -> AbstractContextManager[PreTrain
     return merged(model, _merges(plan.details), plan.details["variant"])
 
 
-def _card(plan: Plan) -> str:
-    return (
-        f"with {plan.blocks['mha']} of its {plan.layers} layers merged into others by LaCo (arXiv 2402.11187, variant "
-        f"`{plan.details['variant']}`, merges {', '.join(plan.order)})"
-    )
-
-
-def _steps(plan: Plan) -> str:
-    return (
-        f"merges {', '.join(plan.order)}, in order (N+k: the k layers above layer N of that moment into it), each "
-        f"above a similarity of {plan.details['threshold']:.4g}"
-    )
-
-
 LACO = weights_kind(
     "laco",
     "LaCo",
@@ -174,10 +137,16 @@ LACO = weights_kind(
     ),
     words=lambda plan, unit: f"LaCo ({plan.details['variant']}), layers merged, by cosine similarity",
     taken_out=lambda plan: f"{plan.blocks['mha']} layers by merging",
-    card=_card,
+    card=lambda plan: (
+        f"with {plan.blocks['mha']} of its {plan.layers} layers merged into others by LaCo (arXiv 2402.11187, variant "
+        f"`{plan.details['variant']}`, merges {', '.join(plan.order)})"
+    ),
     options=LacoOptions,
     require=require_merges,
-    steps=_steps,
+    steps=lambda plan: (
+        f"merges {', '.join(plan.order)}, in order (N+k: the k layers above layer N of that moment into it), each "
+        f"above a similarity of {plan.details['threshold']:.4g}"
+    ),
     exports=frozenset({"hf", "nas", "gguf"}),
     version=PLAN_VERSION,
 )

@@ -4,8 +4,6 @@ Decides the parameters of merged layers, and the similarity of a merged model to
 and accepted is decided in `walk`. A merged model is a plain model of its own family with fewer layers.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

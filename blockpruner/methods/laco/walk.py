@@ -12,8 +12,6 @@ a merge; that never happens, since l + m <= depth - 1 before it. Here a similari
 merge does to weights, and how similar a merged model is, are decided in `merging`. No torch.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,11 +44,8 @@ Measure = Callable[[Merges], float]
 
 
 def layers_after(merges: Sequence[Merge], depth: int) -> tuple[tuple[int, ...], ...]:
-    """The layers that remain, each as the dense layers merged in it, in order; the first is the layer itself.
-
-    Raises:
-        InputError: a merge beyond the layers that there are at that moment.
-    """
+    """The layers that remain, each as the dense layers merged in it, in order; the first is the layer itself. Raises
+    InputError for a merge beyond the layers that there are at that moment."""
     layers: list[tuple[int, ...]] = [(layer,) for layer in range(depth)]
     for number, merge in enumerate(merges, 1):
         if merge.layer < 0 or merge.count < 1 or merge.layer + merge.count >= len(layers):
@@ -220,11 +215,7 @@ class SimilarityLog:
     """One line for each thing that was found in the file and not trusted."""
 
     def __init__(self, path: Path, fields: Mapping[str, Any]) -> None:
-        """Read the file if it exists.
-
-        Args:
-            fields: what a similarity depends on; a file of other fields is set aside.
-        """
+        """Read the file if it exists. `fields` are what a similarity depends on; a file of others is set aside."""
         self.problems = []
         self._journal = Journal(path, {"fingerprint": fingerprint(fields), "fields": dict(fields)})
         entries = self._journal.read(self.problems)

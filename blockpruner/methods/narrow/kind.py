@@ -21,7 +21,7 @@ from blockpruner.core.families import FAMILIES, Config, count_parameters
 from blockpruner.core.options import Options
 from blockpruner.core.plan import Plan
 from blockpruner.methods.kind import Job
-from blockpruner.methods.weights import Details, Left, weights_kind
+from blockpruner.methods.weights import Details, Left, share_of, weights_kind
 from blockpruner.scoring.metrics import NLL
 from blockpruner.scoring.work import Rows
 from blockpruner.store.files import read_kept_json, write_sealed_json
@@ -90,17 +90,13 @@ def known_widths(step: int, job: Job) -> dict[str, list[Width]]:
 
 def require_widths(budget: Budget, options: NarrowOptions, config: Config) -> int:
     """The number of channels, of all MLPs, whose removal is nearest to a budget; raises as `plan_widths` does."""
-    if budget.ratio is None or budget.resource != "parameters":
-        raise InputError(
-            f"budget {budget.text!r} is met by removing blocks, and narrow removes none; give a share of all "
-            'parameters ("0.22")'
-        )
+    share = share_of(budget, "narrow")
     family, counts = FAMILIES[str(config["model_type"])], count_parameters(config)
     width, layers = int(config["intermediate_size"]), int(config["num_hidden_layers"])
     if not family.has_one_mlp:
         raise UnreachableError(f"narrow is for families with one MLP in a layer, not for {family.model_type}")
     step, one = step_of(options, width), channel_parameters(config) / counts.total
-    most, wanted = layers * ((width - 1) // step * step), round(budget.ratio / one)
+    most, wanted = layers * ((width - 1) // step * step), round(share / one)
     if not step <= 2 * wanted <= 2 * most:
         reach = f"{step * one:.2%} to {most * one:.1%} of the parameters"
         raise UnreachableError(f"budget {budget.text!r} is out of reach: narrow removes {reach}")
@@ -130,10 +126,7 @@ def choose(known: Mapping[str, list[Width]], config: Config, wanted: int) -> Det
             break
         _, more, block, level = best
         gone[block], cost[block], taken[block] = gone[block] + more, level.cost, level
-    return {
-        "channels": {block: taken[block].kept for block in known if block in taken},
-        "cost": sum(cost.values()),
-    }
+    return {"channels": {block: taken[block].kept for block in known if block in taken}, "cost": sum(cost.values())}
 
 
 def _left(details: Details, config: Config) -> Left:

@@ -18,8 +18,6 @@ As in the public code, X is the input of a norm; in the paper's text it is the o
 the mean diagonal to X^T X. That moves every eigenvalue and no eigenvector, and is left out here.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -36,13 +34,7 @@ CHUNK = 8192
 
 
 @torch.no_grad()  # not inference_mode: its tensors could not be trained afterwards
-def slice_(
-    model: PreTrainedModel,
-    rows: Rows,
-    width: int,
-    *,
-    batch_tokens: int | str = "auto",
-) -> PreTrainedModel:
+def slice_(model: PreTrainedModel, rows: Rows, width: int, *, batch_tokens: int | str = "auto") -> PreTrainedModel:
     """Slice the model's residual stream to `width` columns, in place, for good.
 
     Model and config become the SliceGPT classes of the family, which `save_pretrained` and

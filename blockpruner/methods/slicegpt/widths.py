@@ -4,8 +4,6 @@ Decides which families can be sliced and what counts, from a config alone: no to
 decided by `slicing`.
 """
 
-from __future__ import annotations
-
 from blockpruner.core.errors import UnreachableError
 from blockpruner.core.families import FAMILIES, Config, Family, count_parameters
 
@@ -37,11 +35,8 @@ def sliced_parameters(config: Config, width: int) -> tuple[int, int]:
     """
     row = sliceable_family(str(config["model_type"]))
     hidden, layers, vocabulary = (int(config[key]) for key in ("hidden_size", "num_hidden_layers", "vocab_size"))
-    narrow = {
-        **config,
-        "hidden_size": width,
-        "head_dim": int(config.get("head_dim") or hidden // int(config["num_attention_heads"])),
-    }
+    head = int(config.get("head_dim") or hidden // int(config["num_attention_heads"]))
+    narrow = {**config, "hidden_size": width, "head_dim": head}
     blocks = sum(row.mha_parameters(narrow, layer) + row.mlp_parameters(narrow, layer) for layer in range(layers))
     last_output = (int(config["intermediate_size"]) + bool(config.get("mlp_bias", False))) * (hidden - width)
     shortcuts = (2 * layers - 1) * width * width + width * hidden
@@ -55,11 +50,8 @@ def sliced_ratio(config: Config, width: int) -> float:
 
 
 def width_for_ratio(config: Config, ratio: float) -> int:
-    """The width whose ratio is nearest to `ratio`, a share of all parameters; a tie goes to the larger ratio.
-
-    Raises:
-        UnreachableError: no width comes near `ratio`; names the smallest and the largest that one comes to.
-    """
+    """The width whose ratio is nearest to `ratio`, a share of all parameters; a tie goes to the larger ratio. Raises
+    UnreachableError that names the smallest and the largest ratio where no width comes near."""
     widths = range(MULTIPLE, int(config["hidden_size"]) + 1, MULTIPLE)
     ratios = {width: sliced_ratio(config, width) for width in widths}  # falls with the width
     ratios = {width: share for width, share in ratios.items() if share > 0}  # a wide one adds more than it removes

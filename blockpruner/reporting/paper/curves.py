@@ -1,7 +1,5 @@
 """The paper's figures as tables: which models are points of which line. They are drawn by `figures`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Decides what the tables may use. A target without evidence, or with evidence tha
 model, has a reason in its place.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,11 +79,8 @@ class Row:
 
 
 def read_rows(subjects: Sequence[Subject], asked: Mapping[str, Target], evidence: Path) -> list[Row]:
-    """Read the dense model and all targets of each run, in the order in which they are asked for.
-
-    Args:
-        asked: targets by name, with everything that their run decides filled in.
-    """
+    """Read the dense model and all targets of each run, in the order in which they are asked for: by name, with
+    everything that their run decides filled in."""
     rows: list[Row] = []
     for subject in subjects:
         name = f"{subject.run}-dense"
@@ -109,11 +104,8 @@ def read_rows(subjects: Sequence[Subject], asked: Mapping[str, Target], evidence
 
 
 def _read(folder: Path, dense: Path | None) -> Measured:
-    """Read one model; `dense` is the folder of the model that it is compared with.
-
-    Raises:
-        InputError: it has no results, a file is damaged, or its items are other ones than those of the dense model.
-    """
+    """Read one model; `dense` is the folder of the model that it is compared with. Raises InputError if it has no
+    results, a file is damaged, or its items are other ones than those of the dense model."""
     if (folder / FAILED).exists():
         failed = read_json(folder / FAILED)
         raise InputError(f"stage {failed['stage']} failed: {failed['reason']}")
@@ -123,9 +115,6 @@ def _read(folder: Path, dense: Path | None) -> Measured:
     tasks = facts["tasks"]
     metrics = {task: tasks[task]["metric"] for task in (FIVE if tasks.keys() >= set(FIVE) else tasks)}
     items = read_items([folder] if dense is None else [folder, dense], metrics)
-    return Measured(
-        Model.of(facts, items[folder.name]),
-        None if dense is None else load_plan(folder / "plan.json"),
-        Race.of(facts["speed"]) if facts["speed"] else None,
-        facts["search"],
-    )
+    plan = None if dense is None else load_plan(folder / "plan.json")
+    race = Race.of(facts["speed"]) if facts["speed"] else None
+    return Measured(Model.of(facts, items[folder.name]), plan, race, facts["search"])

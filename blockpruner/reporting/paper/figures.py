@@ -1,7 +1,5 @@
 """The figures of a study: quality against size and against speed, with panels for each model."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -4,8 +4,6 @@ A number's standard error and the ends of its interval are columns of their own,
 ppl_x, ppl_x_low, ppl_x_high.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

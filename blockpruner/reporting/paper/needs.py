@@ -1,7 +1,5 @@
 """Which models each table and figure of a study shows, and about what they take, before anything is computed."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path

@@ -9,8 +9,6 @@ docs/results/<name>.csv:
     <!-- /table -->
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 import sys

@@ -3,8 +3,6 @@
 Decides which of its models a run is of. Nothing here is measured by this project.
 """
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -58,11 +56,8 @@ class Published:
 
 
 def read_published(folder: Path, name: str) -> list[Published]:
-    """Read the rows of <name>.csv, whose first two columns are the model and the method.
-
-    Raises:
-        InputError: the file is missing.
-    """
+    """Read the rows of <name>.csv, whose first two columns are the model and the method; raises InputError if it is
+    missing."""
     path = folder / f"{name}.csv"
     if not path.exists():
         raise InputError(f"{path} does not exist; it belongs to the repository: `git checkout {path}`")

@@ -246,11 +246,8 @@ PAPER_NOTE = "Rows “here” are measured by this project, rows “paper” are
 
 
 def beside(table: PaperTable, own: pd.DataFrame, folder: Path) -> list[dict[str, Any]]:
-    """List the rows of a table: ours near the paper's ratios, and the paper's. Without ratios, those of Table 1 hold.
-
-    Args:
-        own: from `rows_of_table`.
-    """
+    """List the rows of a table: ours (from `rows_of_table`) near the paper's ratios, and the paper's. Without ratios,
+    those of Table 1 hold."""
     lines: list[dict[str, Any]] = []
     published, first = read_published(folder, table.source), read_published(folder, TABLES[0].source)
     ratios = {(row.model, row.key): row.numbers["ratio_pct"] for row in first}

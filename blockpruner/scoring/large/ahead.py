@@ -4,8 +4,6 @@ Decides in which order a thread, a device and its streams wait for each other. W
 there are, is decided by the caller.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,10 +19,7 @@ Found = TypeVar("Found")
 
 
 def in_turn(
-    device: torch.device,
-    jobs: Sequence[Job],
-    buffers: Sequence[Tensor],
-    fetch: Callable[[Job, Tensor], Found],
+    device: torch.device, jobs: Sequence[Job], buffers: Sequence[Tensor], fetch: Callable[[Job, Tensor], Found]
 ) -> Generator[Found]:
     """Yield what is fetched for each job, in order; it is valid until the next one is asked for.
 

@@ -3,8 +3,6 @@
 Linux only, as all of streaming: everything is read from /proc and the file system of cgroups v2.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

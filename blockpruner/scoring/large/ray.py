@@ -8,8 +8,6 @@ Workers import this package. A Ray that is started here has it; the nodes of a s
 version of blockpruner, and the checkpoint at the same path.
 """
 
-from __future__ import annotations
-
 import os
 import secrets
 import socket

@@ -1,7 +1,5 @@
 """How tasks are shared out among workers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 

@@ -121,12 +121,9 @@ class StreamingEngine(Engine):
         outer = [name for name in weights.names if not name.startswith(layers)]
         self._after = [name for name in outer if all(use.startswith(head) for use in weights.names[name])]
         # kept from the embedding to the end: weights that both it and the head use, and the norm, which `_prepare` runs
-        self._kept = [
-            name
-            for name in outer
-            if name not in self._after and any(use.startswith((norm, head)) for use in weights.names[name])
-        ]
-        self._before = [name for name in outer if name not in self._after and name not in self._kept]
+        rest = [name for name in outer if name not in self._after]
+        self._kept = [name for name in rest if any(use.startswith((norm, head)) for use in weights.names[name])]
+        self._before = [name for name in rest if name not in self._kept]
         half = accelerator.total_memory(self._place) // 2 if self._on_gpu else 0  # for states
         self._set_batch_tokens(batch_tokens, self._held(self._groups(DENSE)) + half)
 
@@ -283,15 +280,8 @@ class StreamingEngine(Engine):
         tiles = sum(len(set(task.masks)) for task in tasks)
         host = available_memory() if self._memory is None else min(self._memory, available_memory())
         own = accelerator.free_memory(self._place) if self._on_gpu else 0
-        groups = self._groups(_removed(tasks))
-        return PassPlan(
-            weights_held=self._held(groups),
-            weights_room=(own or host) // 2,
-            tile=tile,
-            tiles=tiles,
-            device_room=own // 2 // tile,
-            ram_room=host // 2 // tile,
-        )
+        held, room = self._held(self._groups(_removed(tasks))), (own or host) // 2
+        return PassPlan(held, room, tile, tiles, device_room=own // 2 // tile, ram_room=host // 2 // tile)
 
 
 class _Distinct:

@@ -4,8 +4,6 @@ Decides how a tensor gets from disk to where it is used: never mapped, in the dt
 the model's own names, and while others are computed with. `streaming` decides which weights are in memory at what time.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -233,10 +231,9 @@ def _read_header(path: Path) -> dict[str, _Stored]:
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read as safetensors: {error}; fetch the checkpoint again") from error
     header.pop("__metadata__", None)
+    start = 8 + length
     return {
-        name: _Stored(
-            path, 8 + length + entry["data_offsets"][0], FLOATS.get(entry["dtype"]), torch.Size(entry["shape"])
-        )
+        name: _Stored(path, start + entry["data_offsets"][0], FLOATS.get(entry["dtype"]), torch.Size(entry["shape"]))
         for name, entry in header.items()
     }
 
