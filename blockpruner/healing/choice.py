@@ -6,8 +6,6 @@ Decides what is kept (one folder: the plan, the facts, and the weights that chan
 in `compensate`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

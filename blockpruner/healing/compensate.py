@@ -1,7 +1,5 @@
 """Compensate a plan: change weights of kept blocks, and keep the change only if held-out rows say that it helps."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

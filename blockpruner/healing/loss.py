@@ -10,8 +10,6 @@ p and q are the next-token distributions of the dense model and of the trained o
 With `likeliest` they are those of the tokens that the dense model finds likeliest, and of all others as one outcome.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from itertools import starmap
 

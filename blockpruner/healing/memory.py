@@ -1,7 +1,5 @@
 """The least memory of a device for each step of a run, counted from the model's shape before anything is searched."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from blockpruner.core.budgets import read_budget

@@ -16,8 +16,6 @@ writer only while rms(y) stays, and its size does not depend on the writer. So t
 error on held-out rows decides how much of a writer's change is kept.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter

@@ -3,8 +3,6 @@
 Decides which texts are drawn and which are held out. How texts are packed is decided in `inputs.calibration`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any

@@ -1,7 +1,5 @@
 """Train a pruned model, and hand on the weights that changed."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import replace
 from pathlib import Path

@@ -13,8 +13,6 @@ Where a device's memory ends, fewer rows are computed at once, then layers anew 
 begins again. Several processes (`team`) find out before the first step, on the longest rows.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterator, Sequence

@@ -4,8 +4,6 @@ A step is often smaller than the last bit of a 16-bit weight, and would be lost.
 weight in float32, and the model computes with its rounding. Of several processes each has a part of every master.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 

@@ -5,8 +5,6 @@ gradients and the optimizer's moments are divided among them (ZeRO, arXiv 1910.0
 goes to the process that holds that part as soon as the backward pass has it.
 """
 
-from __future__ import annotations
-
 import os
 import pickle
 import sys

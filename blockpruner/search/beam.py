@@ -4,8 +4,6 @@ Of all masks with one removal more, those stay whose rise of the loss is the low
 is greedy with that price. Masks that remove as much as the goal are not extended; the best of them is the answer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Literal
 

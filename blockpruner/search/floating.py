@@ -10,8 +10,6 @@ call worse by much more than it is used to err. A walk depends on its budget in 
 share most of their trials.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import replace

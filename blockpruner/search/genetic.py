@@ -5,8 +5,6 @@ removed and a removed one of its kind is restored. Two children are chosen on on
 and the parent on all. The first parent is the best of some random masks. What a mask removes of each kind stays.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """A sequence from elsewhere, materialized without a search: published, or written by hand."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from blockpruner.core.blocks import DENSE, format_mask, parse_mask

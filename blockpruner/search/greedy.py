@@ -7,8 +7,6 @@ whole layers it is the algorithm of SLEB (arXiv 2402.09025), by Block Influence 
 MLP blocks are weighed by what they cost.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Literal
 

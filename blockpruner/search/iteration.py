@@ -1,7 +1,5 @@
 """One step of a search as a value: which masks were considered, their scores, and the one chosen."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 

@@ -5,8 +5,6 @@ Shortened-LLM by perplexity (arXiv 2402.02834). Over blocks it is LLM-Drop by Bl
 (arXiv 2406.15786), and the first ablation of table 2 of arXiv 2406.10594 by perplexity.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 from blockpruner.core.blocks import DENSE, Mask

@@ -4,8 +4,6 @@ A search is a function of a problem and its own options. It knows neither model 
 masks to ask about.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 

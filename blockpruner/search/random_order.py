@@ -1,7 +1,5 @@
 """Removal in random order: the floor that a method has to beat."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 

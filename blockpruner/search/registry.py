@@ -1,7 +1,5 @@
 """Every search that ends in a mask: SEARCHES, one row each; and what one is asked to do."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -4,8 +4,6 @@ Decides when a search may stop and what it reports. Which masks an iteration con
 trial is, the store's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count

@@ -5,8 +5,6 @@ and MLP blocks where it counts a resource. How many units of each class a mask r
 composition, and the composition alone decides whether the mask meets the goal.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product

@@ -7,8 +7,6 @@ masks are among the facts, else 0. What is left of the other facts is fitted by 
 its dual form with the kernel k(m, m') = c + c (c - 1) / 2, c the number of units that both masks remove.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Greedy cannot undo a removal; this search can. It first asks what restoring or r
 loss. The sum of these changes predicts the effect of a swap, and the most promising swaps are then scored.
 """
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Iterator, Mapping
 from itertools import islice
