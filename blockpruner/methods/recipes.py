@@ -37,17 +37,17 @@ RECOMMENDED, BLOCKPRUNER = "recommended", "blockpruner"
 BI, RM = "block_influence", "relative_magnitude"
 LAYERS: Mapping[str, Any] = {"method": "one_shot", "unit": "layer"}
 NEAR = 0.1
-"""Whole layers are near a budget that they miss by no more than this share of it."""
+"""Layers are near a budget that they miss by no more than this share of it."""
 
 RECIPES: Mapping[str, Recipe] = {
-    # Narrower MLPs win or are level (docs/experiments.md). Floating search is for budgets that neither they nor whole
-    # layers, whose wide holes a refit fills better than many small ones, come near.
+    # Narrower MLPs win or are level, and shifted layers are never behind whole ones (docs/experiments.md). Floating
+    # search is for budgets that shifted layers, whose wide holes a refit fills better than many small ones, do not come
+    # near.
     RECOMMENDED: Recipe(
         "recommended",
         {
             "floating": {"method": "floating", "acceleration": "lazy+race"},
             "narrow": {"method": "narrow", "acceleration": None, "metric": "perplexity"},
-            "greedy-layers": {"method": "greedy", "acceleration": "lazy+race", "unit": "layer"},
             "greedy-shifted": {"method": "greedy", "acceleration": "lazy+race", "unit": "shifted"},
         },
         "refit",
@@ -114,7 +114,7 @@ def searches(score: Score) -> dict[str, Score]:
 
 
 def proposals(score: Score, config: Config, budget: str) -> dict[str, Score]:
-    """The searches whose results compete for a budget: those of whole layers or, where these do not come near it, the
+    """The searches whose results compete for a budget: that of shifted layers or, where these do not come near it, the
     first one; and narrower MLPs where they reach it.
 
     The first one alone searches for a budget that is not a share of all parameters, or that cannot be met at all, which

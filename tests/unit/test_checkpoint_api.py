@@ -245,7 +245,7 @@ def test_proposals_far_behind_after_a_quarter_of_the_rows_are_not_fitted_to_all(
 
     monkeypatch.setattr(choice, "compensate", lambda *given, is_last: compensate(*given, is_last))
     monkeypatch.setattr(choice, "ENOUGH", 2)
-    names = {"narrow", "greedy-layers", "greedy-shifted"}
+    names = {"narrow", "greedy-shifted"}
     for behind in (1.0, math.inf):
         monkeypatch.setattr(choice, "BEHIND", behind)
         facts = blockpruner.prune(tiny_model(), tiny_tokenizer(), MANY, 0.3, seq_len=16).compensation
@@ -260,7 +260,7 @@ def test_of_the_searches_that_can_meet_a_budget_one_is_kept():
         return blockpruner.prune(tiny_model(), tiny_tokenizer(), MANY, budget, seq_len=16, **given)
 
     best = kept(0.3)
-    judged, steps = best.compensation["judged"], {"greedy-layers": 2, "greedy-shifted": 2, "narrow": 0}
+    judged, steps = best.compensation["judged"], {"greedy-shifted": 2, "narrow": 0}
     assert judged.keys() == steps.keys() and len(best.plan.order) == steps[min(judged, key=judged.get)]
     for few in (kept(0.05), kept(0.25)):  # no layers come near those
         assert few.compensation["judged"].keys() == {"floating", "narrow"}
