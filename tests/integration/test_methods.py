@@ -30,6 +30,8 @@ METHODS = {
     "random": {"method": "random"},
     "given": {"method": "given", "options": {"order": ["mha.2", "mlp.1", "mha.0,mlp.0"]}},
     "swap": {"method": "swap"},
+    "beam": {"method": "beam", "options": {"width": 2}},
+    "genetic": {"method": "genetic", "options": {"generations": 3, "children": 4, "initial": 4}},
     "floating": {"method": "floating"},
     "laco": {"method": "laco", "options": {"count": 2}},
     "narrow": {"method": "narrow"},

@@ -14,7 +14,7 @@ from blockpruner.scoring import accelerate as module
 from blockpruner.scoring.accelerate import Runner, accelerate, lower_bounds, race, slices
 from blockpruner.scoring.objectives import Objective
 from blockpruner.scoring.settings import Score
-from blockpruner.search.greedy import PricedOptions, greedy
+from blockpruner.search.greedy import GreedyOptions, greedy
 from blockpruner.search.problem import Problem
 from blockpruner.store.trials import TrialStore
 from tests.builders import FakeScorer, removed_in, searched, short_rows
@@ -56,7 +56,7 @@ def sequence(world, steps=8, objective=None, per="none", acceleration="none", **
             patch.setattr(module, name.upper(), value)
         select = accelerate(objective, Score(acceleration=acceleration), COSTS if per == "parameters" else None)
         problem = Problem(UNITS, objective, select, ROWS, resources={"parameters": COSTS})
-        search = greedy(problem, PricedOptions(per=per))
+        search = greedy(problem, GreedyOptions(per=per))
         return [next(search) for _ in range(steps)]
 
 

@@ -116,7 +116,6 @@ def test_the_proposal_that_judges_find_best_is_kept(project):
     ("budget", "searches"),
     [
         ("0.33", ["narrow", "greedy-shifted"]),  # a layer is 0.1625
-        ("0.48", ["narrow", "greedy-shifted"]),
         ("0.65", ["floating"]),  # all four layers, and there are three shifted ones
         ("0.25", ["narrow", "floating"]),
         ("0.05", ["narrow", "floating"]),
