@@ -14,16 +14,16 @@ CALIBRATION_VERSION = 6
 SCORE_VERSION = 3
 """Losses of masks and influences of units. Part of the fingerprint of a trial store."""
 
-SEARCH_VERSION = 4
+SEARCH_VERSION = 5
 """What a search decides from the same trials. Part of the fingerprint of a search."""
 
 PLAN_VERSION = 9
 """Which prefix of a search meets a budget, LaCo's merges, widths of MLPs and SliceGPT's, and what a plan holds."""
 
-WEIGHTS_VERSION = 8
+WEIGHTS_VERSION = 9
 """The weights of a pruned model: merged, sliced, compensated or trained. Part of the keys under which they are kept."""
 
-EXPORT_VERSION = 8
+EXPORT_VERSION = 9
 """The content of exported checkpoints, in every format."""
 
 EVAL_VERSION = 4
