@@ -7,7 +7,7 @@ environment of its own (made at OUT/envs by pip), from its repository at a pinne
 each in the folder `--code`. What a peer hard-codes is replaced while it runs, and nothing else: the device, how rows
 are read, and tokenizers that are not used. What is finished stays in OUT/found.json; a second run goes on there.
 
-Prints Markdown and draws OUT/seconds.png and OUT/tokens.png.
+Prints Markdown and draws OUT/cpu.png and OUT/tokens.png.
 """
 
 import argparse
@@ -114,7 +114,7 @@ def drive(name: str, code: str, folder: str, budget: str, model: str, rows: list
     elif name == "Shortened-LLM":
         for missing in ("LLMPruner", "LLMPruner.peft"):  # an old copy of peft, for checkpoints of adapters
             sys.modules[missing] = ModuleType(missing)
-        sys.modules["LLMPruner.peft"].PeftModel = None  # type: ignore[attr-defined]
+        sys.modules["LLMPruner.peft"].PeftModel = None
         import dataset
         import utils
 
@@ -261,15 +261,15 @@ def draw(found: dict[str, Any], out: Path) -> None:
                     point, color = (own[budget][key], own[budget]["perplexity"]), "gray" if name in PEERS else "blue"
                     axes.plot(*point, "o" if name in PEERS else "s", color=f"tab:{color}")
                     axes.annotate(name, point, xytext=(4, 4), textcoords="offset points", fontsize=7)
-            axes.set(xscale="log", yscale="log", xlabel=label, ylabel="held-out perplexity", title=budget)
-            axes.margins(x=0.25, y=0.1)
+            axes.set(xscale="log", xlabel=label, ylabel="held-out perplexity", title=f"budget {budget}")
+            axes.margins(x=0.35, y=0.1)
         figure.savefig(out / f"{key}.png", dpi=150)
 
 
 def main(arguments: list[str]) -> None:
     if arguments[:1] == ["drive"]:
         *words, rows = arguments[1:]
-        print("\n" + json.dumps(drive(*words, json.loads(Path(rows).read_text()))))  # type: ignore[call-arg]
+        print("\n" + json.dumps(drive(*words, json.loads(Path(rows).read_text()))))
         return
     parser = argparse.ArgumentParser("python -m benchmarks.peers", description=__doc__)
     for name in ("model", "texts", "heldout"):

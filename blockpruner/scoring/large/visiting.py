@@ -47,7 +47,7 @@ def visit_(model: PreTrainedModel, device: torch.device) -> None:
     for module in model.modules():
         module._buffers.update({name: buffer.to(device) for name, buffer in module._buffers.items()})
     for layer in layers:
-        layer.visits = device  # type: ignore[assignment]
+        layer.visits = device  # type: ignore[assignment]  # torch types every attribute as a tensor or module
         visit = _Visit(layer, device, here)
         for module in layer.children():
             module.register_forward_pre_hook(visit)
