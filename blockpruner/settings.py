@@ -83,6 +83,16 @@ class Report(Frozen):
     plots: bool = True
 
 
+class Measured(Frozen):
+    """An experiment of a study."""
+
+    study: str
+    """Name of studies/<name>.yaml."""
+    name: str
+    run: str
+    """Its run."""
+
+
 class Params(Frozen):
     """params.yaml: what is run and built."""
 
@@ -93,11 +103,13 @@ class Params(Frozen):
     report: Report = Report()
     studies: tuple[str, ...] = ()
     """Names of studies/<name>.yaml, whose tables are made."""
+    experiments: dict[str, Measured] = Field(default={})
+    """The experiments of studies, by <study>-<name>."""
     runtime: Runtime = Runtime()
 
     @model_validator(mode="after")
     def _names(self) -> Params:
-        for name in (*self.runs, *self.targets):
+        for name in (*self.runs, *self.targets, *self.experiments):
             if not NAME.fullmatch(name):
                 raise ValueError(
                     f"name {name!r} is not valid: at most 100 letters, digits, '_' and '-' (a run name is the file "
@@ -111,8 +123,8 @@ class Params(Frozen):
                 raise ValueError(
                     f"target {name!r} is of run {target.run!r}, which is not in runs; valid: {', '.join(self.runs)}"
                 )
-            if name in {f"{run}{of}" for run in self.runs for of in ("", "-dense", "-search")}:
-                raise ValueError(f"target name {name!r} is taken by a run or its dense baseline; choose another")
+            if name in {*self.experiments, *(f"{run}{of}" for run in self.runs for of in ("", "-dense", "-search"))}:
+                raise ValueError(f"target name {name!r} is taken by a run, its dense baseline or an experiment")
             meaning = (target.run, read_budget(target.budget), target.method, target.compensate, target.train)
             if meaning in meanings:
                 raise ValueError(

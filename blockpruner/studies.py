@@ -6,22 +6,26 @@ is decided by the run files that it names.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from blockpruner.core.budgets import read_budget
 from blockpruner.core.errors import InputError, named
-from blockpruner.core.settings import NAME, Frozen
+from blockpruner.core.settings import NAME, Frozen, read_settings
 from blockpruner.healing.settings import CompensationMethod
-from blockpruner.methods.recipes import compensation, recipe
+from blockpruner.methods.recipes import compensation, recipe, searches
+from blockpruner.methods.registry import check_score
 from blockpruner.params import load_run, read_file
-from blockpruner.settings import Target, resolve
+from blockpruner.scoring.settings import Score
+from blockpruner.settings import Run, Target, resolve, score_of
 
 if TYPE_CHECKING:
     from blockpruner.reporting.paper.evidence import Row
+    from blockpruner.reporting.points import Points
 
 FOLDER = Path("studies")
 
@@ -41,6 +45,33 @@ class TargetGrid(Frozen):
     """Whether these models are trained after that, by the run's `train`."""
 
 
+class Heal(Frozen):
+    """What is done to the weights that are left."""
+
+    compensate: CompensationMethod = "none"
+    train: dict[str, Any] | None = None
+    """Training after that: what differs from the run's `train`; null: none."""
+
+
+class Experiment(Frozen):
+    """Pruned models of one run that differ in their calibration, search, size and healing. They are measured on the
+    run's held-out rows in one process, and none is written."""
+
+    run: str
+    """Name of runs/<name>.yaml."""
+    methods: dict[str, dict[str, Any]] = Field(min_length=1)
+    """By a name each: what differs from the run's `score`. Without a method, the name is that of a recipe or search."""
+    budgets: tuple[str, ...] = Field(min_length=1)
+    """How far to prune, as in a target."""
+    seeds: tuple[int, ...] = (42,)
+    """Draws of calibration and compensation."""
+    calibrations: dict[str, dict[str, Any]] = Field(default={"": {}})
+    """By a name each: what differs from the run's `calibration`; `kind` is the only kind of text that is drawn."""
+    heal: dict[str, Heal] = Field(default={"plain": Heal()})
+    tasks: bool = False
+    """Whether the run's zero-shot tasks are measured, too."""
+
+
 class Study(Frozen):
     """Models whose results are tabulated together: studies/<name>.yaml."""
 
@@ -52,6 +83,17 @@ class Study(Frozen):
     """Targets in short."""
     targets: dict[str, Target] = Field(default_factory=dict)
     """More targets, by name, as in params.yaml."""
+    experiments: dict[str, Experiment] = Field(default_factory=dict)
+    """By name: what is measured without targets."""
+
+
+def score_of_method(run: Run, name: str, fields: Mapping[str, Any]) -> Score:
+    """The `score` section of one of an experiment's methods; raises InputError if it is not valid."""
+    base = score_of(run, fields.get("method", name))
+    score = read_settings(Score, {**base.model_dump(exclude_defaults=True), "method": base.method, **fields})
+    for one in searches(score).values():
+        check_score(one)
+    return score
 
 
 def target_name(run: str, method: str, budget: str, compensate: str | None, train: bool) -> str:
@@ -104,6 +146,20 @@ def load_study(name: str, folder: Path = FOLDER) -> Study:
     study = read_file(path, Study)
     with named(f"{path}: "):
         return study.model_copy(update={"targets": targets_of(study), "grids": ()})
+
+
+def points_of_study(study: Study, name: str, evidence: Path) -> dict[str, tuple[str, list[str], Points]]:
+    """By run: what its model is called, what its results hold for, and the points of its experiments so far."""
+    from blockpruner.reporting.labels import labels, name_of
+    from blockpruner.reporting.points import Points
+
+    found = {}
+    for run in study.runs:
+        folders = [evidence / f"{name}-{key}" for key, one in study.experiments.items() if one.run == run]
+        if known := [Points.read(folder) for folder in folders if folder.exists()]:
+            settings = resolve(load_run(run), [])
+            found[run] = name_of(settings.model), [labels(settings).conditions], Points.joined(known)
+    return found
 
 
 def rows_of_study(study: Study, evidence: Path) -> list[Row]:

@@ -58,10 +58,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--study", required=True, metavar="NAME", help="studies/NAME.yaml")
     parser.add_argument("--table", action="append", default=[], metavar="N", help="only this table, such as 2")
     parser.add_argument("--figure", action="append", default=[], metavar="N", help="only this figure, such as 7")
+    parser.add_argument("--experiment", action="append", default=[], metavar="NAME", help="only this experiment")
     parser.add_argument("--dry-run", action="store_true", help="print what each table and figure takes")
     parser.add_argument("--check", action="store_true", help="compare the dense model and ShortGPT with the paper")
     given = parser.parse_args(argv)
     only = (*(f"table{n}" for n in given.table), *(f"figure{n}" for n in given.figure), *(["check"] * given.check))
+    only += tuple(given.experiment)
     try:
         if given.dry_run:
             choose_study(given.study, only)

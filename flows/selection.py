@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -96,6 +97,8 @@ class Chosen:
     """What params.yaml lacks, in words."""
     study: str = ""
     """The study whose tables are made; "" for the report."""
+    experiments: Mapping[str, str] = field(default_factory=dict)
+    """The runs of the study's experiments, by their names in params.yaml."""
 
     def write(self) -> None:
         """Add to params.yaml what it lacks: DVC makes its stages out of it, and no stage runs before."""
@@ -103,10 +106,14 @@ class Chosen:
             write_text(PARAMS, self.text)
 
     def stages(self, names: Iterable[str]) -> list[str]:
-        """Those of DVC's names of stages that are of one chosen model, each run before its targets."""
+        """Those of DVC's names of stages that are of one chosen model, each run before its targets; and experiments
+        behind what they need."""
         of_models = [name.partition("@") for name in names if not name.startswith(f"{TABLES}@")]
         items = [item for run, targets in self.targets.items() for item in (run, *targets)]
-        return [f"{stage}@{item}" for item in items for stage, _, of in of_models if of == item]
+        found = [f"{stage}@{item}" for item in items for stage, _, of in of_models if of == item]
+        for name, run in self.experiments.items():
+            found += [f"settings@{run}", f"fetch@{run}", f"experiment@{name}"]
+        return list(dict.fromkeys(found))
 
     def summaries(self, names: Iterable[str]) -> list[str]:
         """Those over all models: the study's tables, or the report."""
@@ -143,20 +150,23 @@ def choose(selection: Selection) -> Chosen:
 
 def choose_study(name: str, only: Sequence[str] = ()) -> Chosen:
     """Check the targets of studies/<name>.yaml as `choose` does; a target's name has one meaning. `only` names tables
-    and figures, such as table2, for which alone targets are built."""
+    and figures, such as table2, for which alone targets are built, and experiments."""
     study, params = load_study(name), load_params(PARAMS)
-    targets = dict(study.targets)
+    targets, experiments = dict(study.targets), dict(study.experiments)
     if only:
-        items = study_items(name)
+        items = study_items(name) if targets else {}
         for item in only:
-            if item not in items:
-                valid = ", ".join(items)
+            if item not in (*items, *experiments):
+                valid = ", ".join([*items, *experiments])
                 raise InputError(f"study {name} has no {item}; valid: {valid}", rule="unknown-item", value=item)
-        shown = {target for item in only for target in items[item][1]["target"]}
+        shown = {target for item in only if item in items for target in items[item][1]["target"]}
         targets = {key: target for key, target in targets.items() if key in shown}
+        experiments = {key: one for key, one in experiments.items() if key in only}
     wanted = {key: target.model_dump(mode="json", exclude_defaults=True) for key, target in targets.items()}
     of_runs = {run: _targets_of(run, targets) for run in study.runs}
-    return _chosen(params, {run: own for run, own in of_runs.items() if own or not only}, wanted, name)
+    if only or experiments:
+        of_runs = {run: own for run, own in of_runs.items() if own}
+    return _chosen(params, of_runs, wanted, name, {key: one.run for key, one in experiments.items()})
 
 
 def study_items(name: str) -> dict[str, tuple[str, DataFrame]]:
@@ -177,9 +187,14 @@ def _targets_of(run: str, targets: Mapping[str, Target]) -> list[str]:
 
 
 def _chosen(
-    params: Params, targets: Mapping[str, Sequence[str]], wanted: Mapping[str, dict[str, Any]], study: str = ""
+    params: Params,
+    targets: Mapping[str, Sequence[str]],
+    wanted: Mapping[str, dict[str, Any]],
+    study: str = "",
+    experiments: Mapping[str, str] = MappingProxyType({}),
 ) -> Chosen:
-    """Add to params.yaml what it lacks of runs, wanted targets and a study; comments and quotes stay as they are."""
+    """Add to params.yaml what it lacks of runs, wanted targets, a study and its experiments; comments and quotes stay
+    as they are."""
     text, buffer = PARAMS.read_text(encoding="utf-8"), io.StringIO()
     editor = YAML()
     editor.preserve_quotes = True
@@ -187,13 +202,17 @@ def _chosen(
     editor.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
     document = editor.load(text)
     new = {
-        "run": [run for run in targets if run not in params.runs],
+        "run": [run for run in dict.fromkeys([*targets, *experiments.values()]) if run not in params.runs],
         "target": [name for name in wanted if name not in params.targets],
         "study": [study] if study and study not in params.studies else [],
+        "experiment": [name for name in experiments if f"{study}-{name}" not in params.experiments],
     }
     document["runs"].extend(new["run"])
     if new["study"]:
         document.setdefault("studies", []).extend(new["study"])
+    for name in new["experiment"]:
+        own = {"study": study, "name": name, "run": experiments[name]}
+        document.setdefault("experiments", {})[f"{study}-{name}"] = own
     for name, target in wanted.items():
         there = params.targets.get(name, Target(**target))
         if there != Target(**target):
@@ -213,4 +232,4 @@ def _chosen(
         text = buffer.getvalue()
     with named(f"{PARAMS} is unchanged: "):
         load_params(PARAMS, text)
-    return Chosen(targets, text, additions, study)
+    return Chosen(targets, text, additions, study, {f"{study}-{name}": run for name, run in experiments.items()})

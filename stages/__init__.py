@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
@@ -26,6 +26,8 @@ DATA = Path("data")
 CACHE = DATA / "cache"
 SETTINGS = DATA / "settings"
 PINS = Path("runs/pins.json")
+
+T = TypeVar("T")
 
 _GIVEN: list[tuple[str, Any, Callable[[], Any]]] = []
 """The settings that the running stage has read: where they are from, what they were, and how they are read again."""
@@ -110,8 +112,12 @@ def kept_plan(name: str) -> Plan:
     return load_plan(DATA / "compensated" / name / "plan.json")
 
 
-def target(name: str) -> Target:
-    """A target of params.yaml, which is checked again when the stage ends."""
-    found = load_params().target(name)
-    _GIVEN.append((f"params.yaml: targets.{name}", found, lambda: load_params().target(name)))
+def given(where: str, read: Callable[[], T]) -> T:
+    """A value of a file of settings, which is checked again when the stage ends."""
+    found = read()
+    _GIVEN.append((where, found, read))
     return found
+
+
+def target(name: str) -> Target:
+    return given(f"params.yaml: targets.{name}", lambda: load_params().target(name))

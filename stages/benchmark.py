@@ -8,6 +8,7 @@ from blockpruner.core.plan import Plan
 from blockpruner.core.progress import observer
 from blockpruner.evaluation.settings import Evaluate
 from blockpruner.evaluation.suite import Checkpoint, InMemory
+from blockpruner.methods.score import taken
 from blockpruner.model.models import set_threads
 from blockpruner.params import load_params
 from blockpruner.store.files import read_json, write_json
@@ -23,20 +24,12 @@ def dense_of(name: str) -> Checkpoint:
 
 
 def search_of(name: str, run_name: str, plan: Plan) -> dict[str, float]:
-    """What the search for a target took, over all searches of its method; empty where this machine did not search.
-
-    Of a nested search it is the part up to the plan's last removal.
-    """
+    """What the search for a target took, over all searches of its method; empty where this machine did not search."""
     path = DATA / "provenance" / f"{run_name}-search.json"
     if not path.exists():
         return {}
     searched = read_json(path)  # the run's own method comes first
-    found = searched.get(target(name).method or next(iter(searched), ""), {}).values()
-    whole = [(counts["trials_computed"], counts["trials_reused"], counts["seconds"]) for counts in found]
-    if plan.nested and len(found) == 1:
-        whole = [step for counts in found for step in counts.get("steps", ())[: len(plan.order)][-1:]] or whole
-    computed, reused, seconds = map(sum, zip(*whole, strict=True)) if found else (0, 0, 0.0)
-    return {"seconds": seconds, "trials_asked": computed + reused, "trials_computed": computed} if found else {}
+    return taken(searched.get(target(name).method or next(iter(searched), ""), {}), plan)
 
 
 def measure(name: str, run_name: str, subject: Checkpoint | InMemory, dense: Checkpoint, plan: Plan | None) -> None:

@@ -146,7 +146,7 @@ class LocalModel(Local):
 Model = Annotated[PypiModel | PypiPartsModel | HubModel | LocalModel, Field(discriminator="source")]
 
 
-Format = Literal["alpaca", "text", "wikipedia"]
+Format = Literal["alpaca", "questions", "text", "wikipedia"]
 
 
 class KindOfTexts(Frozen):
@@ -169,7 +169,7 @@ class PypiTexts(Pypi, PlainTexts):
     """Texts in a file of a package."""
 
     file: str
-    """Path inside the package."""
+    """Path inside the package; with *, each file that fits is a text."""
     format: Format
 
 

@@ -23,6 +23,7 @@ from blockpruner.model.models import head_of, room_beside
 from blockpruner.scoring.losses import token_nll
 from blockpruner.scoring.metrics import perplexity
 from blockpruner.scoring.work import logits_bytes
+from blockpruner.store.provenance import fingerprint
 
 SEED = 0
 """The seed of the order in which documents fill rows. It is no setting: one text has one set of rows."""
@@ -47,6 +48,11 @@ class HeldOut:
     kinds: tuple[str, ...] = ()
     """The kind of text of each row; empty where all are of one."""
 
+    @property
+    def digest(self) -> str:
+        """The digest of the rows."""
+        return fingerprint({"rows": self.rows, "kinds": self.kinds})
+
 
 @dataclass(frozen=True)
 class HeldOutPerplexity:
@@ -64,7 +70,8 @@ class HeldOutPerplexity:
 
 
 def held_out(tokenizer: Any, texts: Sequence[str], wanted: Perplexity) -> HeldOut:
-    """Make rows of `wanted.seq_len` tokens of texts, at most `wanted.max_rows`; of a mix, so many of each kind.
+    """Make rows of `wanted.seq_len` tokens of texts, at most `wanted.max_rows`; of a mix, so many of the kind with the
+    largest share, and of the others by theirs.
 
     packing "joined": all texts are joined with a blank line, tokenized once and cut into rows; the tail is dropped.
     "joined_bos": each of these rows begins with what the tokenizer puts before a text (`beginning`).
@@ -77,11 +84,13 @@ def held_out(tokenizer: Any, texts: Sequence[str], wanted: Perplexity) -> HeldOu
         InputError: the texts, or those of one kind, are shorter than one row.
     """
     if len(parts := by_kind(texts)) > 1:
-        whole = HeldOut((), ())
+        whole, largest = HeldOut((), ()), max(kind.share if kind else 1.0 for kind in parts)
         for kind, own in parts.items():
             name = kind.name if kind else "others"
             with named(f"{name}: "):
-                found = held_out(tokenizer, own, wanted)
+                share = (kind.share if kind else 1.0) / largest
+                most = None if wanted.max_rows is None else math.ceil(share * wanted.max_rows)
+                found = held_out(tokenizer, own, wanted.model_copy(update={"max_rows": most}))
             kinds = (*whole.kinds, *[name] * len(found.rows))
             whole = HeldOut(whole.rows + found.rows, whole.documents + found.documents, kinds)
         return whole
@@ -120,7 +129,7 @@ def _documents(tokenizer: Any, texts: Sequence[str], wanted: Perplexity) -> Pack
     documents: list[str] = []
     held: list[str] = []
     short = 0
-    for text in Random(SEED).sample(texts, len(texts)):
+    for text in Random(SEED).sample(texts, len(texts))[wanted.skip :]:
         if len(rows) == wanted.max_rows:
             break
         if len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) < SHORT:

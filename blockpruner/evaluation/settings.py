@@ -14,7 +14,9 @@ class Perplexity(Frozen):
     seq_len: int = Field(default=2048, ge=2)
     """Tokens in a row."""
     max_rows: int | None = Field(default=None, ge=1)
-    """How many rows are measured, of a mix of each kind; null for all."""
+    """How many rows are measured, of a mix of each kind, by its share of the largest; null for all."""
+    skip: int = Field(default=0, ge=0, exclude_if=lambda value: value == 0)
+    """Texts of each kind, in the order in which documents come, that are passed over: others look at them."""
     packing: Literal["joined", "joined_bos", "documents"] = "joined"
     """How rows are made. joined: they are cut from all texts joined, as in the paper; joined_bos: each of them also
     begins with what the tokenizer adds to a text, without which Gemma cannot read it; documents: a row begins with a

@@ -93,10 +93,8 @@ def choose(
         """By rows that judge, every n-th; without the models that overflow, as long as one does not."""
         found = {}
         for one in healings:
-            model = pruned_copy(dense(), one.plan, search.rows)
-            set_weights_(model, one.weights, shared=True)
             try:
-                found[one.name] = measure_perplexity(model, judge.rows[::every])
+                found[one.name] = measure_perplexity(model_of(dense(), one, search), judge.rows[::every])
             except NonFiniteLossError:
                 if not found and one is healings[-1]:
                     raise
@@ -126,6 +124,13 @@ def choose(
         if warning := uneven({kind: after[kind] / before[kind] for kind in after}):
             observer.note(f"warning: {warning}")
     return replace(best, plan=plan, facts={**best.facts, "heat": numbers(heat), "judged": numbers(known)})
+
+
+def model_of(dense: PreTrainedModel, found: Healing, search: CalibrationSet) -> PreTrainedModel:
+    """The healed model, beside the dense one, whose tensors it shares where it can."""
+    model = pruned_copy(dense, found.plan, search.rows)
+    set_weights_(model, found.weights, shared=True)
+    return model
 
 
 def keep(folder: Path, found: Healing, pruning: Pruning, data: Texts) -> None:

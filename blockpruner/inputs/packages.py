@@ -5,6 +5,7 @@ an sdist, pip would build its metadata with a backend that nobody has pinned, so
 the index. A downloaded file is kept in the cache folder, under its SHA-256.
 """
 
+import fnmatch
 import os
 import re
 import shutil
@@ -84,21 +85,33 @@ def _refusal(package: str, sha256: str, said: str) -> InputError:
 
 
 def read_member(archive: Path, member: str) -> bytes:
-    """Read one file of a wheel or sdist into memory; nothing is unpacked onto disk. Raises InputError if there is no
-    such file (the message names similar ones), or the archive cannot be read."""
+    """Read one file of a wheel or sdist, as `read_members`."""
+    return read_members(archive, member)[0]
+
+
+def read_members(archive: Path, pattern: str) -> list[bytes]:
+    """Read the files of a wheel or sdist with this name, or whose names fit the pattern, into memory; nothing is
+    unpacked onto disk. Raises InputError if there is no such file (the message names similar ones), or the archive
+    cannot be read."""
+
+    def fits(name: str) -> bool:
+        return name == pattern or ("*" in pattern and fnmatch.fnmatchcase(name, pattern))
+
     try:
         if archive.suffix == ".whl":
             with zipfile.ZipFile(archive) as wheel:
-                if member in (names := wheel.namelist()):
-                    return wheel.read(member)
+                names = sorted(wheel.namelist())
+                found = [wheel.read(name) for name in names if fits(name)]
         else:
             with tarfile.open(archive) as sdist:
-                if member in (names := sdist.getnames()) and (file := sdist.extractfile(member)):
-                    return file.read()
+                names = sorted(sdist.getnames())
+                found = [file.read() for name in names if fits(name) and (file := sdist.extractfile(name))]
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError) as error:
         raise InputError(f"{archive} is no archive that can be read ({error})", rule="package-archive") from error
-    near = [name for name in names if name.rsplit("/", 1)[-1] == member.rsplit("/", 1)[-1]][:5] or names[:5]
+    if found:
+        return found
+    near = [name for name in names if name.rsplit("/", 1)[-1] == pattern.rsplit("/", 1)[-1]][:5] or names[:5]
     raise InputError(
-        f"{member!r} is not a file in {archive.name}; there is for instance {', '.join(near)}",
-        rule="package-member", key="file", value=member,
+        f"{pattern!r} is not a file in {archive.name}; there is for instance {', '.join(near)}",
+        rule="package-member", key="file", value=pattern,
     )  # fmt: skip

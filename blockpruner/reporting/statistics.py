@@ -112,7 +112,7 @@ def paired_bootstrap(a: Scores, b: Scores, resamples: int = RESAMPLES, level: fl
     for task, items in paired.items():
         _require_two(items, f"a bootstrap over the items of task {task}")
     draws = np.mean([_resampled_means(items, resamples, rng) for items in paired.values()], axis=0)
-    return Effect(average(paired).value, _percentiles(draws, level), _two_sided(draws, 0.0))
+    return Effect(average(paired).value, percentiles(draws, level), two_sided(draws, 0.0))
 
 
 def stratified_t(a: Scores, b: Scores, level: float = 0.95) -> Effect:
@@ -222,7 +222,7 @@ def ratio_of_medians(dense: ArrayLike, pruned: ArrayLike, level: float = 0.95) -
     how: dict[str, Any] = {"n_resamples": RESAMPLES, "batch": max(1, COUNTS // len(dense)), "vectorized": True}
     how |= {"paired": True, "method": "percentile", "rng": np.random.default_rng(SEED)}
     draws = stats.bootstrap((dense, pruned), ratio, **how).bootstrap_distribution
-    return Effect(float(ratio(dense, pruned, axis=0)), _percentiles(draws, level), _two_sided(draws, 1.0))
+    return Effect(float(ratio(dense, pruned, axis=0)), percentiles(draws, level), two_sided(draws, 1.0))
 
 
 def _difference(a: ArrayLike, b: ArrayLike, what: str) -> Floats:
@@ -250,11 +250,12 @@ def _resampled_means(items: Floats, resamples: int, rng: np.random.Generator) ->
     return means
 
 
-def _percentiles(draws: Floats, level: float) -> Interval:
+def percentiles(draws: Floats, level: float) -> Interval:
+    """The interval that holds this share of the draws, as much left out on either side."""
     return Interval(*np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]).tolist())
 
 
-def _two_sided(draws: Floats, null: float) -> float:
+def two_sided(draws: Floats, null: float) -> float:
     """Twice the smaller tail beyond `null`, which counts as both; the measured sample counts as a draw."""
     tails = np.sum(draws <= null + ROUNDING), np.sum(draws >= null - ROUNDING)
     return float(min(1.0, 2 * (min(tails) + 1) / (len(draws) + 1)))

@@ -88,6 +88,7 @@ def set_targets(project: Path, targets: dict[str, str], **runtime: Any) -> None:
         },
         "report": {"title": "Tiny", "plots": False},
         "studies": [],
+        "experiments": {},
         "runtime": {"device": "cpu", "batch_tokens": "auto", "threads": 1} | runtime,
     }
     (project / "params.yaml").write_text(yaml.safe_dump(value))

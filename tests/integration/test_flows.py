@@ -48,6 +48,7 @@ targets:                   # pruned models to build
 report:
   title: SmolLM2-135M, block by block   # shown on top
 studies: []
+experiments: {}
 """
 PIPELINE = """
 stages:

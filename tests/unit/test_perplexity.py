@@ -128,3 +128,19 @@ def test_nan_names_the_row():
     model.get_input_embeddings().weight[250] = torch.nan
     with pytest.raises(NonFiniteLossError, match="row 1 is nan"):
         measure_perplexity(model, [[1, 2, 3], [1, 250, 3]])
+
+
+def test_texts_that_others_look_at_are_passed_over():
+    texts = [f"{word} " * 12 for word in ("one", "two", "three", "four", "five", "six")]
+    wanted = Perplexity(seq_len=40, packing="documents")
+    every = held_out(tiny_tokenizer(), texts, wanted)
+    assert len(every.rows) == 6
+    later = held_out(tiny_tokenizer(), texts, wanted.model_copy(update={"skip": 2, "max_rows": 3}))
+    assert later.rows == every.rows[2:5] and later.documents == every.documents[2:5]
+
+
+def test_the_largest_share_has_all_rows():
+    shares = {"a": 3.0, "b": 1.0}
+    texts = [MixedText(f"{kind}{n} " * 20, TextKind(kind, share)) for kind, share in shares.items() for n in range(6)]
+    found = held_out(tiny_tokenizer(), texts, Perplexity(seq_len=40, max_rows=5, packing="documents"))
+    assert found.kinds == ("a",) * 5 + ("b",) * 2

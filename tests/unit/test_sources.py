@@ -1,6 +1,7 @@
 """Every source, and every way it can fail; packages are made here and found without a network."""
 
 import errno
+import gzip
 import hashlib
 import io
 import json
@@ -371,3 +372,23 @@ def test_texts(tmp_path):
         parse_texts(b"[]", "x.json", "text", str, "#")
     with pytest.raises(InputError, match=r"record 0, has no text text \(it has instruction, input, output\)"):
         parse_texts(json.dumps(records).encode(), "x.json", "text", str)
+
+
+def test_each_file_of_a_pattern_is_a_text(tmp_path, wheel, monkeypatch):
+    path = tmp_path / "code.tar.gz"
+    digest = sdist(path, {"a.py": "import b\n", "b.py": "", "sub/c.py": "x = 1", "d.txt": "no"})
+    monkeypatch.setattr("blockpruner.inputs.texts.package_file", lambda *given: path)
+    data = PypiTexts(source="pypi", package="tiny==1", sha256=digest, file="tiny.data-1.0/*.py", format="text")
+    assert load_texts(data, tmp_path, tmp_path, str) == ["import b", "x = 1"]
+    with refused("package-member"):
+        load_texts(data.model_copy(update={"file": "tiny.data-1.0/*.md"}), tmp_path, tmp_path, str)
+
+
+def test_questions_are_problems_with_solutions_and_stories_once(tmp_path):
+    docs = [
+        {"query": "Problem: 1 + 1?\nSolution:", "solution": "2."},
+        {"story": "Once.", "query": "a"},
+        {"story": "Once."},
+    ]
+    packed = gzip.compress("\n".join(json.dumps({"doc": doc}) for doc in docs).encode())
+    assert parse_texts(packed, "x.jsonl.gz", "questions", str) == ["Problem: 1 + 1?\nSolution: 2.", "Once."]

@@ -1,0 +1,127 @@
+"""Points of experiments, and how methods are compared at one size over draws and documents.
+
+Decides what is kept of a point, and how it is moved to a size: the NLL of each held-out row is interpolated over the
+share removed, through the dense model and all sizes measured of one draw (monotone cubic). So a method is compared with
+itself at other sizes as level.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from scipy.interpolate import PchipInterpolator
+
+from blockpruner.core.errors import InputError
+from blockpruner.reporting.statistics import RESAMPLES, SEED, Effect, Floats, percentiles, two_sided
+from blockpruner.store.files import read_table
+
+FILE = "points.parquet"
+DENSE = "dense"
+
+POINTS = pa.schema(
+    [
+        *(pa.field(name, pa.string(), nullable=False) for name in ("calibration", "method", "budget", "heal", "plan")),
+        pa.field("seed", pa.int32(), nullable=False),
+        pa.field("ratio", pa.float64(), nullable=False),
+        *(pa.field(name, pa.int32(), nullable=False) for name in ("mha", "mlp")),
+        *(pa.field(name, pa.float64()) for name in ("trials_asked", "seconds", "search_ppl", "heal_seconds")),
+        pa.field("nll", pa.list_(pa.float32()), nullable=False),
+        pa.field("items", pa.string(), nullable=False),
+    ]
+)
+"""One row a point; the dense model has the method "dense".
+
+    calibration     name of the rows of the search among those that the experiment compares
+    plan            what is removed, for instance "mha.3 mlp.7"; else a digest
+    ratio           share of all parameters removed
+    mha, mlp        blocks removed
+    trials_asked    masks whose loss the search asked for; seconds: what that took, null where losses were known before
+    search_ppl      perplexity on the rows of the search
+    heal_seconds    of compensation and training
+    nll             mean NLL of each held-out row, nats per token
+    items           of tasks, as JSON: by task the "score" of each item in the main metric, and "p_gold", the p of its
+                    right answer
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class Points:
+    """What one experiment, or several of one model, measured."""
+
+    frame: pd.DataFrame
+    """The pruned models, in the columns POINTS; `nll` is an array each."""
+    dense: pd.Series
+    kinds: Floats
+    """The kind of text of each held-out row."""
+    digest: str
+    """Of these rows."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Points:
+        """Raises InputError if there are none, or the file is damaged."""
+        table, about = read_table(folder / FILE, POINTS)
+        frame = table.to_pandas()
+        dense = frame["method"] == DENSE
+        return cls(frame[~dense], frame[dense].iloc[0], np.array(json.loads(about["kinds"])), about["digest"])
+
+    @classmethod
+    def joined(cls, several: Sequence[Points]) -> Points:
+        """The points of some experiments of one model; raises InputError if they were measured on other rows."""
+        if len({each.digest for each in several}) > 1:
+            raise InputError("experiments were measured on different held-out rows; run them again", rule="other-rows")
+        return replace(several[0], frame=pd.concat([each.frame for each in several], ignore_index=True))
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """The kinds of text, in order."""
+        return list(dict.fromkeys(self.kinds))
+
+    def curve(self, size: float, **where: object) -> Floats:
+        """Rises of the NLL over the dense model at a share removed [draws, rows]; NaN for a draw without a model as
+        large and one as small. `where` chooses by columns."""
+        own = self.frame[np.logical_and.reduce([self.frame[key] == value for key, value in where.items()])]
+        return np.array([self._at(size, draw) for _, draw in own.groupby("seed")])
+
+    def _at(self, size: float, draw: pd.DataFrame) -> Floats:
+        draw = draw.drop_duplicates("ratio").sort_values("ratio")
+        sizes, rises = draw["ratio"].to_numpy(), np.stack(draw["nll"]) - self.dense["nll"]
+        if not sizes[0] - NEAR <= size <= sizes[-1] + NEAR:
+            return np.full(len(self.kinds), math.nan)
+        sizes, rises = np.r_[0.0, sizes], np.vstack([0 * rises[0], rises])
+        return np.asarray(PchipInterpolator(sizes, rises)(size))
+
+    def over(self, rises: Floats) -> float:
+        """The perplexity over that of the dense model for the rises of each row, every kind of text alike."""
+        return math.exp(np.mean([rises[self.kinds == kind].mean() for kind in self.texts]))
+
+    def against(self, a: Floats, b: Floats | None = None, kind: str | None = None) -> Effect:
+        """The perplexity of `b` over that of `a`, or of `a` over the dense model, on the rows of a kind or on all
+        kinds alike; draws and documents are resampled, pairs together.
+
+        Args:
+            a, b: rises [draws, rows] as from `curve`, of the same draws.
+        """
+        rises = a if b is None else b - a
+        rises = rises[~np.isnan(rises).any(axis=1)]
+        chance = np.random.default_rng(SEED)
+        drawn = chance.integers(len(rises), size=(RESAMPLES, len(rises)))
+        kinds = self.texts if kind is None else [kind]
+        means, value = np.zeros(RESAMPLES), 0.0
+        for own in (rises[:, self.kinds == name] for name in kinds):
+            rows = chance.multinomial(own.shape[1], np.full(own.shape[1], 1 / own.shape[1]), RESAMPLES) / own.shape[1]
+            counts = np.stack([(drawn == draw).mean(axis=1) for draw in range(len(own))], axis=1)
+            means += np.einsum("bd,dr,br->b", counts, own, rows, optimize=True) / len(kinds)
+            value += own.mean() / len(kinds)
+        return Effect(math.exp(value), percentiles(np.exp(means), 0.95), two_sided(np.exp(means), 1.0))
+
+
+NEAR = 0.005
+"""A curve goes on so far beyond its last size."""
