@@ -48,6 +48,9 @@ from blockpruner.store.provenance import fingerprint, made
 from blockpruner.studies import Experiment, Heal, score_of_method
 from blockpruner.versions import WEIGHTS_VERSION
 
+BATCH = 8
+"""Held-out rows that are computed at once."""
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -83,12 +86,12 @@ class Bench:
     def key(self, tasks: bool) -> dict[str, Any]:
         """What decides the measurement of a model."""
         items = self.run.evaluate.zero_shot.model_dump(mode="json") if tasks else None
-        return {"kind": "point", "rows": self.heldout.digest, "tasks": items, **self.dense.key}
+        return {"kind": "point", "batch": BATCH, "rows": self.heldout.digest, "tasks": items, **self.dense.key}
 
     def measure(self, model: PreTrainedModel, tasks: bool) -> dict[str, Any]:
         """The NLL of each held-out row, and of each item of a task the score and the p of the right answer."""
         advance, items = self.observer.advance, self.run.evaluate.zero_shot
-        found = measure_perplexity(model, self.heldout.rows, lambda done, total: advance(done, total, "rows"))
+        found = measure_perplexity(model, self.heldout.rows, lambda done, total: advance(done, total, "rows"), BATCH)
         scores = dict[str, Any]()
         for task in items.tasks if tasks else ():
             given = self.dense.tokenizer, task, self.sources / "tasks", items.limit

@@ -83,7 +83,7 @@ class Report(Frozen):
     plots: bool = True
 
 
-class Measured(Frozen):
+class StudyExperiment(Frozen):
     """An experiment of a study."""
 
     study: str
@@ -103,7 +103,7 @@ class Params(Frozen):
     report: Report = Report()
     studies: tuple[str, ...] = ()
     """Names of studies/<name>.yaml, whose tables are made."""
-    experiments: dict[str, Measured] = Field(default={})
+    experiments: dict[str, StudyExperiment] = Field(default={})
     """The experiments of studies, by <study>-<name>."""
     runtime: Runtime = Runtime()
 
@@ -124,7 +124,9 @@ class Params(Frozen):
                     f"target {name!r} is of run {target.run!r}, which is not in runs; valid: {', '.join(self.runs)}"
                 )
             if name in {*self.experiments, *(f"{run}{of}" for run in self.runs for of in ("", "-dense", "-search"))}:
-                raise ValueError(f"target name {name!r} is taken by a run, its dense baseline or an experiment")
+                raise ValueError(
+                    f"target name {name!r} is taken by a run, its dense baseline or an experiment; choose another"
+                )
             meaning = (target.run, read_budget(target.budget), target.method, target.compensate, target.train)
             if meaning in meanings:
                 raise ValueError(

@@ -1,13 +1,15 @@
 """experiment <study>-<name>: what an experiment of a study measured, at data/evidence/<study>-<name>/points.parquet."""
 
 from blockpruner.core.progress import observer
+from blockpruner.evaluation.settings import Evaluate
 from blockpruner.experiments import measured
 from blockpruner.model.models import set_threads
-from blockpruner.params import load_params, load_run
+from blockpruner.params import load_params
 from blockpruner.reporting.points import FILE
+from blockpruner.settings import Run
 from blockpruner.store.files import replace_directory, write_table
 from blockpruner.studies import load_study
-from stages import DATA, given, run
+from stages import DATA, given, run, sections
 from stages.benchmark import dense_of
 
 
@@ -15,7 +17,11 @@ def main(name: str) -> None:
     params = load_params()
     asked = params.experiments[name]
     wanted = given(f"studies/{asked.study}.yaml", lambda: load_study(asked.study).experiments[asked.name])
-    settings = given(f"runs/{asked.run}.yaml", lambda: load_run(asked.run))
+    own = sections(asked.run)
+    evaluate = Evaluate(perplexity=own.heldout, zero_shot=own.zero_shot, speed=None)
+    score = next(iter(own.score.values())).score
+    settings = Run(model=own.model, calibration=own.calibration, score=score, evaluate=evaluate)
+    settings = settings.model_copy(update={"compensate": own.compensate, "train": own.train})
     dense, sources = dense_of(asked.run), DATA / "sources" / asked.run
     set_threads(params.runtime.threads)
     found = measured(wanted, settings, dense, sources, DATA, params.runtime, observer())

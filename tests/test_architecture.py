@@ -50,6 +50,7 @@ def test_only_settings_depends_on_files_of_settings():
         files = {file for entry in definition["params"] for file in entry} - {VERSIONS}
         if stage not in ("settings", "report"):
             own = {"commit": {"params.yaml"}, "tables": {"studies/${item.study}.yaml"}}
+            own["experiment"] = own["tables"]
             assert files == own.get(stage, set()), stage
     assert {"params.yaml": ["targets.${key}"]} in STAGES["commit"]["params"]
 

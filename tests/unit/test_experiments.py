@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import pandas as pd
 import pytest
 import yaml
 
+import stages
 from blockpruner import experiments
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.progress import SilentObserver
@@ -27,8 +29,9 @@ from blockpruner.reporting.points import Points
 from blockpruner.store.files import write_table
 from blockpruner.studies import Experiment, Heal, load_study
 from flows.selection import choose_study
+from stages import experiment, settings
 from tests.errors import refused
-from tests.integration.project import run_of, sentence, write_inputs
+from tests.integration.project import ROOT, run_of, sentence, write_inputs
 from tests.tiny import full_nll, save_tiny
 
 WANTED = Experiment(
@@ -209,3 +212,27 @@ def test_a_study_of_experiments_asks_for_them_alone(place):
     assert list(both.experiments) == ["seed-one", "seed-two"] and yaml.safe_load(both.text)["studies"] == ["seed"]
     with refused("unknown-item"):
         choose_study("seed", ["three"])
+
+
+def test_the_stage_depends_on_what_it_reads(place):
+    """Its settings, its study, and nothing else; what changed while it ran is refused."""
+    Path("studies").mkdir()
+    own = {"run": "tiny", "methods": {"shortgpt": {}}, "budgets": ["2blocks"]}
+    Path("studies/mine.yaml").write_text(yaml.safe_dump({"title": "T", "runs": ["tiny"], "experiments": {"one": own}}))
+    named = {"mine-one": {"study": "mine", "name": "one", "run": "tiny"}}
+    params = {"runs": ["tiny"], "targets": {}, "experiments": named, "runtime": {"device": "cpu", "threads": 1}}
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    for source, role in ((Path("dense"), "models"), (Path("sources"), "sources")):
+        Path("data", role).mkdir(parents=True)
+        source.rename(Path("data", role, "tiny"))
+    tasks = Path("data/sources/tiny/tasks")
+    shutil.rmtree(tasks)
+    fetch_tasks(place.run.evaluate.zero_shot, *[tasks] * 2, Path("cache"), Path("pins"), print)
+    settings.main("tiny")
+    stages._GIVEN.clear()
+    experiment.main("mine-one")
+    read = {where for where, _, _ in stages._GIVEN}
+    deps = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["experiment"]["do"]["deps"]
+    wanted = {dep.replace("${item.run}", "tiny") for dep in deps if dep.startswith("data/settings")}
+    assert read == wanted | {"studies/mine.yaml"}
+    assert Points.read(Path("data/evidence/mine-one")).frame["method"].tolist() == ["shortgpt"]

@@ -130,6 +130,12 @@ def test_nan_names_the_row():
         measure_perplexity(model, [[1, 2, 3], [1, 250, 3]])
 
 
+def test_rows_at_once_are_rows_one_by_one():
+    model, rows = tiny_model(), torch.randint(1, 200, (7, 12)).tolist()
+    one, several = (measure_perplexity(model, rows, batch=batch).row_nll for batch in (1, 3))
+    assert several == pytest.approx(one, abs=1e-12)
+
+
 def test_texts_that_others_look_at_are_passed_over():
     texts = [f"{word} " * 12 for word in ("one", "two", "three", "four", "five", "six")]
     wanted = Perplexity(seq_len=40, packing="documents")
