@@ -125,7 +125,7 @@ class Params(Frozen):
                 )
             if name in {*self.experiments, *(f"{run}{of}" for run in self.runs for of in ("", "-dense", "-search"))}:
                 raise ValueError(
-                    f"target name {name!r} is taken by a run, its dense baseline or an experiment; choose another"
+                    f"target name {name!r} is taken by a run, its baseline or an experiment; choose another"
                 )
             meaning = (target.run, read_budget(target.budget), target.method, target.compensate, target.train)
             if meaning in meanings:

@@ -172,7 +172,7 @@ def measure_perplexity(
     for start in range(0, len(rows), batch):
         several = rows[start : start + batch]
         with accelerator.named_if_too_large(
-            f"held-out perplexity: {len(several)} rows of {len(several[0])} tokens",
+            f"held-out perplexity: {'one row' if batch == 1 else f'{len(several)} rows'} of {len(several[0])} tokens",
             "lower its seq_len, or use a larger device",
         ):
             ids = torch.tensor(several, device=model.device)  # [B, T]

@@ -422,7 +422,7 @@ def test_a_row_that_does_not_fit_is_one_line(checkpoints):
         model = load_model(checkpoints("llama"), "float64")
         gc.collect()
         card.limit = card.live + 1000
-        with pytest.raises(DeviceMemoryError, match=r"1 rows of 32 tokens does not fit .*; lower its seq_len"):
+        with pytest.raises(DeviceMemoryError, match=r"one row of 32 tokens does not fit .*; lower its seq_len"):
             measure_perplexity(model, EQUAL)
 
 
