@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -46,7 +47,7 @@ from blockpruner.settings import Run
 from blockpruner.store.files import read_json
 from blockpruner.store.provenance import fingerprint, made
 from blockpruner.studies import Experiment, Heal, score_of_method
-from blockpruner.versions import WEIGHTS_VERSION
+from blockpruner.versions import PLAN_VERSION, SCORE_VERSION, SEARCH_VERSION, WEIGHTS_VERSION
 
 BATCH = 8
 """Held-out rows that are computed at once."""
@@ -85,7 +86,7 @@ class Bench:
 
     def key(self, tasks: bool) -> dict[str, Any]:
         """What decides the measurement of a model."""
-        items = self.run.evaluate.zero_shot.model_dump(mode="json") if tasks else None
+        items = self.run.evaluate.zero_shot.model_dump(mode="json") | {"harness": version("lm-eval")} if tasks else None
         return {"kind": "point", "batch": BATCH, "rows": self.heldout.digest, "tasks": items, **self.dense.key}
 
     def measure(self, model: PreTrainedModel, tasks: bool) -> dict[str, Any]:
@@ -188,7 +189,8 @@ def _points(
             / fingerprint({"model": material.identity, "rows": rows.search.digest, "score": score.model_dump()})
         )
         counts = pipeline.score(material, rows, score, wanted.budgets, folder)
-        key = {"kind": "search", "folder": folder.name, "budgets": list(wanted.budgets)}
+        key: dict[str, Any] = {"kind": "search", "folder": folder.name, "budgets": list(wanted.budgets)}
+        key["version"] = [SCORE_VERSION, SEARCH_VERSION, PLAN_VERSION]
         counts = bench.kept(key, lambda counts=counts: counts)
         for budget, (heal, how) in product(wanted.budgets, wanted.heal.items()):
             overall = (number + wanted.budgets.index(budget) / len(wanted.budgets)) / len(cells)

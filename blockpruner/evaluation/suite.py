@@ -319,10 +319,12 @@ def perplexity_of(model: Evaluated, texts: Path, settings: Perplexity, identity:
         return Stored(value | ({"row_kind": list(data.kinds)} if data.kinds else {}), made={"batch": "1 row"})
 
     kinds = [kind and kind.name for kind in map(kind_of, found)]
+    shares = {kind.name: kind.share for kind in map(kind_of, found) if kind}
     key = {
         "kind": "perplexity",
         "texts": fingerprint({"texts": found} | ({"kinds": kinds} if len({*kinds}) > 1 else {})),
-        **settings.model_dump(include={"seq_len", "max_rows"}),
+        **settings.model_dump(include={"seq_len", "max_rows", "skip"}),
+        **({"shares": shares} if len({*shares.values()}) > 1 else {}),
         **({} if settings.packing == "joined" else {"packing": settings.packing}),
     }
     words = "{perplexity:.2f} over {rows} rows of {seq_len} tokens"

@@ -205,6 +205,7 @@ def blocks(points: Points, method: str = "blockpruner", budget: str = "0.22") ->
     """How often each block goes, over draws."""
     own = points.frame[(points.frame["method"] == method) & (points.frame["heal"] == "plain")]
     own = own[(own["budget"] == budget) & (own["calibration"] == "")]
+    own = own[own["plan"] != ""]
     if not len(own):
         return None
     gone = pd.Series([block for plan in own["plan"] for block in parse_mask(plan.replace(" ", ","))]).value_counts()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from blockpruner.inputs.checkpoints import fetch_checkpoint
 from blockpruner.inputs.texts import MixedText, TextKind, write_texts
 from blockpruner.model.models import load_model, prune_
 from blockpruner.params import load_run
+from blockpruner.reporting import answers
 from blockpruner.reporting import points as points_module
 from blockpruner.reporting.points import Points
 from blockpruner.store.files import write_table
@@ -120,6 +122,22 @@ def test_a_kill_costs_one_point_and_no_loss(place, monkeypatch):
     assert place.measure(plain).frame["seconds"].equals(first.frame["seconds"]) and len(done) == calls + 4
     more = place.measure(plain.model_copy(update={"budgets": ("1blocks", "2blocks", "3blocks")}))
     assert len(done) - calls - 4 == more.frame["plan"].nunique() - masks
+
+
+def test_a_search_sees_one_kind_alone_and_what_changes_weights_is_not_refitted(place):
+    bench = experiments.Bench(place.run, place.dense, Path("sources"), place.folder / "data", SilentObserver())
+    own = [text for text in bench.texts["calibration"] if text.kind.name == "odd"]
+    drawn = place.run.calibration.model_copy(update={"packing": "per_sample", "num_samples": 20, "seq_len": 200})
+    rows = bench.rows(drawn, "odd", None, False)
+    decode = bench.dense.tokenizer.decode
+    assert len(rows.search.rows) == 20 and {decode(row) for row in rows.search.rows} <= set(own)
+    assert rows.fit.digest == bench.rows(drawn, None, None, False).fit.digest, "a fit sees all kinds"
+    changes = {"methods": {"slicegpt": {}, "narrow": {}}, "budgets": ("0.22",), "seeds": (42,), "tasks": False}
+    heal = {"plain": Heal(), "refit": Heal(compensate="refit")}
+    found = place.measure(WANTED.model_copy(update={**changes, "heal": heal, "calibrations": {"": {}}})).frame
+    assert list(zip(found["method"], found["heal"], strict=True)) == [
+        ("slicegpt", "plain"), ("narrow", "plain"), ("narrow", "refit"),
+    ]  # fmt: skip
 
 
 def test_settings_are_refused_before_anything_is_computed(place, monkeypatch):
@@ -236,3 +254,30 @@ def test_the_stage_depends_on_what_it_reads(place):
     wanted = {dep.replace("${item.run}", "tiny") for dep in deps if dep.startswith("data/settings")}
     assert read == wanted | {"studies/mine.yaml"}
     assert Points.read(Path("data/evidence/mine-one")).frame["method"].tolist() == ["shortgpt"]
+
+
+def test_a_claim_holds_where_it_holds(tmp_path):
+    """Blocks lose less on one kind of text and more on the other; what is level stays open."""
+    sizes = (0.05, 0.09, 0.12, 0.19, 0.22)
+    noise = np.random.default_rng(0).normal(0, 0.01, (24, 60))
+
+    def rise(kind_a, kind_b):
+        return lambda size, row, draw: size * (kind_a if row < 12 else kind_b) + noise[row, draw]
+
+    found = points_of(
+        curve("blockpruner", sizes, rise=rise(1.0, 2.0)), curve("greedy-layers", sizes, rise=rise(2.0, 1.0)),
+        curve("greedy-shifted", sizes, rise=rise(1.0, 2.0)),
+        curve("one-shot-perplexity", sizes, rise=rise(3.0, 3.0)),
+    )  # fmt: skip
+    made = answers.claims(found).frame.set_index("claim")["verdict"]
+    assert made["Blocks lose less than layers"] == "holds at 10% on a; 20% on a. the opposite at 10% on b; 20% on b"
+    assert made["Blocks lose less than shifted layers"] == "no difference is seen"
+    assert made["Step by step loses less than one shot"] == "holds"
+    assert "MHA alone loses less than MLP alone" not in made, "nothing was measured of it"
+    line = answers.sizes(found).frame.set_index("method").loc["BlockPruner"]
+    assert line["at_20_x"] == pytest.approx(math.exp(0.2 * 1.5), rel=0.01) and "at_30_x" not in line
+    answers.write_answers(tmp_path / "out", "T", {"tiny": ("Tiny", ["a machine"], found)})
+    page = (tmp_path / "out/results.md").read_text()
+    assert "| BlockPruner |" in page and "a machine" in page and (tmp_path / "out/plots/tiny-quality.png").exists()
+    for path in re.findall(r"results/(.*?)\)", page):
+        assert (tmp_path / "out/plots" / path).exists()

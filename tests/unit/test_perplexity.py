@@ -9,7 +9,8 @@ from blockpruner.core.blocks import parse_mask
 from blockpruner.core.errors import InputError, NonFiniteLossError
 from blockpruner.evaluation.perplexity import SHORT, held_out, measure_perplexity
 from blockpruner.evaluation.settings import Perplexity
-from blockpruner.inputs.texts import MixedText, TextKind
+from blockpruner.evaluation.suite import perplexity_of
+from blockpruner.inputs.texts import MixedText, TextKind, write_texts
 from blockpruner.model.models import masked, prune_
 from blockpruner.scoring import work
 from tests.tiny import VARIANTS, VARIANTS_DAILY, bos_tokenizer, full_nll, tiny_model, tiny_tokenizer, tolerance
@@ -150,3 +151,13 @@ def test_the_largest_share_has_all_rows():
     texts = [MixedText(f"{kind}{n} " * 20, TextKind(kind, share)) for kind, share in shares.items() for n in range(6)]
     found = held_out(tiny_tokenizer(), texts, Perplexity(seq_len=40, max_rows=5, packing="documents"))
     assert found.kinds == ("a",) * 5 + ("b",) * 2
+
+
+def test_a_result_is_of_its_shares_and_of_what_was_passed_over(tmp_path):
+    def key(share=1.0, **settings):
+        texts = [MixedText(f"text {n}", TextKind("ab"[n % 2], (share, 1.0)[n % 2])) for n in range(4)]
+        write_texts(tmp_path / "texts.parquet", texts)
+        return perplexity_of(None, tmp_path / "texts.parquet", Perplexity(**settings), {}).key
+
+    assert key() == key(skip=0) and "shares" not in key()
+    assert key(skip=2) != key() != key(share=3.0)
