@@ -189,8 +189,9 @@ def quality(points: Points) -> Plot:
                 at = 100 * line["ratio", "mean"]
                 axes.plot(at, line["x", "mean"], color=colour, marker=shape, markersize=4, label=title_of(method))
                 axes.fill_between(at, line["x", "min"], line["x", "max"], color=colour, alpha=0.2, linewidth=0)
-            axes.set_yscale("log")
-            axes.set_ylim(1, 30)
+            most = max(points.over(nll - points.dense["nll"]) for nll in frame["nll"])
+            plots.scale_(axes, [1.0, most])
+            axes.set_ylim(1, min(30, 1.05 * most))
             axes.set_title(heal)
             plots.label_(axes, REMOVED, "perplexity, × dense")
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
