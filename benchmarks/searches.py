@@ -1,0 +1,307 @@
+"""A benchmark of searches without a model: the loss of every subset of some blocks, row by row, in one Parquet file.
+
+    python -m benchmarks.searches make MODEL TEXTS TABLE    computes the file (hours; a kill loses nothing)
+    python -m benchmarks.searches TABLE [FILE.py:FUNCTION]  scores a search over it, and the searches of this project
+
+docs/searches.md has the rules. A search is a function of a `Task`; it returns the blocks to remove. Every task has a
+known best answer, since the file knows all subsets.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import random
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from blockpruner.core.blocks import DENSE, Mask, format_mask, parse_mask
+from blockpruner.core.budgets import goal_of, parse_budget
+from blockpruner.core.families import Costs, count_parameters
+from blockpruner.core.progress import Observer, observer
+from blockpruner.core.settings import Model, Runtime
+from blockpruner.inputs.calibration import draw_rows
+from blockpruner.inputs.settings import Calibration
+from blockpruner.inputs.texts import read_texts
+from blockpruner.inputs.tokenizers import load_tokenizer
+from blockpruner.methods.score import open_material
+from blockpruner.scoring.accelerate import Exact
+from blockpruner.scoring.objectives import MaskScore, Objective
+from blockpruner.search.problem import Problem
+from blockpruner.search.registry import SEARCHES
+from blockpruner.store.files import read_table, write_table
+from blockpruner.store.trials import TrialStore, store_fields
+
+SCHEMA = pa.schema([pa.field("mask", pa.string(), nullable=False), pa.field("nll", pa.list_(pa.float32()))])
+"""The blocks that are gone, and the mean NLL of each row, nats per token."""
+
+BLOCKS = 14
+"""How many blocks are combined in all ways: those whose single removal costs least."""
+
+ROWS, LENGTH = 15, 80
+SIZES = (9, 12, 15)
+"""What is to be removed, in units of the smallest block."""
+
+HALVES = 8
+CHUNK = 512
+TRIALS = (50, 150, 500)
+
+
+class OutOfTrialsError(Exception):
+    """A task's budget of trials is spent."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """What is known of a model."""
+
+    losses: Mapping[Mask, np.ndarray]
+    blocks: tuple[Mask, ...]
+    """Each alone; all their subsets are known."""
+    sizes: Mapping[Mask, int]
+    """What a block takes, in units of the smallest one."""
+    kinds: tuple[str, ...]
+    """The kind of text of each row."""
+
+    @classmethod
+    def read(cls, path: Path) -> "Table":
+        table, about = read_table(path, SCHEMA)
+        masks = map(parse_mask, table["mask"].to_pylist())
+        losses = dict(zip(masks, np.array(table["nll"].to_pylist()), strict=True))
+        sizes = {parse_mask(block): size for block, size in json.loads(about["sizes"]).items()}
+        return cls(losses, tuple(sizes), sizes, tuple(json.loads(about["kinds"])))
+
+    def size(self, mask: Mask) -> int:
+        return sum(self.sizes[Mask({block})] for block in mask)
+
+    @cached_property
+    def subsets(self) -> list[Mask]:
+        inside = DENSE.union(*self.blocks)
+        return [mask for mask in self.losses if mask <= inside]
+
+
+@dataclass
+class Task:
+    """One problem: remove exactly `size`, so that the loss on some rows is low, with so many trials."""
+
+    table: Table
+    size: int
+    rows: Sequence[int]
+    trials: int
+    seed: int
+    asked: dict[Mask, float] = field(default_factory=dict)
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """What may be removed."""
+        return tuple(format_mask(block) for block in self.table.blocks)
+
+    def cost(self, blocks: Collection[str]) -> int:
+        """What some blocks take."""
+        return self.table.size(parse_mask(",".join(blocks)))
+
+    def loss(self, blocks: Collection[str]) -> float:
+        """The mean NLL without some blocks; one trial, unless it was asked before. Raises OutOfTrialsError."""
+        return self.of(parse_mask(",".join(blocks)))
+
+    def of(self, mask: Mask) -> float:
+        if mask not in self.asked:
+            if len(self.asked) >= self.trials:
+                raise OutOfTrialsError
+            self.asked[mask] = self.true(mask)
+        return self.asked[mask]
+
+    def true(self, mask: Mask, rows: Sequence[int] | None = None) -> float:
+        return float(self.table.losses[mask][list(self.rows if rows is None else rows)].mean())
+
+    @cached_property
+    def best(self) -> float:
+        return min(self.true(mask) for mask in self.table.subsets if self.table.size(mask) == self.size)
+
+    def excess(self, search: Callable[["Task"], Collection[str] | Mask]) -> tuple[float, float]:
+        """How much more the answer loses than the best one, on the rows of the task, and than the task's best on the
+        others, in nats. Out of trials, the answer is the best mask of the size that was asked."""
+        try:
+            found = search(self)
+            mask = found if isinstance(found, frozenset) else parse_mask(",".join(found))
+        except OutOfTrialsError:
+            fitting = [mask for mask in self.asked if self.table.size(mask) == self.size]
+            if not fitting:
+                return math.nan, math.nan
+            mask = min(fitting, key=self.asked.__getitem__)
+        if self.table.size(mask) != self.size:
+            return math.nan, math.nan
+        others = [row for row in range(len(self.table.kinds)) if row not in set(self.rows)]
+        best = min(self.table.subsets, key=lambda m: self.true(m) if self.table.size(m) == self.size else math.inf)
+        return self.true(mask) - self.best, self.true(mask, others) - self.true(best, others)
+
+
+def tasks(table: Table, trials: int) -> Iterator[Task]:
+    """Every size on halves of the rows, each with as many rows of every kind as can be."""
+    for seed in range(HALVES):
+        draw = random.Random(seed)
+        rows = list[int]()
+        for number, kind in enumerate(dict.fromkeys(table.kinds)):
+            own = [row for row, name in enumerate(table.kinds) if name == kind]
+            rows += draw.sample(own, (len(own) + (seed + number) % 2) // 2)
+        for size in SIZES:
+            yield Task(table, size, sorted(rows), trials, seed)
+
+
+def greedy(task: Task) -> list[str]:
+    """What a search looks like: greedy, of blocks that still fit, by the loss for what they take."""
+    gone, dense = list[str](), task.loss([])
+    while left := [b for b in task.blocks if b not in gone and task.cost([*gone, b]) <= task.size]:
+        now = task.loss(gone) if gone else dense
+        gone.append(min(left, key=lambda b: (task.loss([*gone, b]) - now) / task.cost([b])))
+    return gone
+
+
+def chance(task: Task) -> Mask:
+    """Random masks of the size, until no trial is left."""
+    draw = random.Random(task.seed)
+    fitting = [mask for mask in task.table.subsets if task.table.size(mask) == task.size]
+    return min(draw.sample(fitting, min(task.trials, len(fitting))), key=task.of)
+
+
+def of_product(name: str, options: Mapping[str, Any], task: Task) -> Mask:
+    """A search of this project, over the table instead of a model."""
+    return last(name, options, task.table, task.size, len(task.rows), partial(_scores, task), task.seed)
+
+
+def last(
+    name: str,
+    options: Mapping[str, Any],
+    table: Table,
+    size: int,
+    rows: int,
+    ask: Callable[..., list[MaskScore]],
+    seed: int = 0,
+) -> Mask:
+    """The answer of one of the project's searches that is asked for a size; `ask` scores masks."""
+    row = SEARCHES[name]
+    costs = Costs(10 * sum(table.sizes.values()), {block: n for mask, n in table.sizes.items() for block in mask})
+    budget = parse_budget(f"{size / costs.total}", Costs(costs.total, costs.blocks))
+    exact: Any = Exact(ask)  # type: ignore[arg-type]
+    problem = Problem(table.blocks, ask, exact, rows, goal_of(budget, table.blocks, costs), {"parameters": costs})
+    seeded = {"seed": seed, **options} if "seed" in row.options.model_fields else options
+    *_, answer = row.run(problem, row.options(**seeded))
+    return answer.removed
+
+
+def _scores(task: Task, masks: Sequence[Mask], rows: int | None = None, base: Mask = DENSE) -> list[MaskScore]:
+    """Of masks on all rows of a task: a trial is never a part of one."""
+    assert rows in (None, len(task.rows))
+    return [MaskScore(m, (task.of(m),) * len(task.rows), len(task.rows)) for m in masks]
+
+
+OURS: Mapping[str, Callable[[Task], Collection[str] | Mask]] = {
+    "random masks": chance,
+    "greedy for what is saved": greedy,
+    "beam": partial(of_product, "beam", {}),
+    "genetic": partial(of_product, "genetic", {"generations": 200, "initial": 16, "children": 8, "share": 1}),
+    "floating": partial(of_product, "floating", {}),
+}
+
+
+def scored(table: Table, searches: Mapping[str, Callable[[Task], Collection[str] | Mask]]) -> Iterator[dict[str, Any]]:
+    """By search and budget of trials: perplexity over that of the best mask, how often that one was found, and how many
+    trials were used, as means over the tasks."""
+    for (name, search), trials in ((pair, trials) for pair in searches.items() for trials in TRIALS):
+        own, used, found = list[tuple[float, float]](), list[int](), 0
+        for task in tasks(table, trials):
+            own.append(task.excess(search))
+            used.append(len(task.asked))
+            found += own[-1][0] < 1e-9
+        seen, unseen = np.mean(own, axis=0)
+        yield {
+            "search": name,
+            "trials": trials,
+            "used": round(float(np.mean(used))),
+            "over_best": round(math.exp(seen), 4),
+            "over_best_other_rows": round(math.exp(unseen), 4),
+            "best_found": f"{found} of {len(own)}",
+        }
+
+
+def make(model: Path, texts: Path, out: Path) -> None:
+    """Compute the table, which is written when it is whole; the trials beside it are kept."""
+    seen, source = observer(), {"source": "path", "path": str(model)}
+    wanted = Calibration(data={**source, "path": str(texts)}, split="all", num_rows=ROWS, seq_len=LENGTH)
+    rows = draw_rows(read_texts(texts), load_tokenizer(model), wanted, (), seen.note)
+    with open_material(model, Model.model_validate({**source, "dtype": "bfloat16"}), Runtime(), out, seen) as material:
+        fields = store_fields(rows.digest, material.identity, "bfloat16", "perplexity")
+        store = TrialStore(fields, rows.row_keys, out.with_suffix(".trials"))
+        ask = Objective(rows, store, material.scorer, seen)
+        costs = count_parameters(material.config)
+        found, blocks = known(ask, costs, BLOCKS, seen)
+        about = {"model": material.identity, "rows": rows.digest, "origin": json.dumps(dict(ask.origin))}
+        write_table(out, tabled(found), about | described(blocks, costs, rows.kinds))
+        store.close()
+
+
+def known(
+    ask: Callable[..., list[MaskScore]], costs: Costs, count: int, seen: Observer
+) -> tuple[dict[Mask, tuple[float, ...]], list[Mask]]:
+    """The row losses of all single blocks, all pairs, and all subsets of those `count` blocks that cost least when they
+    are removed alone; and these blocks."""
+    singles = [Mask({block}) for block in costs.blocks]
+    found = {score.mask: score.row_loss for score in ask([DENSE, *singles])}
+    blocks = sorted(singles, key=lambda mask: math.fsum(found[mask]))[:count]
+    masks = [one | other for one, other in combinations(singles, 2)]
+    masks += [DENSE.union(*chosen) for size in range(3, count + 1) for chosen in combinations(blocks, size)]
+    masks.sort(key=lambda mask: sorted((block.layer, block.kind) for block in mask))
+    for start in range(0, len(masks), CHUNK):
+        seen.begin(f"masks from {start} of {len(masks)}", start / len(masks))
+        found |= {score.mask: score.row_loss for score in ask(masks[start : start + CHUNK])}
+        seen.end(f"{len(found)} masks")
+    return found, blocks
+
+
+def tabled(found: Mapping[Mask, Sequence[float]]) -> pa.Table:
+    return pa.table({"mask": [format_mask(mask) for mask in found], "nll": list(found.values())}, SCHEMA)
+
+
+def described(blocks: Sequence[Mask], costs: Costs, kinds: Sequence[str]) -> dict[str, str]:
+    smallest = min(costs.blocks.values())
+    sizes = {format_mask(mask): round(sum(costs.blocks[block] for block in mask) / smallest) for mask in blocks}
+    return {"sizes": json.dumps(sizes), "kinds": json.dumps(kinds)}
+
+
+def named(text: str) -> Callable[[Task], Collection[str] | Mask]:
+    """The function of FILE.py:FUNCTION."""
+    path, _, name = text.rpartition(":")
+    spec = importlib.util.spec_from_file_location("own", path)
+    assert spec is not None and spec.loader is not None, f"no Python file: {path}"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found: Callable[[Task], Collection[str] | Mask] = getattr(module, name)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.searches", description=(__doc__ or "").splitlines()[0])
+    if sys.argv[1:2] == ["make"]:
+        for name in ("model", "texts", "table"):
+            parser.add_argument(name, type=Path)
+        given = parser.parse_args(sys.argv[2:])
+        make(given.model, given.texts, given.table)
+        return
+    parser.add_argument("table", type=Path)
+    parser.add_argument("search", nargs="?", help="FILE.py:FUNCTION")
+    given = parser.parse_args()
+    own = {given.search: named(given.search)} if given.search else {}
+    for line in scored(Table.read(given.table), {**own, **OURS}):
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
