@@ -6,29 +6,47 @@ Holm's correction covers all that is judged of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from blockpruner.core.blocks import parse_mask
-from blockpruner.methods.recipes import RECIPES
+from blockpruner.methods.recipes import BLOCKPRUNER, RECIPES
 from blockpruner.reporting import plots
 from blockpruner.reporting.pages import Page, Section, write_page
 from blockpruner.reporting.paper.frames import table_of_frame
 from blockpruner.reporting.paper.tables import interval
 from blockpruner.reporting.plots import MARKS, REMOVED, Plot
 from blockpruner.reporting.points import Points
-from blockpruner.reporting.statistics import Effect, holm
+from blockpruner.reporting.statistics import (
+    SEED,
+    Effect,
+    Floats,
+    average,
+    differences,
+    holm,
+    paired_bootstrap,
+    paired_t,
+    percentiles,
+    stratified_t,
+    two_sided,
+)  # fmt: skip
 from blockpruner.reporting.table import Table, to_csv, to_markdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+PLAIN = "plain"
 SIZES = (0.1, 0.2, 0.3)
 TITLES = {"greedy-shifted": "greedy shifted layers", "blockpruner-by-kl": "BlockPruner by KL"}
 LEVEL = 0.05
@@ -69,7 +87,8 @@ def title_of(method: str) -> str:
 def sizes(points: Points) -> Table:
     """Perplexity over dense at each size, of each method and healing, over all kinds of text alike."""
     lines = []
-    for (heal, method, calibration), own in points.frame.groupby(["heal", "method", "calibration"], sort=False):
+    apart = points.frame["calibration"].isin((SEARCHED, STARTS, MASKS))
+    for (heal, method, calibration), own in points.frame[~apart].groupby(["heal", "method", "calibration"], sort=False):
         line: dict[str, object] = {"method": title_of(method), "calibration": calibration, "healing": heal}
         line["draws"] = own["seed"].nunique()
         for size in SIZES:
@@ -160,7 +179,10 @@ CLAIMS_NOTE = (
 
 def calibrations(points: Points, size: float = 0.1) -> Table | None:
     """What other calibration rows lose, over draws."""
-    lines, frame = [], points.frame[points.frame["calibration"] != ""]
+    lines, frame = (
+        [],
+        points.frame[points.frame["calibration"].isin({name for names in GROUPS.values() for name in names})],
+    )
     for (heal, name, method), _ in frame.groupby(["heal", "calibration", "method"], sort=False):
         rises = points.curve(size, method=method, heal=heal, calibration=name)
         if known(rises):
@@ -171,6 +193,215 @@ def calibrations(points: Points, size: float = 0.1) -> Table | None:
     if not lines:
         return None
     return table_of_frame("calibration", f"Calibration rows, {size:.0%} removed", pd.DataFrame(lines))
+
+
+GROUPS = {
+    "number of samples": ("16 samples", "64 samples", "256 samples", "1024 samples"),
+    "kind of text": ("encyclopaedia", "instructions", "program text", "stories", "64 samples"),
+    "length of rows": ("rows of 64", "64 samples", "rows of 1024"),
+}
+"""Calibrations that differ in one thing."""
+
+
+def variation(points: Points, size: float = 0.1) -> Table | None:
+    """What moves the result of a calibration, and how much draws alone move it."""
+    lines, frame = [], points.frame
+    for heal, (thing, names) in product(frame["heal"].unique(), GROUPS.items()):
+        found = [points.curve(size, method=BLOCKPRUNER, heal=heal, calibration=name) for name in names]
+        found = [rises for rises in found if known(rises) and len(rises) > 1]
+        if len(found) < 2:
+            continue
+        logs = np.array([[math.log(points.over(rise)) for rise in rises] for rises in found])
+        within = logs.var(axis=1, ddof=1).mean()
+        between = max(0.0, logs.mean(axis=1).var(ddof=1) - within / logs.shape[1])
+        spread = {"between_pct": 100 * math.sqrt(between), "draws_pct": 100 * math.sqrt(within)}
+        lines.append({"what varies": thing, "healing": heal, **spread, "share_pct": 100 * between / (between + within)})
+    if not lines:
+        return None
+    return table_of_frame("variation", f"What calibration decides, {size:.0%} removed", pd.DataFrame(lines), VARIATION)
+
+
+VARIATION = (
+    "Standard deviations of log perplexity: between the values of what varies, draws taken out; and between draws of "
+    "one value. The share is that of the variance."
+)
+
+SEARCHED, STARTS, MASKS = "12 samples", "starts", "masks"
+"""Names of calibrations: that of searches which are compared, of one search from many starts, and of given masks."""
+
+
+def searched(points: Points) -> Table | None:
+    """What searches find on the same rows, and what that is worth on the test texts."""
+    own = points.frame[points.frame["calibration"] == SEARCHED]
+    if not len(own):
+        return None
+    every = points.frame[points.frame["calibration"].isin((SEARCHED, STARTS))]
+    best, lines = every.groupby(["seed", "budget"])["search_ppl"].min(), []
+    for method, each in own.groupby("method", sort=False):
+        line: dict[str, object] = {"search": title_of(method), "draws": each["seed"].nunique()}
+        for budget, at in each.groupby("budget"):
+            name = f"{100 * float(budget):.0f}"
+            over = at["search_ppl"].to_numpy() / best.loc[list(zip(at["seed"], at["budget"], strict=True))].to_numpy()
+            line[f"trials_{name}"] = at["trials_asked"].mean()
+            line[f"over_best_{name}"] = math.exp(np.log(over).mean())
+            rises = points.curve(float(budget), method=method, heal="plain", calibration=SEARCHED)
+            line |= interval(f"at_{name}_x", points.against(rises) if known(rises) else None)
+        lines.append(line)
+    return table_of_frame("searches", "Searches on the same rows", pd.DataFrame(lines), SEARCHED_NOTE)
+
+
+SEARCHED_NOTE = (
+    "Over best: perplexity on the rows of the search over that of the best mask of this size that any search here has "
+    "found on them. At 10 and 20: on the test texts, × dense."
+)
+
+
+def starts(points: Points) -> Table | None:
+    """Where one search ends from many random starts."""
+    own = points.frame[points.frame["calibration"] == STARTS].sort_values("search_ppl")
+    if not len(own):
+        return None
+    others = points.frame[(points.frame["calibration"] == SEARCHED) & points.frame["seed"].isin(own["seed"])]
+    others = others[others["budget"].isin(own["budget"])]
+    found, rises = own["search_ppl"].to_numpy(), np.stack(own["nll"]) - points.dense["nll"]
+    heldout = [points.over(rise) for rise in rises]
+    line = {"starts": len(own), "masks": own["plan"].nunique()}
+    line |= {"within_2_pct": int((found <= 1.02 * found[0]).sum())}
+    line |= {"median_over_best": np.median(found) / found[0], "worst_over_best": found[-1] / found[0]}
+    line |= {"other_searches_over_best": others["search_ppl"].min() / found[0]} if len(others) else {}
+    line |= {"lowest_x": min(heldout), "highest_x": max(heldout), "lowest_on_search_rows_x": heldout[0]}
+    title = f"One search from {len(own)} starts, {float(own['budget'].iloc[0]):.0%} removed"
+    return table_of_frame("starts", title, pd.DataFrame([line]), STARTS_NOTE)
+
+
+STARTS_NOTE = "Over best: perplexity on the rows of the search over that of the best start; × dense: on the test texts."
+
+
+@dataclass(frozen=True)
+class Signal:
+    """How far the loss of a mask before healing tells its loss after it: over masks, with intervals of a bootstrap."""
+
+    heal: str
+    tokens: float
+    """Tokens of training, in thousands."""
+    before: Floats
+    after: Floats
+    """Log perplexity over dense, of each mask."""
+
+    def of(self, statistic: Callable[[Floats, Floats], float]) -> Effect:
+        chance, count = np.random.default_rng(SEED), len(self.before)
+        draws = chance.integers(count, size=(MASK_RESAMPLES, count))
+        values = np.array([statistic(self.before[own], self.after[own]) for own in draws])
+        return Effect(statistic(self.before, self.after), percentiles(values, 0.95), two_sided(values, 0.0))
+
+
+MASK_RESAMPLES = 2000
+
+
+def slope(before: Floats, after: Floats) -> float:
+    return float(np.polyfit(before, after, 1)[0]) if np.ptp(before) else 0.0
+
+
+def rank(before: Floats, after: Floats) -> float:
+    return float(stats.spearmanr(before, after).statistic) if np.ptp(before) and np.ptp(after) else 0.0
+
+
+def signals(points: Points) -> list[Signal]:
+    """Of every healing of the given masks."""
+    own = points.frame[points.frame["calibration"] == MASKS]
+    if not len(own):
+        return []
+    own = own.assign(log=[math.log(points.over(nll - points.dense["nll"])) for nll in own["nll"]])
+    wide = own.pivot_table(index="method", columns="heal", values="log", sort=False)
+    found = []
+    for heal in (heal for heal in wide.columns if heal != PLAIN):
+        pair = wide[[PLAIN, heal]].dropna()
+        tokens = re.match(r"(\d+)k", heal)
+        found.append(Signal(heal, float(tokens[1]) if tokens else 0.0, pair[PLAIN].to_numpy(), pair[heal].to_numpy()))
+    return sorted(found, key=lambda signal: signal.tokens)
+
+
+def masks(points: Points) -> Table | None:
+    """Whether the mask still matters after healing."""
+    lines = []
+    for signal in signals(points):
+        ends = {"lowest_x": math.exp(signal.after.min()), "highest_x": math.exp(signal.after.max())}
+        line = {"healing": signal.heal, "masks": len(signal.before), **ends}
+        lines.append(line | interval("slope", signal.of(slope)) | interval("rank_correlation", signal.of(rank)))
+    return (
+        table_of_frame("masks", "Masks of one size after healing", pd.DataFrame(lines), MASKS_NOTE) if lines else None
+    )
+
+
+MASKS_NOTE = (
+    "Slope and rank correlation of log perplexity after healing on that before it, over masks; brackets: 95 % over "
+    "resampled masks. A slope of 1: healing leaves every ratio as it was; of 0: the mask does not matter any more."
+)
+
+
+def healed_masks(points: Points) -> Plot | None:
+    """Perplexity after healing over that before, of every mask."""
+    if not (found := signals(points)):
+        return None
+
+    def fill(figure: Figure) -> None:
+        axes = figure.subplots()
+        for signal, (colour, shape) in zip(found, MARKS, strict=False):
+            x, y = np.exp(signal.before), np.exp(signal.after)
+            axes.plot(x, y, shape, color=colour, markersize=4, alpha=0.8, label=signal.heal)
+            line = np.polyfit(signal.before, signal.after, 1)
+            ends = np.array([signal.before.min(), signal.before.max()])
+            axes.plot(np.exp(ends), np.exp(np.polyval(line, ends)), color=colour, linewidth=1)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        plots.label_(axes, "perplexity without healing, × dense", "after healing, × dense")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
+
+    return plots.render("masks", HEALED_CAPTION, (7.5, 4.4), fill)
+
+
+HEALED_CAPTION = "Each mark is a mask; all remove the same share of the parameters. Lines: least squares of the logs."
+
+
+def tasks(points: Points) -> Table | None:
+    """Accuracy, and the p of the right answer, against BlockPruner of the same budget and healing."""
+    own = points.frame[points.frame["items"] != "{}"]
+    lines, tests = list[dict[str, object]](), list[tuple[int, str, Effect]]()
+    for (heal, _), group in own.groupby(["heal", "budget"], sort=False):
+        base = group[group["method"] == BLOCKPRUNER]
+        for _, point in group.iterrows():
+            items = json.loads(point["items"])
+            scores, golds = ({task: each[key] for task, each in items.items()} for key in ("score", "p_gold"))
+            line: dict[str, object] = {"method": title_of(point["method"]), "healing": heal}
+            mean, gold = average(scores), average(golds)
+            line |= {"removed_pct": 100 * point["ratio"], "avg_pct": 100 * mean.value, "avg_pct_se": 100 * mean.stderr}
+            line |= {"p_gold_pct": 100 * gold.value}
+            if len(base) and point["method"] != BLOCKPRUNER:
+                other = json.loads(base.iloc[0]["items"])
+                before, p_before = ({task: each[key] for task, each in other.items()} for key in ("score", "p_gold"))
+                effect = paired_bootstrap(before, scores)
+                line |= interval("avg_against", effect, 100)
+                line |= interval("p_gold_against", stratified_t(p_before, golds), 100)
+                line["detectable"] = 100 * DETECTABLE * average(differences(before, scores)).stderr
+                tests += [(len(lines), task, paired_t(before[task], scores[task])) for task in scores]
+            lines.append(line)
+    if not lines:
+        return None
+    for (number, task, effect), p in zip(tests, holm([effect.p for _, _, effect in tests]), strict=True):
+        if p <= LEVEL:
+            word = f"{task} {'+' if effect.value > 0 else '-'}"
+            lines[number]["tasks"] = ", ".join(filter(None, (str(lines[number].get("tasks", "")), word)))
+    return table_of_frame("tasks", "Tasks", pd.DataFrame(lines), TASKS_NOTE)
+
+
+DETECTABLE = 2.8
+"""Standard errors of a difference that is found four times out of five, at 5 %."""
+
+TASKS_NOTE = (
+    "Against BlockPruner with the same budget and healing, in points. Detectable: the difference that these items "
+    "would show four times out of five. Tasks: those in which the method is better (+) or worse (-), 5 % with Holm's "
+    "correction over the table."
+)
 
 
 def quality(points: Points) -> Plot:
@@ -221,7 +452,10 @@ def of_run(points: Points) -> Iterator[Table | Plot]:
     yield claims(points)
     yield sizes(points)
     yield texts(points)
-    for made in (calibrations(points), quality(points), blocks(points)):
+    for made in (
+        calibrations(points), variation(points), searched(points), starts(points), masks(points), tasks(points),
+        quality(points), blocks(points), healed_masks(points),
+    ):  # fmt: skip
         if made is not None:
             yield made
 

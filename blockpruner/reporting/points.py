@@ -123,5 +123,5 @@ class Points:
         return Effect(math.exp(value), percentiles(np.exp(means), 0.95), two_sided(np.exp(means), 1.0))
 
 
-NEAR = 0.005
+NEAR = 0.01
 """A curve goes on so far beyond its last size."""
