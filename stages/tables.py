@@ -1,7 +1,7 @@
 """tables <study>: the tables and figures of a study, at data/tables/<study>."""
 
 from blockpruner.core.progress import observer
-from blockpruner.reporting.answers import write_answers
+from blockpruner.reporting.answers.page import write_answers
 from blockpruner.reporting.paper.page import write_study
 from blockpruner.studies import load_study, points_of_study, rows_of_study
 from stages import DATA, run

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +23,6 @@ from blockpruner.inputs.checkpoints import fetch_checkpoint
 from blockpruner.inputs.texts import MixedText, TextKind, write_texts
 from blockpruner.model.models import load_model, prune_
 from blockpruner.params import load_run
-from blockpruner.reporting import answers
 from blockpruner.reporting import points as points_module
 from blockpruner.reporting.points import Points
 from blockpruner.store.files import write_table
@@ -148,70 +145,6 @@ def test_settings_are_refused_before_anything_is_computed(place, monkeypatch):
         place.measure(WANTED.model_copy(update={"methods": {"blokpruner": {}}}))
 
 
-def curve(method, sizes, seeds=(42, 43, 44), rows=24, rise=lambda size, row, draw: 0.0, kinds=("a", "b")):
-    """Points of a made-up method; `rise` gives the NLL over dense."""
-    found = [
-        {"calibration": "", "method": method, "budget": str(size), "heal": "plain", "plan": "", "seed": seed,
-         "ratio": size, "mha": 0, "mlp": 0,
-         "nll": np.array([2.0 + rise(size, row, seed) for row in range(rows)])}
-        for seed in seeds for size in sizes
-    ]  # fmt: skip
-    dense = pd.Series({"nll": np.full(rows, 2.0)})
-    return found, dense, np.repeat(kinds, rows // len(kinds))
-
-
-def points_of(*methods):
-    frames, dense, kinds = zip(*methods, strict=True)
-    return Points(pd.DataFrame([row for frame in frames for row in frame]), dense[0], kinds[0], "")
-
-
-def bent(size, row, draw):
-    return (1 + 0.3 * math.sin(row)) * (3 * size**1.5 + size) * (1 + (draw - 43) / 20)
-
-
-def test_a_method_is_level_with_itself_at_other_sizes():
-    sizes, others = (0.05, 0.09, 0.12, 0.19, 0.22, 0.29, 0.32), (0.06, 0.1, 0.135, 0.18, 0.21, 0.27, 0.33)
-    found = points_of(curve("one", sizes, rise=bent), curve("other", others, rise=bent))
-    for size in (0.1, 0.2, 0.3):
-        effect = found.against(found.curve(size, method="one"), found.curve(size, method="other"))
-        assert effect.value == pytest.approx(1.0, abs=0.003) and effect.interval.low == pytest.approx(1, abs=0.005)
-        rises = [bent(size, row, draw) for row in range(24) for draw in (42, 43, 44)]
-        over = found.against(found.curve(size, method="one"))
-        assert over.value == pytest.approx(math.exp(np.mean(rises)), rel=0.004)
-    assert np.isnan(found.curve(0.4, method="one")).all(), "nothing is said of sizes that were not measured"
-
-
-def test_intervals_hold_draws_and_documents():
-    """Against a plain loop over resampled draws and rows."""
-    chance = np.random.default_rng(1)
-    noise = {(row, draw): chance.normal(0, 0.1) for row in range(24) for draw in (42, 43, 44)}
-    shift = {42: 0.0, 43: 0.1, 44: -0.06}
-    found = points_of(
-        curve("one", (0.1, 0.2)),
-        curve("other", (0.1, 0.2), rise=lambda size, row, draw: 0.05 + shift[draw] + noise[row, draw]),
-    )
-    a, b = found.curve(0.1, method="one"), found.curve(0.1, method="other")
-    effect, means = found.against(a, b), []
-    for _ in range(4000):
-        draws = chance.integers(3, size=3)
-        halves = [chance.integers(12, size=12) + start for start in (0, 12)]
-        means.append(np.mean([(b - a)[draws][:, rows].mean() for rows in halves]))
-    expected = np.exp(np.quantile(means, [0.025, 0.975]))
-    assert effect.value == pytest.approx(math.exp((b - a).mean()))
-    np.testing.assert_allclose([effect.interval.low, effect.interval.high], expected, atol=0.01)
-    rows_alone = found.against(a[:1], b[:1])
-    assert rows_alone.interval.high - rows_alone.interval.low < effect.interval.high - effect.interval.low
-    kind = found.against(a, b, "b")
-    assert kind.value == pytest.approx(math.exp((b - a)[:, 12:].mean())) != effect.value
-    assert 0 < effect.p <= 1 and found.against(a, a).p == 1
-
-
-def test_other_rows_are_not_compared(tmp_path):
-    found, dense, kinds = curve("one", (0.1,))
-    with refused("other-rows"):
-        Points.joined([Points(pd.DataFrame(found), dense, kinds, digest) for digest in "ab"])
-
-
 def test_a_study_of_experiments_asks_for_them_alone(place):
     Path("studies").mkdir()
     study = {"title": "T", "runs": ["tiny"], "experiments": {"one": {"run": "tiny", "methods": {"blockpruner": {}},
@@ -254,30 +187,3 @@ def test_the_stage_depends_on_what_it_reads(place):
     wanted = {dep.replace("${item.run}", "tiny") for dep in deps if dep.startswith("data/settings")}
     assert read == wanted | {"studies/mine.yaml"}
     assert Points.read(Path("data/evidence/mine-one")).frame["method"].tolist() == ["shortgpt"]
-
-
-def test_a_claim_holds_where_it_holds(tmp_path):
-    """Blocks lose less on one kind of text and more on the other; what is level stays open."""
-    sizes = (0.05, 0.09, 0.12, 0.19, 0.22)
-    noise = np.random.default_rng(0).normal(0, 0.01, (24, 60))
-
-    def rise(kind_a, kind_b):
-        return lambda size, row, draw: size * (kind_a if row < 12 else kind_b) + noise[row, draw]
-
-    found = points_of(
-        curve("blockpruner", sizes, rise=rise(1.0, 2.0)), curve("greedy-layers", sizes, rise=rise(2.0, 1.0)),
-        curve("greedy-shifted", sizes, rise=rise(1.0, 2.0)),
-        curve("one-shot-perplexity", sizes, rise=rise(3.0, 3.0)),
-    )  # fmt: skip
-    made = answers.claims(found).frame.set_index("claim")["verdict"]
-    assert made["Blocks lose less than layers"] == "holds at 10% on a; 20% on a. the opposite at 10% on b; 20% on b"
-    assert made["Blocks lose less than shifted layers"] == "no difference is seen"
-    assert made["Step by step loses less than one shot"] == "holds"
-    assert "MHA alone loses less than MLP alone" not in made, "nothing was measured of it"
-    line = answers.sizes(found).frame.set_index("method").loc["BlockPruner"]
-    assert line["at_20_x"] == pytest.approx(math.exp(0.2 * 1.5), rel=0.01) and "at_30_x" not in line
-    answers.write_answers(tmp_path / "out", "T", {"tiny": ("Tiny", ["a machine"], found)})
-    page = (tmp_path / "out/results.md").read_text()
-    assert "| BlockPruner |" in page and "a machine" in page and (tmp_path / "out/plots/tiny-quality.png").exists()
-    for path in re.findall(r"results/(.*?)\)", page):
-        assert (tmp_path / "out/plots" / path).exists()

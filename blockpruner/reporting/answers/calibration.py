@@ -1,0 +1,73 @@
+"""What the calibration decides: how many samples, which text, which rows, and chance."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from blockpruner.methods.recipes import BLOCKPRUNER
+from blockpruner.reporting.answers.curves import (
+    known,
+    title_of,
+)
+from blockpruner.reporting.paper.frames import table_of_frame
+from blockpruner.reporting.paper.tables import interval
+from blockpruner.reporting.points import Points
+from blockpruner.reporting.table import Table
+
+if TYPE_CHECKING:
+    pass
+
+
+def calibrations(points: Points, size: float = 0.1) -> Table | None:
+    """What other calibration rows lose, over draws."""
+    lines, frame = (
+        [],
+        points.frame[points.frame["calibration"].isin({name for names in GROUPS.values() for name in names})],
+    )
+    for (heal, name, method), _ in frame.groupby(["heal", "calibration", "method"], sort=False):
+        rises = points.curve(size, method=method, heal=heal, calibration=name)
+        if known(rises):
+            line = {"calibration": name, "method": title_of(method), "healing": heal, "draws": len(rises)}
+            each = [points.over(rise) for rise in rises]
+            line |= interval(f"at_{100 * size:.0f}_x", points.against(rises))
+            lines.append(line | {"lowest": min(each), "highest": max(each)})
+    if not lines:
+        return None
+    return table_of_frame("calibration", f"Calibration rows, {size:.0%} removed", pd.DataFrame(lines))
+
+
+GROUPS = {
+    "number of samples": ("16 samples", "64 samples", "256 samples", "1024 samples"),
+    "kind of text": ("encyclopaedia", "instructions", "program text", "stories", "64 samples"),
+    "length of rows": ("rows of 64", "64 samples", "rows of 1024"),
+}
+"""Calibrations that differ in one thing."""
+
+
+def variation(points: Points, size: float = 0.1) -> Table | None:
+    """What moves the result of a calibration, and how much draws alone move it."""
+    lines, frame = [], points.frame
+    for heal, (thing, names) in product(frame["heal"].unique(), GROUPS.items()):
+        found = [points.curve(size, method=BLOCKPRUNER, heal=heal, calibration=name) for name in names]
+        found = [rises for rises in found if known(rises) and len(rises) > 1]
+        if len(found) < 2:
+            continue
+        logs = np.array([[math.log(points.over(rise)) for rise in rises] for rises in found])
+        within = logs.var(axis=1, ddof=1).mean()
+        between = max(0.0, logs.mean(axis=1).var(ddof=1) - within / logs.shape[1])
+        spread = {"between_pct": 100 * math.sqrt(between), "draws_pct": 100 * math.sqrt(within)}
+        lines.append({"what varies": thing, "healing": heal, **spread, "share_pct": 100 * between / (between + within)})
+    if not lines:
+        return None
+    return table_of_frame("variation", f"What calibration decides, {size:.0%} removed", pd.DataFrame(lines), VARIATION)
+
+
+VARIATION = (
+    "Standard deviations of log perplexity: between the values of what varies, draws taken out; and between draws of "
+    "one value. The share is that of the variance."
+)

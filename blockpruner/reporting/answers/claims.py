@@ -1,0 +1,115 @@
+"""Claims: which methods are compared, and when one holds.
+
+A claim is judged on every kind of text and at every size; Holm's correction covers all that is judged of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from blockpruner.reporting.answers.curves import (
+    SIZES,
+    known,
+)
+from blockpruner.reporting.paper.frames import table_of_frame
+from blockpruner.reporting.paper.tables import interval
+from blockpruner.reporting.points import Points
+from blockpruner.reporting.statistics import (
+    Effect,
+    holm,
+)
+from blockpruner.reporting.table import Table
+
+if TYPE_CHECKING:
+    pass
+
+
+LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That one method loses less than another one."""
+
+    words: str
+    better: str
+    worse: str
+
+
+CLAIMS = (
+    Claim("Blocks lose less than layers", "blockpruner", "greedy-layers"),
+    Claim("Layers shifted by half of one lose less than layers", "greedy-shifted", "greedy-layers"),
+    Claim("Blocks lose less than shifted layers", "blockpruner", "greedy-shifted"),
+    Claim("Narrower MLPs lose less than blocks", "narrow", "blockpruner"),
+    Claim("MHA alone loses less than MLP alone", "mha-only", "mlp-only"),
+    Claim("Step by step loses less than one shot", "blockpruner", "one-shot-perplexity"),
+    Claim("Perplexity finds better blocks than Block Influence", "blockpruner", "blockpruner-by-bi"),
+    Claim("… than Relative Magnitude", "blockpruner", "blockpruner-by-rm"),
+    Claim("… than Relative Magnitude by norms", "blockpruner", "blockpruner-by-rm-frobenius"),
+    Claim("… than JS divergence", "blockpruner", "blockpruner-by-js"),
+    Claim("… than KL divergence", "blockpruner", "blockpruner-by-kl"),
+    Claim("BlockPruner loses less than SliceGPT", "blockpruner", "slicegpt"),
+    Claim("… than LaCo", "blockpruner", "laco"),
+    Claim("… than ShortGPT", "blockpruner", "shortgpt"),
+    Claim("… than Relative Magnitude of layers", "blockpruner", "relative-magnitude"),
+)
+
+
+Cells = Mapping[tuple[float, str], tuple[Effect, float]]
+"""By size and kind of text: the perplexity of the worse over that of the better, and the corrected p."""
+
+
+def cells_of(points: Points, claim: Claim, heal: str) -> Cells:
+    """Compare the methods of a claim wherever both were measured."""
+    found = dict[tuple[float, str], Effect]()
+    for size in SIZES:
+        a, b = (points.curve(size, method=m, heal=heal, calibration="") for m in (claim.better, claim.worse))
+        if known(a) and known(b):
+            count = min(len(a), len(b))
+            found |= {(size, kind): points.against(a[:count], b[:count], kind) for kind in points.texts}
+    corrected = holm([effect.p for effect in found.values()])
+    return {key: (effect, p) for (key, effect), p in zip(found.items(), corrected, strict=True)}
+
+
+def verdict(cells: Cells) -> str:
+    """Say where a claim holds, and where the opposite does."""
+    signs = {key: 0 if p > LEVEL else 1 if effect.value > 1 else -1 for key, (effect, p) in cells.items()}
+    if len(found := set(signs.values())) == 1:
+        return {1: "holds", -1: "the opposite holds", 0: "no difference is seen"}[found.pop()]
+    kinds = list(dict.fromkeys(kind for _, kind in signs))
+    words = []
+    for sign, word in ((1, "holds"), (-1, "the opposite")):
+        where = []
+        for size in dict.fromkeys(size for size, _ in signs):
+            own = [kind for kind in kinds if signs[size, kind] == sign]
+            if own:
+                where.append(f"{size:.0%}" + ("" if len(own) == len(kinds) else f" on {', '.join(own)}"))
+        words += [f"{word} at {'; '.join(where)}"] if where else []
+    return ". ".join([*words, *(["Elsewhere no difference is seen"] if 0 in found else [])])
+
+
+def claims(points: Points) -> Table:
+    """Judge every claim of which something was measured."""
+    lines = []
+    for claim in CLAIMS:
+        for heal in points.frame["heal"].unique():
+            if not (cells := cells_of(points, claim, heal)):
+                continue
+            line: dict[str, object] = {"claim": claim.words, "healing": heal}
+            for size in dict.fromkeys(size for size, _ in cells):
+                a, b = (points.curve(size, method=m, heal=heal, calibration="") for m in (claim.better, claim.worse))
+                count = min(len(a), len(b))
+                line["draws"] = count
+                line |= interval(f"at_{100 * size:.0f}", points.against(a[:count], b[:count]))
+            lines.append(line | {"verdict": verdict(cells)})
+    return table_of_frame("claims", "Claims", pd.DataFrame(lines), CLAIMS_NOTE)
+
+
+CLAIMS_NOTE = (
+    "Perplexity of the method that a claim calls worse, over that of the better one, every kind of text alike. The "
+    "verdict is over every kind of text at every size by itself, 5 % with Holm's correction within the line."
+)

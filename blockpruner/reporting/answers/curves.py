@@ -1,0 +1,116 @@
+"""What methods lose at each size: tables and the figure of quality.
+
+Decides at which sizes methods are compared.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from blockpruner.core.blocks import parse_mask
+from blockpruner.methods.recipes import RECIPES
+from blockpruner.reporting import plots
+from blockpruner.reporting.paper.frames import table_of_frame
+from blockpruner.reporting.paper.tables import interval
+from blockpruner.reporting.plots import MARKS, REMOVED, Plot
+from blockpruner.reporting.points import Points
+from blockpruner.reporting.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+PLAIN = "plain"
+SIZES = (0.1, 0.2, 0.3)
+TITLES = {"greedy-shifted": "greedy shifted layers", "blockpruner-by-kl": "BlockPruner by KL"}
+SEARCHED, STARTS, MASKS = "12 samples", "starts", "masks"
+"""Names of calibrations: that of searches which are compared, of one search from many starts, and of given masks."""
+
+
+def title_of(method: str) -> str:
+    return TITLES.get(method) or (RECIPES[method].title if method in RECIPES else method.replace("-", " "))
+
+
+def known(rises: np.ndarray) -> bool:
+    return bool(len(rises)) and not np.isnan(rises).any()
+
+
+def sizes(points: Points) -> Table:
+    """Perplexity over dense at each size, of each method and healing, over all kinds of text alike."""
+    lines = []
+    apart = points.frame["calibration"].isin((SEARCHED, STARTS, MASKS))
+    for (heal, method, calibration), own in points.frame[~apart].groupby(["heal", "method", "calibration"], sort=False):
+        line: dict[str, object] = {"method": title_of(method), "calibration": calibration, "healing": heal}
+        line["draws"] = own["seed"].nunique()
+        for size in SIZES:
+            rises = points.curve(size, method=method, heal=heal, calibration=calibration)
+            line |= interval(f"at_{100 * size:.0f}_x", points.against(rises) if known(rises) else None)
+        lines.append(line)
+    return table_of_frame("sizes", "Perplexity at equal size", pd.DataFrame(lines), SIZES_NOTE)
+
+
+SIZES_NOTE = (
+    "× the dense model, every kind of text alike, at 10, 20 and 30 % of all parameters removed: between the sizes "
+    "measured, by monotone cubic curves of each row's loss. Brackets: 95 % over draws and documents together."
+)
+
+
+def texts(points: Points, size: float = 0.2) -> Table:
+    """The same at one size by kind of text."""
+    lines = []
+    for (heal, method), own in points.frame[points.frame["calibration"] == ""].groupby(["heal", "method"], sort=False):
+        rises = points.curve(size, method=method, heal=heal, calibration="")
+        if known(rises):
+            effects = {kind: points.against(rises, kind=kind) for kind in points.texts}
+            line = {"method": title_of(method), "healing": heal, "draws": own["seed"].nunique()}
+            lines.append(line | {k: v for kind, e in effects.items() for k, v in interval(f"{kind}_x", e).items()})
+    name = f"By kind of text at {size:.0%} removed"
+    return table_of_frame("texts", name, pd.DataFrame(lines), "× the dense model; brackets as above.")
+
+
+def quality(points: Points) -> Plot:
+    """Perplexity over the share removed, a panel for each healing; bands are the range over draws."""
+    frame = points.frame[points.frame["calibration"] == ""]
+    heals = list(frame["heal"].unique())
+    marks = dict(zip(frame["method"].unique(), MARKS * 3, strict=False))
+
+    def fill(figure: Figure) -> None:
+        for axes, heal in zip(figure.subplots(1, len(heals), squeeze=False, sharey=True)[0], heals, strict=True):
+            for method, own in frame[frame["heal"] == heal].groupby("method", sort=False):
+                own = own.assign(x=[points.over(nll - points.dense["nll"]) for nll in own["nll"]])
+                line = own.groupby("budget").agg({"ratio": "mean", "x": ["mean", "min", "max"]})
+                line = line.sort_values(("ratio", "mean"))
+                colour, shape = marks[method]
+                at = 100 * line["ratio", "mean"]
+                axes.plot(at, line["x", "mean"], color=colour, marker=shape, markersize=4, label=title_of(method))
+                axes.fill_between(at, line["x", "min"], line["x", "max"], color=colour, alpha=0.2, linewidth=0)
+            most = max(points.over(nll - points.dense["nll"]) for nll in frame["nll"])
+            plots.scale_(axes, [1.0, most])
+            axes.set_ylim(1, min(30, 1.05 * most))
+            axes.set_title(heal)
+            plots.label_(axes, REMOVED, "perplexity, × dense")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
+
+    return plots.render("quality", QUALITY_CAPTION, (4.6 * len(heals) + 2.5, 4.4), fill)
+
+
+QUALITY_CAPTION = "Perplexity on the test texts over the share of parameters removed; bands hold all draws."
+
+
+def blocks(points: Points, method: str = "blockpruner", budget: str = "0.22") -> Plot | None:
+    """How often each block goes, over draws."""
+    own = points.frame[(points.frame["method"] == method) & (points.frame["heal"] == "plain")]
+    own = own[(own["budget"] == budget) & (own["calibration"] == "")]
+    own = own[own["plan"] != ""]
+    if not len(own):
+        return None
+    gone = pd.Series([block for plan in own["plan"] for block in parse_mask(plan.replace(" ", ","))]).value_counts()
+    shares = {block: count / len(own) for block, count in gone.items()}
+    layers = max(block.layer for block in gone.index) + 1
+    draw = partial(plots.block_map, layers=layers, gone=shares, removals=[])
+    caption = f"In what share of {len(own)} draws {title_of(method)} removes each block, for a budget of {budget}."
+    return plots.render(f"blocks-{method}", caption, (max(10.2, 0.29 * layers + 1.5), 1.45), draw)

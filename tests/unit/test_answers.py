@@ -1,0 +1,187 @@
+"""What is made of points: comparisons at one size, and every table of answers, against made-up points."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from blockpruner.reporting.answers import calibration, claims, curves, masks, page, searches, tasks
+from blockpruner.reporting.points import Points
+from tests.errors import refused
+
+
+def point(**own):
+    """A point of the plain model without tasks, at 10 %."""
+    base = {"calibration": "", "method": "m", "budget": "0.1", "heal": "plain", "plan": "", "seed": 42, "ratio": 0.1,
+            "mha": 0, "mlp": 0, "items": "{}", "trials_asked": 10.0, "search_ppl": 20.0}  # fmt: skip
+    return base | own
+
+
+def curve(method, sizes, seeds=(42, 43, 44), rows=24, rise=lambda size, row, draw: 0.0, kinds=("a", "b")):
+    """Points of a made-up method; `rise` gives the NLL over dense."""
+    found = [
+        point(method=method, budget=str(size), seed=seed, ratio=size,
+              nll=np.array([2.0 + rise(size, row, seed) for row in range(rows)]))
+        for seed in seeds for size in sizes
+    ]  # fmt: skip
+    dense = pd.Series({"nll": np.full(rows, 2.0)})
+    return found, dense, np.repeat(kinds, rows // len(kinds))
+
+
+def points_of(*methods):
+    frames, dense, kinds = zip(*methods, strict=True)
+    return Points(pd.DataFrame([row for frame in frames for row in frame]), dense[0], kinds[0], "")
+
+
+def bent(size, row, draw):
+    return (1 + 0.3 * math.sin(row)) * (3 * size**1.5 + size) * (1 + (draw - 43) / 20)
+
+
+def test_a_method_is_level_with_itself_at_other_sizes():
+    sizes, others = (0.05, 0.09, 0.12, 0.19, 0.22, 0.29, 0.32), (0.06, 0.1, 0.135, 0.18, 0.21, 0.27, 0.33)
+    found = points_of(curve("one", sizes, rise=bent), curve("other", others, rise=bent))
+    for size in (0.1, 0.2, 0.3):
+        effect = found.against(found.curve(size, method="one"), found.curve(size, method="other"))
+        assert effect.value == pytest.approx(1.0, abs=0.003) and effect.interval.low == pytest.approx(1, abs=0.005)
+        rises = [bent(size, row, draw) for row in range(24) for draw in (42, 43, 44)]
+        over = found.against(found.curve(size, method="one"))
+        assert over.value == pytest.approx(math.exp(np.mean(rises)), rel=0.004)
+    assert np.isnan(found.curve(0.4, method="one")).all(), "nothing is said of sizes that were not measured"
+
+
+def test_intervals_hold_draws_and_documents():
+    """Against a plain loop over resampled draws and rows."""
+    chance = np.random.default_rng(1)
+    noise = {(row, draw): chance.normal(0, 0.1) for row in range(24) for draw in (42, 43, 44)}
+    shift = {42: 0.0, 43: 0.1, 44: -0.06}
+    found = points_of(
+        curve("one", (0.1, 0.2)),
+        curve("other", (0.1, 0.2), rise=lambda size, row, draw: 0.05 + shift[draw] + noise[row, draw]),
+    )
+    a, b = found.curve(0.1, method="one"), found.curve(0.1, method="other")
+    effect, means = found.against(a, b), []
+    for _ in range(4000):
+        draws = chance.integers(3, size=3)
+        halves = [chance.integers(12, size=12) + start for start in (0, 12)]
+        means.append(np.mean([(b - a)[draws][:, rows].mean() for rows in halves]))
+    expected = np.exp(np.quantile(means, [0.025, 0.975]))
+    assert effect.value == pytest.approx(math.exp((b - a).mean()))
+    np.testing.assert_allclose([effect.interval.low, effect.interval.high], expected, atol=0.01)
+    rows_alone = found.against(a[:1], b[:1])
+    assert rows_alone.interval.high - rows_alone.interval.low < effect.interval.high - effect.interval.low
+    kind = found.against(a, b, "b")
+    assert kind.value == pytest.approx(math.exp((b - a)[:, 12:].mean())) != effect.value
+    assert 0 < effect.p <= 1 and found.against(a, a).p == 1
+
+
+def test_other_rows_are_not_compared(tmp_path):
+    found, dense, kinds = curve("one", (0.1,))
+    with refused("other-rows"):
+        Points.joined([Points(pd.DataFrame(found), dense, kinds, digest) for digest in "ab"])
+
+
+def test_a_claim_holds_where_it_holds(tmp_path):
+    """Blocks lose less on one kind of text and more on the other; what is level stays open."""
+    sizes = (0.05, 0.09, 0.12, 0.19, 0.22)
+    noise = np.random.default_rng(0).normal(0, 0.01, (24, 60))
+
+    def rise(kind_a, kind_b):
+        return lambda size, row, draw: size * (kind_a if row < 12 else kind_b) + noise[row, draw]
+
+    found = points_of(
+        curve("blockpruner", sizes, rise=rise(1.0, 2.0)), curve("greedy-layers", sizes, rise=rise(2.0, 1.0)),
+        curve("greedy-shifted", sizes, rise=rise(1.0, 2.0)),
+        curve("one-shot-perplexity", sizes, rise=rise(3.0, 3.0)),
+    )  # fmt: skip
+    made = claims.claims(found).frame.set_index("claim")["verdict"]
+    assert made["Blocks lose less than layers"] == "holds at 10% on a; 20% on a. the opposite at 10% on b; 20% on b"
+    assert made["Blocks lose less than shifted layers"] == "no difference is seen"
+    assert made["Step by step loses less than one shot"] == "holds"
+    assert "MHA alone loses less than MLP alone" not in made, "nothing was measured of it"
+    line = curves.sizes(found).frame.set_index("method").loc["BlockPruner"]
+    assert line["at_20_x"] == pytest.approx(math.exp(0.2 * 1.5), rel=0.01) and "at_30_x" not in line
+    page.write_answers(tmp_path / "out", "T", {"tiny": ("Tiny", ["a machine"], found)})
+    made = (tmp_path / "out/results.md").read_text()
+    assert "| BlockPruner |" in made and "a machine" in made and (tmp_path / "out/plots/tiny-quality.png").exists()
+    for path in re.findall(r"results/(.*?)\)", made):
+        assert (tmp_path / "out/plots" / path).exists()
+
+
+def of(*found):
+    """Points of 8 rows of two kinds; `rise` is over dense, on every row."""
+    frame = pd.DataFrame([{**each, "nll": np.full(8, 2.0 + each.get("rise", 0.0))} for each in found])
+    return Points(frame, pd.Series({"nll": np.full(8, 2.0)}), np.repeat(("a", "b"), 4), "")
+
+
+def test_searches_are_told_by_the_best_mask_of_their_rows():
+    ppl = {("greedy", 42): 22.0, ("beam", 42): 20.0, ("greedy", 43): 30.0, ("beam", 43): 33.0}
+    found = of(*(
+        point(calibration="12 samples", method=name, seed=seed, search_ppl=value, trials_asked=5.0 + seed,
+              rise=0.5 if name == "beam" else 0.7)
+        for (name, seed), value in ppl.items()
+    ))  # fmt: skip
+    made = searches.searched(found).frame.set_index("search")
+    assert made["over_best_10"].to_dict() == pytest.approx({"greedy": math.sqrt(1.1), "beam": math.sqrt(1.1)})
+    assert made["at_10_x"].to_dict() == pytest.approx({"greedy": math.exp(0.7), "beam": math.exp(0.5)})
+    assert made.loc["greedy", "trials_10"] == 47.5
+
+
+def test_starts_are_told_by_the_best_one():
+    found = [point(calibration="starts", method=f"start {n}", search_ppl=ppl, plan=f"mha.{n // 2}", rise=rise)
+             for n, (ppl, rise) in enumerate(((10.0, 0.3), (10.1, 0.1), (11.0, 0.2)))]  # fmt: skip
+    line = searches.starts(of(*found, point(calibration="12 samples", search_ppl=9.5))).frame.iloc[0]
+    assert (line["starts"], line["masks"], line["within_2_pct"]) == (3, 2, 2)
+    told = line[["median_over_best", "worst_over_best", "other_searches_over_best"]]
+    assert told.tolist() == pytest.approx([1.01, 1.1, 0.95])
+    assert line["lowest_on_search_rows_x"] == pytest.approx(math.exp(0.3))
+
+
+def test_the_signal_of_masks_is_a_line_of_logs():
+    before = np.linspace(1, 4, 20)
+    found = [point(calibration="masks", method=f"m{n}", heal=heal, rise=rise)
+             for n, x in enumerate(before)
+             for heal, rise in (("plain", x), ("refit", 0.5 + 0.25 * x), ("25k tokens", n % 2 / 50))]  # fmt: skip
+    made = masks.masks(of(*found)).frame.set_index("healing")
+    assert list(made.index) == ["refit", "25k tokens"] and made.loc["refit", "masks"] == 20
+    assert made.loc["refit", ["slope", "slope_low", "rank_correlation"]].tolist() == pytest.approx([0.25, 0.25, 1.0])
+    assert made.loc["25k tokens", "slope_low"] < 0 < made.loc["25k tokens", "slope_high"]
+    assert made.loc["refit", "highest_x"] == pytest.approx(math.exp(1.5))
+    assert masks.healed_masks(of(*found)).png and masks.masks(of(point())) is None
+
+
+def test_what_calibration_decides_is_told_apart_from_chance():
+    """Values of the number of samples differ by 0.2 in log perplexity, draws by 0.01."""
+    shift = {"16 samples": 0.4, "64 samples": 0.2, "256 samples": 0.0}
+    found = [
+        point(calibration=name, method="blockpruner", seed=42 + draw, rise=1 + level + 0.01 * draw)
+        for name, level in shift.items() for draw in range(3)
+    ]  # fmt: skip
+    (line,) = calibration.variation(of(*found)).frame.to_dict("records")
+    assert line["what varies"] == "number of samples"
+    assert line["draws_pct"] == pytest.approx(1.0) and line["between_pct"] == pytest.approx(20.0, rel=0.01)
+    assert line["share_pct"] == pytest.approx(100 * 0.04 / 0.0401, rel=0.01)
+    lines = calibration.calibrations(of(*found)).frame.set_index("calibration")
+    assert lines.loc["16 samples", "highest"] == pytest.approx(math.exp(1.42))
+
+
+def test_tasks_are_compared_item_by_item():
+    chance = np.random.default_rng(0)
+    right = {task: chance.random(200) < 0.5 for task in ("piqa", "arc_easy")}
+    worse = {"piqa": right["piqa"] & (np.arange(200) % 2 == 0), "arc_easy": right["arc_easy"]}
+
+    def items(scores):
+        own = {t: {"score": [float(v) for v in each], "p_gold": [0.5 + 0.1 * float(v) for v in each]}
+               for t, each in scores.items()}  # fmt: skip
+        return json.dumps(own)
+
+    found = of(point(method="blockpruner", items=items(right)), point(method="laco", items=items(worse)), point())
+    base, line = tasks.tasks(found).frame.to_dict("records")
+    lost = np.mean([right[t].mean() - worse[t].mean() for t in right])
+    assert line["avg_pct"] == pytest.approx(base["avg_pct"] - 100 * lost)
+    assert line["avg_against"] == pytest.approx(-100 * lost) and line["avg_against_high"] < 0
+    assert line["tasks"] == "piqa -", "the task that differs, and only that"
+    d = worse["piqa"].astype(float) - right["piqa"]
+    assert line["detectable"] == pytest.approx(100 * 2.8 * d.std(ddof=1) / math.sqrt(200) / 2)
