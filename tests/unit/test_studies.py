@@ -569,6 +569,16 @@ def test_pages_hold_the_tables_of_docs_results():
     assert found >= 2
 
 
+def test_a_number_in_a_text_is_that_of_the_only_row_with_these_values(tmp_path):
+    lines = "method,healing,at_20_x,at_20_x_low,at_20_x_high", "a,plain,1.5,1.4,1.61", "a,refit,1.204,1.1,1.3"
+    (tmp_path / "sizes.csv").write_text("\n".join(lines))
+    text = "So <!-- value: sizes; method=a; healing={}; at_20_x -->{}<!-- / --> times."
+    assert publish.filled(text.format("refit", "?"), tmp_path) == text.format("refit", "1.20 [1.10, 1.30]")
+    for where in ("none", "refit; method=b"):
+        with refused("not-one-row"):
+            publish.filled(text.format(where, ""), tmp_path)
+
+
 def test_publish_copies_a_study_and_fills_the_pages(written, monkeypatch, capsys):
     root = written.parents[2]
     (root / "docs").mkdir()

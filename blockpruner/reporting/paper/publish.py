@@ -7,6 +7,10 @@ docs/results/<name>.csv:
     <!-- table: front -->
     ...
     <!-- /table -->
+
+So is a single number, of the only row that has these values:
+
+    <!-- value: sizes; method=BlockPruner; at_20_x -->1.71<!-- / -->
 """
 
 import re
@@ -21,6 +25,7 @@ from blockpruner.reporting.paper.frames import table_of_frame
 from blockpruner.reporting.table import to_markdown
 from blockpruner.store.files import write_text
 
+VALUE = re.compile(r"<!-- value: (?P<name>[\w-]+); (?P<where>[^>]+) -->.*?<!-- / -->", re.DOTALL)
 BLOCK = re.compile(r"(?P<indent>[ ]*)<!-- table: (?P<name>[\w-]+) -->\n.*?(?P=indent)<!-- /table -->", re.DOTALL)
 
 
@@ -37,17 +42,33 @@ def publish(study: str, root: Path = Path(), place: str = "docs") -> None:
 
 
 def filled(text: str, folder: Path) -> str:
-    """Fill the marked blocks of a page from the CSV files of `folder`; raises InputError if one is not there."""
+    """Fill the marked blocks and numbers of a page from the CSV files of `folder`; raises InputError if one is not
+    there."""
+
+    def read(name: str) -> pd.DataFrame:
+        path = folder / f"{name}.csv"
+        if not path.exists():
+            raise InputError(f"a page has a block of table {name!r}, and {path} does not exist")
+        return pd.read_csv(path, dtype={"budget": str})
 
     def table(found: re.Match[str]) -> str:
-        path = folder / f"{found['name']}.csv"
-        if not path.exists():
-            raise InputError(f"a page has a block of table {found['name']!r}, and {path} does not exist")
-        lines = to_markdown(table_of_frame("", "", pd.read_csv(path, dtype={"budget": str}))).splitlines()
+        lines = to_markdown(table_of_frame("", "", read(found["name"]))).splitlines()
         head, *_, tail = found[0].splitlines()
         return "\n".join([head, *(found["indent"] + line for line in lines), tail])
 
-    return BLOCK.sub(table, text)
+    def value(found: re.Match[str]) -> str:
+        frame, (*where, column) = read(found["name"]), found["where"].split("; ")
+        for key, wanted in (part.split("=") for part in where):
+            frame = frame[frame[key].astype(str) == wanted]
+        if len(frame) != 1:
+            raise InputError(
+                f"a page has a number of {len(frame)} rows: {found['where']!r} in {found['name']}.csv; name one row",
+                rule="not-one-row",
+            )
+        cell = table_of_frame("", "", frame[[key for key in frame if key.startswith(column)]]).rows[0][0]
+        return f"<!-- value: {found['name']}; {found['where']} -->{cell}<!-- / -->"
+
+    return VALUE.sub(value, BLOCK.sub(table, text))
 
 
 def pages(root: Path = Path()) -> list[Path]:
