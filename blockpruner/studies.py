@@ -182,3 +182,20 @@ def rows_of_study(study: Study, evidence: Path) -> list[Row]:
         chosen = wanted.compensate or compensation(settings.compensate.method, method)
         asked[target] = wanted.model_copy(update={"method": method, "compensate": chosen})
     return read_rows(subjects, asked, evidence)
+
+
+def write_tables(name: str, data: Path) -> list[str]:
+    """Make the tables and figures of a study of what data/evidence holds, at data/tables/<name>; the lines say where
+    they are, and what was not measured."""
+    from blockpruner.reporting.answers.page import write_answers
+    from blockpruner.reporting.paper.page import write_study
+
+    study, out = load_study(name), data / "tables" / name
+    missing = list[str]()
+    if study.experiments:
+        write_answers(out, study.title, points_of_study(study, name, data / "evidence"))
+    else:
+        rows = rows_of_study(study, data / "evidence")
+        write_study(out, study.title, rows, data / "paper")
+        missing = [f"not measured: {row.target}: {row.reason}" for row in rows if row.reason]
+    return [*missing, f"tables: {out / 'index.html'}"]

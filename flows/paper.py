@@ -2,20 +2,24 @@
 
 Adds the targets of studies/NAME.yaml to params.yaml, brings them up to date and makes the study's tables at
 data/tables/NAME. A target that fails stops no other; the tables name its reason. `--table` and `--figure` build only
-the targets that these show. `--dry-run` prints what each takes. `--check` builds the dense model and ShortGPT, and
-fails where their numbers are not the paper's. Which stages run is decided by flows.selection, and how by flows.prune.
+the targets that these show. `--dry-run` prints what each takes, and `--tables` makes tables, figures and pages of what
+was measured. `--check` builds the dense model and ShortGPT, and fails where their numbers are not the paper's. Which
+stages run is decided by flows.selection, and how by flows.prune.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from prefect import flow
 from prefect.client.schemas.objects import State
 
 from blockpruner.core.errors import InputError
 from blockpruner.params import load_run
+from blockpruner.reporting.paper.publish import main as publish
+from blockpruner.studies import load_study, write_tables
 from flows.prune import build, run_here
 from flows.selection import PUBLISHED, choose_study, study_frame, study_items
 
@@ -60,11 +64,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--figure", action="append", default=[], metavar="N", help="only this figure, such as 7")
     parser.add_argument("--experiment", action="append", default=[], metavar="NAME", help="only this experiment")
     parser.add_argument("--dry-run", action="store_true", help="print what each table and figure takes")
+    parser.add_argument("--tables", action="store_true", help="make the pages of data/evidence; nothing is measured")
     parser.add_argument("--check", action="store_true", help="compare the dense model and ShortGPT with the paper")
     given = parser.parse_args(argv)
     only = (*(f"table{n}" for n in given.table), *(f"figure{n}" for n in given.figure), *(["check"] * given.check))
     only += tuple(given.experiment)
     try:
+        if given.tables:
+            print("\n".join(write_tables(given.study, Path("data"))))
+            return publish([given.study]) if load_study(given.study).experiments else 0
         if given.dry_run:
             choose_study(given.study, only)
             dry_run(given.study, only)

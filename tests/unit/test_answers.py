@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 
 import numpy as np
 import pandas as pd
@@ -103,11 +102,11 @@ def test_a_claim_holds_where_it_holds(tmp_path):
     assert "MHA alone loses less than MLP alone" not in made, "nothing was measured of it"
     line = curves.sizes(found).frame.set_index("method").loc["BlockPruner"]
     assert line["at_20_x"] == pytest.approx(math.exp(0.2 * 1.5), rel=0.01) and "at_30_x" not in line
-    page.write_answers(tmp_path / "out", "T", {"tiny": ("Tiny", ["a machine"], found)})
-    made = (tmp_path / "out/results.md").read_text()
-    assert "| BlockPruner |" in made and "a machine" in made and (tmp_path / "out/plots/tiny-quality.png").exists()
-    for path in re.findall(r"results/(.*?)\)", made):
-        assert (tmp_path / "out/plots" / path).exists()
+    page.write_answers(tmp_path / "out", "T", {"tiny-seed": ("Tiny", ["a machine"], found)})
+    names = {path.stem for path in (tmp_path / "out/tables").glob("*.csv")}
+    assert names == {"tiny-claims", "tiny-sizes", "tiny-texts"} and (tmp_path / "out/plots/tiny-quality.png").exists()
+    whole = (tmp_path / "out/index.html").read_text()
+    assert "BlockPruner" in whole and "a machine" in whole
 
 
 def of(*found):

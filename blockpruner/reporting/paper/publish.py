@@ -32,13 +32,14 @@ BLOCK = re.compile(r"(?P<indent>[ ]*)<!-- table: (?P<name>[\w-]+) -->\n.*?(?P=in
 def publish(study: str, root: Path = Path(), place: str = "docs") -> None:
     """Copy the results of a study to a folder; raises InputError if its tables are not made."""
     source, out = root / "data" / "tables" / study, root / place / "results"
-    if not (source / "results.md").exists():
+    if not (source / "index.html").exists():
         fix = f"`python -m flows.paper --study {study}` makes it"
-        raise InputError(f"{source} has no results.md; {fix}", rule="no-results", value=study)
+        raise InputError(f"{source} has no tables; {fix}", rule="no-results", value=study)
     out.mkdir(parents=True, exist_ok=True)
     for path in (*source.glob("tables/*.csv"), *source.glob("plots/*.png")):
         shutil.copy(path, out / path.name)
-    shutil.copy(source / "results.md", root / place / "results.md")
+    if (source / "results.md").exists():  # a study of experiments has none: its page is written by hand
+        shutil.copy(source / "results.md", root / place / "results.md")
 
 
 def filled(text: str, folder: Path) -> str:
