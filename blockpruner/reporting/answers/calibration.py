@@ -4,38 +4,30 @@ from __future__ import annotations
 
 import math
 from itertools import product
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from blockpruner.methods.recipes import BLOCKPRUNER
-from blockpruner.reporting.answers.curves import (
-    known,
-    title_of,
-)
+from blockpruner.reporting.answers.curves import known, title_of
 from blockpruner.reporting.paper.frames import table_of_frame
 from blockpruner.reporting.paper.tables import interval
 from blockpruner.reporting.points import Points
 from blockpruner.reporting.table import Table
 
-if TYPE_CHECKING:
-    pass
-
 
 def calibrations(points: Points, size: float = 0.1) -> Table | None:
-    """What other calibration rows lose, over draws."""
-    lines, frame = (
-        [],
-        points.frame[points.frame["calibration"].isin({name for names in GROUPS.values() for name in names})],
-    )
-    for (heal, name, method), _ in frame.groupby(["heal", "calibration", "method"], sort=False):
+    """What other calibration rows lose: over all kinds of text alike with the range of draws, and on each kind."""
+    lines = []
+    own = points.frame[points.frame["calibration"].isin([name for names in GROUPS.values() for name in names])]
+    for (heal, name, method), _ in own.groupby(["heal", "calibration", "method"], sort=False):
         rises = points.curve(size, method=method, heal=heal, calibration=name)
         if known(rises):
             line = {"calibration": name, "method": title_of(method), "healing": heal, "draws": len(rises)}
             each = [points.over(rise) for rise in rises]
             line |= interval(f"at_{100 * size:.0f}_x", points.against(rises))
-            lines.append(line | {"lowest": min(each), "highest": max(each)})
+            line |= {"lowest_x": min(each), "highest_x": max(each)}
+            lines.append(line | {f"{kind}_x": points.against(rises, kind=kind).value for kind in points.texts})
     if not lines:
         return None
     return table_of_frame("calibration", f"Calibration rows, {size:.0%} removed", pd.DataFrame(lines))

@@ -7,26 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from blockpruner.reporting.answers.curves import (
-    SIZES,
-    known,
-)
+from blockpruner.reporting.answers.curves import SIZES, known
 from blockpruner.reporting.paper.frames import table_of_frame
 from blockpruner.reporting.paper.tables import interval
 from blockpruner.reporting.points import Points
-from blockpruner.reporting.statistics import (
-    Effect,
-    holm,
-)
+from blockpruner.reporting.statistics import Effect, holm
 from blockpruner.reporting.table import Table
-
-if TYPE_CHECKING:
-    pass
-
 
 LEVEL = 0.05
 

@@ -13,21 +13,12 @@ import pandas as pd
 from scipy import stats
 
 from blockpruner.reporting import plots
-from blockpruner.reporting.answers.curves import (
-    MASKS,
-    PLAIN,
-)
+from blockpruner.reporting.answers.curves import MASKS, PLAIN
 from blockpruner.reporting.paper.frames import table_of_frame
 from blockpruner.reporting.paper.tables import interval
 from blockpruner.reporting.plots import MARKS, Plot
 from blockpruner.reporting.points import Points
-from blockpruner.reporting.statistics import (
-    SEED,
-    Effect,
-    Floats,
-    percentiles,
-    two_sided,
-)
+from blockpruner.reporting.statistics import SEED, Effect, Floats, percentiles, two_sided
 from blockpruner.reporting.table import Table
 
 if TYPE_CHECKING:

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from blockpruner.reporting.answers.curves import (
-    SEARCHED,
-    STARTS,
-    known,
-    title_of,
-)
+from blockpruner.reporting.answers.curves import SEARCHED, STARTS, known, title_of
 from blockpruner.reporting.paper.frames import table_of_frame
 from blockpruner.reporting.paper.tables import interval
 from blockpruner.reporting.points import Points
 from blockpruner.reporting.table import Table
-
-if TYPE_CHECKING:
-    pass
 
 
 def searched(points: Points) -> Table | None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from blockpruner.methods.recipes import BLOCKPRUNER
 from blockpruner.reporting.answers.claims import LEVEL
-from blockpruner.reporting.answers.curves import (
-    title_of,
-)
+from blockpruner.reporting.answers.curves import title_of
 from blockpruner.reporting.paper.frames import table_of_frame
 from blockpruner.reporting.paper.tables import interval
 from blockpruner.reporting.points import Points
@@ -25,9 +22,6 @@ from blockpruner.reporting.statistics import (
     stratified_t,
 )
 from blockpruner.reporting.table import Table
-
-if TYPE_CHECKING:
-    pass
 
 
 def tasks(points: Points) -> Table | None:
