@@ -189,9 +189,8 @@ def wide_norms(config: Config, layer: int) -> int:
 
 
 def gated_mlp(config: Config, layer: int) -> int:
-    hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
-    biases = 2 * inner + hidden if config.get("mlp_bias", False) else 0
-    return 3 * hidden * inner + biases
+    biases = 2 * int(config["intermediate_size"]) + int(config["hidden_size"]) if config.get("mlp_bias", False) else 0
+    return _gated_products(config) + biases
 
 
 def _gated_products(config: Config, inner: str = "intermediate_size") -> int:
@@ -203,24 +202,20 @@ def plain_mlp(config: Config, layer: int) -> int:
     return 2 * hidden * inner + inner + hidden
 
 
-def _experts(config: Config, inner: str) -> int:
-    """A mixture of gated MLPs, with the router that chooses among them."""
+def _mixture(config: Config, inner: str, *, routed: bool = False) -> int:
+    """A mixture of gated MLPs with its router; where `routed`, only those that a token goes to, and the router."""
     count = int(config.get("num_local_experts") or config["num_experts"])
-    return int(config["hidden_size"]) * count * (3 * int(config[inner]) + 1)
-
-
-def _routed(config: Config, inner: str) -> int:
-    """The router and the experts that a token goes to."""
-    count = int(config.get("num_local_experts") or config["num_experts"])
-    return int(config["num_experts_per_tok"]) * _gated_products(config, inner) + int(config["hidden_size"]) * count
+    used = int(config["num_experts_per_tok"]) if routed else count
+    return used * _gated_products(config, inner) + int(config["hidden_size"]) * count
 
 
 def _sparse_products(config: Config, layer: int) -> int:
-    return _routed(config, "moe_intermediate_size") if _is_sparse(config, layer) else _gated_products(config)
+    is_sparse = _is_sparse(config, layer)
+    return _mixture(config, "moe_intermediate_size", routed=True) if is_sparse else _gated_products(config)
 
 
 def _sparse_mlp(config: Config, layer: int) -> int:
-    return _experts(config, "moe_intermediate_size") if _is_sparse(config, layer) else gated_mlp(config, layer)
+    return _mixture(config, "moe_intermediate_size") if _is_sparse(config, layer) else gated_mlp(config, layer)
 
 
 def _gemma(cap: float | None) -> dict[str, Any]:
@@ -252,8 +247,8 @@ FAMILIES: Registry[Family] = Registry(
             "mixtral",
             "Mixtral",
             no_bias,
-            lambda c, layer: _experts(c, "intermediate_size"),
-            lambda c, layer: _routed(c, "intermediate_size"),
+            lambda c, layer: _mixture(c, "intermediate_size"),
+            lambda c, layer: _mixture(c, "intermediate_size", routed=True),
             has_one_mlp=False,
         ),
         Family(

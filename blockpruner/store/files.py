@@ -36,8 +36,7 @@ CAUSES = {
     errno.EDQUOT: "the disk quota is used up; free some and run again",
     errno.EFBIG: "no file there may be so large; raise the limit (`ulimit -f`) or choose another place",
     errno.EROFS: "the file system is mounted read-only; remount it writable or choose another place",
-    errno.EACCES: DENIED,
-    errno.EPERM: DENIED,
+    **dict.fromkeys((errno.EACCES, errno.EPERM), DENIED),
     **dict.fromkeys((errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP), UNLOCKED),
 }
 """What a user can do about an error of the file system."""
@@ -235,15 +234,10 @@ def set_aside(path: Path) -> Path:
 def require_free(path: Path) -> None:
     """Refuse a place for a new folder that is neither absent nor an empty folder."""
     if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
-        raise _taken(path)
+        message = f"{path} is not empty; choose another folder, or remove it"
+        raise InputError(message, rule="place-not-empty", value=str(path))
     if path.is_mount():
         raise InputError(f"{path} is a mount point; choose a folder in it", rule="mount-point", value=str(path))
-
-
-def _taken(path: Path) -> InputError:
-    return InputError(
-        f"{path} is not empty; choose another folder, or remove it", rule="place-not-empty", value=str(path)
-    )
 
 
 def new_directory(path: Path, build: Callable[[Path], object]) -> None:
@@ -259,9 +253,8 @@ def new_directory(path: Path, build: Callable[[Path], object]) -> None:
     with _built(path, build) as temporary:
         try:
             temporary.rename(path)
-        except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise _taken(path) from error
+        except OSError:
+            require_free(path)
             raise
 
 
@@ -309,16 +302,11 @@ def let_others_read(directory: Path) -> None:
         path.chmod(directory.stat().st_mode & 0o666)
 
 
-def remove(path: Path) -> None:
-    """Remove a file or a directory, if it is there."""
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
 def remove_temporaries(folder: Path) -> None:
     """Remove what killed writers left in a folder that no other process writes to."""
     for path in list(folder.rglob(".*.tmp")):
         if TEMPORARY.fullmatch(path.name):
-            remove(path)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

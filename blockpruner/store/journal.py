@@ -74,11 +74,17 @@ class Journal:
         """Give one entry to the system, and sync the log where it is time; raises StorageError if that fails."""
         is_new = self._stream is None
         try:
-            stream = self._open()
-            stream.write(checksummed(entry))
-            stream.flush()
+            if self._stream is None:
+                make_folder(self.path.parent)
+                self._stream = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (stays open; see close)
+                whole = len(self._whole())
+                self._stream.truncate(whole)  # an interrupted last line would spoil the next one
+                if whole == 0:
+                    self._stream.write(checksummed(self._header))
+            self._stream.write(checksummed(entry))
+            self._stream.flush()
             if is_new or time.monotonic() - self._synced >= self._seconds:
-                os.fsync(stream.fileno())
+                os.fsync(self._stream.fileno())
                 self._synced = time.monotonic()
             if is_new:
                 sync(self.path.parent)
@@ -97,16 +103,6 @@ class Journal:
         with writing(self.path, alone=True), stream:
             if self._seconds:
                 os.fsync(stream.fileno())
-
-    def _open(self) -> TextIO:
-        if self._stream is None:
-            make_folder(self.path.parent)
-            self._stream = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (stays open; see close)
-            whole = len(self._whole())
-            self._stream.truncate(whole)  # an interrupted last line would spoil the next one
-            if whole == 0:
-                self._stream.write(checksummed(self._header))
-        return self._stream
 
     def _whole(self) -> bytes:
         """The content without an interrupted last line."""

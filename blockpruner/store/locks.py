@@ -41,7 +41,8 @@ def hold(path: Path, holder: str, busy: Callable[[str], object]) -> Iterator[int
         with suppress(Timeout):
             lock.acquire(blocking=False)
     if not lock.is_locked:
-        busy(_holder(path))
+        name = path.read_text(encoding="utf-8").strip() if path.exists() else ""  # "": its holder is about to write it
+        busy(name or "another process")
         with writing(path, alone=True):
             lock.acquire()
     try:
@@ -63,11 +64,3 @@ def _refuse(holder: str) -> None:
         "changes params.yaml, dvc.lock and data/",
         rule="workspace-busy",
     )
-
-
-def _holder(path: Path) -> str:
-    """The name in the file; whoever has just taken the lock may not have written it yet."""
-    try:
-        return path.read_text(encoding="utf-8").strip() or "another process"
-    except FileNotFoundError:
-        return "another process"

@@ -23,8 +23,6 @@ CARD_FILE = "README.md"
 BESIDE = (SOURCE_FILE, REPORT_FILE, CARD_FILE)
 """Files about a checkpoint, which are no part of it. A person may edit the card."""
 
-VERSION_FIELD = "transformers_version"
-
 Manifest = Mapping[str, str]
 
 SETTLED = 2.0
@@ -74,7 +72,7 @@ def content_sha256(path: Path) -> str:
 def _without_version(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    return {key: _without_version(part) for key, part in value.items() if key != VERSION_FIELD}
+    return {key: _without_version(part) for key, part in value.items() if key != "transformers_version"}
 
 
 def manifest(directory: Path) -> dict[str, str]:
