@@ -43,7 +43,7 @@ def kept_latency(
         InputError: the model is not in this process's memory: it is streamed, or a cluster scores it.
     """
     facts = {"version": EVAL_VERSION, "model": checkpoint_identity(checkpoint), "dtype": model.dtype}
-    name = f"latency-{fingerprint(facts | _fields(timed))}.json"
+    name = f"latency-{fingerprint(facts | timed.model_dump())}.json"
     for path in (folder / name, shared / name):
         found: dict[str, Any] | None = read_kept_json(path, observer.note)
         if found is not None:
@@ -66,11 +66,6 @@ def kept_latency(
         write_sealed_json(place / name, found)
     observer.end(_words(found))
     return found
-
-
-def _fields(timed: Latency) -> dict[str, int]:
-    """The settings that a measurement depends on and holds. Part of its key."""
-    return {key: getattr(timed, key) for key in ("prompt_tokens", "new_tokens", "batch", "repeats")}
 
 
 def _words(found: Mapping[str, Any]) -> str:
@@ -120,7 +115,7 @@ def measure_latency(
         **{name: int(1e9 * scale * each) for name, each in saved.items()},
         "scale": scale,
         "seconds": medians,
-        **_fields(timed),
+        **timed.model_dump(),
         "device": accelerator.name(model.device),
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -17,8 +17,6 @@ from transformers import DynamicCache, PreTrainedModel
 from blockpruner.evaluation.settings import Speed
 from blockpruner.model import accelerator
 
-PROMPT_SEED = 0
-
 
 @dataclass(frozen=True)
 class Timing:
@@ -157,7 +155,7 @@ def _speed(model: PreTrainedModel, runs: list[Generation], peak: int, prompt_tok
 
 def random_prompt(model: PreTrainedModel, batch: int, length: int) -> Tensor:
     """Token ids [batch, length], the same for every model of one vocabulary."""
-    generator = torch.Generator().manual_seed(PROMPT_SEED)
+    generator = torch.Generator().manual_seed(0)
     return torch.randint(model.config.vocab_size, (batch, length), generator=generator).to(model.device)
 
 

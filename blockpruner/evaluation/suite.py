@@ -373,7 +373,7 @@ def speed_of(model: Evaluated, dense: Checkpoint, settings: Speed, identity: Map
     key = {
         "kind": "speed",
         "dense": dense.key["model"],
-        "settings": {key: getattr(settings, key) for key in ("prompt_tokens", "new_tokens", "repeats", "batch")},
+        "settings": settings.model_dump(),
         "machine": machine(),
         "device": accelerator.name(resolve_device(dense.device)),
         "threads": torch.get_num_threads(),

@@ -7,7 +7,7 @@ Decides what a local copy looks like. A task file is lm-eval's stock YAML over l
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -51,9 +51,6 @@ def fetch_tasks(
             tables = tables_from_hub(task, pinned_revision(hub_repository(task), "dataset", None, pins))
         write_task(task, directory, tables, location)
         note(f"{task}: {sum(table.num_rows for table in tables.values())} items")
-
-
-# --- items ----------------------------------------------------------------------------------------------------
 
 
 def archive_members(name: str) -> dict[str, str]:
@@ -146,9 +143,6 @@ def _checked(name: str, table: pa.Table, origin: str) -> pa.Table:
     return table.replace_schema_metadata(None)
 
 
-# --- task files -------------------------------------------------------------------------------------------------
-
-
 def write_task(name: str, directory: Path, tables: Mapping[str, pa.Table], location: Path) -> None:
     """Write <task>/<split>.parquet, <task>/<task>.yaml and the helpers that the YAML names into `directory`.
 
@@ -161,19 +155,20 @@ def write_task(name: str, directory: Path, tables: Mapping[str, pa.Table], locat
     folder = directory / name
     for split, table in tables.items():
         write_atomic(folder / f"{split}.parquet", partial(pq.write_table, table, compression="zstd"))
-    text, helpers = _definition(name, _places(name, location, tables))
+    text, helpers = _definition(name, location)
     write_text(folder / f"{name}.yaml", text)
     for helper in helpers:
         shutil.copyfile(helper, folder / helper.name)
 
 
-def _definition(name: str, data_files: Mapping[str, str]) -> tuple[str, list[Path]]:
-    """The YAML of a task over local items, the file of each split given, and the Python files that it names."""
+def _definition(name: str, location: Path) -> tuple[str, list[Path]]:
+    """The YAML of a task over items in a folder at `location`, and the Python files that it names."""
+    files = {split: (location / name / f"{split}.parquet").as_posix() for split in BENCHMARKS[name].splits}
     config, helpers = _stock_config(name)
-    config |= {"dataset_path": "parquet", "dataset_name": None, "dataset_kwargs": {"data_files": dict(data_files)}}
+    config |= {"dataset_path": "parquet", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
     config |= {"training_split": None, "num_fewshot": 0}
     config.pop("fewshot_split", None)  # its items are not fetched
-    config |= {f"{split}_split": split if split in data_files else None for split in EVALUATION_SPLITS}
+    config |= {f"{split}_split": split if split in files else None for split in EVALUATION_SPLITS}
     return yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True), helpers
 
 
@@ -187,8 +182,7 @@ def require_stock(name: str, directory: Path) -> None:
     """
     folder = directory / name
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)  # Python would run what is there in place of a helper
-    places = [directory, Path(os.path.relpath(directory))]
-    texts = [_definition(name, _places(name, place, BENCHMARKS[name].splits)) for place in places]
+    texts = [_definition(name, place) for place in (directory, Path(os.path.relpath(directory)))]
     stock: dict[str, set[bytes]] = {f"{split}.parquet": set() for split in BENCHMARKS[name].splits}
     stock |= {f"{name}.yaml": {text.encode() for text, _ in texts}}
     stock |= {helper.name: {helper.read_bytes()} for helper in texts[0][1]}
@@ -201,10 +195,6 @@ def require_stock(name: str, directory: Path) -> None:
                 "after another lm-eval was installed run `dvc repro -f fetch@<run>`, else find out who changed it",
                 rule="not-stock",
             )
-
-
-def _places(name: str, location: Path, splits: Iterable[str]) -> dict[str, str]:
-    return {split: (location / name / f"{split}.parquet").as_posix() for split in splits}
 
 
 def task_digest(name: str, directory: Path) -> str:

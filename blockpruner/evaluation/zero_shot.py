@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from blockpruner.core.errors import extra
-from blockpruner.evaluation.benchmarks import ACCURACIES, BENCHMARKS, Benchmark
+from blockpruner.evaluation.benchmarks import ACCURACIES, BENCHMARKS
 from blockpruner.evaluation.choices import answers
 from blockpruner.evaluation.store import ITEMS
 from blockpruner.evaluation.tasks import require_stock
@@ -86,18 +86,23 @@ def evaluate(
     assert raw is not None
     results: dict[str, Any] = json.loads(json.dumps(raw, default=handle_non_serializable))
     samples = [sample for sample in results.pop("samples")[task] if sample["filter"] == row.filter]
-    items = [
-        {
-            "task": task,
-            "item": sample["doc_id"],
-            "gold": _gold(definition, sample["doc"]) if row.has_choices else None,
-            "loglikelihoods": [] if is_generated else [float(found[0]) for found in sample["filtered_resps"]],
-            "prompt_hash": sample["prompt_hash"],
-            "response": sample["resps"][0][0] if is_generated else None,
-            **{metric: sample.get(metric) for metric in ACCURACIES},
-        }
-        for sample in samples
-    ]
+    items = []
+    for sample in samples:
+        choices = definition.doc_to_choice(sample["doc"]) if row.has_choices else []
+        gold = _gold(definition, sample["doc"], choices) if row.has_choices else None
+        scored = [] if is_generated else [float(found[0]) for found in sample["filtered_resps"]]
+        items.append(
+            {
+                "task": task,
+                "item": sample["doc_id"],
+                "gold": gold,
+                "loglikelihoods": scored,
+                "prompt_hash": sample["prompt_hash"],
+                "response": sample["resps"][0][0] if is_generated else None,
+                "p_gold": None if is_generated else row.confidence(scored, gold, choices),
+                **{metric: sample.get(metric) for metric in ACCURACIES},
+            }
+        )
     found = {
         key.partition(",")[0]: None if value == "N/A" else value
         for key, value in results["results"][task].items()
@@ -105,16 +110,7 @@ def evaluate(
     }
     if row.has_choices:
         found = {key: found.get(key) for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")}
-    table = pa.Table.from_pylist(items, schema=ITEMS)
-    return TaskResult(task, found, table if is_generated else _confident(row, definition, table))
-
-
-def _confident(row: Benchmark, definition: Any, items: pa.Table) -> pa.Table:
-    docs, found = definition.eval_docs, items.to_pylist()  # thousands of rows, each read when it is asked for
-    for item in found:
-        choices = definition.doc_to_choice(docs[item["item"]]) if row.has_choices else ()
-        item["p_gold"] = row.confidence(item["loglikelihoods"], item["gold"], choices)
-    return pa.Table.from_pylist(found, schema=ITEMS)
+    return TaskResult(task, found, pa.Table.from_pylist(items, schema=ITEMS))
 
 
 class _Harness(HFLM):  # type: ignore[misc]
@@ -169,7 +165,7 @@ def _load(task: str, task_dir: Path) -> Any:
     return loaded
 
 
-def _gold(definition: Any, doc: dict[str, Any]) -> int:
+def _gold(definition: Any, doc: dict[str, Any], choices: list[str]) -> int:
     """Index of the right choice, as lm-eval's multiple_choice reads it.
 
     It comes from the target, or from the text where the choices are contexts (WinoGrande). A string is looked up among
@@ -178,7 +174,7 @@ def _gold(definition: Any, doc: dict[str, Any]) -> int:
     gold = definition.doc_to_text(doc) if definition.multiple_input else definition.doc_to_target(doc)
     if isinstance(gold, list):
         (gold,) = gold
-    return int(definition.doc_to_choice(doc).index(gold) if isinstance(gold, str) else gold)
+    return choices.index(gold) if isinstance(gold, str) else int(gold)
 
 
 @contextlib.contextmanager
