@@ -58,7 +58,6 @@ def model_card(
 
     Args:
         dense: the base model's directory.
-        form: the checkpoint's format.
         module: the modelling file in the checkpoint, None where there is none.
         healed: what was done after pruning.
         note: a remark about the format.

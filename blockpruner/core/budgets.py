@@ -90,11 +90,8 @@ def distance(share: float, wanted: float) -> float:
 
 
 def resources_of(config: Config, latency: Mapping[str, int] | None = None) -> dict[str, Costs]:
-    """What a model and each of its blocks cost of each resource.
-
-    Args:
-        latency: nanoseconds of generation: "total", and of one block "mha" and "mlp"; None where it was not measured.
-    """
+    """What a model and each of its blocks cost of each resource; `latency` is in nanoseconds of generation: "total",
+    and of one block "mha" and "mlp"; None where it was not measured."""
     found = {"parameters": count_parameters(config), "kv": count_kv_cache(config)}
     if latency is not None:
         layers = int(config["num_hidden_layers"])
@@ -137,11 +134,10 @@ def _removes_nothing(budget: Budget, smallest: Mask, costs: Costs) -> Unreachabl
 
 
 def is_settled(budget: Budget, prefixes: Sequence[Mask], costs: Costs, remaining: Sequence[Mask]) -> bool:
-    """Whether longer sequences cannot change which prefix meets `budget`.
+    """Whether longer sequences cannot change which prefix meets `budget`, to whose resource the costs belong.
 
     Args:
         prefixes: cumulative masks of the sequence so far, shortest first (without the dense one).
-        costs: of the budget's resource.
         remaining: the units that may still be removed.
     """
     mask = prefixes[-1] if prefixes else frozenset[BlockId]()

@@ -114,8 +114,8 @@ def count_parameters(config: Config) -> Costs:
 
 def count_kv_cache(config: Config) -> Costs:
     """Numbers that the KV cache holds for one token: keys and values of every MHA block."""
-    heads, head = _heads({**FAMILIES[str(config["model_type"])].defaults, **config})
-    values = 2 * int(config.get("num_key_value_heads") or heads) * head
+    _, kv_heads, head = attention_heads({**FAMILIES[str(config["model_type"])].defaults, **config})
+    values = 2 * kv_heads * head
     blocks = {
         block: values if block.kind is BlockKind.MHA else 0 for block in all_blocks(int(config["num_hidden_layers"]))
     }
@@ -129,7 +129,7 @@ def count_products(config: Config) -> tuple[dict[BlockId, int], int]:
     family = FAMILIES[str(config["model_type"])]
     config = {**family.defaults, **config}
     assert not family.is_parallel(config)
-    heads, head = _heads(config)
+    heads, _, head = attention_heads(config)
     mha = _attention(config)
     blocks = {
         block: mha if block.kind is BlockKind.MHA else family.products(config, block.layer)
@@ -138,9 +138,11 @@ def count_products(config: Config) -> tuple[dict[BlockId, int], int]:
     return blocks, heads * head
 
 
-def _heads(config: Config) -> tuple[int, int]:
+def attention_heads(config: Config) -> tuple[int, int, int]:
+    """The number of query heads, that of heads of keys and values, and the width of one."""
     heads = int(config["num_attention_heads"])
-    return heads, int(config.get("head_dim") or config["hidden_size"] // heads)
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    return heads, kv_heads, int(config.get("head_dim") or config["hidden_size"] // heads)
 
 
 def _types(config: Config, layers: Sequence[tuple[int, int]]) -> Config:
@@ -161,9 +163,8 @@ def _is_sparse(config: Config, layer: int) -> bool:
 
 def _attention(config: Config, *, qkv_bias: bool = False, output_bias: bool = False) -> int:
     hidden = int(config["hidden_size"])
-    heads, head = _heads(config)
-    kv_heads = int(config.get("num_key_value_heads") or heads)
-    projections = 2 * hidden * heads * head + 2 * hidden * kv_heads * head
+    heads, kv_heads, head = attention_heads(config)
+    projections = 2 * hidden * (heads + kv_heads) * head
     biases = (heads + 2 * kv_heads) * head if qkv_bias else 0
     return projections + biases + (hidden if output_bias else 0)
 
@@ -179,13 +180,13 @@ def optional_bias(config: Config, layer: int) -> int:
 
 def head_norms(config: Config, layer: int) -> int:
     """Queries and keys are normalized head by head."""
-    return optional_bias(config, layer) + 2 * _heads(config)[1]
+    return optional_bias(config, layer) + 2 * attention_heads(config)[2]
 
 
 def wide_norms(config: Config, layer: int) -> int:
     """Queries and keys are normalized as wholes."""
-    heads, head = _heads(config)
-    return optional_bias(config, layer) + (heads + int(config.get("num_key_value_heads") or heads)) * head
+    heads, kv_heads, head = attention_heads(config)
+    return optional_bias(config, layer) + (heads + kv_heads) * head
 
 
 def gated_mlp(config: Config, layer: int) -> int:

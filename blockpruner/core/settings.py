@@ -272,14 +272,12 @@ T = TypeVar("T", bound=BaseModel)
 
 
 def read_settings(model: type[T], values: Any, where: str = "", section: str = "") -> T:
-    """Settings from values as a file gives them.
+    """Settings from values as a file gives them. Raises InputError with one line a mistake, in pydantic's words; its
+    rule is "settings", key and value are the first's.
 
     Args:
         where: what each line of a message begins with: the file's name and ": ".
         section: what each key begins with, where the values are not a whole file: "score.options.".
-
-    Raises:
-        InputError: one line a mistake, in pydantic's words. Its rule is "settings"; key and value are the first's.
     """
     try:
         return model.model_validate(values)

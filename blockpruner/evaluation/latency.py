@@ -31,16 +31,14 @@ from blockpruner.versions import EVAL_VERSION
 def kept_latency(
     folder: Path, shared: Path, checkpoint: Path, model: Model, timed: Latency, runtime: Runtime, observer: Observer
 ) -> dict[str, Any]:
-    """The measurement that was kept for a model; it is made now if there is none, or if the kept one is damaged.
+    """The measurement that was kept for a model; it is made now if there is none, or if the kept one is damaged. Raises
+    InputError if it must be made and the model is not in this process's memory: it is streamed, or a cluster scores it.
 
     Another device or day does not repeat it: decisions rest on it. Delete the file to measure again.
 
     Args:
         folder: the run's own; the measurement travels with its scores.
         shared: for all runs of this machine. A speed-up then means the same in all runs of one model.
-
-    Raises:
-        InputError: the model is not in this process's memory: it is streamed, or a cluster scores it.
     """
     facts = {"version": EVAL_VERSION, "model": checkpoint_identity(checkpoint), "dtype": model.dtype}
     name = f"latency-{fingerprint(facts | timed.model_dump())}.json"

@@ -98,12 +98,8 @@ def measure_speed(
     settings: Speed,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, MeasuredSpeed]:
-    """Time every model on one random prompt. Each warms up once, then they take turns.
-
-    Args:
-        models: by name, all on one device and of one vocabulary.
-        advance: called with (generations done, generations in all), warm-up included.
-    """
+    """Time every model on one random prompt. Each warms up once, then they take turns. They are on one device and of
+    one vocabulary. `advance` is called with (generations done, generations in all), warm-up included."""
     prompts = {name: random_prompt(model, settings.batch, settings.prompt_tokens) for name, model in models.items()}
     runs: dict[str, list[Generation]] = {name: [] for name in models}
     peaks = dict.fromkeys(models, 0)

@@ -191,7 +191,8 @@ def benchmark(
     search: Mapping[str, float] | None = None,
     processes: int = 1,
 ) -> dict[str, Any]:
-    """Evaluate a model and write results.json, items.parquet, speed.json and its plan.json to the folder `out`.
+    """Evaluate a model and write results.json, items.parquet, speed.json and its plan.json to the folder `out`. Raises
+    InputError if a task is unknown, rows exceed the context, or a source or checkpoint is missing or damaged.
 
     Args:
         subject: `dense` itself, one of our own verified exports, or a model that was never written.
@@ -214,9 +215,6 @@ def benchmark(
         speed: pruned (unless the subject is the dense model) and dense; null where it is not wanted.
         made: where and when each result was computed, as from `provenance.made`.
         search: as given.
-
-    Raises:
-        InputError: a task is unknown, rows exceed the context, or a source or checkpoint is missing or damaged.
     """
     tasks = settings.zero_shot.tasks
     if not tasks:

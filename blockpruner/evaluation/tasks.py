@@ -144,13 +144,10 @@ def _checked(name: str, table: pa.Table, origin: str) -> pa.Table:
 
 
 def write_task(name: str, directory: Path, tables: Mapping[str, pa.Table], location: Path) -> None:
-    """Write <task>/<split>.parquet, <task>/<task>.yaml and the helpers that the YAML names into `directory`.
+    """Write <task>/<split>.parquet, <task>/<task>.yaml and the helpers that the YAML names into `directory`. The YAML
+    names `location`, where `directory` will finally be, relative to the folder in which lm-eval runs (the project's).
 
     The task keeps its stock name: lm-eval lets a task of `--include_path` replace the stock one.
-
-    Args:
-        location: where `directory` will finally be, relative to the folder in which lm-eval runs (the project's). The
-            YAML names it.
     """
     folder = directory / name
     for split, table in tables.items():
@@ -173,12 +170,10 @@ def _definition(name: str, location: Path) -> tuple[str, list[Path]]:
 
 
 def require_stock(name: str, directory: Path) -> None:
-    """Refuse a task with a file that is not, byte for byte, as `write_task` writes it here, except the items.
+    """Refuse a task with a file that is not, byte for byte, as `write_task` writes it here, except the items; raises
+    InputError that names a file that differs, is missing or does not belong there.
 
     lm-eval runs the helpers, and a prompt is a template that can run code, too.
-
-    Raises:
-        InputError: names a file that differs, is missing or does not belong there.
     """
     folder = directory / name
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)  # Python would run what is there in place of a helper
@@ -198,13 +193,11 @@ def require_stock(name: str, directory: Path) -> None:
 
 
 def task_digest(name: str, directory: Path) -> str:
-    """Digest of a task that `write_task` wrote: its items, prompt and helpers.
+    """Digest of a task that `write_task` wrote: its items, prompt and helpers. Raises InputError if a file is missing,
+    or is not Parquet.
 
     Its place is left out, and so is what all tasks have in common (no few-shot examples). Items count by their values:
     the bytes of Parquet depend on the version of Arrow that wrote them.
-
-    Raises:
-        InputError: a file is missing, or is not Parquet.
     """
     folder = directory / name
     path = folder / f"{name}.yaml"

@@ -88,10 +88,8 @@ def temporary_beside(path: Path) -> Path:
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` with a temporary path in the same folder, then move the result into place: all or nothing.
-
-    On return content and name are on disk, and no cut of power takes them back.
-    """
+    """Call `write` with a temporary path in the same folder, then move the result into place: all or nothing. On return
+    content and name are on disk, and no cut of power takes them back."""
     temporary = temporary_beside(path)
     try:
         with writing(path, alone=True):
@@ -185,13 +183,11 @@ def write_table(path: Path, table: pa.Table, metadata: Mapping[str, str] | None 
 
 
 def read_table(path: Path, schema: pa.Schema) -> tuple[pa.Table, dict[str, str]]:
-    """Read Parquet and its metadata.
+    """Read Parquet and its metadata; raises InputError if it is missing, truncated, damaged or not Parquet, or has
+    other columns than `schema`.
 
     The digest is ours because Parquet does not show all damage: of all changes of one byte in a small table 3 % gave
     other values. Its own checksums of pages leave out the pages' headers and the footer, and some were still missed.
-
-    Raises:
-        InputError: missing, truncated, damaged or not Parquet, or other columns than `schema`.
     """
     try:
         table = pq.read_table(path)
@@ -241,13 +237,9 @@ def require_free(path: Path) -> None:
 
 
 def new_directory(path: Path, build: Callable[[Path], object]) -> None:
-    """Let `build` fill a temporary directory, then give it the name `path`; on failure there is nothing new.
-
-    On return all of it is on disk.
-
-    Raises:
-        InputError: something is at `path`, or has come while `build` ran; it is left as it is.
-    """
+    """Let `build` fill a temporary directory, then give it the name `path`; on failure there is nothing new, and on
+    return all of it is on disk. Raises InputError if something is at `path`, or has come while `build` ran; it is left
+    as it is."""
     require_free(path)
     path = path.resolve()
     with _built(path, build) as temporary:
@@ -260,10 +252,8 @@ def new_directory(path: Path, build: Callable[[Path], object]) -> None:
 
 def replace_directory(path: Path, build: Callable[[Path], object]) -> None:
     """Let `build` fill a temporary directory, then put it in the place of `path`, which is ours; on failure `path` is
-    unchanged.
-
-    On return all of it is on disk. A kill between the two renames leaves neither the old one nor the new one.
-    """
+    unchanged, and on return all of it is on disk. A kill between the two renames leaves neither the old one nor the new
+    one."""
     replaced = temporary_beside(path)
     try:
         with _built(path, build) as temporary:

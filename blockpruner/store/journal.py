@@ -41,15 +41,10 @@ class Journal:
         return parse_checksummed(line[:-1]) if line.endswith("\n") else None
 
     def read(self, problems: list[str]) -> list[dict[str, Any]]:
-        """Read the entries that are whole.
+        """Read the entries that are whole; `problems` gets one line for each file or line that is not trusted.
 
         A log of something else is set aside. A last line without an end is what a kill interrupted: no problem.
-
-        Args:
-            problems: gets one line for each file or line that is not trusted.
         """
-        if not self.path.exists():
-            return []
         lines = self._whole().decode(errors="replace").split("\n")[:-1]
         if not lines:
             return []
@@ -106,7 +101,7 @@ class Journal:
 
     def _whole(self) -> bytes:
         """The content without an interrupted last line."""
-        content = self.path.read_bytes()
+        content = self.path.read_bytes() if self.path.exists() else b""
         return content[: content.rfind(b"\n") + 1]
 
 
