@@ -4,7 +4,6 @@ Decides how a pruned model is written in that format, and which models fit it. T
 hf export, and `verification.json` from mlx-lm in a fresh process. A directory that failed does not exist.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +74,8 @@ def nas_config(model: PreTrainedModel, blocks: PackedModel) -> dict[str, Any]:
     config = model.config.to_dict()
     rope = config["rope_parameters"]
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    heads, hidden = config["num_attention_heads"], config["hidden_size"]
-    mha = {"no_op": False, "replace_with_linear": False, "n_heads_in_group": heads // config["num_key_value_heads"]}
-    mlps = [
-        {"no_op": False, "replace_with_linear": False, "ffn_mult": 3 * (width + _missing(width)) / (2 * hidden)}
-        for width in blocks.widths
-    ]
+    group = config["num_attention_heads"] // config["num_key_value_heads"]
+    wide = [3 * (width + _missing(width)) / (2 * config["hidden_size"]) for width in blocks.widths]
     return {
         "architectures": ["DeciLMForCausalLM"],
         "model_type": "nemotron-nas",
@@ -94,8 +89,8 @@ def nas_config(model: PreTrainedModel, blocks: PackedModel) -> dict[str, Any]:
         "mlp_bias": config.get("mlp_bias", False),
         "tie_word_embeddings": blocks.head is None,
         "block_configs": [
-            {"attention": _or_no_op(mha, layer[0]), "ffn": _or_no_op(mlp, layer[1])}
-            for layer, mlp in zip(blocks.layers, mlps, strict=True)
+            {"attention": _block(mha, n_heads_in_group=group), "ffn": _block(mlp, ffn_mult=size)}
+            for (mha, mlp), size in zip(blocks.layers, wide, strict=True)
         ],
     }
 
@@ -122,10 +117,9 @@ def nas_weights(model: PreTrainedModel, blocks: PackedModel) -> dict[str, Tensor
     return result
 
 
-def _or_no_op(fields: Mapping[str, Any], layer: object) -> dict[str, Any]:
-    if layer is not None:
-        return dict(fields)
-    return dict.fromkeys(fields) | {"no_op": True, "replace_with_linear": False}
+def _block(layer: object, **size: float) -> dict[str, Any]:
+    """The config of a block, which no layer may hold."""
+    return {"no_op": layer is None, "replace_with_linear": False} | (dict.fromkeys(size) if layer is None else size)
 
 
 def _has_bias(model: PreTrainedModel) -> bool:

@@ -5,10 +5,12 @@ Decides the events, and how the time that is left is estimated. How events look 
 import no orchestrator.
 """
 
+import logging
 import os
 import pkgutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -100,6 +102,19 @@ class ConsoleObserver(Observer):
             self._first = None  # the phase tells nothing about the pace
         took = "cached" if cached else duration(time.monotonic() - self._started)
         self._console.print(f"{self._title}: {summary} [{took}]", markup=False)
+
+
+@contextmanager
+def errors_only(*names: str) -> Iterator[None]:
+    """Within, these loggers show errors alone."""
+    levels = {logging.getLogger(name): logging.getLogger(name).level for name in names}
+    try:
+        for logger in levels:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def stderr_observer() -> ConsoleObserver:

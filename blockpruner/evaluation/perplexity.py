@@ -50,7 +50,6 @@ class HeldOut:
 
     @property
     def digest(self) -> str:
-        """The digest of the rows."""
         return fingerprint({"rows": self.rows, "kinds": self.kinds})
 
 

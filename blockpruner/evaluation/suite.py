@@ -224,12 +224,12 @@ def benchmark(
     check_context(settings.perplexity.seq_len, read_json(folder / "config.json"), "evaluate.perplexity.seq_len")
     is_export = isinstance(subject, Checkpoint) and subject is not dense
     whole = replace(dense, beside=subject) if isinstance(subject, Checkpoint) and is_export else dense
-    text_key = subject.key | {"tokenizer": tokenizer_digest(folder)}
-    evaluations = _without_speed(subject, sources, settings, text_key)
+    given = (subject, sources, settings, subject.key | {"tokenizer": tokenizer_digest(folder)})
+    evaluations = _without_speed(*given)
     evaluator = Evaluator(ResultsStore(store, observer.note), observer)
     if processes > 1 and any(evaluator.store.load(each.key) is None for each in evaluations):
         with TemporaryDirectory() as claims:
-            together(processes, dense.device, _settle, observer, subject, sources, settings, text_key, store, claims)
+            together(processes, dense.device, _settle, observer, store, claims, *given)
     if settings.speed is not None:
         evaluations.append(speed_of(subject, whole, settings.speed, subject.key))
     found = {each.name: evaluator.settle(each, n / len(evaluations)) for n, each in enumerate(evaluations)}
@@ -271,18 +271,10 @@ def _without_speed(
 
 
 def _settle(
-    team: Team,
-    device: str,
-    observer: Observer,
-    subject: Evaluated,
-    sources: Path,
-    settings: Evaluate,
-    text_key: Mapping[str, Any],
-    store: Path,
-    claims: str,
+    team: Team, device: str, observer: Observer, store: Path, claims: str, subject: Evaluated, *given: Any
 ) -> None:
-    """The work of one process: one result after another that no other has begun."""
-    evaluations = _without_speed(subject.on(device), sources, settings, text_key)
+    """The work of one process: one result after another that no other has begun, of those of `_without_speed`."""
+    evaluations = _without_speed(subject.on(device), *given)
     evaluator = Evaluator(ResultsStore(store, observer.note), observer)
     for number, each in enumerate(evaluations):
         with suppress(FileExistsError):
@@ -356,8 +348,7 @@ def samples_of(model: Evaluated, identity: Mapping[str, Any]) -> Evaluation:
             advance(len(samples), len(PROMPTS))
         return Stored({"samples": samples})
 
-    key = {"kind": "samples", "prompts": list(PROMPTS), "new_tokens": NEW_TOKENS, "eval_version": EVAL_VERSION}
-    key = {**identity, **key}
+    key = {**identity, "kind": "samples", "prompts": list(PROMPTS), "new_tokens": NEW_TOKENS}
     return Evaluation("samples", model, key, "texts", compute, lambda value: f"{len(value['samples'])} texts")
 
 

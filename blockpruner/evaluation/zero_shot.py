@@ -12,11 +12,10 @@ computations only log-likelihoods are ours, in `choices`) and what is kept of an
 to the item. Loglikelihoods agree up to rounding: another batch size or device may turn a near-tie.
 """
 
-import contextlib
 import io
 import json
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from blockpruner.core.errors import extra
+from blockpruner.core.progress import errors_only
 from blockpruner.evaluation.benchmarks import ACCURACIES, BENCHMARKS
 from blockpruner.evaluation.choices import answers
 from blockpruner.evaluation.store import ITEMS
@@ -77,7 +77,7 @@ def evaluate(
     """
     row = BENCHMARKS[task]
     is_generated = row.kind == "generate_until"
-    with _quiet():
+    with errors_only("lm_eval", "datasets"), redirect_stderr(io.StringIO()):  # where they draw progress bars
         loaded = _load(task, task_dir)
         definition = loaded["tasks"][task]
         special = None if bos else False  # None: as the tokenizer does by itself
@@ -175,18 +175,3 @@ def _gold(definition: Any, doc: dict[str, Any], choices: list[str]) -> int:
     if isinstance(gold, list):
         (gold,) = gold
     return choices.index(gold) if isinstance(gold, str) else int(gold)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep lm-eval's and datasets' log lines and progress bars (on stderr) off the terminal."""
-    loggers = {name: logging.getLogger(name) for name in ("lm_eval", "datasets")}
-    levels = {name: logger.level for name, logger in loggers.items()}
-    try:
-        for logger in loggers.values():
-            logger.setLevel(logging.ERROR)
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        for name, logger in loggers.items():
-            logger.setLevel(levels[name])

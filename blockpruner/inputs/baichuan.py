@@ -85,7 +85,6 @@ def has_unit_head(config: Config) -> bool:
 
 
 def _names(directory: Path) -> Iterator[str]:
-    """The names of all stored tensors."""
     for path in directory.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             yield from file.keys()

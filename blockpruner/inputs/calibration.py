@@ -53,7 +53,6 @@ class CalibrationSet:
 
     @property
     def scored(self) -> int:
-        """The number of tokens that are scored."""
         return sum(map(_scored, self.rows))
 
     @property
@@ -390,7 +389,6 @@ def require_embedded(rows: Iterable[Sequence[int]], tokenizer: Any, config: Mapp
 
 
 def check_context(seq_len: int, config: dict[str, Any], key: str) -> None:
-    """Refuse rows longer than the model's context."""
     context = config.get("max_position_embeddings")
     if context is not None and seq_len > context:
         message = f"{key} {seq_len} is longer than the model's context of {context} tokens; lower it"

@@ -82,7 +82,6 @@ def machine() -> str:
 
 
 def processor() -> str:
-    """Processor model."""
     return next(iter(_processors()), platform.processor() or platform.machine())
 
 
