@@ -76,8 +76,7 @@ def export_gguf(pruning: Pruning, out: Path, quantizations: Sequence[str] = ()) 
     """Write the pruned model as GGUF files in a directory at `out`, verified if llama.cpp is installed (`xllamacpp`);
     raises InputError, and leaves nothing there, where the files cannot express the model, its tokenizer or the plan, or
     llama.cpp does not reproduce the model in memory. `quantizations` are more files, by llama.cpp's names, for instance
-    Q4_K_M; `require_quantizations` knows them.
-    """
+    Q4_K_M; `require_quantizations` knows them."""
     plan, dense, trusted = pruning.plan, pruning.dense, pruning.trust_remote_code
     config = read_config(dense, trusted).to_dict()
     require_fit("gguf", config, plan)

@@ -96,10 +96,8 @@ def nas_config(model: PreTrainedModel, blocks: PackedModel) -> dict[str, Any]:
 
 
 def nas_weights(model: PreTrainedModel, blocks: PackedModel) -> dict[str, Tensor]:
-    """The weights by their names in the file. MLPs are padded to a multiple of 256 with zeros, which add nothing.
-
-    With `attention_bias`, readers expect a bias of the output projection too. Qwen2 has none: it is zero.
-    """
+    """The weights by their names in the file. MLPs are padded to a multiple of 256 with zeros, which add nothing. With
+    `attention_bias`, readers expect a bias of the output projection too. Qwen2 has none: it is zero."""
     family = model_family(model)
     result = {"model.embed_tokens.weight": blocks.embedding, "model.norm.weight": model.model.norm.weight}
     if blocks.head is not None:

@@ -80,11 +80,9 @@ class PackedModel:
 
 @torch.no_grad()
 def pack_model(model: PreTrainedModel) -> PackedModel:
-    """The blocks of a pruned model (`models.prune_`) in as few layers as their order allows.
-
-    vLLM and llama.cpp need an MHA in their first layer. MLPs before the first MHA see a token's embedding alone, and
-    are folded into it, in float32: E' = E + MLP(norm(E)). The head is untied then.
-    """
+    """The blocks of a pruned model (`models.prune_`) in as few layers as their order allows. vLLM and llama.cpp need an
+    MHA in their first layer. MLPs before the first MHA see a token's embedding alone, and are folded into it, in
+    float32: E' = E + MLP(norm(E)). The head is untied then."""
     family, layers = model_family(model), decoder_layers(model)
     holes: Mask = frozenset(
         BlockId(kind, index)

@@ -97,12 +97,9 @@ def limited(program: str, folder: Path) -> Iterator[float]:
 
 def verify_checkpoint(directory: Path, reference: Path, tolerance: float, script: ModuleType = verify) -> None:
     """Run an engine's script in a fresh process, and keep its report as verification.json, with the manifest. Raises
-    InputError if the checkpoint does not reproduce the reference, or the engine hangs.
-
-    The report of an engine that is not installed is "unchecked". Code that is not ours is refused before it could run.
-    The script prints one JSON object when called with checkpoint, reference and tolerance. Its ENGINE is the Python
-    module that it needs.
-    """
+    InputError if the checkpoint does not reproduce the reference, or the engine hangs. The report of an engine that is
+    not installed is "unchecked". Code that is not ours is refused before it could run. The script prints one JSON
+    object when called with checkpoint, reference and tolerance. Its ENGINE is the Python module that it needs."""
     engine: str = script.ENGINE
     has_our_code(directory)
     if find_spec(engine) is None:

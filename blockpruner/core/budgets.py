@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from blockpruner.core.blocks import BlockId, Mask, all_blocks
+from blockpruner.core.blocks import BlockId, Mask
 from blockpruner.core.errors import InputError, UnreachableError
 from blockpruner.core.families import Config, Costs, count_kv_cache, count_parameters
 
@@ -94,8 +94,7 @@ def resources_of(config: Config, latency: Mapping[str, int] | None = None) -> di
     and of one block "mha" and "mlp"; None where it was not measured."""
     found = {"parameters": count_parameters(config), "kv": count_kv_cache(config)}
     if latency is not None:
-        layers = int(config["num_hidden_layers"])
-        blocks = {block: latency[block.kind] for block in all_blocks(layers)}
+        blocks = {block: latency[block.kind] for block in found["kv"].blocks}
         found["latency"] = Costs(total=latency["total"], blocks=blocks)
     return found
 

@@ -89,11 +89,9 @@ class Costs:
     blocks: Mapping[BlockId, int]
 
     def ratio(self, mask: Mask) -> float:
-        """The share that the mask removes, in [0, 1]. Of parameters it is the pruning ratio.
-
-        All parameters count, those of embeddings, head and norms too. A removed block's norm counts as removed: by this
-        convention every ratio of arXiv 2406.10594 decodes to whole blocks.
-        """
+        """The share that the mask removes, in [0, 1]. Of parameters it is the pruning ratio. All parameters count,
+        those of embeddings, head and norms too. A removed block's norm counts as removed: by this convention every
+        ratio of arXiv 2406.10594 decodes to whole blocks."""
         return sum(self.blocks[block] for block in mask) / self.total
 
 
@@ -124,8 +122,7 @@ def count_kv_cache(config: Config) -> Costs:
 
 def count_products(config: Config) -> tuple[dict[BlockId, int], int]:
     """Multiplications for one token: in each block's matrices; and between an MHA block's queries and the keys of one
-    token that it attends to (there are as many with its values). MHA and MLP must follow one another.
-    """
+    token that it attends to (there are as many with its values). MHA and MLP must follow one another."""
     family = FAMILIES[str(config["model_type"])]
     config = {**family.defaults, **config}
     assert not family.is_parallel(config)

@@ -106,8 +106,7 @@ def held_out(tokenizer: Any, texts: Sequence[str], wanted: Perplexity) -> HeldOu
 
 
 def _ids(tokenizer: Any, texts: Sequence[str]) -> list[int]:
-    ids: list[int] = tokenizer("\n\n".join(texts), verbose=False)["input_ids"]
-    return ids
+    return list(tokenizer("\n\n".join(texts), verbose=False)["input_ids"])
 
 
 def _joined(tokenizer: Any, texts: Sequence[str], wanted: Perplexity) -> Packed:

@@ -146,9 +146,7 @@ def _checked(name: str, table: pa.Table, origin: str) -> pa.Table:
 def write_task(name: str, directory: Path, tables: Mapping[str, pa.Table], location: Path) -> None:
     """Write <task>/<split>.parquet, <task>/<task>.yaml and the helpers that the YAML names into `directory`. The YAML
     names `location`, where `directory` will finally be, relative to the folder in which lm-eval runs (the project's).
-
-    The task keeps its stock name: lm-eval lets a task of `--include_path` replace the stock one.
-    """
+    The task keeps its stock name: lm-eval lets a task of `--include_path` replace the stock one."""
     folder = directory / name
     for split, table in tables.items():
         write_atomic(folder / f"{split}.parquet", partial(pq.write_table, table, compression="zstd"))
@@ -171,10 +169,8 @@ def _definition(name: str, location: Path) -> tuple[str, list[Path]]:
 
 def require_stock(name: str, directory: Path) -> None:
     """Refuse a task with a file that is not, byte for byte, as `write_task` writes it here, except the items; raises
-    InputError that names a file that differs, is missing or does not belong there.
-
-    lm-eval runs the helpers, and a prompt is a template that can run code, too.
-    """
+    InputError that names a file that differs, is missing or does not belong there. lm-eval runs the helpers, and a
+    prompt is a template that can run code, too."""
     folder = directory / name
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)  # Python would run what is there in place of a helper
     texts = [_definition(name, place) for place in (directory, Path(os.path.relpath(directory)))]
@@ -194,16 +190,13 @@ def require_stock(name: str, directory: Path) -> None:
 
 def task_digest(name: str, directory: Path) -> str:
     """Digest of a task that `write_task` wrote: its items, prompt and helpers. Raises InputError if a file is missing,
-    or is not Parquet.
-
-    Its place is left out, and so is what all tasks have in common (no few-shot examples). Items count by their values:
-    the bytes of Parquet depend on the version of Arrow that wrote them.
-    """
+    or is not Parquet. Its place is left out, and so is what all tasks have in common (no few-shot examples). Items
+    count by their values: the bytes of Parquet depend on the version of Arrow that wrote them."""
     folder = directory / name
     path = folder / f"{name}.yaml"
     if not path.exists():
         raise InputError(f"{path} does not exist; the fetch stage writes it: run `dvc repro`")
-    config = _read_yaml(path)
+    config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     del config["dataset_kwargs"]
     config.pop("num_fewshot", None)
     files = {file.name: file_sha256(file) for file in folder.glob("*.py")}
@@ -228,11 +221,6 @@ _Loader.add_constructor("!function", lambda loader, node: _Function(node.value))
 _Dumper.add_representer(_Function, lambda dumper, value: dumper.represent_scalar("!function", str(value)))
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    config: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    return config
-
-
 def _stock_config(name: str) -> tuple[dict[str, Any], list[Path]]:
     """The stock YAML with its includes merged in, and the Python files that it names."""
     package = importlib.util.find_spec("lm_eval")
@@ -242,7 +230,7 @@ def _stock_config(name: str) -> tuple[dict[str, Any], list[Path]]:
 
 
 def _flatten(path: Path) -> tuple[dict[str, Any], list[Path]]:
-    own = _read_yaml(path)
+    own = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     config, helpers = _flatten(path.parent / own.pop("include")) if "include" in own else ({}, [])
     modules = {value.partition(".")[0] for value in own.values() if isinstance(value, _Function)}
     return config | own, helpers + [path.parent / f"{module}.py" for module in sorted(modules)]

@@ -166,11 +166,9 @@ def _load(task: str, task_dir: Path) -> Any:
 
 
 def _gold(definition: Any, doc: dict[str, Any], choices: list[str]) -> int:
-    """Index of the right choice, as lm-eval's multiple_choice reads it.
-
-    It comes from the target, or from the text where the choices are contexts (WinoGrande). A string is looked up among
-    the choices. A list holds one index (AQuA-RAT).
-    """
+    """Index of the right choice, as lm-eval's multiple_choice reads it. It comes from the target, or from the text
+    where the choices are contexts (WinoGrande). A string is looked up among the choices. A list holds one index
+    (AQuA-RAT)."""
     gold = definition.doc_to_text(doc) if definition.multiple_input else definition.doc_to_target(doc)
     if isinstance(gold, list):
         (gold,) = gold

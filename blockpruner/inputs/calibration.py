@@ -135,10 +135,8 @@ def draw(
 
 
 def _by_share(own: Mapping[TextKind | None, Sequence[T]], weight: Callable[[T], float]) -> list[T]:
-    """The items of some kinds in an order of which every part has the kinds by their shares, until one runs out.
-
-    The kind comes next of which the least was taken, over its share; of equals, the first.
-    """
+    """The items of some kinds in an order of which every part has the kinds by their shares, until one runs out. The
+    kind comes next of which the least was taken, over its share; of equals, the first."""
     left = {kind: deque(items) for kind, items in own.items()}
     taken, found = dict.fromkeys(left, 0.0), list[T]()
     while left:
@@ -166,11 +164,8 @@ def _note_gone(
 def without_evaluated(
     texts: Sequence[str], evaluated: Iterable[str], what: str, note: Callable[[str], object]
 ) -> list[str]:
-    """The texts that share no paragraph with an evaluated text; a note counts the others.
-
-    A paragraph is a line of at least 50 characters, or a text without such a line. White space and upper case make no
-    difference.
-    """
+    """The texts that share no paragraph with an evaluated text; a note counts the others. A paragraph is a line of at
+    least 50 characters, or a text without such a line. White space and upper case make no difference."""
     known = sharing(texts, evaluated)
     pool = [text for text in texts if text not in known]
     if len(pool) < len(texts):
@@ -242,8 +237,7 @@ def beginning(tokenizer: Any) -> list[int]:
 
 def _tokenize(groups: Sequence[Sequence[str]], tokenizer: Any) -> list[list[int]]:
     """Token ids of each group of samples, joined with blank lines."""
-    ids: list[list[int]] = tokenizer(["\n\n".join(group) for group in groups])["input_ids"]
-    return ids
+    return list(tokenizer(["\n\n".join(group) for group in groups])["input_ids"])
 
 
 def _mark_responses(groups: Sequence[Sequence[str]], tokenizer: Any) -> list[list[int]]:

@@ -125,8 +125,7 @@ def fetch_config(model: HubModel | LocalModel, pins: Path) -> dict[str, Any]:
 
 def checkpoint_identity(directory: Path) -> str:
     """The identity of a fetched checkpoint, as recorded when it was fetched."""
-    known: str = read_json(directory / SOURCE_FILE)["identity"]
-    return known
+    return str(read_json(directory / SOURCE_FILE)["identity"])
 
 
 def checkpoint_weights(directory: Path) -> str:
@@ -147,8 +146,7 @@ def identity_of(folder: Path) -> str:
 
 def licence_of(directory: Path) -> dict[str, Any]:
     """What a fetched checkpoint's source says about its licence: some of `LICENCE_FIELDS`, or nothing."""
-    found: dict[str, Any] = read_json(directory / SOURCE_FILE).get("licence", {})
-    return found
+    return dict(read_json(directory / SOURCE_FILE).get("licence", {}))
 
 
 def copy_files(source: Path, target: Path, patterns: Sequence[str]) -> None:

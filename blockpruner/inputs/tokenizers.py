@@ -44,10 +44,8 @@ def conversation(tokenizer: Callable[[], Any], messages: Sequence[Mapping[str, A
 
 
 def load_export_tokenizer(checkpoint: Path, dense: Path, trust_remote_code: bool) -> Any:
-    """Load the tokenizer of an export, which holds no code of a tokenizer.
-
-    If the run trusts its model's code, and the tokenizer is such code, it is the dense model's.
-    """
+    """Load the tokenizer of an export, which holds no code of a tokenizer. If the run trusts its model's code, and the
+    tokenizer is such code, it is the dense model's."""
     config = dense / "tokenizer_config.json"
     if trust_remote_code and config.exists() and "auto_map" in read_json(config):
         return load_tokenizer(dense, trust_remote_code=True)

@@ -184,11 +184,9 @@ def write_table(path: Path, table: pa.Table, metadata: Mapping[str, str] | None 
 
 def read_table(path: Path, schema: pa.Schema) -> tuple[pa.Table, dict[str, str]]:
     """Read Parquet and its metadata; raises InputError if it is missing, truncated, damaged or not Parquet, or has
-    other columns than `schema`.
-
-    The digest is ours because Parquet does not show all damage: of all changes of one byte in a small table 3 % gave
-    other values. Its own checksums of pages leave out the pages' headers and the footer, and some were still missed.
-    """
+    other columns than `schema`. The digest is ours because Parquet does not show all damage: of all changes of one byte
+    in a small table 3 % gave other values. Its own checksums of pages leave out the pages' headers and the footer, and
+    some were still missed."""
     try:
         table = pq.read_table(path)
         table.validate(full=True)

@@ -41,10 +41,8 @@ class Journal:
         return parse_checksummed(line[:-1]) if line.endswith("\n") else None
 
     def read(self, problems: list[str]) -> list[dict[str, Any]]:
-        """Read the entries that are whole; `problems` gets one line for each file or line that is not trusted.
-
-        A log of something else is set aside. A last line without an end is what a kill interrupted: no problem.
-        """
+        """Read the entries that are whole; `problems` gets one line for each file or line that is not trusted. A log of
+        something else is set aside. A last line without an end is what a kill interrupted: no problem."""
         lines = self._whole().decode(errors="replace").split("\n")[:-1]
         if not lines:
             return []
@@ -116,5 +114,4 @@ def parse_checksummed(line: str) -> dict[str, Any] | None:
     checksum, _, text = line.partition(" ")
     if checksum != f"{zlib.crc32(text.encode()):08x}":
         return None
-    value: dict[str, Any] = json.loads(text)
-    return value
+    return dict(json.loads(text))
