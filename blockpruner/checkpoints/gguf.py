@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from blockpruner.checkpoints import verify_llama_cpp
-from blockpruner.checkpoints.card import base_of, model_card
+from blockpruner.checkpoints.card import base_of
 from blockpruner.checkpoints.hf import save_other_files
 from blockpruner.checkpoints.packing import PackedModel, pack_model, require_fit
 from blockpruner.checkpoints.registry import QUANTIZER
@@ -94,8 +94,7 @@ def export_gguf(pruning: Pruning, out: Path, quantizations: Sequence[str] = ()) 
             write(pruned, words, precision, directory / f"model-{precision}.gguf")
         for name in quantizations:
             _quantize(directory, name)
-        card = model_card(plan, dense, "gguf", healed=pruning.healed, loading=LOADING)
-        save_other_files(pruning, directory, card, ())
+        save_other_files(pruning, directory, "gguf", loading=LOADING, more=())
         return TOLERANCE
 
     write_verified(out, write_all, verify_llama_cpp)
@@ -221,9 +220,9 @@ def tensors(model: PreTrainedModel, parts: PackedModel, architecture: str) -> It
                 yield f"blk.{n}.{NAMES[projection]}.{part}", weight
         if layer[1] is None:
             yield f"blk.{n}.ffn_norm.weight", torch.ones(config.hidden_size)
-            for name, shape in (("gate", (STUB, -1)), ("up", (STUB, -1)), ("down", (-1, STUB))):
-                rows, columns = (config.hidden_size if size == -1 else size for size in shape)
-                yield f"blk.{n}.ffn_{name}.weight", torch.zeros(rows, columns)
+            wide, high = (STUB, config.hidden_size), (config.hidden_size, STUB)
+            for name, shape in (("gate", wide), ("up", wide), ("down", high)):
+                yield f"blk.{n}.ffn_{name}.weight", torch.zeros(shape)
 
 
 def _interleaved(weight: Tensor, heads: int) -> Tensor:

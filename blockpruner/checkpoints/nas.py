@@ -15,7 +15,6 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from blockpruner.checkpoints import verify_mlx
-from blockpruner.checkpoints.card import model_card
 from blockpruner.checkpoints.hf import save_other_files
 from blockpruner.checkpoints.packing import PackedModel, pack_model, require_fit
 from blockpruner.checkpoints.verification import reference_outputs, write_verified
@@ -62,8 +61,7 @@ def export_nas(pruning: Pruning, out: Path) -> None:
         save_torch_state_dict(weights, directory, max_shard_size="5GB")
         let_others_read(directory)
         held = sum(weight.numel() for weight in weights.values())
-        card = model_card(plan, dense, "nas", healed=pruning.healed, loading=_loading(plan, held))
-        save_other_files(pruning, directory, card)
+        save_other_files(pruning, directory, "nas", loading=_loading(plan, held))
         return TOLERANCE if is_exact else TOLERANCE_ROUNDED
 
     write_verified(out, write, verify_mlx)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 OBSERVER_VARIABLE = "BLOCKPRUNER_OBSERVER"
 """Environment variable: the observer's class, as "module:Class"."""
@@ -54,7 +54,6 @@ class ConsoleObserver(Observer):
         self._console = console or Console(highlight=False, soft_wrap=True)
         self._interval = interval
         self._bar: Progress | None = None
-        self._task: TaskID | None = None
         self._first: tuple[float, float] | None = None
         self._title = self._outlook = ""
         self._started = self._printed = time.monotonic()
@@ -71,7 +70,7 @@ class ConsoleObserver(Observer):
             columns = (*parts, TimeElapsedColumn(), TimeRemainingColumn())
             self._bar = Progress(*columns, console=self._console, transient=True)
             self._bar.start()
-            self._task = self._bar.add_task(phase + self._outlook, total=None, detail="")
+            self._bar.add_task(phase + self._outlook, total=None, detail="")
 
     def _stage_outlook(self, overall: float | None) -> str:
         """How much of the stage is done, and how long the rest takes at the pace since its first computed phase."""
@@ -88,8 +87,8 @@ class ConsoleObserver(Observer):
         if total is not None:
             text = f"{done}/{total} ({detail})" if detail else f"{done}/{total}"
             outlook = f"{duration((now - self._started) / max(done, 1) * (total - done))} left"
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, total=total, detail=text)
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, total=total, detail=text)
         elif now - self._printed >= self._interval:
             self._printed = now
             self._console.print(f"  {self._title}: {text}, {outlook}{self._outlook}", markup=False)
@@ -97,7 +96,7 @@ class ConsoleObserver(Observer):
     def end(self, summary: str, table: Sequence[Mapping[str, Any]] = (), cached: bool = False) -> None:
         if self._bar is not None:
             self._bar.stop()
-            self._bar = self._task = None
+            self._bar = None
         if cached:
             self._first = None  # the phase tells nothing about the pace
         took = "cached" if cached else duration(time.monotonic() - self._started)
