@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from blockpruner.checkpoints import verify_mlx
 from blockpruner.checkpoints.hf import save_other_files
 from blockpruner.checkpoints.packing import PackedModel, pack_model, require_fit
+from blockpruner.checkpoints.registry import NARROW
 from blockpruner.checkpoints.verification import reference_outputs, write_verified
 from blockpruner.core.plan import Plan
 from blockpruner.methods.apply import Pruning
@@ -24,7 +25,6 @@ from blockpruner.model.classes import read_config
 from blockpruner.model.models import model_family
 from blockpruner.store.files import let_others_read, write_json
 
-DTYPES = ("float32", "float16", "bfloat16")
 TOLERANCE, TOLERANCE_ROUNDED = 5e-4, 0.15
 """Largest logit difference between mlx-lm and the masked model, both in float32, relative to the largest logit; the
 second is for files with rounded weights (an embedding folded in 16 bits). Seen on SmolLM2-135M: at most
@@ -47,7 +47,7 @@ def export_nas(pruning: Pruning, out: Path) -> None:
     config = read_config(dense, pruning.trust_remote_code)
     width = config.hidden_size // config.num_attention_heads
     head = getattr(config, "head_dim", None) or width
-    require_fit("nas", config.to_dict(), plan, dtype=(pruning.dtype, DTYPES), head_dim=(head, (width,)))
+    require_fit("nas", config.to_dict(), plan, dtype=(pruning.dtype, NARROW), head_dim=(head, (width,)))
     narrow = getattr(torch, pruning.dtype)
 
     def write(directory: Path, reference: Path) -> float:

@@ -60,12 +60,8 @@ def tolerance_of(model: PreTrainedModel) -> float:
 
 
 def write_verified(out: Path, write: Callable[[Path, Path], float], script: ModuleType = verify) -> None:
-    """Write a new checkpoint directory at `out` and verify it; a directory that fails does not exist.
-
-    Args:
-        write: called with the directory and with the file for the reference, which it writes; returns the tolerance.
-        script: the engine's, as in `verify_checkpoint`.
-    """
+    """Write a new checkpoint directory at `out` and verify it; a directory that fails does not exist. `write` is called
+    with the directory and with the file for the reference, which it writes; it returns the tolerance."""
 
     def build(directory: Path) -> None:
         folder = temporary_beside(out.with_name(f"{out.name}.reference"))

@@ -133,12 +133,9 @@ def _removes_nothing(budget: Budget, smallest: Mask, costs: Costs) -> Unreachabl
 
 
 def is_settled(budget: Budget, prefixes: Sequence[Mask], costs: Costs, remaining: Sequence[Mask]) -> bool:
-    """Whether longer sequences cannot change which prefix meets `budget`, to whose resource the costs belong.
-
-    Args:
-        prefixes: cumulative masks of the sequence so far, shortest first (without the dense one).
-        remaining: the units that may still be removed.
-    """
+    """Whether longer sequences cannot change which prefix meets `budget`, to whose resource the costs belong. The
+    prefixes are cumulative masks of the sequence so far, shortest first (without the dense one); `remaining` are the
+    units that may still be removed."""
     mask = prefixes[-1] if prefixes else frozenset[BlockId]()
     if budget.blocks is not None:
         return not remaining or len(mask) >= budget.blocks

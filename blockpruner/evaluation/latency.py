@@ -34,11 +34,9 @@ def kept_latency(
     """The measurement that was kept for a model; it is made now if there is none, or if the kept one is damaged. Raises
     InputError if it must be made and the model is not in this process's memory: it is streamed, or a cluster scores it.
 
-    Another device or day does not repeat it: decisions rest on it. Delete the file to measure again.
-
-    Args:
-        folder: the run's own; the measurement travels with its scores.
-        shared: for all runs of this machine. A speed-up then means the same in all runs of one model.
+    Another device or day does not repeat it: decisions rest on it. Delete the file to measure again. It is kept in the
+    run's own `folder`, to travel with its scores, and in a `shared` one for all runs of this machine: a speed-up then
+    means the same in all runs of one model.
     """
     facts = {"version": EVAL_VERSION, "model": checkpoint_identity(checkpoint), "dtype": model.dtype}
     name = f"latency-{fingerprint(facts | timed.model_dump())}.json"

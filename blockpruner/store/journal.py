@@ -20,12 +20,8 @@ class Journal:
     """One log on disk. A kill loses at most the line being written; a cut of power also what was not synced."""
 
     def __init__(self, path: Path, header: Mapping[str, Any], seconds: float = 0.0) -> None:
-        """Write nothing yet; the file is made by the first entry.
-
-        Args:
-            header: the first line; a file with another one is not this log.
-            seconds: the log is synced by the first entry that comes so long after the last sync, and when it is closed.
-        """
+        """Write nothing yet; the file is made by the first entry. `header` is the first line; a file with another one
+        is not this log. It is synced by the first entry that comes `seconds` after the last sync, and when closed."""
         self.path = path
         self._header = dict(header)
         self._seconds = seconds

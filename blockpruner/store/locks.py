@@ -26,13 +26,9 @@ def this_process() -> str:
 
 @contextmanager
 def hold(path: Path, holder: str, busy: Callable[[str], object]) -> Iterator[int]:
-    """Hold a lock under a name; gives its file descriptor, which a child process may hold, too. Raises StorageError if
-    the file cannot be written or locked.
-
-    Args:
-        path: the file with the holder's name.
-        busy: called with the holder's name if the lock is held. If it returns, this call waits for the lock.
-    """
+    """Hold a lock under a name, which is in the file at `path`; gives its file descriptor, which a child process may
+    hold, too. If the lock is held, `busy` is called with the holder's name; if it returns, this call waits for the
+    lock. Raises StorageError if the file cannot be written or locked."""
     lock = FileLock(path.with_name(f"{path.name}.held"), fallback_to_soft=False)  # a soft lock outlives a kill
     with writing(path, alone=True):
         make_folder(path.parent)
