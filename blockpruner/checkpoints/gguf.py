@@ -187,9 +187,7 @@ def hyperparameters(config: Mapping[str, Any], parts: PackedModel, architecture:
         "vocab_size": config["vocab_size"],
         "layer_norm_rms_eps": config["rms_norm_eps"],
         "rope_freq_base": rope["rope_theta"],
-        "rope_dimension_count": head,
-        "key_length": head,
-        "value_length": head,
+        **dict.fromkeys(("rope_dimension_count", "key_length", "value_length"), head),
         **counts,
         **(scaling if rope["rope_type"] == "linear" else {}),
     }

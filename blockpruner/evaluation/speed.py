@@ -127,13 +127,13 @@ def _run(models: Mapping[str, PreTrainedModel], name: str, prompt: Tensor, new_t
 
 def _speed(model: PreTrainedModel, runs: list[Generation], peak: int, prompt_tokens: int) -> MeasuredSpeed:
     batch, new_tokens = runs[0].tokens.shape
-    prefill = _timing([run.prefill_seconds for run in runs])
-    decode = _timing([run.decode_seconds for run in runs])
+    seconds = [(run.prefill_seconds, run.decode_seconds, run.prefill_seconds + run.decode_seconds) for run in runs]
+    prefill, decode, both = (Timing(median(each), list(each)) for each in zip(*seconds, strict=True))
     held = runs[0].kv_cache_bytes
     return MeasuredSpeed(
         prefill_seconds=prefill,
         decode_seconds=decode,
-        generation_seconds=_timing([run.prefill_seconds + run.decode_seconds for run in runs]),
+        generation_seconds=both,
         prefill_tokens_per_second=batch * prompt_tokens / prefill.median,
         decode_tokens_per_second=batch * (new_tokens - 1) / decode.median,
         kv_cache_bytes=held,
@@ -164,7 +164,3 @@ def _next_token(model: PreTrainedModel, ids: Tensor, cache: DynamicCache) -> Ten
 def _now(model: PreTrainedModel) -> float:
     accelerator.synchronize(model.device)
     return time.perf_counter()
-
-
-def _timing(seconds: list[float]) -> Timing:
-    return Timing(median(seconds), seconds)

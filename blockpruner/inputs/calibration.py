@@ -276,8 +276,8 @@ def draw_rows(
     at_most: bool = False,
     reserved: AbstractSet[str] = frozenset(),
 ) -> CalibrationSet:
-    """Draw the samples that a run file asks for, and pack them into rows. Raises InputError if no text has a response,
-    of which the run file asks for, and as `pack_rows` and `fill_rows`.
+    """Draw the samples that a run file asks for, and pack them into rows. Raises InputError if it asks for responses
+    and no text has one, and as `pack_rows` and `fill_rows` do.
 
     Args:
         evaluated: texts on which models are evaluated; samples that share a paragraph with one are not drawn.

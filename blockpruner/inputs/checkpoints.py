@@ -58,7 +58,6 @@ MODEL_FILES = (
 )  # fmt: skip
 """All that a checkpoint is made of. The card is only read for its licence."""
 
-REMOTE_CODE_FILES = ("*.py",)
 SHA256 = re.compile(r"[0-9a-f]{64}")
 """The name of weights in the hub's cache, which are links to it."""
 
@@ -213,7 +212,7 @@ def _folder(model: LocalModel) -> Path:
 
 
 def _patterns(model: HubModel | LocalModel) -> tuple[str, ...]:
-    return MODEL_FILES + (REMOTE_CODE_FILES if model.trust_remote_code else ())
+    return MODEL_FILES + (("*.py",) if model.trust_remote_code else ())
 
 
 def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:

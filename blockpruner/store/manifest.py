@@ -61,11 +61,9 @@ def _weights_sha256(path: Path) -> str:
 def content_sha256(path: Path) -> str:
     """SHA-256 of a file; of a config: of its fields, whatever their layout, without the version of transformers."""
     if path.name.endswith("config.json"):
-        try:
+        with suppress(ValueError):  # it is no JSON
             fields = _without_version(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError:
-            return file_sha256(path)
-        return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+            return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     return _weights_sha256(path) if path.suffix == ".safetensors" else file_sha256(path)
 
 
