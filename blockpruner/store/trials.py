@@ -85,8 +85,7 @@ class TrialStore:
     @property
     def origin(self) -> Origin:
         """Where these losses come from; in 32 and 64 bits it is not known, and does not matter."""
-        found: Origin = self.fields.get("origin", {})
-        return found
+        return dict(self.fields.get("origin", {}))
 
     @property
     def is_narrow(self) -> bool:
