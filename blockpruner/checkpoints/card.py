@@ -54,16 +54,8 @@ def model_card(
     note: str = "",
     loading: str | None = None,
 ) -> str:
-    """README.md of the checkpoint.
-
-    Args:
-        dense: the base model's directory.
-        form: the checkpoint's format.
-        module: the modelling file in the checkpoint, None where there is none.
-        healed: what was done after pruning.
-        note: a remark about the format.
-        loading: how to load it; None: with transformers.
-    """
+    """README.md of a checkpoint. `dense` is the base model's directory, `module` the modelling file in the checkpoint,
+    `note` a remark about the format, and `loading` tells how to load it; None: with transformers."""
     base, is_hub = base_of(dense)
     front: dict[str, Any] = {"library_name": LIBRARIES[form], "pipeline_tag": "text-generation"}
     front |= {"tags": ["blockpruner", "pruned"]} | licence_of(dense)

@@ -19,17 +19,22 @@ from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from blockpruner.checkpoints import verify_llama_cpp
-from blockpruner.checkpoints.card import base_of, model_card
+from blockpruner.checkpoints.card import base_of
 from blockpruner.checkpoints.hf import save_other_files
 from blockpruner.checkpoints.packing import PackedModel, pack_model, require_fit
+from blockpruner.checkpoints.registry import QUANTIZER
 from blockpruner.checkpoints.verification import limited, reference_outputs, write_verified
 from blockpruner.checkpoints.vocabulary import vocabulary
 from blockpruner.core.errors import InputError, extra
+from blockpruner.core.families import attention_heads
 from blockpruner.inputs.checkpoints import licence_of
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.methods.apply import Pruning
 from blockpruner.model.classes import read_config
 from blockpruner.model.models import model_family
+
+with extra("gguf"):
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType, quants
 
 WHOLE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
 """By family: llama.cpp's architecture of a model whose layers are all whole."""
@@ -66,20 +71,12 @@ llama-cli -m model-Q8_0.gguf
 smaller ones.
 """
 
-QUANTIZER = "llama-quantize"
-"""llama.cpp's program, which no Python package brings along."""
-
 
 def export_gguf(pruning: Pruning, out: Path, quantizations: Sequence[str] = ()) -> None:
-    """Write the pruned model as GGUF files in a directory at `out`, verified if llama.cpp is installed (`xllamacpp`).
-
-    Args:
-        quantizations: more files, by llama.cpp's names, for instance Q4_K_M; `require_quantizations` knows them.
-
-    Raises:
-        InputError: the files cannot express the model, its tokenizer or the plan, or llama.cpp does not reproduce the
-            model in memory; nothing is left at `out`.
-    """
+    """Write the pruned model as GGUF files in a directory at `out`, verified if llama.cpp is installed (`xllamacpp`);
+    raises InputError, and leaves nothing there, where the files cannot express the model, its tokenizer or the plan, or
+    llama.cpp does not reproduce the model in memory. `quantizations` are more files, by llama.cpp's names, for instance
+    Q4_K_M; `require_quantizations` knows them."""
     plan, dense, trusted = pruning.plan, pruning.dense, pruning.trust_remote_code
     config = read_config(dense, trusted).to_dict()
     require_fit("gguf", config, plan)
@@ -97,8 +94,7 @@ def export_gguf(pruning: Pruning, out: Path, quantizations: Sequence[str] = ()) 
             write(pruned, words, precision, directory / f"model-{precision}.gguf")
         for name in quantizations:
             _quantize(directory, name)
-        card = model_card(plan, dense, "gguf", healed=pruning.healed, loading=LOADING)
-        save_other_files(pruning, directory, card, ())
+        save_other_files(pruning, directory, "gguf", loading=LOADING, more=())
         return TOLERANCE
 
     write_verified(out, write_all, verify_llama_cpp)
@@ -113,9 +109,6 @@ def _origin(name: str, dense: Path) -> dict[str, Any]:
 
 def require_quantizations(names: Sequence[str]) -> None:
     """Raise InputError for a quantization that llama.cpp has not, or if its program is not here."""
-    with extra("gguf"):
-        from gguf import LlamaFileType
-
     valid = [kind.name.removeprefix("MOSTLY_") for kind in LlamaFileType if kind.name.startswith("MOSTLY_")]
     for name in names:
         if name not in valid:
@@ -140,20 +133,17 @@ def _quantize(directory: Path, name: str) -> None:
 def facts(tokenizer: Any, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """What is compared apart from logits: the tokens [T] of a text that ends with a special one, and the bytes that an
     attention caches for each token."""
-    text = TEXT + (tokenizer.eos_token or "")
+    text, (_, kv_heads, head) = TEXT + (tokenizer.eos_token or ""), attention_heads(config)
     return {
         "text": torch.tensor(list(text.encode()), dtype=torch.uint8),
         "text_tokens": torch.tensor(tokenizer(text).input_ids),
-        "cache_bytes": torch.tensor(2 * 2 * config["num_key_value_heads"] * _head(config)),
+        "cache_bytes": torch.tensor(2 * 2 * kv_heads * head),
     }
 
 
 def write(model: PreTrainedModel, words: Mapping[str, Any], precision: str, path: Path) -> None:
     """Write a pruned model as one file. Norms and biases stay in 32 bits; a matrix whose rows are no multiple of the
     quantization's block stays in 16."""
-    with extra("gguf"):
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
-
     parts = pack_model(model)
     architecture = WHOLE[model_family(model).model_type] if parts.is_whole else "deci"
 
@@ -181,13 +171,10 @@ def write(model: PreTrainedModel, words: Mapping[str, Any], precision: str, path
 
 def hyperparameters(config: Mapping[str, Any], parts: PackedModel, architecture: str) -> dict[str, Any]:
     """By the name of the `GGUFWriter.add_*` that takes each. `deci` has numbers of heads and widths for each layer."""
-    with extra("gguf"):
-        from gguf import RopeScalingType
-
-    heads, head, rope = config["num_attention_heads"], _head(config), config["rope_parameters"]
+    (heads, kv_heads, head), rope = attention_heads(config), config["rope_parameters"]
     counts: dict[str, Any] = {
         "head_count": [heads if mha else 0 for mha, _ in parts.layers],
-        "head_count_kv": [config["num_key_value_heads"] if mha else 0 for mha, _ in parts.layers],
+        "head_count_kv": [kv_heads if mha else 0 for mha, _ in parts.layers],
         "feed_forward_length": [width or STUB for width in parts.widths],
     }
     if architecture != "deci":
@@ -200,9 +187,7 @@ def hyperparameters(config: Mapping[str, Any], parts: PackedModel, architecture:
         "vocab_size": config["vocab_size"],
         "layer_norm_rms_eps": config["rms_norm_eps"],
         "rope_freq_base": rope["rope_theta"],
-        "rope_dimension_count": head,
-        "key_length": head,
-        "value_length": head,
+        **dict.fromkeys(("rope_dimension_count", "key_length", "value_length"), head),
         **counts,
         **(scaling if rope["rope_type"] == "linear" else {}),
     }
@@ -211,12 +196,13 @@ def hyperparameters(config: Mapping[str, Any], parts: PackedModel, architecture:
 def tensors(model: PreTrainedModel, parts: PackedModel, architecture: str) -> Iterator[tuple[str, Tensor]]:
     """Names and weights in llama.cpp's form."""
     family, config = model_family(model), model.config
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    query_heads, kv_heads, head = attention_heads(config.to_dict())
+    heads = {"q_proj": query_heads, "k_proj": kv_heads}
     yield "token_embd.weight", parts.embedding
     yield "output_norm.weight", model.get_decoder().norm.weight
     if parts.head is not None:
         yield "output.weight", parts.head
-    rope, head = config.rope_parameters, _head(config.to_dict())
+    rope = config.rope_parameters
     if rope["rope_type"] == "llama3":
         plain = rope["rope_theta"] ** -(torch.arange(0, head, 2) / head)
         yield "rope_freqs.weight", plain / ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]
@@ -232,16 +218,12 @@ def tensors(model: PreTrainedModel, parts: PackedModel, architecture: str) -> It
                 yield f"blk.{n}.{NAMES[projection]}.{part}", weight
         if layer[1] is None:
             yield f"blk.{n}.ffn_norm.weight", torch.ones(config.hidden_size)
-            for name, shape in (("gate", (STUB, -1)), ("up", (STUB, -1)), ("down", (-1, STUB))):
-                rows, columns = (config.hidden_size if size == -1 else size for size in shape)
-                yield f"blk.{n}.ffn_{name}.weight", torch.zeros(rows, columns)
+            wide, high = (STUB, config.hidden_size), (config.hidden_size, STUB)
+            for name, shape in (("gate", wide), ("up", wide), ("down", high)):
+                yield f"blk.{n}.ffn_{name}.weight", torch.zeros(shape)
 
 
 def _interleaved(weight: Tensor, heads: int) -> Tensor:
     """Rows of queries or keys [heads x d, ...] in the order of llama.cpp's `llama` and `deci`. The two numbers that a
     rotation mixes are neighbours there; in transformers they are half a head apart."""
     return weight.view(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
-
-
-def _head(config: Mapping[str, Any]) -> int:
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])

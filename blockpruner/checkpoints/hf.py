@@ -9,6 +9,7 @@ our modelling file may lie in it.
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
@@ -40,9 +41,8 @@ def export_hf(pruning: Pruning, out: Path) -> None:
     def write(directory: Path, reference: Path) -> float:
         model = pruning.load_for_export()  # gone when the fresh process loads its own
         pruned = pruning.prune_(model, lambda reduced: save_file(reference_outputs(reduced.cpu(), plan), reference))
-        card = model_card(plan, pruning.dense, "hf", code_file(pruned), pruning.healed, _remark(pruned, pruning.dense))
         save_pruned(pruned, directory)
-        save_other_files(pruning, directory, card)
+        save_other_files(pruning, directory, "hf", module=code_file(pruned), note=_remark(pruned, pruning.dense))
         return tolerance_of(model)
 
     write_verified(out, write)
@@ -57,10 +57,11 @@ def _remark(pruned: PreTrainedModel, dense: Path) -> str:
     return "" if left == before[: len(left)] else COUNTED
 
 
-def save_other_files(pruning: Pruning, directory: Path, card: str, more: Sequence[str] = MORE) -> None:
-    """The other files of a checkpoint; licence and `more` are those of the dense model, without code."""
+def save_other_files(pruning: Pruning, directory: Path, form: str, more: Sequence[str] = MORE, **told: Any) -> None:
+    """The card of a checkpoint (`told`: what else `model_card` takes), its plan, and files of the dense model, without
+    code: licence and `more`."""
     copy_files(pruning.dense, directory, (*more, *LICENCE_FILES))
-    write_text(directory / CARD_FILE, card)
+    write_text(directory / CARD_FILE, model_card(pruning.plan, pruning.dense, form, healed=pruning.healed, **told))
     save_plan(pruning.plan, directory / PLAN_FILE)
     if (healed := pruning.healed) is not None:
         kept = {"words": healed.words, "datasets": healed.datasets, "perplexity": healed.perplexity}

@@ -46,17 +46,13 @@ def files_to_push(checkpoint: Path, licence: Mapping[str, Any]) -> list[str]:
 
 
 def push(checkpoint: Path, repo: str, private: bool, licence: Mapping[str, Any], name: str) -> str:
-    """Upload a checkpoint directory in one commit, its card with the repository's name; returns the address.
+    """Upload a checkpoint directory in one commit, its card with the repository's name; returns the address. Raises
+    InputError as `files_to_push` does, if the repository is there and not as private as was asked, or the hub refuses.
 
     Args:
         repo: "<user or organization>/<name>"; it is made if it does not exist.
-        private: whether the repository is private.
         licence: as for `files_to_push`.
         name: of the model, for the commit's message.
-
-    Raises:
-        InputError: `files_to_push` raises it, the repository is there and not as private as was asked, or the hub
-            refuses.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 

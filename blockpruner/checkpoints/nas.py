@@ -4,7 +4,6 @@ Decides how a pruned model is written in that format, and which models fit it. T
 hf export, and `verification.json` from mlx-lm in a fresh process. A directory that failed does not exist.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from blockpruner.checkpoints import verify_mlx
-from blockpruner.checkpoints.card import model_card
 from blockpruner.checkpoints.hf import save_other_files
 from blockpruner.checkpoints.packing import PackedModel, pack_model, require_fit
+from blockpruner.checkpoints.registry import NARROW
 from blockpruner.checkpoints.verification import reference_outputs, write_verified
 from blockpruner.core.plan import Plan
 from blockpruner.methods.apply import Pruning
@@ -26,7 +25,6 @@ from blockpruner.model.classes import read_config
 from blockpruner.model.models import model_family
 from blockpruner.store.files import let_others_read, write_json
 
-DTYPES = ("float32", "float16", "bfloat16")
 TOLERANCE, TOLERANCE_ROUNDED = 5e-4, 0.15
 """Largest logit difference between mlx-lm and the masked model, both in float32, relative to the largest logit; the
 second is for files with rounded weights (an embedding folded in 16 bits). Seen on SmolLM2-135M: at most
@@ -49,7 +47,7 @@ def export_nas(pruning: Pruning, out: Path) -> None:
     config = read_config(dense, pruning.trust_remote_code)
     width = config.hidden_size // config.num_attention_heads
     head = getattr(config, "head_dim", None) or width
-    require_fit("nas", config.to_dict(), plan, dtype=(pruning.dtype, DTYPES), head_dim=(head, (width,)))
+    require_fit("nas", config.to_dict(), plan, dtype=(pruning.dtype, NARROW), head_dim=(head, (width,)))
     narrow = getattr(torch, pruning.dtype)
 
     def write(directory: Path, reference: Path) -> float:
@@ -63,8 +61,7 @@ def export_nas(pruning: Pruning, out: Path) -> None:
         save_torch_state_dict(weights, directory, max_shard_size="5GB")
         let_others_read(directory)
         held = sum(weight.numel() for weight in weights.values())
-        card = model_card(plan, dense, "nas", healed=pruning.healed, loading=_loading(plan, held))
-        save_other_files(pruning, directory, card)
+        save_other_files(pruning, directory, "nas", loading=_loading(plan, held))
         return TOLERANCE if is_exact else TOLERANCE_ROUNDED
 
     write_verified(out, write, verify_mlx)
@@ -75,12 +72,8 @@ def nas_config(model: PreTrainedModel, blocks: PackedModel) -> dict[str, Any]:
     config = model.config.to_dict()
     rope = config["rope_parameters"]
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    heads, hidden = config["num_attention_heads"], config["hidden_size"]
-    mha = {"no_op": False, "replace_with_linear": False, "n_heads_in_group": heads // config["num_key_value_heads"]}
-    mlps = [
-        {"no_op": False, "replace_with_linear": False, "ffn_mult": 3 * (width + _missing(width)) / (2 * hidden)}
-        for width in blocks.widths
-    ]
+    group = config["num_attention_heads"] // config["num_key_value_heads"]
+    wide = [3 * (width + _missing(width)) / (2 * config["hidden_size"]) for width in blocks.widths]
     return {
         "architectures": ["DeciLMForCausalLM"],
         "model_type": "nemotron-nas",
@@ -94,17 +87,15 @@ def nas_config(model: PreTrainedModel, blocks: PackedModel) -> dict[str, Any]:
         "mlp_bias": config.get("mlp_bias", False),
         "tie_word_embeddings": blocks.head is None,
         "block_configs": [
-            {"attention": _or_no_op(mha, layer[0]), "ffn": _or_no_op(mlp, layer[1])}
-            for layer, mlp in zip(blocks.layers, mlps, strict=True)
+            {"attention": _block(mha, n_heads_in_group=group), "ffn": _block(mlp, ffn_mult=size)}
+            for (mha, mlp), size in zip(blocks.layers, wide, strict=True)
         ],
     }
 
 
 def nas_weights(model: PreTrainedModel, blocks: PackedModel) -> dict[str, Tensor]:
-    """The weights by their names in the file. MLPs are padded to a multiple of 256 with zeros, which add nothing.
-
-    With `attention_bias`, readers expect a bias of the output projection too. Qwen2 has none: it is zero.
-    """
+    """The weights by their names in the file. MLPs are padded to a multiple of 256 with zeros, which add nothing. With
+    `attention_bias`, readers expect a bias of the output projection too. Qwen2 has none: it is zero."""
     family = model_family(model)
     result = {"model.embed_tokens.weight": blocks.embedding, "model.norm.weight": model.model.norm.weight}
     if blocks.head is not None:
@@ -122,10 +113,9 @@ def nas_weights(model: PreTrainedModel, blocks: PackedModel) -> dict[str, Tensor
     return result
 
 
-def _or_no_op(fields: Mapping[str, Any], layer: object) -> dict[str, Any]:
-    if layer is not None:
-        return dict(fields)
-    return dict.fromkeys(fields) | {"no_op": True, "replace_with_linear": False}
+def _block(layer: object, **size: float) -> dict[str, Any]:
+    """The config of a block, which no layer may hold."""
+    return {"no_op": layer is None, "replace_with_linear": False} | (dict.fromkeys(size) if layer is None else size)
 
 
 def _has_bias(model: PreTrainedModel) -> bool:

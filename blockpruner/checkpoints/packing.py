@@ -27,14 +27,11 @@ FOLD_ROWS = 4096
 ROPE_TYPES = ("default", "linear", "llama3")
 """The kinds that transformers, vLLM, mlx-lm and llama.cpp compute alike."""
 
-Limits = Mapping[str, tuple[Any, Sequence[Any]]]
-"""By field, the value of a model and the valid ones."""
-
 
 def require_fit(form: str, config: Mapping[str, Any], plan: Plan, **limits: tuple[Any, Sequence[Any]]) -> None:
     """Raise InputError for a model or a plan that a format cannot hold, or that its engines compute otherwise; `limits`
-    are the format's own, as `Limits`."""
-    found: Limits = {
+    are the format's own: by field, the value of the model and the valid ones."""
+    found: dict[str, tuple[Any, Sequence[Any]]] = {
         "model_type": (config["model_type"], READABLE),
         "sliding_window": (config.get("sliding_window"), (None,)),
         "rope_type": (config.get("rope_parameters", {}).get("rope_type", "default"), ROPE_TYPES),
@@ -83,11 +80,9 @@ class PackedModel:
 
 @torch.no_grad()
 def pack_model(model: PreTrainedModel) -> PackedModel:
-    """The blocks of a pruned model (`models.prune_`) in as few layers as their order allows.
-
-    vLLM and llama.cpp need an MHA in their first layer. MLPs before the first MHA see a token's embedding alone, and
-    are folded into it, in float32: E' = E + MLP(norm(E)). The head is untied then.
-    """
+    """The blocks of a pruned model (`models.prune_`) in as few layers as their order allows. vLLM and llama.cpp need an
+    MHA in their first layer. MLPs before the first MHA see a token's embedding alone, and are folded into it, in
+    float32: E' = E + MLP(norm(E)). The head is untied then."""
     family, layers = model_family(model), decoder_layers(model)
     holes: Mask = frozenset(
         BlockId(kind, index)

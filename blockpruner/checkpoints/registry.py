@@ -85,6 +85,9 @@ HERE, NARROW = "blockpruner.checkpoints.", ("float32", "float16", "bfloat16")
 READABLE = ("llama", "mistral", "qwen2")
 """Families that readers of DeciLM know, in which a layer may lack blocks: mlx-lm and llama.cpp."""
 
+QUANTIZER = "llama-quantize"
+"""llama.cpp's program, which no Python package brings along."""
+
 EXPORTS: Registry[Export] = Registry(
     "export",
     Export,

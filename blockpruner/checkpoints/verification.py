@@ -25,7 +25,7 @@ from blockpruner.checkpoints import verify
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.model.classes import has_our_code
-from blockpruner.store.files import new_directory, write_sealed_json
+from blockpruner.store.files import new_directory, temporary_beside, write_sealed_json
 from blockpruner.store.manifest import REPORT_FILE, manifest
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -60,17 +60,11 @@ def tolerance_of(model: PreTrainedModel) -> float:
 
 
 def write_verified(out: Path, write: Callable[[Path, Path], float], script: ModuleType = verify) -> None:
-    """Write a new checkpoint directory at `out` and verify it; a directory that fails does not exist.
-
-    Args:
-        write: called with the directory and with the file for the reference, which it writes; returns the tolerance.
-        script: the engine's, as in `verify_checkpoint`.
-    """
+    """Write a new checkpoint directory at `out` and verify it; a directory that fails does not exist. `write` is called
+    with the directory and with the file for the reference, which it writes; it returns the tolerance."""
 
     def build(directory: Path) -> None:
-        # named like a directory of `new_directory`
-        name, writer, end = directory.name.rsplit(".", 2)
-        folder = directory.with_name(f"{name}.reference.{writer}.{end}")
+        folder = temporary_beside(out.with_name(f"{out.name}.reference"))
         folder.mkdir()
         try:
             reference = folder / "reference.safetensors"
@@ -98,17 +92,10 @@ def limited(program: str, folder: Path) -> Iterator[float]:
 
 
 def verify_checkpoint(directory: Path, reference: Path, tolerance: float, script: ModuleType = verify) -> None:
-    """Run an engine's script in a fresh process, and keep its report as verification.json, with the manifest.
-
-    The report of an engine that is not installed is "unchecked". Code that is not ours is refused before it could run.
-
-    Args:
-        script: prints one JSON object when called with checkpoint, reference and tolerance. Its ENGINE is the Python
-            module that it needs.
-
-    Raises:
-        InputError: the checkpoint does not reproduce the reference, or the engine hangs.
-    """
+    """Run an engine's script in a fresh process, and keep its report as verification.json, with the manifest. Raises
+    InputError if the checkpoint does not reproduce the reference, or the engine hangs. The report of an engine that is
+    not installed is "unchecked". Code that is not ours is refused before it could run. The script prints one JSON
+    object when called with checkpoint, reference and tolerance. Its ENGINE is the Python module that it needs."""
     engine: str = script.ENGINE
     has_our_code(directory)
     if find_spec(engine) is None:

@@ -63,15 +63,12 @@ class Server:
         return answer
 
     def tokens(self, text: str) -> list[int]:
-        found: list[int] = self.post("/tokenize", content=text, add_special=True)["tokens"]
-        return found
+        return list(self.post("/tokenize", content=text, add_special=True)["tokens"])
 
     def next(self, ids: list[int]) -> dict[int, float]:
         """Log probabilities of the likeliest next tokens, best first. The tokens of the last call are in the KV cache.
-
         The bias does not touch these numbers. It makes the server choose a token that is whole text: the server reports
-        no probabilities with a token that ends the text or is part of a character.
-        """
+        no probabilities with a token that ends the text or is part of a character."""
         answer = self.post(
             "/completion", prompt=ids, n_predict=1, n_probs=TOP, temperature=0, cache_prompt=True,
             logit_bias=[[self.plain, 1e9]],
@@ -109,12 +106,9 @@ def ask(path: Path, reference: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def verify(checkpoint: str, reference_file: str, tolerance: float) -> dict[str, Any]:
-    """Compare all files with the reference, and judge.
-
-    Cache and text tokens must be right, and errors must come from rounding: below tolerance x the largest logit, or in
-    their usual ratio. Errors of files that llama.cpp has quantized further are only reported. So are greedy tokens: in
-    low precision a near-tie may fall the other way.
-    """
+    """Compare all files with the reference, and judge. Cache and text tokens must be right, and errors must come from
+    rounding: below tolerance x the largest logit, or in their usual ratio. Errors of files that llama.cpp has quantized
+    further are only reported. So are greedy tokens: in low precision a near-tie may fall the other way."""
     reference = load_file(reference_file)
     paths = sorted(Path(checkpoint).glob("model-*.gguf"))
     files = {path.stem.removeprefix("model-"): ask(path, reference) for path in paths}

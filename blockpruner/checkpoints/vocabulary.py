@@ -12,6 +12,9 @@ from typing import Any
 
 from blockpruner.core.errors import InputError, extra
 
+with extra("gguf"):
+    from gguf import TokenType
+
 WORDS = "|".join((r"[^\r\n\p{L}\p{N}]?\p{L}+", "%s", r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"))
 CONTRACTED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|" + WORDS
 CASED = (
@@ -32,12 +35,8 @@ SPLITS: dict[tuple[tuple[str, ...], bool], str] = {
 
 def vocabulary(tokenizer: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     """A tokenizer's part of a GGUF file, by the name of the `GGUFWriter.add_*` that takes it; raises InputError if
-    llama.cpp has no equal of the tokenizer.
-
-    Args:
-        config: the model's. Rows of the embedding without a token get one, up to its `vocab_size`. It names the special
-            tokens that the tokenizer does not name.
-    """
+    llama.cpp has no equal of the tokenizer. Rows of the embedding without a token get one, up to the `vocab_size` of
+    the model's config, which names the special tokens that the tokenizer does not name."""
     if not tokenizer.is_fast:
         raise _refusal(f"is a {type(tokenizer).__name__}, which has no tokenizer.json")
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -113,9 +112,6 @@ def _ranks(model: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _type(index: int, token: str | None, tokenizer: Any, is_bytes: bool) -> int:
-    with extra("gguf"):
-        from gguf import TokenType
-
     added = tokenizer.added_tokens_decoder.get(index)
     if token is None:
         return int(TokenType.UNUSED)

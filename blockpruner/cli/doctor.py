@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from rich.table import Table
 from rich.text import Text
 
-from blockpruner.checkpoints.gguf import QUANTIZER
+from blockpruner.checkpoints.registry import QUANTIZER
 from blockpruner.model import accelerator
 from blockpruner.model.rates import product_rate
 from blockpruner.reporting.formats import size

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from blockpruner.core.blocks import BlockId, Mask, all_blocks
+from blockpruner.core.blocks import BlockId, Mask
 from blockpruner.core.errors import InputError, UnreachableError
 from blockpruner.core.families import Config, Costs, count_kv_cache, count_parameters
 
@@ -90,15 +90,11 @@ def distance(share: float, wanted: float) -> float:
 
 
 def resources_of(config: Config, latency: Mapping[str, int] | None = None) -> dict[str, Costs]:
-    """What a model and each of its blocks cost of each resource.
-
-    Args:
-        latency: nanoseconds of generation: "total", and of one block "mha" and "mlp"; None where it was not measured.
-    """
+    """What a model and each of its blocks cost of each resource; `latency` is in nanoseconds of generation: "total",
+    and of one block "mha" and "mlp"; None where it was not measured."""
     found = {"parameters": count_parameters(config), "kv": count_kv_cache(config)}
     if latency is not None:
-        layers = int(config["num_hidden_layers"])
-        blocks = {block: latency[block.kind] for block in all_blocks(layers)}
+        blocks = {block: latency[block.kind] for block in found["kv"].blocks}
         found["latency"] = Costs(total=latency["total"], blocks=blocks)
     return found
 
@@ -137,13 +133,9 @@ def _removes_nothing(budget: Budget, smallest: Mask, costs: Costs) -> Unreachabl
 
 
 def is_settled(budget: Budget, prefixes: Sequence[Mask], costs: Costs, remaining: Sequence[Mask]) -> bool:
-    """Whether longer sequences cannot change which prefix meets `budget`.
-
-    Args:
-        prefixes: cumulative masks of the sequence so far, shortest first (without the dense one).
-        costs: of the budget's resource.
-        remaining: the units that may still be removed.
-    """
+    """Whether longer sequences cannot change which prefix meets `budget`, to whose resource the costs belong. The
+    prefixes are cumulative masks of the sequence so far, shortest first (without the dense one); `remaining` are the
+    units that may still be removed."""
     mask = prefixes[-1] if prefixes else frozenset[BlockId]()
     if budget.blocks is not None:
         return not remaining or len(mask) >= budget.blocks

@@ -89,11 +89,9 @@ class Costs:
     blocks: Mapping[BlockId, int]
 
     def ratio(self, mask: Mask) -> float:
-        """The share that the mask removes, in [0, 1]. Of parameters it is the pruning ratio.
-
-        All parameters count, those of embeddings, head and norms too. A removed block's norm counts as removed: by this
-        convention every ratio of arXiv 2406.10594 decodes to whole blocks.
-        """
+        """The share that the mask removes, in [0, 1]. Of parameters it is the pruning ratio. All parameters count,
+        those of embeddings, head and norms too. A removed block's norm counts as removed: by this convention every
+        ratio of arXiv 2406.10594 decodes to whole blocks."""
         return sum(self.blocks[block] for block in mask) / self.total
 
 
@@ -114,8 +112,8 @@ def count_parameters(config: Config) -> Costs:
 
 def count_kv_cache(config: Config) -> Costs:
     """Numbers that the KV cache holds for one token: keys and values of every MHA block."""
-    heads, head = _heads({**FAMILIES[str(config["model_type"])].defaults, **config})
-    values = 2 * int(config.get("num_key_value_heads") or heads) * head
+    _, kv_heads, head = attention_heads({**FAMILIES[str(config["model_type"])].defaults, **config})
+    values = 2 * kv_heads * head
     blocks = {
         block: values if block.kind is BlockKind.MHA else 0 for block in all_blocks(int(config["num_hidden_layers"]))
     }
@@ -124,12 +122,11 @@ def count_kv_cache(config: Config) -> Costs:
 
 def count_products(config: Config) -> tuple[dict[BlockId, int], int]:
     """Multiplications for one token: in each block's matrices; and between an MHA block's queries and the keys of one
-    token that it attends to (there are as many with its values). MHA and MLP must follow one another.
-    """
+    token that it attends to (there are as many with its values). MHA and MLP must follow one another."""
     family = FAMILIES[str(config["model_type"])]
     config = {**family.defaults, **config}
     assert not family.is_parallel(config)
-    heads, head = _heads(config)
+    heads, _, head = attention_heads(config)
     mha = _attention(config)
     blocks = {
         block: mha if block.kind is BlockKind.MHA else family.products(config, block.layer)
@@ -138,9 +135,11 @@ def count_products(config: Config) -> tuple[dict[BlockId, int], int]:
     return blocks, heads * head
 
 
-def _heads(config: Config) -> tuple[int, int]:
+def attention_heads(config: Config) -> tuple[int, int, int]:
+    """The number of query heads, that of heads of keys and values, and the width of one."""
     heads = int(config["num_attention_heads"])
-    return heads, int(config.get("head_dim") or config["hidden_size"] // heads)
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    return heads, kv_heads, int(config.get("head_dim") or config["hidden_size"] // heads)
 
 
 def _types(config: Config, layers: Sequence[tuple[int, int]]) -> Config:
@@ -161,9 +160,8 @@ def _is_sparse(config: Config, layer: int) -> bool:
 
 def _attention(config: Config, *, qkv_bias: bool = False, output_bias: bool = False) -> int:
     hidden = int(config["hidden_size"])
-    heads, head = _heads(config)
-    kv_heads = int(config.get("num_key_value_heads") or heads)
-    projections = 2 * hidden * heads * head + 2 * hidden * kv_heads * head
+    heads, kv_heads, head = attention_heads(config)
+    projections = 2 * hidden * (heads + kv_heads) * head
     biases = (heads + 2 * kv_heads) * head if qkv_bias else 0
     return projections + biases + (hidden if output_bias else 0)
 
@@ -179,19 +177,18 @@ def optional_bias(config: Config, layer: int) -> int:
 
 def head_norms(config: Config, layer: int) -> int:
     """Queries and keys are normalized head by head."""
-    return optional_bias(config, layer) + 2 * _heads(config)[1]
+    return optional_bias(config, layer) + 2 * attention_heads(config)[2]
 
 
 def wide_norms(config: Config, layer: int) -> int:
     """Queries and keys are normalized as wholes."""
-    heads, head = _heads(config)
-    return optional_bias(config, layer) + (heads + int(config.get("num_key_value_heads") or heads)) * head
+    heads, kv_heads, head = attention_heads(config)
+    return optional_bias(config, layer) + (heads + kv_heads) * head
 
 
 def gated_mlp(config: Config, layer: int) -> int:
-    hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
-    biases = 2 * inner + hidden if config.get("mlp_bias", False) else 0
-    return 3 * hidden * inner + biases
+    biases = 2 * int(config["intermediate_size"]) + int(config["hidden_size"]) if config.get("mlp_bias", False) else 0
+    return _gated_products(config) + biases
 
 
 def _gated_products(config: Config, inner: str = "intermediate_size") -> int:
@@ -203,24 +200,20 @@ def plain_mlp(config: Config, layer: int) -> int:
     return 2 * hidden * inner + inner + hidden
 
 
-def _experts(config: Config, inner: str) -> int:
-    """A mixture of gated MLPs, with the router that chooses among them."""
+def _mixture(config: Config, inner: str, *, routed: bool = False) -> int:
+    """A mixture of gated MLPs with its router; where `routed`, only those that a token goes to, and the router."""
     count = int(config.get("num_local_experts") or config["num_experts"])
-    return int(config["hidden_size"]) * count * (3 * int(config[inner]) + 1)
-
-
-def _routed(config: Config, inner: str) -> int:
-    """The router and the experts that a token goes to."""
-    count = int(config.get("num_local_experts") or config["num_experts"])
-    return int(config["num_experts_per_tok"]) * _gated_products(config, inner) + int(config["hidden_size"]) * count
+    used = int(config["num_experts_per_tok"]) if routed else count
+    return used * _gated_products(config, inner) + int(config["hidden_size"]) * count
 
 
 def _sparse_products(config: Config, layer: int) -> int:
-    return _routed(config, "moe_intermediate_size") if _is_sparse(config, layer) else _gated_products(config)
+    is_sparse = _is_sparse(config, layer)
+    return _mixture(config, "moe_intermediate_size", routed=True) if is_sparse else _gated_products(config)
 
 
 def _sparse_mlp(config: Config, layer: int) -> int:
-    return _experts(config, "moe_intermediate_size") if _is_sparse(config, layer) else gated_mlp(config, layer)
+    return _mixture(config, "moe_intermediate_size") if _is_sparse(config, layer) else gated_mlp(config, layer)
 
 
 def _gemma(cap: float | None) -> dict[str, Any]:
@@ -252,8 +245,8 @@ FAMILIES: Registry[Family] = Registry(
             "mixtral",
             "Mixtral",
             no_bias,
-            lambda c, layer: _experts(c, "intermediate_size"),
-            lambda c, layer: _routed(c, "intermediate_size"),
+            lambda c, layer: _mixture(c, "intermediate_size"),
+            lambda c, layer: _mixture(c, "intermediate_size", routed=True),
             has_one_mlp=False,
         ),
         Family(

@@ -5,21 +5,23 @@ Decides the events, and how the time that is left is estimated. How events look 
 import no orchestrator.
 """
 
-import importlib
+import logging
 import os
+import pkgutil
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 OBSERVER_VARIABLE = "BLOCKPRUNER_OBSERVER"
 """Environment variable: the observer's class, as "module:Class"."""
 
 
-class Observer(Protocol):
-    """Receives events; phases do not overlap within a process."""
+class Observer:
+    """Receives events, and shows nothing of them by itself; phases do not overlap within a process."""
 
     def note(self, message: str) -> None:
         """One line of information."""
@@ -35,34 +37,8 @@ class Observer(Protocol):
         """The running phase is over; `table` holds its results, `cached` is True if nothing was computed."""
 
 
-class SilentObserver:
+class SilentObserver(Observer):
     """Shows nothing."""
-
-    def note(self, message: str) -> None: ...
-    def begin(self, phase: str, overall: float | None = None) -> None: ...
-    def advance(self, done: int, total: int | None, detail: str) -> None: ...
-    def end(self, summary: str, table: Sequence[Mapping[str, Any]] = (), cached: bool = False) -> None: ...
-
-
-class Pace:
-    """How fast a stage goes: the share of it that was done since its first computed phase."""
-
-    def __init__(self) -> None:
-        self._first: tuple[float, float] | None = None
-
-    def begin(self, overall: float | None, now: float) -> str:
-        """Note that a phase begins with this share of the stage done; returns the outlook in words."""
-        if overall is None:
-            return ""
-        if self._first is None:
-            self._first = (overall, now)
-        share, since = overall - self._first[0], now - self._first[1]
-        return f", stage {overall:.0%} done, {duration(since / share * (1 - overall))} left" if share > 0 else ""
-
-    def end(self, cached: bool) -> None:
-        """Note that the phase ends; a cached one tells nothing about the pace."""
-        if cached:
-            self._first = None
 
 
 def duration(seconds: float) -> str:
@@ -71,15 +47,14 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
-class ConsoleObserver:
+class ConsoleObserver(Observer):
     """A live bar on a terminal; elsewhere one line in `interval` seconds at most, which keeps logs short."""
 
     def __init__(self, console: Console | None = None, interval: float = 10.0) -> None:
         self._console = console or Console(highlight=False, soft_wrap=True)
         self._interval = interval
         self._bar: Progress | None = None
-        self._task: TaskID | None = None
-        self._pace = Pace()
+        self._first: tuple[float, float] | None = None
         self._title = self._outlook = ""
         self._started = self._printed = time.monotonic()
 
@@ -89,13 +64,22 @@ class ConsoleObserver:
     def begin(self, phase: str, overall: float | None = None) -> None:
         self._title = phase
         self._started = self._printed = time.monotonic()
-        self._outlook = self._pace.begin(overall, self._started)
+        self._outlook = self._stage_outlook(overall)
         if self._console.is_terminal:
             parts = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[detail]}")
             columns = (*parts, TimeElapsedColumn(), TimeRemainingColumn())
             self._bar = Progress(*columns, console=self._console, transient=True)
             self._bar.start()
-            self._task = self._bar.add_task(phase + self._outlook, total=None, detail="")
+            self._bar.add_task(phase + self._outlook, total=None, detail="")
+
+    def _stage_outlook(self, overall: float | None) -> str:
+        """How much of the stage is done, and how long the rest takes at the pace since its first computed phase."""
+        if overall is None:
+            return ""
+        if self._first is None:
+            self._first = (overall, self._started)
+        share, since = overall - self._first[0], self._started - self._first[1]
+        return f", stage {overall:.0%} done, {duration(since / share * (1 - overall))} left" if share > 0 else ""
 
     def advance(self, done: int, total: int | None, detail: str) -> None:
         now = time.monotonic()
@@ -103,8 +87,8 @@ class ConsoleObserver:
         if total is not None:
             text = f"{done}/{total} ({detail})" if detail else f"{done}/{total}"
             outlook = f"{duration((now - self._started) / max(done, 1) * (total - done))} left"
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, total=total, detail=text)
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, total=total, detail=text)
         elif now - self._printed >= self._interval:
             self._printed = now
             self._console.print(f"  {self._title}: {text}, {outlook}{self._outlook}", markup=False)
@@ -112,10 +96,24 @@ class ConsoleObserver:
     def end(self, summary: str, table: Sequence[Mapping[str, Any]] = (), cached: bool = False) -> None:
         if self._bar is not None:
             self._bar.stop()
-            self._bar = self._task = None
-        self._pace.end(cached)
+            self._bar = None
+        if cached:
+            self._first = None  # the phase tells nothing about the pace
         took = "cached" if cached else duration(time.monotonic() - self._started)
         self._console.print(f"{self._title}: {summary} [{took}]", markup=False)
+
+
+@contextmanager
+def errors_only(*names: str) -> Iterator[None]:
+    """Within, these loggers show errors alone."""
+    levels = {logging.getLogger(name): logging.getLogger(name).level for name in names}
+    try:
+        for logger in levels:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def stderr_observer() -> ConsoleObserver:
@@ -126,8 +124,5 @@ def stderr_observer() -> ConsoleObserver:
 def observer() -> Observer:
     """The observer that BLOCKPRUNER_OBSERVER names, or the console."""
     name = os.environ.get(OBSERVER_VARIABLE)
-    if not name:
-        return ConsoleObserver()
-    module, _, attribute = name.partition(":")
-    result: Observer = getattr(importlib.import_module(module), attribute)()
-    return result
+    found: Observer = pkgutil.resolve_name(name)() if name else ConsoleObserver()
+    return found

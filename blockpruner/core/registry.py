@@ -12,7 +12,7 @@ registry may be asked for one of those, but not be listed, while modules are imp
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import is_dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
@@ -40,22 +40,21 @@ class Registry(Mapping[str, Row]):
         self.title, self.hint = title, hint
         self._of, self._key = of, key
         self._rows: dict[str, Row] = {}
-        self._is_extended = False
         for row in rows:
             self.add(row)
 
     def __getitem__(self, name: str) -> Row:
-        if name not in self._rows and name not in self._all():
+        if name not in self._rows and name not in self._all:
             message = f"{self.title} {name!r} is unknown; valid: {', '.join(self)}"
             message = f"{message}. {self.hint}" if self.hint else message
             raise UnknownNameError(message, rule="unknown-name", key=self.title, value=name)
         return self._rows[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._all())
+        return iter(self._all)
 
     def __len__(self) -> int:
-        return len(self._all())
+        return len(self._all)
 
     def add(self, row: Row) -> None:
         name = getattr(row, self._key)
@@ -75,12 +74,11 @@ class Registry(Mapping[str, Row]):
             if is_new:
                 del self._rows[name]
 
+    @cached_property
     def _all(self) -> dict[str, Row]:
-        if not self._is_extended:
-            for row in extension_rows():
-                if isinstance(row, self._of):
-                    self.add(row)
-            self._is_extended = True
+        for row in extension_rows():
+            if isinstance(row, self._of):
+                self.add(row)
         return self._rows
 
 

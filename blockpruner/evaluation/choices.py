@@ -10,7 +10,7 @@ What a request is, and what is made of its answer, is lm-eval's.
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
 from typing import Any, TypeVar
@@ -58,11 +58,20 @@ class Continuation:
     tokens: tuple[int, ...]
     """All but the last are read, and the last ones scored."""
     scored: int
+    common: int = 0
+    """How many of the first are read with those of its group."""
+    group: int = 0
+    """Among those whose common tokens are read at once."""
 
     @property
     def given(self) -> int:
         """Tokens whose states predict nothing that is scored."""
         return len(self.tokens) - self.scored - 1
+
+    @property
+    def rest(self) -> tuple[int, ...]:
+        """Those that are read behind the common ones."""
+        return self.tokens[self.common : -1]
 
 
 @dataclass(frozen=True)
@@ -72,21 +81,6 @@ class Group:
     common: int
     """How many tokens; 0 for a request on its own."""
     requests: tuple[Continuation, ...]
-
-
-@dataclass(frozen=True)
-class Rest:
-    """What is left of a request behind the tokens that its group has in common."""
-
-    request: Continuation
-    common: int
-    group: int
-    """Among those whose common tokens are read at once."""
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        """Those that are read."""
-        return self.request.tokens[self.common : -1]
 
 
 @torch.inference_mode()
@@ -111,22 +105,22 @@ def answers(
     made = groups(cut)
     passes = _Passes(pass_tokens(model.device))
 
-    def score(rests: Sequence[Rest], before: Before | None = None) -> None:
-        found.update(_score(model, rests, before))
+    def score(requests: Sequence[Continuation], before: Before | None = None) -> None:
+        found.update(_score(model, requests, before))
         advance(len(found))
 
     def read(batch: Sequence[Group]) -> None:
         asked = ((number, group.common, one) for number, group in enumerate(batch) for one in group.requests)
-        rests = [Rest(one, common, number) for number, common, one in asked if one.number not in found]
+        left = [replace(one, common=common, group=number) for number, common, one in asked if one.number not in found]
         before = _read(model, batch)
         held = 0 if model.device.type == "cpu" else before[1].shape[1]
-        passes.over(rests, lambda rest: len(rest.tokens), partial(score, before=before), held)
+        passes.over(left, lambda request: len(request.rest), partial(score, before=before), held)
 
     longest = max((len(request.tokens) for request in cut), default=0)
     with accelerator.named_if_too_large(f"one request of up to {longest} tokens", "use a larger device"):
         passes.over([group for group in made if group.common], lambda group: group.common, read)
-        alone = [Rest(group.requests[0], 0, 0) for group in made if not group.common]
-        passes.over(alone, lambda rest: len(rest.tokens), score)
+        alone = [group.requests[0] for group in made if not group.common]
+        passes.over(alone, lambda request: len(request.rest), score)
     return [found[number] for number in range(len(requests))]
 
 
@@ -185,15 +179,15 @@ class _Passes:
         return count
 
 
-def _score(model: PreTrainedModel, rests: Sequence[Rest], before: Before | None = None) -> dict[int, Answer]:
-    """Run over rests, padded on the right, behind all that is scored."""
-    longest = max(len(rest.tokens) for rest in rests)
-    ids = torch.tensor([[*rest.tokens, *[0] * (longest - len(rest.tokens))] for rest in rests])
-    is_real, places = torch.ones_like(ids), torch.arange(longest).repeat(len(rests), 1)
+def _score(model: PreTrainedModel, requests: Sequence[Continuation], before: Before | None) -> dict[int, Answer]:
+    """Run over what is left of requests behind common tokens, padded on the right, behind all that is scored."""
+    longest = max(len(request.rest) for request in requests)
+    ids = torch.tensor([[*request.rest, *[0] * (longest - len(request.rest))] for request in requests])
+    is_real, places = torch.ones_like(ids), torch.arange(longest).repeat(len(requests), 1)
     kwargs: dict[str, Any] = {"use_cache": False}
     if before is not None:
         cache, is_common = before
-        of = torch.tensor([rest.group for rest in rests])
+        of = torch.tensor([request.group for request in requests])
         own = copy.copy(cache)
         own.layers = [copy.copy(layer) for layer in cache.layers]  # selecting gives them other tensors
         own.batch_select_indices(of)  # of the CPU: layers may lie on several devices
@@ -201,10 +195,8 @@ def _score(model: PreTrainedModel, rests: Sequence[Rest], before: Before | None 
         is_real = torch.cat([is_common[of], is_real], dim=-1)
         kwargs = {"use_cache": True, "cache": own}
     states = _run(model, ids, is_real, places, **kwargs).last_hidden_state
-    requests = [rest.request for rest in rests]
-    first = [rest.request.given - rest.common for rest in rests]
     rows = [row for row, request in enumerate(requests) for _ in range(request.scored)]
-    columns = [start + i for start, request in zip(first, requests, strict=True) for i in range(request.scored)]
+    columns = [request.given - request.common + i for request in requests for i in range(request.scored)]
     predicting = states[torch.tensor(rows), torch.tensor(columns)]
     wanted = torch.tensor([token for request in requests for token in request.tokens[-request.scored :]])
     nll, is_likeliest = [], []

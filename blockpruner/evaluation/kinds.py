@@ -27,7 +27,6 @@ def rows_by_kind(row_nll: Sequence[float], kinds: Sequence[str]) -> dict[str, li
 
 
 def perplexities(row_nll: Sequence[float], kinds: Sequence[str]) -> dict[str, float]:
-    """The perplexity of each kind."""
     return {kind: perplexity(fmean(own)) for kind, own in rows_by_kind(row_nll, kinds).items()}
 
 

@@ -31,19 +31,15 @@ from blockpruner.versions import EVAL_VERSION
 def kept_latency(
     folder: Path, shared: Path, checkpoint: Path, model: Model, timed: Latency, runtime: Runtime, observer: Observer
 ) -> dict[str, Any]:
-    """The measurement that was kept for a model; it is made now if there is none, or if the kept one is damaged.
+    """The measurement that was kept for a model; it is made now if there is none, or if the kept one is damaged. Raises
+    InputError if it must be made and the model is not in this process's memory: it is streamed, or a cluster scores it.
 
-    Another device or day does not repeat it: decisions rest on it. Delete the file to measure again.
-
-    Args:
-        folder: the run's own; the measurement travels with its scores.
-        shared: for all runs of this machine. A speed-up then means the same in all runs of one model.
-
-    Raises:
-        InputError: the model is not in this process's memory: it is streamed, or a cluster scores it.
+    Another device or day does not repeat it: decisions rest on it. Delete the file to measure again. It is kept in the
+    run's own `folder`, to travel with its scores, and in a `shared` one for all runs of this machine: a speed-up then
+    means the same in all runs of one model.
     """
     facts = {"version": EVAL_VERSION, "model": checkpoint_identity(checkpoint), "dtype": model.dtype}
-    name = f"latency-{fingerprint(facts | _fields(timed))}.json"
+    name = f"latency-{fingerprint(facts | timed.model_dump())}.json"
     for path in (folder / name, shared / name):
         found: dict[str, Any] | None = read_kept_json(path, observer.note)
         if found is not None:
@@ -66,11 +62,6 @@ def kept_latency(
         write_sealed_json(place / name, found)
     observer.end(_words(found))
     return found
-
-
-def _fields(timed: Latency) -> dict[str, int]:
-    """The settings that a measurement depends on and holds. Part of its key."""
-    return {key: getattr(timed, key) for key in ("prompt_tokens", "new_tokens", "batch", "repeats")}
 
 
 def _words(found: Mapping[str, Any]) -> str:
@@ -120,7 +111,7 @@ def measure_latency(
         **{name: int(1e9 * scale * each) for name, each in saved.items()},
         "scale": scale,
         "seconds": medians,
-        **_fields(timed),
+        **timed.model_dump(),
         "device": accelerator.name(model.device),
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -50,7 +50,6 @@ class HeldOut:
 
     @property
     def digest(self) -> str:
-        """The digest of the rows."""
         return fingerprint({"rows": self.rows, "kinds": self.kinds})
 
 
@@ -71,7 +70,8 @@ class HeldOutPerplexity:
 
 def held_out(tokenizer: Any, texts: Sequence[str], wanted: Perplexity) -> HeldOut:
     """Make rows of `wanted.seq_len` tokens of texts, at most `wanted.max_rows`; of a mix, so many of the kind with the
-    largest share, and of the others by theirs.
+    largest share, and of the others by theirs. Raises InputError if the texts, or those of one kind, are shorter than
+    one row.
 
     packing "joined": all texts are joined with a blank line, tokenized once and cut into rows; the tail is dropped.
     "joined_bos": each of these rows begins with what the tokenizer puts before a text (`beginning`).
@@ -79,9 +79,6 @@ def held_out(tokenizer: Any, texts: Sequence[str], wanted: Perplexity) -> HeldOu
     is full; the rest of the last one is dropped, and the next row begins with the next text. So every text begins at
     its beginning, and none is in two rows. Texts of fewer than SHORT tokens (in an encyclopaedia, bare titles) are
     passed over. A single document is cut into rows as "joined_bos".
-
-    Raises:
-        InputError: the texts, or those of one kind, are shorter than one row.
     """
     if len(parts := by_kind(texts)) > 1:
         whole, largest = HeldOut((), ()), max(kind.share if kind else 1.0 for kind in parts)
@@ -109,8 +106,7 @@ def held_out(tokenizer: Any, texts: Sequence[str], wanted: Perplexity) -> HeldOu
 
 
 def _ids(tokenizer: Any, texts: Sequence[str]) -> list[int]:
-    ids: list[int] = tokenizer("\n\n".join(texts), verbose=False)["input_ids"]
-    return ids
+    return list(tokenizer("\n\n".join(texts), verbose=False)["input_ids"])
 
 
 def _joined(tokenizer: Any, texts: Sequence[str], wanted: Perplexity) -> Packed:
@@ -154,16 +150,13 @@ def measure_perplexity(
     """PPL = exp(1/R * sum_r 1/(T-1) * sum_t -log p(x[r, t+1] | x[r, <=t])) over R rows of T tokens.
 
     Log-softmax in float32 or wider, sums in float64. The head runs over chunks of tokens: the logits [T, V] of a row
-    never fill the memory.
+    never fill the memory. Raises NonFiniteLossError that names the row whose loss is NaN or infinite, and
+    DeviceMemoryError where a row does not fit.
 
     Args:
         rows: token ids, each row at least two.
         advance: called with (rows done, rows in all).
         batch: how many rows of one length are computed at once; in 16 bits it moves the last digits.
-
-    Raises:
-        NonFiniteLossError: the loss of a row is NaN or infinite; names the row.
-        DeviceMemoryError: a row does not fit.
     """
     decoder, head, place = model.get_decoder(), head_of(model), model.get_output_embeddings().weight.device
     room = None if place.type == "cpu" else room_beside(model, place)

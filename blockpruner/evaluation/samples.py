@@ -21,16 +21,13 @@ NEW_TOKENS = 48
 def answer(
     model: PreTrainedModel, tokenizer: Any, turns: Sequence[str], limit: int = NEW_TOKENS, streamer: Any = None
 ) -> tuple[str, int]:
-    """Answer the last turn, greedily; return the text and its number of tokens.
-
-    Turns are the user's and the model's, one after the other. A model without a chat template continues the last one.
-    """
+    """Answer the last turn, greedily; return the text and its number of tokens. Turns are the user's and the model's,
+    one after the other. A model without a chat template continues the last one."""
     told = [{"role": ("user", "assistant")[number % 2], "content": turn} for number, turn in enumerate(turns)]
-    if has_template := bool(tokenizer.chat_template):
+    is_chat, text = bool(tokenizer.chat_template), turns[-1]
+    if is_chat:
         text = tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=True)
-    else:
-        text = turns[-1]
-    ids = tokenizer(text, add_special_tokens=not has_template, return_tensors="pt").input_ids.to(model.device)
+    ids = tokenizer(text, add_special_tokens=not is_chat, return_tensors="pt").input_ids.to(model.device)
     mask = ids.new_ones(ids.shape)
     out = model.generate(
         ids, attention_mask=mask, max_new_tokens=limit, do_sample=False, pad_token_id=0, streamer=streamer

@@ -17,8 +17,6 @@ from transformers import DynamicCache, PreTrainedModel
 from blockpruner.evaluation.settings import Speed
 from blockpruner.model import accelerator
 
-PROMPT_SEED = 0
-
 
 @dataclass(frozen=True)
 class Timing:
@@ -100,12 +98,8 @@ def measure_speed(
     settings: Speed,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, MeasuredSpeed]:
-    """Time every model on one random prompt. Each warms up once, then they take turns.
-
-    Args:
-        models: by name, all on one device and of one vocabulary.
-        advance: called with (generations done, generations in all), warm-up included.
-    """
+    """Time every model on one random prompt. Each warms up once, then they take turns. They are on one device and of
+    one vocabulary. `advance` is called with (generations done, generations in all), warm-up included."""
     prompts = {name: random_prompt(model, settings.batch, settings.prompt_tokens) for name, model in models.items()}
     runs: dict[str, list[Generation]] = {name: [] for name in models}
     peaks = dict.fromkeys(models, 0)
@@ -133,13 +127,13 @@ def _run(models: Mapping[str, PreTrainedModel], name: str, prompt: Tensor, new_t
 
 def _speed(model: PreTrainedModel, runs: list[Generation], peak: int, prompt_tokens: int) -> MeasuredSpeed:
     batch, new_tokens = runs[0].tokens.shape
-    prefill = _timing([run.prefill_seconds for run in runs])
-    decode = _timing([run.decode_seconds for run in runs])
+    seconds = [(run.prefill_seconds, run.decode_seconds, run.prefill_seconds + run.decode_seconds) for run in runs]
+    prefill, decode, both = (Timing(median(each), list(each)) for each in zip(*seconds, strict=True))
     held = runs[0].kv_cache_bytes
     return MeasuredSpeed(
         prefill_seconds=prefill,
         decode_seconds=decode,
-        generation_seconds=_timing([run.prefill_seconds + run.decode_seconds for run in runs]),
+        generation_seconds=both,
         prefill_tokens_per_second=batch * prompt_tokens / prefill.median,
         decode_tokens_per_second=batch * (new_tokens - 1) / decode.median,
         kv_cache_bytes=held,
@@ -157,7 +151,7 @@ def _speed(model: PreTrainedModel, runs: list[Generation], peak: int, prompt_tok
 
 def random_prompt(model: PreTrainedModel, batch: int, length: int) -> Tensor:
     """Token ids [batch, length], the same for every model of one vocabulary."""
-    generator = torch.Generator().manual_seed(PROMPT_SEED)
+    generator = torch.Generator().manual_seed(0)
     return torch.randint(model.config.vocab_size, (batch, length), generator=generator).to(model.device)
 
 
@@ -170,7 +164,3 @@ def _next_token(model: PreTrainedModel, ids: Tensor, cache: DynamicCache) -> Ten
 def _now(model: PreTrainedModel) -> float:
     accelerator.synchronize(model.device)
     return time.perf_counter()
-
-
-def _timing(seconds: list[float]) -> Timing:
-    return Timing(median(seconds), seconds)

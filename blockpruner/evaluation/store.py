@@ -65,7 +65,14 @@ class ResultsStore:
         if not path.exists():
             return None
         try:
-            return _read(path, items, key)
+            entry = read_json(path, sealed=True)
+            if entry["key"] != dict(key):
+                raise InputError(f"{path} is not the result of this evaluation")
+            if entry["items_sha256"] is None:
+                return Stored(entry["value"], made=entry["made"])
+            if not items.exists() or file_sha256(items) != entry["items_sha256"]:
+                raise InputError(f"{items} is not the table that {path.name} names")
+            return Stored(entry["value"], read_table(items, ITEMS)[0], entry["made"])
         except InputError as error:
             aside = [set_aside(file).name for file in (path, items) if file.exists()]
             self._note(f"{error}; set aside as {', '.join(aside)} and computed again")
@@ -83,14 +90,3 @@ class ResultsStore:
     def _paths(self, key: Mapping[str, Any]) -> tuple[Path, Path]:
         name = fingerprint(key)
         return self._directory / f"{name}.json", self._directory / f"{name}.parquet"
-
-
-def _read(path: Path, items: Path, key: Mapping[str, Any]) -> Stored:
-    entry = read_json(path, sealed=True)
-    if entry["key"] != dict(key):
-        raise InputError(f"{path} is not the result of this evaluation")
-    if entry["items_sha256"] is None:
-        return Stored(entry["value"], made=entry["made"])
-    if not items.exists() or file_sha256(items) != entry["items_sha256"]:
-        raise InputError(f"{items} is not the table that {path.name} names")
-    return Stored(entry["value"], read_table(items, ITEMS)[0], entry["made"])

@@ -191,7 +191,8 @@ def benchmark(
     search: Mapping[str, float] | None = None,
     processes: int = 1,
 ) -> dict[str, Any]:
-    """Evaluate a model and write results.json, items.parquet, speed.json and its plan.json to the folder `out`.
+    """Evaluate a model and write results.json, items.parquet, speed.json and its plan.json to the folder `out`. Raises
+    InputError if a task is unknown, rows exceed the context, or a source or checkpoint is missing or damaged.
 
     Args:
         subject: `dense` itself, one of our own verified exports, or a model that was never written.
@@ -214,9 +215,6 @@ def benchmark(
         speed: pruned (unless the subject is the dense model) and dense; null where it is not wanted.
         made: where and when each result was computed, as from `provenance.made`.
         search: as given.
-
-    Raises:
-        InputError: a task is unknown, rows exceed the context, or a source or checkpoint is missing or damaged.
     """
     tasks = settings.zero_shot.tasks
     if not tasks:
@@ -226,12 +224,12 @@ def benchmark(
     check_context(settings.perplexity.seq_len, read_json(folder / "config.json"), "evaluate.perplexity.seq_len")
     is_export = isinstance(subject, Checkpoint) and subject is not dense
     whole = replace(dense, beside=subject) if isinstance(subject, Checkpoint) and is_export else dense
-    text_key = subject.key | {"tokenizer": tokenizer_digest(folder)}
-    evaluations = _without_speed(subject, sources, settings, text_key)
+    given = (subject, sources, settings, subject.key | {"tokenizer": tokenizer_digest(folder)})
+    evaluations = _without_speed(*given)
     evaluator = Evaluator(ResultsStore(store, observer.note), observer)
     if processes > 1 and any(evaluator.store.load(each.key) is None for each in evaluations):
         with TemporaryDirectory() as claims:
-            together(processes, dense.device, _settle, observer, subject, sources, settings, text_key, store, claims)
+            together(processes, dense.device, _settle, observer, store, claims, *given)
     if settings.speed is not None:
         evaluations.append(speed_of(subject, whole, settings.speed, subject.key))
     found = {each.name: evaluator.settle(each, n / len(evaluations)) for n, each in enumerate(evaluations)}
@@ -273,18 +271,10 @@ def _without_speed(
 
 
 def _settle(
-    team: Team,
-    device: str,
-    observer: Observer,
-    subject: Evaluated,
-    sources: Path,
-    settings: Evaluate,
-    text_key: Mapping[str, Any],
-    store: Path,
-    claims: str,
+    team: Team, device: str, observer: Observer, store: Path, claims: str, subject: Evaluated, *given: Any
 ) -> None:
-    """The work of one process: one result after another that no other has begun."""
-    evaluations = _without_speed(subject.on(device), sources, settings, text_key)
+    """The work of one process: one result after another that no other has begun, of those of `_without_speed`."""
+    evaluations = _without_speed(subject.on(device), *given)
     evaluator = Evaluator(ResultsStore(store, observer.note), observer)
     for number, each in enumerate(evaluations):
         with suppress(FileExistsError):
@@ -358,8 +348,7 @@ def samples_of(model: Evaluated, identity: Mapping[str, Any]) -> Evaluation:
             advance(len(samples), len(PROMPTS))
         return Stored({"samples": samples})
 
-    key = {"kind": "samples", "prompts": list(PROMPTS), "new_tokens": NEW_TOKENS, "eval_version": EVAL_VERSION}
-    key = {**identity, **key}
+    key = {**identity, "kind": "samples", "prompts": list(PROMPTS), "new_tokens": NEW_TOKENS}
     return Evaluation("samples", model, key, "texts", compute, lambda value: f"{len(value['samples'])} texts")
 
 
@@ -373,7 +362,7 @@ def speed_of(model: Evaluated, dense: Checkpoint, settings: Speed, identity: Map
     key = {
         "kind": "speed",
         "dense": dense.key["model"],
-        "settings": {key: getattr(settings, key) for key in ("prompt_tokens", "new_tokens", "repeats", "batch")},
+        "settings": settings.model_dump(),
         "machine": machine(),
         "device": accelerator.name(resolve_device(dense.device)),
         "threads": torch.get_num_threads(),
@@ -383,8 +372,7 @@ def speed_of(model: Evaluated, dense: Checkpoint, settings: Speed, identity: Map
 
 
 def _speed_summary(value: Mapping[str, Any]) -> str:
-    sides = [side for side in ("pruned", "dense") if side in value]
-    rates = ", ".join(f"{side} {value[side]['decode_tokens_per_second']:.1f}" for side in sides)
+    rates = ", ".join(f"{side} {found['decode_tokens_per_second']:.1f}" for side, found in value.items())
     return f"tokens/s: {rates}"
 
 

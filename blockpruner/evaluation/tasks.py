@@ -7,7 +7,7 @@ Decides what a local copy looks like. A task file is lm-eval's stock YAML over l
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -51,9 +51,6 @@ def fetch_tasks(
             tables = tables_from_hub(task, pinned_revision(hub_repository(task), "dataset", None, pins))
         write_task(task, directory, tables, location)
         note(f"{task}: {sum(table.num_rows for table in tables.values())} items")
-
-
-# --- items ----------------------------------------------------------------------------------------------------
 
 
 def archive_members(name: str) -> dict[str, str]:
@@ -146,49 +143,37 @@ def _checked(name: str, table: pa.Table, origin: str) -> pa.Table:
     return table.replace_schema_metadata(None)
 
 
-# --- task files -------------------------------------------------------------------------------------------------
-
-
 def write_task(name: str, directory: Path, tables: Mapping[str, pa.Table], location: Path) -> None:
-    """Write <task>/<split>.parquet, <task>/<task>.yaml and the helpers that the YAML names into `directory`.
-
-    The task keeps its stock name: lm-eval lets a task of `--include_path` replace the stock one.
-
-    Args:
-        location: where `directory` will finally be, relative to the folder in which lm-eval runs (the project's). The
-            YAML names it.
-    """
+    """Write <task>/<split>.parquet, <task>/<task>.yaml and the helpers that the YAML names into `directory`. The YAML
+    names `location`, where `directory` will finally be, relative to the folder in which lm-eval runs (the project's).
+    The task keeps its stock name: lm-eval lets a task of `--include_path` replace the stock one."""
     folder = directory / name
     for split, table in tables.items():
         write_atomic(folder / f"{split}.parquet", partial(pq.write_table, table, compression="zstd"))
-    text, helpers = _definition(name, _places(name, location, tables))
+    text, helpers = _definition(name, location)
     write_text(folder / f"{name}.yaml", text)
     for helper in helpers:
         shutil.copyfile(helper, folder / helper.name)
 
 
-def _definition(name: str, data_files: Mapping[str, str]) -> tuple[str, list[Path]]:
-    """The YAML of a task over local items, the file of each split given, and the Python files that it names."""
+def _definition(name: str, location: Path) -> tuple[str, list[Path]]:
+    """The YAML of a task over items in a folder at `location`, and the Python files that it names."""
+    files = {split: (location / name / f"{split}.parquet").as_posix() for split in BENCHMARKS[name].splits}
     config, helpers = _stock_config(name)
-    config |= {"dataset_path": "parquet", "dataset_name": None, "dataset_kwargs": {"data_files": dict(data_files)}}
+    config |= {"dataset_path": "parquet", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
     config |= {"training_split": None, "num_fewshot": 0}
     config.pop("fewshot_split", None)  # its items are not fetched
-    config |= {f"{split}_split": split if split in data_files else None for split in EVALUATION_SPLITS}
+    config |= {f"{split}_split": split if split in files else None for split in EVALUATION_SPLITS}
     return yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True), helpers
 
 
 def require_stock(name: str, directory: Path) -> None:
-    """Refuse a task with a file that is not, byte for byte, as `write_task` writes it here, except the items.
-
-    lm-eval runs the helpers, and a prompt is a template that can run code, too.
-
-    Raises:
-        InputError: names a file that differs, is missing or does not belong there.
-    """
+    """Refuse a task with a file that is not, byte for byte, as `write_task` writes it here, except the items; raises
+    InputError that names a file that differs, is missing or does not belong there. lm-eval runs the helpers, and a
+    prompt is a template that can run code, too."""
     folder = directory / name
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)  # Python would run what is there in place of a helper
-    places = [directory, Path(os.path.relpath(directory))]
-    texts = [_definition(name, _places(name, place, BENCHMARKS[name].splits)) for place in places]
+    texts = [_definition(name, place) for place in (directory, Path(os.path.relpath(directory)))]
     stock: dict[str, set[bytes]] = {f"{split}.parquet": set() for split in BENCHMARKS[name].splits}
     stock |= {f"{name}.yaml": {text.encode() for text, _ in texts}}
     stock |= {helper.name: {helper.read_bytes()} for helper in texts[0][1]}
@@ -203,24 +188,15 @@ def require_stock(name: str, directory: Path) -> None:
             )
 
 
-def _places(name: str, location: Path, splits: Iterable[str]) -> dict[str, str]:
-    return {split: (location / name / f"{split}.parquet").as_posix() for split in splits}
-
-
 def task_digest(name: str, directory: Path) -> str:
-    """Digest of a task that `write_task` wrote: its items, prompt and helpers.
-
-    Its place is left out, and so is what all tasks have in common (no few-shot examples). Items count by their values:
-    the bytes of Parquet depend on the version of Arrow that wrote them.
-
-    Raises:
-        InputError: a file is missing, or is not Parquet.
-    """
+    """Digest of a task that `write_task` wrote: its items, prompt and helpers. Raises InputError if a file is missing,
+    or is not Parquet. Its place is left out, and so is what all tasks have in common (no few-shot examples). Items
+    count by their values: the bytes of Parquet depend on the version of Arrow that wrote them."""
     folder = directory / name
     path = folder / f"{name}.yaml"
     if not path.exists():
         raise InputError(f"{path} does not exist; the fetch stage writes it: run `dvc repro`")
-    config = _read_yaml(path)
+    config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     del config["dataset_kwargs"]
     config.pop("num_fewshot", None)
     files = {file.name: file_sha256(file) for file in folder.glob("*.py")}
@@ -245,11 +221,6 @@ _Loader.add_constructor("!function", lambda loader, node: _Function(node.value))
 _Dumper.add_representer(_Function, lambda dumper, value: dumper.represent_scalar("!function", str(value)))
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    config: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    return config
-
-
 def _stock_config(name: str) -> tuple[dict[str, Any], list[Path]]:
     """The stock YAML with its includes merged in, and the Python files that it names."""
     package = importlib.util.find_spec("lm_eval")
@@ -259,7 +230,7 @@ def _stock_config(name: str) -> tuple[dict[str, Any], list[Path]]:
 
 
 def _flatten(path: Path) -> tuple[dict[str, Any], list[Path]]:
-    own = _read_yaml(path)
+    own = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     config, helpers = _flatten(path.parent / own.pop("include")) if "include" in own else ({}, [])
     modules = {value.partition(".")[0] for value in own.values() if isinstance(value, _Function)}
     return config | own, helpers + [path.parent / f"{module}.py" for module in sorted(modules)]

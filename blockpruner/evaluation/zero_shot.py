@@ -12,11 +12,10 @@ computations only log-likelihoods are ours, in `choices`) and what is kept of an
 to the item. Loglikelihoods agree up to rounding: another batch size or device may turn a near-tie.
 """
 
-import contextlib
 import io
 import json
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from blockpruner.core.errors import extra
-from blockpruner.evaluation.benchmarks import ACCURACIES, BENCHMARKS, Benchmark
+from blockpruner.core.progress import errors_only
+from blockpruner.evaluation.benchmarks import ACCURACIES, BENCHMARKS
 from blockpruner.evaluation.choices import answers
 from blockpruner.evaluation.store import ITEMS
 from blockpruner.evaluation.tasks import require_stock
@@ -77,7 +77,7 @@ def evaluate(
     """
     row = BENCHMARKS[task]
     is_generated = row.kind == "generate_until"
-    with _quiet():
+    with errors_only("lm_eval", "datasets"), redirect_stderr(io.StringIO()):  # where they draw progress bars
         loaded = _load(task, task_dir)
         definition = loaded["tasks"][task]
         special = None if bos else False  # None: as the tokenizer does by itself
@@ -86,18 +86,23 @@ def evaluate(
     assert raw is not None
     results: dict[str, Any] = json.loads(json.dumps(raw, default=handle_non_serializable))
     samples = [sample for sample in results.pop("samples")[task] if sample["filter"] == row.filter]
-    items = [
-        {
-            "task": task,
-            "item": sample["doc_id"],
-            "gold": _gold(definition, sample["doc"]) if row.has_choices else None,
-            "loglikelihoods": [] if is_generated else [float(found[0]) for found in sample["filtered_resps"]],
-            "prompt_hash": sample["prompt_hash"],
-            "response": sample["resps"][0][0] if is_generated else None,
-            **{metric: sample.get(metric) for metric in ACCURACIES},
-        }
-        for sample in samples
-    ]
+    items = []
+    for sample in samples:
+        choices = definition.doc_to_choice(sample["doc"]) if row.has_choices else []
+        gold = _gold(definition, sample["doc"], choices) if row.has_choices else None
+        scored = [] if is_generated else [float(found[0]) for found in sample["filtered_resps"]]
+        items.append(
+            {
+                "task": task,
+                "item": sample["doc_id"],
+                "gold": gold,
+                "loglikelihoods": scored,
+                "prompt_hash": sample["prompt_hash"],
+                "response": sample["resps"][0][0] if is_generated else None,
+                "p_gold": None if is_generated else row.confidence(scored, gold, choices),
+                **{metric: sample.get(metric) for metric in ACCURACIES},
+            }
+        )
     found = {
         key.partition(",")[0]: None if value == "N/A" else value
         for key, value in results["results"][task].items()
@@ -105,16 +110,7 @@ def evaluate(
     }
     if row.has_choices:
         found = {key: found.get(key) for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")}
-    table = pa.Table.from_pylist(items, schema=ITEMS)
-    return TaskResult(task, found, table if is_generated else _confident(row, definition, table))
-
-
-def _confident(row: Benchmark, definition: Any, items: pa.Table) -> pa.Table:
-    docs, found = definition.eval_docs, items.to_pylist()  # thousands of rows, each read when it is asked for
-    for item in found:
-        choices = definition.doc_to_choice(docs[item["item"]]) if row.has_choices else ()
-        item["p_gold"] = row.confidence(item["loglikelihoods"], item["gold"], choices)
-    return pa.Table.from_pylist(found, schema=ITEMS)
+    return TaskResult(task, found, pa.Table.from_pylist(items, schema=ITEMS))
 
 
 class _Harness(HFLM):  # type: ignore[misc]
@@ -169,28 +165,11 @@ def _load(task: str, task_dir: Path) -> Any:
     return loaded
 
 
-def _gold(definition: Any, doc: dict[str, Any]) -> int:
-    """Index of the right choice, as lm-eval's multiple_choice reads it.
-
-    It comes from the target, or from the text where the choices are contexts (WinoGrande). A string is looked up among
-    the choices. A list holds one index (AQuA-RAT).
-    """
+def _gold(definition: Any, doc: dict[str, Any], choices: list[str]) -> int:
+    """Index of the right choice, as lm-eval's multiple_choice reads it. It comes from the target, or from the text
+    where the choices are contexts (WinoGrande). A string is looked up among the choices. A list holds one index
+    (AQuA-RAT)."""
     gold = definition.doc_to_text(doc) if definition.multiple_input else definition.doc_to_target(doc)
     if isinstance(gold, list):
         (gold,) = gold
-    return int(definition.doc_to_choice(doc).index(gold) if isinstance(gold, str) else gold)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep lm-eval's and datasets' log lines and progress bars (on stderr) off the terminal."""
-    loggers = {name: logging.getLogger(name) for name in ("lm_eval", "datasets")}
-    levels = {name: logger.level for name, logger in loggers.items()}
-    try:
-        for logger in loggers.values():
-            logger.setLevel(logging.ERROR)
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        for name, logger in loggers.items():
-            logger.setLevel(levels[name])
+    return choices.index(gold) if isinstance(gold, str) else int(gold)

@@ -85,19 +85,14 @@ def has_unit_head(config: Config) -> bool:
 
 
 def _names(directory: Path) -> Iterator[str]:
-    """The names of all stored tensors."""
     for path in directory.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             yield from file.keys()
 
 
 def _write_weights(directory: Path, folder: Path, unit: bool) -> None:
-    """Write each file's tensors by their new names, one file at a time in memory.
-
-    Args:
-        unit: whether rows of the head are scaled to unit length. The head is then in float32, so that it is rounded
-            once, when the model is loaded.
-    """
+    """Write each file's tensors by their new names, one file at a time in memory; `unit`: with rows of the head scaled
+    to unit length. The head is then in float32, so that it is rounded once, when the model is loaded."""
     places: dict[str, str] = {}
     size = 0
     for path in sorted(directory.glob("*.safetensors")):

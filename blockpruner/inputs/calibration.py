@@ -53,7 +53,6 @@ class CalibrationSet:
 
     @property
     def scored(self) -> int:
-        """The number of tokens that are scored."""
         return sum(map(_scored, self.rows))
 
     @property
@@ -93,7 +92,7 @@ def draw(
     reserved: AbstractSet[str] = frozenset(),
     note: Callable[[str], object] = lambda message: None,
 ) -> list[str]:
-    """Draw samples without replacement.
+    """Draw samples without replacement; raises InputError if there are fewer texts than `num_samples`.
 
     Args:
         num_samples: None draws all, in the order of the draw.
@@ -104,9 +103,6 @@ def draw(
         key: what asks for so many in the run file, for the message.
         reserved: texts that are passed over. They are left out after the order of "all" is drawn, which stays the same.
         note: receives which kinds ran out.
-
-    Raises:
-        InputError: there are fewer texts than `num_samples`.
     """
     pool = list(texts)
     if split == "paper":
@@ -139,10 +135,8 @@ def draw(
 
 
 def _by_share(own: Mapping[TextKind | None, Sequence[T]], weight: Callable[[T], float]) -> list[T]:
-    """The items of some kinds in an order of which every part has the kinds by their shares, until one runs out.
-
-    The kind comes next of which the least was taken, over its share; of equals, the first.
-    """
+    """The items of some kinds in an order of which every part has the kinds by their shares, until one runs out. The
+    kind comes next of which the least was taken, over its share; of equals, the first."""
     left = {kind: deque(items) for kind, items in own.items()}
     taken, found = dict.fromkeys(left, 0.0), list[T]()
     while left:
@@ -170,11 +164,8 @@ def _note_gone(
 def without_evaluated(
     texts: Sequence[str], evaluated: Iterable[str], what: str, note: Callable[[str], object]
 ) -> list[str]:
-    """The texts that share no paragraph with an evaluated text; a note counts the others.
-
-    A paragraph is a line of at least 50 characters, or a text without such a line. White space and upper case make no
-    difference.
-    """
+    """The texts that share no paragraph with an evaluated text; a note counts the others. A paragraph is a line of at
+    least 50 characters, or a text without such a line. White space and upper case make no difference."""
     known = sharing(texts, evaluated)
     pool = [text for text in texts if text not in known]
     if len(pool) < len(texts):
@@ -202,7 +193,7 @@ def _paragraphs(text: str) -> set[str]:
 def pack_rows(
     samples: Sequence[str], tokenizer: Any, seq_len: int, packing: str, score: str = "all", bos: str = "row"
 ) -> CalibrationSet:
-    """Tokenize samples into rows.
+    """Tokenize samples into rows; raises InputError if no row comes out, and names how many samples would do.
 
     Args:
         packing: "joined": all samples are joined with a blank line, tokenized once and cut into rows of `seq_len`; the
@@ -212,9 +203,6 @@ def pack_rows(
             the "first" row alone, as in the paper's code. Without it Gemma 3's perplexity rises from 12 to 109.
         score: "all": every token after a row's first is scored. "response": only tokens that end in a response are;
             the instruction and the template around it are given. A text without the template is scored as a whole.
-
-    Raises:
-        InputError: no row comes out; the message names how many samples would do.
     """
     head = len(beginning(tokenizer)) if packing == "joined" and bos == "row" else 0
     if seq_len < max(2, head + 1):
@@ -249,8 +237,7 @@ def beginning(tokenizer: Any) -> list[int]:
 
 def _tokenize(groups: Sequence[Sequence[str]], tokenizer: Any) -> list[list[int]]:
     """Token ids of each group of samples, joined with blank lines."""
-    ids: list[list[int]] = tokenizer(["\n\n".join(group) for group in groups])["input_ids"]
-    return ids
+    return list(tokenizer(["\n\n".join(group) for group in groups])["input_ids"])
 
 
 def _mark_responses(groups: Sequence[Sequence[str]], tokenizer: Any) -> list[list[int]]:
@@ -289,16 +276,14 @@ def draw_rows(
     at_most: bool = False,
     reserved: AbstractSet[str] = frozenset(),
 ) -> CalibrationSet:
-    """Draw the samples that a run file asks for, and pack them into rows.
+    """Draw the samples that a run file asks for, and pack them into rows. Raises InputError if it asks for responses
+    and no text has one, and as `pack_rows` and `fill_rows` do.
 
     Args:
         evaluated: texts on which models are evaluated; samples that share a paragraph with one are not drawn.
         note: receives what was left out.
         at_most: fewer than `wanted.num_rows` will do.
         reserved: texts that are passed over, as in `draw`.
-
-    Raises:
-        InputError: no text has a response, of which the run file asks for; or see `pack_rows` and `fill_rows`.
     """
     pool = without_evaluated(texts, evaluated, "calibration", note)
     if wanted.score == "response" and pool and all(response_start(text) is None for text in pool):
@@ -337,17 +322,14 @@ def fill_rows(
     reserved: AbstractSet[str] = frozenset(),
     note: Callable[[str], object] = lambda message: None,
 ) -> CalibrationSet:
-    """The first `num_rows` rows of all texts joined, in the order in which they are drawn.
+    """The first `num_rows` rows of all texts joined, in the order in which they are drawn; raises InputError if the
+    texts are fewer rows, unless that will do (`at_most`).
 
     The texts of each kind of a mix are joined by themselves, and of the rows every part has the kinds by their shares.
 
     Args:
         key: what asks for so many in the run file, for the message.
-        at_most: all rows will do where there are fewer.
         reserved, note: as in `draw`.
-
-    Raises:
-        InputError: the texts are fewer rows.
     """
     samples, dropped = by_kind(draw(pool, None, wanted.split, wanted.seed, reserved=reserved)), 0
     parts = dict[TextKind | None, Sequence[tuple[int, ...]]]()
@@ -401,7 +383,6 @@ def require_embedded(rows: Iterable[Sequence[int]], tokenizer: Any, config: Mapp
 
 
 def check_context(seq_len: int, config: dict[str, Any], key: str) -> None:
-    """Refuse rows longer than the model's context."""
     context = config.get("max_position_embeddings")
     if context is not None and seq_len > context:
         message = f"{key} {seq_len} is longer than the model's context of {context} tokens; lower it"

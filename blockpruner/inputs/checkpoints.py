@@ -58,7 +58,6 @@ MODEL_FILES = (
 )  # fmt: skip
 """All that a checkpoint is made of. The card is only read for its licence."""
 
-REMOTE_CODE_FILES = ("*.py",)
 SHA256 = re.compile(r"[0-9a-f]{64}")
 """The name of weights in the hub's cache, which are links to it."""
 
@@ -125,8 +124,7 @@ def fetch_config(model: HubModel | LocalModel, pins: Path) -> dict[str, Any]:
 
 def checkpoint_identity(directory: Path) -> str:
     """The identity of a fetched checkpoint, as recorded when it was fetched."""
-    known: str = read_json(directory / SOURCE_FILE)["identity"]
-    return known
+    return str(read_json(directory / SOURCE_FILE)["identity"])
 
 
 def checkpoint_weights(directory: Path) -> str:
@@ -147,8 +145,7 @@ def identity_of(folder: Path) -> str:
 
 def licence_of(directory: Path) -> dict[str, Any]:
     """What a fetched checkpoint's source says about its licence: some of `LICENCE_FIELDS`, or nothing."""
-    found: dict[str, Any] = read_json(directory / SOURCE_FILE).get("licence", {})
-    return found
+    return dict(read_json(directory / SOURCE_FILE).get("licence", {}))
 
 
 def copy_files(source: Path, target: Path, patterns: Sequence[str]) -> None:
@@ -215,7 +212,7 @@ def _folder(model: LocalModel) -> Path:
 
 
 def _patterns(model: HubModel | LocalModel) -> tuple[str, ...]:
-    return MODEL_FILES + (REMOTE_CODE_FILES if model.trust_remote_code else ())
+    return MODEL_FILES + (("*.py",) if model.trust_remote_code else ())
 
 
 def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:

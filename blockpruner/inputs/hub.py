@@ -17,11 +17,8 @@ class HubError(InputError):
 
 def pinned_revision(repo: str, kind: str, revision: str | None, pins: Path) -> str:
     """The commit of a hub repository: the run file's, else the one in the pins file, else today's, which is kept there.
-
-    Args:
-        kind: "model" or "dataset".
-        revision: a commit, or a name that may move (a branch, a tag, refs/pr/<number>); None: main.
-    """
+    `kind` is "model" or "dataset"; `revision` is a commit, or a name that may move (a branch, a tag, refs/pr/<number>),
+    None: main."""
     if revision is not None and COMMIT.fullmatch(revision):
         return revision
     key = f"{kind}:{repo}" if revision is None else f"{kind}:{repo}@{revision}"

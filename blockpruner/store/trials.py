@@ -85,8 +85,7 @@ class TrialStore:
     @property
     def origin(self) -> Origin:
         """Where these losses come from; in 32 and 64 bits it is not known, and does not matter."""
-        found: Origin = self.fields.get("origin", {})
-        return found
+        return dict(self.fields.get("origin", {}))
 
     @property
     def is_narrow(self) -> bool:
@@ -144,7 +143,9 @@ class TrialStore:
         if header.get("fingerprint") == self.fingerprint and self._places.keys().isdisjoint(rows):
             return
         for unit in journal.read(self.problems):
-            self._remember(unit["trial"], [rows[row] for row in _rows_of(unit)], unit["loss"])
+            start = unit.get("start", 0)
+            numbers = unit.get("rows", range(start, start + len(unit["loss"])))
+            self._remember(unit["trial"], [rows[number] for number in numbers], unit["loss"])
 
     def _remember(self, key: str, rows: Sequence[str], values: Sequence[float]) -> None:
         """Keep the values of rows by their keys; a row that stands twice in the set is known at both places."""
@@ -153,14 +154,6 @@ class TrialStore:
             facts = self._facts.setdefault(key, [math.nan] * len(self.rows))
             for at, value in known:
                 facts[at] = value
-
-
-def _rows_of(entry: Mapping[str, Any]) -> Sequence[int]:
-    """The numbers of a line's rows in its log: from a first one on, or one by one."""
-    if "rows" in entry:
-        rows: Sequence[int] = entry["rows"]
-        return rows
-    return range(entry["start"], entry["start"] + len(entry["loss"]))
 
 
 def require_rows(rows: int) -> None:

@@ -72,14 +72,14 @@ def test_a_row_that_fits_beside_fewer_common_tokens_is_tried_beside_these_and_no
     expected, score = answers(model, requests, 60), choices._score
     beside_several, scored, failed = [], [], []
 
-    def scarce(model, rests, before=None):
+    def scarce(model, requests_left, before=None):
         if before is not None and len(before[1]) > 1:
             if beside_several:
-                failed.append(len(rests))
+                failed.append(len(requests_left))
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-            beside_several.append(rests)
-        scored.extend(rest.request.number for rest in rests)
-        return score(model, rests, before)
+            beside_several.append(requests_left)
+        scored.extend(request.number for request in requests_left)
+        return score(model, requests_left, before)
 
     monkeypatch.setattr(choices, "_score", scarce)
     found = answers(model, requests, 60)
