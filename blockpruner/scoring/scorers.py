@@ -47,12 +47,14 @@ def make_scorer(
     trust_remote_code: bool = False,
     note: Callable[[str], object] = lambda message: None,
     advance: Callable[[int, int, str], object] = lambda done, total, detail: None,
+    memory: int | None = None,
 ) -> Scorer:
     """Load a checkpoint for scoring.
 
     Args:
         note: receives lines of information from Ray workers.
         advance: while a model is streamed here, receives the layers done, their number, and the last one's name.
+        memory: the most bytes that streaming takes here.
 
     Raises:
         InputError: a device, attention, package or number of workers that this machine does not have.
@@ -61,18 +63,6 @@ def make_scorer(
         from blockpruner.scoring.large.ray import RayScorer
 
         return RayScorer(checkpoint, dtype, runtime, trust_remote_code, note)
-    return local_scorer(checkpoint, dtype, runtime, trust_remote_code, advance)
-
-
-def local_scorer(
-    checkpoint: Path,
-    dtype: str,
-    runtime: Runtime,
-    trust_remote_code: bool,
-    advance: Callable[[int, int, str], object] = lambda done, total, detail: None,
-    memory: int | None = None,
-) -> Scorer:
-    """A scorer in this process; if streamed, with at most `memory` bytes."""
     from blockpruner.model.models import load_model, set_threads
 
     set_threads(runtime.threads)

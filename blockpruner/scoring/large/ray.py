@@ -22,8 +22,9 @@ from typing import Any
 from blockpruner.core.errors import InputError, extra
 from blockpruner.core.families import FAMILIES
 from blockpruner.core.settings import Runtime
+from blockpruner.scoring.large.memory import available_memory
 from blockpruner.scoring.large.sharing import share_out, unfinished
-from blockpruner.scoring.scorers import local_scorer
+from blockpruner.scoring.scorers import make_scorer
 from blockpruner.scoring.walk import steps_of
 from blockpruner.scoring.work import Rows, ScoredRows, Span, Task
 from blockpruner.store.files import read_json
@@ -55,16 +56,15 @@ class Replica:
     """A worker: one scorer in a process of its own."""
 
     def __init__(self, checkpoint: Path, dtype: str, runtime: Runtime, trust_remote_code: bool) -> None:
-        self._arguments, self._runtime = (checkpoint, dtype, runtime, trust_remote_code), runtime
+        self._checkpoint, self._dtype, self._runtime, self._trusted = checkpoint, dtype, runtime, trust_remote_code
 
     def load(self) -> tuple[str, Origin]:
         """Load the model; return name and origin. Errors of a constructor would not arrive as themselves."""
-        memory = None
-        if self._runtime.streaming:
-            from blockpruner.scoring.large.memory import available_memory
-
-            memory = available_memory() // self._runtime.workers
-        self._scorer: Any = local_scorer(*self._arguments, memory=memory)
+        memory = available_memory() // self._runtime.workers if self._runtime.streaming else None
+        alone = self._runtime.model_copy(update={"executor": "local"})
+        self._scorer: Any = make_scorer(
+            self._checkpoint, self._dtype, alone, trust_remote_code=self._trusted, memory=memory
+        )
         return f"process {os.getpid()} on {socket.gethostname()}", self._scorer.origin()
 
     def row_batches(self, rows: Rows, span: Span, limit: int) -> list[Span]:
