@@ -228,10 +228,9 @@ class Engine(Forward):
         """One pass without `task.base`; a unit is yielded after its last layer."""
         influence, wide = task.metric.compute, torch.promote_types(hidden.dtype, torch.float32)
         units = {mask: sorted(mask - task.base, key=lambda block: (block.layer, block.order)) for mask in task.masks}
-        per_layer = len(self.steps) // self.layers
         reads, adds = dict[BlockId, Tensor](), dict[BlockId, Tensor]()
         for layer in range(self.layers):
-            for step in self.steps[layer * per_layer : (layer + 1) * per_layer]:
+            for step in (step for step in self.steps if step[0].layer == layer):
                 kept = tuple(block for block in step if block not in task.base)
                 reads |= dict.fromkeys(kept, hidden)
                 adds |= {block: self._block(block, hidden, layer_kwargs, batch.packed) for block in kept}

@@ -10,9 +10,10 @@ the model's device where it has the room, else in the host's memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -189,16 +190,15 @@ class Streams(Engine):
         """What the writer of a block reads where the block reads a state of a batch, [B, T, p] (no column without a
         writer) and of the model's dtype, and what its module gives, before a norm behind it, [B, T, d]."""
         found: list[Tensor] = []
-        hooks = [
-            self._module(block).register_forward_hook(lambda _, given, out: found.append(_first(out))),
-        ]
-        if (writer := self.writer(block)) is not None:
-            hooks.insert(0, writer.register_forward_pre_hook(lambda _, given: found.append(given[0])))
-        try:
+
+        def note(module: nn.Module, given: Any, out: Tensor | tuple[Tensor, ...]) -> None:
+            found.append(out[0] if isinstance(out, tuple) else out)
+
+        with ExitStack() as hooks:
+            hooks.enter_context(self._module(block).register_forward_hook(note))
+            if (writer := self.writer(block)) is not None:
+                hooks.enter_context(writer.register_forward_pre_hook(lambda _, given: found.append(given[0])))
             self._block(block, self._read(state), self._kwargs[number])
-        finally:
-            for hook in hooks:
-                hook.remove()
         *reads, gives = found
         return (reads[0] if reads else gives[..., :0]).to(state.device), gives.to(state)
 
@@ -279,7 +279,3 @@ def _kept(step: Step, cut: Cut) -> tuple[tuple[BlockId, Channels | None], ...]:
 
 def _keeps(step: Step, cut: Cut) -> bool:
     return not cut.mask.issuperset(step)
-
-
-def _first(out: Tensor | tuple[Tensor, ...]) -> Tensor:
-    return out[0] if isinstance(out, tuple) else out

@@ -13,14 +13,13 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from blockpruner.core.blocks import DENSE
 from blockpruner.core.errors import InputError
 from blockpruner.methods.laco.walk import Merge, Merges, layers_after
-from blockpruner.model import modeling_blockpruned as blockpruned
-from blockpruner.model.models import decoder_layers, model_family, renumber_, replace_parameters_, restored
+from blockpruner.model.models import decoder_layers, keep_layers_, model_family, replace_parameters_, restored
+from blockpruner.scoring.batches import Batch
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Rows, Task
 
@@ -41,7 +40,7 @@ def merge_(model: PreTrainedModel, merges: Sequence[Merge], variant: str) -> Pre
     Raises:
         InputError: the model has no layers for a merge; it is unchanged.
     """
-    layers, config = decoder_layers(model), model.config
+    layers = decoder_layers(model)
     after = layers_after(merges, len(layers))
     for sources in after:
         if len({frozenset(name for name, _ in layers[source].named_parameters()) for source in sources}) > 1:
@@ -50,7 +49,6 @@ def merge_(model: PreTrainedModel, merges: Sequence[Merge], variant: str) -> Pre
                 ", whose parameters cannot be added; keep to layers of one kind (score.options: lowest, highest), or "
                 "choose another method"
             )
-    kept = [sources[0] for sources in after]
     remaining = list(layers)
     for merge in merges:
         group = remaining[merge.layer : merge.layer + merge.count + 1]
@@ -62,9 +60,7 @@ def merge_(model: PreTrainedModel, merges: Sequence[Merge], variant: str) -> Pre
             if name in values
         }
         replace_parameters_(group[0], new)
-    blockpruned.drop_layers_(layers, kept)
-    blockpruned.number_attentions_(layers, model_family(model).mha.module)
-    renumber_(config, model_family(model), [(layer, layer) for layer in kept])
+    keep_layers_(model, [(sources[0], sources[0]) for sources in after])
     return model
 
 
@@ -99,9 +95,7 @@ class Similarity:
         advance: Callable[[int, int, str], object] = lambda done, total, detail: None,
         batch_tokens: int | str = "auto",
     ) -> None:
-        self._model, self._variant = model, variant
-        self._rows = [[token if token >= 0 else ~token for token in row] for row in rows]  # scored or only given
-        self._advance = advance
+        self._model, self._rows, self._variant, self._advance = model, rows, variant, advance
         self._decoder: nn.Module = attrgetter(model_family(model).decoder)(model)
         self._batches = Engine(model, batch_tokens).row_batches(rows, range(len(rows)))
         self._dense: list[Tensor] = []
@@ -130,9 +124,8 @@ class Similarity:
         """
         home = self._model.get_input_embeddings().weight.device
         for span in self._batches:
-            rows = [torch.tensor(self._rows[i]) for i in span]
-            ids = pad_sequence(rows, batch_first=True).to(home)
-            states = self._decoder(input_ids=ids, use_cache=False).last_hidden_state
+            rows = [self._rows[i] for i in span]
+            states = self._decoder(input_ids=Batch.of(rows, home).input_ids, use_cache=False).last_hidden_state
             for row, state in zip(rows, states, strict=True):
                 yield state[: len(row)]
 

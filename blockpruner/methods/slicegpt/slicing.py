@@ -118,30 +118,26 @@ class _Signal(Engine):
     def __init__(self, model: PreTrainedModel, rows: Rows, batch_tokens: int | str) -> None:
         super().__init__(model, batch_tokens)
         spans = self.row_batches(rows, range(len(rows)))
-        self._ids = [self._batch([rows[i] for i in span]).input_ids for span in spans]
-        lengths = [torch.tensor([len(rows[i]) for i in span]) for span in spans]
-        self._real = [
-            torch.arange(ids.shape[1]) < length[:, None] for ids, length in zip(self._ids, lengths, strict=True)
-        ]
-        self._states = [self._prepare(ids)[0].cpu() for ids in self._ids]
+        self._batches = [self._batch([rows[i] for i in span]) for span in spans]
+        self._states = [self._prepare(batch.input_ids)[0].cpu() for batch in self._batches]
 
     def gram(self) -> Tensor:
         """X^T X [d, d] over the real tokens, float64, on the model's device."""
         hidden = self._states[0].shape[-1]
         total = torch.zeros(hidden, hidden, dtype=torch.float64, device=self._home)
-        for state, real in zip(self._states, self._real, strict=True):
-            tokens = state[real].to(self._home).double()
+        for state, batch in zip(self._states, self._batches, strict=True):
+            tokens = state[batch.is_real.cpu()].to(self._home).double()
             total.addmm_(tokens.T, tokens)
         return total
 
     def pass_(self, index: int, norm: str, module: str, basis: Tensor) -> None:
         """Move the stream past a block of layer `index` that reads it in `basis` and still writes d columns."""
         layer, basis = self._layers[index], basis.to(self._states[0].dtype)
-        for number, ids in enumerate(self._ids):
+        for number, batch in enumerate(self._batches):
             sliced = self._states[number].to(self._home) @ basis
             normed, block = getattr(layer, norm)(sliced), getattr(layer, module)
             if module == self._family.mha.module:
-                added = block(hidden_states=normed, **self._prepare(ids)[1][index])[0]
+                added = block(hidden_states=normed, **self._prepare(batch.input_ids)[1][index])[0]
             else:
                 added = block(normed)
             self._states[number] = (sliced @ basis.T + added).cpu()

@@ -228,8 +228,7 @@ class StreamingEngine(Engine):
 
     def _advanced(self, layer: int, work: _Work, tiles: _Tiles) -> Iterator[tuple[Sequence[Mask], int]]:
         """The states of a task after a layer. Among those that come from one state, one takes over its slot."""
-        per_layer = len(self.steps) // self.layers
-        steps = self.steps[layer * per_layer : (layer + 1) * per_layer]
+        steps = [step for step in self.steps if step[0].layer == layer]
         # of each state the groups of masks that leave it; the first one keeps the fewest blocks, perhaps none
         branches = [(masks, slot, list(runs(steps, masks))) for masks, slot in work.states]
         used = [slot for _, slot, ((_, ran), *others) in branches if ran or others]
@@ -254,7 +253,9 @@ class StreamingEngine(Engine):
             prefix = f"{self._family.layers}.{layer}."
             gone, used = set[str](), set[str]()
             for kind in BlockKind:
-                (gone if BlockId(kind, layer) in removed else used).update(self._modules(layer, kind))
+                branch = self._family.branch(kind)
+                modules = (f"{prefix}{name}." for name in (branch.module, *branch.norms))
+                (gone if BlockId(kind, layer) in removed else used).update(modules)
             unread = tuple(gone - used)
             names = self._weights.names
             result.append([name for name in names if name.startswith(prefix) and not name.startswith(unread)])
@@ -263,10 +264,6 @@ class StreamingEngine(Engine):
     def _held(self, groups: Sequence[Sequence[str]]) -> int:
         """Bytes of weights at once."""
         return self._weights.bytes(self._kept) + SLABS * max(map(self._weights.bytes, groups))
-
-    def _modules(self, layer: int, kind: BlockKind) -> list[str]:
-        branch = self._family.branch(kind)
-        return [f"{self._family.layers}.{layer}.{name}." for name in (branch.module, *branch.norms)]
 
     def plan_of(self, tasks: Sequence[Task], rows: Rows) -> PassPlan:
         """Plan a pass over these tasks; nothing is read.
