@@ -43,10 +43,6 @@ Mended = dict[str, Any]
 """What was done at a stop, for the report: the blocks missing behind it (`hole`), and how they were made up for."""
 
 
-def _with_one(writer: nn.Linear, x: Tensor) -> Tensor:
-    return x if writer.bias is None else torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
-
-
 def refit(
     streams: Streams, cuts: Mapping[str, Cut], strengths: Sequence[float] = ()
 ) -> Iterator[tuple[Stream, Mended]]:
@@ -57,11 +53,8 @@ def refit(
         InputError: no block of the model ends in a single matrix.
     """
     if all(streams.writer(block) is None for block in streams.blocks):
-        raise InputError(
-            "compensate: no block of this model ends in a single matrix; set compensate.method: none",
-            rule="no-writer",
-            key="compensate.method",
-        )
+        message = "compensate: no block of this model ends in a single matrix; set compensate.method: none"
+        raise InputError(message, rule="no-writer", key="compensate.method")
     for stream in streams.walk(cuts):
         stop, mended = stream.stop, dict[str, Any]()
         stream.is_behind = stream.is_behind or bool(stop.hole or stop.channels)
@@ -130,7 +123,11 @@ class _Place:
 
     def features(self, number: int) -> Tensor:
         """What all writers read of a batch, [B, T, p], with a column of ones where one has a bias."""
-        parts = [_with_one(writer, self.reads[block][number].to(self.home)) for block, writer in self.writers.items()]
+        parts = list[Tensor]()
+        for block, writer in self.writers.items():
+            parts.append(self.reads[block][number].to(self.home))
+            if writer.bias is not None:
+                parts.append(torch.ones_like(parts[-1][..., :1]))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def moved(self, number: int) -> Tensor:

@@ -3,7 +3,6 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from blockpruner.core.progress import Observer
 from blockpruner.evaluation.perplexity import measure_perplexity
@@ -100,13 +99,14 @@ def _key(
     pruning: Pruning, wanted: Train, rows: CalibrationSet, validation: CalibrationSet | None, processes: int
 ) -> str:
     """The fingerprint of all that decides the trained weights."""
-    key: dict[str, Any] = {
-        "model": pruning.identity,
-        "healed": pruning.healed and pruning.healed.digest,
-        "dtype": pruning.dtype,
-        "rows": rows.digest,
-        "validation": validation and validation.digest,
-        "version": [WEIGHTS_VERSION, BEST, *([processes] if processes > 1 else [])],
-        "recipe": wanted.model_dump(mode="json", exclude=NOT_IN_KEY),
-    }
-    return fingerprint(key)
+    return fingerprint(
+        {
+            "model": pruning.identity,
+            "healed": pruning.healed and pruning.healed.digest,
+            "dtype": pruning.dtype,
+            "rows": rows.digest,
+            "validation": validation and validation.digest,
+            "version": [WEIGHTS_VERSION, BEST, *([processes] if processes > 1 else [])],
+            "recipe": wanted.model_dump(mode="json", exclude=NOT_IN_KEY),
+        }
+    )

@@ -20,6 +20,9 @@ from blockpruner.scoring.large.visiting import load_for_fit
 from blockpruner.scoring.work import Rows
 from blockpruner.store.provenance import fingerprint
 
+Note = Callable[[PreTrainedModel], object]
+"""Takes down what a model computes."""
+
 
 @dataclass(frozen=True)
 class Pruning:
@@ -60,9 +63,7 @@ class Pruning:
         device = "cpu" if KINDS[self.plan.kind].lend else self.device
         return load_model(self.dense, self.dtype, device, self.trust_remote_code)
 
-    def prune_(
-        self, dense: PreTrainedModel, note: Callable[[PreTrainedModel], object] = lambda reduced: None
-    ) -> PreTrainedModel:
+    def prune_(self, dense: PreTrainedModel, note: Note = lambda reduced: None) -> PreTrainedModel:
         """The pruned model, in place of the dense one.
 
         Args:
@@ -102,9 +103,7 @@ class Loaded(Pruning):
         """The dense model itself."""
         return self.model.requires_grad_(False)
 
-    def prune_(
-        self, dense: PreTrainedModel, note: Callable[[PreTrainedModel], object] = lambda reduced: None
-    ) -> PreTrainedModel:
+    def prune_(self, dense: PreTrainedModel, note: Note = lambda reduced: None) -> PreTrainedModel:
         return super().prune_(copy.deepcopy(dense), note)
 
 
@@ -118,9 +117,7 @@ class Made(Pruning):
         """A copy on the CPU, which the export may change."""
         return copy.deepcopy(self.model).cpu().requires_grad_(False)
 
-    def prune_(
-        self, dense: PreTrainedModel, note: Callable[[PreTrainedModel], object] = lambda reduced: None
-    ) -> PreTrainedModel:
+    def prune_(self, dense: PreTrainedModel, note: Note = lambda reduced: None) -> PreTrainedModel:
         note(dense)
         return dense
 

@@ -240,13 +240,11 @@ class Streams(Engine):
         post = self._family.branch(block.kind).post
         return None if post is None else getattr(self._layers[block.layer], post)
 
-    def change_(self, weight: Tensor, value: Tensor) -> Tensor:
-        """Give a weight another value; returns the difference as it is in the weight's dtype."""
+    def change_(self, weight: Tensor, value: Tensor) -> None:
+        """Give a weight another value, until `put_aside_`."""
         if weight not in self.old:
             self.old[weight] = weight.detach().clone().cpu()
-        before = weight.detach().clone()
         weight.copy_(value)
-        return weight.detach() - before
 
     def narrow_(self, channels: Mapping[BlockId, Channels]) -> None:
         """Let the writers of narrowed blocks read the other channels no more."""

@@ -97,7 +97,7 @@ class Logged(Replica):
     """Writes down each unit as it is computed, beside the checkpoint; slow enough to be killed in between."""
 
     def run(self, tasks, rows, limit):
-        log = self._arguments[0].parent / "computed"
+        log = self._checkpoint.parent / "computed"
         for unit in super().run(tasks, rows, limit):
             if isinstance(unit, ScoredRows):
                 with open(log, "a") as stream:
@@ -119,7 +119,7 @@ class Fake(Logged):
         return [range(row, row + 1) for row in span]
 
     def run(self, tasks, rows, limit):
-        log = self._arguments[0].parent / "computed"
+        log = self._checkpoint.parent / "computed"
         for task in tasks:
             for mask in task.masks:
                 time.sleep(self.seconds)
@@ -170,7 +170,7 @@ class Shrinks(Fake):
         return [span[start : start + count] for start in range(0, len(span), count)]
 
     def run(self, tasks, rows, limit):
-        folder = self._arguments[0].parent
+        folder = self._checkpoint.parent
         with open(folder / "limits", "a") as log:
             log.write(f"{limit} {[len(task.span) for task in tasks]}\n")
         if is_first(folder / "shrunk"):

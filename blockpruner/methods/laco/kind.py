@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, closing
 from functools import cache, partial
-from itertools import chain
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from blockpruner.core.blocks import Mask, all_blocks, removable_units
@@ -75,8 +75,8 @@ def plan_merges(options: LacoOptions, job: Job, budget: Budget) -> Details:
             raise type(error)(f"budget {budget.text!r}: {error}") from error
         reached, nll = similarity(merges), merged_nll(material.dense(), job.calibration.rows, merges, options.variant)
     found: Details = {"variant": options.variant, "merges": [[merge.layer, merge.count] for merge in merges]}
-    found |= {"threshold": threshold, "similarity": reached}
-    return {**found, "layers": dropped(merges, walk.depth), "nll": nll}
+    measured = {"threshold": threshold, "similarity": reached, "layers": dropped(merges, walk.depth), "nll": nll}
+    return found | measured
 
 
 def _wanted(budget: Budget, costs: Costs) -> int:
@@ -84,7 +84,7 @@ def _wanted(budget: Budget, costs: Costs) -> int:
     depth = len(costs.blocks) // 2
     layers = removable_units(depth, "layer", "all")[: depth - 1]  # one layer is left at least
     require_reachable(budget, layers, costs)
-    return choose_prefix(budget, [Mask().union(*layers[: k + 1]) for k in range(depth - 1)], costs)
+    return choose_prefix(budget, list(accumulate(layers, Mask.union)), costs)
 
 
 def require_merges(budget: Budget, options: LacoOptions, config: Config) -> None:

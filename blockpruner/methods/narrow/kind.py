@@ -62,7 +62,7 @@ def plan_widths(options: NarrowOptions, job: Job) -> Callable[[Budget], Details]
 def known_widths(step: int, job: Job) -> dict[str, list[Width]]:
     """What each width of each MLP costs. An MLP's are kept beside the trials once they are measured, and all together
     in the run's folder of scores: no budget measures them again."""
-    from blockpruner.methods.narrow.levels import Levels, by_cost, measure_levels
+    from blockpruner.methods.narrow.levels import Levels, Width, by_cost, measure_levels
 
     material, rows, observer = job.material, job.calibration.rows, job.material.observer
     if len(rows) < 2:
@@ -72,7 +72,11 @@ def known_widths(step: int, job: Job) -> dict[str, list[Width]]:
     log = Journal(material.trials / f"{name}.jsonl", facts) if material.trials else None
     table = job.folder / f"{name}.json"
     kept = (read_kept_json(table, observer.note) or {"levels": []})["levels"]
-    found = {unit["block"]: Levels.of(unit) for unit in (*kept, *(log.read(problems) if log else ()))}
+    units = (*kept, *(log.read(problems) if log else ()))
+    found = {
+        unit["block"]: Levels(unit["block"], [Width(**width) for width in unit["widths"]], unit["rise"])
+        for unit in units
+    }
     for problem in problems:
         observer.note(problem)
     if len(found) < int(material.config["num_hidden_layers"]):

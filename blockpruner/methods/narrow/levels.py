@@ -14,9 +14,8 @@ text decides otherwise cancel.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,11 +61,6 @@ class Levels:
     """From wide to narrow; here a width's cost is what the stream loses."""
     rise: float
     """The divergence for each unit of that."""
-
-    @classmethod
-    def of(cls, fields: Mapping[str, Any]) -> Levels:
-        """From its fields as JSON."""
-        return cls(fields["block"], [Width(**width) for width in fields["widths"]], fields["rise"])
 
 
 @torch.no_grad()
