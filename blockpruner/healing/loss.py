@@ -39,12 +39,8 @@ class TrainingLoss:
     """What the teacher finds likeliest in rows that were seen, on the host: places, log-probabilities, [T - 1, K]."""
 
     def __call__(self, ids: Tensor, lengths: Tensor, count: float) -> tuple[Tensor, Tensor]:
-        """The sum over rows of the loss, and of the text's NLL, both divided by `count`.
-
-        Args:
-            ids: rows [B, T], padded behind their ends.
-            lengths: of the rows, [B].
-        """
+        """The sum over rows of the loss, and of the text's NLL, both divided by `count`. The rows `ids` [B, T] are
+        padded behind their `lengths` [B]."""
         home = self.model.get_output_embeddings().weight.device  # layers may be on several devices
         predicts = torch.arange(ids.shape[1] - 1) < (lengths - 1)[:, None]  # [B, T - 1]
         weight = (1 / count / (lengths - 1).double())[:, None].expand(predicts.shape)[predicts].to(home)  # [N]

@@ -47,11 +47,7 @@ def refit(
     streams: Streams, cuts: Mapping[str, Cut], strengths: Sequence[float] = ()
 ) -> Iterator[tuple[Stream, Mended]]:
     """Find new writers for the models of some cuts. Yields each stream behind each of its stops, with what was done
-    there, if anything was.
-
-    Raises:
-        InputError: no block of the model ends in a single matrix.
-    """
+    there, if anything was. Raises InputError if no block of the model ends in a single matrix."""
     if all(streams.writer(block) is None for block in streams.blocks):
         message = "compensate: no block of this model ends in a single matrix; set compensate.method: none"
         raise InputError(message, rule="no-writer", key="compensate.method")
@@ -147,11 +143,7 @@ class _Place:
 
     def moments(self, gain: Tensor | None = None) -> tuple[Moments, tuple[Tensor, Tensor]]:
         """The sums of the fitted rows, and features and residuals of those that are held out; of narrowed blocks the
-        kept channels are features.
-
-        Args:
-            gain: what the norm behind the only writer multiplies its columns with.
-        """
+        kept channels are features. `gain` is what the norm behind the only writer multiplies its columns with."""
         streams, first = self.streams, next(iter(self.writers))
 
         def tokens(number: int) -> tuple[Tensor, Tensor]:

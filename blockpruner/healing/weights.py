@@ -20,10 +20,7 @@ class TrainedWeights(nn.Module):
     """The masters of the trained weights. The model itself is not in it: it is neither saved nor moved with them."""
 
     def __init__(self, live: Mapping[str, nn.Parameter], end_: Callable[[], object], team: Team) -> None:
-        """Args:
-        live: what the model computes with, by name.
-        end_: leaves the model with plain weights alone.
-        """
+        """`live` is what the model computes with, by name; `end_` leaves the model with plain weights alone."""
         super().__init__()
         self.end_, self.team, self.closed = end_, team, False
         self.masters = nn.ParameterList(map(self._master, live.values()))

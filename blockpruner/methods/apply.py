@@ -21,7 +21,8 @@ from blockpruner.scoring.work import Rows
 from blockpruner.store.provenance import fingerprint
 
 Note = Callable[[PreTrainedModel], object]
-"""Takes down what a model computes."""
+"""Takes down the outputs that a verification compares with. They are of the dense model changed for a while, where the
+kind of plan can lend it, and the healed weights are among those that it leaves."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,7 @@ class Pruning:
         return load_model(self.dense, self.dtype, device, self.trust_remote_code)
 
     def prune_(self, dense: PreTrainedModel, note: Note = lambda reduced: None) -> PreTrainedModel:
-        """The pruned model, in place of the dense one.
-
-        Args:
-            note: takes down the outputs that a verification compares with. They are of the dense model changed for a
-                while, where the kind of plan can lend it, and the healed weights are among those that it leaves.
-        """
+        """The pruned model, in place of the dense one."""
         kind, lend = KINDS[self.plan.kind], KINDS[self.plan.kind].lend
         if self.healed is not None:
             if kind.removes_blocks:  # into those tensors of the dense model that are left

@@ -55,12 +55,8 @@ def save_healed(
     since: Healed | None = None,
     perplexity: Mapping[str, Mapping[str, float]] | None = None,
 ) -> None:
-    """Write the file of `weights` in `folder`; `of`, `words` and `perplexity` are as in `Healed`.
-
-    Args:
-        data: the source of the texts that decided the weights.
-        since: what had been done before.
-    """
+    """Write the file of `weights` in `folder`; `of`, `words` and `perplexity` are as in `Healed`, `data` is the source
+    of the texts that decided the weights, and `since` what had been done before."""
     sources = data.of if isinstance(data, MixedTexts) else (data,)
     datasets = (*(since.datasets if since else ()), *(one.repo for one in sources if isinstance(one, Hub)))
     words = f"{since.words}, {words}" if since else words

@@ -63,17 +63,13 @@ def score_run(
     folder: Path,
     latency: Callable[[], Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Score one run far enough for its budgets; write its iteration tables and `current.json` to its folder.
+    """Score one run far enough for its budgets; write its iteration tables and `current.json` to its folder. Returns
+    what was computed and reused, how long it took, and the mean stability of a nested search. Raises InputError for
+    settings or budgets that cannot be met, before anything is computed.
 
     Args:
         latency: measures what generation and each block takes (`budgets.resources_of`). It is asked only where a budget
             is a speed-up, or the time prices removals.
-
-    Returns:
-        What was computed and reused, how long it took, and the mean stability of a nested search.
-
-    Raises:
-        InputError: settings or budgets that cannot be met, before anything is computed.
     """
     kind, started = check_score(score), time.monotonic()
     require_rows(len(calibration.rows))

@@ -72,12 +72,8 @@ def weights_kind(
     version: int = 1,
     **others: Any,
 ) -> Kind:
-    """A kind of method that searches no mask; `name` is its `score.method`.
-
-    Args:
-        version: raise it when the method plans something else for the same budget, or makes other weights of a plan.
-        others: the other fields of `Kind`.
-    """
+    """A kind of method that searches no mask; `name` is its `score.method`, and `others` are fields of `Kind`. The
+    `version` is raised when the method plans something else for the same budget, or makes other weights of a plan."""
     score, commit = partial(_score, name, options, plan, version), partial(_commit, left)
     others["identity"] = lambda plan, rows: {**identity(plan, rows), "version": version}
     others["pruned"] = lambda plan, config: left(plan.details, config).pruned

@@ -187,13 +187,8 @@ def move_buffers_(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def kernel_options(attention: str, dtype: str, device: torch.device) -> dict[str, str]:
-    """Keyword arguments for transformers' implementation of attention and, in float64, of experts.
-
-    The usual implementation of experts knows no float64.
-
-    Raises:
-        InputError: flash attention has no kernel for this dtype or device.
-    """
+    """Keyword arguments for transformers' implementation of attention and, in float64, of experts: the usual one knows
+    no float64. Raises InputError if flash attention has no kernel for this dtype or device."""
     if attention.startswith("flash") and (device.type != "cuda" or dtype not in ("bfloat16", "float16")):
         raise InputError(
             f"runtime.attention {attention} has no kernel for {dtype} on {device.type}: it needs a CUDA device "
@@ -318,12 +313,10 @@ def restored(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 @contextmanager
 def masked(model: PreTrainedModel, mask: Mask) -> Iterator[PreTrainedModel]:
-    """The model without the blocks of `mask`, with every layer kept; restored on exit.
+    """The model without the blocks of `mask`, with every layer kept; restored on exit. Raises InputError for a block
+    that the model does not have.
 
     Meanwhile remaining attentions are renumbered and the config describes the holes: cached decoding is right, too.
-
-    Raises:
-        InputError: a block that the model does not have.
     """
     with restored(model):
         remove_(model, mask, range(len(decoder_layers(model))))
@@ -331,15 +324,12 @@ def masked(model: PreTrainedModel, mask: Mask) -> Iterator[PreTrainedModel]:
 
 
 def prune_(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
-    """Remove the blocks of `mask` from the model in place, for good.
+    """Remove the blocks of `mask` from the model in place, for good. Raises InputError for a block that it has not.
 
     Layers that lose both blocks are dropped, and remaining attentions renumbered 0..n-1 (else cached decoding is
     silently wrong). If the rest fills whole layers (`blocks.pack_layers`), the model keeps its own class with fewer
     layers. Else model and config become the block-pruned classes of the family, which `save_pretrained` and
     `from_pretrained(..., trust_remote_code=True)` round-trip.
-
-    Raises:
-        InputError: a block that the model does not have.
     """
     family, layers = model_family(model), decoder_layers(model)
     _check(mask, len(layers))

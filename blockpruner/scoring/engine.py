@@ -66,12 +66,10 @@ class Engine(Forward):
         model: a dense causal LM of a supported family, in eval mode; its layers may lie on several devices.
         batch_tokens: padded tokens to a batch of rows; "auto" is 1,024 on a CPU, and on a GPU what the device's
             memory holds, at most 65,536.
-
-    Attributes:
-        limit: no batch has more tokens than this; None: the memory alone decides.
     """
 
     limit: int | None
+    """No batch has more tokens than this; None: the memory alone decides."""
     _streaming_fix = "set runtime.streaming: true, "
 
     def __init__(self, model: PreTrainedModel, batch_tokens: int | str = "auto") -> None:
@@ -250,11 +248,8 @@ class Engine(Forward):
         return Batch.of(rows, self._home)
 
     def _losses(self, states: Tensor, dense: Tensor | None, batch: Batch, metric: Metric) -> Tensor:
-        """The sum of each row's losses over its targets, [B] float64; logits in chunks of tokens.
-
-        Args:
-            states, dense: final states of the masked and of the dense model, [N, H]; dense only where it is needed.
-        """
+        """The sum of each row's losses over its targets, [B] float64; logits in chunks of tokens. The states are final
+        ones of the masked and of the dense model, [N, H], the latter only where they are needed."""
         token_loss, chunk = metric.compute, max(1, self._logits_bytes // (self._head.weight.shape[0] * 4))
         losses = []
         for start in range(0, len(states), chunk):
@@ -272,13 +267,11 @@ class Engine(Forward):
         return logits_bytes(self._room)
 
     def _set_batch_tokens(self, batch_tokens: int | str, held: int = 0) -> None:
-        """Set the padded tokens to a batch; "auto" is as many as the device holds.
+        """Set the padded tokens to a batch; "auto" is as many as the device holds, with so many bytes `held` by what
+        comes beside those of the weights that are there.
 
         What is free at the moment has no part in it: in 16 bits the batch shape moves a loss, so the same model on the
         same kind of device always gets the same batches. Where others use the device, batches are halved (`run`).
-
-        Args:
-            held: bytes to come beside those of the weights that are on the device.
         """
         config, item = self._model.config, self._head.weight.element_size()
         self._room = max(0, room_beside(self._model, self._home) - held) if self._on_gpu else None

@@ -127,14 +127,12 @@ class Objective:
         return self._store.origin
 
     def __call__(self, masks: Sequence[Mask], rows: int | None = None, base: Mask = DENSE) -> list[MaskScore]:
-        """Score masks, in the order given; compute what the store lacks.
+        """Score masks, in the order given; compute what the store lacks. In 16 bits it may raise an OriginChangedError,
+        see `in_one_origin`.
 
         Args:
             rows: how many of the first rows; None is all.
             base: what is removed before an influence is taken; the base itself has no influence, so no rows.
-
-        Raises:
-            OriginChangedError: in 16 bits; see `in_one_origin`.
         """
         wanted = self.rows if rows is None else rows
         keys = {mask: self._key(mask, base) for mask in masks if not self.metric.influence or mask != base}

@@ -49,15 +49,13 @@ def make_scorer(
     advance: Callable[[int, int, str], object] = lambda done, total, detail: None,
     memory: int | None = None,
 ) -> Scorer:
-    """Load a checkpoint for scoring.
+    """Load a checkpoint for scoring. Raises InputError for a device, attention, package or number of workers that this
+    machine does not have.
 
     Args:
         note: receives lines of information from Ray workers.
         advance: while a model is streamed here, receives the layers done, their number, and the last one's name.
         memory: the most bytes that streaming takes here.
-
-    Raises:
-        InputError: a device, attention, package or number of workers that this machine does not have.
     """
     if runtime.executor == "ray":
         from blockpruner.scoring.large.ray import RayScorer

@@ -151,12 +151,7 @@ class Streams(Engine):
         return {number: self._logits(finals[number][::every]) for number in self.held_out}
 
     def divergence(self, finals: Mapping[int, Tensor], dense: Mapping[int, Tensor], every: int) -> float:
-        """The mean KL divergence of `predictions` from the dense model's, in nats.
-
-        Args:
-            finals: as from `final_states`.
-            dense: the dense model's, anywhere.
-        """
+        """The mean KL divergence of `predictions` from the dense model's, which are anywhere, in nats."""
         found = list[Tensor]()
         for number, ours in self.predictions(finals, every).items():
             found.append(METRICS["kl"].compute(ours, self._batches[number].targets[::every], dense[number].to(ours)))

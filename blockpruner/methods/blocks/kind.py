@@ -62,14 +62,12 @@ def score(job: Job) -> tuple[Current, Counts]:
 
 
 def choose(order: Sequence[Mask], perplexities: Sequence[float], config: Config, budget: str, current: Current) -> Plan:
-    """Choose the prefix of a removal sequence that meets a budget.
+    """Choose the prefix of a removal sequence that meets a budget; raises InputError that names the largest or nearest
+    budget that can be met.
 
     Args:
         order: the units removed, in order; of a search that is not nested all at once.
         perplexities: on the calibration set, of the dense model and after each removal (one more than `order`).
-
-    Raises:
-        InputError: the budget cannot be met; names the largest or nearest that can.
     """
     resources = known_resources(config, budget, current)
     prefixes, counts = list(accumulate(order, Mask.union)), resources["parameters"]

@@ -39,14 +39,11 @@ class LacoOptions(Options):
 
 
 def plan_merges(options: LacoOptions, job: Job, budget: Budget) -> Details:
-    """LaCo's merges that remove the number of layers nearest to the budget.
+    """LaCo's merges that remove the number of layers nearest to the budget. Raises InputError for a budget or settings
+    that no walk meets; it names what is nearest.
 
-    Returns:
-        variant; merges, as [layer, count] in order; threshold; similarity of the merged model to the dense one;
-        layers: how many are removed; nll: the merged model's, each calibration row's mean.
-
-    Raises:
-        InputError: a budget or settings that no walk meets; names what is nearest.
+    The details are variant; merges, as [layer, count] in order; threshold; similarity of the merged model to the dense
+    one; layers: how many are removed; nll: the merged model's, each calibration row's mean.
     """
     material, costs = job.material, job.resources[budget.resource]
     assert material.trials is not None  # only searches of masks keep trials in memory

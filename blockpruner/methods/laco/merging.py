@@ -28,17 +28,12 @@ Layers = Sequence[nn.Module]
 
 
 def merge_(model: PreTrainedModel, merges: Sequence[Merge], variant: str) -> PreTrainedModel:
-    """Merge layers of the model in place, for good, in the order of `merges`.
+    """Merge layers of the model in place, for good, in the order of `merges`; `variant` is a key of `VARIANTS`. Raises
+    InputError if the model has no layers for a merge; it is unchanged.
 
     Layers merged into another are dropped, attentions are renumbered 0..n-1 (a KV cache takes the number for its slot),
     and the config gets the new number of layers. Class and config stay the family's own: `save_pretrained` and
     `from_pretrained` need no code of ours. A merged layer keeps its own type (sliding window or full).
-
-    Args:
-        variant: a key of `VARIANTS`.
-
-    Raises:
-        InputError: the model has no layers for a merge; it is unchanged.
     """
     layers = decoder_layers(model)
     after = layers_after(merges, len(layers))
@@ -78,13 +73,11 @@ class Similarity:
 
     X, X_merges [T, H]: a row's last hidden states in the dense and in the merged model, after the final norm, as in
     LaCo's public notebook (`hidden_states[-1]`). A row is one vector of T x H numbers, without pads; the cosine is
-    taken in float64. The dense states of all rows are held in memory, in the model's dtype.
+    taken in float64. The dense states of all rows are held in memory, in the model's dtype. A call raises InputError
+    for a merge that is not possible, or hidden states that are not finite.
 
     Args:
         advance: receives, during a measurement, the rows done, their number, and the candidate's last merge.
-
-    Raises:
-        InputError: when called: a merge that is not possible, or hidden states that are not finite.
     """
 
     def __init__(

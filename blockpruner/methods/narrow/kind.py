@@ -48,11 +48,9 @@ def step_of(options: NarrowOptions, width: int) -> int:
 def plan_widths(options: NarrowOptions, job: Job) -> Callable[[Budget], Details]:
     """Plans MLPs' widths for budgets; levels that are not known are measured for the first of them.
 
-    The details are `channels`, the kept ones of each narrowed MLP, and `cost`, what the levels cost in all.
-
-    Raises:
-        InputError: a budget that is no share of parameters.
-        UnreachableError: a ratio out of reach, or a family whose MLPs are mixtures.
+    The details are `channels`, the kept ones of each narrowed MLP, and `cost`, what the levels cost in all. Raises
+    InputError for a budget that is no share of parameters, and UnreachableError for a ratio out of reach, or a family
+    whose MLPs are mixtures.
     """
     config = job.material.config
     known = cache(lambda: known_widths(step_of(options, int(config["intermediate_size"])), job))

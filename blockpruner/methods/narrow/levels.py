@@ -67,11 +67,8 @@ class Levels:
 def measure_levels(
     model: PreTrainedModel, rows: Rows, channels: int, known: Container[str], observer: Observer
 ) -> Iterator[Levels]:
-    """The levels of each MLP that is not in `known`: so many channels gone, twice as many and more.
-
-    Args:
-        rows: two or more, of any lengths; all real tokens count. The model's device also takes `work.widths_bytes`.
-    """
+    """The levels of each MLP that is not in `known`: so many channels gone, twice as many and more. There are two rows
+    or more, of any lengths; all real tokens count. The model's device also takes `work.widths_bytes`."""
     places = range(len(rows))[JUDGING - 1 :: JUDGING][:MOST] or [len(rows) - 1]
     judging = [rows[place] for place in places]
     summed = [row for place, row in enumerate(rows) if place not in places]

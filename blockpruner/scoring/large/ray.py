@@ -260,14 +260,9 @@ def _own(error: Exception) -> Exception:
 
 
 def connect(address: str | None, streaming: bool = False) -> tuple[Any, bool]:
-    """Ray, and whether this call connected this process to it.
-
-    Args:
-        streaming: workers share the memory out, and a private Ray shall not kill one that uses it.
-
-    Raises:
-        InputError: ray is not installed, or nothing answers at the address.
-    """
+    """Ray, and whether this call connected this process to it. While `streaming`, workers share the memory out, and a
+    private Ray shall not kill one that uses it. Raises InputError if ray is not installed, or nothing answers at the
+    address."""
     if address is None:
         os.environ.update(PRIVATE | ({"RAY_memory_monitor_refresh_ms": "0"} if streaming else {}))  # read at import
         if "ray" not in sys.modules:  # else Ray's processes would want a token that this one does not send
@@ -296,13 +291,8 @@ def resources(runtime: Runtime, nodes: Sequence[Mapping[str, float]]) -> dict[st
     """What Ray keeps for each worker: CPU cores, and GPUs if the device is one.
 
     With threads: auto on CPUs, or device: split, each worker gets the largest equal share of the cores, or of the GPUs,
-    that the nodes can hold; a worker is on one node.
-
-    Args:
-        nodes: all resources of each node, as "Resources" in `ray.nodes`.
-
-    Raises:
-        InputError: the nodes do not hold the workers; gives the figures.
+    that the nodes can hold; a worker is on one node. Of each of the `nodes` given are all its resources, as "Resources"
+    in `ray.nodes`. Raises InputError with the figures if they do not hold the workers.
     """
     workers, device, threads = runtime.workers, runtime.device, runtime.threads
     if device.startswith("cuda:"):

@@ -85,7 +85,8 @@ class _Work:
 
 
 class StreamingEngine(Engine):
-    """Scores masks of a checkpoint that need not fit into memory, exactly.
+    """Scores masks of a checkpoint that need not fit into memory, exactly. Raises InputError for an unsupported family,
+    weights that do not match the config, or an attention that is not installed.
 
     Args:
         checkpoint: a directory with config.json and safetensors, whole or in shards.
@@ -93,9 +94,6 @@ class StreamingEngine(Engine):
         batch_tokens: as in `Engine`; a pass reads the weights once for all batches.
         advance: receives the layers done, their number, and the last one's name.
         memory: bytes of main memory that count as free, at most; None counts all that are.
-
-    Raises:
-        InputError: unsupported family, weights that do not match the config, or an attention that is not installed.
     """
 
     def __init__(
