@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from blockpruner.core.errors import extra
 from blockpruner.healing.settings import Train
 from blockpruner.model.team import Team
+from blockpruner.scoring.losses import wide
 
 
 class TrainedWeights(nn.Module):
@@ -36,8 +37,8 @@ class TrainedWeights(nn.Module):
 
     def _master(self, weight: nn.Parameter) -> nn.Parameter:
         if self.team.count > 1:
-            return nn.Parameter(self.team.part(_wide(weight.detach())))
-        return nn.Parameter(weight.detach().float()) if _wide(weight) is not weight else weight
+            return nn.Parameter(self.team.part(wide(weight.detach())))
+        return nn.Parameter(weight.detach().float()) if wide(weight) is not weight else weight
 
     def _collect_(self, master: nn.Parameter, weight: Tensor) -> None:
         """Add the gradient of a weight to that of its master."""
@@ -46,13 +47,8 @@ class TrainedWeights(nn.Module):
         if self.closed:
             return
         if self.team.count > 1:
-            gradient = self.team.summed(_wide(gradient))
-        master.grad = _wide(gradient) if master.grad is None else master.grad.add_(gradient)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """In float32, if it is in 16 bits."""
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+            gradient = self.team.summed(wide(gradient))
+        master.grad = wide(gradient) if master.grad is None else master.grad.add_(gradient)
 
 
 def trained_weights_(model: PreTrainedModel, recipe: Train, team: Team) -> TrainedWeights:

@@ -154,7 +154,7 @@ class Engine(Forward):
     @torch.inference_mode()
     def score(self, task: Task, rows: Rows) -> Iterator[ScoredRows]:
         """One walk: the values of a task, with its rows as one batch."""
-        batch = self._batch([rows[i] for i in task.span])
+        batch = Batch.of([rows[i] for i in task.span], self._home)
         embedded, layer_kwargs = self._prepare(batch.input_ids)
         if task.metric.influence:
             yield from self._influences(task, embedded, batch, layer_kwargs)
@@ -243,9 +243,6 @@ class Engine(Forward):
             for states in (reads, adds):  # a state is kept as long as a unit began at it
                 for block in [block for block in states if block.layer < open_from]:
                     del states[block]
-
-    def _batch(self, rows: Rows) -> Batch:
-        return Batch.of(rows, self._home)
 
     def _losses(self, states: Tensor, dense: Tensor | None, batch: Batch, metric: Metric) -> Tensor:
         """The sum of each row's losses over its targets, [B] float64; logits in chunks of tokens. The states are final

@@ -4,6 +4,7 @@ Decides when a model is loaded, and how a scorer is made from the `runtime` sett
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from blockpruner.core.settings import Runtime
@@ -16,7 +17,6 @@ class LazyScorer:
 
     def __init__(self, make: Callable[[], Scorer]) -> None:
         self._make = make
-        self._made: Scorer | None = None
 
     def row_batches(self, rows: Rows, span: Span) -> list[Span]:
         return self._scorer.row_batches(rows, span)
@@ -28,15 +28,13 @@ class LazyScorer:
         return self._scorer.origin()
 
     def close(self) -> None:
-        if self._made is not None:
-            self._made.close()
-            self._made = None
+        if "_scorer" in vars(self):
+            self._scorer.close()
+            del self._scorer
 
-    @property
+    @cached_property
     def _scorer(self) -> Scorer:
-        if self._made is None:
-            self._made = self._make()
-        return self._made
+        return self._make()
 
 
 def make_scorer(

@@ -21,6 +21,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from blockpruner.core.blocks import BlockId, Channels, Cut, Mask
+from blockpruner.scoring.batches import Batch
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.metrics import METRICS, NLL
 from blockpruner.scoring.walk import Step
@@ -88,7 +89,7 @@ class Streams(Engine):
         self.fitted = [number for number, span in enumerate(spans) if span[-1] < fitted]
         """The batches that something is fitted to."""
         self.held_out = [number for number, span in enumerate(spans) if span[-1] >= fitted]
-        self._batches = [self._batch([rows[i] for i in span]) for span in spans]
+        self._batches = [Batch.of([rows[i] for i in span], self._home) for span in spans]
         self.real = [batch.is_real.cpu() for batch in self._batches]
         prepared = [self._prepare(batch.input_ids) for batch in self._batches]
         self._kwargs = [kwargs for _, kwargs in prepared]

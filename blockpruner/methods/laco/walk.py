@@ -202,8 +202,8 @@ def _out_of_reach(wanted: int, walk: Walk, removed: Mapping[int, str]) -> Unreac
 # What is known
 
 
-class SimilarityLog:
-    """Similarities on disk (`store.journal`), each synced as soon as it is known; for one writer at a time."""
+class SimilarityLog(Journal):
+    """Similarities on disk, each synced as soon as it is known; for one writer at a time."""
 
     known: dict[Merges, float]
     """What the log holds."""
@@ -212,15 +212,12 @@ class SimilarityLog:
 
     def __init__(self, path: Path, fields: Mapping[str, Any]) -> None:
         """Read the file if it exists. `fields` are what a similarity depends on; a file of others is set aside."""
+        super().__init__(path, {"fingerprint": fingerprint(fields), "fields": dict(fields)})
         self.problems = []
-        self._journal = Journal(path, {"fingerprint": fingerprint(fields), "fields": dict(fields)})
-        entries = self._journal.read(self.problems)
+        entries = self.read(self.problems)
         self.known = {tuple(Merge(*pair) for pair in entry["merges"]): entry["similarity"] for entry in entries}
 
     def record(self, merges: Merges, value: float) -> None:
         """Keep one similarity; on return it is on disk."""
         self.known[merges] = value
-        self._journal.append({"merges": [[merge.layer, merge.count] for merge in merges], "similarity": value})
-
-    def close(self) -> None:
-        self._journal.close()
+        self.append({"merges": [[merge.layer, merge.count] for merge in merges], "similarity": value})

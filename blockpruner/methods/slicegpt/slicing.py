@@ -26,6 +26,7 @@ from blockpruner.core.errors import InputError
 from blockpruner.methods.slicegpt.widths import sliceable_family
 from blockpruner.model import modeling_slicegpt as slicegpt
 from blockpruner.model.models import decoder_layers
+from blockpruner.scoring.batches import Batch
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Rows
 
@@ -81,7 +82,9 @@ def slice_(model: PreTrainedModel, rows: Rows, width: int, *, batch_tokens: int 
                 _set_weight_(output, _product(output.weight.T, out_of).T)
                 if output.bias is not None:
                     output.bias = _parameter(out_of.T @ output.bias.double(), output.bias)
-            setattr(layer, shortcut, _linear((into.T @ out_of).T, scale))
+            past = nn.Linear(into.shape[1], out_of.shape[1], bias=False, device="meta")
+            past.weight = _parameter((into.T @ out_of).T, scale)
+            setattr(layer, shortcut, past)
             into = out_of
         layer.__class__ = getattr(slicegpt, f"{family.prefix}SlicedLayer")
     # embedding and final norm at the end: until then each pass runs the decoder around its layers
@@ -118,7 +121,7 @@ class _Signal(Engine):
     def __init__(self, model: PreTrainedModel, rows: Rows, batch_tokens: int | str) -> None:
         super().__init__(model, batch_tokens)
         spans = self.row_batches(rows, range(len(rows)))
-        self._batches = [self._batch([rows[i] for i in span]) for span in spans]
+        self._batches = [Batch.of([rows[i] for i in span], self._home) for span in spans]
         self._states = [self._prepare(batch.input_ids)[0].cpu() for batch in self._batches]
 
     def gram(self) -> Tensor:
@@ -155,9 +158,3 @@ def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
 def _set_weight_(linear: nn.Linear, weight: Tensor) -> None:
     linear.out_features, linear.in_features = weight.shape
     linear.weight = _parameter(weight, linear.weight)
-
-
-def _linear(weight: Tensor, like: Tensor) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = _parameter(weight, like)
-    return linear

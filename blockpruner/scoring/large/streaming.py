@@ -214,9 +214,9 @@ class StreamingEngine(Engine):
                     yield from self._values(launched, work.task)
 
     def _embedded(self, tasks: Sequence[Task], rows: Rows, tiles: _Tiles) -> list[_Work]:
-        works, distinct = [], _Distinct()
+        works, distinct = [], partial(_distinct, list[Tensor]())
         for task in tasks:
-            batch = self._batch([rows[i] for i in task.span])
+            batch = Batch.of([rows[i] for i in task.span], self._home)
             hidden, layer_kwargs = self._prepare(batch.input_ids)
             slot = tiles.new()
             tiles.put(slot, hidden)
@@ -279,19 +279,13 @@ class StreamingEngine(Engine):
         return PassPlan(held, room, tile, tiles, device_room=own // 2 // tile, ram_room=host // 2 // tile)
 
 
-class _Distinct:
-    """Returns equal tensors as one object: batches of one shape have the same masks and rotary tables."""
-
-    def __init__(self) -> None:
-        self._seen: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        seen = self._seen.setdefault((tensor.shape, tensor.dtype), [])
-        for other in seen:
-            if other is tensor or torch.equal(other, tensor):
-                return other
-        seen.append(tensor)
-        return tensor
+def _distinct(seen: list[Tensor], tensor: Tensor) -> Tensor:
+    """An equal tensor that was seen, or this one: batches of one shape have the same masks and rotary tables."""
+    for other in seen:
+        if other is tensor or (other.dtype == tensor.dtype and torch.equal(other, tensor)):
+            return other
+    seen.append(tensor)
+    return tensor
 
 
 class _Tiles:
