@@ -81,7 +81,7 @@ def _fit_stop_(
         if error < 1:
             place.change_(change)
         facts = {"strength": stream.strength, "error": error}
-    stream.states = [place.moved(number) for number in place.batches]
+    stream.states = [place.moved(number) for number in range(len(streams.dense))]
     return facts
 
 
@@ -112,10 +112,6 @@ class _Place:
             kept.append(start + torch.tensor(own, device=self.home))
             start += width
         self.width, self.kept = start, torch.cat(kept)
-
-    @property
-    def batches(self) -> range:
-        return range(len(self.streams.real))
 
     def features(self, number: int) -> Tensor:
         """What all writers read of a batch, [B, T, p], with a column of ones where one has a bias."""

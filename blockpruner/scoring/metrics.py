@@ -31,7 +31,6 @@ class Metric:
 
     @property
     def compute(self) -> Callable[..., Any]:
-        """The function itself."""
         return pkgutil.resolve_name(self.function) if isinstance(self.function, str) else self.function
 
 
