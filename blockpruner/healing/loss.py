@@ -82,11 +82,9 @@ class TrainingLoss:
         return [torch.cat(each) for each in zip(*map(self._known.__getitem__, rows), strict=True)]
 
     def _of_tokens(self, logits: Tensor, targets: Tensor, weight: Tensor, *told: Tensor) -> tuple[Tensor, ...]:
-        """The loss and the NLL of some tokens, [N], and the gradient of the weighted loss for their logits [N, V].
-
-        A cross-entropy's gradient for the logits is q less the distribution that is wanted. `told` are the teacher's
-        logits of these tokens or, as from `_told`, the likeliest ones.
-        """
+        """The loss and the NLL of some tokens, [N], and the gradient of the weighted loss for their logits [N, V]. A
+        cross-entropy's gradient for the logits is q less the distribution that is wanted. `told` are the teacher's
+        logits of these tokens or, as from `_told`, the likeliest ones."""
         log_q, share = log_probabilities(logits), self.recipe.distill if told else 0.0
         nll = -log_q.gather(-1, targets[:, None])[:, 0]
         loss, slope = (1 - share) * nll if share < 1 else torch.zeros_like(nll), log_q.exp()

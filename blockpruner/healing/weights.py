@@ -52,11 +52,8 @@ class TrainedWeights(nn.Module):
 
 
 def trained_weights_(model: PreTrainedModel, recipe: Train, team: Team) -> TrainedWeights:
-    """Prepare a model for training.
-
-    "lora": adapters on every linear layer but the head; the end merges them into the model's own weights. "all": all
-    weights but embeddings and head.
-    """
+    """Prepare a model for training. "lora": adapters on every linear layer but the head; the end merges them into the
+    model's own weights. "all": all weights but embeddings and head."""
     if recipe.weights == "lora":
         with extra("train"):
             from peft import LoraConfig, get_peft_model

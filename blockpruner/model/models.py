@@ -259,10 +259,8 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """The function from a decoder's last states [..., H] to logits [..., V], capped where the family caps them.
-
-    Of 16-bit states that want no gradient they are float32 on CUDA: the product adds up in float32, and is not rounded.
-    """
+    """The function from a decoder's last states [..., H] to logits [..., V], capped where the family caps them. Of
+    16-bit states that want no gradient they are float32 on CUDA: the product adds up in float32, and is not rounded."""
     head, field = model.get_output_embeddings(), model_family(model).logit_cap
     cap: float | None = getattr(model.config, field) if field else None
 
@@ -314,10 +312,8 @@ def restored(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 @contextmanager
 def masked(model: PreTrainedModel, mask: Mask) -> Iterator[PreTrainedModel]:
     """The model without the blocks of `mask`, with every layer kept; restored on exit. Raises InputError for a block
-    that the model does not have.
-
-    Meanwhile remaining attentions are renumbered and the config describes the holes: cached decoding is right, too.
-    """
+    that the model does not have. Meanwhile remaining attentions are renumbered and the config describes the holes:
+    cached decoding is right, too."""
     with restored(model):
         remove_(model, mask, range(len(decoder_layers(model))))
         yield model

@@ -22,10 +22,8 @@ WASTE = 0.1
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows padded on the right; pads follow every real token, so causal attention never sees them.
-
-    The indices are made on the CPU. Boolean ones would have a device tell their number first, and wait for it.
-    """
+    """Rows padded on the right; pads follow every real token, so causal attention never sees them. The indices are made
+    on the CPU. Boolean ones would have a device tell their number first, and wait for it."""
 
     input_ids: Tensor
     """[B, T] int64."""

@@ -173,11 +173,8 @@ class Engine(Forward):
     def _added(
         self, batch: Batch, layer_kwargs: LayerKwargs, width: int, block: BlockId, states: Sequence[Tensor]
     ) -> Sequence[Tensor]:
-        """What a block adds to each of some states of the batch, in one call.
-
-        On a GPU a call always has `width` states, the last one again and again where there are fewer: the bits may
-        depend on their number.
-        """
+        """What a block adds to each of some states of the batch, in one call. On a GPU a call always has `width`
+        states, the last one again and again where there are fewer: the bits may depend on their number."""
         calls = [*states, *[states[-1]] * (width - len(states))] if self._on_gpu else states
         if len(calls) == 1:
             return [self._block(block, calls[0], layer_kwargs, batch.packed)]

@@ -54,8 +54,8 @@ class _Node(Generic[State]):
 def walk(
     steps: Sequence[Step], masks: Sequence[Mask], state: State, run: RunBlock[State], join: Join[State], width: int = 1
 ) -> Iterator[tuple[Sequence[Mask], State]]:
-    """Yield the masks that agree on all steps, with their state after them, group by group. First come those that keep fewer
-    blocks of a step; `width` masks go along at once."""
+    """Yield the masks that agree on all steps, with their state after them, group by group. Masks that keep fewer
+    blocks of a step come first; `width` masks go along at once."""
     ordered = sorted(masks, key=lambda mask: [_place(step, mask) for step in steps])
     waiting = [(0, _Node(ordered, state))]
     while waiting:

@@ -111,10 +111,8 @@ class Similarity:
         return fmean(values)
 
     def _states(self) -> Iterator[Tensor]:
-        """Each row's last hidden states [T, H] in the model as it is now.
-
-        Pads follow every real token, so causal attention never sees them.
-        """
+        """Each row's last hidden states [T, H] in the model as it is now. Pads follow every real token, so causal
+        attention never sees them."""
         home = self._model.get_input_embeddings().weight.device
         for span in self._batches:
             rows = [self._rows[i] for i in span]
@@ -149,10 +147,8 @@ def _last_linears(layers: Layers) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _sum_of_differences(layers: Layers) -> dict[str, Tensor]:
-    """theta* = theta_l + sum_k (theta_{l+k} - theta_l), k = 1..m, for all parameters of the layer, norms included.
-
-    This is the equation of arXiv 2402.11187, section 2, in float32 at least and rounded once.
-    """
+    """theta* = theta_l + sum_k (theta_{l+k} - theta_l), k = 1..m, for all parameters of the layer, norms included. This
+    is the equation of arXiv 2402.11187, section 2, in float32 at least and rounded once."""
     base, *others = (dict(layer.named_parameters()) for layer in layers)
     result = {}
     for name, parameter in base.items():

@@ -113,10 +113,8 @@ def principal_directions(gram: Tensor, width: int) -> Tensor:
 
 
 class _Signal(Engine):
-    """The residual stream of the calibration rows before a block, [B, T, d] a batch, in the dense model's basis.
-
-    The engine batches the rows, and records the arguments that the family's decoder passes to its layers.
-    """
+    """The residual stream of the calibration rows before a block, [B, T, d] a batch, in the dense model's basis. The
+    engine batches the rows, and records the arguments that the family's decoder passes to its layers."""
 
     def __init__(self, model: PreTrainedModel, rows: Rows, batch_tokens: int | str) -> None:
         super().__init__(model, batch_tokens)

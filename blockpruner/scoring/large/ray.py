@@ -95,11 +95,9 @@ class _Worker:
 
 
 class RayScorer:
-    """Replicas of the model, each an actor with one device (with device: split, with an equal share of them).
-
-    Without `ray_address` a Ray of this machine is started for this process alone, on loopback, and ended with it. A
-    Ray to which this process is connected already is used and left as it is.
-    """
+    """Replicas of the model, each an actor with one device (with device: split, with an equal share of them). Without
+    `ray_address` a Ray of this machine is started for this process alone, on loopback, and ended with it. A Ray to
+    which this process is connected already is used and left as it is."""
 
     def __init__(
         self, checkpoint: Path, dtype: str, runtime: Runtime, trust_remote_code: bool, note: Callable[[str], object]

@@ -264,11 +264,8 @@ class StreamingEngine(Engine):
         return self._weights.bytes(self._kept) + SLABS * max(map(self._weights.bytes, groups))
 
     def plan_of(self, tasks: Sequence[Task], rows: Rows) -> PassPlan:
-        """Plan a pass over these tasks; nothing is read.
-
-        States may take half of what is free, of a device's memory and of RAM. The other half is for weights and for
-        what a batch works in.
-        """
+        """Plan a pass over these tasks; nothing is read. States may take half of what is free, of a device's memory and
+        of RAM. The other half is for weights and for what a batch works in."""
         shapes = [(len(task.span), max(len(rows[i]) for i in task.span)) for task in tasks]
         hidden, item = self._model.config.hidden_size, self._head.weight.element_size()
         tile = aligned(max(batch * length for batch, length in shapes) * hidden * item)
