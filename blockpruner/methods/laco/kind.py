@@ -49,7 +49,7 @@ def plan_merges(options: LacoOptions, job: Job, budget: Budget) -> Details:
     assert material.trials is not None  # only searches of masks keep trials in memory
     from blockpruner.methods.laco.merging import Similarity, merged_nll
 
-    walk, wanted = _walk(options, costs), _wanted(budget, costs)
+    walk, wanted = _asked(options, budget, costs)
     of = {"calibration": job.calibration.digest, "model": material.identity, "dtype": material.dtype}
     fields = {**of, "variant": options.variant, "plan_version": PLAN_VERSION}
     with closing(SimilarityLog(material.trials / f"laco-{fingerprint(fields)}.jsonl", fields)) as log:
@@ -76,12 +76,13 @@ def plan_merges(options: LacoOptions, job: Job, budget: Budget) -> Details:
     return found | measured
 
 
-def _wanted(budget: Budget, costs: Costs) -> int:
-    """The number of layers whose removal is nearest to the budget."""
+def _asked(options: LacoOptions, budget: Budget, costs: Costs) -> tuple[Walk, int]:
+    """The walk, and the number of layers whose removal is nearest to the budget."""
     depth = len(costs.blocks) // 2
+    walk = Walk(depth, options.count, options.lowest, options.highest, options.interval)
     layers = removable_units(depth, "layer", "all")[: depth - 1]  # one layer is left at least
     require_reachable(budget, layers, costs)
-    return choose_prefix(budget, list(accumulate(layers, Mask.union)), costs)
+    return walk, choose_prefix(budget, list(accumulate(layers, Mask.union)), costs)
 
 
 def require_merges(budget: Budget, options: LacoOptions, config: Config) -> None:
@@ -90,13 +91,10 @@ def require_merges(budget: Budget, options: LacoOptions, config: Config) -> None
     if costs is None:  # a speed-up, which is measured first
         return
     try:
-        _walk(options, costs).require(_wanted(budget, costs))
+        walk, wanted = _asked(options, budget, costs)
+        walk.require(wanted)
     except UnreachableError as error:
         raise UnreachableError(f"budget {budget.text!r}: {error}") from None
-
-
-def _walk(options: LacoOptions, costs: Costs) -> Walk:
-    return Walk(len(costs.blocks) // 2, options.count, options.lowest, options.highest, options.interval)
 
 
 def _left(details: Details, config: Config) -> Left:

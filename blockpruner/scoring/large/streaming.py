@@ -58,19 +58,6 @@ class PassPlan:
     ram_room: int
     """How many RAM can hold."""
 
-    def check(self) -> None:
-        """Raise DeviceMemoryError if weights or states do not fit."""
-        if self.weights_held > self.weights_room:
-            raise DeviceMemoryError(
-                f"two layers' weights take {_size(self.weights_held)}, and half of the free memory is "
-                f"{_size(self.weights_room)}; free some, or choose another runtime.device. Nothing was read"
-            )
-        if self.device_room + self.ram_room == 0:
-            raise DeviceMemoryError(
-                f"a state takes {_size(self.tile)}, which half of the free memory does not hold; free some, "
-                "or lower runtime.batch_tokens. Nothing was read"
-            )
-
 
 @dataclass
 class _Work:
@@ -177,8 +164,17 @@ class StreamingEngine(Engine):
     def _passes(self, tasks: Sequence[Task], rows: Rows) -> Iterator[list[Task]]:
         """The tasks in parts whose states fit into memory at once; masks that share prefixes stay together."""
         plan = self.plan_of(tasks, rows)
-        plan.check()
+        if plan.weights_held > plan.weights_room:
+            raise DeviceMemoryError(
+                f"two layers' weights take {_size(plan.weights_held)}, and half of the free memory is "
+                f"{_size(plan.weights_room)}; free some, or choose another runtime.device. Nothing was read"
+            )
         room = plan.device_room + plan.ram_room
+        if room == 0:
+            raise DeviceMemoryError(
+                f"a state takes {_size(plan.tile)}, which half of the free memory does not hold; free some, "
+                "or lower runtime.batch_tokens. Nothing was read"
+            )
         part: list[Task] = []
         left = room
         for task in tasks:
