@@ -110,11 +110,11 @@ def commit(scores: Path, config: Config, budget: str, current: Current) -> tuple
         raise InputError(f"{directory} has no iteration for budget {budget!r}; run its stage score")
     order, perplexities = removals(trace, current.nested)
     if current.nested:  # it may have been scored for other budgets
-        prefix, wanted = list(accumulate(order, Mask.union)), parse_budget(budget, resources["parameters"])
+        prefixes, wanted = list(accumulate(order, Mask.union)), parse_budget(budget, resources["parameters"])
         costs = resources[wanted.resource]
-        remaining = [unit for unit in units_of(request(current.score), resources) if not unit <= prefix[-1]]
-        if not is_settled(wanted, prefix, costs, remaining):
-            reached = wanted.amount(prefix[-1], costs)
+        remaining = [unit for unit in units_of(request(current.score), resources) if not unit <= prefixes[-1]]
+        if not is_settled(wanted, prefixes, costs, remaining):
+            reached = wanted.amount(prefixes[-1], costs)
             raise InputError(f"the run is scored up to {reached}, not to budget {budget!r}; run its stage score")
     plan = choose(order, perplexities, config, budget, current)
     used = len(plan.order) if plan.nested else len(trace)
