@@ -21,11 +21,11 @@ from blockpruner.core.blocks import DENSE, BlockId, Mask
 from blockpruner.core.errors import DeviceMemoryError, NonFiniteLossError
 from blockpruner.model import accelerator
 from blockpruner.model.models import placement, room_beside
-from blockpruner.scoring.batches import Batch, row_batches
+from blockpruner.scoring.batches import Batch
 from blockpruner.scoring.forward import Forward, LayerKwargs, joined
 from blockpruner.scoring.metrics import Metric
 from blockpruner.scoring.walk import walk
-from blockpruner.scoring.work import Rows, ScoredRows, Span, Task, live_numbers, logits_bytes
+from blockpruner.scoring.work import Rows, ScoredRows, Span, Task, live_numbers, logits_bytes, row_batches
 from blockpruner.store.provenance import computing, processor
 from blockpruner.store.trials import Origin
 
@@ -70,6 +70,8 @@ class Engine(Forward):
 
     limit: int | None
     """No batch has more tokens than this; None: the memory alone decides."""
+    growth: float
+    """As in `work.row_batches`."""
     _streaming_fix = "set runtime.streaming: true, "
 
     def __init__(self, model: PreTrainedModel, batch_tokens: int | str = "auto") -> None:
@@ -80,7 +82,7 @@ class Engine(Forward):
 
     def row_batches(self, rows: Rows, span: Span) -> list[Span]:
         """Neighbouring rows grouped so that the padded tokens of a group stay within the batch budget."""
-        return row_batches(rows, span, self._tokens, self._growth)
+        return row_batches(rows, span, self._tokens, self.growth)
 
     @property
     def _tokens(self) -> int:
@@ -269,7 +271,7 @@ class Engine(Forward):
         """
         config, item = self._model.config, self._head.weight.element_size()
         self._room = max(0, room_beside(self._model, self._home) - held) if self._on_gpu else None
-        self._growth, self.limit = 0.0, None
+        self.growth, self.limit = 0.0, None
         if batch_tokens != "auto":
             self._batch_tokens = int(batch_tokens)
         elif self._room is None:
@@ -279,7 +281,7 @@ class Engine(Forward):
             room = self._room - self._room // DENSE_SHARE - 4 * self._logits_bytes
             self._batch_tokens = int(max(2048, min(65536, room // bytes_of_token)))
             if config._attn_implementation == "eager":  # every head's map, twice, and its softmax in float32
-                self._growth = config.num_attention_heads * (2 * item + 4) / bytes_of_token
+                self.growth = config.num_attention_heads * (2 * item + 4) / bytes_of_token
 
 
 def late(launched: Iterable[Unread], depth: int) -> Iterator[Unread]:
