@@ -90,9 +90,9 @@ def recipe(name: str) -> Recipe:
             f"method {name!r} is unknown; valid: {', '.join(names())}",
             rule="unknown-method", key="score.method", value=name,
         )  # fmt: skip
-    from blockpruner.methods.registry import title_of
+    from blockpruner.methods.registry import row_of
 
-    return Recipe(title_of(name), {name: {"method": name}})
+    return Recipe(row_of(name).title, {name: {"method": name}})
 
 
 def searches(score: Score) -> dict[str, Score]:

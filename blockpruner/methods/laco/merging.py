@@ -74,10 +74,8 @@ class Similarity:
     X, X_merges [T, H]: a row's last hidden states in the dense and in the merged model, after the final norm, as in
     LaCo's public notebook (`hidden_states[-1]`). A row is one vector of T x H numbers, without pads; the cosine is
     taken in float64. The dense states of all rows are held in memory, in the model's dtype. A call raises InputError
-    for a merge that is not possible, or hidden states that are not finite.
-
-    Args:
-        advance: receives, during a measurement, the rows done, their number, and the candidate's last merge.
+    for a merge that is not possible, or hidden states that are not finite. Meanwhile `advance` receives the rows done,
+    their number, and the candidate's last merge.
     """
 
     def __init__(

@@ -36,7 +36,8 @@ CHUNK = 8192
 
 @torch.no_grad()  # not inference_mode: its tensors could not be trained afterwards
 def slice_(model: PreTrainedModel, rows: Rows, width: int, *, batch_tokens: int | str = "auto") -> PreTrainedModel:
-    """Slice the model's residual stream to `width` columns, in place, for good.
+    """Slice the model's residual stream to `width` columns, in place, for good. Raises InputError for a family that
+    cannot be sliced, a width out of range, a model on several devices, or a signal that is not finite.
 
     Model and config become the SliceGPT classes of the family, which `save_pretrained` and
     `from_pretrained(..., trust_remote_code=True)` round-trip; tied embeddings are untied. At the full width the model
@@ -49,10 +50,6 @@ def slice_(model: PreTrainedModel, rows: Rows, width: int, *, batch_tokens: int 
             The host's memory holds their signal in the model's dtype: tokens x hidden size.
         width: columns kept, from 1 to the hidden size.
         batch_tokens: as in `Engine`.
-
-    Raises:
-        InputError: a family that cannot be sliced, a width out of range, a model on several devices, or a signal that
-            is not finite.
     """
     family = sliceable_family(model.config.model_type)
     hidden, layers = int(model.config.hidden_size), decoder_layers(model)

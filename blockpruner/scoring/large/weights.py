@@ -49,13 +49,11 @@ class _Stored:
 
 
 class Weights:
-    """Puts a checkpoint's tensors into a model's parameters, and takes them out again.
+    """Puts a checkpoint's tensors into a model's parameters, and takes them out again. A weight may be stored in parts:
+    the model has one matrix for all experts of a mixture."""
 
-    A weight may be stored in parts: the model has one matrix for all experts of a mixture.
-
-    Attributes:
-        names: each weight to be read, with the parameters that use it (a head may share the embedding's).
-    """
+    names: dict[str, tuple[str, ...]]
+    """Each weight to be read, with the parameters that use it (a head may share the embedding's)."""
 
     def __init__(self, model: PreTrainedModel, checkpoint: Path, device: torch.device) -> None:
         self._model, self._device = model, device
