@@ -33,7 +33,7 @@ from blockpruner.inputs.settings import Calibration
 from blockpruner.inputs.texts import read_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.methods.score import open_material
-from blockpruner.scoring.accelerate import Exact
+from blockpruner.scoring.accelerate import Select
 from blockpruner.scoring.objectives import MaskScore, Objective
 from blockpruner.search.problem import Problem
 from blockpruner.search.registry import SEARCHES
@@ -190,7 +190,7 @@ def last(
     row = SEARCHES[name]
     costs = Costs(10 * sum(table.sizes.values()), {block: n for mask, n in table.sizes.items() for block in mask})
     budget = parse_budget(f"{size / costs.total}", Costs(costs.total, costs.blocks))
-    exact: Any = Exact(ask)  # type: ignore[arg-type]
+    exact: Any = Select(ask)  # type: ignore[arg-type]
     problem = Problem(table.blocks, ask, exact, rows, goal_of(budget, table.blocks, costs), {"parameters": costs})
     seeded = {"seed": seed, **options} if "seed" in row.options.model_fields else options
     *_, answer = row.run(problem, row.options(**seeded))

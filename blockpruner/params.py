@@ -14,7 +14,7 @@ from blockpruner.checks import check_run, check_target
 from blockpruner.core.errors import InputError, named
 from blockpruner.core.settings import NAME, T, read_settings
 from blockpruner.methods.recipes import RECIPES, completed, names
-from blockpruner.methods.registry import method_names, options_model
+from blockpruner.methods.registry import method_names, row_of
 from blockpruner.settings import Params, Run, Sections, resolve
 
 NO_RUNS = frozenset({"sources"})
@@ -143,7 +143,7 @@ def run_schema(named: Collection[str]) -> dict[str, Any]:
     score["allOf"] = [  # the options of each method
         {
             "if": {"properties": {"method": {"const": name}}},
-            "then": {"properties": {"options": options_model(name).model_json_schema()}},
+            "then": {"properties": {"options": row_of(name).options.model_json_schema()}},
         }
         for name in method_names()
     ]

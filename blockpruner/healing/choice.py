@@ -68,15 +68,13 @@ def choose(
     observer: Observer,
 ) -> Healing:
     """Compensate proposals as their plans say, and keep the one with the lowest perplexity on the rows that judge.
+    Raises InputError where there are too few rows to fit to, and what `compensate` raises.
 
     Args:
         dense: loads the dense model, which is as before at the end; called if something must be computed.
         plans: by the proposals' names, all of one target; one alone is not judged.
         tuning: the rows that choose the strength of the fit.
         search: the calibration rows, of which some kinds of plans make weights.
-
-    Raises:
-        InputError: too few rows to fit to; or see `compensate`.
     """
     dense = cache(dense)
     fits = next(iter(plans.values())).compensate != "none"
@@ -134,12 +132,8 @@ def model_of(dense: PreTrainedModel, found: Healing, search: CalibrationSet) -> 
 
 
 def keep(folder: Path, found: Healing, pruning: Pruning, data: Texts) -> None:
-    """Write what was chosen, as a whole or not at all.
-
-    Args:
-        pruning: the model of the plan.
-        data: the source of the rows of the fit.
-    """
+    """Write what was chosen, as a whole or not at all. `pruning` is the model of the plan, and `data` the source of the
+    rows of the fit."""
 
     def build(directory: Path) -> None:
         save_plan(found.plan, directory / PLAN)

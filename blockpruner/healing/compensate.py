@@ -50,8 +50,14 @@ def compensate(
         NonFiniteLossError: the dense model overflows.
         InputError: a plan that does more than take parts out; or no row to fit to or to hold out.
     """
+    for kind in (plan.kind for plan in plans.values() if not KINDS[plan.kind].is_part):
+        raise InputError(f"compensate.method refit is for plans that take parts out, not for {kind}; set none")
+    if not (fit.rows and tuning.rows):
+        raise InputError(
+            f"compensate needs rows to fit to and rows to hold out: {len(fit.rows)} and {len(tuning.rows)}; raise "
+            "compensate.num_rows, or set compensate.validation between 0 and 1"
+        )
     rows, cuts = (*fit.rows, *tuning.rows), {name: plan.cut for name, plan in plans.items()}
-    _require(plans, fit, tuning)
     observer.begin("compensate by refit")
     streams = Streams(dense, rows, len(fit.rows), len(plans))
 
@@ -113,16 +119,6 @@ def compensate(
         streams.put_aside_()
     observer.end(f"dense {unpruned:.2f}")
     return found
-
-
-def _require(plans: Mapping[str, Plan], fit: CalibrationSet, tuning: CalibrationSet) -> None:
-    for kind in (plan.kind for plan in plans.values() if not KINDS[plan.kind].is_part):
-        raise InputError(f"compensate.method refit is for plans that take parts out, not for {kind}; set none")
-    if not (fit.rows and tuning.rows):
-        raise InputError(
-            f"compensate needs rows to fit to and rows to hold out: {len(fit.rows)} and {len(tuning.rows)}; raise "
-            "compensate.num_rows, or set compensate.validation between 0 and 1"
-        )
 
 
 def _set_(streams: Streams, cut: Cut, new: Mapping[Tensor, Tensor], share: float) -> None:

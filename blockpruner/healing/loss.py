@@ -39,12 +39,8 @@ class TrainingLoss:
     """What the teacher finds likeliest in rows that were seen, on the host: places, log-probabilities, [T - 1, K]."""
 
     def __call__(self, ids: Tensor, lengths: Tensor, count: float) -> tuple[Tensor, Tensor]:
-        """The sum over rows of the loss, and of the text's NLL, both divided by `count`.
-
-        Args:
-            ids: rows [B, T], padded behind their ends.
-            lengths: of the rows, [B].
-        """
+        """The sum over rows of the loss, and of the text's NLL, both divided by `count`. The rows `ids` [B, T] are
+        padded behind their `lengths` [B]."""
         home = self.model.get_output_embeddings().weight.device  # layers may be on several devices
         predicts = torch.arange(ids.shape[1] - 1) < (lengths - 1)[:, None]  # [B, T - 1]
         weight = (1 / count / (lengths - 1).double())[:, None].expand(predicts.shape)[predicts].to(home)  # [N]
@@ -86,11 +82,9 @@ class TrainingLoss:
         return [torch.cat(each) for each in zip(*map(self._known.__getitem__, rows), strict=True)]
 
     def _of_tokens(self, logits: Tensor, targets: Tensor, weight: Tensor, *told: Tensor) -> tuple[Tensor, ...]:
-        """The loss and the NLL of some tokens, [N], and the gradient of the weighted loss for their logits [N, V].
-
-        A cross-entropy's gradient for the logits is q less the distribution that is wanted. `told` are the teacher's
-        logits of these tokens or, as from `_told`, the likeliest ones.
-        """
+        """The loss and the NLL of some tokens, [N], and the gradient of the weighted loss for their logits [N, V]. A
+        cross-entropy's gradient for the logits is q less the distribution that is wanted. `told` are the teacher's
+        logits of these tokens or, as from `_told`, the likeliest ones."""
         log_q, share = log_probabilities(logits), self.recipe.distill if told else 0.0
         nll = -log_q.gather(-1, targets[:, None])[:, 0]
         loss, slope = (1 - share) * nll if share < 1 else torch.zeros_like(nll), log_q.exp()

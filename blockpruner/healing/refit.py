@@ -43,25 +43,14 @@ Mended = dict[str, Any]
 """What was done at a stop, for the report: the blocks missing behind it (`hole`), and how they were made up for."""
 
 
-def _with_one(writer: nn.Linear, x: Tensor) -> Tensor:
-    return x if writer.bias is None else torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
-
-
 def refit(
     streams: Streams, cuts: Mapping[str, Cut], strengths: Sequence[float] = ()
 ) -> Iterator[tuple[Stream, Mended]]:
     """Find new writers for the models of some cuts. Yields each stream behind each of its stops, with what was done
-    there, if anything was.
-
-    Raises:
-        InputError: no block of the model ends in a single matrix.
-    """
+    there, if anything was. Raises InputError if no block of the model ends in a single matrix."""
     if all(streams.writer(block) is None for block in streams.blocks):
-        raise InputError(
-            "compensate: no block of this model ends in a single matrix; set compensate.method: none",
-            rule="no-writer",
-            key="compensate.method",
-        )
+        message = "compensate: no block of this model ends in a single matrix; set compensate.method: none"
+        raise InputError(message, rule="no-writer", key="compensate.method")
     for stream in streams.walk(cuts):
         stop, mended = stream.stop, dict[str, Any]()
         stream.is_behind = stream.is_behind or bool(stop.hole or stop.channels)
@@ -92,7 +81,7 @@ def _fit_stop_(
         if error < 1:
             place.change_(change)
         facts = {"strength": stream.strength, "error": error}
-    stream.states = [place.moved(number) for number in place.batches]
+    stream.states = [place.moved(number) for number in range(len(streams.dense))]
     return facts
 
 
@@ -124,13 +113,13 @@ class _Place:
             start += width
         self.width, self.kept = start, torch.cat(kept)
 
-    @property
-    def batches(self) -> range:
-        return range(len(self.streams.real))
-
     def features(self, number: int) -> Tensor:
         """What all writers read of a batch, [B, T, p], with a column of ones where one has a bias."""
-        parts = [_with_one(writer, self.reads[block][number].to(self.home)) for block, writer in self.writers.items()]
+        parts = list[Tensor]()
+        for block, writer in self.writers.items():
+            parts.append(self.reads[block][number].to(self.home))
+            if writer.bias is not None:
+                parts.append(torch.ones_like(parts[-1][..., :1]))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def moved(self, number: int) -> Tensor:
@@ -150,11 +139,7 @@ class _Place:
 
     def moments(self, gain: Tensor | None = None) -> tuple[Moments, tuple[Tensor, Tensor]]:
         """The sums of the fitted rows, and features and residuals of those that are held out; of narrowed blocks the
-        kept channels are features.
-
-        Args:
-            gain: what the norm behind the only writer multiplies its columns with.
-        """
+        kept channels are features. `gain` is what the norm behind the only writer multiplies its columns with."""
         streams, first = self.streams, next(iter(self.writers))
 
         def tokens(number: int) -> tuple[Tensor, Tensor]:

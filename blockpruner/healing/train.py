@@ -3,7 +3,6 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from blockpruner.core.progress import Observer
 from blockpruner.evaluation.perplexity import measure_perplexity
@@ -42,7 +41,16 @@ def write_trained(
     """
     check_context(wanted.seq_len, read_json(pruning.dense / "config.json"), "train.seq_len")
     processes = min(processes, wanted.accumulation)
-    own = states / _key(pruning, wanted, rows, validation, processes)
+    facts = {
+        "model": pruning.identity,
+        "healed": pruning.healed and pruning.healed.digest,
+        "dtype": pruning.dtype,
+        "rows": rows.digest,
+        "validation": validation and validation.digest,
+        "version": [WEIGHTS_VERSION, BEST, *([processes] if processes > 1 else [])],
+        "recipe": wanted.model_dump(mode="json", exclude=NOT_IN_KEY),
+    }
+    own = states / fingerprint(facts)
     given = folder, pruning, wanted, rows, validation, own
     if processes == 1:
         _write(ALONE, pruning.device, observer, *given)
@@ -94,19 +102,3 @@ def _write(
 
     if team.rank == 0:
         replace_directory(folder, build)
-
-
-def _key(
-    pruning: Pruning, wanted: Train, rows: CalibrationSet, validation: CalibrationSet | None, processes: int
-) -> str:
-    """The fingerprint of all that decides the trained weights."""
-    key: dict[str, Any] = {
-        "model": pruning.identity,
-        "healed": pruning.healed and pruning.healed.digest,
-        "dtype": pruning.dtype,
-        "rows": rows.digest,
-        "validation": validation and validation.digest,
-        "version": [WEIGHTS_VERSION, BEST, *([processes] if processes > 1 else [])],
-        "recipe": wanted.model_dump(mode="json", exclude=NOT_IN_KEY),
-    }
-    return fingerprint(key)

@@ -14,16 +14,14 @@ from transformers import PreTrainedModel
 from blockpruner.core.errors import extra
 from blockpruner.healing.settings import Train
 from blockpruner.model.team import Team
+from blockpruner.scoring.losses import wide
 
 
 class TrainedWeights(nn.Module):
     """The masters of the trained weights. The model itself is not in it: it is neither saved nor moved with them."""
 
     def __init__(self, live: Mapping[str, nn.Parameter], end_: Callable[[], object], team: Team) -> None:
-        """Args:
-        live: what the model computes with, by name.
-        end_: leaves the model with plain weights alone.
-        """
+        """`live` is what the model computes with, by name; `end_` leaves the model with plain weights alone."""
         super().__init__()
         self.end_, self.team, self.closed = end_, team, False
         self.masters = nn.ParameterList(map(self._master, live.values()))
@@ -39,8 +37,8 @@ class TrainedWeights(nn.Module):
 
     def _master(self, weight: nn.Parameter) -> nn.Parameter:
         if self.team.count > 1:
-            return nn.Parameter(self.team.part(_wide(weight.detach())))
-        return nn.Parameter(weight.detach().float()) if _wide(weight) is not weight else weight
+            return nn.Parameter(self.team.part(wide(weight.detach())))
+        return nn.Parameter(weight.detach().float()) if wide(weight) is not weight else weight
 
     def _collect_(self, master: nn.Parameter, weight: Tensor) -> None:
         """Add the gradient of a weight to that of its master."""
@@ -49,21 +47,13 @@ class TrainedWeights(nn.Module):
         if self.closed:
             return
         if self.team.count > 1:
-            gradient = self.team.summed(_wide(gradient))
-        master.grad = _wide(gradient) if master.grad is None else master.grad.add_(gradient)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """In float32, if it is in 16 bits."""
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+            gradient = self.team.summed(wide(gradient))
+        master.grad = wide(gradient) if master.grad is None else master.grad.add_(gradient)
 
 
 def trained_weights_(model: PreTrainedModel, recipe: Train, team: Team) -> TrainedWeights:
-    """Prepare a model for training.
-
-    "lora": adapters on every linear layer but the head; the end merges them into the model's own weights. "all": all
-    weights but embeddings and head.
-    """
+    """Prepare a model for training. "lora": adapters on every linear layer but the head; the end merges them into the
+    model's own weights. "all": all weights but embeddings and head."""
     if recipe.weights == "lora":
         with extra("train"):
             from peft import LoraConfig, get_peft_model

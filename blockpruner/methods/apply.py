@@ -20,6 +20,10 @@ from blockpruner.scoring.large.visiting import load_for_fit
 from blockpruner.scoring.work import Rows
 from blockpruner.store.provenance import fingerprint
 
+Note = Callable[[PreTrainedModel], object]
+"""Takes down the outputs that a verification compares with. They are of the dense model changed for a while, where the
+kind of plan can lend it, and the healed weights are among those that it leaves."""
+
 
 @dataclass(frozen=True)
 class Pruning:
@@ -60,15 +64,8 @@ class Pruning:
         device = "cpu" if KINDS[self.plan.kind].lend else self.device
         return load_model(self.dense, self.dtype, device, self.trust_remote_code)
 
-    def prune_(
-        self, dense: PreTrainedModel, note: Callable[[PreTrainedModel], object] = lambda reduced: None
-    ) -> PreTrainedModel:
-        """The pruned model, in place of the dense one.
-
-        Args:
-            note: takes down the outputs that a verification compares with. They are of the dense model changed for a
-                while, where the kind of plan can lend it, and the healed weights are among those that it leaves.
-        """
+    def prune_(self, dense: PreTrainedModel, note: Note = lambda reduced: None) -> PreTrainedModel:
+        """The pruned model, in place of the dense one."""
         kind, lend = KINDS[self.plan.kind], KINDS[self.plan.kind].lend
         if self.healed is not None:
             if kind.removes_blocks:  # into those tensors of the dense model that are left
@@ -102,9 +99,7 @@ class Loaded(Pruning):
         """The dense model itself."""
         return self.model.requires_grad_(False)
 
-    def prune_(
-        self, dense: PreTrainedModel, note: Callable[[PreTrainedModel], object] = lambda reduced: None
-    ) -> PreTrainedModel:
+    def prune_(self, dense: PreTrainedModel, note: Note = lambda reduced: None) -> PreTrainedModel:
         return super().prune_(copy.deepcopy(dense), note)
 
 
@@ -118,9 +113,7 @@ class Made(Pruning):
         """A copy on the CPU, which the export may change."""
         return copy.deepcopy(self.model).cpu().requires_grad_(False)
 
-    def prune_(
-        self, dense: PreTrainedModel, note: Callable[[PreTrainedModel], object] = lambda reduced: None
-    ) -> PreTrainedModel:
+    def prune_(self, dense: PreTrainedModel, note: Note = lambda reduced: None) -> PreTrainedModel:
         note(dense)
         return dense
 

@@ -55,12 +55,8 @@ def save_healed(
     since: Healed | None = None,
     perplexity: Mapping[str, Mapping[str, float]] | None = None,
 ) -> None:
-    """Write the file of `weights` in `folder`; `of`, `words` and `perplexity` are as in `Healed`.
-
-    Args:
-        data: the source of the texts that decided the weights.
-        since: what had been done before.
-    """
+    """Write the file of `weights` in `folder`; `of`, `words` and `perplexity` are as in `Healed`, `data` is the source
+    of the texts that decided the weights, and `since` what had been done before."""
     sources = data.of if isinstance(data, MixedTexts) else (data,)
     datasets = (*(since.datasets if since else ()), *(one.repo for one in sources if isinstance(one, Hub)))
     words = f"{since.words}, {words}" if since else words
@@ -110,9 +106,7 @@ def load_healed_(model: PreTrainedModel, path: Path, shared: bool = False) -> No
 @torch.no_grad()
 def set_weights_(model: PreTrainedModel, weights: Mapping[str, Tensor], shared: bool = False) -> None:
     """Give the parameters of these names these values, in the model's dtype; raises InputError if one does not fit.
-
-    `shared` is as in `load_healed_`.
-    """
+    `shared` is as in `load_healed_`."""
     parameters, new = dict(model.named_parameters(remove_duplicate=False)), {}
     for name, weight in weights.items():
         own = list(parameters[name].shape) if name in parameters else None
@@ -132,11 +126,8 @@ def parameter_digests(model: PreTrainedModel) -> dict[str, str]:
 
 
 def changed_weights(model: PreTrainedModel, before: Mapping[str, str], plan: Plan) -> dict[str, Tensor]:
-    """The parameters whose digest is not that of `before`.
-
-    All of them for a kind of plan that cannot lend: the last bits of its weights may differ from machine to machine,
-    and the others would not fit to these.
-    """
+    """The parameters whose digest is not that of `before`. All of them for a kind of plan that cannot lend: the last
+    bits of its weights may differ from machine to machine, and the others would not fit to these."""
     if KINDS[plan.kind].lend is None:
         return dict(model.named_parameters())
     now = parameter_digests(model)

@@ -90,9 +90,9 @@ def recipe(name: str) -> Recipe:
             f"method {name!r} is unknown; valid: {', '.join(names())}",
             rule="unknown-method", key="score.method", value=name,
         )  # fmt: skip
-    from blockpruner.methods.registry import title_of
+    from blockpruner.methods.registry import row_of
 
-    return Recipe(title_of(name), {name: {"method": name}})
+    return Recipe(row_of(name).title, {name: {"method": name}})
 
 
 def searches(score: Score) -> dict[str, Score]:
@@ -115,11 +115,8 @@ def searches(score: Score) -> dict[str, Score]:
 
 def proposals(score: Score, config: Config, budget: str) -> dict[str, Score]:
     """The searches whose results compete for a budget: that of shifted layers or, where these do not come near it, the
-    first one; and narrower MLPs where they reach it.
-
-    The first one alone searches for a budget that is not a share of all parameters, or that cannot be met at all, which
-    it refuses with words.
-    """
+    first one; and narrower MLPs where they reach it. The first one alone searches for a budget that is not a share of
+    all parameters, or that cannot be met at all, which it refuses with words."""
     from blockpruner.methods.registry import kind_of_method, require_budgets
 
     found = searches(score)

@@ -14,7 +14,7 @@ from blockpruner.methods.laco.kind import LACO
 from blockpruner.methods.narrow.kind import NARROW
 from blockpruner.methods.slicegpt.kind import SLICEGPT
 from blockpruner.scoring.settings import Score
-from blockpruner.search.registry import SEARCHES, request
+from blockpruner.search.registry import SEARCHES, Search, request
 from blockpruner.search.run import require_searchable
 
 
@@ -31,20 +31,15 @@ def method_names() -> list[str]:
     return sorted({*SEARCHES, *KINDS} - {BLOCKS.name})
 
 
-def title_of(method: str) -> str:
-    """The title of a plain method in tables and figures."""
+def row_of(method: str) -> Search | Kind:
+    """The row of a plain method, with its title and its type of options."""
     kind = kind_of_method(method)
-    return SEARCHES[method].title if kind.removes_blocks else kind.title
+    return SEARCHES[method] if kind.removes_blocks else kind
 
 
 def options_of(score: Score) -> Options:
     """The options of a `score` section, typed by its method; raises InputError."""
-    return read_options(score.method, options_model(score.method), score.options)
-
-
-def options_model(method: str) -> type[Options]:
-    kind = kind_of_method(method)
-    return SEARCHES[method].options if kind.removes_blocks else kind.options
+    return read_options(score.method, row_of(score.method).options, score.options)
 
 
 def check_score(score: Score) -> Kind:

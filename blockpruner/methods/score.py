@@ -24,7 +24,7 @@ from blockpruner.methods.registry import check_score, require_budgets
 from blockpruner.scoring.scorers import LazyScorer, make_scorer
 from blockpruner.scoring.settings import Score
 from blockpruner.search.iteration import stabilities
-from blockpruner.search.trace import Current, read_trace, trace_directory
+from blockpruner.search.trace import read_trace, trace_directory
 from blockpruner.store.files import read_json, remove_temporaries
 from blockpruner.store.trials import require_rows
 
@@ -63,17 +63,12 @@ def score_run(
     folder: Path,
     latency: Callable[[], Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Score one run far enough for its budgets; write its iteration tables and `current.json` to its folder.
+    """Score one run far enough for its budgets; write its iteration tables and `current.json` to its folder. Returns
+    what was computed and reused, how long it took, and the mean stability of a nested search. Raises InputError for
+    settings or budgets that cannot be met, before anything is computed.
 
-    Args:
-        latency: measures what generation and each block takes (`budgets.resources_of`). It is asked only where a budget
-            is a speed-up, or the time prices removals.
-
-    Returns:
-        What was computed and reused, how long it took, and the mean stability of a nested search.
-
-    Raises:
-        InputError: settings or budgets that cannot be met, before anything is computed.
+    `latency` measures what generation and each block takes (`budgets.resources_of`). It is asked only where a budget is
+    a speed-up, or the time prices removals.
     """
     kind, started = check_score(score), time.monotonic()
     require_rows(len(calibration.rows))
@@ -87,7 +82,11 @@ def score_run(
     counts: dict[str, Any] = asdict(counted)
     counts["tokens_per_second"] = round(counts["tokens"] / counts["seconds"], 1) if counts["seconds"] else None
     counts["seconds"] = round(counts["seconds"], 2)
-    return {**counts, **_selection(folder, current), "wall_seconds": round(time.monotonic() - started, 2)}
+    trace = read_trace(trace_directory(folder, current, ""), current.search) if current.nested else []
+    firm = [found for found in stabilities(trace, str(current.score.options.get("per", "none"))) if found]
+    if firm:
+        counts |= {"rivals": fmean(len(found.rivals) for found in firm), "kept": fmean(found.kept for found in firm)}
+    return {**counts, "wall_seconds": round(time.monotonic() - started, 2)}
 
 
 def taken(found: Mapping[str, Mapping[str, Any]], plan: Plan) -> dict[str, float]:
@@ -105,15 +104,6 @@ def headline(counts: Mapping[str, Any]) -> dict[str, float]:
     and the mean stability."""
     figures = {"iterations": counts["iterations"], "trials": counts["trials_computed"] + counts["trials_reused"]}
     return figures | {name: round(counts[name], 4) for name in ("rivals", "kept") if name in counts}
-
-
-def _selection(folder: Path, current: Current) -> dict[str, float]:
-    """How firmly the calibration rows decide a nested search's removals, on average; nothing where that is unknown."""
-    trace = read_trace(trace_directory(folder, current, ""), current.search) if current.nested else []
-    firm = [found for found in stabilities(trace, str(current.score.options.get("per", "none"))) if found]
-    if not firm:
-        return {}
-    return {"rivals": fmean(len(found.rivals) for found in firm), "kept": fmean(found.kept for found in firm)}
 
 
 def _known_latency(

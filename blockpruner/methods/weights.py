@@ -72,19 +72,12 @@ def weights_kind(
     version: int = 1,
     **others: Any,
 ) -> Kind:
-    """A kind of method that searches no mask; `name` is its `score.method`.
-
-    Args:
-        version: raise it when the method plans something else for the same budget, or makes other weights of a plan.
-        others: the other fields of `Kind`.
-    """
-
-    def identity_of_version(plan: Plan, rows: str) -> dict[str, Any]:
-        return {**identity(plan, rows), "version": version}
-
+    """A kind of method that searches no mask; `name` is its `score.method`, and `others` are fields of `Kind`. The
+    `version` is raised when the method plans something else for the same budget, or makes other weights of a plan."""
     score, commit = partial(_score, name, options, plan, version), partial(_commit, left)
+    others["identity"] = lambda plan, rows: {**identity(plan, rows), "version": version}
     others["pruned"] = lambda plan, config: left(plan.details, config).pruned
-    return Kind(name, title, score, commit, apply_, identity_of_version, options=options, **others)
+    return Kind(name, title, score, commit, apply_, options=options, **others)
 
 
 def _score(name: str, options: type[Options], plan: Planner, version: int, job: Job) -> tuple[Current, Counts]:

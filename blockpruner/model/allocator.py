@@ -13,10 +13,8 @@ KEPT_BYTES = 256 * 2**20
 
 
 def keep_freed_memory(keep: bool) -> None:
-    """Take memory from this process's heap from now on, or map large pieces apart, as glibc does by itself.
-
-    Free memory at the heap's end beyond KEPT_BYTES goes back to the system. Without glibc nothing is done.
-    """
+    """Take memory from this process's heap from now on, or map large pieces apart, as glibc does by itself. Free memory
+    at the heap's end beyond KEPT_BYTES goes back to the system. Without glibc nothing is done."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):

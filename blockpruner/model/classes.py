@@ -16,7 +16,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from blockpruner.core.errors import InputError
-from blockpruner.core.families import FAMILIES, Branch, Family
+from blockpruner.core.families import FAMILIES, Family
 from blockpruner.model import modeling_blockpruned, modeling_slicegpt
 from blockpruner.store.files import read_json
 from blockpruner.store.provenance import file_sha256
@@ -105,17 +105,12 @@ def _module(model_type: str) -> Any:
     folder = Path(tempfile.mkdtemp(prefix="blockpruner-family-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = folder / "modeling_blockpruned.py"
-    path.write_text(Path(modeling_blockpruned.__file__).read_text(encoding="utf-8") + _added(family), encoding="utf-8")
+    mha, mlp = ((branch.module, *branch.norms) for branch in (family.mha, family.mlp))
+    added = ADDED.format(prefix=family.prefix, layers=family.layers, mha=mha, mlp=mlp)
+    path.write_text(Path(modeling_blockpruned.__file__).read_text(encoding="utf-8") + added, encoding="utf-8")
     name = f"{__name__}.{model_type}.modeling_blockpruned"  # its last part names the file in a checkpoint
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def _added(family: Family) -> str:
-    def names(branch: Branch) -> tuple[str, ...]:
-        return (branch.module, *branch.norms)
-
-    return ADDED.format(prefix=family.prefix, layers=family.layers, mha=names(family.mha), mlp=names(family.mlp))

@@ -11,20 +11,22 @@ from importlib.util import find_spec
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from blockpruner.core.blocks import BlockKind, Mask, format_mask, pack_layers
+from blockpruner.core.blocks import BlockId, BlockKind, Mask, format_mask, pack_layers
 from blockpruner.core.errors import DeviceMemoryError, InputError, extra
 from blockpruner.core.families import FAMILIES, Family, require_supported
 from blockpruner.model import accelerator
 from blockpruner.model import modeling_blockpruned as blockpruned
 from blockpruner.model.allocator import keep_freed_memory
 from blockpruner.model.classes import config_class, model_class, read_config
+
+Part = TypeVar("Part", bound=nn.Module)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -178,14 +180,15 @@ def replace_parameters_(model: nn.Module, new: Mapping[nn.Parameter, nn.Paramete
             module._parameters[name] = None if old is None else new.get(old, old)
 
 
+def move_buffers_(model: PreTrainedModel, device: torch.device) -> None:
+    """Move a model's buffers to a device; its parameters stay where they are."""
+    for module in model.modules():
+        module._buffers.update({name: buffer.to(device) for name, buffer in module._buffers.items()})
+
+
 def kernel_options(attention: str, dtype: str, device: torch.device) -> dict[str, str]:
-    """Keyword arguments for transformers' implementation of attention and, in float64, of experts.
-
-    The usual implementation of experts knows no float64.
-
-    Raises:
-        InputError: flash attention has no kernel for this dtype or device.
-    """
+    """Keyword arguments for transformers' implementation of attention and, in float64, of experts: the usual one knows
+    no float64. Raises InputError if flash attention has no kernel for this dtype or device."""
     if attention.startswith("flash") and (device.type != "cuda" or dtype not in ("bfloat16", "float16")):
         raise InputError(
             f"runtime.attention {attention} has no kernel for {dtype} on {device.type}: it needs a CUDA device "
@@ -239,11 +242,10 @@ def room_beside(model: PreTrainedModel, device: torch.device) -> int:
     return accelerator.total_memory(device) * 9 // 10 - weights
 
 
-def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A model with its own modules and config over the same tensors; it can be pruned while the first stays whole."""
-    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    result: PreTrainedModel = copy.deepcopy(model, shared)
-    return result
+def shared_copy(model: Part) -> Part:
+    """A model, or a part of one, with its own modules and config over the same tensors; it can be pruned while the
+    first stays whole."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
 
 
 def model_family(model: PreTrainedModel) -> Family:
@@ -257,10 +259,8 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """The function from a decoder's last states [..., H] to logits [..., V], capped where the family caps them.
-
-    Of 16-bit states that want no gradient they are float32 on CUDA: the product adds up in float32, and is not rounded.
-    """
+    """The function from a decoder's last states [..., H] to logits [..., V], capped where the family caps them. Of
+    16-bit states that want no gradient they are float32 on CUDA: the product adds up in float32, and is not rounded."""
     head, field = model.get_output_embeddings(), model_family(model).logit_cap
     cap: float | None = getattr(model.config, field) if field else None
 
@@ -311,68 +311,49 @@ def restored(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 @contextmanager
 def masked(model: PreTrainedModel, mask: Mask) -> Iterator[PreTrainedModel]:
-    """The model without the blocks of `mask`, with every layer kept; restored on exit.
-
-    Meanwhile remaining attentions are renumbered and the config describes the holes: cached decoding is right, too.
-
-    Raises:
-        InputError: a block that the model does not have.
-    """
+    """The model without the blocks of `mask`, with every layer kept; restored on exit. Raises InputError for a block
+    that the model does not have. Meanwhile remaining attentions are renumbered and the config describes the holes:
+    cached decoding is right, too."""
     with restored(model):
         remove_(model, mask, range(len(decoder_layers(model))))
         yield model
 
 
 def prune_(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
-    """Remove the blocks of `mask` from the model in place, for good.
+    """Remove the blocks of `mask` from the model in place, for good. Raises InputError for a block that it has not.
 
     Layers that lose both blocks are dropped, and remaining attentions renumbered 0..n-1 (else cached decoding is
     silently wrong). If the rest fills whole layers (`blocks.pack_layers`), the model keeps its own class with fewer
     layers. Else model and config become the block-pruned classes of the family, which `save_pretrained` and
     `from_pretrained(..., trust_remote_code=True)` round-trip.
-
-    Raises:
-        InputError: a block that the model does not have.
     """
-    layout, is_joined = _layout(model, mask)
-    if is_joined:
-        _join_(model, layout)
-    else:
-        remove_(model, mask, [layer for layer, _ in layout])
-        model.__class__ = model_class(model_family(model))
-        # weights of a loaded model may have had other names (GPT-NeoX's head, experts); the new class reads its own
-        model._weight_conversions = []
+    family, layers = model_family(model), decoder_layers(model)
+    _check(mask, len(layers))
+    packed = pack_layers(mask, len(layers))
+    whole = [(mha, mlp) for mha, mlp in packed if mha is not None and mlp is not None]
+    if len(whole) == len(packed) and not family.is_parallel(model.config.to_dict()):
+        for mha, mlp in whole:
+            for name in (family.mlp.module, *family.mlp.norms):
+                setattr(layers[mha], name, getattr(layers[mlp], name))
+        keep_layers_(model, whole)
+        return model
+    kept = [n for n in range(len(layers)) if not mask.issuperset(BlockId(kind, n) for kind in BlockKind)]
+    remove_(model, mask, kept)
+    model.__class__ = model_class(family)
+    # weights of a loaded model may have had other names (GPT-NeoX's head, experts); the new class reads its own
+    model._weight_conversions = []
     return model
 
 
-def _layout(model: PreTrainedModel, mask: Mask) -> tuple[list[tuple[int, int]], bool]:
-    """The layers that MHA and MLP of each layer that is left come from, and whether these may differ."""
-    layers = len(decoder_layers(model))
-    _check(mask, layers)
-    packed = pack_layers(mask, layers)
-    whole = [(mha, mlp) for mha, mlp in packed if mha is not None and mlp is not None]
-    if len(whole) == len(packed) and not model_family(model).is_parallel(model.config.to_dict()):
-        return whole, True
-    removed = {(block.layer, block.kind) for block in mask}
-    return [(i, i) for i in range(layers) if not {(i, kind) for kind in BlockKind} <= removed], False
-
-
-def _join_(model: PreTrainedModel, whole: Sequence[tuple[int, int]]) -> None:
-    """Keep as many layers as `whole` has; each gets the MHA of one layer and the MLP of another."""
-    family, layers = model_family(model), decoder_layers(model)
-    for mha, mlp in whole:
-        for name in (family.mlp.module, *family.mlp.norms):
-            setattr(layers[mha], name, getattr(layers[mlp], name))
-    blockpruned.drop_layers_(layers, [mha for mha, _ in whole])
+def keep_layers_(model: PreTrainedModel, kept: Sequence[tuple[int, int]]) -> None:
+    """Keep these layers alone, their attentions numbered anew, and make the config describe them; each has the MHA of
+    one layer, whose place it has, and the MLP of another."""
+    family, layers, config = model_family(model), decoder_layers(model), model.config
+    blockpruned.drop_layers_(layers, [mha for mha, _ in kept])
     blockpruned.number_attentions_(layers, family.mha.module)
-    renumber_(model.config, family, whole)
-
-
-def renumber_(config: Any, family: Family, layers: Sequence[tuple[int, int]]) -> None:
-    """Make a config describe these layers alone; each has the MHA of one layer and the MLP of another."""
-    for field, value in family.renumbered(config.to_dict(), layers).items():
+    for field, value in family.renumbered(config.to_dict(), kept).items():
         setattr(config, field, value)
-    config.num_hidden_layers = len(layers)
+    config.num_hidden_layers = len(kept)
 
 
 def _check(mask: Mask, layers: int) -> None:
@@ -388,9 +369,7 @@ def remove_(model: PreTrainedModel, mask: Mask, kept: Sequence[int]) -> None:
     mha, mlp = ({block.layer for block in mask if block.kind is kind} for kind in BlockKind)
     branches = ((family.mha.module, *family.mha.norms), (family.mlp.module, *family.mlp.norms))
     blockpruned.remove_blocks_(layers, mha, mlp, branches)
-    blockpruned.drop_layers_(layers, kept)
-    blockpruned.number_attentions_(layers, family.mha.module)
-    renumber_(config, family, [(layer, layer) for layer in kept])
+    keep_layers_(model, [(layer, layer) for layer in kept])
     config.__class__ = config_class(family)
     config.layers_without_mha = [n for n, layer in enumerate(kept) if layer in mha]
     config.layers_without_mlp = [n for n, layer in enumerate(kept) if layer in mlp]

@@ -1,9 +1,7 @@
 """Narrower MLPs in a live model: channels leave, with their rows of what reads and their columns of what writes."""
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +10,7 @@ from transformers import PreTrainedModel
 from blockpruner.core.blocks import DENSE, BlockId, Channels
 from blockpruner.core.errors import InputError
 from blockpruner.model.classes import model_class
-from blockpruner.model.models import decoder_layers, model_family, remove_, restored
+from blockpruner.model.models import decoder_layers, model_family, remove_, restored, shared_copy
 
 
 @contextmanager
@@ -48,7 +46,7 @@ def _narrow_(model: PreTrainedModel, channels: Mapping[BlockId, Channels]) -> No
                 f" MLPs of {width} channels",
                 rule="no-such-channels", key=str(block), value=len(kept),
             )  # fmt: skip
-        mlp = copy.deepcopy(whole, {id(tensor): tensor for tensor in chain(whole.parameters(), whole.buffers())})
+        mlp = shared_copy(whole)
         for name, child in mlp.named_children():
             if isinstance(child, nn.Linear):
                 _narrow_linear_(child, list(kept), width, name == family.mlp.output)

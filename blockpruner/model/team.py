@@ -74,14 +74,9 @@ class _Events(SilentObserver):
 
 
 def together(count: int, device: str, work: Callable[..., object], observer: Observer, *given: Any) -> None:
-    """Run `work`(team, device, observer, *given) in processes of this machine, each with a GPU of its own.
-
-    Args:
-        device: as `runtime.device`; on the CPU the processes share the threads.
-
-    Raises:
-        Exception: what a process raised; all others are ended.
-    """
+    """Run `work`(team, device, observer, *given) in processes of this machine, each with a GPU of its own; `device` is
+    as `runtime.device`, and on the CPU the processes share the threads. Raises what a process raised; all others are
+    ended."""
     with tempfile.TemporaryDirectory() as folder:
         queue, kind = multiprocessing.get_context("spawn").SimpleQueue(), resolve_device(device).type
         begun: Any = multiprocessing.start_processes(

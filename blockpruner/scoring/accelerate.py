@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from scipy import special
@@ -41,17 +40,20 @@ class Considered:
     """The choice before an audit let all candidates enter; None in a step without audit."""
 
 
-class Select(Protocol):
-    """Scores masks of which only the best matters, so it may leave out masks or rows."""
+class Select:
+    """Scores masks of which only the best matters: here every mask on all rows."""
+
+    def __init__(self, objective: Objective) -> None:
+        self._objective = objective
 
     def __call__(self, index: int, base: Mask, masks: Sequence[Mask]) -> Considered:
         """The scores of one greedy step; the lowest of those on all rows is the step's choice. `masks` are the base
         plus one candidate each, and the base itself if its score is wanted."""
-        ...
+        return Considered(tuple(self._objective(masks, base=base)))
 
     def challenge(self, standing: MaskScore, masks: Sequence[Mask]) -> list[MaskScore]:
         """Scores of masks that may be better than a standing one. The best one has all rows if it is better."""
-        ...
+        return self._objective(masks)
 
 
 CONFIDENCE = 0.999
@@ -73,7 +75,7 @@ def accelerate(objective: Objective, score: Score, costs: Costs | None = None) -
     all cost the same."""
     parts = (score.acceleration or "none").split("+")
     if parts == ["none"]:
-        return Exact(objective)
+        return Select(objective)
     return Accelerated(objective, "race" in parts, "lazy" in parts, costs)
 
 
@@ -87,21 +89,8 @@ def worth(score: MaskScore, base: MaskScore, costs: Costs | None) -> float:
     return score.loss if costs is None else price(score.loss - base.loss, costs.ratio(score.mask - base.mask))
 
 
-@dataclass(frozen=True)
-class Exact:
-    """Scores every mask on all rows."""
-
-    objective: Objective
-
-    def __call__(self, index: int, base: Mask, masks: Sequence[Mask]) -> Considered:
-        return Considered(tuple(self.objective(masks, base=base)))
-
-    def challenge(self, standing: MaskScore, masks: Sequence[Mask]) -> list[MaskScore]:
-        return self.objective(masks)
-
-
-class Accelerated:
-    """Selects the candidates of one search, step after step.
+class Accelerated(Select):
+    """Leaves out masks or rows, by what it has found in earlier steps of one search.
 
     Args:
         races: whether candidates race; else each one that enters is scored on all rows.
@@ -110,7 +99,8 @@ class Accelerated:
     """
 
     def __init__(self, objective: Objective, races: bool, is_lazy: bool, costs: Costs | None) -> None:
-        self._objective, self._races, self._is_lazy, self._costs = objective, races, is_lazy, costs
+        super().__init__(objective)
+        self._races, self._is_lazy, self._costs = races, is_lazy, costs
         self._rises: dict[Mask, np.ndarray] = {}
         self._drifts: list[float] = []
 

@@ -1,7 +1,4 @@
-"""Rows as batches: which rows go together, and the tensors of a batch.
-
-Decides shapes. They move no loss by more than rounding.
-"""
+"""The tensors of a batch of rows. Which rows go together is decided in `work`."""
 
 from __future__ import annotations
 
@@ -11,21 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blockpruner.scoring.work import Rows, Span
-
-FULL_TOKENS = 2048
-"""A batch of so many real tokens ends where more rows would add too many pads."""
-
-WASTE = 0.1
-"""The largest part of pads in such a batch, of its real tokens."""
-
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows padded on the right; pads follow every real token, so causal attention never sees them.
-
-    The indices are made on the CPU. Boolean ones would have a device tell their number first, and wait for it.
-    """
+    """Rows padded on the right; pads follow every real token, so causal attention never sees them. The indices are made
+    on the CPU. Boolean ones would have a device tell their number first, and wait for it."""
 
     input_ids: Tensor
     """[B, T] int64."""
@@ -63,25 +50,3 @@ class Batch:
             return self.packed
         starts = torch.arange(times, device=self.packed.device) * self.is_real.numel()
         return (starts[:, None] + self.packed).flatten()
-
-
-def row_batches(rows: Rows, span: Span, most: int, growth: float = 0.0) -> list[Span]:
-    """Neighbours grouped so that a group's padded tokens stay within a limit, and pads do not outweigh what is real.
-
-    Args:
-        most: tokens to a group; a longer row is a group of its own.
-        growth: how much more memory a token takes for each token of its row, where attention keeps every head's map.
-    """
-    batches: list[Span] = []
-    start, longest, real = 0, 0, 0
-    for place, row in enumerate(span):
-        length = len(rows[row])
-        padded = max(longest, length) * (place - start + 1)
-        is_full = padded * (1 + growth * max(longest, length)) > most
-        is_waste = real >= FULL_TOKENS and padded > (1 + WASTE) * (real + length)
-        if place > start and (is_full or is_waste):
-            batches.append(span[start:place])
-            start, longest, real = place, 0, 0
-        longest, real = max(longest, length), real + length
-    batches.append(span[start:])
-    return batches

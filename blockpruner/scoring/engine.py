@@ -21,11 +21,11 @@ from blockpruner.core.blocks import DENSE, BlockId, Mask
 from blockpruner.core.errors import DeviceMemoryError, NonFiniteLossError
 from blockpruner.model import accelerator
 from blockpruner.model.models import placement, room_beside
-from blockpruner.scoring.batches import Batch, row_batches
+from blockpruner.scoring.batches import Batch
 from blockpruner.scoring.forward import Forward, LayerKwargs, joined
 from blockpruner.scoring.metrics import Metric
 from blockpruner.scoring.walk import walk
-from blockpruner.scoring.work import Rows, ScoredRows, Span, Task, live_numbers, logits_bytes
+from blockpruner.scoring.work import Rows, ScoredRows, Span, Task, live_numbers, logits_bytes, row_batches
 from blockpruner.store.provenance import computing, processor
 from blockpruner.store.trials import Origin
 
@@ -66,12 +66,12 @@ class Engine(Forward):
         model: a dense causal LM of a supported family, in eval mode; its layers may lie on several devices.
         batch_tokens: padded tokens to a batch of rows; "auto" is 1,024 on a CPU, and on a GPU what the device's
             memory holds, at most 65,536.
-
-    Attributes:
-        limit: no batch has more tokens than this; None: the memory alone decides.
     """
 
     limit: int | None
+    """No batch has more tokens than this; None: the memory alone decides."""
+    growth: float
+    """As in `work.row_batches`."""
     _streaming_fix = "set runtime.streaming: true, "
 
     def __init__(self, model: PreTrainedModel, batch_tokens: int | str = "auto") -> None:
@@ -82,7 +82,7 @@ class Engine(Forward):
 
     def row_batches(self, rows: Rows, span: Span) -> list[Span]:
         """Neighbouring rows grouped so that the padded tokens of a group stay within the batch budget."""
-        return row_batches(rows, span, self._tokens, self._growth)
+        return row_batches(rows, span, self._tokens, self.growth)
 
     @property
     def _tokens(self) -> int:
@@ -156,7 +156,7 @@ class Engine(Forward):
     @torch.inference_mode()
     def score(self, task: Task, rows: Rows) -> Iterator[ScoredRows]:
         """One walk: the values of a task, with its rows as one batch."""
-        batch = self._batch([rows[i] for i in task.span])
+        batch = Batch.of([rows[i] for i in task.span], self._home)
         embedded, layer_kwargs = self._prepare(batch.input_ids)
         if task.metric.influence:
             yield from self._influences(task, embedded, batch, layer_kwargs)
@@ -175,11 +175,8 @@ class Engine(Forward):
     def _added(
         self, batch: Batch, layer_kwargs: LayerKwargs, width: int, block: BlockId, states: Sequence[Tensor]
     ) -> Sequence[Tensor]:
-        """What a block adds to each of some states of the batch, in one call.
-
-        On a GPU a call always has `width` states, the last one again and again where there are fewer: the bits may
-        depend on their number.
-        """
+        """What a block adds to each of some states of the batch, in one call. On a GPU a call always has `width`
+        states, the last one again and again where there are fewer: the bits may depend on their number."""
         calls = [*states, *[states[-1]] * (width - len(states))] if self._on_gpu else states
         if len(calls) == 1:
             return [self._block(block, calls[0], layer_kwargs, batch.packed)]
@@ -228,10 +225,9 @@ class Engine(Forward):
         """One pass without `task.base`; a unit is yielded after its last layer."""
         influence, wide = task.metric.compute, torch.promote_types(hidden.dtype, torch.float32)
         units = {mask: sorted(mask - task.base, key=lambda block: (block.layer, block.order)) for mask in task.masks}
-        per_layer = len(self.steps) // self.layers
         reads, adds = dict[BlockId, Tensor](), dict[BlockId, Tensor]()
         for layer in range(self.layers):
-            for step in self.steps[layer * per_layer : (layer + 1) * per_layer]:
+            for step in (step for step in self.steps if step[0].layer == layer):
                 kept = tuple(block for block in step if block not in task.base)
                 reads |= dict.fromkeys(kept, hidden)
                 adds |= {block: self._block(block, hidden, layer_kwargs, batch.packed) for block in kept}
@@ -247,15 +243,9 @@ class Engine(Forward):
                 for block in [block for block in states if block.layer < open_from]:
                     del states[block]
 
-    def _batch(self, rows: Rows) -> Batch:
-        return Batch.of(rows, self._home)
-
     def _losses(self, states: Tensor, dense: Tensor | None, batch: Batch, metric: Metric) -> Tensor:
-        """The sum of each row's losses over its targets, [B] float64; logits in chunks of tokens.
-
-        Args:
-            states, dense: final states of the masked and of the dense model, [N, H]; dense only where it is needed.
-        """
+        """The sum of each row's losses over its targets, [B] float64; logits in chunks of tokens. The states are final
+        ones of the masked and of the dense model, [N, H], the latter only where they are needed."""
         token_loss, chunk = metric.compute, max(1, self._logits_bytes // (self._head.weight.shape[0] * 4))
         losses = []
         for start in range(0, len(states), chunk):
@@ -273,17 +263,15 @@ class Engine(Forward):
         return logits_bytes(self._room)
 
     def _set_batch_tokens(self, batch_tokens: int | str, held: int = 0) -> None:
-        """Set the padded tokens to a batch; "auto" is as many as the device holds.
+        """Set the padded tokens to a batch; "auto" is as many as the device holds, with so many bytes `held` by what
+        comes beside those of the weights that are there.
 
         What is free at the moment has no part in it: in 16 bits the batch shape moves a loss, so the same model on the
         same kind of device always gets the same batches. Where others use the device, batches are halved (`run`).
-
-        Args:
-            held: bytes to come beside those of the weights that are on the device.
         """
         config, item = self._model.config, self._head.weight.element_size()
         self._room = max(0, room_beside(self._model, self._home) - held) if self._on_gpu else None
-        self._growth, self.limit = 0.0, None
+        self.growth, self.limit = 0.0, None
         if batch_tokens != "auto":
             self._batch_tokens = int(batch_tokens)
         elif self._room is None:
@@ -293,7 +281,7 @@ class Engine(Forward):
             room = self._room - self._room // DENSE_SHARE - 4 * self._logits_bytes
             self._batch_tokens = int(max(2048, min(65536, room // bytes_of_token)))
             if config._attn_implementation == "eager":  # every head's map, twice, and its softmax in float32
-                self._growth = config.num_attention_heads * (2 * item + 4) / bytes_of_token
+                self.growth = config.num_attention_heads * (2 * item + 4) / bytes_of_token
 
 
 def late(launched: Iterable[Unread], depth: int) -> Iterator[Unread]:

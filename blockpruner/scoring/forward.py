@@ -5,7 +5,7 @@ masks, is decided by those who use it (`engine`).
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from operator import attrgetter
 from typing import Any
 
@@ -58,12 +58,10 @@ class Forward:
         Nothing in the arguments depends on a row's tokens, so those of one row serve any number of rows.
         """
         recorded = self._recorded(input_ids[:1])
-        moved: dict[tuple[int, torch.device], Tensor] = {}  # layers share masks, which may be large
 
+        @cache  # layers share masks, which may be large
         def move(tensor: Tensor, device: torch.device) -> Tensor:
-            if (id(tensor), device) not in moved:
-                moved[id(tensor), device] = tensor.to(device)
-            return moved[id(tensor), device]
+            return tensor.to(device)
 
         layer_kwargs = tuple(
             map_tensors(kwargs, partial(move, device=self._device(layer))) for layer, (_, kwargs) in enumerate(recorded)

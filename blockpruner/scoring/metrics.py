@@ -31,8 +31,7 @@ class Metric:
 
     @property
     def compute(self) -> Callable[..., Any]:
-        found: Any = pkgutil.resolve_name(self.function) if isinstance(self.function, str) else self.function
-        return found  # type: ignore[no-any-return]
+        return pkgutil.resolve_name(self.function) if isinstance(self.function, str) else self.function
 
 
 def perplexity(nll: float) -> float:

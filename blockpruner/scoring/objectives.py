@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import TypeVar
 
 from blockpruner.core.blocks import DENSE, Mask, format_mask
@@ -126,28 +127,24 @@ class Objective:
         return self._store.origin
 
     def __call__(self, masks: Sequence[Mask], rows: int | None = None, base: Mask = DENSE) -> list[MaskScore]:
-        """Score masks, in the order given; compute what the store lacks.
+        """Score masks, in the order given; compute what the store lacks. In 16 bits it may raise an OriginChangedError,
+        see `in_one_origin`.
 
         Args:
             rows: how many of the first rows; None is all.
             base: what is removed before an influence is taken; the base itself has no influence, so no rows.
-
-        Raises:
-            OriginChangedError: in 16 bits; see `in_one_origin`.
         """
         wanted = self.rows if rows is None else rows
         keys = {mask: self._key(mask, base) for mask in masks if not self.metric.influence or mask != base}
-        self._count(keys.values())
-        if missing := self._missing(keys, wanted):
-            self._compute(missing, base)
-        return [self._score(mask, keys.get(mask), wanted) for mask in masks]
-
-    def _count(self, keys: Iterable[str]) -> None:
-        """Count what is asked for the first time and known."""
-        for key in keys:
+        for key in keys.values():
             if key not in self._asked:
                 self._asked.add(key)
                 self.counts.trials_reused += self._store.known(key, 0, self.rows)
+        if missing := self._missing(keys, wanted):
+            self._compute(missing, base)
+        losses = {mask: tuple((self._store.get(key) or [])[:wanted]) for mask, key in keys.items()}
+        assert not any(map(math.isnan, chain.from_iterable(losses.values())))
+        return [MaskScore(mask, losses.get(mask, ()), self.rows) for mask in masks]
 
     def _missing(self, keys: Mapping[Mask, str], rows: int) -> dict[Span, list[Mask]]:
         """The masks by the rows that are to be computed, shorter rows first, so that batches need few pads."""
@@ -156,17 +153,12 @@ class Objective:
         for mask, key in keys.items():
             lacking = [row for row in by_length if not self._store.known(key, row, row + 1)]
             if lacking:
-                missing.setdefault(span_of(lacking), []).append(mask)
+                run = range(lacking[0], lacking[0] + len(lacking))
+                missing.setdefault(run if lacking == list(run) else tuple(lacking), []).append(mask)
         return missing
 
     def _key(self, mask: Mask, base: Mask) -> str:
         return trial_key(mask - base, base) if self.metric.influence else trial_key(mask)
-
-    def _score(self, mask: Mask, key: str | None, rows: int) -> MaskScore:
-        values = None if key is None else self._store.get(key)
-        loss = () if values is None else tuple(values[:rows])
-        assert not any(map(math.isnan, loss))
-        return MaskScore(mask, loss, self.rows)
 
     def _compute(self, missing: dict[Span, list[Mask]], base: Mask) -> None:
         rows = self._calibration.rows
@@ -212,9 +204,3 @@ def in_one_origin(work: Callable[[], T], observer: Observer) -> T:
             return work()
         except OriginChangedError as change:
             observer.note(str(change))
-
-
-def span_of(rows: Sequence[int]) -> Span:
-    """A range where the rows follow each other."""
-    run = range(rows[0], rows[0] + len(rows))
-    return run if list(rows) == list(run) else tuple(rows)

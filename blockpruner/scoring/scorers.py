@@ -4,6 +4,7 @@ Decides when a model is loaded, and how a scorer is made from the `runtime` sett
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from blockpruner.core.settings import Runtime
@@ -16,7 +17,6 @@ class LazyScorer:
 
     def __init__(self, make: Callable[[], Scorer]) -> None:
         self._make = make
-        self._made: Scorer | None = None
 
     def row_batches(self, rows: Rows, span: Span) -> list[Span]:
         return self._scorer.row_batches(rows, span)
@@ -28,15 +28,13 @@ class LazyScorer:
         return self._scorer.origin()
 
     def close(self) -> None:
-        if self._made is not None:
-            self._made.close()
-            self._made = None
+        if "_scorer" in vars(self):
+            self._scorer.close()
+            del self._scorer
 
-    @property
+    @cached_property
     def _scorer(self) -> Scorer:
-        if self._made is None:
-            self._made = self._make()
-        return self._made
+        return self._make()
 
 
 def make_scorer(
@@ -47,32 +45,20 @@ def make_scorer(
     trust_remote_code: bool = False,
     note: Callable[[str], object] = lambda message: None,
     advance: Callable[[int, int, str], object] = lambda done, total, detail: None,
+    memory: int | None = None,
 ) -> Scorer:
-    """Load a checkpoint for scoring.
+    """Load a checkpoint for scoring. Raises InputError for a device, attention, package or number of workers that this
+    machine does not have.
 
     Args:
         note: receives lines of information from Ray workers.
         advance: while a model is streamed here, receives the layers done, their number, and the last one's name.
-
-    Raises:
-        InputError: a device, attention, package or number of workers that this machine does not have.
+        memory: the most bytes that streaming takes here.
     """
     if runtime.executor == "ray":
         from blockpruner.scoring.large.ray import RayScorer
 
         return RayScorer(checkpoint, dtype, runtime, trust_remote_code, note)
-    return local_scorer(checkpoint, dtype, runtime, trust_remote_code, advance)
-
-
-def local_scorer(
-    checkpoint: Path,
-    dtype: str,
-    runtime: Runtime,
-    trust_remote_code: bool,
-    advance: Callable[[int, int, str], object] = lambda done, total, detail: None,
-    memory: int | None = None,
-) -> Scorer:
-    """A scorer in this process; if streamed, with at most `memory` bytes."""
     from blockpruner.model.models import load_model, set_threads
 
     set_threads(runtime.threads)

@@ -35,17 +35,14 @@ class Stability:
 
 
 def stability(losses: Mapping[Mask, Sequence[float]], chosen: Mask) -> Stability | None:
-    """Compare the chosen candidate with the others.
+    """Compare the chosen candidate with the others. None where the rows tell nothing: there is one, there is nothing to
+    compare, or something else than the lowest loss of these rows was chosen.
 
         d = l_other - l_chosen, row by row; a rival has mean(d) <= t[n-1, 0.975] sd(d) / sqrt(n)
 
     Args:
         losses: of each candidate on the first rows, in the order of ties. Those with the most rows are compared, on the
             rows that they share with the chosen one. One that is infinite is not.
-
-    Returns:
-        None where the rows tell nothing: there is one, there is nothing to compare, or something else than the lowest
-        loss of these rows was chosen.
     """
     rows = min(
         len(losses.get(chosen, ())), max((len(own) for mask, own in losses.items() if mask != chosen), default=0)

@@ -10,9 +10,10 @@ the model's device where it has the room, else in the host's memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from blockpruner.core.blocks import BlockId, Channels, Cut, Mask
+from blockpruner.scoring.batches import Batch
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.metrics import METRICS, NLL
 from blockpruner.scoring.walk import Step
@@ -87,7 +89,7 @@ class Streams(Engine):
         self.fitted = [number for number, span in enumerate(spans) if span[-1] < fitted]
         """The batches that something is fitted to."""
         self.held_out = [number for number, span in enumerate(spans) if span[-1] >= fitted]
-        self._batches = [self._batch([rows[i] for i in span]) for span in spans]
+        self._batches = [Batch.of([rows[i] for i in span], self._home) for span in spans]
         self.real = [batch.is_real.cpu() for batch in self._batches]
         prepared = [self._prepare(batch.input_ids) for batch in self._batches]
         self._kwargs = [kwargs for _, kwargs in prepared]
@@ -150,12 +152,7 @@ class Streams(Engine):
         return {number: self._logits(finals[number][::every]) for number in self.held_out}
 
     def divergence(self, finals: Mapping[int, Tensor], dense: Mapping[int, Tensor], every: int) -> float:
-        """The mean KL divergence of `predictions` from the dense model's, in nats.
-
-        Args:
-            finals: as from `final_states`.
-            dense: the dense model's, anywhere.
-        """
+        """The mean KL divergence of `predictions` from the dense model's, which are anywhere, in nats."""
         found = list[Tensor]()
         for number, ours in self.predictions(finals, every).items():
             found.append(METRICS["kl"].compute(ours, self._batches[number].targets[::every], dense[number].to(ours)))
@@ -189,16 +186,15 @@ class Streams(Engine):
         """What the writer of a block reads where the block reads a state of a batch, [B, T, p] (no column without a
         writer) and of the model's dtype, and what its module gives, before a norm behind it, [B, T, d]."""
         found: list[Tensor] = []
-        hooks = [
-            self._module(block).register_forward_hook(lambda _, given, out: found.append(_first(out))),
-        ]
-        if (writer := self.writer(block)) is not None:
-            hooks.insert(0, writer.register_forward_pre_hook(lambda _, given: found.append(given[0])))
-        try:
+
+        def note(module: nn.Module, given: Any, out: Tensor | tuple[Tensor, ...]) -> None:
+            found.append(out[0] if isinstance(out, tuple) else out)
+
+        with ExitStack() as hooks:
+            hooks.enter_context(self._module(block).register_forward_hook(note))
+            if (writer := self.writer(block)) is not None:
+                hooks.enter_context(writer.register_forward_pre_hook(lambda _, given: found.append(given[0])))
             self._block(block, self._read(state), self._kwargs[number])
-        finally:
-            for hook in hooks:
-                hook.remove()
         *reads, gives = found
         return (reads[0] if reads else gives[..., :0]).to(state.device), gives.to(state)
 
@@ -240,13 +236,11 @@ class Streams(Engine):
         post = self._family.branch(block.kind).post
         return None if post is None else getattr(self._layers[block.layer], post)
 
-    def change_(self, weight: Tensor, value: Tensor) -> Tensor:
-        """Give a weight another value; returns the difference as it is in the weight's dtype."""
+    def change_(self, weight: Tensor, value: Tensor) -> None:
+        """Give a weight another value, until `put_aside_`."""
         if weight not in self.old:
             self.old[weight] = weight.detach().clone().cpu()
-        before = weight.detach().clone()
         weight.copy_(value)
-        return weight.detach() - before
 
     def narrow_(self, channels: Mapping[BlockId, Channels]) -> None:
         """Let the writers of narrowed blocks read the other channels no more."""
@@ -279,7 +273,3 @@ def _kept(step: Step, cut: Cut) -> tuple[tuple[BlockId, Channels | None], ...]:
 
 def _keeps(step: Step, cut: Cut) -> bool:
     return not cut.mask.issuperset(step)
-
-
-def _first(out: Tensor | tuple[Tensor, ...]) -> Tensor:
-    return out[0] if isinstance(out, tuple) else out

@@ -27,6 +27,12 @@ Step = tuple[BlockId, ...]
 
 State = TypeVar("State")
 
+RunBlock = Callable[[BlockId, Sequence[State]], Sequence[State]]
+"""Gives what a block adds to each of some states."""
+
+Join = Callable[[State, Sequence[State]], State]
+"""Gives the state after a step, from the state before it and what its kept blocks add."""
+
 
 def steps_of(layers: int, parallel: bool) -> list[Step]:
     """The steps of a forward pass: layer by layer, MHA before MLP."""
@@ -46,22 +52,10 @@ class _Node(Generic[State]):
 
 
 def walk(
-    steps: Sequence[Step],
-    masks: Sequence[Mask],
-    state: State,
-    run: Callable[[BlockId, Sequence[State]], Sequence[State]],
-    join: Callable[[State, Sequence[State]], State],
-    width: int = 1,
+    steps: Sequence[Step], masks: Sequence[Mask], state: State, run: RunBlock[State], join: Join[State], width: int = 1
 ) -> Iterator[tuple[Sequence[Mask], State]]:
-    """Yield the masks that agree on all steps, with their state after them, group by group.
-
-    Masks that keep fewer blocks of a step come first.
-
-    Args:
-        run: gives what a block adds to each of some states.
-        join: gives the state after a step, from the state before it and what its kept blocks add.
-        width: how many masks go along at once.
-    """
+    """Yield the masks that agree on all steps, with their state after them, group by group. Masks that keep fewer
+    blocks of a step come first; `width` masks go along at once."""
     ordered = sorted(masks, key=lambda mask: [_place(step, mask) for step in steps])
     waiting = [(0, _Node(ordered, state))]
     while waiting:
@@ -95,12 +89,7 @@ def _along(pieces: Sequence[_Node[State]], width: int) -> int:
     return sum(count < width for count in islice(before, len(pieces)))
 
 
-def _behind(
-    step: Step,
-    pieces: Sequence[_Node[State]],
-    run: Callable[[BlockId, Sequence[State]], Sequence[State]],
-    join: Callable[[State, Sequence[State]], State],
-) -> list[_Node[State]]:
+def _behind(step: Step, pieces: Sequence[_Node[State]], run: RunBlock[State], join: Join[State]) -> list[_Node[State]]:
     """The pieces after their step."""
     kept = [[block for block in step if block not in piece.masks[0]] for piece in pieces]
     for block in step:

@@ -97,7 +97,7 @@ class Logged(Replica):
     """Writes down each unit as it is computed, beside the checkpoint; slow enough to be killed in between."""
 
     def run(self, tasks, rows, limit):
-        log = self._arguments[0].parent / "computed"
+        log = self._checkpoint.parent / "computed"
         for unit in super().run(tasks, rows, limit):
             if isinstance(unit, ScoredRows):
                 with open(log, "a") as stream:
@@ -113,13 +113,10 @@ class Fake(Logged):
 
     def load(self):
         self._scorer = self
-        return f"process {os.getpid()} on here", {"device": "none", "batch_tokens": 24}
-
-    def row_batches(self, rows, span, limit=None):
-        return [range(row, row + 1) for row in span]
+        return f"process {os.getpid()} on here", {"device": "none", "batch_tokens": 12}, 0.0
 
     def run(self, tasks, rows, limit):
-        log = self._arguments[0].parent / "computed"
+        log = self._checkpoint.parent / "computed"
         for task in tasks:
             for mask in task.masks:
                 time.sleep(self.seconds)
@@ -162,15 +159,11 @@ class Shrinks(Fake):
     """Its batches have 36 tokens, three rows; in one process memory runs out, and then it is one row."""
 
     def load(self):
-        name, origin = super().load()
-        return name, {**origin, "batch_tokens": 36}
-
-    def row_batches(self, rows, span, limit=None):
-        count = limit // 12
-        return [span[start : start + count] for start in range(0, len(span), count)]
+        name, origin, growth = super().load()
+        return name, {**origin, "batch_tokens": 36}, growth
 
     def run(self, tasks, rows, limit):
-        folder = self._arguments[0].parent
+        folder = self._checkpoint.parent
         with open(folder / "limits", "a") as log:
             log.write(f"{limit} {[len(task.span) for task in tasks]}\n")
         if is_first(folder / "shrunk"):
@@ -187,8 +180,8 @@ class Refuses(Fake):
 
 class OfAnotherCard(Fake):
     def load(self):
-        name, origin = super().load()
-        return name, {**origin, "device": f"card {os.getpid()}"}
+        name, origin, growth = super().load()
+        return name, {**origin, "device": f"card {os.getpid()}"}, growth
 
 
 def value(mask, row):

@@ -155,8 +155,8 @@ def test_pieces_of_logits_keep_the_bits(loss, dtype, tokens, monkeypatch):
     logits, dense = (torch.randn(tokens, 50257, generator=generator).to(dtype) for _ in range(2))
     given = (logits, torch.randint(50257, (tokens,), generator=generator), dense)
     monkeypatch.setattr(losses, "PIECE_BYTES", 1)
-    sizes, wide = [], losses._wide
-    monkeypatch.setattr(losses, "_wide", lambda given: sizes.append(len(given)) or wide(given))
+    sizes, wide = [], losses.wide
+    monkeypatch.setattr(losses, "wide", lambda given: sizes.append(len(given)) or wide(given))
     found = loss(*given)
     assert max(sizes) <= losses.PIECE_TOKENS and (min(sizes) > 1 or tokens == 1)
     assert torch.equal(found, loss.__wrapped__(*given))

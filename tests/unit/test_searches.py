@@ -14,7 +14,7 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.families import Costs
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import masked
-from blockpruner.scoring.accelerate import Exact
+from blockpruner.scoring.accelerate import Select
 from blockpruner.scoring.objectives import MaskScore
 from blockpruner.search import run
 from blockpruner.search.iteration import stabilities
@@ -310,7 +310,7 @@ def test_regret(cubic):
             least = min(loss for mask, loss in losses.items() if goal.is_met(mask))
             for name, (method, options) in SEARCHED.items():
                 row = SEARCHES[method]
-                problem = Problem(table.units, ask, Exact(ask), ROWS, table.goal(budget), table.resources)
+                problem = Problem(table.units, ask, Select(ask), ROWS, table.goal(budget), table.resources)
                 answers = [step.removed for step in row.run(problem, row.options(**options))]
                 answer = min(answers, key=goal.distance) if row.nested else answers[-1]
                 if goal.is_met(answer):

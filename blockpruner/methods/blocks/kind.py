@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockpruner.core.blocks import DENSE, BlockKind, Mask, format_mask, parse_mask, sorted_blocks
-from blockpruner.core.budgets import Resources, choose_prefix, is_settled, parse_budget, resources_of
+from blockpruner.core.budgets import choose_prefix, is_settled, parse_budget, resources_of
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config, Costs
 from blockpruner.core.markdown import code
@@ -61,18 +62,15 @@ def score(job: Job) -> tuple[Current, Counts]:
 
 
 def choose(order: Sequence[Mask], perplexities: Sequence[float], config: Config, budget: str, current: Current) -> Plan:
-    """Choose the prefix of a removal sequence that meets a budget.
+    """Choose the prefix of a removal sequence that meets a budget; raises InputError that names the largest or nearest
+    budget that can be met.
 
     Args:
         order: the units removed, in order; of a search that is not nested all at once.
         perplexities: on the calibration set, of the dense model and after each removal (one more than `order`).
-
-    Raises:
-        InputError: the budget cannot be met; names the largest or nearest that can.
     """
     resources = known_resources(config, budget, current)
-    prefixes = [Mask().union(*order[: k + 1]) for k in range(len(order))]
-    counts = resources["parameters"]
+    prefixes, counts = list(accumulate(order, Mask.union)), resources["parameters"]
     wanted = parse_budget(budget, counts)
     steps = choose_prefix(wanted, prefixes, resources[wanted.resource])
     known, own = (perplexities[0], perplexities[steps]), listed(order[:steps], counts)
@@ -81,11 +79,10 @@ def choose(order: Sequence[Mask], perplexities: Sequence[float], config: Config,
 
 def listed(order: Sequence[Mask], counts: Costs) -> dict[str, Any]:
     """The fields of a plan that follow from the units that are removed, in order."""
-    prefixes = [Mask().union(*order[: k + 1]) for k in range(len(order))]
     return {
         "removed": tuple(str(block) for block in sorted_blocks(DENSE.union(*order))),
         "order": tuple(format_mask(unit) for unit in order),
-        "ratios": tuple(counts.ratio(prefix) for prefix in prefixes),
+        "ratios": tuple(counts.ratio(prefix) for prefix in accumulate(order, Mask.union)),
     }
 
 
@@ -112,22 +109,16 @@ def commit(scores: Path, config: Config, budget: str, current: Current) -> tuple
     if not trace:
         raise InputError(f"{directory} has no iteration for budget {budget!r}; run its stage score")
     order, perplexities = removals(trace, current.nested)
-    if current.nested:
-        _require_scored(order, resources, budget, current)
+    if current.nested:  # it may have been scored for other budgets
+        prefixes, wanted = list(accumulate(order, Mask.union)), parse_budget(budget, resources["parameters"])
+        costs = resources[wanted.resource]
+        remaining = [unit for unit in units_of(request(current.score), resources) if not unit <= prefixes[-1]]
+        if not is_settled(wanted, prefixes, costs, remaining):
+            reached = wanted.amount(prefixes[-1], costs)
+            raise InputError(f"the run is scored up to {reached}, not to budget {budget!r}; run its stage score")
     plan = choose(order, perplexities, config, budget, current)
     used = len(plan.order) if plan.nested else len(trace)
     return plan, [table_path(directory, index) for index in range(used)]
-
-
-def _require_scored(order: Sequence[Mask], resources: Resources, budget: str, current: Current) -> None:
-    """Refuse a sequence that was not scored as far as the budget: it was searched for others."""
-    counts = resources["parameters"]
-    prefixes = [Mask().union(*order[: k + 1]) for k in range(len(order))]
-    remaining = [unit for unit in units_of(request(current.score), resources) if not unit <= prefixes[-1]]
-    wanted = parse_budget(budget, counts)
-    if not is_settled(wanted, prefixes, resources[wanted.resource], remaining):
-        reached = wanted.amount(prefixes[-1], resources[wanted.resource])
-        raise InputError(f"the run is scored up to {reached}, not to budget {budget!r}; run its stage score")
 
 
 def words(plan: Plan, unit: str) -> str:

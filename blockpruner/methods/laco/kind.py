@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, closing
 from functools import cache, partial
-from itertools import chain
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from blockpruner.core.blocks import Mask, all_blocks, removable_units
@@ -39,20 +39,17 @@ class LacoOptions(Options):
 
 
 def plan_merges(options: LacoOptions, job: Job, budget: Budget) -> Details:
-    """LaCo's merges that remove the number of layers nearest to the budget.
+    """LaCo's merges that remove the number of layers nearest to the budget. Raises InputError for a budget or settings
+    that no walk meets; it names what is nearest.
 
-    Returns:
-        variant; merges, as [layer, count] in order; threshold; similarity of the merged model to the dense one;
-        layers: how many are removed; nll: the merged model's, each calibration row's mean.
-
-    Raises:
-        InputError: a budget or settings that no walk meets; names what is nearest.
+    The details are variant; merges, as [layer, count] in order; threshold; similarity of the merged model to the dense
+    one; layers: how many are removed; nll: the merged model's, each calibration row's mean.
     """
     material, costs = job.material, job.resources[budget.resource]
     assert material.trials is not None  # only searches of masks keep trials in memory
     from blockpruner.methods.laco.merging import Similarity, merged_nll
 
-    walk, wanted = _walk(options, costs), _wanted(budget, costs)
+    walk, wanted = _asked(options, budget, costs)
     of = {"calibration": job.calibration.digest, "model": material.identity, "dtype": material.dtype}
     fields = {**of, "variant": options.variant, "plan_version": PLAN_VERSION}
     with closing(SimilarityLog(material.trials / f"laco-{fingerprint(fields)}.jsonl", fields)) as log:
@@ -75,16 +72,17 @@ def plan_merges(options: LacoOptions, job: Job, budget: Budget) -> Details:
             raise type(error)(f"budget {budget.text!r}: {error}") from error
         reached, nll = similarity(merges), merged_nll(material.dense(), job.calibration.rows, merges, options.variant)
     found: Details = {"variant": options.variant, "merges": [[merge.layer, merge.count] for merge in merges]}
-    found |= {"threshold": threshold, "similarity": reached}
-    return {**found, "layers": dropped(merges, walk.depth), "nll": nll}
+    measured = {"threshold": threshold, "similarity": reached, "layers": dropped(merges, walk.depth), "nll": nll}
+    return found | measured
 
 
-def _wanted(budget: Budget, costs: Costs) -> int:
-    """The number of layers whose removal is nearest to the budget."""
+def _asked(options: LacoOptions, budget: Budget, costs: Costs) -> tuple[Walk, int]:
+    """The walk, and the number of layers whose removal is nearest to the budget."""
     depth = len(costs.blocks) // 2
+    walk = Walk(depth, options.count, options.lowest, options.highest, options.interval)
     layers = removable_units(depth, "layer", "all")[: depth - 1]  # one layer is left at least
     require_reachable(budget, layers, costs)
-    return choose_prefix(budget, [Mask().union(*layers[: k + 1]) for k in range(depth - 1)], costs)
+    return walk, choose_prefix(budget, list(accumulate(layers, Mask.union)), costs)
 
 
 def require_merges(budget: Budget, options: LacoOptions, config: Config) -> None:
@@ -93,13 +91,10 @@ def require_merges(budget: Budget, options: LacoOptions, config: Config) -> None
     if costs is None:  # a speed-up, which is measured first
         return
     try:
-        _walk(options, costs).require(_wanted(budget, costs))
+        walk, wanted = _asked(options, budget, costs)
+        walk.require(wanted)
     except UnreachableError as error:
         raise UnreachableError(f"budget {budget.text!r}: {error}") from None
-
-
-def _walk(options: LacoOptions, costs: Costs) -> Walk:
-    return Walk(len(costs.blocks) // 2, options.count, options.lowest, options.highest, options.interval)
 
 
 def _left(details: Details, config: Config) -> Left:

@@ -13,14 +13,13 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from blockpruner.core.blocks import DENSE
 from blockpruner.core.errors import InputError
 from blockpruner.methods.laco.walk import Merge, Merges, layers_after
-from blockpruner.model import modeling_blockpruned as blockpruned
-from blockpruner.model.models import decoder_layers, model_family, renumber_, replace_parameters_, restored
+from blockpruner.model.models import decoder_layers, keep_layers_, model_family, replace_parameters_, restored
+from blockpruner.scoring.batches import Batch
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Rows, Task
 
@@ -29,19 +28,14 @@ Layers = Sequence[nn.Module]
 
 
 def merge_(model: PreTrainedModel, merges: Sequence[Merge], variant: str) -> PreTrainedModel:
-    """Merge layers of the model in place, for good, in the order of `merges`.
+    """Merge layers of the model in place, for good, in the order of `merges`; `variant` is a key of `VARIANTS`. Raises
+    InputError if the model has no layers for a merge; it is unchanged.
 
     Layers merged into another are dropped, attentions are renumbered 0..n-1 (a KV cache takes the number for its slot),
     and the config gets the new number of layers. Class and config stay the family's own: `save_pretrained` and
     `from_pretrained` need no code of ours. A merged layer keeps its own type (sliding window or full).
-
-    Args:
-        variant: a key of `VARIANTS`.
-
-    Raises:
-        InputError: the model has no layers for a merge; it is unchanged.
     """
-    layers, config = decoder_layers(model), model.config
+    layers = decoder_layers(model)
     after = layers_after(merges, len(layers))
     for sources in after:
         if len({frozenset(name for name, _ in layers[source].named_parameters()) for source in sources}) > 1:
@@ -50,7 +44,6 @@ def merge_(model: PreTrainedModel, merges: Sequence[Merge], variant: str) -> Pre
                 ", whose parameters cannot be added; keep to layers of one kind (score.options: lowest, highest), or "
                 "choose another method"
             )
-    kept = [sources[0] for sources in after]
     remaining = list(layers)
     for merge in merges:
         group = remaining[merge.layer : merge.layer + merge.count + 1]
@@ -62,9 +55,7 @@ def merge_(model: PreTrainedModel, merges: Sequence[Merge], variant: str) -> Pre
             if name in values
         }
         replace_parameters_(group[0], new)
-    blockpruned.drop_layers_(layers, kept)
-    blockpruned.number_attentions_(layers, model_family(model).mha.module)
-    renumber_(config, model_family(model), [(layer, layer) for layer in kept])
+    keep_layers_(model, [(sources[0], sources[0]) for sources in after])
     return model
 
 
@@ -82,13 +73,9 @@ class Similarity:
 
     X, X_merges [T, H]: a row's last hidden states in the dense and in the merged model, after the final norm, as in
     LaCo's public notebook (`hidden_states[-1]`). A row is one vector of T x H numbers, without pads; the cosine is
-    taken in float64. The dense states of all rows are held in memory, in the model's dtype.
-
-    Args:
-        advance: receives, during a measurement, the rows done, their number, and the candidate's last merge.
-
-    Raises:
-        InputError: when called: a merge that is not possible, or hidden states that are not finite.
+    taken in float64. The dense states of all rows are held in memory, in the model's dtype. A call raises InputError
+    for a merge that is not possible, or hidden states that are not finite. Meanwhile `advance` receives the rows done,
+    their number, and the candidate's last merge.
     """
 
     def __init__(
@@ -99,9 +86,7 @@ class Similarity:
         advance: Callable[[int, int, str], object] = lambda done, total, detail: None,
         batch_tokens: int | str = "auto",
     ) -> None:
-        self._model, self._variant = model, variant
-        self._rows = [[token if token >= 0 else ~token for token in row] for row in rows]  # scored or only given
-        self._advance = advance
+        self._model, self._rows, self._variant, self._advance = model, rows, variant, advance
         self._decoder: nn.Module = attrgetter(model_family(model).decoder)(model)
         self._batches = Engine(model, batch_tokens).row_batches(rows, range(len(rows)))
         self._dense: list[Tensor] = []
@@ -124,15 +109,12 @@ class Similarity:
         return fmean(values)
 
     def _states(self) -> Iterator[Tensor]:
-        """Each row's last hidden states [T, H] in the model as it is now.
-
-        Pads follow every real token, so causal attention never sees them.
-        """
+        """Each row's last hidden states [T, H] in the model as it is now. Pads follow every real token, so causal
+        attention never sees them."""
         home = self._model.get_input_embeddings().weight.device
         for span in self._batches:
-            rows = [torch.tensor(self._rows[i]) for i in span]
-            ids = pad_sequence(rows, batch_first=True).to(home)
-            states = self._decoder(input_ids=ids, use_cache=False).last_hidden_state
+            rows = [self._rows[i] for i in span]
+            states = self._decoder(input_ids=Batch.of(rows, home).input_ids, use_cache=False).last_hidden_state
             for row, state in zip(rows, states, strict=True):
                 yield state[: len(row)]
 
@@ -163,10 +145,8 @@ def _last_linears(layers: Layers) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _sum_of_differences(layers: Layers) -> dict[str, Tensor]:
-    """theta* = theta_l + sum_k (theta_{l+k} - theta_l), k = 1..m, for all parameters of the layer, norms included.
-
-    This is the equation of arXiv 2402.11187, section 2, in float32 at least and rounded once.
-    """
+    """theta* = theta_l + sum_k (theta_{l+k} - theta_l), k = 1..m, for all parameters of the layer, norms included. This
+    is the equation of arXiv 2402.11187, section 2, in float32 at least and rounded once."""
     base, *others = (dict(layer.named_parameters()) for layer in layers)
     result = {}
     for name, parameter in base.items():

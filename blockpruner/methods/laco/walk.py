@@ -74,12 +74,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Walk:
-    """LaCo's walk down a model of `depth` layers, without its threshold.
+    """LaCo's walk down a model of `depth` layers, without its threshold. Raises InputError for settings by which no
+    layer would be visited, or one that does not exist.
 
     count: C, how many layers become one; lowest: L; highest: H, None is the last layer; interval: I.
-
-    Raises:
-        InputError: settings by which no layer would be visited, or one that does not exist.
     """
 
     depth: int
@@ -173,10 +171,8 @@ def search_threshold(similarity: Measure, walk: Walk, wanted_layers: int) -> tup
     A lower threshold may remove fewer layers: one more merge near the top can make all later ones too dissimilar. So
     bisection may miss a budget that can be met, or meet it with less similar merges. This goes down from the largest
     threshold, one result after the other (`Walk.results`), and stops at the first that meets the budget. There are
-    about as many results as layers that a walk visits (simulated), and no candidate is measured twice.
-
-    Returns:
-        The threshold, in the middle of those that give these merges, and the merges.
+    about as many results as layers that a walk visits (simulated), and no candidate is measured twice. What is returned
+    is the middle of the thresholds that give these merges.
 
     Raises:
         UnreachableError: a number of layers that no threshold removes, before anything is measured where similarities
@@ -206,8 +202,8 @@ def _out_of_reach(wanted: int, walk: Walk, removed: Mapping[int, str]) -> Unreac
 # What is known
 
 
-class SimilarityLog:
-    """Similarities on disk (`store.journal`), each synced as soon as it is known; for one writer at a time."""
+class SimilarityLog(Journal):
+    """Similarities on disk, each synced as soon as it is known; for one writer at a time."""
 
     known: dict[Merges, float]
     """What the log holds."""
@@ -216,15 +212,12 @@ class SimilarityLog:
 
     def __init__(self, path: Path, fields: Mapping[str, Any]) -> None:
         """Read the file if it exists. `fields` are what a similarity depends on; a file of others is set aside."""
+        super().__init__(path, {"fingerprint": fingerprint(fields), "fields": dict(fields)})
         self.problems = []
-        self._journal = Journal(path, {"fingerprint": fingerprint(fields), "fields": dict(fields)})
-        entries = self._journal.read(self.problems)
+        entries = self.read(self.problems)
         self.known = {tuple(Merge(*pair) for pair in entry["merges"]): entry["similarity"] for entry in entries}
 
     def record(self, merges: Merges, value: float) -> None:
         """Keep one similarity; on return it is on disk."""
         self.known[merges] = value
-        self._journal.append({"merges": [[merge.layer, merge.count] for merge in merges], "similarity": value})
-
-    def close(self) -> None:
-        self._journal.close()
+        self.append({"merges": [[merge.layer, merge.count] for merge in merges], "similarity": value})

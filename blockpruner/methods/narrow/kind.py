@@ -48,11 +48,9 @@ def step_of(options: NarrowOptions, width: int) -> int:
 def plan_widths(options: NarrowOptions, job: Job) -> Callable[[Budget], Details]:
     """Plans MLPs' widths for budgets; levels that are not known are measured for the first of them.
 
-    The details are `channels`, the kept ones of each narrowed MLP, and `cost`, what the levels cost in all.
-
-    Raises:
-        InputError: a budget that is no share of parameters.
-        UnreachableError: a ratio out of reach, or a family whose MLPs are mixtures.
+    The details are `channels`, the kept ones of each narrowed MLP, and `cost`, what the levels cost in all. Raises
+    InputError for a budget that is no share of parameters, and UnreachableError for a ratio out of reach, or a family
+    whose MLPs are mixtures.
     """
     config = job.material.config
     known = cache(lambda: known_widths(step_of(options, int(config["intermediate_size"])), job))
@@ -62,7 +60,7 @@ def plan_widths(options: NarrowOptions, job: Job) -> Callable[[Budget], Details]
 def known_widths(step: int, job: Job) -> dict[str, list[Width]]:
     """What each width of each MLP costs. An MLP's are kept beside the trials once they are measured, and all together
     in the run's folder of scores: no budget measures them again."""
-    from blockpruner.methods.narrow.levels import Levels, by_cost, measure_levels
+    from blockpruner.methods.narrow.levels import Levels, Width, by_cost, measure_levels
 
     material, rows, observer = job.material, job.calibration.rows, job.material.observer
     if len(rows) < 2:
@@ -72,7 +70,11 @@ def known_widths(step: int, job: Job) -> dict[str, list[Width]]:
     log = Journal(material.trials / f"{name}.jsonl", facts) if material.trials else None
     table = job.folder / f"{name}.json"
     kept = (read_kept_json(table, observer.note) or {"levels": []})["levels"]
-    found = {unit["block"]: Levels.of(unit) for unit in (*kept, *(log.read(problems) if log else ()))}
+    units = (*kept, *(log.read(problems) if log else ()))
+    found = {
+        unit["block"]: Levels(unit["block"], [Width(**width) for width in unit["widths"]], unit["rise"])
+        for unit in units
+    }
     for problem in problems:
         observer.note(problem)
     if len(found) < int(material.config["num_hidden_layers"]):

@@ -14,9 +14,8 @@ text decides otherwise cancel.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,21 +62,13 @@ class Levels:
     rise: float
     """The divergence for each unit of that."""
 
-    @classmethod
-    def of(cls, fields: Mapping[str, Any]) -> Levels:
-        """From its fields as JSON."""
-        return cls(fields["block"], [Width(**width) for width in fields["widths"]], fields["rise"])
-
 
 @torch.no_grad()
 def measure_levels(
     model: PreTrainedModel, rows: Rows, channels: int, known: Container[str], observer: Observer
 ) -> Iterator[Levels]:
-    """The levels of each MLP that is not in `known`: so many channels gone, twice as many and more.
-
-    Args:
-        rows: two or more, of any lengths; all real tokens count. The model's device also takes `work.widths_bytes`.
-    """
+    """The levels of each MLP that is not in `known`: so many channels gone, twice as many and more. There are two rows
+    or more, of any lengths; all real tokens count. The model's device also takes `work.widths_bytes`."""
     places = range(len(rows))[JUDGING - 1 :: JUDGING][:MOST] or [len(rows) - 1]
     judging = [rows[place] for place in places]
     summed = [row for place, row in enumerate(rows) if place not in places]

@@ -20,12 +20,9 @@ if TYPE_CHECKING:
 
 
 def plan_width(options: Options, job: Job) -> Callable[[Budget], Details]:
-    """Plans SliceGPT's width whose ratio is nearest to a budget; `hidden` in its details is the dense model's.
-
-    Raises:
-        InputError: a budget that is no share of parameters.
-        UnreachableError: a ratio out of reach, or a family that cannot be sliced.
-    """
+    """Plans SliceGPT's width whose ratio is nearest to a budget; `hidden` in its details is the dense model's. Raises
+    InputError for a budget that is no share of parameters, and UnreachableError for a ratio out of reach, or a family
+    that cannot be sliced."""
     config = job.material.config
     hidden = int(config["hidden_size"])
     return lambda budget: {"width": require_width(budget, options, config), "hidden": hidden}

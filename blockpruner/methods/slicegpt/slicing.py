@@ -26,6 +26,7 @@ from blockpruner.core.errors import InputError
 from blockpruner.methods.slicegpt.widths import sliceable_family
 from blockpruner.model import modeling_slicegpt as slicegpt
 from blockpruner.model.models import decoder_layers
+from blockpruner.scoring.batches import Batch
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Rows
 
@@ -35,7 +36,8 @@ CHUNK = 8192
 
 @torch.no_grad()  # not inference_mode: its tensors could not be trained afterwards
 def slice_(model: PreTrainedModel, rows: Rows, width: int, *, batch_tokens: int | str = "auto") -> PreTrainedModel:
-    """Slice the model's residual stream to `width` columns, in place, for good.
+    """Slice the model's residual stream to `width` columns, in place, for good. Raises InputError for a family that
+    cannot be sliced, a width out of range, a model on several devices, or a signal that is not finite.
 
     Model and config become the SliceGPT classes of the family, which `save_pretrained` and
     `from_pretrained(..., trust_remote_code=True)` round-trip; tied embeddings are untied. At the full width the model
@@ -48,10 +50,6 @@ def slice_(model: PreTrainedModel, rows: Rows, width: int, *, batch_tokens: int 
             The host's memory holds their signal in the model's dtype: tokens x hidden size.
         width: columns kept, from 1 to the hidden size.
         batch_tokens: as in `Engine`.
-
-    Raises:
-        InputError: a family that cannot be sliced, a width out of range, a model on several devices, or a signal that
-            is not finite.
     """
     family = sliceable_family(model.config.model_type)
     hidden, layers = int(model.config.hidden_size), decoder_layers(model)
@@ -81,7 +79,9 @@ def slice_(model: PreTrainedModel, rows: Rows, width: int, *, batch_tokens: int 
                 _set_weight_(output, _product(output.weight.T, out_of).T)
                 if output.bias is not None:
                     output.bias = _parameter(out_of.T @ output.bias.double(), output.bias)
-            setattr(layer, shortcut, _linear((into.T @ out_of).T, scale))
+            past = nn.Linear(into.shape[1], out_of.shape[1], bias=False, device="meta")
+            past.weight = _parameter((into.T @ out_of).T, scale)
+            setattr(layer, shortcut, past)
             into = out_of
         layer.__class__ = getattr(slicegpt, f"{family.prefix}SlicedLayer")
     # embedding and final norm at the end: until then each pass runs the decoder around its layers
@@ -110,38 +110,32 @@ def principal_directions(gram: Tensor, width: int) -> Tensor:
 
 
 class _Signal(Engine):
-    """The residual stream of the calibration rows before a block, [B, T, d] a batch, in the dense model's basis.
-
-    The engine batches the rows, and records the arguments that the family's decoder passes to its layers.
-    """
+    """The residual stream of the calibration rows before a block, [B, T, d] a batch, in the dense model's basis. The
+    engine batches the rows, and records the arguments that the family's decoder passes to its layers."""
 
     def __init__(self, model: PreTrainedModel, rows: Rows, batch_tokens: int | str) -> None:
         super().__init__(model, batch_tokens)
         spans = self.row_batches(rows, range(len(rows)))
-        self._ids = [self._batch([rows[i] for i in span]).input_ids for span in spans]
-        lengths = [torch.tensor([len(rows[i]) for i in span]) for span in spans]
-        self._real = [
-            torch.arange(ids.shape[1]) < length[:, None] for ids, length in zip(self._ids, lengths, strict=True)
-        ]
-        self._states = [self._prepare(ids)[0].cpu() for ids in self._ids]
+        self._batches = [Batch.of([rows[i] for i in span], self._home) for span in spans]
+        self._states = [self._prepare(batch.input_ids)[0].cpu() for batch in self._batches]
 
     def gram(self) -> Tensor:
         """X^T X [d, d] over the real tokens, float64, on the model's device."""
         hidden = self._states[0].shape[-1]
         total = torch.zeros(hidden, hidden, dtype=torch.float64, device=self._home)
-        for state, real in zip(self._states, self._real, strict=True):
-            tokens = state[real].to(self._home).double()
+        for state, batch in zip(self._states, self._batches, strict=True):
+            tokens = state[batch.is_real.cpu()].to(self._home).double()
             total.addmm_(tokens.T, tokens)
         return total
 
     def pass_(self, index: int, norm: str, module: str, basis: Tensor) -> None:
         """Move the stream past a block of layer `index` that reads it in `basis` and still writes d columns."""
         layer, basis = self._layers[index], basis.to(self._states[0].dtype)
-        for number, ids in enumerate(self._ids):
+        for number, batch in enumerate(self._batches):
             sliced = self._states[number].to(self._home) @ basis
             normed, block = getattr(layer, norm)(sliced), getattr(layer, module)
             if module == self._family.mha.module:
-                added = block(hidden_states=normed, **self._prepare(ids)[1][index])[0]
+                added = block(hidden_states=normed, **self._prepare(batch.input_ids)[1][index])[0]
             else:
                 added = block(normed)
             self._states[number] = (sliced @ basis.T + added).cpu()
@@ -159,9 +153,3 @@ def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
 def _set_weight_(linear: nn.Linear, weight: Tensor) -> None:
     linear.out_features, linear.in_features = weight.shape
     linear.weight = _parameter(weight, linear.weight)
-
-
-def _linear(weight: Tensor, like: Tensor) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = _parameter(weight, like)
-    return linear

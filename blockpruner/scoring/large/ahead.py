@@ -24,10 +24,8 @@ def in_turn(
     """Yield what is fetched for each job, in order; it is valid until the next one is asked for.
 
     With one buffer nothing is fetched ahead. What the thread asks of a device comes after what was asked before, as far
-    as it concerns a buffer, and before what is asked later; nobody waits for a device.
-
-    Args:
-        fetch: run by the thread; may still be copying to a device when it returns. Its errors are raised here.
+    as it concerns a buffer, and before what is asked later; nobody waits for a device. When the thread's `fetch`
+    returns, it may still be copying to a device; its errors are raised here.
     """
     waiting, fetching = deque(jobs), deque[Future[tuple[Found, Tensor, Any]]]()
     free = deque((buffer, accelerator.mark(device)) for buffer in buffers)

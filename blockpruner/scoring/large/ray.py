@@ -17,15 +17,16 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from blockpruner.core.errors import InputError, extra
 from blockpruner.core.families import FAMILIES
 from blockpruner.core.settings import Runtime
+from blockpruner.scoring.large.memory import available_memory
 from blockpruner.scoring.large.sharing import share_out, unfinished
-from blockpruner.scoring.scorers import local_scorer
+from blockpruner.scoring.scorers import make_scorer
 from blockpruner.scoring.walk import steps_of
-from blockpruner.scoring.work import Rows, ScoredRows, Span, Task
+from blockpruner.scoring.work import Rows, ScoredRows, Span, Task, row_batches
 from blockpruner.store.files import read_json
 from blockpruner.store.trials import SIXTEEN_BITS, Origin
 
@@ -55,22 +56,15 @@ class Replica:
     """A worker: one scorer in a process of its own."""
 
     def __init__(self, checkpoint: Path, dtype: str, runtime: Runtime, trust_remote_code: bool) -> None:
-        self._arguments, self._runtime = (checkpoint, dtype, runtime, trust_remote_code), runtime
+        self._checkpoint, self._dtype, self._runtime, self._trusted = checkpoint, dtype, runtime, trust_remote_code
 
-    def load(self) -> tuple[str, Origin]:
-        """Load the model; return name and origin. Errors of a constructor would not arrive as themselves."""
-        memory = None
-        if self._runtime.streaming:
-            from blockpruner.scoring.large.memory import available_memory
-
-            memory = available_memory() // self._runtime.workers
-        self._scorer: Any = local_scorer(*self._arguments, memory=memory)
-        return f"process {os.getpid()} on {socket.gethostname()}", self._scorer.origin()
-
-    def row_batches(self, rows: Rows, span: Span, limit: int) -> list[Span]:
-        self._scorer.limit = limit
-        found: list[Span] = self._scorer.row_batches(rows, span)
-        return found
+    def load(self) -> tuple[str, Origin, float]:
+        """Load the model; return name, origin and `growth`. Errors of a constructor would not arrive as themselves."""
+        memory = available_memory() // self._runtime.workers if self._runtime.streaming else None
+        alone = self._runtime.model_copy(update={"executor": "local"})
+        made = make_scorer(self._checkpoint, self._dtype, alone, trust_remote_code=self._trusted, memory=memory)
+        self._scorer = cast(Any, made)
+        return f"process {os.getpid()} on {socket.gethostname()}", self._scorer.origin(), self._scorer.growth
 
     def run(self, tasks: Sequence[Task], rows: Rows, limit: int) -> Iterator[ScoredRows | int]:
         """Yield values; where memory runs out, the tokens to each later batch before the next value."""
@@ -95,11 +89,9 @@ class _Worker:
 
 
 class RayScorer:
-    """Replicas of the model, each an actor with one device (with device: split, with an equal share of them).
-
-    Without `ray_address` a Ray of this machine is started for this process alone, on loopback, and ended with it. A
-    Ray to which this process is connected already is used and left as it is.
-    """
+    """Replicas of the model, each an actor with one device (with device: split, with an equal share of them). Without
+    `ray_address` a Ray of this machine is started for this process alone, on loopback, and ended with it. A Ray to
+    which this process is connected already is used and left as it is."""
 
     def __init__(
         self, checkpoint: Path, dtype: str, runtime: Runtime, trust_remote_code: bool, note: Callable[[str], object]
@@ -139,8 +131,8 @@ class RayScorer:
                 f"a Ray worker died while it was loading the model: {_reason(error)} Where memory is short, lower "
                 "runtime.workers, or set runtime.streaming: true"
             ) from error
-        for worker, (name, origin) in zip(self._workers, loaded, strict=True):
-            worker.name, worker.origin = name, origin
+        for worker, (name, origin, growth) in zip(self._workers, loaded, strict=True):
+            worker.name, worker.origin, self._growth = name, origin, growth
             if dtype in SIXTEEN_BITS and origin != {**loaded[0][1], "batch_tokens": origin["batch_tokens"]}:
                 raise InputError(
                     f"Ray's workers compute with {dict(origin)} and {dict(loaded[0][1])}: in {dtype} their losses may "
@@ -149,17 +141,7 @@ class RayScorer:
         self._limit = min(int(worker.origin["batch_tokens"]) for worker in self._workers)
 
     def row_batches(self, rows: Rows, span: Span) -> list[Span]:
-        for worker in list(self._workers):
-            try:
-                found: list[Span] = self._ray.get(
-                    worker.actor.row_batches.remote(self._shared(rows), span, self._limit)
-                )
-                return found
-            except self._ray.exceptions.RayTaskError as error:
-                raise _own(error) from None
-            except self._ray.exceptions.RayError as error:
-                self._lose(worker, error)
-        raise AssertionError("the last worker that is lost raises its error")
+        return row_batches(rows, span, self._limit, self._growth)
 
     def origin(self) -> Origin:
         """That of all workers; the smallest batches that any of them takes are those of all."""
@@ -260,14 +242,9 @@ def _own(error: Exception) -> Exception:
 
 
 def connect(address: str | None, streaming: bool = False) -> tuple[Any, bool]:
-    """Ray, and whether this call connected this process to it.
-
-    Args:
-        streaming: workers share the memory out, and a private Ray shall not kill one that uses it.
-
-    Raises:
-        InputError: ray is not installed, or nothing answers at the address.
-    """
+    """Ray, and whether this call connected this process to it. While `streaming`, workers share the memory out, and a
+    private Ray shall not kill one that uses it. Raises InputError if ray is not installed, or nothing answers at the
+    address."""
     if address is None:
         os.environ.update(PRIVATE | ({"RAY_memory_monitor_refresh_ms": "0"} if streaming else {}))  # read at import
         if "ray" not in sys.modules:  # else Ray's processes would want a token that this one does not send
@@ -296,13 +273,8 @@ def resources(runtime: Runtime, nodes: Sequence[Mapping[str, float]]) -> dict[st
     """What Ray keeps for each worker: CPU cores, and GPUs if the device is one.
 
     With threads: auto on CPUs, or device: split, each worker gets the largest equal share of the cores, or of the GPUs,
-    that the nodes can hold; a worker is on one node.
-
-    Args:
-        nodes: all resources of each node, as "Resources" in `ray.nodes`.
-
-    Raises:
-        InputError: the nodes do not hold the workers; gives the figures.
+    that the nodes can hold; a worker is on one node. Of each of the `nodes` given are all its resources, as "Resources"
+    in `ray.nodes`. Raises InputError with the figures if they do not hold the workers.
     """
     workers, device, threads = runtime.workers, runtime.device, runtime.threads
     if device.startswith("cuda:"):

@@ -9,11 +9,8 @@ from blockpruner.scoring.work import Rows, ScoredRows, Task
 
 
 def share_out(tasks: Sequence[Task], rows: Rows, pieces: int, steps: Sequence[Step]) -> list[list[Task]]:
-    """Split tasks into at most `pieces` pieces of about the same work.
-
-    Masks stay in the order of the walk, where neighbours share the longest prefixes, and the sequence of all tasks'
-    masks is cut. Row ranges stay whole.
-    """
+    """Split tasks into at most `pieces` pieces of about the same work. Masks stay in the order of the walk, where
+    neighbours share the longest prefixes, and the sequence of all tasks' masks is cut. Row ranges stay whole."""
     leaves: list[tuple[int, Mask, int]] = []
     for number, task in enumerate(tasks):
         tokens = len(task.span) * max(len(rows[i]) for i in task.span)

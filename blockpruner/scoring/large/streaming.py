@@ -58,19 +58,6 @@ class PassPlan:
     ram_room: int
     """How many RAM can hold."""
 
-    def check(self) -> None:
-        """Raise DeviceMemoryError if weights or states do not fit."""
-        if self.weights_held > self.weights_room:
-            raise DeviceMemoryError(
-                f"two layers' weights take {_size(self.weights_held)}, and half of the free memory is "
-                f"{_size(self.weights_room)}; free some, or choose another runtime.device. Nothing was read"
-            )
-        if self.device_room + self.ram_room == 0:
-            raise DeviceMemoryError(
-                f"a state takes {_size(self.tile)}, which half of the free memory does not hold; free some, "
-                "or lower runtime.batch_tokens. Nothing was read"
-            )
-
 
 @dataclass
 class _Work:
@@ -85,7 +72,8 @@ class _Work:
 
 
 class StreamingEngine(Engine):
-    """Scores masks of a checkpoint that need not fit into memory, exactly.
+    """Scores masks of a checkpoint that need not fit into memory, exactly. Raises InputError for an unsupported family,
+    weights that do not match the config, or an attention that is not installed.
 
     Args:
         checkpoint: a directory with config.json and safetensors, whole or in shards.
@@ -93,9 +81,6 @@ class StreamingEngine(Engine):
         batch_tokens: as in `Engine`; a pass reads the weights once for all batches.
         advance: receives the layers done, their number, and the last one's name.
         memory: bytes of main memory that count as free, at most; None counts all that are.
-
-    Raises:
-        InputError: unsupported family, weights that do not match the config, or an attention that is not installed.
     """
 
     def __init__(
@@ -179,8 +164,17 @@ class StreamingEngine(Engine):
     def _passes(self, tasks: Sequence[Task], rows: Rows) -> Iterator[list[Task]]:
         """The tasks in parts whose states fit into memory at once; masks that share prefixes stay together."""
         plan = self.plan_of(tasks, rows)
-        plan.check()
+        if plan.weights_held > plan.weights_room:
+            raise DeviceMemoryError(
+                f"two layers' weights take {_size(plan.weights_held)}, and half of the free memory is "
+                f"{_size(plan.weights_room)}; free some, or choose another runtime.device. Nothing was read"
+            )
         room = plan.device_room + plan.ram_room
+        if room == 0:
+            raise DeviceMemoryError(
+                f"a state takes {_size(plan.tile)}, which half of the free memory does not hold; free some, "
+                "or lower runtime.batch_tokens. Nothing was read"
+            )
         part: list[Task] = []
         left = room
         for task in tasks:
@@ -216,9 +210,9 @@ class StreamingEngine(Engine):
                     yield from self._values(launched, work.task)
 
     def _embedded(self, tasks: Sequence[Task], rows: Rows, tiles: _Tiles) -> list[_Work]:
-        works, distinct = [], _Distinct()
+        works, distinct = [], partial(_distinct, list[Tensor]())
         for task in tasks:
-            batch = self._batch([rows[i] for i in task.span])
+            batch = Batch.of([rows[i] for i in task.span], self._home)
             hidden, layer_kwargs = self._prepare(batch.input_ids)
             slot = tiles.new()
             tiles.put(slot, hidden)
@@ -228,8 +222,7 @@ class StreamingEngine(Engine):
 
     def _advanced(self, layer: int, work: _Work, tiles: _Tiles) -> Iterator[tuple[Sequence[Mask], int]]:
         """The states of a task after a layer. Among those that come from one state, one takes over its slot."""
-        per_layer = len(self.steps) // self.layers
-        steps = self.steps[layer * per_layer : (layer + 1) * per_layer]
+        steps = [step for step in self.steps if step[0].layer == layer]
         # of each state the groups of masks that leave it; the first one keeps the fewest blocks, perhaps none
         branches = [(masks, slot, list(runs(steps, masks))) for masks, slot in work.states]
         used = [slot for _, slot, ((_, ran), *others) in branches if ran or others]
@@ -254,7 +247,9 @@ class StreamingEngine(Engine):
             prefix = f"{self._family.layers}.{layer}."
             gone, used = set[str](), set[str]()
             for kind in BlockKind:
-                (gone if BlockId(kind, layer) in removed else used).update(self._modules(layer, kind))
+                branch = self._family.branch(kind)
+                modules = (f"{prefix}{name}." for name in (branch.module, *branch.norms))
+                (gone if BlockId(kind, layer) in removed else used).update(modules)
             unread = tuple(gone - used)
             names = self._weights.names
             result.append([name for name in names if name.startswith(prefix) and not name.startswith(unread)])
@@ -264,16 +259,9 @@ class StreamingEngine(Engine):
         """Bytes of weights at once."""
         return self._weights.bytes(self._kept) + SLABS * max(map(self._weights.bytes, groups))
 
-    def _modules(self, layer: int, kind: BlockKind) -> list[str]:
-        branch = self._family.branch(kind)
-        return [f"{self._family.layers}.{layer}.{name}." for name in (branch.module, *branch.norms)]
-
     def plan_of(self, tasks: Sequence[Task], rows: Rows) -> PassPlan:
-        """Plan a pass over these tasks; nothing is read.
-
-        States may take half of what is free, of a device's memory and of RAM. The other half is for weights and for
-        what a batch works in.
-        """
+        """Plan a pass over these tasks; nothing is read. States may take half of what is free, of a device's memory and
+        of RAM. The other half is for weights and for what a batch works in."""
         shapes = [(len(task.span), max(len(rows[i]) for i in task.span)) for task in tasks]
         hidden, item = self._model.config.hidden_size, self._head.weight.element_size()
         tile = aligned(max(batch * length for batch, length in shapes) * hidden * item)
@@ -284,19 +272,13 @@ class StreamingEngine(Engine):
         return PassPlan(held, room, tile, tiles, device_room=own // 2 // tile, ram_room=host // 2 // tile)
 
 
-class _Distinct:
-    """Returns equal tensors as one object: batches of one shape have the same masks and rotary tables."""
-
-    def __init__(self) -> None:
-        self._seen: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        seen = self._seen.setdefault((tensor.shape, tensor.dtype), [])
-        for other in seen:
-            if other is tensor or torch.equal(other, tensor):
-                return other
-        seen.append(tensor)
-        return tensor
+def _distinct(seen: list[Tensor], tensor: Tensor) -> Tensor:
+    """An equal tensor that was seen, or this one: batches of one shape have the same masks and rotary tables."""
+    for other in seen:
+        if other is tensor or (other.dtype == tensor.dtype and torch.equal(other, tensor)):
+            return other
+    seen.append(tensor)
+    return tensor
 
 
 class _Tiles:

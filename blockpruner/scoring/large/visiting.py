@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blockpruner.model import accelerator
-from blockpruner.model.models import decoder_layers, load_model, resolve_device
+from blockpruner.model.models import decoder_layers, load_model, move_buffers_, resolve_device
 from blockpruner.scoring.work import fit_bytes
 from blockpruner.store.files import read_json
 
@@ -44,8 +44,7 @@ def visit_(model: PreTrainedModel, device: torch.device) -> None:
     for weight in model.parameters():
         if id(weight) not in own:
             swap_(weight, _on(weight, device))
-    for module in model.modules():
-        module._buffers.update({name: buffer.to(device) for name, buffer in module._buffers.items()})
+    move_buffers_(model, device)
     for layer in layers:
         layer.visits = device  # type: ignore[assignment]  # torch types every attribute as a tensor or module
         visit = _Visit(layer, device, here)

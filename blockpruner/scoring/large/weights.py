@@ -7,21 +7,22 @@ the model's own names, and while others are computed with. `streaming` decides w
 import json
 import os
 import re
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from blockpruner.core.errors import InputError
 from blockpruner.model.classes import read_config
-from blockpruner.model.models import kernel_options, usable
+from blockpruner.model.models import kernel_options, move_buffers_, usable
 from blockpruner.scoring.large.ahead import in_turn
 
 ALIGNMENT = 512
@@ -48,13 +49,11 @@ class _Stored:
 
 
 class Weights:
-    """Puts a checkpoint's tensors into a model's parameters, and takes them out again.
+    """Puts a checkpoint's tensors into a model's parameters, and takes them out again. A weight may be stored in parts:
+    the model has one matrix for all experts of a mixture."""
 
-    A weight may be stored in parts: the model has one matrix for all experts of a mixture.
-
-    Attributes:
-        names: each weight to be read, with the parameters that use it (a head may share the embedding's).
-    """
+    names: dict[str, tuple[str, ...]]
+    """Each weight to be read, with the parameters that use it (a head may share the embedding's)."""
 
     def __init__(self, model: PreTrainedModel, checkpoint: Path, device: torch.device) -> None:
         self._model, self._device = model, device
@@ -137,31 +136,18 @@ def skeleton(
     """The model with its parameters on the meta device and its buffers, which no checkpoint holds, on `device`."""
     config = read_config(checkpoint, trust_remote_code)
     options = kernel_options(attention, dtype, device)
-    with usable(attention), _parameters_on_meta():
+    # parameters lose their memory, which is still untouched, when a module registers them
+    with usable(attention), register_module_parameter_registration_hook(_on_meta):  # type: ignore[arg-type]
         model = AutoModelForCausalLM.from_config(
             config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, **options
         )
-    for module in model.modules():
-        module._buffers.update({name: buffer.to(device) for name, buffer in module._buffers.items()})
+    move_buffers_(model, device)
     result: PreTrainedModel = model.eval()
     return result
 
 
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Within, parameters lose their memory, which is still untouched, when a module registers them."""
-    register = nn.Module.register_parameter
-
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+def _on_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+    return parameter if parameter.is_meta else nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
 def _matched(
