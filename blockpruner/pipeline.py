@@ -1,10 +1,11 @@
 """The way through the house: one function a step, called by every door.
 
-    calibrate -> score -> commit -> heal -> train -> export -> measure -> report
+    calibrate -> score -> commit -> heal -> train -> export
 
 Decides what a step is made of, and what is kept apart: texts on which models are evaluated or judged are seen by no
 search, no fit and no training. Where files are kept and what is shown is decided by the doors: stages, command, API,
-form. Torch is loaded by the steps that compute.
+form. Torch is loaded by the steps that compute. What stages alone do is elsewhere: `evaluation.suite` measures, and
+`reporting.report` writes the page.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
-from blockpruner.core.settings import Runtime
-from blockpruner.evaluation.settings import Evaluate, Perplexity
+from blockpruner.core.settings import Model, Runtime
+from blockpruner.evaluation.settings import Perplexity
 from blockpruner.healing.settings import Compensate, Train
 from blockpruner.inputs.calibration import CalibrationSet, draw, draw_rows, require_embedded, sharing
 from blockpruner.inputs.checkpoints import checkpoint_identity, checkpoint_weights
@@ -36,10 +37,8 @@ from blockpruner.scoring.settings import Score
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from blockpruner.evaluation.suite import Checkpoint, InMemory
     from blockpruner.healing.choice import Healing
     from blockpruner.methods.apply import Pruning
-    from blockpruner.reporting.results import RunLabels
 
 NONE = CalibrationSet(())
 
@@ -231,6 +230,17 @@ def score(
     return found
 
 
+def latency(
+    material: Material, folder: Path, dense: Path, model: Model, wanted: Score, runtime: Runtime
+) -> Mapping[str, Any]:
+    """What generation and each block takes, as `score` asks for it: kept at `folder`, and for all runs beside the
+    trials."""
+    from blockpruner.evaluation.latency import kept_latency
+
+    assert material.trials is not None
+    return kept_latency(folder, material.trials, dense, model, wanted.latency, runtime, material.observer)
+
+
 def _competing(wanted: Score, config: Config, budget: str, rows: Rows) -> list[str]:
     found = list(proposals(wanted, config, budget))
     return found if rows.judge.rows else found[:1]
@@ -342,43 +352,3 @@ def exported(form: str, place: Path) -> dict[str, Any]:
     seen = read_json(report) if report.exists() else {}  # a format of another package may have none
     facts = {"format": form, "path": str(place), "for": engines}
     return facts | {"verified": bool(seen.get("ok")), "verified_by": seen.get("engine", ", ".join(engines))}
-
-
-def measure(
-    subject: Checkpoint | InMemory,
-    dense: Checkpoint,
-    sources: Path,
-    out: Path,
-    store: Path,
-    *,
-    plan: Plan | None,
-    settings: Evaluate,
-    observer: Observer,
-    search: Mapping[str, float] | None = None,
-    processes: int = 1,
-) -> dict[str, float | int]:
-    """Measure perplexity, tasks and speed of a model, as `evaluation.suite.benchmark`; returns its main figures."""
-    from blockpruner.evaluation.suite import benchmark, headline
-
-    found = benchmark(
-        subject,
-        dense,
-        sources,
-        out,
-        store,
-        plan=plan,
-        settings=settings,
-        observer=observer,
-        search=search,
-        processes=processes,
-    )
-    return headline(found, plan)
-
-
-def report(
-    out: Path, title: str, targets: Sequence[str], labels: Mapping[str, RunLabels], data: Path, plots: bool
-) -> None:
-    """Write the page on measured targets, as `reporting.report.write_report`."""
-    from blockpruner.reporting.report import write_report
-
-    write_report(out, title, targets, labels, data, plots)

@@ -3,11 +3,10 @@
 The model is the checkpoint that transformers loads; without one it is made in memory.
 """
 
-from blockpruner import pipeline
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import observer
 from blockpruner.evaluation.settings import Evaluate
-from blockpruner.evaluation.suite import Checkpoint, InMemory
+from blockpruner.evaluation.suite import Checkpoint, InMemory, benchmark, headline
 from blockpruner.methods.score import taken
 from blockpruner.model.models import set_threads
 from blockpruner.params import load_params
@@ -37,10 +36,10 @@ def measure(name: str, run_name: str, subject: Checkpoint | InMemory, dense: Che
     asked = Evaluate(perplexity=settings.heldout, zero_shot=settings.zero_shot, speed=settings.speed)
     places = (DATA / "sources" / run_name, DATA / "evidence" / name, DATA / "evaluations")
     search, processes = {} if plan is None else search_of(name, run_name, plan), load_params().runtime.here
-    figures = pipeline.measure(
+    found = benchmark(
         subject, dense, *places, plan=plan, settings=asked, observer=observer(), search=search, processes=processes
     )
-    write_json(DATA / "metrics" / f"{name}.json", figures)
+    write_json(DATA / "metrics" / f"{name}.json", headline(found, plan))
 
 
 def main(name: str) -> None:

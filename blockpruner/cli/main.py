@@ -47,7 +47,6 @@ AsJson = Annotated[bool, Option("--json", help="Print one JSON object in place o
 RowLength = Annotated[
     int | None, Option(metavar="N", min=2, help="Tokens in a row.", show_default="2048, or the context")
 ]
-MostRows = Annotated[int, Option(metavar="N", min=2, help="The most rows of each kind of text that are used.")]
 Spoken = Annotated[str, Argument(metavar="MODEL", help="A checkpoint's folder, or a dense model's name on the hub.")]
 Limit = Annotated[int, Option(metavar="N", min=1, help="The most tokens of an answer.")]
 
@@ -58,11 +57,8 @@ TRAIN = (
 )
 TASKS = ",".join(ZeroShot().tasks)
 FILES = ".jsonl, .json or .parquet records with a text, or a .txt file."
-Unseen = Annotated[
-    Path | None, Option(metavar="FILE", help=f"Texts that prune has not seen, to measure perplexity on: {FILES}")
-]
+UNSEEN = f"Texts that prune has not seen, to measure perplexity on: {FILES}"
 Written = Annotated[Path, Argument(metavar="DIR", help="A folder that prune or apply has written.")]
-Planned = Annotated[Path, Argument(metavar="PLAN", help="A checkpoint's folder, or the file of a plan.")]
 
 app = typer.Typer(rich_markup_mode="markdown", no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -181,7 +177,7 @@ def prune(
 @app.command()
 def apply(
     model: Dense,
-    plan: Planned,
+    plan: Annotated[Path, Argument(metavar="PLAN", help="A checkpoint's folder, or the file of a plan.")],
     cache: Annotated[Path, CACHE],
     out: Annotated[Path, Option(metavar="DIR", help="The checkpoint's folder.")],
     export: Export = "",
@@ -213,14 +209,6 @@ def export(
     _tell(found, pruning.words(found), as_json)
 
 
-def _heldout(texts: Path | None, seq_len: int | None, max_rows: int) -> dict[str, Any]:
-    """The keys of `evaluate.perplexity` that the options give."""
-    source: dict[str, Any] = {"packing": "joined_bos"}
-    if texts is not None:
-        source = {"packing": "documents", "data": {"source": "path", "path": str(texts)}}
-    return source | ({} if seq_len is None else {"seq_len": seq_len}) | {"max_rows": max_rows}
-
-
 @app.command()
 def chat(
     model: Spoken,
@@ -240,9 +228,9 @@ def compare(
     b: Spoken,
     prompt: Annotated[str | None, Option(metavar="TEXT", help="What both answer.")] = None,
     max_new_tokens: Limit = 64,
-    texts: Unseen = None,
+    texts: Annotated[Path | None, Option(metavar="FILE", help=UNSEEN)] = None,
     seq_len: RowLength = None,
-    max_rows: MostRows = 32,
+    max_rows: Annotated[int, Option(metavar="N", min=2, help="The most rows of each kind of text that are used.")] = 32,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -251,7 +239,10 @@ def compare(
         raise InputError("compare has nothing to compare by; give --prompt TEXT, --texts FILE, or both")
     from blockpruner.cli.talking import compared, side_by_side
 
-    heldout = None if texts is None else read_settings(Perplexity, _heldout(texts, seq_len, max_rows))
+    heldout = None
+    if texts is not None:
+        rows = {"packing": "documents", "max_rows": max_rows} | ({} if seq_len is None else {"seq_len": seq_len})
+        heldout = read_settings(Perplexity, {"data": {"source": "path", "path": str(texts)}, **rows})
     found = compared([_folder(a), _folder(b)], prompt, max_new_tokens, heldout, device)
     if as_json:
         print(to_json([vars(one) for one in found]))

@@ -7,7 +7,7 @@ something must be computed.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -150,7 +150,8 @@ class Place:
             pipeline.require_room(config, run.model.dtype, self._runtime, *own)
         pipeline.require_fit(rows, run.compensate, method)
         with open_material(dense, run.model, self._runtime, self.root, self.observer) as material:
-            counts = pipeline.score(material, rows, run.score, [budget], traces, self._latency(run, dense, traces))
+            latency = partial(pipeline.latency, material, traces, dense, run.model, run.score, self._runtime)
+            counts = pipeline.score(material, rows, run.score, [budget], traces, latency)
             if not is_kept:
                 found = pipeline.commit(
                     traces, run.score, config, budget, rows,
@@ -235,20 +236,10 @@ class Place:
             if has_weights(folder):
                 read_facts(folder / FILE)  # which compares its length; the digest is compared when it is loaded
         except InputError:
-            self.observer.note(
-                f"warning: {folder} is not whole: it is made again; {set_aside(folder).name} is the old one"
-            )
+            old = set_aside(folder).name
+            self.observer.note(f"warning: {folder} is not whole: it is made again; {old} is the old one")
             return False
         return True
-
-    def _latency(self, run: Run, dense: Path, traces: Path) -> Callable[[], Mapping[str, Any]]:
-        def measured() -> Mapping[str, Any]:
-            from blockpruner.evaluation.latency import kept_latency
-
-            wanted = run.score.latency
-            return kept_latency(traces, self.root, dense, run.model, wanted, self._runtime, self.observer)
-
-        return measured
 
     @property
     def _runtime(self) -> Runtime:
@@ -306,10 +297,8 @@ class Place:
         """The run with the revision that a plan names, if it is of the plan's repository. Code of it is run, or a
         revision of the user's own replaced, only if that is the same commit; raises InputError otherwise."""
         if not COMMIT.fullmatch(commit):
-            raise InputError(
-                f"{file} names the revision {commit!r} of {repo}, which may be anybody's; valid: 40 hex digits",
-                rule="plan-revision", key="base", value=commit,
-            )  # fmt: skip
+            message = f"{file} names the revision {commit!r} of {repo}, which may be anybody's; valid: 40 hex digits"
+            raise InputError(message, rule="plan-revision", key="base", value=commit)
         if not isinstance(run.model, HubModel) or run.model.repo != repo:
             return run
         if not run.model.trust_remote_code and run.model.revision is None:
@@ -330,8 +319,7 @@ class Place:
 
     def config_of(self, run: Run) -> Config:
         if not isinstance(run.model, HubModel | LocalModel):
-            found: Config = read_json(self.fetch(run) / "config.json")
-            return found
+            return dict(read_json(self.fetch(run) / "config.json"))
         try:
             return fetch_config(run.model, self.pins)
         except HubError as error:
@@ -377,16 +365,6 @@ def fitted(given: T, config: Config, key: str) -> T:
     return given.model_copy(update={"seq_len": length})
 
 
-def several(rows: tuple[tuple[int, ...], ...], seq_len: int) -> tuple[tuple[int, ...], ...]:
-    """The same held-out rows; raises InputError if there is one alone."""
-    if len(rows) < 2:
-        raise InputError(
-            f"the held-out texts are 1 row of {seq_len} tokens, and an interval needs at least 2; give a smaller "
-            "--seq-len, a larger --max-rows or longer --texts"
-        )
-    return rows
-
-
 def read_plan(path: Path) -> tuple[Path, Plan]:
     """A plan's file, and the plan; raises InputError if there is none at the path or in its folder."""
     file = path / PLAN_FILE if path.is_dir() else path
@@ -415,10 +393,8 @@ def _is_there(place: Path, plan: Plan | None, words: str | None = None) -> bool:
     card = place / "README.md"
     other = words is not None and card.exists() and words not in card.read_text(encoding="utf-8")
     if held is None or plan is None or other or replace(held, target=plan.target) != plan:
-        raise InputError(
-            f"--out {place} is not empty and holds something else; choose another folder, or remove it",
-            rule="place-not-empty", key="out", value=str(place),
-        )  # fmt: skip
+        message = f"--out {place} is not empty and holds something else; choose another folder, or remove it"
+        raise InputError(message, rule="place-not-empty", key="out", value=str(place))
     require_verified(place)
     return True
 
@@ -436,9 +412,6 @@ def words(found: Mapping[str, Any]) -> str:
     lines += [f"perplexity of texts set aside, {kind}: {lost}" for kind, lost in kinds]
     lines += [f"warning: {warning}"] if warning else []
     for each in found["written"]:
-        engine = each["verified_by"]
-        checked = f"unchecked: {engine} is not installed here"
-        if each["verified"]:
-            checked = f"checked in a fresh process of {engine}"
-        lines.append(f"{each['path']}: for {', '.join(each['for'])}, {checked}")
+        checked = "checked in a fresh process of {}" if each["verified"] else "unchecked: {} is not installed here"
+        lines.append(f"{each['path']}: for {', '.join(each['for'])}, {checked.format(each['verified_by'])}")
     return "\n".join(lines)

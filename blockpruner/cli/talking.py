@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TextStreamer
 
-from blockpruner.cli.pruning import fitted, own_dtype, several
+from blockpruner.cli.pruning import fitted, own_dtype
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import FAMILIES, Config
 from blockpruner.evaluation.kinds import uneven
@@ -112,7 +112,11 @@ def rows_of(folders: Sequence[Path], wanted: Perplexity) -> HeldOut:
     for folder in folders:
         tokenizer = load_tokenizer(folder)
         found.append(held_out(tokenizer, texts, wanted))
-        several(found[-1].rows, wanted.seq_len)
+        if len(found[-1].rows) < 2:
+            raise InputError(
+                f"the held-out texts are 1 row of {wanted.seq_len} tokens, and an interval needs at least 2; give a "
+                "smaller --seq-len, a larger --max-rows or longer --texts"
+            )
         require_embedded(found[-1].rows, tokenizer, config_of(folder))
         if found[-1].rows != found[0].rows:
             raise InputError(
