@@ -110,12 +110,12 @@ def _unlike(option: Option) -> str:
 
 
 def is_slow(option: Option) -> bool:
-    return option.is_timed and option.race.interval("generation").low <= 1
+    return option.timed is not None and option.race.speedups["generation"].interval.low <= 1
 
 
 def recommended(options: Sequence[AnyOption]) -> AnyOption | None:
     """Find the fastest model that is faster than dense beyond noise and not broken, or None: keep the dense model."""
-    faster = [option for option in options if option.is_timed and not is_slow(option)]
+    faster = [option for option in options if option.timed and not is_slow(option)]
     safe = [option for option in faster if not is_broken(option)]
     return max(safe, key=lambda option: option.speedup, default=None)
 
@@ -188,7 +188,7 @@ def _slow(found: Sequence[Option]) -> Finding:
 
 def stop(options: Sequence[Option]) -> Finding:
     """Write the verdict on pruned models, which come the least pruned first."""
-    if not any(option.is_timed for option in options):
+    if not any(option.timed for option in options):
         return Finding(Level.NOTE, "stop", "No verdict without times", "A verdict weighs loss against speed.")
     best = recommended(options)
     if best is not None:
@@ -202,6 +202,6 @@ def stop(options: Sequence[Option]) -> Finding:
     text = "No pruned model is both faster than dense beyond noise and not broken."
     if options:
         first = options[0]
-        speed = f", at {times(first.speedup)} the speed of generation" if first.is_timed else ""
+        speed = f", at {times(first.speedup)} the speed of generation" if first.timed else ""
         text += f" {_losses(first)}{speed}."
     return Finding(Level.ADVICE, "stop", "Keep the dense model", text)

@@ -123,7 +123,11 @@ def _read_run(run: str, labels: RunLabels, plans: Mapping[str, Plan], data: Path
     for name in names:
         plan = plans[name]
         healing = read_json(data / "compensated" / name / "compensate.json")
-        steps, unit = _read_search(plan, data / "plans" / name / f"{healing['search']}.parquet")
+        steps, unit = tuple[SearchStep, ...](), ""
+        if plan.removed:
+            path = data / "plans" / name / f"{healing['search']}.parquet"
+            rows = read_iterations(path)
+            steps, unit = steps_of(rows, plan, path), unit_of(rows)
         found.append(
             PrunedOption(
                 name=name, method=KINDS[plan.kind].words(plan, unit), plan=plan,
@@ -134,14 +138,6 @@ def _read_run(run: str, labels: RunLabels, plans: Mapping[str, Plan], data: Path
             )
         )  # fmt: skip
     return ReportedRun(run, labels, dense, tuple(found), facts[f"{run}-dense"]["chance"])
-
-
-def _read_search(plan: Plan, path: Path) -> tuple[tuple[SearchStep, ...], str]:
-    """Read the steps of a search, and what it removed at once, in words; nothing where it removes no blocks."""
-    if not plan.removed:
-        return (), ""
-    rows = read_iterations(path)
-    return steps_of(rows, plan, path), unit_of(rows)
 
 
 def read_iterations(path: Path) -> list[dict[str, Any]]:

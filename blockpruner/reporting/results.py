@@ -129,19 +129,14 @@ class Race:
         """Read what a measurement wrote of both, or of the dense model alone."""
         return cls(Timings.of(fields["dense"]), Timings.of(fields.get("pruned", fields["dense"])))
 
-    def speedup(self, part: str) -> float:
-        """Quotient of the medians; above 1 is faster than dense."""
-        return self.dense.median(part) / self.pruned.median(part)
-
     @cached_property
     def speedups(self) -> Mapping[str, Effect]:
-        """By part, with intervals."""
+        """Quotients of the medians, by part; above 1 is faster than dense. An interval is infinite where nothing was
+        timed twice."""
         dense, pruned = self.dense.seconds, self.pruned.seconds
+        if len(dense["generation"]) == 1:
+            return {part: Effect(dense[part][0] / pruned[part][0], Interval(0, math.inf), 1.0) for part in PARTS}
         return {part: statistics.ratio_of_medians(dense[part], pruned[part]) for part in PARTS}
-
-    def interval(self, part: str) -> Interval:
-        """The interval of a speed-up; infinite where nothing was timed twice."""
-        return Interval(0, math.inf) if len(self.dense.seconds[part]) == 1 else self.speedups[part].interval
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,10 +238,6 @@ class Option:
         return self.plan.blocks if self.plan else dict.fromkeys(BlockKind, 0)
 
     @property
-    def is_timed(self) -> bool:
-        return self.timed is not None
-
-    @property
     def race(self) -> Race:
         assert self.timed is not None, self.name
         return self.timed
@@ -254,12 +245,7 @@ class Option:
     @property
     def speedup(self) -> float:
         """The speed-up of generation over the dense model."""
-        return self.race.speedup("generation")
-
-    @property
-    def cache_saved(self) -> float:
-        """Share of the dense model's KV cache."""
-        return 1 - self.race.pruned.cache_bytes / self.race.dense.cache_bytes
+        return self.race.speedups["generation"].value
 
     @property
     def calibration_perplexity(self) -> float | None:

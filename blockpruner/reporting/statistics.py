@@ -4,7 +4,8 @@ Decides which test answers which question. scipy computes what it offers; Holm's
 by task are ours. Tasks weigh the same in an average and in its test. The caller decides what is compared.
 
 Differences are b - a. Intervals have two sides and hold the truth with probability `level`. A spread or an interval
-is infinite where there are too few measurements to tell it; nothing then differs from anything.
+is infinite where there are too few measurements to tell it; nothing then differs from anything. Tests and intervals of
+two raise InputError where these are no pairs, or fewer than two pairs (of each task).
 """
 
 from __future__ import annotations
@@ -103,9 +104,6 @@ def paired_bootstrap(a: Scores, b: Scores, resamples: int = RESAMPLES, level: fl
 
     p = 2 min(#{d* <= 0} + 1, #{d* >= 0} + 1) / (resamples + 1), at most 1, where d* are the resampled differences: the
     level at which the interval begins to hold 0. It is never below 2 / (resamples + 1).
-
-    Raises:
-        InputError: `differences` raises it, or a task has a single item, whose resamples are all the same.
     """
     rng = np.random.default_rng(SEED)
     paired = differences(a, b)
@@ -122,9 +120,6 @@ def stratified_t(a: Scores, b: Scores, level: float = 0.95) -> Effect:
     tasks' mean(d) ± t[f, (1 + level) / 2] sqrt(V) / T, f = V^2 / sum_t v_t^2 / (n_t - 1) degrees of freedom (Welch,
     Satterthwaite). Of one task it is `paired_t`. The bootstrap would take seconds here: fractions have as many distinct
     differences as items. Where no difference varies, the interval is one value, and p is 1 if it is 0 and 0 otherwise.
-
-    Raises:
-        InputError: `differences` raises it, or a task has a single item.
     """
     paired = differences(a, b)
     for task, items in paired.items():
@@ -144,9 +139,6 @@ def paired_t(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Effect:
 
     With d = b - a over n pairs: mean(d) ± t[n-1, (1 + level) / 2] sd(d) / sqrt(n). Where all d are equal (up to
     rounding) nothing varies: the interval is that one value, and p is 1 if it is 0 and 0 otherwise.
-
-    Raises:
-        InputError: there are fewer than two pairs, or the numbers of values differ.
     """
     a, b = np.asarray(a, float), np.asarray(b, float)
     d = _difference(a, b, "a paired t test")
@@ -209,9 +201,6 @@ def ratio_of_medians(dense: ArrayLike, pruned: ArrayLike, level: float = 0.95) -
 
     dense and pruned hold the seconds of each repeat, in order. A repeat is drawn with both times, since a drift of the
     machine falls on both. p is that of `paired_bootstrap`, with 1 in the place of 0.
-
-    Raises:
-        InputError: there are fewer than two repeats, or the numbers of repeats differ.
     """
     dense, pruned = np.asarray(dense, float), np.asarray(pruned, float)
     _require_two(_difference(dense, pruned, "a ratio of medians"), "a ratio of medians")

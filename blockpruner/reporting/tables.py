@@ -37,16 +37,16 @@ NOT_TIMED = "not timed"
 
 
 def _timed(of: Callable[[Option], Cell]) -> Callable[[Option], Cell]:
-    return lambda option: of(option) if option.is_timed else NOT_TIMED
+    return lambda option: of(option) if option.timed else NOT_TIMED
 
 
-def _multiple(ratio: float, interval: Interval) -> Number:
+def _multiple(option: Option, ratio: float, interval: Interval) -> Number:
     """Show a multiple of what the dense model has."""
-    return Number(ratio, low=interval.low, high=interval.high)
+    return Number(ratio, low=interval.low, high=interval.high) if option.plan else Number(1)
 
 
 def _heldout(option: Option) -> Number:
-    return _multiple(option.model.perplexity / option.dense.perplexity, option.heldout_interval)
+    return _multiple(option, option.model.perplexity / option.dense.perplexity, option.heldout_interval)
 
 
 def _perplexity_of(option: Option, kind: str) -> Number:
@@ -55,11 +55,12 @@ def _perplexity_of(option: Option, kind: str) -> Number:
 
 def _of_kind(option: Option, kind: str) -> Number:
     _, found = option.by_kind[kind]
-    return _multiple(found.value, found.interval) if option.plan else Number(1)
+    return _multiple(option, found.value, found.interval)
 
 
 def _speedup(option: Option, part: str = "generation") -> Number:
-    return _multiple(option.race.speedup(part), option.race.interval(part)) if option.plan else Number(1)
+    found = option.race.speedups[part]
+    return _multiple(option, found.value, found.interval)
 
 
 P_TITLE = "p of the right answer, %"
@@ -92,7 +93,7 @@ def headline(reported: ReportedRun) -> Table:
     if any(target.healing for target in reported.targets):
         add("Weights healed by", lambda o: " + ".join(o.healing) or "nothing")
     add("Held-out perplexity", lambda o: Number(o.model.perplexity))
-    add("Held-out perplexity, × dense", lambda o: _heldout(o) if o.plan else Number(1))
+    add("Held-out perplexity, × dense", _heldout)
     for kind in reported.dense.by_kind:
         add(f"Perplexity of {kind}", partial(_perplexity_of, kind=kind))
         add(f"Perplexity of {kind}, × dense", partial(_of_kind, kind=kind))
@@ -121,7 +122,8 @@ def _estimate(option: Option) -> Cell:
 
 
 def _saved(option: Option) -> str:
-    return f"−{percent(option.cache_saved, 0)}" if option.cache_saved else percent(0, 0)
+    share = 1 - option.race.pruned.cache_bytes / option.race.dense.cache_bytes
+    return f"−{percent(share, 0)}" if share else percent(0, 0)
 
 
 def compared(comparison: Comparison) -> Table:
@@ -174,10 +176,10 @@ CURVE: Mapping[str, Callable[[Option], object]] = {
     "p_gold": lambda o: o.model.confidence and o.model.confidence.value,
     "p_gold_stderr": lambda o: o.model.confidence and o.model.confidence.stderr,
     **{
-        f"speedup_{part}": partial(lambda o, part: o.race.speedup(part) if o.is_timed else None, part=part)
+        f"speedup_{part}": partial(lambda o, part: o.timed and o.timed.speedups[part].value, part=part)
         for part in PARTS
     },
-    "kv_cache_bytes": lambda o: o.race.pruned.cache_bytes if o.is_timed else None,
+    "kv_cache_bytes": lambda o: o.timed and o.timed.pruned.cache_bytes,
 }
 """Columns of curve.csv behind the run and the target."""
 
