@@ -43,7 +43,7 @@ def measure(name: str, run_name: str, subject: Checkpoint | InMemory, dense: Che
 
 
 def main(name: str) -> None:
-    pruning = healed_of(name)
+    pruning = healed_of(name, "trained", "compensated")
     plan, place = pruning.plan, DATA / "checkpoints" / name / "hf"
     dense = dense_of(plan.run)
     subject = dense.export(place) if place.exists() else InMemory(dense, plan, pruning.rows, pruning.healed)

@@ -11,12 +11,11 @@ def main(name: str) -> None:
     study, out = load_study(name), DATA / "tables" / name
     if study.experiments:
         write_answers(out, study.title, points_of_study(study, name, DATA / "evidence"))
-        observer().note(f"tables: {out / 'index.html'}")
-        return
-    rows = rows_of_study(study, DATA / "evidence")
-    write_study(out, study.title, rows, DATA / "paper")
-    for row in (row for row in rows if row.reason):
-        observer().note(f"not measured: {row.target}: {row.reason}")
+    else:
+        rows = rows_of_study(study, DATA / "evidence")
+        write_study(out, study.title, rows, DATA / "paper")
+        for row in (row for row in rows if row.reason):
+            observer().note(f"not measured: {row.target}: {row.reason}")
     observer().note(f"tables: {out / 'index.html'}")
 
 

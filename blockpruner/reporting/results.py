@@ -26,7 +26,6 @@ from blockpruner.evaluation.store import ITEMS
 from blockpruner.methods.registry import KINDS
 from blockpruner.reporting import statistics
 from blockpruner.reporting.statistics import Effect, Floats, Interval, Mean
-from blockpruner.search.registry import SEARCHES
 from blockpruner.store.files import read_json, read_table
 
 PARTS = ("prefill", "decode", "generation")
@@ -205,9 +204,11 @@ class Option:
     dense: Model
     timed: Race | None
     """The timing of the model and the dense one in turns."""
-    curve: tuple[float, ...]
+    calibration_perplexity: float | None
+    """The perplexity on the calibration rows; None where it was not known when the plan was made."""
+    curve: tuple[float, ...] = ()
     """Perplexities on the calibration rows: of the dense model, and after each removal, as far as known. Empty where
-    the plan has no sequence of removals."""
+    there is no sequence of removals."""
 
     @property
     def ratio(self) -> float:
@@ -217,10 +218,7 @@ class Option:
     @property
     def healing(self) -> tuple[str, ...]:
         """What was done to the weights that are left, in order."""
-        if self.plan is None:
-            return ()
-        compensated = () if self.plan.compensate == "none" else (self.plan.compensate,)
-        return (*compensated, *(("training",) if self.plan.train else ()))
+        return ()
 
     @property
     def recipe(self) -> str:
@@ -246,21 +244,6 @@ class Option:
     def speedup(self) -> float:
         """The speed-up of generation over the dense model."""
         return self.race.speedups["generation"].value
-
-    @property
-    def calibration_perplexity(self) -> float | None:
-        """On the calibration rows; None where it was not known when the plan was made."""
-        if self.plan is None:
-            return self.curve[0] if self.curve else None
-        value: float | None = self.plan.calibration["perplexity"]
-        return value
-
-    @property
-    def own_rise(self) -> float | None:
-        """ln(PPL / dense PPL) on the calibration rows, nats per token; None where the search asked for no scores."""
-        asked = self.plan is not None and self.plan.method in SEARCHES and SEARCHES[self.plan.method].asks != "nothing"
-        found = self.plan.calibration if self.plan is not None and asked else {}
-        return math.log(found["perplexity"] / found["dense_perplexity"]) if found.get("perplexity") else None
 
     @property
     def heldout_rise(self) -> float:
