@@ -98,16 +98,13 @@ def calibrate(
     judged: bool,
     at_most: bool = False,
 ) -> Rows:
-    """Draw every row of a run.
+    """Draw every row of a run; raises InputError that names how many texts there are, where these are too few.
 
     Args:
         config: of the dense model; rows of the compensation are no longer than its context.
         note: receives what was left out.
         judged: whether rows are set aside to judge between proposals.
         at_most: fewer rows than are asked for will do.
-
-    Raises:
-        InputError: too few texts; names how many there are.
     """
     from blockpruner.healing.rows import compensation_rows, training_rows
 
@@ -207,14 +204,11 @@ def score(
 ) -> dict[str, dict[str, Any]]:
     """Search far enough for the budgets, by every search of the recipe; each leaves its tables at `folder`/<its name>.
 
+    Returns by search what was computed and reused, as `methods.score.score_run`. Raises InputError for settings or
+    budgets that cannot be met, before anything is computed.
+
     Args:
         latency: measures what generation and each block takes, where a budget or a price needs it.
-
-    Returns:
-        What was computed and reused, as from `methods.score.score_run`, by search.
-
-    Raises:
-        InputError: settings or budgets that cannot be met, before anything is computed.
     """
     far: dict[str, list[str]] = {}
     for budget in budgets:
@@ -270,14 +264,12 @@ def commit(
     train: bool = False,
     dense: Path | None = None,
 ) -> list[Proposal]:
-    """What each search of the recipe removes for a budget; one proposal, or several that `heal` judges.
+    """What each search of the recipe removes for a budget; one proposal, or several that `heal` judges. Raises
+    InputError if the budget cannot be met, or a file of a search is missing or damaged.
 
     Args:
         folder: as `score` left it.
         dense: the dense model's directory, where it is kept: the plans name it by its content.
-
-    Raises:
-        InputError: the budget cannot be met, or a file of a search is missing or damaged.
     """
     base = dict[str, Any]()
     if dense is not None:
@@ -290,13 +282,11 @@ def commit(
 
 
 def heal(dense: Callable[[], PreTrainedModel], found: Sequence[Proposal], rows: Rows, observer: Observer) -> Healing:
-    """Compensate each proposal as its plan says, and keep the best by the rows that judge.
+    """Compensate each proposal as its plan says, and keep the best by the rows that judge. Raises InputError where rows
+    are too few to fit to, or as `healing.compensate.compensate`.
 
     Args:
         dense: loads the dense model, which is as before at the end; called if something must be computed.
-
-    Raises:
-        InputError: too few rows to fit to; or see `healing.compensate.compensate`.
     """
     from blockpruner.healing.choice import choose
 

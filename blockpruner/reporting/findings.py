@@ -89,7 +89,7 @@ def has_lost(option: PrunedOption, nats: float, share: float) -> bool:
     losses = [(dense.average, paired(dense, model))]
     if dense.confidence is not None and model.confidence is not None:
         losses.append((dense.confidence, paired_confidence(dense, model)))
-    fails = any(change.differs_from(0) and change.value < -share * before.value for before, change in losses)
+    fails = any(change.differs and change.value < -share * before.value for before, change in losses)
     return fails or option.heldout_rise >= nats
 
 
@@ -126,8 +126,8 @@ def paired_confidence(base: Model, other: Model) -> Mean:
 def paired(base: Model, other: Model, task: str | None = None) -> Mean:
     """Subtract accuracies, other minus base, with the error of paired items; without a task, the averages."""
     names = base.scores if task is None else (task,)
-    scores = ({name: model.scores[name] for name in names} for model in (base, other))
-    return average(differences(*scores))
+    before, after = ({name: model.scores[name] for name in names} for model in (base, other))
+    return average(differences(before, after))
 
 
 def _jump(trace: PrunedOption, options: Sequence[PrunedOption]) -> Finding | None:

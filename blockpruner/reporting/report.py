@@ -31,15 +31,8 @@ INTRO = (
 def write_report(
     out: Path, title: str, targets: Sequence[str], labels: Mapping[str, RunLabels], data: Path, plots: bool
 ) -> None:
-    """Write the report of `targets` in the place of `out`.
-
-    Args:
-        out: folder of the report; replaced as a whole, or left as it is on failure.
-        targets: names of folders in data/evidence.
-        labels: what the model and data of each run are.
-        data: the folder of the stages' outputs, as for `read_runs`.
-        plots: whether to draw; the CSV files are written in any case.
-    """
+    """Write the report of `targets`, with `data` as for `read_runs`, in the place of the folder `out`: all of it, or
+    nothing. The CSV files are written even where no plots are wanted."""
     runs = read_runs(targets, labels, data)
     files = {"curve.csv": curve_csv(comparisons(runs)), "iterations.csv": iterations_csv(runs)}
     write_page(out, build_page(title, runs, plots), files)

@@ -73,7 +73,7 @@ def _confidence(option: Option) -> Cell:
 
 
 def _change(found: Mean) -> str:
-    return (BETTER if found.value > 0 else WORSE) if found.differs_from(0) else ""
+    return (BETTER if found.value > 0 else WORSE) if found.differs else ""
 
 
 def headline(reported: ReportedRun) -> Table:
