@@ -138,7 +138,6 @@ def peak(s: Setting, reset: bool = False) -> float | None:
 
 
 def scored(engine: Engine, rows: Rows, masks: Sequence[Mask]) -> None:
-    """Score all rows under each mask."""
     tasks = [Task(span, tuple(masks)) for span in engine.row_batches(rows, range(len(rows)))]
     for _ in engine.run(tasks, rows):
         pass
@@ -384,7 +383,6 @@ def shown(value: Any) -> str:
 
 
 def page(name: str, record: Mapping[str, Any]) -> str:
-    """A part as Markdown."""
     lines = [f"\n## {name}: {record['ended']}\n", f"{PARTS[name].__doc__}\n", "| | |", "|---|---:|"]
     lines += [f"| {key} | {shown(value)} |" for key, value in record["facts"].items()]
     for check in record["checks"]:

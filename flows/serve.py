@@ -78,7 +78,6 @@ class ReportHandler(SimpleHTTPRequestHandler):
         return found if Path(found).relative_to(self.directory).parts[:1] in [(name,) for name in PAGES] else ""
 
     def list_directory(self, path: str | os.PathLike[str]) -> None:
-        """Do not list a folder."""
         self.send_error(404)
 
     def log_message(self, *_: Any) -> None:

@@ -16,7 +16,6 @@ from stages.materialize import healed_of
 
 
 def dense_of(name: str) -> Checkpoint:
-    """The dense model of a run."""
     runtime, model = load_params().runtime, sections(name).model
     set_threads(runtime.threads)
     return Checkpoint(DATA / "models" / name, model.dtype, runtime.device, model.trust_remote_code)

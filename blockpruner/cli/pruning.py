@@ -54,8 +54,6 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the command works."""
-
     root: Path
     """The folder of all trial stores, of models as fetched, traces, plans and healed weights."""
     device: str
@@ -144,10 +142,11 @@ class Place:
         key = self._key(run, rows, method, base, budget)
         healed, traces = self.root / "compensated" / key, self.root / "searches" / key
         is_kept = self._is_kept(healed, choice.PLAN, COMPENSATE_FACTS)
-        self._require_free(run, out, load_plan(healed / choice.PLAN) if is_kept else None)
+        kept = replace(load_plan(healed / choice.PLAN), train=run.train is not None) if is_kept else None
+        for place in self._places(run, out).values():  # before a search
+            _is_there(place, kept)
         if not is_kept:
-            own = (run.score, method, run.train, budget)
-            pipeline.require_room(config, run.model.dtype, self._runtime, *own)
+            pipeline.require_room(config, run.model.dtype, self._runtime, run.score, method, run.train, budget)
         pipeline.require_fit(rows, run.compensate, method)
         with open_material(dense, run.model, self._runtime, self.root, self.observer) as material:
             latency = partial(pipeline.latency, material, traces, dense, run.model, run.score, self._runtime)
@@ -334,11 +333,6 @@ class Place:
     def _places(self, run: Run, out: Path) -> dict[str, Path]:
         return {form: out if form == "hf" else out.with_name(f"{out.name}-{form}") for form in run.export}
 
-    def _require_free(self, run: Run, out: Path, plan: Plan | None) -> None:
-        """Refuse, before a search, a place that holds another model than this plan's."""
-        for place in self._places(run, out).values():
-            _is_there(place, plan and replace(plan, train=run.train is not None))
-
     def _export(self, run: Run, pruning: Pruning, out: Path) -> dict[str, Any]:
         words, places = "" if pruning.healed is None else pruning.healed.words, self._places(run, out)
         files = {form: [places[form] / f"model-{name}.gguf" for name in more] for form, more in self._asked.items()}
@@ -400,7 +394,6 @@ def _is_there(place: Path, plan: Plan | None, words: str | None = None) -> bool:
 
 
 def words(found: Mapping[str, Any]) -> str:
-    """What was done, for a reader."""
     plan, seen = found["plan"], found["plan"]["calibration"]
     lines = [f"removed {plan['ratio']:.1%} of the parameters: {', '.join(plan['order']) or plan['method']}"]
     if seen.get("perplexity"):

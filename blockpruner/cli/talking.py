@@ -54,8 +54,6 @@ class Streamer(TextStreamer):  # type: ignore[misc]  # transformers is untyped
 
 
 class Talker:
-    """A model that answers."""
-
     def __init__(self, folder: Path, device: str) -> None:
         config = config_of(folder)
         has_code = config.get("model_type") not in FAMILIES and has_our_code(folder)
@@ -180,7 +178,6 @@ def _times(relative: float, interval: tuple[float, float]) -> str:
 
 
 def side_by_side(found: Sequence[Compared]) -> Table:
-    """Checkpoints, a column each."""
     table = Table(expand=True)
     for one in found:
         lines = [one.model, f"{one.parameters / 1e6:,.1f} M parameters"]

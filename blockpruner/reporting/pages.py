@@ -24,8 +24,6 @@ from blockpruner.store.provenance import COMPUTING
 
 @dataclass(frozen=True)
 class Findings:
-    """A list of findings."""
-
     kind: ClassVar = "findings"
     of: tuple[Finding, ...]
 

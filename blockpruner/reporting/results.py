@@ -37,7 +37,6 @@ class RunLabels:
     """For people: which model, and which data it was calibrated and evaluated on."""
 
     name: str
-    """What the model is called."""
     model: str
     """Where it is from, on one line, as all that follows."""
     calibration: str
@@ -140,8 +139,6 @@ class Race:
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """One evaluated model."""
-
     parameters: int
     weight_bytes: int
     heldout: Text

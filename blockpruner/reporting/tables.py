@@ -18,7 +18,7 @@ from blockpruner.reporting.formats import parameters, percent, size, times
 from blockpruner.reporting.inputs import ReportedRun
 from blockpruner.reporting.results import PARTS, Option
 from blockpruner.reporting.statistics import Interval, Mean
-from blockpruner.reporting.table import Cell, Column, Field, Number, Table, percentage, points, score, table_of, to_csv
+from blockpruner.reporting.table import Cell, Column, Field, Number, Table, points, score, table_of, to_csv
 
 BETTER, WORSE = "↑", "↓"
 LEGEND = (
@@ -88,7 +88,7 @@ def headline(reported: ReportedRun) -> Table:
         return score(found, mark=_change(paired(option.dense, option.model, task)) if option.plan else "")
 
     add("Parameters", lambda o: Number(o.model.parameters, write=parameters))
-    add("Parameters removed", lambda o: percentage(o.ratio))
+    add("Parameters removed", lambda o: Number(o.ratio, write=percent))
     add("Taken out", lambda o: o.taken_out)
     if any(target.healing for target in reported.targets):
         add("Weights healed by", lambda o: " + ".join(o.healing) or "nothing")
@@ -135,7 +135,7 @@ def compared(comparison: Comparison) -> Table:
 
     fields: tuple[Field[Option], ...] = (
         Field("target", "target", lambda o: o.name),
-        Field("removed", "removed", lambda o: percentage(o.ratio)),
+        Field("removed", "removed", lambda o: Number(o.ratio, write=percent)),
         Field("taken_out", "taken out", lambda o: o.taken_out),
         Field("heldout_ppl", "held-out PPL, × dense", _heldout),
         Field("p_gold", "p of the right answer − dense", confidence),
