@@ -150,11 +150,9 @@ def require_room(
 def require_fit(rows: Rows, wanted: Compensate, method: str) -> None:
     """Refuse, before a search, a compensation with too few rows to fit to some and to check on others."""
     if method != "none" and not rows.fit.rows:
-        raise InputError(
-            f"compensate {method} is fitted to rows of {wanted.seq_len} tokens and checked on others, and the texts "
-            f"fill {len(rows.tuning.rows)}; give more texts, or compensate: none",
-            rule="too-few-rows", key="compensate",
-        )  # fmt: skip
+        how = f"is fitted to rows of {wanted.seq_len} tokens and checked on others"
+        message = f"compensate {method} {how}, and the texts fill {len(rows.tuning.rows)}"
+        raise InputError(f"{message}; give more texts, or compensate: none", rule="too-few-rows", key="compensate")
 
 
 def _set_aside(
@@ -184,10 +182,8 @@ def _set_aside(
         documents.update(found.documents)
         kinds += [kind.name] * len(found.rows) if kind else []
     if not rows:
-        note(
-            f"warning: {len(texts)} texts are too few to set some aside that judge between searches: only the first "
-            "search of the recipe is made"
-        )
+        few = f"{len(texts)} texts are too few to set some aside that judge between searches"
+        note(f"warning: {few}: only the first search of the recipe is made")
     elif lacking := [kind.name for kind in order if kind and kind.name not in kinds]:
         few = ", ".join(lacking)
         note(f"warning: too few texts of {few} to set some aside: what they lose is not judged; give more")

@@ -105,10 +105,8 @@ class Params(Frozen):
     def _names(self) -> Params:
         for name in (*self.runs, *self.targets, *self.experiments):
             if not NAME.fullmatch(name):
-                raise ValueError(
-                    f"name {name!r} is not valid: at most 100 letters, digits, '_' and '-' (a run name is the file "
-                    "runs/<name>.yaml, a target name a folder under data/)"
-                )
+                why = "a run name is the file runs/<name>.yaml, a target name a folder under data/"
+                raise ValueError(f"name {name!r} is not valid: at most 100 letters, digits, '_' and '-' ({why})")
         if len(set(self.runs)) != len(self.runs):
             raise ValueError(f"runs {list(self.runs)} name the same run twice; keep one")
         meanings: dict[tuple[object, ...], str] = {}

@@ -116,20 +116,16 @@ def prune(
     from blockpruner.cli import dry_run as forecast
     from blockpruner.cli import pruning as work
 
-    def given(**options: Any) -> dict[str, Any]:
-        return {name: value for name, value in options.items() if value is not None}
-
-    own_dtype, trusted = None if dtype == "auto" else dtype, trust_remote_code or None
     source = {} if model is None else model_of(model)
-    source |= given(revision=revision, dtype=own_dtype, trust_remote_code=trusted)
+    source |= _own(dtype, trust_remote_code) | _given(revision=revision)
     wanted = values_of(
         config,
         set_ or (),
-        {"model": source, "runtime": given(workers=workers, executor=workers and "ray", streaming=streaming or None)},
+        {"model": source, "runtime": _given(workers=workers, executor=workers and "ray", streaming=streaming or None)},
         method,
         data=data_of(texts, dataset),
-        calibration=given(num_samples=num_samples, seq_len=seq_len),
-        score=given(unit=unit, metric=metric, acceleration=acceleration),
+        calibration=_given(num_samples=num_samples, seq_len=seq_len),
+        score=_given(unit=unit, metric=metric, acceleration=acceleration),
         compensate=compensate,
         train=train,
     )
@@ -137,7 +133,7 @@ def prune(
         raise InputError("there is no model; give MODEL, or --config FILE that names one", rule="no-model")
     runtime, formats = wanted.pop("runtime"), [*wanted.pop("export", ()), export]
     place = work.Place(cache.expanduser().absolute(), device, stderr_observer(), ",".join(formats), runtime)
-    run = place.read_run(model, "auto", False, wanted, computes=not dry_run)
+    run = place.read_run(model, wanted, computes=not dry_run)
     if dry_run:
         found = forecast.dry_run(run, place.config_of(run), budget)
         _tell(found, forecast.in_words(found), as_json)
@@ -163,7 +159,7 @@ def apply(
     from blockpruner.cli import pruning as work
 
     place = work.Place(cache.expanduser().absolute(), device, stderr_observer(), export)
-    run = place.read_run(model, dtype, trust_remote_code, {})
+    run = place.read_run(model, {"model": _own(dtype, trust_remote_code)})
     found = place.apply(run, plan, out.expanduser().absolute())
     _tell(found, work.words(found), as_json)
 
@@ -214,7 +210,7 @@ def compare(
 
     heldout = None
     if texts is not None:
-        rows = {"packing": "documents", "max_rows": max_rows} | ({} if seq_len is None else {"seq_len": seq_len})
+        rows = {"packing": "documents", "max_rows": max_rows, **_given(seq_len=seq_len)}
         heldout = read_settings(Perplexity, {"data": {"source": "path", "path": str(texts)}, **rows})
     found = compared([_folder(a), _folder(b)], prompt, max_new_tokens, heldout, device)
     _tell([vars(one) for one in found], side_by_side(found), as_json)
@@ -309,13 +305,21 @@ def schema() -> None:
     print(to_json(run_schema(named_sources()), indent=1, sort_keys=True))
 
 
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _own(dtype: str, trusted: bool) -> dict[str, Any]:
+    return _given(dtype=None if dtype == "auto" else dtype, trust_remote_code=trusted or None)
+
+
 def _folder(model: str, cache: Path | None = None) -> Path:
     from blockpruner.cli.pruning import Place
 
     if Path(model).expanduser().is_dir():
         return Path(model).expanduser()
     place = Place(cache or cache_folder(), "auto", stderr_observer())
-    return place.fetch(place.read_run(model, "auto", False, {}))
+    return place.fetch(place.read_run(model, {}))
 
 
 def _tell(found: Any, words: str | Table, as_json: bool) -> None:

@@ -75,9 +75,7 @@ class Place:
             found[name] = (*found.get(name, ()), *([quantization.upper()] if quantization else []))
         return found
 
-    def read_run(
-        self, model: str | None, dtype: str, trusted: bool, sections: Mapping[str, Any], *, computes: bool = False
-    ) -> Run:
+    def read_run(self, model: str | None, sections: Mapping[str, Any], *, computes: bool = False) -> Run:
         """The settings of a run file; raises InputError for a model, name or value that is not valid.
 
         The model has its own dtype; but where it is None, and `sections` name one, they decide as a run file does.
@@ -86,7 +84,6 @@ class Place:
             computes: whether another dtype may be computed in (`rates.fast_dtype`), where the user names none.
         """
         given = {} if model is None else model_of(model)
-        given |= ({"trust_remote_code": True} if trusted else {}) | ({} if dtype == "auto" else {"dtype": dtype})
         run = read_settings(
             Run, merged({"export": list(self._asked)}, sections) | {"model": merged(given, sections.get("model", {}))}
         )
@@ -248,15 +245,12 @@ class Place:
         """Export the model of a plan's file."""
         file, plan = read_plan(path)
         if not KINDS[plan.kind].is_part:
-            raise InputError(
-                f"{file} is of a model with other weights (method: {plan.method}), which a plan does not hold; run "
-                "prune again: scores are kept"
-            )
+            words = f"of a model with other weights (method: {plan.method}), which a plan does not hold"
+            raise InputError(f"{file} is {words}; run prune again: scores are kept")
         if plan.compensate != "none" or plan.train:
-            self.observer.note(
-                "a plan holds no weights: this model loses the same parts, but is not healed "
-                f"({plan.compensate if plan.compensate != 'none' else 'no refit'}{', trained' * plan.train})"
-            )
+            healing = f"{plan.compensate if plan.compensate != 'none' else 'no refit'}{', trained' * plan.train}"
+            words = "a plan holds no weights: this model loses the same parts, but is not healed"
+            self.observer.note(f"{words} ({healing})")
             plan = replace(plan, compensate="none", train=False)
         run, dense = self.fetch_base(run, file, plan)
         unknown = dict.fromkeys(NUMBERS["calibration"])  # what its author has measured, nobody has measured here
@@ -285,11 +279,9 @@ class Place:
         if at and plan.weights is None and not is_own:
             self.observer.note(f"{file} is for {repo}; of {run.model.title} only the shape was compared")
         if found != (plan.weights or found if at else plan.base):
-            raise InputError(
-                f"{file} is of another model: its base is {plan.base}, and {run.model.title} is by content {found}; "
-                "give the model that the plan was made for",
-                rule="plan-of-other-model", key="base", value=plan.base,
-            )  # fmt: skip
+            other = f"its base is {plan.base}, and {run.model.title} is by content {found}"
+            message = f"{file} is of another model: {other}; give the model that the plan was made for"
+            raise InputError(message, rule="plan-of-other-model", key="base", value=plan.base)
         return run, dense
 
     def _at_commit(self, run: Run, file: Path, repo: str, commit: str) -> Run:
@@ -338,11 +330,9 @@ class Place:
         files = {form: [places[form] / f"model-{name}.gguf" for name in more] for form, more in self._asked.items()}
         missing = {form: place for form, place in places.items() if not _is_there(place, pruning.plan, words)}
         for lacking in (file for form in files.keys() - missing.keys() for file in files[form] if not file.exists()):
-            raise InputError(
-                f"{lacking.parent} was written without {lacking.name}, and nothing is replaced; remove that folder and "
-                "run again, or choose another --out: scores are kept",
-                rule="place-not-empty", key="out", value=str(lacking.parent),
-            )  # fmt: skip
+            fix = "remove that folder and run again, or choose another --out: scores are kept"
+            message = f"{lacking.parent} was written without {lacking.name}, and nothing is replaced; {fix}"
+            raise InputError(message, rule="place-not-empty", key="out", value=str(lacking.parent))
         own = run.model.dtype if "dtype" in run.model.model_fields_set else own_dtype(self.config_of(run))
         pipeline.export(replace(pruning, dtype=own), missing, self._asked)
         return {"plan": plan_fields(pruning.plan), "written": [pipeline.exported(*each) for each in places.items()]}

@@ -111,16 +111,13 @@ def rows_of(folders: Sequence[Path], wanted: Perplexity) -> HeldOut:
         tokenizer = load_tokenizer(folder)
         found.append(held_out(tokenizer, texts, wanted))
         if len(found[-1].rows) < 2:
-            raise InputError(
-                f"the held-out texts are 1 row of {wanted.seq_len} tokens, and an interval needs at least 2; give a "
-                "smaller --seq-len, a larger --max-rows or longer --texts"
-            )
+            few = f"the held-out texts are 1 row of {wanted.seq_len} tokens, and an interval needs at least 2"
+            raise InputError(f"{few}; give a smaller --seq-len, a larger --max-rows or longer --texts")
         require_embedded(found[-1].rows, tokenizer, config_of(folder))
         if found[-1].rows != found[0].rows:
-            raise InputError(
-                f"{folder} has another tokenizer than {folders[0]}: perplexities of different tokens cannot be "
-                "compared; leave out --texts, or compare models of one tokenizer"
-            )
+            why = "perplexities of different tokens cannot be compared"
+            fix = "leave out --texts, or compare models of one tokenizer"
+            raise InputError(f"{folder} has another tokenizer than {folders[0]}: {why}; {fix}")
     return found[0]
 
 

@@ -168,11 +168,9 @@ def steps_of(rows: Sequence[Mapping[str, Any]], plan: Plan, path: Path) -> tuple
     order = [format_mask(mask - before) for before, mask in pairwise(masks)]
     leads = order == list(plan.order) if plan.nested else masks[-1:] == [plan.mask]
     if not leads or not dense or None in [row["perplexity"] for row in found]:
-        raise InputError(
-            f"{path} does not have one fully scored choice, with its perplexity, for each of the plan's removals "
-            f"{', '.join(plan.order)}: they are of different searches; delete both and run `dvc repro`",
-            rule="different-searches",
-        )
+        lacks = "does not have one fully scored choice, with its perplexity, for each of the plan's removals"
+        message = f"{path} {lacks} {', '.join(plan.order)}: they are of different searches"
+        raise InputError(f"{message}; delete both and run `dvc repro`", rule="different-searches")
     return tuple(SearchStep(row["removed"], row["perplexity"]) for row in found)
 
 

@@ -287,10 +287,8 @@ def read_items(folders: Sequence[Path], metrics: Mapping[str, str]) -> dict[str,
         rows = dict(zip(names, zip(items, values, p_gold, strict=True), strict=True))
         for model in found:
             if model not in rows or not np.array_equal(rows[model][0], items[0]):
-                raise InputError(
-                    f"{folders[0].parent}: {model} and {names[0]} were evaluated on different items of {task}, so they "
-                    "cannot be compared; run `dvc repro` to evaluate both alike",
-                    rule="different-items",
-                )
+                why = f"{model} and {names[0]} were evaluated on different items of {task}, so they cannot be compared"
+                message = f"{folders[0].parent}: {why}; run `dvc repro` to evaluate both alike"
+                raise InputError(message, rule="different-items")
             found[model][task] = rows[model]
     return found

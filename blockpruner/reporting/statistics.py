@@ -85,9 +85,8 @@ def differences(a: Scores, b: Scores, least: int = 1) -> dict[str, Floats]:
     """b - a by task and item, the tasks in alphabetical order; raises InputError if the two have different tasks or
     numbers of items, or nothing is there to compare, or fewer items of a task than `least`."""
     if a.keys() != b.keys() or not a:
-        raise InputError(
-            f"models of tasks {sorted(a)} and {sorted(b)} cannot be compared; evaluate both on the same, one or more"
-        )
+        message = f"models of tasks {sorted(a)} and {sorted(b)} cannot be compared"
+        raise InputError(f"{message}; evaluate both on the same, one or more")
     return {task: _difference(a[task], b[task], f"task {task}", least) for task in sorted(a)}
 
 
@@ -209,9 +208,8 @@ def _difference(a: ArrayLike, b: ArrayLike, what: str, least: int) -> Floats:
     """b - a [n]; raises InputError where a and b are no pairs, or fewer than `least`."""
     a, b = np.asarray(a, float), np.asarray(b, float)
     if a.shape != b.shape or a.ndim != 1 or not len(a):
-        raise InputError(
-            f"{what}: a has shape {a.shape} and b {b.shape}; both must have one value for each of the same n >= 1"
-        )
+        message = f"{what}: a has shape {a.shape} and b {b.shape}"
+        raise InputError(f"{message}; both must have one value for each of the same n >= 1")
     if len(a) < least:
         raise InputError(f"{what} needs at least {least} pairs, not {len(a)}; measure more of them")
     difference: Floats = b - a
