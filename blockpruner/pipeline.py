@@ -308,14 +308,11 @@ def train(
 def export(
     pruning: Pruning, places: Mapping[str, Path], quantizations: Mapping[str, Sequence[str]] | None = None
 ) -> None:
-    """Write verified checkpoints of a plan's model, a new folder for each format.
+    """Write verified checkpoints of a plan's model, a new folder for each format; `quantizations` has by format to what
+    more files of it are quantized.
 
-    Args:
-        quantizations: by format, what more files of it are quantized to.
-
-    Raises:
-        InputError: something is at one of the places, before anything is written; or has come there meanwhile, or a
-            format cannot hold the model, and nothing is left at that place.
+    Raises InputError if something is at one of the places, before anything is written; or if something has come there
+    meanwhile, or a format cannot hold the model, and nothing is left at that place.
     """
     from blockpruner.checkpoints.registry import EXPORTS
     from blockpruner.store.files import require_free

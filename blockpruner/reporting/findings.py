@@ -176,7 +176,7 @@ def _uneven(found: Sequence[PrunedOption]) -> Finding:
 
 def _slow(found: Sequence[PrunedOption]) -> Finding:
     def told(option: PrunedOption) -> str:
-        mlp = option.blocks["mlp"] > option.blocks["mha"]
+        mlp = option.plan.blocks["mlp"] > option.plan.blocks["mha"]
         cause = ", more MLP than MHA, and only MHA shrinks the KV cache" if mlp else ""
         return f"{option.name}: {times(option.speedup)} with {option.taken_out} removed{cause}."
 

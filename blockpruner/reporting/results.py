@@ -19,7 +19,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from blockpruner.core.blocks import BlockKind
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.evaluation.store import ITEMS
@@ -218,19 +217,9 @@ class Option:
         return ()
 
     @property
-    def recipe(self) -> str:
-        """The method, and what was done after it."""
-        return " + ".join((self.method, *self.healing))
-
-    @property
     def taken_out(self) -> str:
         """For instance "3 MHA + 4 MLP"."""
         return KINDS[self.plan.kind].taken_out(self.plan) if self.plan else "nothing"
-
-    @property
-    def blocks(self) -> Mapping[str, int]:
-        """Count the blocks that are gone, by kind."""
-        return self.plan.blocks if self.plan else dict.fromkeys(BlockKind, 0)
 
     @property
     def race(self) -> Race:
@@ -248,11 +237,12 @@ class Option:
         return math.log(self.model.perplexity / self.dense.perplexity)
 
     @cached_property
-    def heldout_interval(self) -> Interval:
-        """The interval of PPL / dense PPL on the held-out text, from paired rows; infinite with fewer than two."""
+    def heldout(self) -> Effect:
+        """PPL / dense PPL on the held-out text, from paired rows; with fewer than two, its interval is infinite."""
         dense, own = self.dense.heldout.row_nll, self.model.heldout.row_nll
-        few = min(len(dense), len(own)) < 2
-        return Interval(0, math.inf) if few else statistics.perplexity_ratio(dense, own).interval
+        if min(len(dense), len(own)) < 2:
+            return Effect(self.model.perplexity / self.dense.perplexity, Interval(0, math.inf), 1.0)
+        return statistics.perplexity_ratio(dense, own)
 
     @cached_property
     def by_kind(self) -> Mapping[str, tuple[float, Effect]]:

@@ -17,7 +17,7 @@ from blockpruner.reporting.findings import paired, paired_confidence, recommende
 from blockpruner.reporting.formats import parameters, percent, size, times
 from blockpruner.reporting.inputs import ReportedRun
 from blockpruner.reporting.results import PARTS, Option
-from blockpruner.reporting.statistics import Interval, Mean
+from blockpruner.reporting.statistics import Effect, Mean
 from blockpruner.reporting.table import Cell, Column, Field, Number, Table, points, score, table_of, to_csv
 
 BETTER, WORSE = "↑", "↓"
@@ -40,13 +40,9 @@ def _timed(of: Callable[[Option], Cell]) -> Callable[[Option], Cell]:
     return lambda option: of(option) if option.timed else NOT_TIMED
 
 
-def _multiple(option: Option, ratio: float, interval: Interval) -> Number:
+def _multiple(option: Option, found: Effect) -> Number:
     """Show a multiple of what the dense model has."""
-    return Number(ratio, low=interval.low, high=interval.high) if option.plan else Number(1)
-
-
-def _heldout(option: Option) -> Number:
-    return _multiple(option, option.model.perplexity / option.dense.perplexity, option.heldout_interval)
+    return Number(found.value, low=found.interval.low, high=found.interval.high) if option.plan else Number(1)
 
 
 def _perplexity_of(option: Option, kind: str) -> Number:
@@ -54,13 +50,11 @@ def _perplexity_of(option: Option, kind: str) -> Number:
 
 
 def _of_kind(option: Option, kind: str) -> Number:
-    _, found = option.by_kind[kind]
-    return _multiple(option, found.value, found.interval)
+    return _multiple(option, option.by_kind[kind][1])
 
 
 def _speedup(option: Option, part: str = "generation") -> Number:
-    found = option.race.speedups[part]
-    return _multiple(option, found.value, found.interval)
+    return _multiple(option, option.race.speedups[part])
 
 
 P_TITLE = "p of the right answer, %"
@@ -93,7 +87,7 @@ def headline(reported: ReportedRun) -> Table:
     if any(target.healing for target in reported.targets):
         add("Weights healed by", lambda o: " + ".join(o.healing) or "nothing")
     add("Held-out perplexity", lambda o: Number(o.model.perplexity))
-    add("Held-out perplexity, × dense", _heldout)
+    add("Held-out perplexity, × dense", lambda o: _multiple(o, o.heldout))
     for kind in reported.dense.by_kind:
         add(f"Perplexity of {kind}", partial(_perplexity_of, kind=kind))
         add(f"Perplexity of {kind}, × dense", partial(_of_kind, kind=kind))
@@ -137,13 +131,13 @@ def compared(comparison: Comparison) -> Table:
         Field("target", "target", lambda o: o.name),
         Field("removed", "removed", lambda o: Number(o.ratio, write=percent)),
         Field("taken_out", "taken out", lambda o: o.taken_out),
-        Field("heldout_ppl", "held-out PPL, × dense", _heldout),
+        Field("heldout_ppl", "held-out PPL, × dense", lambda o: _multiple(o, o.heldout)),
         Field("p_gold", "p of the right answer − dense", confidence),
         Field("avg", "average − dense", lambda o: points(paired(o.dense, o.model))),
         Field("generation", "speed, × dense", _timed(_speedup)),
         Field("kv_cache", "KV cache", _timed(_saved)),
         Field("front", "front", lambda o: "●" if o in front else ""),
-        Field("method", "method", lambda o: o.recipe),
+        Field("method", "method", lambda o: " + ".join((o.method, *o.healing))),
     )
     notes = (COMPARISON_LEGEND,)
     return table_of("targets", "All targets", fields, comparison.targets, notes, lambda option: option is best)
@@ -165,8 +159,8 @@ CURVE: Mapping[str, Callable[[Option], object]] = {
     "trained": lambda o: int(bool(o.plan and o.plan.train)),
     "ratio": lambda o: o.ratio,
     "removals": lambda o: len(o.curve[1:]),
-    "mha_removed": lambda o: o.blocks["mha"],
-    "mlp_removed": lambda o: o.blocks["mlp"],
+    "mha_removed": lambda o: o.plan.blocks["mha"] if o.plan else 0,
+    "mlp_removed": lambda o: o.plan.blocks["mlp"] if o.plan else 0,
     "parameters": lambda o: o.model.parameters,
     "weight_bytes": lambda o: o.model.weight_bytes,
     "perplexity_calibration": lambda o: o.calibration_perplexity,
