@@ -138,7 +138,6 @@ def peak(s: Setting, reset: bool = False) -> float | None:
 
 
 def scored(engine: Engine, rows: Rows, masks: Sequence[Mask]) -> None:
-    """Score all rows under each mask."""
     tasks = [Task(span, tuple(masks)) for span in engine.row_batches(rows, range(len(rows)))]
     for _ in engine.run(tasks, rows):
         pass
@@ -269,17 +268,15 @@ class Phases(SilentObserver):
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
 
 
-def pruned(s: Setting, found: Found, layers: int | None, budget: str, **options: Any) -> Pruned:
+def pruned(s: Setting, found: Found, budget: str, **options: Any) -> Pruned:
     """Prune by the API, and note what takes the time and the most memory."""
-    model, phases = s.model(layers), Phases()
+    model, phases = s.model(), Phases()
     for number, weight in enumerate(model.parameters()):  # blocks that matter differently, as in a trained model
         if weight.dim() == 2 and weight.shape[0] == model.config.hidden_size:
             weight.mul_(0.1 + number * 7 % 11 / 10)
     peak(s, reset=True)
-    work = partial(
-        prune, model, byte_tokenizer(), texts(s),
-        budget, seq_len=s.length, num_rows=s.rows, device=str(s.device), observer=phases, **options,
-    )  # fmt: skip
+    options |= {"seq_len": s.length, "num_rows": s.rows, "device": str(s.device), "observer": phases}
+    work = partial(prune, model, byte_tokenizer(), texts(s), budget, **options)
     seconds, result = clocked(s.device, work)
     found.add(**{"layers": len(decoder_layers(model)), "removed": result.plan.ratio, "seconds": seconds})
     found.add(**{f"{phase}, s": spent for phase, spent in phases.seconds.items()}, **{"peak memory, GiB": peak(s)})
@@ -289,19 +286,19 @@ def pruned(s: Setting, found: Found, layers: int | None, budget: str, **options:
 def search(s: Setting, found: Found) -> None:
     """A lazy, racing search of blocks to the end."""
     budget = "0.1" if s.is_real else "2blocks"
-    pruned(s, found, None, budget, method="floating", acceleration="lazy+race", compensate="none")
+    pruned(s, found, budget, method="floating", acceleration="lazy+race", compensate="none")
 
 
 def recommended(s: Setting, found: Found) -> None:
     """What `blockpruner prune` does by default: widths, searches, refits, and the choice among them."""
-    result = pruned(s, found, None, "0.1" if s.is_real else "0.2")
+    result = pruned(s, found, "0.1" if s.is_real else "0.2")
     perplexity = result.compensation["perplexity"]
     found.check("held-out perplexity, refitted relative to pruned", perplexity["after"] / perplexity["before"], 1.0)
 
 
 def exact(s: Setting, found: Found) -> None:
     """The exact search of the paper, to the end."""
-    pruned(s, found, None, "0.1" if s.is_real else "2blocks", method="greedy", compensate="none")
+    pruned(s, found, "0.1" if s.is_real else "2blocks", method="greedy", compensate="none")
 
 
 @torch.no_grad()
@@ -343,7 +340,7 @@ def export(s: Setting, found: Found) -> None:
     """Checkpoints of four layers in 16 bits, written and verified in a fresh process; a difference raises."""
     options: dict[str, Any] = {"seq_len": s.length, "method": "one_shot", "metric": "block_influence"}
     for dtype in (torch.bfloat16, torch.float16):
-        model = s.model(min(4, s.layers)).to(dtype)
+        model = s.model(s.layers).to(dtype)
         result = prune(model, byte_tokenizer(), texts(s), "2blocks", device=str(s.device), **options)
         with tempfile.TemporaryDirectory() as folder:
             seconds, places = clocked(s.device, partial(result.save_pretrained, Path(folder) / "out"))
@@ -384,7 +381,6 @@ def shown(value: Any) -> str:
 
 
 def page(name: str, record: Mapping[str, Any]) -> str:
-    """A part as Markdown."""
     lines = [f"\n## {name}: {record['ended']}\n", f"{PARTS[name].__doc__}\n", "| | |", "|---|---:|"]
     lines += [f"| {key} | {shown(value)} |" for key, value in record["facts"].items()]
     for check in record["checks"]:
@@ -405,7 +401,7 @@ def main(arguments: Sequence[str]) -> int:
     if unknown := set(given.parts) - PARTS.keys():
         parser.error(f"unknown part {', '.join(sorted(unknown))}; valid: {', '.join(PARTS)}")
     device = resolve_device("auto")
-    s = Setting(given.shape, device, rows=16, length=2048, layers=8, sample=16, generated=64)
+    s = Setting(given.shape, device, rows=16, length=2048, layers=4, sample=16, generated=64)
     if device.type == "cpu" or given.shape == "tiny":
         s = Setting("tiny", device, rows=2, length=32, layers=3, sample=3, generated=4)
     if s.is_real:

@@ -214,15 +214,11 @@ def prune(
     texts = listed(texts, partial(conversation, lambda: tokenizer))
     search, measure = _search(method), _metric(metric)
     if callable(metric) and cache is not None:
-        raise InputError(
-            "cache keeps scores by a metric's name, and a function may change; give a row, or no cache",
-            rule="cache-of-function", key="cache",
-        )  # fmt: skip
+        message = "cache keeps scores by a metric's name, and a function may change; give a row, or no cache"
+        raise InputError(message, rule="cache-of-function", key="cache")
     if search is not None and search.name in RECIPES:
-        raise InputError(
-            f"a search of your own is called {search.name!r}, as a recipe is; give it another name",
-            rule="name-of-recipe", key="method", value=search.name,
-        )  # fmt: skip
+        message = f"a search of your own is called {search.name!r}, as a recipe is; give it another name"
+        raise InputError(message, rule="name-of-recipe", key="method", value=search.name)
     with ExitStack() as stack:
         if search is not None:
             stack.enter_context(SEARCHES.added(search))
@@ -237,7 +233,10 @@ def prune(
         run = read_settings(Run, {"model": source} | sections(name, data=source, **own))
         check_run(run)
         recipe = run.train and run.train.fitted(model.config.max_position_embeddings)
-        _require_parts(run)
+        if not all(kind_of_method(one.method).is_part for one in searches(run.score).values()):
+            name, advice = run.score.method, "use a run file and the stages"
+            message = f"method {name!r} makes other weights, which prune does not; {advice}"
+            raise InputError(message, rule="method-of-weights", key="method", value=name)
         if device != "auto" or model.device.type == "cpu":
             model.to(resolve_device(device))
         model.eval()
@@ -276,15 +275,6 @@ def prune(
         pruned = KINDS[plan.kind].apply_(model, plan, ())
         set_weights_(pruned, weights)
         return Pruned(pruned, tokenizer, plan, tuple(trace), firm, healed.facts, told, base)
-
-
-def _require_parts(run: Run) -> None:
-    """Refuse methods that make other weights, which need a run file."""
-    if not all(kind_of_method(one.method).is_part for one in searches(run.score).values()):
-        raise InputError(
-            f"method {run.score.method!r} makes other weights, which prune does not; use a run file and the stages",
-            rule="method-of-weights", key="method", value=run.score.method,
-        )  # fmt: skip
 
 
 def evaluate(

@@ -15,7 +15,7 @@ from blockpruner.core.errors import InputError, named
 from blockpruner.core.settings import NAME, T, read_settings
 from blockpruner.methods.recipes import RECIPES, completed, names
 from blockpruner.methods.registry import method_names, row_of
-from blockpruner.settings import Params, Run, Sections, resolve
+from blockpruner.settings import Params, Run, Sections, Target, resolve
 
 NO_RUNS = frozenset({"sources"})
 """Files of runs/ that are something else: sources by name."""
@@ -31,14 +31,10 @@ def load_params(path: Path = Path("params.yaml"), text: str | None = None) -> Pa
     params = read_settings(Params, _read(path, text), f"{path}: ")
     run_of = cache(load_run)
     for name, target in params.targets.items():
-        if target.needs_its_run:
+        if target != Target(run=target.run, budget=target.budget):  # it has keys that must fit its run
             with named(f"{path}: target {name!r}: "):
                 check_target(run_of(target.run), target)
     return params
-
-
-def run_names(directory: Path = Path("runs")) -> list[str]:
-    return sorted({path.stem for path in directory.glob("*.yaml")} - NO_RUNS)
 
 
 def load_run(name: str, directory: Path = Path("runs"), text: str | None = None) -> Run:
@@ -48,7 +44,7 @@ def load_run(name: str, directory: Path = Path("runs"), text: str | None = None)
         raise InputError(message + ", ".join(sorted(NO_RUNS)), rule="run-name", value=name)
     path = directory / f"{name}.yaml"
     if text is None and not path.exists():
-        known = ", ".join(run_names(directory)) or "none"
+        known = ", ".join(sorted({file.stem for file in directory.glob("*.yaml")} - NO_RUNS)) or "none"
         message = f"run {name!r} is unknown: {path} does not exist; existing runs: {known}"
         raise InputError(message, rule="unknown-run", value=name)
     run = read_settings(Run, with_sources(completed(read_values(path, text)), named_sources(directory)), f"{path}: ")

@@ -1,10 +1,11 @@
 """The way through the house: one function a step, called by every door.
 
-    calibrate -> score -> commit -> heal -> train -> export -> measure -> report
+    calibrate -> score -> commit -> heal -> train -> export
 
 Decides what a step is made of, and what is kept apart: texts on which models are evaluated or judged are seen by no
 search, no fit and no training. Where files are kept and what is shown is decided by the doors: stages, command, API,
-form. Torch is loaded by the steps that compute.
+form. Torch is loaded by the steps that compute. What stages alone do is elsewhere: `evaluation.suite` measures, and
+`reporting.report` writes the page.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
-from blockpruner.core.settings import Runtime
-from blockpruner.evaluation.settings import Evaluate, Perplexity
+from blockpruner.core.settings import Model, Runtime
+from blockpruner.evaluation.settings import Perplexity
 from blockpruner.healing.settings import Compensate, Train
 from blockpruner.inputs.calibration import CalibrationSet, draw, draw_rows, require_embedded, sharing
 from blockpruner.inputs.checkpoints import checkpoint_identity, checkpoint_weights
@@ -36,10 +37,8 @@ from blockpruner.scoring.settings import Score
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from blockpruner.evaluation.suite import Checkpoint, InMemory
     from blockpruner.healing.choice import Healing
     from blockpruner.methods.apply import Pruning
-    from blockpruner.reporting.results import RunLabels
 
 NONE = CalibrationSet(())
 
@@ -99,16 +98,13 @@ def calibrate(
     judged: bool,
     at_most: bool = False,
 ) -> Rows:
-    """Draw every row of a run.
+    """Draw every row of a run; raises InputError that names how many texts there are, where these are too few.
 
     Args:
         config: of the dense model; rows of the compensation are no longer than its context.
         note: receives what was left out.
         judged: whether rows are set aside to judge between proposals.
         at_most: fewer rows than are asked for will do.
-
-    Raises:
-        InputError: too few texts; names how many there are.
     """
     from blockpruner.healing.rows import compensation_rows, training_rows
 
@@ -154,11 +150,9 @@ def require_room(
 def require_fit(rows: Rows, wanted: Compensate, method: str) -> None:
     """Refuse, before a search, a compensation with too few rows to fit to some and to check on others."""
     if method != "none" and not rows.fit.rows:
-        raise InputError(
-            f"compensate {method} is fitted to rows of {wanted.seq_len} tokens and checked on others, and the texts "
-            f"fill {len(rows.tuning.rows)}; give more texts, or compensate: none",
-            rule="too-few-rows", key="compensate",
-        )  # fmt: skip
+        how = f"is fitted to rows of {wanted.seq_len} tokens and checked on others"
+        message = f"compensate {method} {how}, and the texts fill {len(rows.tuning.rows)}"
+        raise InputError(f"{message}; give more texts, or compensate: none", rule="too-few-rows", key="compensate")
 
 
 def _set_aside(
@@ -188,10 +182,8 @@ def _set_aside(
         documents.update(found.documents)
         kinds += [kind.name] * len(found.rows) if kind else []
     if not rows:
-        note(
-            f"warning: {len(texts)} texts are too few to set some aside that judge between searches: only the first "
-            "search of the recipe is made"
-        )
+        few = f"{len(texts)} texts are too few to set some aside that judge between searches"
+        note(f"warning: {few}: only the first search of the recipe is made")
     elif lacking := [kind.name for kind in order if kind and kind.name not in kinds]:
         few = ", ".join(lacking)
         note(f"warning: too few texts of {few} to set some aside: what they lose is not judged; give more")
@@ -208,14 +200,11 @@ def score(
 ) -> dict[str, dict[str, Any]]:
     """Search far enough for the budgets, by every search of the recipe; each leaves its tables at `folder`/<its name>.
 
+    Returns by search what was computed and reused, as `methods.score.score_run`. Raises InputError for settings or
+    budgets that cannot be met, before anything is computed.
+
     Args:
         latency: measures what generation and each block takes, where a budget or a price needs it.
-
-    Returns:
-        What was computed and reused, as from `methods.score.score_run`, by search.
-
-    Raises:
-        InputError: settings or budgets that cannot be met, before anything is computed.
     """
     far: dict[str, list[str]] = {}
     for budget in budgets:
@@ -229,6 +218,17 @@ def score(
         seen = rows.fit if kind_of_method(section.method).of_fit and len(rows.fit.rows) > 1 else rows.search
         found[name] = score_run(material, seen, section, own, folder / name, latency)
     return found
+
+
+def latency(
+    material: Material, folder: Path, dense: Path, model: Model, wanted: Score, runtime: Runtime
+) -> Mapping[str, Any]:
+    """What generation and each block takes, as `score` asks for it: kept at `folder`, and for all runs beside the
+    trials."""
+    from blockpruner.evaluation.latency import kept_latency
+
+    assert material.trials is not None
+    return kept_latency(folder, material.trials, dense, model, wanted.latency, runtime, material.observer)
 
 
 def _competing(wanted: Score, config: Config, budget: str, rows: Rows) -> list[str]:
@@ -260,14 +260,12 @@ def commit(
     train: bool = False,
     dense: Path | None = None,
 ) -> list[Proposal]:
-    """What each search of the recipe removes for a budget; one proposal, or several that `heal` judges.
+    """What each search of the recipe removes for a budget; one proposal, or several that `heal` judges. Raises
+    InputError if the budget cannot be met, or a file of a search is missing or damaged.
 
     Args:
         folder: as `score` left it.
         dense: the dense model's directory, where it is kept: the plans name it by its content.
-
-    Raises:
-        InputError: the budget cannot be met, or a file of a search is missing or damaged.
     """
     base = dict[str, Any]()
     if dense is not None:
@@ -280,13 +278,11 @@ def commit(
 
 
 def heal(dense: Callable[[], PreTrainedModel], found: Sequence[Proposal], rows: Rows, observer: Observer) -> Healing:
-    """Compensate each proposal as its plan says, and keep the best by the rows that judge.
+    """Compensate each proposal as its plan says, and keep the best by the rows that judge. Raises InputError where rows
+    are too few to fit to, or as `healing.compensate.compensate`.
 
     Args:
         dense: loads the dense model, which is as before at the end; called if something must be computed.
-
-    Raises:
-        InputError: too few rows to fit to; or see `healing.compensate.compensate`.
     """
     from blockpruner.healing.choice import choose
 
@@ -312,14 +308,11 @@ def train(
 def export(
     pruning: Pruning, places: Mapping[str, Path], quantizations: Mapping[str, Sequence[str]] | None = None
 ) -> None:
-    """Write verified checkpoints of a plan's model, a new folder for each format.
+    """Write verified checkpoints of a plan's model, a new folder for each format; `quantizations` has by format to what
+    more files of it are quantized.
 
-    Args:
-        quantizations: by format, what more files of it are quantized to.
-
-    Raises:
-        InputError: something is at one of the places, before anything is written; or has come there meanwhile, or a
-            format cannot hold the model, and nothing is left at that place.
+    Raises InputError if something is at one of the places, before anything is written; or if something has come there
+    meanwhile, or a format cannot hold the model, and nothing is left at that place.
     """
     from blockpruner.checkpoints.registry import EXPORTS
     from blockpruner.store.files import require_free
@@ -342,43 +335,3 @@ def exported(form: str, place: Path) -> dict[str, Any]:
     seen = read_json(report) if report.exists() else {}  # a format of another package may have none
     facts = {"format": form, "path": str(place), "for": engines}
     return facts | {"verified": bool(seen.get("ok")), "verified_by": seen.get("engine", ", ".join(engines))}
-
-
-def measure(
-    subject: Checkpoint | InMemory,
-    dense: Checkpoint,
-    sources: Path,
-    out: Path,
-    store: Path,
-    *,
-    plan: Plan | None,
-    settings: Evaluate,
-    observer: Observer,
-    search: Mapping[str, float] | None = None,
-    processes: int = 1,
-) -> dict[str, float | int]:
-    """Measure perplexity, tasks and speed of a model, as `evaluation.suite.benchmark`; returns its main figures."""
-    from blockpruner.evaluation.suite import benchmark, headline
-
-    found = benchmark(
-        subject,
-        dense,
-        sources,
-        out,
-        store,
-        plan=plan,
-        settings=settings,
-        observer=observer,
-        search=search,
-        processes=processes,
-    )
-    return headline(found, plan)
-
-
-def report(
-    out: Path, title: str, targets: Sequence[str], labels: Mapping[str, RunLabels], data: Path, plots: bool
-) -> None:
-    """Write the page on measured targets, as `reporting.report.write_report`."""
-    from blockpruner.reporting.report import write_report
-
-    write_report(out, title, targets, labels, data, plots)

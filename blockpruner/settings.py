@@ -41,9 +41,8 @@ class Run(Frozen):
     @classmethod
     def _exports(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if value and "hf" not in value:
-            raise ValueError(
-                f"export: {list(value)} lacks hf, the format that is benchmarked; add it, or export nothing"
-            )
+            message = f"export: {list(value)} lacks hf, the format that is benchmarked; add it, or export nothing"
+            raise ValueError(message)
         if len(set(value)) != len(value):
             raise ValueError(f"export: {list(value)} names the same format twice; keep one")
         return value
@@ -62,11 +61,6 @@ class Target(Frozen):
     """The compensation, in place of the run's `compensate.method`."""
     train: bool = False
     """Whether the pruned model is trained, by the run's `train`."""
-
-    @property
-    def needs_its_run(self) -> bool:
-        """Whether it has keys that must fit its run."""
-        return self.method is not None or self.compensate is not None or self.train
 
     @field_validator("budget", mode="before")
     @classmethod
@@ -111,37 +105,29 @@ class Params(Frozen):
     def _names(self) -> Params:
         for name in (*self.runs, *self.targets, *self.experiments):
             if not NAME.fullmatch(name):
-                raise ValueError(
-                    f"name {name!r} is not valid: at most 100 letters, digits, '_' and '-' (a run name is the file "
-                    "runs/<name>.yaml, a target name a folder under data/)"
-                )
+                why = "a run name is the file runs/<name>.yaml, a target name a folder under data/"
+                raise ValueError(f"name {name!r} is not valid: at most 100 letters, digits, '_' and '-' ({why})")
         if len(set(self.runs)) != len(self.runs):
             raise ValueError(f"runs {list(self.runs)} name the same run twice; keep one")
         meanings: dict[tuple[object, ...], str] = {}
         for name, target in self.targets.items():
             if target.run not in self.runs:
-                raise ValueError(
-                    f"target {name!r} is of run {target.run!r}, which is not in runs; valid: {', '.join(self.runs)}"
-                )
+                valid = ", ".join(self.runs)
+                raise ValueError(f"target {name!r} is of run {target.run!r}, which is not in runs; valid: {valid}")
             if name in {*self.experiments, *(f"{run}{of}" for run in self.runs for of in ("", "-dense", "-search"))}:
-                raise ValueError(
-                    f"target name {name!r} is taken by a run, its baseline or an experiment; choose another"
-                )
+                message = f"target name {name!r} is taken by a run, its baseline or an experiment; choose another"
+                raise ValueError(message)
             meaning = (target.run, read_budget(target.budget), target.method, target.compensate, target.train)
             if meaning in meanings:
-                raise ValueError(
-                    f"targets {meanings[meaning]!r} and {name!r} mean the same (run {target.run}, budget "
-                    f"{target.budget}); remove one"
-                )
+                same = f"run {target.run}, budget {target.budget}"
+                raise ValueError(f"targets {meanings[meaning]!r} and {name!r} mean the same ({same}); remove one")
             meanings[meaning] = name
         return self
 
     def target(self, name: str) -> Target:
         if name not in self.targets:
-            known = ", ".join(self.targets) or "none"
-            raise InputError(
-                f"target {name!r} is not in params.yaml; valid: {known}", rule="unknown-target", value=name
-            )
+            message = f"target {name!r} is not in params.yaml; valid: {', '.join(self.targets) or 'none'}"
+            raise InputError(message, rule="unknown-target", value=name)
         return self.targets[name]
 
     def targets_of(self, run: str) -> list[Target]:

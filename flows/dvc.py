@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -38,7 +39,6 @@ READERS = TEMPORARY / "rwlock"
 
 REASON = re.compile(r"error in stage [^:]*: (.*)")
 """The line in which `stages.run` names what the user can correct."""
-
 
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -94,16 +94,12 @@ def require_remotes(push: str | None, share: str | None) -> None:
     with Repo() as repo:
         known = sorted(repo.config["remote"])
     if push is not None and push not in known:
-        raise InputError(
-            f"push {push!r} is no remote of DVC; existing: {', '.join(known) or 'none'}; `dvc remote add` adds one",
-            rule="no-remote", key="push", value=push,
-        )  # fmt: skip
+        message = f"push {push!r} is no remote of DVC; existing: {', '.join(known) or 'none'}"
+        raise InputError(f"{message}; `dvc remote add` adds one", rule="no-remote", key="push", value=push)
     ask = ["git", "ls-remote", "--heads", str(share)]
     if share is not None and subprocess.run(ask, capture_output=True, check=False).returncode != 0:
-        raise InputError(
-            f"share {share!r} is no remote of Git that answers; see `git remote -v`",
-            rule="no-remote", key="share", value=share,
-        )  # fmt: skip
+        message = f"share {share!r} is no remote of Git that answers; see `git remote -v`"
+        raise InputError(message, rule="no-remote", key="share", value=share)
 
 
 def push(remote: str, stages: Sequence[str], lock: int, show: Callable[[str], object]) -> None:
@@ -165,16 +161,17 @@ def _follow(
             show(line)
         return process.wait(), lines
     except BaseException:  # a cancelled flow or Ctrl-C: only this process got the signal
-        _stop(process)
+        stop(process, lambda: os.killpg(process.pid, signal.SIGINT), GRACE)
         raise
 
 
-def _stop(process: subprocess.Popen[str]) -> None:
-    """SIGINT to the whole group, then SIGKILL to what is left of it; a second interruption kills at once."""
+def stop(process: subprocess.Popen[Any], interrupt: Callable[[], object], grace: float) -> None:
+    """Interrupt a process, wait so many seconds, then SIGKILL to what is left of its group; a second interruption kills
+    at once."""
     try:
         with suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(process.pid, signal.SIGINT)
-            process.wait(GRACE)
+            interrupt()
+            process.wait(grace)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -197,9 +194,8 @@ def _mend(show: Callable[[str], object]) -> None:
         write_text(LOCKFILE, COPY.read_text(encoding="utf-8"))
         show(f"{LOCKFILE} was cut short by a kill; restored from the flow's copy (the cut one is {bad})")
     else:
-        raise StageError(
-            f"{LOCKFILE} was cut short by a kill; `git checkout {LOCKFILE}` brings the last committed one back"
-        )
+        message = f"{LOCKFILE} was cut short by a kill; `git checkout {LOCKFILE}` brings the last committed one back"
+        raise StageError(message)
 
 
 def _is_whole(path: Path) -> bool:

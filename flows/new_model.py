@@ -79,10 +79,8 @@ def require_inside(values: Any) -> None:
         if key == "trust_remote_code" and value is not False:
             raise InputError("trust_remote_code: a form cannot allow it; write a run file by hand", rule="form-trust")
         if key == "path" and not Path(str(value)).expanduser().resolve().is_relative_to(Path.cwd().resolve()):
-            raise InputError(
-                f"path {value!r} leads out of the workspace; put a copy inside, or write a run file by hand",
-                rule="form-path",
-            )
+            message = f"path {value!r} leads out of the workspace; put a copy inside, or write a run file by hand"
+            raise InputError(message, rule="form-path")
 
 
 def add(form: NewModel) -> Chosen:

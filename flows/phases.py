@@ -55,12 +55,13 @@ class Phase:
 
     def end(self, summary: str, table: Sequence[dict[str, Any]], cached: bool) -> None:
         with _client() as client:
-            if table:
+            if table:  # JSON has no infinity
+                rows = [{key: str(cell) if cell == math.inf else cell for key, cell in row.items()} for row in table]
                 artifact = ArtifactCreate(
                     key=artifact_key(f"{self._stage}-table"),
                     type="table",
                     description=f"{self._name}: {summary}",
-                    data=TableArtifact(table=_finite(table)).format(),
+                    data=TableArtifact(table=rows).format(),
                     flow_run_id=self._flow_run,
                     task_run_id=self._id,
                 )
@@ -68,11 +69,6 @@ class Phase:
                 client.request("POST", "/artifacts/", json=artifact.model_dump(mode="json", exclude_unset=True))
             name = "Cached" if cached else "Completed"
             client.set_task_run_state(self._id, Completed(name=name, message=summary))
-
-
-def _finite(table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The table with infinities as text: JSON has none."""
-    return [{key: str(value) if value == math.inf else value for key, value in row.items()} for row in table]
 
 
 def _client() -> SyncPrefectClient:

@@ -244,17 +244,15 @@ def run_here(check: Callable[[], object], start: Callable[[], State[Any]]) -> in
 def main(argv: list[str] | None = None) -> int:
     """0: up to date; 1: a stage failed; 2: refused, params.yaml is as it was; 130: interrupted."""
     parser = argparse.ArgumentParser(prog="python -m flows.prune", description=(__doc__ or "").split("\n\n")[1])
-    parser.add_argument("--run", action="append", default=[], metavar="NAME", help="a run: runs/NAME.yaml")
-    parser.add_argument("--budget", action="append", default=[], metavar="B", help=BUDGETS)
+    parser.add_argument("--run", dest="runs", action="append", default=[], metavar="NAME", help="a run: runs/NAME.yaml")
+    parser.add_argument("--budget", dest="budgets", action="append", default=[], metavar="B", help=BUDGETS)
     methods = get_args(CompensationMethod)
     parser.add_argument("--compensate", choices=methods, help="for the targets of --budget; else as their run says")
     parser.add_argument("--train", action="store_true", help="train the targets of --budget")
     parser.add_argument("--keep-going", action="store_true", help="go on with other models after a failure")
     parser.add_argument("--push", metavar="REMOTE", help="a remote of DVC, which gets what was made")
     parser.add_argument("--share", metavar="REMOTE", help="a remote of Git, which gets it as an experiment of DVC")
-    options = vars(parser.parse_args(argv))
-    options |= {"runs": tuple(options.pop("run")), "budgets": tuple(options.pop("budget"))}
-    selection = Selection.model_validate(options)
+    selection = Selection.model_validate(vars(parser.parse_args(argv)))
     return run_here(lambda: choose(selection), lambda: prune(selection, return_state=True))
 
 

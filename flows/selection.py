@@ -10,8 +10,8 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -42,30 +42,21 @@ BUDGETS = "0.22 (a share of all parameters), 17blocks, 7layers, 0.30kv (a share 
 class Selection(Frozen):
     """What to bring up to date; nothing chosen means everything in params.yaml, as it is."""
 
-    runs: tuple[str, ...] = Field(
-        default=(),
-        description="Names of the files in runs/; added to params.yaml if missing there. None: all its runs.",
-    )
+    runs: tuple[str, ...] = ()
+    """Names of the files in runs/; added to params.yaml if missing there. None: all its runs."""
     budgets: tuple[str, ...] = Field(
         default=(),
         description=f"How far to prune: {BUDGETS}. Each is added as a target of each run. None: the runs' targets in "
         "params.yaml.",
     )
-    compensate: CompensationMethod | None = Field(
-        default=None,
-        description="How the weights of these targets make up for what is gone, without training. None: as their run's "
-        "file says.",
-    )
-    train: bool = Field(
-        default=False, description="Whether these targets are trained, by the train section of their run's file."
-    )
-    keep_going: bool = Field(
-        default=False, description="Go on with other runs and targets after a failure. What needs the failed is left."
-    )
-    push: str | None = Field(
-        default=None,
-        description="A remote of DVC (`dvc remote list`), which gets what was made when all is done. None: no push.",
-    )
+    compensate: CompensationMethod | None = None
+    """How the weights of these targets make up for what is gone, without training. None: as their run's file says."""
+    train: bool = False
+    """Whether these targets are trained, by the train section of their run's file."""
+    keep_going: bool = False
+    """Go on with other runs and targets after a failure. What needs the failed is left."""
+    push: str | None = None
+    """A remote of DVC (`dvc remote list`), which gets what was made when all is done. None: no push."""
     share: str | None = Field(
         default=None,
         description="A remote of Git, which gets settings and results as an experiment when all is done (`dvc exp pull`"
@@ -81,8 +72,7 @@ class Selection(Frozen):
     @property
     def healing(self) -> dict[str, Any]:
         """What a target of it has in params.yaml beyond run and budget."""
-        given = {"compensate": self.compensate, "train": self.train or None}
-        return {key: value for key, value in given.items() if value is not None}
+        return self.model_dump(include={"compensate", "train"}, exclude_defaults=True)
 
 
 @dataclass(frozen=True)
@@ -127,10 +117,9 @@ def choose(selection: Selection) -> Chosen:
     for run in runs:
         load_run(run)
     if selection.healing and not selection.budgets:
-        raise InputError(
-            f"{' and '.join(selection.healing)}: for targets by budget only; name a budget, or edit {PARAMS}",
-            rule="healing-without-budget",
-        )
+        words = " and ".join(selection.healing)
+        message = f"{words}: for targets by budget only; name a budget, or edit {PARAMS}"
+        raise InputError(message, rule="healing-without-budget")
     known = {
         (t.run, read_budget(t.budget)): name
         for name, t in params.targets.items()
@@ -138,14 +127,14 @@ def choose(selection: Selection) -> Chosen:
     }
     targets = {run: [] if selection.budgets else _targets_of(run, params.targets) for run in runs}
     wanted: dict[str, dict[str, Any]] = {}
-    for run, budget in ((run, budget) for run in runs for budget in selection.budgets):
+    for run, budget in product(runs, selection.budgets):
         meaning = run, read_budget(budget)
         if meaning not in known:
             known[meaning] = target_name(run, "", budget, selection.compensate, selection.train)
             wanted[known[meaning]] = {"run": run, "budget": budget, **selection.healing}
         if known[meaning] not in targets[run]:
             targets[run].append(known[meaning])
-    return _chosen(params, targets, wanted)
+    return _chosen(params, targets, wanted, "", {})
 
 
 def choose_study(name: str, only: Sequence[str] = ()) -> Chosen:
@@ -190,8 +179,8 @@ def _chosen(
     params: Params,
     targets: Mapping[str, Sequence[str]],
     wanted: Mapping[str, dict[str, Any]],
-    study: str = "",
-    experiments: Mapping[str, str] = MappingProxyType({}),
+    study: str,
+    experiments: Mapping[str, str],
 ) -> Chosen:
     """Add to params.yaml what it lacks of runs, wanted targets, a study and its experiments; comments and quotes stay
     as they are."""
@@ -216,12 +205,9 @@ def _chosen(
     for name, target in wanted.items():
         there = params.targets.get(name, Target(**target))
         if there != Target(**target):
-            raise InputError(
-                f"{PARAMS}: target {name!r} exists as {there.model_dump(mode='json', exclude_defaults=True)}; rename "
-                f"it, since {target} needs this name",
-                rule="target-taken",
-                key=f"targets.{name}",
-            )
+            own = there.model_dump(mode="json", exclude_defaults=True)
+            message = f"{PARAMS}: target {name!r} exists as {own}; rename it, since {target} needs this name"
+            raise InputError(message, rule="target-taken", key=f"targets.{name}")
         if name in new["target"]:
             value = CommentedMap(target | {"budget": DoubleQuotedScalarString(target["budget"])})
             value.fa.set_flow_style()

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,7 +29,7 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, get_curre
 from prefect.types.entrypoint import EntrypointType
 
 from blockpruner.core.errors import InputError
-from flows.dvc import end_with
+from flows.dvc import end_with, stop
 from flows.new_model import new_model
 from flows.paper import paper
 from flows.prune import PAGES_VARIABLE, prune
@@ -78,7 +78,6 @@ class ReportHandler(SimpleHTTPRequestHandler):
         return found if Path(found).relative_to(self.directory).parts[:1] in [(name,) for name in PAGES] else ""
 
     def list_directory(self, path: str | os.PathLike[str]) -> None:
-        """Do not list a folder."""
         self.send_error(404)
 
     def log_message(self, *_: Any) -> None:
@@ -127,12 +126,7 @@ def prefect_server(port: int, secret: str) -> Iterator[subprocess.Popen[bytes]]:
             time.sleep(0.2)
         yield process
     finally:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(END)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        stop(process, process.terminate, END)
 
 
 def main() -> int:

@@ -29,7 +29,6 @@ def password() -> tuple[str, str]:
     if path.exists() and (kept := path.read_text(encoding="utf-8").strip()):
         return kept, f"the password in {path}"
     drawn = f"me:{secrets.token_hex(16)}"  # as clients of HTTP write it: a user, which is nobody here, and a password
-
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch(mode=0o600)
     path.write_text(f"{drawn}\n", encoding="utf-8")
@@ -53,8 +52,6 @@ def require_access(url: str) -> None:
     found = status(url)
     if found != 200:
         what = "wants another password" if found == 401 else "does not answer"
-        raise InputError(
-            f"the Prefect server at {url} (PREFECT_API_URL) {what}; start it with `make serve` and export "
-            'PREFECT_API_AUTH_STRING="$(cat .prefect/password)", or unset PREFECT_API_URL to run without one',
-            rule="no-server",
-        )
+        start = 'start it with `make serve` and export PREFECT_API_AUTH_STRING="$(cat .prefect/password)"'
+        message = f"the Prefect server at {url} (PREFECT_API_URL) {what}; {start}"
+        raise InputError(f"{message}, or unset PREFECT_API_URL to run without one", rule="no-server")

@@ -94,10 +94,8 @@ class _Read:
         path = SETTINGS / self.run / f"{section}.json"
         given = self.values.text(section)
         if not path.exists() or path.read_text(encoding="utf-8") != given:
-            raise InputError(
-                f"{path} is not what runs/{self.run}.yaml and params.yaml ask for; run `dvc repro settings@{self.run}`",
-                rule="settings-stale", key=section,
-            )  # fmt: skip
+            message = f"{path} is not what runs/{self.run}.yaml and params.yaml ask for"
+            raise InputError(f"{message}; run `dvc repro settings@{self.run}`", rule="settings-stale", key=section)
         _GIVEN.append((str(path), given, lambda: load_sections(self.run).text(section)))
         return getattr(self.values, section)
 

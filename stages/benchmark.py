@@ -3,11 +3,10 @@
 The model is the checkpoint that transformers loads; without one it is made in memory.
 """
 
-from blockpruner import pipeline
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import observer
 from blockpruner.evaluation.settings import Evaluate
-from blockpruner.evaluation.suite import Checkpoint, InMemory
+from blockpruner.evaluation.suite import Checkpoint, InMemory, benchmark, headline
 from blockpruner.methods.score import taken
 from blockpruner.model.models import set_threads
 from blockpruner.params import load_params
@@ -17,7 +16,6 @@ from stages.materialize import healed_of
 
 
 def dense_of(name: str) -> Checkpoint:
-    """The dense model of a run."""
     runtime, model = load_params().runtime, sections(name).model
     set_threads(runtime.threads)
     return Checkpoint(DATA / "models" / name, model.dtype, runtime.device, model.trust_remote_code)
@@ -37,14 +35,14 @@ def measure(name: str, run_name: str, subject: Checkpoint | InMemory, dense: Che
     asked = Evaluate(perplexity=settings.heldout, zero_shot=settings.zero_shot, speed=settings.speed)
     places = (DATA / "sources" / run_name, DATA / "evidence" / name, DATA / "evaluations")
     search, processes = {} if plan is None else search_of(name, run_name, plan), load_params().runtime.here
-    figures = pipeline.measure(
+    found = benchmark(
         subject, dense, *places, plan=plan, settings=asked, observer=observer(), search=search, processes=processes
     )
-    write_json(DATA / "metrics" / f"{name}.json", figures)
+    write_json(DATA / "metrics" / f"{name}.json", headline(found, plan))
 
 
 def main(name: str) -> None:
-    pruning = healed_of(name)
+    pruning = healed_of(name, "trained", "compensated")
     plan, place = pruning.plan, DATA / "checkpoints" / name / "hf"
     dense = dense_of(plan.run)
     subject = dense.export(place) if place.exists() else InMemory(dense, plan, pruning.rows, pruning.healed)

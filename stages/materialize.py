@@ -11,16 +11,15 @@ from stages import DATA, kept_plan, run, sections
 from stages.compensate import pruning_of
 
 
-def healed_of(name: str) -> Pruning:
-    """The model of a target, with its healed weights."""
+def healed_of(name: str, *stages: str) -> Pruning:
+    """The model of a target, with the weights of the first of these stages that has healed it."""
     plan = kept_plan(name)
     pruning = pruning_of(plan, pipeline.Rows.load(DATA / "calibration" / plan.run, "search"))
-    folders = [DATA / stage / name for stage in ("trained", "compensated")]
-    return replace(pruning, healed=find_healed(folders, pruning.identity))
+    return replace(pruning, healed=find_healed([DATA / stage / name for stage in stages], pruning.identity))
 
 
 def main(name: str) -> None:
-    pruning, out = healed_of(name), DATA / "checkpoints" / name
+    pruning, out = healed_of(name, "trained", "compensated"), DATA / "checkpoints" / name
     forms = sections(pruning.plan.run).export
     replace_directory(out, lambda folder: pipeline.export(pruning, {form: folder / form for form in forms}))
     for form in forms:

@@ -5,10 +5,10 @@ Git keeps its CSV files at data/plots, from which `dvc plots diff` draws any com
 
 import shutil
 
-from blockpruner import pipeline
 from blockpruner.core.progress import observer
 from blockpruner.params import load_params
 from blockpruner.reporting.labels import labels
+from blockpruner.reporting.report import write_report
 from blockpruner.store.files import replace_directory
 from stages import DATA, run, sections
 
@@ -21,7 +21,7 @@ def main(_: str) -> None:
     names = {run: labels(sections(run)) for run in dict.fromkeys(params.targets[name].run for name in built)}
     for name in sorted(set(params.targets) - set(built)):
         show.note(f"target {name} is not here and not in the report; `dvc pull` may have it, `dvc repro` builds it")
-    pipeline.report(DATA / "report", params.report.title, built, names, DATA, params.report.plots)
+    write_report(DATA / "report", params.report.title, built, names, DATA, params.report.plots)
     tables = (DATA / "report").glob("*.csv")
     replace_directory(DATA / "plots", lambda folder: [shutil.copy(path, folder) for path in tables])
     show.note(f"report: {DATA / 'report' / 'index.html'}")

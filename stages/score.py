@@ -3,16 +3,13 @@
 What was computed, and how long it took, is at data/provenance/<run>-search.json, by method and search.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 from blockpruner import pipeline
 from blockpruner.core.progress import observer
 from blockpruner.methods.recipes import compensation
 from blockpruner.methods.score import headline, open_material
 from blockpruner.params import load_params
-from blockpruner.scoring.settings import Latency
 from blockpruner.store.files import write_json
 from blockpruner.store.trials import trials_root
 from stages import DATA, run, sections
@@ -27,12 +24,7 @@ def main(name: str) -> None:
             healed, budget = compensation(None, method), asked.budgets[0] if asked.budgets else "0.1"
             pipeline.require_room(material.config, model.dtype, runtime, asked.score, healed, None, budget)
             place = DATA / "scores" / name / method
-
-            def latency(place: Path = place, timed: Latency = asked.score.latency) -> Mapping[str, Any]:
-                from blockpruner.evaluation.latency import kept_latency  # loads torch
-
-                return kept_latency(place, trials_root(), checkpoint, model, timed, runtime, watch)
-
+            latency = partial(pipeline.latency, material, place, checkpoint, model, asked.score, runtime)
             found[method] = pipeline.score(material, rows, asked.score, asked.budgets, place, latency)
             for search, counts in found[method].items():
                 watch.note(f"{search}: {counts['trials_computed']} trials computed, {counts['trials_reused']} reused")

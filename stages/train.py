@@ -1,7 +1,5 @@
 """train <target>: weights of the pruned model after training, if the target wants it, at data/trained/<target>."""
 
-from dataclasses import replace
-
 from blockpruner import pipeline
 from blockpruner.core.progress import observer
 from blockpruner.params import load_params
@@ -14,15 +12,13 @@ def main(name: str) -> None:
     if not plan.train:
         replace_directory(out, lambda directory: write_json(directory / "train.json", {"enabled": False}))
         return
-    from blockpruner.methods.healed import find_healed
-    from stages.compensate import pruning_of
+    from stages.materialize import healed_of  # loads torch
 
     rows = pipeline.Rows.load(DATA / "calibration" / plan.run, "search", "train", "validation")
     wanted = sections(plan.run).train
     assert wanted is not None  # load_params has checked it
-    pruning = pruning_of(plan, rows)
-    pruning = replace(pruning, healed=find_healed([DATA / "compensated" / name], pruning.identity))
-    pipeline.train(pruning, wanted, rows, DATA / "adapters", out, observer(), load_params().runtime.here)
+    pruning, states = healed_of(name, "compensated"), DATA / "adapters"
+    pipeline.train(pruning, wanted, rows, states, out, observer(), load_params().runtime.here)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def place(tmp_path):
 
 
 def read(place, model):
-    return place.read_run(str(model), "auto", False, {})
+    return place.read_run(str(model), {})
 
 
 def tiny_of(plan, folder):
@@ -176,7 +176,7 @@ def test_a_revision_that_is_no_commit_is_refused(place, mine, tmp_path, monkeypa
 def test_no_plan_chooses_whose_code_runs(place, mine, tmp_path, monkeypatch):
     """Without trust the plan's commit would be taken, as above."""
     Hub(mine[0], monkeypatch)
-    run = place.read_run("good/model", "auto", True, {})
+    run = place.read_run("good/model", {"model": {"trust_remote_code": True}})
     with refused("plan-revision") as error:
         place.apply(run, mine[1](base=f"good/model@{'0' * 40}"), tmp_path / "out")
     assert f"for commit {'0' * 40} of good/model, and yours is {SHA}" in str(error.value)

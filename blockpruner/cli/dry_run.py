@@ -40,7 +40,6 @@ def dry_run(run: Run, config: Config, budget: str) -> dict[str, Any]:
 
 
 def in_words(found: Mapping[str, Any]) -> str:
-    """Write it for a reader."""
     gone, masks = found["parameters_to_remove"], found["first_step_masks"]
     lines = {
         "model": found["model"],

@@ -7,12 +7,13 @@ the work are imported when needed.
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.table import Table
 from typer import Argument, Option
 
 from blockpruner import __version__
@@ -28,29 +29,29 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blockpruner"
 
 
+def value(metavar: str, text: str, default: str | bool = True, **more: Any) -> Any:
+    """An option with a value; `default` is shown as its default."""
+    return Option(metavar=metavar, help=text, show_default=default, **more)
+
+
 A_MODEL = "A folder, or a name on the Hugging Face hub, perhaps with @REVISION."
 Dense = Annotated[str, Argument(metavar="MODEL", help=A_MODEL)]
 FORMATS = "nas (or mlx-lm), gguf (or llama.cpp), gguf:Q4_K_M."
 OUT_FORMATS = f"More formats, at OUT-FORMAT, separated by commas: {FORMATS} vllm means OUT itself, which vLLM serves."
-Export = Annotated[str, Option(metavar="NAMES", help=OUT_FORMATS)]
+Export = Annotated[str, value("NAMES", OUT_FORMATS)]
 DTYPES = "float32, bfloat16, float16, float64; auto is the model's own, or float32 where that is faster."
-Dtype = Annotated[str, Option(metavar="NAME", help=DTYPES)]
-Device = Annotated[str, Option(metavar="NAME", help="auto, cpu, cuda, cuda:N, or split: one model over all GPUs.")]
+Dtype = Annotated[str, value("NAME", DTYPES)]
+Device = Annotated[str, value("NAME", "auto, cpu, cuda, cuda:N, or split: one model over all GPUs.")]
 Trust = Annotated[bool, Option("--trust-remote-code", help="Run code that comes with the model.")]
-CACHE = Option(
-    metavar="DIR",
-    default_factory=cache_folder,
-    show_default="~/.cache/blockpruner",
-    help="Folder that keeps all scores and links to models. A killed run continues from it; it is safe to delete.",
-)
+KEPT = "Folder that keeps all scores and links to models. A killed run continues from it; it is safe to delete."
+CACHE = value("DIR", KEPT, "~/.cache/blockpruner", default_factory=cache_folder)
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object in place of text.")]
-RowLength = Annotated[
-    int | None, Option(metavar="N", min=2, help="Tokens in a row.", show_default="2048, or the context")
-]
-MostRows = Annotated[int, Option(metavar="N", min=2, help="The most rows of each kind of text that are used.")]
 Spoken = Annotated[str, Argument(metavar="MODEL", help="A checkpoint's folder, or a dense model's name on the hub.")]
-Limit = Annotated[int, Option(metavar="N", min=1, help="The most tokens of an answer.")]
+Limit = Annotated[int, value("N", "The most tokens of an answer.", min=1)]
 
+SEQ_LEN = "256; of --texts 2048, or the context"
+ACCELERATIONS = "none (exact), lazy, race, lazy+race."
+COMPENSATIONS = "Fit the weights that stay: refit, none."
 METHODS = "A recipe: recommended, or blockpruner, the paper's search; or a search."
 TRAIN = (
     "Train the result towards the dense model's predictions, on the texts: all (weights), or lora (adapters, for less "
@@ -58,11 +59,9 @@ TRAIN = (
 )
 TASKS = ",".join(ZeroShot().tasks)
 FILES = ".jsonl, .json or .parquet records with a text, or a .txt file."
-Unseen = Annotated[
-    Path | None, Option(metavar="FILE", help=f"Texts that prune has not seen, to measure perplexity on: {FILES}")
-]
+CALIBRATION = f"Calibration texts: {FILES}"
+UNSEEN = f"Texts that prune has not seen, to measure perplexity on: {FILES}"
 Written = Annotated[Path, Argument(metavar="DIR", help="A folder that prune or apply has written.")]
-Planned = Annotated[Path, Argument(metavar="PLAN", help="A checkpoint's folder, or the file of a plan.")]
 
 app = typer.Typer(rich_markup_mode="markdown", no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -82,61 +81,31 @@ def common(
 
 @app.command()
 def prune(
-    budget: Annotated[
-        str, Option(metavar="SHARE", help="Share of all parameters to remove; or 17blocks, 7layers, 0.3kv, 1.25x.")
-    ],
+    budget: Annotated[str, value("SHARE", "Share of all parameters to remove; or 17blocks, 7layers, 0.3kv, 1.25x.")],
     cache: Annotated[Path, CACHE],
     model: Annotated[str | None, Argument(metavar="MODEL", help=A_MODEL, show_default="that of --config")] = None,
-    out: Annotated[
-        Path | None, Option(metavar="DIR", help="The checkpoint's folder.", show_default="NAME-BUDGET")
-    ] = None,
-    config: Annotated[
-        Path | None, Option(metavar="FILE", help="A run file (docs/methods.md); options replace its values.")
-    ] = None,
+    out: Annotated[Path | None, value("DIR", "The checkpoint's folder.", "NAME-BUDGET")] = None,
+    config: Annotated[Path | None, value("FILE", "A run file (docs/methods.md); options replace its values.")] = None,
     set_: Annotated[
         list[str] | None,
         Option("--set", metavar="KEY=VALUE", help="Any key of a run file or of runtime, as in calibration.split=all."),
     ] = None,
-    revision: Annotated[
-        str | None, Option(metavar="NAME", help="The model's commit, branch or tag on the hub.", show_default="main")
-    ] = None,
-    texts: Annotated[
-        Path | None,
-        Option(metavar="FILE", help=f"Calibration texts: {FILES}", show_default="five kinds from Python packages"),
-    ] = None,
-    dataset: Annotated[
-        str | None, Option(metavar="REPO[:SPLIT]", help="Calibration texts: a data set of the hub.")
-    ] = None,
-    num_samples: Annotated[
-        int | None, Option(metavar="N", min=1, help="Texts that are drawn.", show_default="64; of --texts for 16 rows")
-    ] = None,
-    seq_len: Annotated[
-        int | None,
-        Option(metavar="N", min=2, help="Tokens in a row.", show_default="256; of --texts 2048, or the context"),
-    ] = None,
-    method: Annotated[str | None, Option(metavar="NAME", help=METHODS, show_default=RECOMMENDED)] = None,
-    unit: Annotated[
-        str | None, Option(metavar="NAME", help="What a step removes: block, layer, shifted.", show_default="block")
-    ] = None,
-    metric: Annotated[
-        str | None, Option(metavar="NAME", help="What a step keeps low (docs/methods.md).", show_default="perplexity")
-    ] = None,
-    acceleration: Annotated[
-        str | None,
-        Option(metavar="NAME", help="none (exact), lazy, race, lazy+race.", show_default="lazy+race if recommended"),
-    ] = None,
-    compensate: Annotated[
-        str | None,
-        Option(metavar="NAME", help="Fit the weights that stay: refit, none.", show_default="refit if recommended"),
-    ] = None,
-    train: Annotated[str | None, Option(metavar="NAME", help=TRAIN, show_default="no training")] = None,
+    revision: Annotated[str | None, value("NAME", "The model's commit, branch or tag on the hub.", "main")] = None,
+    texts: Annotated[Path | None, value("FILE", CALIBRATION, "five kinds from Python packages")] = None,
+    dataset: Annotated[str | None, value("REPO[:SPLIT]", "Calibration texts: a data set of the hub.")] = None,
+    num_samples: Annotated[int | None, value("N", "Texts that are drawn.", "64; of --texts for 16 rows", min=1)] = None,
+    seq_len: Annotated[int | None, value("N", "Tokens in a row.", SEQ_LEN, min=2)] = None,
+    method: Annotated[str | None, value("NAME", METHODS, RECOMMENDED)] = None,
+    unit: Annotated[str | None, value("NAME", "What a step removes: block, layer, shifted.", "block")] = None,
+    metric: Annotated[str | None, value("NAME", "What a step keeps low (docs/methods.md).", "perplexity")] = None,
+    acceleration: Annotated[str | None, value("NAME", ACCELERATIONS, "lazy+race if recommended")] = None,
+    compensate: Annotated[str | None, value("NAME", COMPENSATIONS, "refit if recommended")] = None,
+    train: Annotated[str | None, value("NAME", TRAIN, "no training")] = None,
     export: Export = "",
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: Trust = False,
-    workers: Annotated[
-        int | None, Option(metavar="N", min=1, help="Copies of the model that score at once, by Ray.")
-    ] = None,
+    workers: Annotated[int | None, value("N", "Copies of the model that score at once, by Ray.", min=1)] = None,
     streaming: Annotated[
         bool, Option("--streaming", help="Score one layer at a time; healing and exports hold the whole model.")
     ] = False,
@@ -147,20 +116,16 @@ def prune(
     from blockpruner.cli import dry_run as forecast
     from blockpruner.cli import pruning as work
 
-    def given(**options: Any) -> dict[str, Any]:
-        return {name: value for name, value in options.items() if value is not None}
-
-    own_dtype, trusted = None if dtype == "auto" else dtype, trust_remote_code or None
     source = {} if model is None else model_of(model)
-    source |= given(revision=revision, dtype=own_dtype, trust_remote_code=trusted)
+    source |= _own(dtype, trust_remote_code) | _given(revision=revision)
     wanted = values_of(
         config,
         set_ or (),
-        {"model": source, "runtime": given(workers=workers, executor=workers and "ray", streaming=streaming or None)},
+        {"model": source, "runtime": _given(workers=workers, executor=workers and "ray", streaming=streaming or None)},
         method,
         data=data_of(texts, dataset),
-        calibration=given(num_samples=num_samples, seq_len=seq_len),
-        score=given(unit=unit, metric=metric, acceleration=acceleration),
+        calibration=_given(num_samples=num_samples, seq_len=seq_len),
+        score=_given(unit=unit, metric=metric, acceleration=acceleration),
         compensate=compensate,
         train=train,
     )
@@ -168,7 +133,7 @@ def prune(
         raise InputError("there is no model; give MODEL, or --config FILE that names one", rule="no-model")
     runtime, formats = wanted.pop("runtime"), [*wanted.pop("export", ()), export]
     place = work.Place(cache.expanduser().absolute(), device, stderr_observer(), ",".join(formats), runtime)
-    run = place.read_run(model, "auto", False, wanted, computes=not dry_run)
+    run = place.read_run(model, wanted, computes=not dry_run)
     if dry_run:
         found = forecast.dry_run(run, place.config_of(run), budget)
         _tell(found, forecast.in_words(found), as_json)
@@ -181,9 +146,9 @@ def prune(
 @app.command()
 def apply(
     model: Dense,
-    plan: Planned,
+    plan: Annotated[Path, Argument(metavar="PLAN", help="A checkpoint's folder, or the file of a plan.")],
     cache: Annotated[Path, CACHE],
-    out: Annotated[Path, Option(metavar="DIR", help="The checkpoint's folder.")],
+    out: Annotated[Path, value("DIR", "The checkpoint's folder.")],
     export: Export = "",
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -194,7 +159,7 @@ def apply(
     from blockpruner.cli import pruning as work
 
     place = work.Place(cache.expanduser().absolute(), device, stderr_observer(), export)
-    run = place.read_run(model, dtype, trust_remote_code, {})
+    run = place.read_run(model, {"model": _own(dtype, trust_remote_code)})
     found = place.apply(run, plan, out.expanduser().absolute())
     _tell(found, work.words(found), as_json)
 
@@ -213,18 +178,10 @@ def export(
     _tell(found, pruning.words(found), as_json)
 
 
-def _heldout(texts: Path | None, seq_len: int | None, max_rows: int) -> dict[str, Any]:
-    """The keys of `evaluate.perplexity` that the options give."""
-    source: dict[str, Any] = {"packing": "joined_bos"}
-    if texts is not None:
-        source = {"packing": "documents", "data": {"source": "path", "path": str(texts)}}
-    return source | ({} if seq_len is None else {"seq_len": seq_len}) | {"max_rows": max_rows}
-
-
 @app.command()
 def chat(
     model: Spoken,
-    prompt: Annotated[str | None, Option(metavar="TEXT", help="Answer this, and end.")] = None,
+    prompt: Annotated[str | None, value("TEXT", "Answer this, and end.")] = None,
     max_new_tokens: Limit = 256,
     device: Device = "auto",
 ) -> None:
@@ -238,11 +195,11 @@ def chat(
 def compare(
     a: Spoken,
     b: Spoken,
-    prompt: Annotated[str | None, Option(metavar="TEXT", help="What both answer.")] = None,
+    prompt: Annotated[str | None, value("TEXT", "What both answer.")] = None,
     max_new_tokens: Limit = 64,
-    texts: Unseen = None,
-    seq_len: RowLength = None,
-    max_rows: MostRows = 32,
+    texts: Annotated[Path | None, value("FILE", UNSEEN)] = None,
+    seq_len: Annotated[int | None, value("N", "Tokens in a row.", "2048, or the context", min=2)] = None,
+    max_rows: Annotated[int, value("N", "The most rows of each kind of text that are used.", min=2)] = 32,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -251,25 +208,21 @@ def compare(
         raise InputError("compare has nothing to compare by; give --prompt TEXT, --texts FILE, or both")
     from blockpruner.cli.talking import compared, side_by_side
 
-    heldout = None if texts is None else read_settings(Perplexity, _heldout(texts, seq_len, max_rows))
+    heldout = None
+    if texts is not None:
+        rows = {"packing": "documents", "max_rows": max_rows, **_given(seq_len=seq_len)}
+        heldout = read_settings(Perplexity, {"data": {"source": "path", "path": str(texts)}, **rows})
     found = compared([_folder(a), _folder(b)], prompt, max_new_tokens, heldout, device)
-    if as_json:
-        print(to_json([vars(one) for one in found]))
-    else:
-        shown(side_by_side(found))
+    _tell([vars(one) for one in found], side_by_side(found), as_json)
 
 
 @app.command("eval")
 def evaluate(
     model: Spoken,
     cache: Annotated[Path, CACHE],
-    tasks: Annotated[str, Option(metavar="NAMES", help="Benchmarks, separated by commas.")] = TASKS,
-    limit: Annotated[
-        int | None, Option(metavar="N", min=1, help="The most items of a task.", show_default="all")
-    ] = None,
-    items: Annotated[
-        Path | None, Option(metavar="DIR", help="Holds <task>_<split>.parquet files.", show_default="from the hub")
-    ] = None,
+    tasks: Annotated[str, value("NAMES", "Benchmarks, separated by commas.")] = TASKS,
+    limit: Annotated[int | None, value("N", "The most items of a task.", "all", min=1)] = None,
+    items: Annotated[Path | None, value("DIR", "Holds <task>_<split>.parquet files.", "from the hub")] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -289,9 +242,7 @@ def evaluate(
 @app.command()
 def report(
     checkpoint: Written,
-    out: Annotated[
-        Path | None, Option(metavar="FILE", help="The page, one file.", show_default="DIR-report.html")
-    ] = None,
+    out: Annotated[Path | None, value("FILE", "The page, one file.", "DIR-report.html")] = None,
 ) -> None:
     """Write a page on a checkpoint: what is gone, and what that cost."""
     from blockpruner.cli.pruning import read_plan
@@ -341,10 +292,7 @@ def doctor(cache: Annotated[Path, CACHE], as_json: AsJson = False) -> None:
     from blockpruner.cli import doctor as work
 
     checks = list(work.look(cache.expanduser().absolute()))
-    if as_json:
-        print(to_json([{**vars(check), "verdict": check.verdict} for check in checks]))
-    else:
-        shown(work.words(checks))
+    _tell([{**vars(check), "verdict": check.verdict} for check in checks], work.words(checks), as_json)
     if any(check.verdict == "missing" for check in checks):
         raise typer.Exit(1)
 
@@ -357,22 +305,29 @@ def schema() -> None:
     print(to_json(run_schema(named_sources()), indent=1, sort_keys=True))
 
 
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _own(dtype: str, trusted: bool) -> dict[str, Any]:
+    return _given(dtype=None if dtype == "auto" else dtype, trust_remote_code=trusted or None)
+
+
 def _folder(model: str, cache: Path | None = None) -> Path:
     from blockpruner.cli.pruning import Place
 
     if Path(model).expanduser().is_dir():
         return Path(model).expanduser()
     place = Place(cache or cache_folder(), "auto", stderr_observer())
-    return place.fetch(place.read_run(model, "auto", False, {}))
+    return place.fetch(place.read_run(model, {}))
 
 
-def shown(table: Any) -> None:
-    """Print a table. What is in its cells is text, and no markup of rich."""
-    Console(markup=False, emoji=False).print(table)
-
-
-def _tell(found: Mapping[str, Any], words: str, as_json: bool) -> None:
-    print(to_json(found) if as_json else words)
+def _tell(found: Any, words: str | Table, as_json: bool) -> None:
+    """Print what was found as JSON, or in words. What is in the cells of a table is text, and no markup of rich."""
+    if as_json or isinstance(words, str):
+        print(to_json(found) if as_json else words)
+    else:
+        Console(markup=False, emoji=False).print(words)
 
 
 def _fail(error: InputError, args: Sequence[str] | None) -> NoReturn:

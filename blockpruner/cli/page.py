@@ -34,7 +34,8 @@ def write_page_of(checkpoint: Path, out: Path) -> None:
     pairs, _ = in_words(plan.kinds or {})
     tables = [_healing(healed["perplexity"])] if healed.get("perplexity") else []
     lost = [Facts("Perplexity by kind of text, after compensation", pairs)] if pairs else []
-    sections = [Section("Verdict", (findings, *tables, *lost)), Section("Removed blocks", tuple(_removed(plan)))]
+    steps = KINDS[plan.kind].steps(plan) or "No block is removed as a whole."
+    removed = removed_map(plan.target, plan) if plan.gone else steps
     facts = {
         "Folder": str(checkpoint),
         "Weights": size(weights),
@@ -47,8 +48,12 @@ def write_page_of(checkpoint: Path, out: Path) -> None:
         facts["Calibration"] = f"{plan.calibration['rows']:,} rows, {plan.calibration['tokens']:,} tokens"
     form = {"mlx_lm": "nas", "xllamacpp": "gguf"}.get(verified["engine"], "hf")
     use = Facts("Use it", tuple(starts(form, plan, checkpoint)), is_code=True)
-    sections.append(Section("Model", (Facts("Model and data", tuple(facts.items())), use)))
-    write_text(out, to_html(Page(plan.target, INTRO, tuple(sections))))
+    sections = (
+        Section("Verdict", (findings, *tables, *lost)),
+        Section("Removed blocks", (removed,)),
+        Section("Model", (Facts("Model and data", tuple(facts.items())), use)),
+    )
+    write_text(out, to_html(Page(plan.target, INTRO, sections)))
 
 
 def _healing(told: Mapping[str, Mapping[str, float]]) -> Table:
@@ -59,13 +64,6 @@ def _healing(told: Mapping[str, Mapping[str, float]]) -> Table:
         for name, found in told.items()
     ]
     return Table("healing", "Before and after healing", columns, tuple(cells))
-
-
-def _removed(plan: Plan) -> Iterator[Any]:
-    if plan.gone:
-        yield removed_map(plan.target, plan)
-    else:
-        yield KINDS[plan.kind].steps(plan) or "No block is removed as a whole."
 
 
 def _findings(plan: Plan, verified: dict[str, Any]) -> Iterator[Finding]:

@@ -7,7 +7,7 @@ something must be computed.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -54,8 +54,6 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the command works."""
-
     root: Path
     """The folder of all trial stores, of models as fetched, traces, plans and healed weights."""
     device: str
@@ -77,9 +75,7 @@ class Place:
             found[name] = (*found.get(name, ()), *([quantization.upper()] if quantization else []))
         return found
 
-    def read_run(
-        self, model: str | None, dtype: str, trusted: bool, sections: Mapping[str, Any], *, computes: bool = False
-    ) -> Run:
+    def read_run(self, model: str | None, sections: Mapping[str, Any], *, computes: bool = False) -> Run:
         """The settings of a run file; raises InputError for a model, name or value that is not valid.
 
         The model has its own dtype; but where it is None, and `sections` name one, they decide as a run file does.
@@ -88,7 +84,6 @@ class Place:
             computes: whether another dtype may be computed in (`rates.fast_dtype`), where the user names none.
         """
         given = {} if model is None else model_of(model)
-        given |= ({"trust_remote_code": True} if trusted else {}) | ({} if dtype == "auto" else {"dtype": dtype})
         run = read_settings(
             Run, merged({"export": list(self._asked)}, sections) | {"model": merged(given, sections.get("model", {}))}
         )
@@ -144,13 +139,15 @@ class Place:
         key = self._key(run, rows, method, base, budget)
         healed, traces = self.root / "compensated" / key, self.root / "searches" / key
         is_kept = self._is_kept(healed, choice.PLAN, COMPENSATE_FACTS)
-        self._require_free(run, out, load_plan(healed / choice.PLAN) if is_kept else None)
+        kept = replace(load_plan(healed / choice.PLAN), train=run.train is not None) if is_kept else None
+        for place in self._places(run, out).values():  # before a search
+            _is_there(place, kept)
         if not is_kept:
-            own = (run.score, method, run.train, budget)
-            pipeline.require_room(config, run.model.dtype, self._runtime, *own)
+            pipeline.require_room(config, run.model.dtype, self._runtime, run.score, method, run.train, budget)
         pipeline.require_fit(rows, run.compensate, method)
         with open_material(dense, run.model, self._runtime, self.root, self.observer) as material:
-            counts = pipeline.score(material, rows, run.score, [budget], traces, self._latency(run, dense, traces))
+            latency = partial(pipeline.latency, material, traces, dense, run.model, run.score, self._runtime)
+            counts = pipeline.score(material, rows, run.score, [budget], traces, latency)
             if not is_kept:
                 found = pipeline.commit(
                     traces, run.score, config, budget, rows,
@@ -235,20 +232,10 @@ class Place:
             if has_weights(folder):
                 read_facts(folder / FILE)  # which compares its length; the digest is compared when it is loaded
         except InputError:
-            self.observer.note(
-                f"warning: {folder} is not whole: it is made again; {set_aside(folder).name} is the old one"
-            )
+            old = set_aside(folder).name
+            self.observer.note(f"warning: {folder} is not whole: it is made again; {old} is the old one")
             return False
         return True
-
-    def _latency(self, run: Run, dense: Path, traces: Path) -> Callable[[], Mapping[str, Any]]:
-        def measured() -> Mapping[str, Any]:
-            from blockpruner.evaluation.latency import kept_latency
-
-            wanted = run.score.latency
-            return kept_latency(traces, self.root, dense, run.model, wanted, self._runtime, self.observer)
-
-        return measured
 
     @property
     def _runtime(self) -> Runtime:
@@ -258,15 +245,12 @@ class Place:
         """Export the model of a plan's file."""
         file, plan = read_plan(path)
         if not KINDS[plan.kind].is_part:
-            raise InputError(
-                f"{file} is of a model with other weights (method: {plan.method}), which a plan does not hold; run "
-                "prune again: scores are kept"
-            )
+            words = f"of a model with other weights (method: {plan.method}), which a plan does not hold"
+            raise InputError(f"{file} is {words}; run prune again: scores are kept")
         if plan.compensate != "none" or plan.train:
-            self.observer.note(
-                "a plan holds no weights: this model loses the same parts, but is not healed "
-                f"({plan.compensate if plan.compensate != 'none' else 'no refit'}{', trained' * plan.train})"
-            )
+            healing = f"{plan.compensate if plan.compensate != 'none' else 'no refit'}{', trained' * plan.train}"
+            words = "a plan holds no weights: this model loses the same parts, but is not healed"
+            self.observer.note(f"{words} ({healing})")
             plan = replace(plan, compensate="none", train=False)
         run, dense = self.fetch_base(run, file, plan)
         unknown = dict.fromkeys(NUMBERS["calibration"])  # what its author has measured, nobody has measured here
@@ -295,21 +279,17 @@ class Place:
         if at and plan.weights is None and not is_own:
             self.observer.note(f"{file} is for {repo}; of {run.model.title} only the shape was compared")
         if found != (plan.weights or found if at else plan.base):
-            raise InputError(
-                f"{file} is of another model: its base is {plan.base}, and {run.model.title} is by content {found}; "
-                "give the model that the plan was made for",
-                rule="plan-of-other-model", key="base", value=plan.base,
-            )  # fmt: skip
+            other = f"its base is {plan.base}, and {run.model.title} is by content {found}"
+            message = f"{file} is of another model: {other}; give the model that the plan was made for"
+            raise InputError(message, rule="plan-of-other-model", key="base", value=plan.base)
         return run, dense
 
     def _at_commit(self, run: Run, file: Path, repo: str, commit: str) -> Run:
         """The run with the revision that a plan names, if it is of the plan's repository. Code of it is run, or a
         revision of the user's own replaced, only if that is the same commit; raises InputError otherwise."""
         if not COMMIT.fullmatch(commit):
-            raise InputError(
-                f"{file} names the revision {commit!r} of {repo}, which may be anybody's; valid: 40 hex digits",
-                rule="plan-revision", key="base", value=commit,
-            )  # fmt: skip
+            message = f"{file} names the revision {commit!r} of {repo}, which may be anybody's; valid: 40 hex digits"
+            raise InputError(message, rule="plan-revision", key="base", value=commit)
         if not isinstance(run.model, HubModel) or run.model.repo != repo:
             return run
         if not run.model.trust_remote_code and run.model.revision is None:
@@ -330,8 +310,7 @@ class Place:
 
     def config_of(self, run: Run) -> Config:
         if not isinstance(run.model, HubModel | LocalModel):
-            found: Config = read_json(self.fetch(run) / "config.json")
-            return found
+            return dict(read_json(self.fetch(run) / "config.json"))
         try:
             return fetch_config(run.model, self.pins)
         except HubError as error:
@@ -346,21 +325,14 @@ class Place:
     def _places(self, run: Run, out: Path) -> dict[str, Path]:
         return {form: out if form == "hf" else out.with_name(f"{out.name}-{form}") for form in run.export}
 
-    def _require_free(self, run: Run, out: Path, plan: Plan | None) -> None:
-        """Refuse, before a search, a place that holds another model than this plan's."""
-        for place in self._places(run, out).values():
-            _is_there(place, plan and replace(plan, train=run.train is not None))
-
     def _export(self, run: Run, pruning: Pruning, out: Path) -> dict[str, Any]:
         words, places = "" if pruning.healed is None else pruning.healed.words, self._places(run, out)
         files = {form: [places[form] / f"model-{name}.gguf" for name in more] for form, more in self._asked.items()}
         missing = {form: place for form, place in places.items() if not _is_there(place, pruning.plan, words)}
         for lacking in (file for form in files.keys() - missing.keys() for file in files[form] if not file.exists()):
-            raise InputError(
-                f"{lacking.parent} was written without {lacking.name}, and nothing is replaced; remove that folder and "
-                "run again, or choose another --out: scores are kept",
-                rule="place-not-empty", key="out", value=str(lacking.parent),
-            )  # fmt: skip
+            fix = "remove that folder and run again, or choose another --out: scores are kept"
+            message = f"{lacking.parent} was written without {lacking.name}, and nothing is replaced; {fix}"
+            raise InputError(message, rule="place-not-empty", key="out", value=str(lacking.parent))
         own = run.model.dtype if "dtype" in run.model.model_fields_set else own_dtype(self.config_of(run))
         pipeline.export(replace(pruning, dtype=own), missing, self._asked)
         return {"plan": plan_fields(pruning.plan), "written": [pipeline.exported(*each) for each in places.items()]}
@@ -375,16 +347,6 @@ def fitted(given: T, config: Config, key: str) -> T:
         check_context(given.seq_len, dict(config), key)
     length = min(given.seq_len, config.get("max_position_embeddings") or given.seq_len)
     return given.model_copy(update={"seq_len": length})
-
-
-def several(rows: tuple[tuple[int, ...], ...], seq_len: int) -> tuple[tuple[int, ...], ...]:
-    """The same held-out rows; raises InputError if there is one alone."""
-    if len(rows) < 2:
-        raise InputError(
-            f"the held-out texts are 1 row of {seq_len} tokens, and an interval needs at least 2; give a smaller "
-            "--seq-len, a larger --max-rows or longer --texts"
-        )
-    return rows
 
 
 def read_plan(path: Path) -> tuple[Path, Plan]:
@@ -415,16 +377,13 @@ def _is_there(place: Path, plan: Plan | None, words: str | None = None) -> bool:
     card = place / "README.md"
     other = words is not None and card.exists() and words not in card.read_text(encoding="utf-8")
     if held is None or plan is None or other or replace(held, target=plan.target) != plan:
-        raise InputError(
-            f"--out {place} is not empty and holds something else; choose another folder, or remove it",
-            rule="place-not-empty", key="out", value=str(place),
-        )  # fmt: skip
+        message = f"--out {place} is not empty and holds something else; choose another folder, or remove it"
+        raise InputError(message, rule="place-not-empty", key="out", value=str(place))
     require_verified(place)
     return True
 
 
 def words(found: Mapping[str, Any]) -> str:
-    """What was done, for a reader."""
     plan, seen = found["plan"], found["plan"]["calibration"]
     lines = [f"removed {plan['ratio']:.1%} of the parameters: {', '.join(plan['order']) or plan['method']}"]
     if seen.get("perplexity"):
@@ -436,9 +395,6 @@ def words(found: Mapping[str, Any]) -> str:
     lines += [f"perplexity of texts set aside, {kind}: {lost}" for kind, lost in kinds]
     lines += [f"warning: {warning}"] if warning else []
     for each in found["written"]:
-        engine = each["verified_by"]
-        checked = f"unchecked: {engine} is not installed here"
-        if each["verified"]:
-            checked = f"checked in a fresh process of {engine}"
-        lines.append(f"{each['path']}: for {', '.join(each['for'])}, {checked}")
+        checked = "checked in a fresh process of {}" if each["verified"] else "unchecked: {} is not installed here"
+        lines.append(f"{each['path']}: for {', '.join(each['for'])}, {checked.format(each['verified_by'])}")
     return "\n".join(lines)

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TextStreamer
 
-from blockpruner.cli.pruning import fitted, own_dtype, several
+from blockpruner.cli.pruning import fitted, own_dtype
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import FAMILIES, Config
 from blockpruner.evaluation.kinds import uneven
@@ -54,8 +54,6 @@ class Streamer(TextStreamer):  # type: ignore[misc]  # transformers is untyped
 
 
 class Talker:
-    """A model that answers."""
-
     def __init__(self, folder: Path, device: str) -> None:
         config = config_of(folder)
         has_code = config.get("model_type") not in FAMILIES and has_our_code(folder)
@@ -112,13 +110,14 @@ def rows_of(folders: Sequence[Path], wanted: Perplexity) -> HeldOut:
     for folder in folders:
         tokenizer = load_tokenizer(folder)
         found.append(held_out(tokenizer, texts, wanted))
-        several(found[-1].rows, wanted.seq_len)
+        if len(found[-1].rows) < 2:
+            few = f"the held-out texts are 1 row of {wanted.seq_len} tokens, and an interval needs at least 2"
+            raise InputError(f"{few}; give a smaller --seq-len, a larger --max-rows or longer --texts")
         require_embedded(found[-1].rows, tokenizer, config_of(folder))
         if found[-1].rows != found[0].rows:
-            raise InputError(
-                f"{folder} has another tokenizer than {folders[0]}: perplexities of different tokens cannot be "
-                "compared; leave out --texts, or compare models of one tokenizer"
-            )
+            why = "perplexities of different tokens cannot be compared"
+            fix = "leave out --texts, or compare models of one tokenizer"
+            raise InputError(f"{folder} has another tokenizer than {folders[0]}: {why}; {fix}")
     return found[0]
 
 
@@ -176,7 +175,6 @@ def _times(relative: float, interval: tuple[float, float]) -> str:
 
 
 def side_by_side(found: Sequence[Compared]) -> Table:
-    """Checkpoints, a column each."""
     table = Table(expand=True)
     for one in found:
         lines = [one.model, f"{one.parameters / 1e6:,.1f} M parameters"]

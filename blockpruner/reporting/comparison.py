@@ -27,7 +27,7 @@ class Comparison:
 
     def gain(self, option: Option) -> float:
         """The speed-up of an option where all are timed, else the share of the parameters that it removes."""
-        return option.speedup if self.runs[0].dense.is_timed else option.ratio
+        return option.speedup if self.runs[0].dense.timed else option.ratio
 
     @property
     def targets(self) -> list[PrunedOption]:
@@ -47,7 +47,7 @@ def comparisons(runs: Sequence[ReportedRun]) -> list[Comparison]:
     groups: dict[object, list[ReportedRun]] = {}
     for reported in runs:
         dense, labels = reported.dense.model, reported.labels
-        setting = reported.dense.race.dense.setting if reported.dense.is_timed else None
+        setting = reported.dense.race.dense.setting if reported.dense.timed else None
         text = (labels.heldout, dense.heldout.rows, dense.heldout.tokens)
         items = tuple((task, *numbers.tolist()) for task, numbers in sorted(dense.items.items()))
         key = (labels.model, dense.parameters, text, labels.tasks, items, setting)

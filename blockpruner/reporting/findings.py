@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
 from statistics import median
-from typing import TypeVar
 
 from blockpruner.core.blocks import parse_mask
 from blockpruner.evaluation.kinds import uneven
 from blockpruner.reporting.formats import listed, number, percent, times
-from blockpruner.reporting.results import Model, Option
+from blockpruner.reporting.inputs import PrunedOption
+from blockpruner.reporting.results import Model
 from blockpruner.reporting.statistics import Mean, average, differences
 from blockpruner.reporting.table import points
 
@@ -42,8 +42,6 @@ much on held-out text, and by JUMP_NATS more than that: so much do two samples o
 
 UNLIKE = "One kind of text lost more than the others"
 
-AnyOption = TypeVar("AnyOption", bound=Option)
-
 
 class Level(StrEnum):
     RESULT = "result"
@@ -63,7 +61,7 @@ class Finding:
     text: str
 
 
-def warnings(options: Sequence[Option], traces: Sequence[Option]) -> list[Finding]:
+def warnings(options: Sequence[PrunedOption], traces: Sequence[PrunedOption]) -> list[Finding]:
     """Find the signs of failed pruning among pruned models; `traces` are those that are pruned the most, one for each
     removal sequence."""
     found = [_jump(trace, options) for trace in traces]
@@ -73,7 +71,7 @@ def warnings(options: Sequence[Option], traces: Sequence[Option]) -> list[Findin
     return [finding for finding in found if finding]
 
 
-def jump_at(option: Option) -> int | None:
+def jump_at(option: PrunedOption) -> int | None:
     """Find the first removal that breaks the curve (JUMP_FACTOR, JUMP_NATS, COLLAPSE_NATS), by index, or None."""
     losses = [math.log(perplexity) for perplexity in option.curve]
     rises = [after - before for before, after in pairwise(losses)]
@@ -84,38 +82,38 @@ def jump_at(option: Option) -> int | None:
     return None
 
 
-def has_lost(option: Option, nats: float, share: float) -> bool:
+def has_lost(option: PrunedOption, nats: float, share: float) -> bool:
     """Check held-out text and tasks: perplexity against `nats`, accuracy and p of the right answer against a `share` of
     the dense model's. Both are measured of the model itself, whether it was healed or not."""
     dense, model = option.dense, option.model
     losses = [(dense.average, paired(dense, model))]
     if dense.confidence is not None and model.confidence is not None:
         losses.append((dense.confidence, paired_confidence(dense, model)))
-    fails = any(change.differs_from(0) and change.value < -share * before.value for before, change in losses)
+    fails = any(change.differs and change.value < -share * before.value for before, change in losses)
     return fails or option.heldout_rise >= nats
 
 
-def is_broken(option: Option) -> bool:
+def is_broken(option: PrunedOption) -> bool:
     return has_lost(option, COLLAPSE_NATS, TASK_LOSS)
 
 
-def is_mismatch(option: Option) -> bool:
+def is_mismatch(option: PrunedOption) -> bool:
     """Check whether held-out text suffers far more than the texts by which the model was made (MISMATCH_FACTOR)."""
     rise = option.own_rise
     return rise is not None and option.heldout_rise > MISMATCH_FACTOR * max(rise, 0.0) + JUMP_NATS
 
 
-def _unlike(option: Option) -> str:
+def _unlike(option: PrunedOption) -> str:
     return uneven({kind: effect.value for kind, (_, effect) in option.by_kind.items()})
 
 
-def is_slow(option: Option) -> bool:
-    return option.is_timed and option.race.interval("generation").low <= 1
+def is_slow(option: PrunedOption) -> bool:
+    return option.timed is not None and option.race.speedups["generation"].interval.low <= 1
 
 
-def recommended(options: Sequence[AnyOption]) -> AnyOption | None:
+def recommended(options: Sequence[PrunedOption]) -> PrunedOption | None:
     """Find the fastest model that is faster than dense beyond noise and not broken, or None: keep the dense model."""
-    faster = [option for option in options if option.is_timed and not is_slow(option)]
+    faster = [option for option in options if option.timed and not is_slow(option)]
     safe = [option for option in faster if not is_broken(option)]
     return max(safe, key=lambda option: option.speedup, default=None)
 
@@ -128,16 +126,16 @@ def paired_confidence(base: Model, other: Model) -> Mean:
 def paired(base: Model, other: Model, task: str | None = None) -> Mean:
     """Subtract accuracies, other minus base, with the error of paired items; without a task, the averages."""
     names = base.scores if task is None else (task,)
-    scores = ({name: model.scores[name] for name in names} for model in (base, other))
-    return average(differences(*scores))
+    before, after = ({name: model.scores[name] for name in names} for model in (base, other))
+    return average(differences(before, after))
 
 
-def _jump(trace: Option, options: Sequence[Option]) -> Finding | None:
+def _jump(trace: PrunedOption, options: Sequence[PrunedOption]) -> Finding | None:
     index = jump_at(trace)
-    if index is None or trace.plan is None:
+    if index is None:
         return None
     begin, ratios = trace.plan.order[: index + 1], trace.plan.ratios
-    past = [o for o in options if o.plan and len(o.plan.order) > index and o.plan.order[: index + 1] == begin]
+    past = [o for o in options if o.plan.order[: index + 1] == begin]
     blocks = sum(len(parse_mask(unit)) for unit in begin[:-1])
     share = f" ({percent(ratios[index - 1], 2)} of the parameters)" if 0 < index <= len(ratios) else ""
     safe = f"The last budget before it is {blocks} blocks{share}." if index else "It is the first removal."
@@ -150,19 +148,19 @@ def _jump(trace: Option, options: Sequence[Option]) -> Finding | None:
     )
 
 
-def _losses(option: Option) -> str:
+def _losses(option: PrunedOption) -> str:
     return (
         f"{option.name} has {times(math.exp(option.heldout_rise))} the dense model's held-out perplexity, and its "
         f"average accuracy differs by {points(paired(option.dense, option.model))} points"
     )
 
 
-def _broken(found: Sequence[Option]) -> Finding:
+def _broken(found: Sequence[PrunedOption]) -> Finding:
     text = f"{'. '.join(map(_losses, found))}. Prune less, or heal more."
     return Finding(Level.WARNING, "broken", f"Broken: {listed([option.name for option in found])}", text)
 
 
-def _mismatch(found: Sequence[Option]) -> Finding:
+def _mismatch(found: Sequence[PrunedOption]) -> Finding:
     rises = [f"{times(math.exp(o.heldout_rise))} against {times(math.exp(o.own_rise or 0))} at {o.name}" for o in found]
     text = (
         f"Perplexity over the dense model's, on held-out text against its own texts: "
@@ -171,14 +169,14 @@ def _mismatch(found: Sequence[Option]) -> Finding:
     return Finding(Level.WARNING, "mismatch", "Held-out text suffers more than the model's own texts", text)
 
 
-def _uneven(found: Sequence[Option]) -> Finding:
+def _uneven(found: Sequence[PrunedOption]) -> Finding:
     text = " ".join(f"{option.name}: {_unlike(option)}" for option in found)
     return Finding(Level.WARNING, "uneven", UNLIKE, text)
 
 
-def _slow(found: Sequence[Option]) -> Finding:
-    def told(option: Option) -> str:
-        mlp = option.blocks["mlp"] > option.blocks["mha"]
+def _slow(found: Sequence[PrunedOption]) -> Finding:
+    def told(option: PrunedOption) -> str:
+        mlp = option.plan.blocks["mlp"] > option.plan.blocks["mha"]
         cause = ", more MLP than MHA, and only MHA shrinks the KV cache" if mlp else ""
         return f"{option.name}: {times(option.speedup)} with {option.taken_out} removed{cause}."
 
@@ -186,9 +184,9 @@ def _slow(found: Sequence[Option]) -> Finding:
     return Finding(Level.WARNING, "slow", title, " ".join(map(told, found)))
 
 
-def stop(options: Sequence[Option]) -> Finding:
+def stop(options: Sequence[PrunedOption]) -> Finding:
     """Write the verdict on pruned models, which come the least pruned first."""
-    if not any(option.is_timed for option in options):
+    if not any(option.timed for option in options):
         return Finding(Level.NOTE, "stop", "No verdict without times", "A verdict weighs loss against speed.")
     best = recommended(options)
     if best is not None:
@@ -202,6 +200,6 @@ def stop(options: Sequence[Option]) -> Finding:
     text = "No pruned model is both faster than dense beyond noise and not broken."
     if options:
         first = options[0]
-        speed = f", at {times(first.speedup)} the speed of generation" if first.is_timed else ""
+        speed = f", at {times(first.speedup)} the speed of generation" if first.timed else ""
         text += f" {_losses(first)}{speed}."
     return Finding(Level.ADVICE, "stop", "Keep the dense model", text)

@@ -17,6 +17,7 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.methods.registry import KINDS
 from blockpruner.reporting.results import Model, Option, Race, RunLabels, read_items, read_results
+from blockpruner.search.registry import SEARCHES
 from blockpruner.search.trace import ITERATION
 from blockpruner.store.files import read_json, read_table
 from blockpruner.store.plans import load_plan
@@ -32,7 +33,7 @@ class SearchStep:
     perplexity: float
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class PrunedOption(Option):
     """A pruned model, and how the search got there."""
 
@@ -52,15 +53,18 @@ class PrunedOption(Option):
 
     @property
     def own_rise(self) -> float | None:
-        """As of the pruned model, but where it is compensated on the rows that the fit held out."""
-        if not self.helped:
-            return super().own_rise
-        return math.log(self.compensation["perplexity"]["after"] / self.compensation["perplexity"]["dense"])
+        """ln(PPL / dense PPL), nats per token, on the calibration rows or, where it is compensated, on those that the
+        fit held out; None where the search asked for no scores."""
+        if self.helped:
+            return math.log(self.compensation["perplexity"]["after"] / self.compensation["perplexity"]["dense"])
+        asked = self.plan.method in SEARCHES and SEARCHES[self.plan.method].asks != "nothing"
+        found = self.plan.calibration if asked else {}
+        return math.log(found["perplexity"] / found["dense_perplexity"]) if found.get("perplexity") else None
 
     @property
     def healing(self) -> tuple[str, ...]:
-        asked = super().healing
-        return asked[1:] if self.compensation and not self.helped else asked
+        compensated = self.plan.compensate != "none" and (self.helped or not self.compensation)
+        return (*[self.plan.compensate] * compensated, *["training"] * self.plan.train)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,34 +118,31 @@ def _read_run(run: str, labels: RunLabels, plans: Mapping[str, Plan], data: Path
     timed = all(fields["speed"] for fields in facts.values())
     races = {name: Race.of(fields["speed"]) if timed else None for name, fields in facts.items()}
     calibrations = [plan.calibration for plan in plans.values()]
-    known = [found["dense_perplexity"] for found in calibrations if found["perplexity"] is not None]
+    known = (found["dense_perplexity"] for found in calibrations if found["perplexity"] is not None)
     dense = Option(
         name="dense", method="", plan=None, model=models[f"{run}-dense"],
-        dense=models[f"{run}-dense"], timed=races[f"{run}-dense"], curve=tuple(known[:1]),
+        dense=models[f"{run}-dense"], timed=races[f"{run}-dense"], calibration_perplexity=next(known, None),
     )  # fmt: skip
     found = []
     for name in names:
         plan = plans[name]
         healing = read_json(data / "compensated" / name / "compensate.json")
-        steps, unit = _read_search(plan, data / "plans" / name / f"{healing['search']}.parquet")
+        steps, unit = tuple[SearchStep, ...](), ""
+        if plan.removed:
+            path = data / "plans" / name / f"{healing['search']}.parquet"
+            rows = read_iterations(path)
+            steps, unit = steps_of(rows, plan, path), unit_of(rows)
         found.append(
             PrunedOption(
                 name=name, method=KINDS[plan.kind].words(plan, unit), plan=plan,
                 model=models[name], dense=dense.model, timed=races[name], steps=steps,
+                calibration_perplexity=plan.calibration["perplexity"],
                 curve=tuple(step.perplexity for step in steps) if plan.nested else (),
                 compensation=healing if "perplexity" in healing else {},
                 checkpoints=tuple(data / "checkpoints" / name / form for form in facts[name]["formats"]),
             )
         )  # fmt: skip
     return ReportedRun(run, labels, dense, tuple(found), facts[f"{run}-dense"]["chance"])
-
-
-def _read_search(plan: Plan, path: Path) -> tuple[tuple[SearchStep, ...], str]:
-    """Read the steps of a search, and what it removed at once, in words; nothing where it removes no blocks."""
-    if not plan.removed:
-        return (), ""
-    rows = read_iterations(path)
-    return steps_of(rows, plan, path), unit_of(rows)
 
 
 def read_iterations(path: Path) -> list[dict[str, Any]]:
@@ -167,11 +168,9 @@ def steps_of(rows: Sequence[Mapping[str, Any]], plan: Plan, path: Path) -> tuple
     order = [format_mask(mask - before) for before, mask in pairwise(masks)]
     leads = order == list(plan.order) if plan.nested else masks[-1:] == [plan.mask]
     if not leads or not dense or None in [row["perplexity"] for row in found]:
-        raise InputError(
-            f"{path} does not have one fully scored choice, with its perplexity, for each of the plan's removals "
-            f"{', '.join(plan.order)}: they are of different searches; delete both and run `dvc repro`",
-            rule="different-searches",
-        )
+        lacks = "does not have one fully scored choice, with its perplexity, for each of the plan's removals"
+        message = f"{path} {lacks} {', '.join(plan.order)}: they are of different searches"
+        raise InputError(f"{message}; delete both and run `dvc repro`", rule="different-searches")
     return tuple(SearchStep(row["removed"], row["perplexity"]) for row in found)
 
 

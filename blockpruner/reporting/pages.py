@@ -24,8 +24,6 @@ from blockpruner.store.provenance import COMPUTING
 
 @dataclass(frozen=True)
 class Findings:
-    """A list of findings."""
-
     kind: ClassVar = "findings"
     of: tuple[Finding, ...]
 
@@ -70,12 +68,9 @@ class Page:
 
 def write_page(out: Path, page: Page, files: Mapping[str, str]) -> None:
     """Write report.md, index.html, plots/ and more files of text in the place of `out`: all of them, or nothing."""
-    texts = {
-        "report.md": to_markdown(page),
-        "index.html": to_html(page, [name for name in files if "/" not in name]),
-        **files,
-    }
-    texts |= {f"plots/{plot.name}.svg": plot.svg for plot in page.plots}
+    html = to_html(page, [name for name in files if "/" not in name])
+    plots = {f"plots/{plot.name}.svg": plot.svg for plot in page.plots}
+    texts = {"report.md": to_markdown(page), "index.html": html, **files, **plots}
 
     def build(directory: Path) -> None:
         for name, text in texts.items():

@@ -4,7 +4,7 @@ For each dense model: the verdict and its numbers, what the search saw, how to u
 run.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from blockpruner.checkpoints.registry import EXPORTS
@@ -31,15 +31,8 @@ INTRO = (
 def write_report(
     out: Path, title: str, targets: Sequence[str], labels: Mapping[str, RunLabels], data: Path, plots: bool
 ) -> None:
-    """Write the report of `targets` in the place of `out`.
-
-    Args:
-        out: folder of the report; replaced as a whole, or left as it is on failure.
-        targets: names of folders in data/evidence.
-        labels: what the model and data of each run are.
-        data: the folder of the stages' outputs, as for `read_runs`.
-        plots: whether to draw; the CSV files are written in any case.
-    """
+    """Write the report of `targets`, with `data` as for `read_runs`, in the place of the folder `out`: all of it, or
+    nothing. The CSV files are written even where no plots are wanted."""
     runs = read_runs(targets, labels, data)
     files = {"curve.csv": curve_csv(comparisons(runs)), "iterations.csv": iterations_csv(runs)}
     write_page(out, build_page(title, runs, plots), files)
@@ -91,26 +84,30 @@ def _evidence(reported: ReportedRun, shown: Option, draw: bool) -> Section:
     """Show all that was measured of a run. The blocks of the option `shown` are drawn already."""
     searches = [*reported.traces, *(target for target in reported.targets if not target.curve)]
     drawn = [target for target in searches if target is not shown and target.plan.gone]
-    maps, facts = (removed_map(one.name, one.plan) for one in drawn if draw), _facts(reported)
+    maps, facts = (removed_map(one.name, one.plan) for one in drawn if draw), tuple(_facts(reported))
     return Section(f"Evidence: {reported.run}", (headline(reported), *maps, Facts("Model, data and work", facts)))
 
 
-def _facts(reported: ReportedRun) -> tuple[tuple[str, str], ...]:
-    calibration, text, labels = reported.targets[0].plan.calibration, reported.dense.model.heldout, reported.labels
-    tasks = ", ".join(f"{task} ({score.items:,} items)" for task, score in reported.dense.model.tasks.items())
-    mended = [_mended(target) for target in reported.targets if target.compensation]
-    trained = [target.name for target in reported.targets if target.plan.train]
-    return (
-        ("Model", labels.model),
-        ("Calibration", f"{labels.calibration}: {calibration['rows']:,} rows, {calibration['tokens']:,} tokens"),
-        ("Held-out text", f"{labels.heldout}: {text.rows:,} rows, {text.tokens:,} tokens"),
-        ("Tasks", f"{labels.tasks}: {tasks}"),
-        *([("Compensation", f"{labels.compensation}; {'; '.join(mended)}")] if mended else []),
-        *([("Training", f"{labels.training}: {listed(trained)}")] if trained else []),
-        ("Speed", reported.targets[0].race.pruned.setting if reported.dense.is_timed else NOT_TIMED),
-        *_metric(reported),
-        _made(reported),
-    )
+def _facts(reported: ReportedRun) -> Iterator[tuple[str, str]]:
+    """Write what a run computed, of what, and how."""
+    targets, dense, labels = reported.targets, reported.dense, reported.labels
+    calibration, text = targets[0].plan.calibration, dense.model.heldout
+    yield "Model", labels.model
+    yield "Calibration", f"{labels.calibration}: {calibration['rows']:,} rows, {calibration['tokens']:,} tokens"
+    yield "Held-out text", f"{labels.heldout}: {text.rows:,} rows, {text.tokens:,} tokens"
+    tasks = ", ".join(f"{task} ({score.items:,} items)" for task, score in dense.model.tasks.items())
+    yield "Tasks", f"{labels.tasks}: {tasks}"
+    if mended := [_mended(target) for target in targets if target.compensation]:
+        yield "Compensation", f"{labels.compensation}; {'; '.join(mended)}"
+    if trained := [target.name for target in targets if target.plan.train]:
+        yield "Training", f"{labels.training}: {listed(trained)}"
+    yield "Speed", targets[0].race.pruned.setting if dense.timed else NOT_TIMED
+    plans = [target.plan for target in targets if KINDS[target.plan.kind].removes_blocks]
+    if metrics := dict.fromkeys(METRICS[plan.metric] for plan in plans if SEARCHES[plan.method].asks != "nothing"):
+        yield "Metric", "; ".join(f"{row.title}: {row.formula}" for row in metrics)
+    steps = {target.name: KINDS[target.plan.kind].steps(target.plan) for target in targets if not target.plan.removed}
+    methods = listed(list(dict.fromkeys(target.method for target in targets)))
+    yield "Method", "; ".join([methods, *(f"{name}: {text}" for name, text in steps.items() if text)])
 
 
 def _mended(target: PrunedOption) -> str:
@@ -118,21 +115,3 @@ def _mended(target: PrunedOption) -> str:
     found = target.compensation["perplexity"]
     rows = f"{number(found['before'])} → {number(found['after'])} (dense {number(found['dense'])})"
     return f"{target.name}: {target.plan.compensate}, {rows if target.helped else 'no help, left out'}"
-
-
-def _metric(reported: ReportedRun) -> tuple[tuple[str, str], ...]:
-    """Write what the search compared candidates by, if it compared any."""
-    plans = [target.plan for target in reported.targets if KINDS[target.plan.kind].removes_blocks]
-    rows = dict.fromkeys(METRICS[plan.metric] for plan in plans if SEARCHES[plan.method].asks != "nothing")
-    return (("Metric", "; ".join(f"{row.title}: {row.formula}" for row in rows)),) if rows else ()
-
-
-def _made(reported: ReportedRun) -> tuple[str, str]:
-    """Write how the plans of a run came about: the methods, and the steps of one that removes no blocks."""
-    words = list(dict.fromkeys(target.method for target in reported.targets))
-    steps = [
-        f"{target.name}: {text}"
-        for target in reported.targets
-        if not target.plan.removed and (text := KINDS[target.plan.kind].steps(target.plan))
-    ]
-    return "Method", "; ".join([listed(words), *steps])

@@ -19,14 +19,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from blockpruner.core.blocks import BlockKind
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.evaluation.store import ITEMS
 from blockpruner.methods.registry import KINDS
 from blockpruner.reporting import statistics
 from blockpruner.reporting.statistics import Effect, Floats, Interval, Mean
-from blockpruner.search.registry import SEARCHES
 from blockpruner.store.files import read_json, read_table
 
 PARTS = ("prefill", "decode", "generation")
@@ -38,7 +36,6 @@ class RunLabels:
     """For people: which model, and which data it was calibrated and evaluated on."""
 
     name: str
-    """What the model is called."""
     model: str
     """Where it is from, on one line, as all that follows."""
     calibration: str
@@ -129,25 +126,18 @@ class Race:
         """Read what a measurement wrote of both, or of the dense model alone."""
         return cls(Timings.of(fields["dense"]), Timings.of(fields.get("pruned", fields["dense"])))
 
-    def speedup(self, part: str) -> float:
-        """Quotient of the medians; above 1 is faster than dense."""
-        return self.dense.median(part) / self.pruned.median(part)
-
     @cached_property
     def speedups(self) -> Mapping[str, Effect]:
-        """By part, with intervals."""
+        """Quotients of the medians, by part; above 1 is faster than dense. An interval is infinite where nothing was
+        timed twice."""
         dense, pruned = self.dense.seconds, self.pruned.seconds
+        if len(dense["generation"]) == 1:
+            return {part: Effect(dense[part][0] / pruned[part][0], Interval(0, math.inf), 1.0) for part in PARTS}
         return {part: statistics.ratio_of_medians(dense[part], pruned[part]) for part in PARTS}
-
-    def interval(self, part: str) -> Interval:
-        """The interval of a speed-up; infinite where nothing was timed twice."""
-        return Interval(0, math.inf) if len(self.dense.seconds[part]) == 1 else self.speedups[part].interval
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """One evaluated model."""
-
     parameters: int
     weight_bytes: int
     heldout: Text
@@ -210,9 +200,11 @@ class Option:
     dense: Model
     timed: Race | None
     """The timing of the model and the dense one in turns."""
-    curve: tuple[float, ...]
+    calibration_perplexity: float | None
+    """The perplexity on the calibration rows; None where it was not known when the plan was made."""
+    curve: tuple[float, ...] = ()
     """Perplexities on the calibration rows: of the dense model, and after each removal, as far as known. Empty where
-    the plan has no sequence of removals."""
+    there is no sequence of removals."""
 
     @property
     def ratio(self) -> float:
@@ -222,29 +214,12 @@ class Option:
     @property
     def healing(self) -> tuple[str, ...]:
         """What was done to the weights that are left, in order."""
-        if self.plan is None:
-            return ()
-        compensated = () if self.plan.compensate == "none" else (self.plan.compensate,)
-        return (*compensated, *(("training",) if self.plan.train else ()))
-
-    @property
-    def recipe(self) -> str:
-        """The method, and what was done after it."""
-        return " + ".join((self.method, *self.healing))
+        return ()
 
     @property
     def taken_out(self) -> str:
         """For instance "3 MHA + 4 MLP"."""
         return KINDS[self.plan.kind].taken_out(self.plan) if self.plan else "nothing"
-
-    @property
-    def blocks(self) -> Mapping[str, int]:
-        """Count the blocks that are gone, by kind."""
-        return self.plan.blocks if self.plan else dict.fromkeys(BlockKind, 0)
-
-    @property
-    def is_timed(self) -> bool:
-        return self.timed is not None
 
     @property
     def race(self) -> Race:
@@ -254,27 +229,7 @@ class Option:
     @property
     def speedup(self) -> float:
         """The speed-up of generation over the dense model."""
-        return self.race.speedup("generation")
-
-    @property
-    def cache_saved(self) -> float:
-        """Share of the dense model's KV cache."""
-        return 1 - self.race.pruned.cache_bytes / self.race.dense.cache_bytes
-
-    @property
-    def calibration_perplexity(self) -> float | None:
-        """On the calibration rows; None where it was not known when the plan was made."""
-        if self.plan is None:
-            return self.curve[0] if self.curve else None
-        value: float | None = self.plan.calibration["perplexity"]
-        return value
-
-    @property
-    def own_rise(self) -> float | None:
-        """ln(PPL / dense PPL) on the calibration rows, nats per token; None where the search asked for no scores."""
-        asked = self.plan is not None and self.plan.method in SEARCHES and SEARCHES[self.plan.method].asks != "nothing"
-        found = self.plan.calibration if self.plan is not None and asked else {}
-        return math.log(found["perplexity"] / found["dense_perplexity"]) if found.get("perplexity") else None
+        return self.race.speedups["generation"].value
 
     @property
     def heldout_rise(self) -> float:
@@ -282,11 +237,12 @@ class Option:
         return math.log(self.model.perplexity / self.dense.perplexity)
 
     @cached_property
-    def heldout_interval(self) -> Interval:
-        """The interval of PPL / dense PPL on the held-out text, from paired rows; infinite with fewer than two."""
+    def heldout(self) -> Effect:
+        """PPL / dense PPL on the held-out text, from paired rows; with fewer than two, its interval is infinite."""
         dense, own = self.dense.heldout.row_nll, self.model.heldout.row_nll
-        few = min(len(dense), len(own)) < 2
-        return Interval(0, math.inf) if few else statistics.perplexity_ratio(dense, own).interval
+        if min(len(dense), len(own)) < 2:
+            return Effect(self.model.perplexity / self.dense.perplexity, Interval(0, math.inf), 1.0)
+        return statistics.perplexity_ratio(dense, own)
 
     @cached_property
     def by_kind(self) -> Mapping[str, tuple[float, Effect]]:
@@ -321,10 +277,8 @@ def read_items(folders: Sequence[Path], metrics: Mapping[str, str]) -> dict[str,
         rows = dict(zip(names, zip(items, values, p_gold, strict=True), strict=True))
         for model in found:
             if model not in rows or not np.array_equal(rows[model][0], items[0]):
-                raise InputError(
-                    f"{folders[0].parent}: {model} and {names[0]} were evaluated on different items of {task}, so they "
-                    "cannot be compared; run `dvc repro` to evaluate both alike",
-                    rule="different-items",
-                )
+                why = f"{model} and {names[0]} were evaluated on different items of {task}, so they cannot be compared"
+                message = f"{folders[0].parent}: {why}; run `dvc repro` to evaluate both alike"
+                raise InputError(message, rule="different-items")
             found[model][task] = rows[model]
     return found

@@ -4,7 +4,8 @@ Decides which test answers which question. scipy computes what it offers; Holm's
 by task are ours. Tasks weigh the same in an average and in its test. The caller decides what is compared.
 
 Differences are b - a. Intervals have two sides and hold the truth with probability `level`. A spread or an interval
-is infinite where there are too few measurements to tell it; nothing then differs from anything.
+is infinite where there are too few measurements to tell it; nothing then differs from anything. Tests and intervals of
+two raise InputError where these are no pairs, or fewer than two pairs (of each task).
 """
 
 from __future__ import annotations
@@ -41,9 +42,10 @@ class Mean:
     value: float
     stderr: float
 
-    def differs_from(self, value: float) -> bool:
-        """Tell whether `value` is outside the interval."""
-        return not self.interval.holds(value)
+    @property
+    def differs(self) -> bool:
+        """Whether 0 is outside the interval."""
+        return not self.interval.low <= 0 <= self.interval.high
 
     @property
     def interval(self) -> Interval:
@@ -55,9 +57,6 @@ class Mean:
 class Interval:
     low: float
     high: float
-
-    def holds(self, value: float) -> bool:
-        return self.low <= value <= self.high
 
 
 @dataclass(frozen=True)
@@ -82,14 +81,13 @@ def average(scores: Scores) -> Mean:
     return Mean(float(np.mean([items.mean() for items in tasks])), math.hypot(*errors) / len(tasks))
 
 
-def differences(a: Scores, b: Scores) -> dict[str, Floats]:
+def differences(a: Scores, b: Scores, least: int = 1) -> dict[str, Floats]:
     """b - a by task and item, the tasks in alphabetical order; raises InputError if the two have different tasks or
-    numbers of items, or nothing is there to compare."""
+    numbers of items, or nothing is there to compare, or fewer items of a task than `least`."""
     if a.keys() != b.keys() or not a:
-        raise InputError(
-            f"models of tasks {sorted(a)} and {sorted(b)} cannot be compared; evaluate both on the same, one or more"
-        )
-    return {task: _difference(a[task], b[task], f"task {task}") for task in sorted(a)}
+        message = f"models of tasks {sorted(a)} and {sorted(b)} cannot be compared"
+        raise InputError(f"{message}; evaluate both on the same, one or more")
+    return {task: _difference(a[task], b[task], f"task {task}", least) for task in sorted(a)}
 
 
 def paired_bootstrap(a: Scores, b: Scores, resamples: int = RESAMPLES, level: float = 0.95) -> Effect:
@@ -103,14 +101,9 @@ def paired_bootstrap(a: Scores, b: Scores, resamples: int = RESAMPLES, level: fl
 
     p = 2 min(#{d* <= 0} + 1, #{d* >= 0} + 1) / (resamples + 1), at most 1, where d* are the resampled differences: the
     level at which the interval begins to hold 0. It is never below 2 / (resamples + 1).
-
-    Raises:
-        InputError: `differences` raises it, or a task has a single item, whose resamples are all the same.
     """
     rng = np.random.default_rng(SEED)
-    paired = differences(a, b)
-    for task, items in paired.items():
-        _require_two(items, f"a bootstrap over the items of task {task}")
+    paired = differences(a, b, least=2)
     draws = np.mean([_resampled_means(items, resamples, rng) for items in paired.values()], axis=0)
     return Effect(average(paired).value, percentiles(draws, level), two_sided(draws, 0.0))
 
@@ -122,21 +115,15 @@ def stratified_t(a: Scores, b: Scores, level: float = 0.95) -> Effect:
     tasks' mean(d) ± t[f, (1 + level) / 2] sqrt(V) / T, f = V^2 / sum_t v_t^2 / (n_t - 1) degrees of freedom (Welch,
     Satterthwaite). Of one task it is `paired_t`. The bootstrap would take seconds here: fractions have as many distinct
     differences as items. Where no difference varies, the interval is one value, and p is 1 if it is 0 and 0 otherwise.
-
-    Raises:
-        InputError: `differences` raises it, or a task has a single item.
     """
-    paired = differences(a, b)
-    for task, items in paired.items():
-        _require_two(items, f"a t test over the items of task {task}")
+    paired = differences(a, b, least=2)
     parts = np.array([items.var(ddof=1) / len(items) for items in paired.values()])
     value, error = average(paired).value, math.sqrt(parts.sum()) / len(parts)
     if error <= ROUNDING:
         return Effect(value, Interval(value, value), float(abs(value) <= ROUNDING))
     freedom = parts.sum() ** 2 / np.sum(parts**2 / [len(items) - 1 for items in paired.values()])
-    found = stats.t(freedom, value, error)
-    low, high = found.interval(level)
-    return Effect(value, Interval(float(low), float(high)), float(2 * stats.t.sf(abs(value) / error, freedom)))
+    p = float(2 * stats.t.sf(abs(value) / error, freedom))
+    return Effect(value, Interval(*map(float, stats.t(freedom, value, error).interval(level))), p)
 
 
 def paired_t(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Effect:
@@ -144,19 +131,14 @@ def paired_t(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Effect:
 
     With d = b - a over n pairs: mean(d) ± t[n-1, (1 + level) / 2] sd(d) / sqrt(n). Where all d are equal (up to
     rounding) nothing varies: the interval is that one value, and p is 1 if it is 0 and 0 otherwise.
-
-    Raises:
-        InputError: there are fewer than two pairs, or the numbers of values differ.
     """
     a, b = np.asarray(a, float), np.asarray(b, float)
-    d = _difference(a, b, "a paired t test")
-    _require_two(d, "a paired t test")
+    d = _difference(a, b, "a paired t test", least=2)
     value, rounding = float(d.mean()), ROUNDING * float(max(np.abs(a).max(), np.abs(b).max()))
     if np.ptp(d) <= rounding:
         return Effect(value, Interval(value, value), float(abs(value) <= rounding))
     test = stats.ttest_rel(b, a)
-    low, high = test.confidence_interval(level)
-    return Effect(value, Interval(float(low), float(high)), float(test.pvalue))
+    return Effect(value, Interval(*map(float, test.confidence_interval(level))), float(test.pvalue))
 
 
 def perplexity_ratio(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Effect:
@@ -209,12 +191,9 @@ def ratio_of_medians(dense: ArrayLike, pruned: ArrayLike, level: float = 0.95) -
 
     dense and pruned hold the seconds of each repeat, in order. A repeat is drawn with both times, since a drift of the
     machine falls on both. p is that of `paired_bootstrap`, with 1 in the place of 0.
-
-    Raises:
-        InputError: there are fewer than two repeats, or the numbers of repeats differ.
     """
     dense, pruned = np.asarray(dense, float), np.asarray(pruned, float)
-    _require_two(_difference(dense, pruned, "a ratio of medians"), "a ratio of medians")
+    _difference(dense, pruned, "a ratio of medians", least=2)
 
     def ratio(dense: Floats, pruned: Floats, axis: int) -> Any:
         return np.median(dense, axis=axis) / np.median(pruned, axis=axis)
@@ -225,20 +204,16 @@ def ratio_of_medians(dense: ArrayLike, pruned: ArrayLike, level: float = 0.95) -
     return Effect(float(ratio(dense, pruned, axis=0)), percentiles(draws, level), two_sided(draws, 1.0))
 
 
-def _difference(a: ArrayLike, b: ArrayLike, what: str) -> Floats:
-    """b - a [n]; raises InputError where a and b are no pairs."""
+def _difference(a: ArrayLike, b: ArrayLike, what: str, least: int) -> Floats:
+    """b - a [n]; raises InputError where a and b are no pairs, or fewer than `least`."""
     a, b = np.asarray(a, float), np.asarray(b, float)
     if a.shape != b.shape or a.ndim != 1 or not len(a):
-        raise InputError(
-            f"{what}: a has shape {a.shape} and b {b.shape}; both must have one value for each of the same n >= 1"
-        )
+        message = f"{what}: a has shape {a.shape} and b {b.shape}"
+        raise InputError(f"{message}; both must have one value for each of the same n >= 1")
+    if len(a) < least:
+        raise InputError(f"{what} needs at least {least} pairs, not {len(a)}; measure more of them")
     difference: Floats = b - a
     return difference
-
-
-def _require_two(values: Floats, what: str) -> None:
-    if len(values) < 2:
-        raise InputError(f"{what} needs at least 2 pairs, not {len(values)}; measure more of them")
 
 
 def _resampled_means(items: Floats, resamples: int, rng: np.random.Generator) -> Floats:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from pandas import DataFrame
 
-from blockpruner.reporting.formats import number, percent
+from blockpruner.reporting.formats import number
 from blockpruner.reporting.statistics import Effect, Mean
 
 BLANK = "–"
@@ -54,11 +54,6 @@ class Number:
 Cell = str | Number | None
 
 
-def percentage(ratio: float) -> Number:
-    """Show a share with the sign of per cent."""
-    return Number(ratio, write=percent)
-
-
 def score(found: Mean, digits: int = 1, mark: str = "") -> Number:
     """Show an accuracy in per cent, ± 1 standard error."""
     return Number(100 * found.value, digits, 100 * found.stderr, mark=mark)
@@ -71,8 +66,6 @@ def points(found: Mean | Effect) -> Number:
 
 @dataclass(frozen=True)
 class Column:
-    """A column."""
-
     key: str
     """The name in the CSV."""
     title: str

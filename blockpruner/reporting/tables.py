@@ -17,8 +17,8 @@ from blockpruner.reporting.findings import paired, paired_confidence, recommende
 from blockpruner.reporting.formats import parameters, percent, size, times
 from blockpruner.reporting.inputs import ReportedRun
 from blockpruner.reporting.results import PARTS, Option
-from blockpruner.reporting.statistics import Interval, Mean
-from blockpruner.reporting.table import Cell, Column, Field, Number, Table, percentage, points, score, table_of, to_csv
+from blockpruner.reporting.statistics import Effect, Mean
+from blockpruner.reporting.table import Cell, Column, Field, Number, Table, points, score, table_of, to_csv
 
 BETTER, WORSE = "↑", "↓"
 LEGEND = (
@@ -37,16 +37,12 @@ NOT_TIMED = "not timed"
 
 
 def _timed(of: Callable[[Option], Cell]) -> Callable[[Option], Cell]:
-    return lambda option: of(option) if option.is_timed else NOT_TIMED
+    return lambda option: of(option) if option.timed else NOT_TIMED
 
 
-def _multiple(ratio: float, interval: Interval) -> Number:
+def _multiple(option: Option, found: Effect) -> Number:
     """Show a multiple of what the dense model has."""
-    return Number(ratio, low=interval.low, high=interval.high)
-
-
-def _heldout(option: Option) -> Number:
-    return _multiple(option.model.perplexity / option.dense.perplexity, option.heldout_interval)
+    return Number(found.value, low=found.interval.low, high=found.interval.high) if option.plan else Number(1)
 
 
 def _perplexity_of(option: Option, kind: str) -> Number:
@@ -54,12 +50,11 @@ def _perplexity_of(option: Option, kind: str) -> Number:
 
 
 def _of_kind(option: Option, kind: str) -> Number:
-    _, found = option.by_kind[kind]
-    return _multiple(found.value, found.interval) if option.plan else Number(1)
+    return _multiple(option, option.by_kind[kind][1])
 
 
 def _speedup(option: Option, part: str = "generation") -> Number:
-    return _multiple(option.race.speedup(part), option.race.interval(part)) if option.plan else Number(1)
+    return _multiple(option, option.race.speedups[part])
 
 
 P_TITLE = "p of the right answer, %"
@@ -72,7 +67,7 @@ def _confidence(option: Option) -> Cell:
 
 
 def _change(found: Mean) -> str:
-    return (BETTER if found.value > 0 else WORSE) if found.differs_from(0) else ""
+    return (BETTER if found.value > 0 else WORSE) if found.differs else ""
 
 
 def headline(reported: ReportedRun) -> Table:
@@ -87,12 +82,12 @@ def headline(reported: ReportedRun) -> Table:
         return score(found, mark=_change(paired(option.dense, option.model, task)) if option.plan else "")
 
     add("Parameters", lambda o: Number(o.model.parameters, write=parameters))
-    add("Parameters removed", lambda o: percentage(o.ratio))
+    add("Parameters removed", lambda o: Number(o.ratio, write=percent))
     add("Taken out", lambda o: o.taken_out)
     if any(target.healing for target in reported.targets):
         add("Weights healed by", lambda o: " + ".join(o.healing) or "nothing")
     add("Held-out perplexity", lambda o: Number(o.model.perplexity))
-    add("Held-out perplexity, × dense", lambda o: _heldout(o) if o.plan else Number(1))
+    add("Held-out perplexity, × dense", lambda o: _multiple(o, o.heldout))
     for kind in reported.dense.by_kind:
         add(f"Perplexity of {kind}", partial(_perplexity_of, kind=kind))
         add(f"Perplexity of {kind}, × dense", partial(_of_kind, kind=kind))
@@ -121,7 +116,8 @@ def _estimate(option: Option) -> Cell:
 
 
 def _saved(option: Option) -> str:
-    return f"−{percent(option.cache_saved, 0)}" if option.cache_saved else percent(0, 0)
+    share = 1 - option.race.pruned.cache_bytes / option.race.dense.cache_bytes
+    return f"−{percent(share, 0)}" if share else percent(0, 0)
 
 
 def compared(comparison: Comparison) -> Table:
@@ -133,15 +129,15 @@ def compared(comparison: Comparison) -> Table:
 
     fields: tuple[Field[Option], ...] = (
         Field("target", "target", lambda o: o.name),
-        Field("removed", "removed", lambda o: percentage(o.ratio)),
+        Field("removed", "removed", lambda o: Number(o.ratio, write=percent)),
         Field("taken_out", "taken out", lambda o: o.taken_out),
-        Field("heldout_ppl", "held-out PPL, × dense", _heldout),
+        Field("heldout_ppl", "held-out PPL, × dense", lambda o: _multiple(o, o.heldout)),
         Field("p_gold", "p of the right answer − dense", confidence),
         Field("avg", "average − dense", lambda o: points(paired(o.dense, o.model))),
         Field("generation", "speed, × dense", _timed(_speedup)),
         Field("kv_cache", "KV cache", _timed(_saved)),
         Field("front", "front", lambda o: "●" if o in front else ""),
-        Field("method", "method", lambda o: o.recipe),
+        Field("method", "method", lambda o: " + ".join((o.method, *o.healing))),
     )
     notes = (COMPARISON_LEGEND,)
     return table_of("targets", "All targets", fields, comparison.targets, notes, lambda option: option is best)
@@ -163,8 +159,8 @@ CURVE: Mapping[str, Callable[[Option], object]] = {
     "trained": lambda o: int(bool(o.plan and o.plan.train)),
     "ratio": lambda o: o.ratio,
     "removals": lambda o: len(o.curve[1:]),
-    "mha_removed": lambda o: o.blocks["mha"],
-    "mlp_removed": lambda o: o.blocks["mlp"],
+    "mha_removed": lambda o: o.plan.blocks["mha"] if o.plan else 0,
+    "mlp_removed": lambda o: o.plan.blocks["mlp"] if o.plan else 0,
     "parameters": lambda o: o.model.parameters,
     "weight_bytes": lambda o: o.model.weight_bytes,
     "perplexity_calibration": lambda o: o.calibration_perplexity,
@@ -174,10 +170,10 @@ CURVE: Mapping[str, Callable[[Option], object]] = {
     "p_gold": lambda o: o.model.confidence and o.model.confidence.value,
     "p_gold_stderr": lambda o: o.model.confidence and o.model.confidence.stderr,
     **{
-        f"speedup_{part}": partial(lambda o, part: o.race.speedup(part) if o.is_timed else None, part=part)
+        f"speedup_{part}": partial(lambda o, part: o.timed and o.timed.speedups[part].value, part=part)
         for part in PARTS
     },
-    "kv_cache_bytes": lambda o: o.race.pruned.cache_bytes if o.is_timed else None,
+    "kv_cache_bytes": lambda o: o.timed and o.timed.pruned.cache_bytes,
 }
 """Columns of curve.csv behind the run and the target."""
 

@@ -355,7 +355,7 @@ def test_healed_weights_that_are_gone_are_made_again(model, place, say, monkeypa
 @pytest.mark.parametrize("part", ["search", "fit", "tuning", "judge"])
 def test_a_kept_refit_is_of_the_rows_it_was_fitted_to_and_judged_by(model, tmp_path, part):
     place = Place(tmp_path, "cpu", SilentObserver())
-    run, rows = place.read_run(str(model), "auto", False, {}), pipeline.Rows(CalibrationSet(((1, 2, 3),)))
+    run, rows = place.read_run(str(model), {}), pipeline.Rows(CalibrationSet(((1, 2, 3),)))
     keys = {place._key(run, each, "refit", "base", "0.2")
             for each in (rows, replace(rows, **{part: CalibrationSet(((1, 2, 4),))}))}  # fmt: skip
     assert len(keys) == 2

@@ -19,7 +19,6 @@ import pyarrow as pa
 import pytest
 from scipy import stats
 
-from blockpruner import pipeline
 from blockpruner.core.blocks import DENSE, Mask, format_mask, parse_mask, removable_units
 from blockpruner.evaluation.store import ITEMS
 from blockpruner.methods.commit import commit_run, save_iterations
@@ -541,7 +540,7 @@ def test_a_report_needs_no_run_that_was_not_made_here(tmp_path: Path, monkeypatc
     Path("data/evidence/a").mkdir(parents=True)
     Path("data/evidence/a/results.json").write_text("{}")
     given: list[Any] = []
-    monkeypatch.setattr(pipeline, "report", lambda *values: given.extend(values))
+    monkeypatch.setattr(report_stage, "write_report", lambda *values: given.extend(values))
     report_stage.main("")
     assert given[1:4] == ["T", [], {}]
 
