@@ -77,7 +77,10 @@ class CalibrationSet:
     def load(cls, path: Path) -> CalibrationSet:
         table, facts = read_table(path, CALIBRATION)
         rows = tuple(map(tuple, table.column("input_ids").to_pylist()))
-        loaded = cls(rows, int(facts["dropped"]), tuple(json.loads(facts["kinds"])))
+        try:
+            loaded = cls(rows, int(facts["dropped"]), tuple(json.loads(facts["kinds"])))
+        except (KeyError, ValueError) as error:  # no digest covers the facts
+            raise damaged(path) from error
         if facts.get("digest") != loaded.digest:
             raise damaged(path)
         return loaded
