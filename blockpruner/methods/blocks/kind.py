@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from itertools import accumulate
+from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,7 @@ def choose(order: Sequence[Mask], perplexities: Sequence[float], config: Config,
         perplexities: on the calibration set, of the dense model and after each removal (one more than `order`).
     """
     resources = known_resources(config, budget, current)
-    prefixes, counts = list(accumulate(order, Mask.union)), resources["parameters"]
+    prefixes, counts = list(accumulate(order, or_)), resources["parameters"]
     wanted = parse_budget(budget, counts)
     steps = choose_prefix(wanted, prefixes, resources[wanted.resource])
     known, own = (perplexities[0], perplexities[steps]), listed(order[:steps], counts)
@@ -82,7 +83,7 @@ def listed(order: Sequence[Mask], counts: Costs) -> dict[str, Any]:
     return {
         "removed": tuple(str(block) for block in sorted_blocks(DENSE.union(*order))),
         "order": tuple(format_mask(unit) for unit in order),
-        "ratios": tuple(counts.ratio(prefix) for prefix in accumulate(order, Mask.union)),
+        "ratios": tuple(counts.ratio(prefix) for prefix in accumulate(order, or_)),
     }
 
 
@@ -110,7 +111,7 @@ def commit(scores: Path, config: Config, budget: str, current: Current) -> tuple
         raise InputError(f"{directory} has no iteration for budget {budget!r}; run its stage score")
     order, perplexities = removals(trace, current.nested)
     if current.nested:  # it may have been scored for other budgets
-        prefixes, wanted = list(accumulate(order, Mask.union)), parse_budget(budget, resources["parameters"])
+        prefixes, wanted = list(accumulate(order, or_)), parse_budget(budget, resources["parameters"])
         costs = resources[wanted.resource]
         remaining = [unit for unit in units_of(request(current.score), resources) if not unit <= prefixes[-1]]
         if not is_settled(wanted, prefixes, costs, remaining):
