@@ -17,7 +17,7 @@ from pathlib import Path
 from blockpruner.core.blocks import DENSE, BlockKind, Mask
 from blockpruner.core.families import Costs, count_parameters
 from blockpruner.core.progress import observer
-from blockpruner.core.settings import Model, Runtime
+from blockpruner.core.settings import LocalModel, Runtime
 from blockpruner.inputs.calibration import draw_rows
 from blockpruner.inputs.settings import Calibration
 from blockpruner.inputs.texts import read_texts
@@ -92,7 +92,7 @@ def main() -> None:
     source = {"source": "path", "path": str(given.texts)}
     wanted = Calibration(data=source, split="all", num_samples=12, packing="per_sample", seq_len=256)
     rows = draw_rows(read_texts(given.texts), load_tokenizer(given.model), wanted, (), print)
-    model = Model.model_validate({"source": "path", "path": str(given.model), "dtype": "bfloat16"})
+    model = LocalModel(source="path", path=str(given.model), dtype="bfloat16")
     with (
         tempfile.TemporaryDirectory() as folder,
         open_material(given.model, model, Runtime(), Path(folder), observer()) as material,

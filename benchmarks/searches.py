@@ -27,7 +27,7 @@ from blockpruner.core.blocks import DENSE, Mask, format_mask, parse_mask
 from blockpruner.core.budgets import goal_of, parse_budget
 from blockpruner.core.families import Costs, count_parameters
 from blockpruner.core.progress import Observer, observer
-from blockpruner.core.settings import Model, Runtime
+from blockpruner.core.settings import LocalModel, Runtime
 from blockpruner.inputs.calibration import draw_rows
 from blockpruner.inputs.settings import Calibration
 from blockpruner.inputs.texts import read_texts
@@ -237,9 +237,10 @@ def make(model: Path, texts: Path, out: Path) -> None:
     seen, source = observer(), {"source": "path", "path": str(model)}
     wanted = Calibration(data={**source, "path": str(texts)}, split="all", num_rows=ROWS, seq_len=LENGTH)
     rows = draw_rows(read_texts(texts), load_tokenizer(model), wanted, (), seen.note)
-    with open_material(model, Model.model_validate({**source, "dtype": "bfloat16"}), Runtime(), out, seen) as material:
+    own, trials = LocalModel(source="path", path=str(model), dtype="bfloat16"), out.with_suffix(".trials")
+    with open_material(model, own, Runtime(), trials, seen) as material:
         fields = store_fields(rows.digest, material.identity, "bfloat16", "perplexity")
-        store = TrialStore(fields, rows.row_keys, out.with_suffix(".trials"))
+        store = TrialStore(fields, rows.row_keys, trials)
         ask = Objective(rows, store, material.scorer, seen)
         costs = count_parameters(material.config)
         found, blocks = known(ask, costs, BLOCKS, seen)
