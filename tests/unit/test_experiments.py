@@ -130,10 +130,10 @@ def test_a_search_sees_one_kind_alone_and_what_changes_weights_is_not_refitted(p
     assert len(rows.search.rows) == 20 and {decode(row) for row in rows.search.rows} <= set(own)
     assert rows.fit.digest == bench.rows(drawn, None, None, False).fit.digest, "a fit sees all kinds"
     changes = {"methods": {"slicegpt": {}, "narrow": {}}, "budgets": ("0.22",), "seeds": (42,), "tasks": False}
-    heal = {"plain": Heal(), "refit": Heal(compensate="refit")}
+    heal = {"plain": Heal(), "refit": Heal(compensate="refit"), "trained": Heal(train={"epochs": 1})}
     found = place.measure(WANTED.model_copy(update={**changes, "heal": heal, "calibrations": {"": {}}})).frame
     assert list(zip(found["method"], found["heal"], strict=True)) == [
-        ("slicegpt", "plain"), ("narrow", "plain"), ("narrow", "refit"),
+        ("slicegpt", "plain"), ("slicegpt", "trained"), ("narrow", "plain"), ("narrow", "refit"), ("narrow", "trained"),
     ]  # fmt: skip
 
 
