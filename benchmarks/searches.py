@@ -123,25 +123,24 @@ class Task:
         return float(self.table.losses[mask][list(self.rows if rows is None else rows)].mean())
 
     @cached_property
-    def best(self) -> float:
-        return min(self.true(mask) for mask in self.table.subsets if self.table.size(mask) == self.size)
+    def fitting(self) -> list[Mask]:
+        """All masks of the size, the best one first."""
+        return sorted((mask for mask in self.table.subsets if self.table.size(mask) == self.size), key=self.true)
 
     def excess(self, search: Callable[["Task"], Collection[str] | Mask]) -> tuple[float, float]:
         """How much more the answer loses than the best one, on the rows of the task, and than the task's best on the
-        others, in nats. Out of trials, the answer is the best mask of the size that was asked."""
+        others, in nats. Out of trials, the answer is the best mask of the size that was asked, else the worst of all.
+        Raises ValueError for an answer of another size."""
         try:
             found = search(self)
             mask = found if isinstance(found, frozenset) else parse_mask(",".join(found))
         except OutOfTrialsError:
-            fitting = [mask for mask in self.asked if self.table.size(mask) == self.size]
-            if not fitting:
-                return math.nan, math.nan
-            mask = min(fitting, key=self.asked.__getitem__)
+            mask = next((mask for mask in self.fitting if mask in self.asked), self.fitting[-1])
         if self.table.size(mask) != self.size:
-            return math.nan, math.nan
+            raise ValueError(f"the answer {format_mask(mask)} takes {self.table.size(mask)}, and {self.size} is asked")
         others = [row for row in range(len(self.table.kinds)) if row not in set(self.rows)]
-        best = min(self.table.subsets, key=lambda m: self.true(m) if self.table.size(m) == self.size else math.inf)
-        return self.true(mask) - self.best, self.true(mask, others) - self.true(best, others)
+        best = self.fitting[0]
+        return self.true(mask) - self.true(best), self.true(mask, others) - self.true(best, others)
 
 
 def tasks(table: Table, trials: int) -> Iterator[Task]:
@@ -168,8 +167,7 @@ def greedy(task: Task) -> list[str]:
 def chance(task: Task) -> Mask:
     """Random masks of the size, until no trial is left."""
     draw = random.Random(task.seed)
-    fitting = [mask for mask in task.table.subsets if task.table.size(mask) == task.size]
-    return min(draw.sample(fitting, min(task.trials, len(fitting))), key=task.of)
+    return min(draw.sample(task.fitting, min(task.trials, len(task.fitting))), key=task.of)
 
 
 def of_product(name: str, options: Mapping[str, Any], task: Task) -> Mask:
@@ -189,9 +187,8 @@ def last(
     """The answer of one of the project's searches that is asked for a size; `ask` scores masks."""
     row = SEARCHES[name]
     costs = Costs(10 * sum(table.sizes.values()), {block: n for mask, n in table.sizes.items() for block in mask})
-    budget = parse_budget(f"{size / costs.total}", Costs(costs.total, costs.blocks))
-    exact: Any = Select(ask)  # type: ignore[arg-type]
-    problem = Problem(table.blocks, ask, exact, rows, goal_of(budget, table.blocks, costs), {"parameters": costs})
+    budget = parse_budget(f"{size / costs.total}", costs)
+    problem = Problem(table.blocks, ask, Select(ask), rows, goal_of(budget, table.blocks, costs), {"parameters": costs})
     seeded = {"seed": seed, **options} if "seed" in row.options.model_fields else options
     *_, answer = row.run(problem, row.options(**seeded))
     return answer.removed

@@ -77,7 +77,8 @@ class Points:
         """The points of some experiments of one model; raises InputError if they were measured on other rows."""
         if len({each.digest for each in several}) > 1:
             raise InputError("experiments were measured on different held-out rows; run them again", rule="other-rows")
-        return replace(several[0], frame=pd.concat([each.frame for each in several], ignore_index=True))
+        dense = max((each.dense for each in several), key=lambda dense: len(dense["items"]))  # tasks, where measured
+        return replace(several[0], dense=dense, frame=pd.concat([each.frame for each in several], ignore_index=True))
 
     @cached_property
     def texts(self) -> list[str]:

@@ -177,7 +177,10 @@ def test_tasks_are_compared_item_by_item():
         return json.dumps(own)
 
     found = of(point(method="blockpruner", items=items(right)), point(method="laco", items=items(worse)), point())
-    base, line = tasks.tasks(found).frame.to_dict("records")
+    found.dense["items"] = items({task: np.ones(200) for task in right})
+    found.dense["method"], found.dense["ratio"] = "dense", 0.0
+    dense, base, line = tasks.tasks(found).frame.to_dict("records")
+    assert (dense["method"], dense["avg_pct"]) == ("dense", 100) and tasks.tasks(of(point())) is None
     lost = np.mean([right[t].mean() - worse[t].mean() for t in right])
     assert line["avg_pct"] == pytest.approx(base["avg_pct"] - 100 * lost)
     assert line["avg_against"] == pytest.approx(-100 * lost) and line["avg_against_high"] < 0

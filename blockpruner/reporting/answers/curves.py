@@ -74,7 +74,7 @@ def texts(points: Points, size: float = 0.2) -> Table:
 
 def quality(points: Points) -> Plot:
     """Perplexity over the share removed, a panel for each healing; bands are the range over draws."""
-    frame = points.frame[points.frame["calibration"] == ""]
+    frame = points.frame[(points.frame["calibration"] == "") & (points.frame["items"] == "{}")]
     heals = list(frame["heal"].unique())
     marks = dict(zip(frame["method"].unique(), MARKS * 3, strict=False))
 

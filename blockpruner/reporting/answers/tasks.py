@@ -27,7 +27,10 @@ from blockpruner.reporting.table import Table
 def tasks(points: Points) -> Table | None:
     """Accuracy, and the p of the right answer, against BlockPruner of the same budget and healing."""
     own = points.frame[points.frame["items"] != "{}"]
+    if not len(own):
+        return None
     lines, tests = list[dict[str, object]](), list[tuple[int, str, Effect]]()
+    own = pd.concat([points.dense.to_frame().T.assign(heal="", budget=""), own])
     for (heal, _), group in own.groupby(["heal", "budget"], sort=False):
         base = group[group["method"] == BLOCKPRUNER]
         for _, point in group.iterrows():
@@ -46,8 +49,6 @@ def tasks(points: Points) -> Table | None:
                 line["detectable"] = 100 * DETECTABLE * average(differences(before, scores)).stderr
                 tests += [(len(lines), task, paired_t(before[task], scores[task])) for task in scores]
             lines.append(line)
-    if not lines:
-        return None
     for (number, task, effect), p in zip(tests, holm([effect.p for _, _, effect in tests]), strict=True):
         if p <= LEVEL:
             word = f"{task} {'+' if effect.value > 0 else '-'}"

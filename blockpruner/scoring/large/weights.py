@@ -136,7 +136,8 @@ def skeleton(
     """The model with its parameters on the meta device and its buffers, which no checkpoint holds, on `device`."""
     config = read_config(checkpoint, trust_remote_code)
     options = kernel_options(attention, dtype, device)
-    # parameters lose their memory, which is still untouched, when a module registers them
+    # parameters lose their memory, which is still untouched, when a module registers them; torch types the hook as one
+    # that returns nothing, and takes what it returns
     with usable(attention), register_module_parameter_registration_hook(_on_meta):  # type: ignore[arg-type]
         model = AutoModelForCausalLM.from_config(
             config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, **options
