@@ -253,16 +253,18 @@ def draw(found: dict[str, Any], out: Path) -> None:
     """Perplexity over seconds, and over tokens."""
     from matplotlib.figure import Figure
 
+    dense = found["dense"]["0"]["perplexity"]
     for key, label in (("cpu", "processor seconds"), ("tokens", "tokens through the model in the search")):
         figure = Figure(figsize=(9, 4), layout="constrained")
         for axes, budget in zip(figure.subplots(1, 2), LAYERS, strict=True):
-            for name, own in found.items():
-                if own.get(budget, {}).get(key):
-                    point, color = (own[budget][key], own[budget]["perplexity"]), "gray" if name in PEERS else "blue"
-                    axes.plot(*point, "o" if name in PEERS else "s", color=f"tab:{color}")
-                    axes.annotate(name, point, xytext=(4, 4), textcoords="offset points", fontsize=7)
-            axes.set(xscale="log", xlabel=label, ylabel="held-out perplexity", title=f"budget {budget}")
-            axes.margins(x=0.35, y=0.1)
+            for name, own in ((name, own[budget]) for name, own in found.items() if budget in own):
+                peer, point = name in PEERS, (own[key], own["perplexity"] / dense)
+                axes.plot(*point, "o" if peer else "s", color=f"tab:{'gray' if peer else 'blue'}")
+                side = {"ha": "right", "va": "bottom"} if peer else {"ha": "left", "va": "top"}
+                words = name if peer or name.startswith("recommended") else f"ours, {name}"
+                axes.annotate(words, point, (-5 if peer else 5, 0), textcoords="offset points", fontsize=7, **side)
+            axes.set(xscale="log", xlabel=label, ylabel="held-out perplexity, × dense", title=f"budget {budget}")
+            axes.margins(x=0.4, y=0.1)
         figure.savefig(out / f"{key}.png", dpi=150)
 
 
