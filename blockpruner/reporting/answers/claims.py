@@ -57,8 +57,8 @@ def cells_of(points: Points, claim: Claim, heal: str) -> Cells:
     found = dict[tuple[float, str], Effect]()
     for size in SIZES:
         a, b = (points.curve(size, method=m, heal=heal, calibration="") for m in (claim.better, claim.worse))
-        if known(a) and known(b):
-            count = min(len(a), len(b))
+        count = min(len(a), len(b))
+        if count and known(b[:count] - a[:count]):
             found |= {(size, kind): points.against(a[:count], b[:count], kind) for kind in points.texts}
     corrected = holm([effect.p for effect in found.values()])
     return {key: (effect, p) for (key, effect), p in zip(found.items(), corrected, strict=True)}

@@ -36,7 +36,8 @@ def title_of(method: str) -> str:
 
 
 def known(rises: np.ndarray) -> bool:
-    return bool(len(rises)) and not np.isnan(rises).any()
+    """Whether any draw has a model of the size."""
+    return bool(len(rises)) and not np.isnan(rises).any(axis=1).all()
 
 
 def sizes(points: Points) -> Table:
@@ -55,7 +56,8 @@ def sizes(points: Points) -> Table:
 
 SIZES_NOTE = (
     "× the dense model, every kind of text alike, at 10, 20 and 30 % of all parameters removed: between the sizes "
-    "measured, by monotone cubic curves of each row's loss. Brackets: 95 % over draws and documents together."
+    "measured, by monotone cubic curves of each row's loss. Brackets: 95 % over draws and documents together. "
+    "Draws without a model of a size do not count there."
 )
 
 
