@@ -31,15 +31,15 @@ from blockpruner.reporting.paper import publish
 from blockpruner.reporting.paper.curves import FIGURES
 from blockpruner.reporting.paper.evidence import FIVE, Row, Subject, read_rows
 from blockpruner.reporting.paper.needs import differences, items_of, takes
-from blockpruner.reporting.paper.page import conditions, results_page, study_tables, verdict, write_study
+from blockpruner.reporting.paper.page import conditions, study_tables, write_study
 from blockpruner.reporting.paper.published import read_published
-from blockpruner.reporting.paper.tables import TABLES, bands, front, models_frame
+from blockpruner.reporting.paper.tables import TABLES, models_frame
 from blockpruner.reporting.results import RunLabels
 from blockpruner.scoring.settings import Score
 from blockpruner.settings import Run, Target, resolve
-from blockpruner.store.files import read_json, write_sealed_json, write_table
+from blockpruner.store.files import write_sealed_json, write_table
 from blockpruner.store.plans import save_plan
-from blockpruner.studies import Study, load_study, rows_of_study, score_of_method, study_names, targets_of
+from blockpruner.studies import Study, load_study, score_of_method, study_names, targets_of
 from tests.builders import speed_facts
 from tests.errors import refused
 
@@ -284,28 +284,6 @@ def test_the_average_is_of_the_papers_tasks_whatever_else_is_measured(tmp_path):
     assert few["avg_pct"] == pytest.approx((few["piqa"] + few["race"]) / 2)
 
 
-def test_the_front_has_the_best_of_each_size(rows):
-    frame = models_frame(rows)
-    assert [len(band) for band in bands(frame)] == [3, 6]
-    twenty = frame[(frame["budget"] == "0.20")].sort_values("heldout_ppl")
-    found = front(frame)
-    assert found.iloc[0]["method"] == "dense"
-    ours = found[found["removed_pct"] > 15]["method"].tolist()
-    assert ours[0] == twenty.iloc[0]["method"] and ours[-1] == "BlockPruner" and len(ours) == len(set(ours))
-    assert set(ours) >= {"ShortGPT + refit + training", "BlockPruner + refit", "ShortGPT + refit"} - {ours[0]}
-    trained = frame[frame["target"] == "tiny-shortgpt-b20-refit-train"]
-    for recipe in ("other", "shortgpt"):  # a rival is of another recipe
-        more = trained.assign(recipe=recipe, method="worse", heldout_ppl=trained["heldout_ppl"] + 1)
-        listed = front(pd.concat([frame, more], ignore_index=True))["method"].tolist()
-        assert listed.count("worse") == (recipe == "other")
-
-
-def test_conditions_name_every_search_of_a_study(tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    said = rows_of_study(load_study("smollm2-draws"), tmp_path)[0].subject.labels.search
-    assert said == "narrow: exact; greedy-layers: lazy + race"
-
-
 def test_comparisons_are_paired_and_corrected_over_the_table(folder, rows):
     found = tables_of(rows)["paired"]
     one = found[(found["method"] == "ShortGPT") & (found["removed_pct"] > 15)].iloc[0]
@@ -364,9 +342,7 @@ def test_figures_of_calibration_and_training_have_their_models_alone(tmp_path):
     assert eight["heldout_ppl"].tolist() == [
         frame["heldout_ppl"][f"a-{name}"] for name in ("dense", "blockpruner-b21-99", "blockpruner-b21-99-train")
     ]
-    assert set(found["front"]["heldout_ppl"]) <= set(frame[frame["run"] == "a"]["heldout_ppl"]), "no best of draws"
-    (draws,) = found["draws"].to_dict("records")
-    assert draws["runs"] == 2 and "table1" not in found, "which has plain models alone, here of one method"
+    assert "table1" not in found, "which has plain models alone, here of one method"
 
 
 def test_what_a_study_takes_is_told_of_any_method_and_checked_where_the_paper_has_it(tmp_path):
@@ -480,44 +456,6 @@ def test_a_target_without_evidence_is_a_row_with_its_reason(tmp_path):
     assert reasons["tiny-blockpruner-b20"] == "" and reasons["tiny-shortgpt-b20"] == "not measured yet"
     assert reasons["tiny-laco-b20"] == "stage score failed: removes 6 or 8 layers"
     assert "different items" in reasons["tiny-mha-only-b20"]
-    page = results_page("A study", frame, (), ())
-    assert "- tiny-laco-b20: stage score failed" in page and "\n- tiny-shortgpt-b20: not measured yet\n" in page
-
-
-def test_runs_that_differ_by_their_draw_are_summed_up(tmp_path):
-    study = study_of(["blockpruner", "greedy-layers", "shortgpt"], ["0.10"], runs=("one", "two", "three"))
-    folder, effects = evidence(tmp_path, study), list[Any]()
-    for run, extra in (("one", 0.0), ("two", 0.1), ("three", 0.3)):
-        added = {"dense": 0.0, "blockpruner-b10": extra, "greedy-layers-b10": 0.5, "shortgpt-b10": 9.0}
-        for name, more in ((f"{run}-{name}", more) for name, more in added.items()):
-            facts = read_json(folder / name / "results.json", sealed=True)
-            text = facts["perplexity"]
-            kinds = ["stories", "program text"] * 3
-            losses = [nll + more * (kind == "stories") for nll, kind in zip(text["row_nll"][:6], kinds, strict=True)]
-            text |= {"row_nll": losses, "row_kind": kinds, "rows": 6}
-            write_sealed_json(folder / name / "results.json", facts)
-            effects.append(np.array(losses))
-    rises = [after - before for before, after in zip(effects[::4], effects[1::4], strict=True)]
-    rows = rows_of(study, folder)
-    page, tables = results_page("A study", models_frame(rows), (), ()), tables_of(rows)
-    assert page.count("<!-- table: draws -->\n| method |") == page.count("The best rival of") == 1
-    assert page.count("- These are numbers of first runs;") == 1
-    (found, other, _), (kinds, *_) = (tables[name].to_dict("records") for name in ("draws", "draws-kinds"))
-    against = [mine - theirs for mine, theirs in zip(effects[1::4], effects[2::4], strict=True)]
-    best, behind = (found, other) if np.mean(against) < 0 else (other, found)
-    assert best["rival"] == f"{behind['method']}, 3 runs" and behind["rival"] is behind["rival_x"] is None
-    of_runs = np.array([run.mean() for run in against]) * -np.sign(np.mean(against))
-    interval = stats.t.interval(0.95, 2, of_runs.mean(), stats.sem(of_runs))
-    assert best["rival_x"] == pytest.approx(np.exp(of_runs.mean()))
-    assert [best["rival_x_low"], best["rival_x_high"]] == pytest.approx(np.exp(interval))
-    found |= kinds
-    for key, part in (("heldout_x", slice(None)), ("stories_x", slice(0, 6, 2)), ("program text_x", slice(1, 6, 2))):
-        means = [rise[part].mean() for rise in rises]
-        low, high = stats.t.interval(0.95, 2, np.mean(means), stats.sem(means))
-        wanted = np.exp([np.mean(means), low, high])
-        assert [found[key], found[f"{key}_low"], found[f"{key}_high"]] == pytest.approx(wanted)
-    worst = [max(rise[0::2].mean(), rise[1::2].mean()) for rise in rises]
-    assert found["runs"] == 3 and found["worst_x"] == pytest.approx(np.exp(np.mean(worst)))
 
 
 def test_conditions_tell_of_healing_and_name_runs_that_differ_by_a_seed_once():
@@ -548,11 +486,7 @@ def test_a_study_writes_its_tables_figures_and_pages(written, rows):
     assert kept["heldout_ppl"].tolist() == pytest.approx(tables["models"]["heldout_ppl"].tolist(), rel=1e-15)
     plots = {path.stem for path in (out / "plots").glob("*.png")}
     assert plots == {"quality", "speed", "figure5", "figure10"} and plots - {"quality", "speed"} < tables.keys()
-    page, html = (out / "results.md").read_text(), (out / "index.html").read_text()
-    assert page.startswith("# A study\n") and page.count("![") == 2 and page.count("instructions") == 1
-    assert len(found := verdict(models_frame(rows))) <= 5 and not any("first runs" in line for line in found)
-    sizes = [line for line in verdict(models_frame(rows).assign(heldout_x=1.5)) if "lowest" in line]
-    assert sizes and all(" (1.50 × dense)" in line for line in sizes), "of each run's own dense model"
+    html = (out / "index.html").read_text()
     assert "&lt;tiny&gt;" in html and "<tiny>" not in html
 
 
@@ -582,21 +516,16 @@ def test_a_number_in_a_text_is_that_of_the_only_row_with_these_values(tmp_path):
 def test_publish_copies_a_study_and_fills_the_pages(written, monkeypatch, capsys):
     root = written.parents[2]
     (root / "docs").mkdir()
-    (root / "README.md").write_text("a\n  <!-- table: front -->\n  old\n  <!-- /table -->\nb\n")
+    (root / "README.md").write_text("a\n  <!-- table: figure5 -->\n  old\n  <!-- /table -->\nb\n")
     with refused("no-results"):
         publish.publish("other", root)
     publish.publish("mine", root)
     assert publish.fill(root) == [root / "README.md"] and publish.fill(root) == []
     lines = (root / "README.md").read_text().splitlines()
-    assert lines[2].startswith("  | method | removed, % |") and lines[-2:] == ["  <!-- /table -->", "b"]
+    assert lines[2].startswith("  | model | method |") and lines[-2:] == ["  <!-- /table -->", "b"]
+    assert (root / "docs" / "results" / "figure5.png").exists()
     (root / "README.md").write_text("<!-- table: none -->\n<!-- /table -->\n")
     monkeypatch.chdir(root)
     assert publish.main(["mine"]) == 2 and "table 'none'" in capsys.readouterr().err
-    (root / "README.md").write_text("<!-- table: front -->\n<!-- /table -->\n")
+    (root / "README.md").write_text("<!-- table: figure5 -->\n<!-- /table -->\n")
     assert publish.main([]) == 0 and capsys.readouterr().out == "written: README.md\n"
-    page = (root / "docs" / "results.md").read_text()
-    assert all((root / "docs" / link).exists() for link in re.findall(r"\]\((results/\w+\.png)\)", page))
-    (root / "data" / "tables" / "second").symlink_to("mine")
-    assert publish.main(["mine", "second"]) == 0
-    second = root / "docs" / "results" / "second"
-    assert (second / "results.md").read_text() == page and (second / "results" / "front.csv").exists()

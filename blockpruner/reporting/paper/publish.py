@@ -1,10 +1,9 @@
 """`python -m blockpruner.reporting.paper.publish [STUDY ...]`: the results of studies into docs/.
 
-The first study's results.md goes to docs/, its tables and figures to docs/results/; those of any other have a folder of
-their own there. Then, and without a study, every marked block of README.md and docs/*.md is filled from
-docs/results/<name>.csv:
+Their tables and figures go to docs/results/. Then, and without a study, every marked block of README.md and docs/*.md
+is filled from docs/results/<name>.csv:
 
-    <!-- table: front -->
+    <!-- table: sizes -->
     ...
     <!-- /table -->
 
@@ -29,17 +28,15 @@ VALUE = re.compile(r"<!-- value: (?P<name>[\w-]+); (?P<where>[^>]+) -->.*?<!-- /
 BLOCK = re.compile(r"(?P<indent>[ ]*)<!-- table: (?P<name>[\w-]+) -->\n.*?(?P=indent)<!-- /table -->", re.DOTALL)
 
 
-def publish(study: str, root: Path = Path(), place: str = "docs") -> None:
-    """Copy the results of a study to a folder; raises InputError if its tables are not made."""
-    source, out = root / "data" / "tables" / study, root / place / "results"
+def publish(study: str, root: Path = Path()) -> None:
+    """Copy the results of a study to docs/results/; raises InputError if its tables are not made."""
+    source, out = root / "data" / "tables" / study, root / "docs" / "results"
     if not (source / "index.html").exists():
         fix = f"`python -m flows.paper --study {study}` makes it"
         raise InputError(f"{source} has no tables; {fix}", rule="no-results", value=study)
     out.mkdir(parents=True, exist_ok=True)
     for path in (*source.glob("tables/*.csv"), *source.glob("plots/*.png")):
         shutil.copy(path, out / path.name)
-    if (source / "results.md").exists():  # a study of experiments has none: its page is written by hand
-        shutil.copy(source / "results.md", root / place / "results.md")
 
 
 def filled(text: str, folder: Path) -> str:
@@ -90,8 +87,8 @@ def fill(root: Path = Path()) -> list[Path]:
 
 def main(arguments: list[str]) -> int:
     try:
-        for number, study in enumerate(arguments):
-            publish(study, place=f"docs/results/{study}" if number else "docs")
+        for study in arguments:
+            publish(study)
         for path in fill():
             print(f"written: {path}")
     except InputError as error:

@@ -1,4 +1,4 @@
-"""The tables of a study: every model, the front page's, the paper's beside its numbers, and paired comparisons.
+"""The tables of a study: every model, the paper's beside its numbers, and paired comparisons.
 
 Decides which models belong in which table, and which row of the paper one is shown with: the same model and method, at
 the nearest ratio within BAND.
@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import pandas as pd
 
 from blockpruner.core.blocks import BlockKind
@@ -105,54 +104,6 @@ def first_runs(frame: pd.DataFrame) -> pd.DataFrame:
 def plain_rows(frame: pd.DataFrame) -> pd.DataFrame:
     """Leave what is not healed, of first runs."""
     return first_runs(frame[frame["healing"] == ""])
-
-
-FRONT = (
-    "model", "method", "removed_pct", "kv_pct", "heldout_ppl", "heldout_x", "heldout_x_low", "heldout_x_high",
-    "worst_x", "wikitext2_ppl", "wikitext2_x", "avg_pct", "avg_pct_se",
-)  # fmt: skip
-
-
-def bands(frame: pd.DataFrame) -> list[pd.DataFrame]:
-    """Group the pruned models of one dense model that count as of one size (BAND), the least pruned first."""
-    found: list[list[int]] = []
-    pruned = frame[frame["recipe"] != DENSE].sort_values("removed_pct", kind="stable")
-    start = -math.inf
-    for index, removed in pruned["removed_pct"].items():
-        if removed - start > 100 * BAND:
-            found.append([])
-            start = removed
-        found[-1].append(index)
-    return [pruned.loc[band] for band in found]
-
-
-def front(frame: pd.DataFrame) -> pd.DataFrame:
-    """Choose for each size: the best trained and untrained model, each with its best rival healed alike; BlockPruner.
-
-    Best is the lowest held-out perplexity.
-    """
-    lines: list[int] = []
-    for _, own in first_runs(measured(frame)).groupby("model", sort=False):
-        lines += own.index[own["recipe"] == DENSE][:1].tolist()
-        for band in bands(own):
-            lines += _chosen(band.sort_values("heldout_ppl", kind="stable"))
-    columns = [key for key in FRONT if key in frame]
-    if frame["model"].nunique() == 1:
-        columns.remove("model")
-    if "wikitext2_ppl" in columns and frame["wikitext2_ppl"].equals(frame["heldout_ppl"]):
-        columns.remove("wikitext2_ppl")
-    return frame.loc[lines, columns].reset_index(drop=True)
-
-
-def _chosen(band: pd.DataFrame) -> list[int]:
-    """Choose the rows of one size, from those sorted by perplexity."""
-    trained, picked = band["healing"].str.contains("training"), list[pd.DataFrame]()
-    for own in (band[trained], band[~trained]):
-        best = own.iloc[:1]
-        rivals = own[own["healing"].isin(best["healing"]) & ~own["recipe"].isin(best["recipe"])]
-        picked += [best, rivals.iloc[:1]]
-    plain = band[(band["recipe"] == BLOCKPRUNER) & (band["healing"] == "")]
-    return list(dict.fromkeys(pd.concat([*picked, plain.iloc[:1]]).index.tolist()))
 
 
 @dataclass(frozen=True)
@@ -379,43 +330,3 @@ def _items(row: Row) -> tuple[str, ...]:
     """Give what two models must have in common to be compared."""
     labels = row.subject.labels
     return row.subject.model, labels.heldout, labels.tasks
-
-
-DRAWS_NOTE = "Geometric means over runs of one model; t intervals over runs. All have the same items and rows of text."
-RIVAL_NOTE = "The best rival of a budget's best method is another one, healed alike, in the runs that have both."
-
-
-def draws(frame: pd.DataFrame) -> list[Table]:
-    """Sum up models that differ by their run alone, such as its calibration seed: in all, and by kind of text."""
-    found, lines, kinds = measured(frame), list[dict[str, Any]](), list[dict[str, Any]]()
-    if not len(found):
-        return []
-    pruned, which = found[found["recipe"] != DENSE], ["model"] if found["model"].nunique() > 1 else []
-    for _, alike in pruned.groupby(["model", "budget", "texts", "samples"], sort=False, dropna=False):
-        methods = [own.set_index("run") for _, own in alike.groupby("method", sort=False)]
-        for own in (own for own in methods if len(own) > 1):
-            first, keys = own.iloc[0], [key for key in own if key.endswith("_x") and key != "generation_x"]
-            of = first[[*which, "method", "budget"]].to_dict() | {"removed_pct": own["removed_pct"].mean()}
-            times = {key: _mean_ratio(key, own[key]) for key in keys if own[key].notna().all()}
-            line = of | {"runs": len(own)} | times["heldout_x"] | times.pop("worst_x", {})
-            others = (other for other in methods if other is not own and (other["healing"] == first["healing"]).all())
-            against = [
-                (own["heldout_x"] / other["heldout_x"]).dropna().rename(other["method"].iloc[0]) for other in others
-            ]
-            if against := [ratio for ratio in against if len(ratio) > 1]:
-                worst = max(against, key=lambda ratio: np.log(ratio).mean())
-                if np.log(worst).mean() < 0:  # the best of its budget
-                    line |= {"rival": f"{worst.name}, {len(worst)} runs"} | _mean_ratio("rival_x", worst)
-            lines.append(line)
-            kinds.append(of | {key: value for interval_ in times.values() for key, value in interval_.items()})
-    rival = f"{DRAWS_NOTE} {RIVAL_NOTE}" if any("rival" in line for line in lines) else DRAWS_NOTE
-    tables = [
-        ("draws", "Over calibration draws", lines, rival),
-        ("draws-kinds", "Over calibration draws, by kind of text", kinds, ""),
-    ]
-    return [table_of_frame(name, title, pd.DataFrame(own), note) for name, title, own, note in tables if own]
-
-
-def _mean_ratio(key: str, ratio: pd.Series[float]) -> dict[str, float]:
-    """The geometric mean of a ratio over runs."""
-    return interval(key, statistics.perplexity_ratio(np.zeros(len(ratio)), np.log(ratio)))
