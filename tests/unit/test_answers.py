@@ -2,14 +2,21 @@
 
 import json
 import math
+import shutil
+from io import StringIO
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from blockpruner.reporting.answers import calibration, claims, curves, masks, page, searches, tasks
+from blockpruner.reporting.paper import publish
 from blockpruner.reporting.points import Points
+from blockpruner.studies import write_tables
 from tests.errors import refused
+
+ROOT = Path(__file__).parents[2]
 
 
 def point(**own):
@@ -107,6 +114,29 @@ def test_a_claim_holds_where_it_holds(tmp_path):
     assert names == {"tiny-claims", "tiny-sizes", "tiny-texts"} and (tmp_path / "out/plots/tiny-quality.png").exists()
     whole = (tmp_path / "out/index.html").read_text()
     assert "BlockPruner" in whole and "a machine" in whole
+    (tmp_path / "data/tables").mkdir(parents=True)
+    (tmp_path / "out").rename(tmp_path / "data/tables/mine")
+    kept = tmp_path / "docs/results/published.json"
+    for change, count in (("", 1), ("", 1), ("# other\n", 2)):
+        with (tmp_path / "data/tables/mine/tables/tiny-sizes.csv").open("a") as file:
+            file.write(change)
+        publish.publish("mine", tmp_path)
+        assert json.loads(kept.read_text()) == {"mine": {"count": count, "rows": {"tiny-seed": found.digest}}}
+
+
+def test_the_results_in_docs_are_made_of_the_evidence(tmp_path, monkeypatch):
+    """`python -m flows.paper --study seed --tables` changes nothing."""
+    monkeypatch.chdir(ROOT)
+    for folder in Path("data/evidence").glob("seed-*"):
+        shutil.copytree(folder, tmp_path / "data/evidence" / folder.name)
+    write_tables("seed", tmp_path / "data")
+    made = {path.name: path.read_text() for path in (tmp_path / "data/tables/seed/tables").glob("*.csv")}
+    assert len(made) > 3
+    for name, text in made.items():
+        own, published = (pd.read_csv(StringIO(each)) for each in (text, Path("docs/results", name).read_text()))
+        pd.testing.assert_frame_equal(own, published, rtol=1e-4, obj=name)
+    digests = json.loads(Path("docs/results/published.json").read_text())["seed"]["rows"]
+    assert digests == json.loads((tmp_path / "data/tables/seed/rows.json").read_text())
 
 
 def of(*found):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,9 +37,17 @@ def write_answers(out: Path, title: str, runs: Mapping[str, tuple[str, Sequence[
     Args:
         runs: by name: what its model is called, what its results hold for, and its points.
     """
-    sections, files = list[Section](), dict[str, str]()
+    sections = list[Section]()
+    files = {"rows.json": json.dumps({run: points.digest for run, (_, _, points) in runs.items()}, indent=1)}
     for run, (model, conditions, points) in runs.items():
         made = [replace(each, name=f"{run.removesuffix('-seed')}-{each.name}") for each in of_run(points)]
         sections.append(Section(model, (*conditions, *made)))
-        files |= {f"tables/{each.name}.csv": to_csv(each) for each in made if isinstance(each, Table)}
+        files |= {
+            f"tables/{each.name}.csv": to_csv(each.frame.map(_rounded)) for each in made if isinstance(each, Table)
+        }
     write_page(out, Page(title, "", tuple(sections)), files)
+
+
+def _rounded(value: object) -> object:
+    """Six digits of a number: those behind them differ by processor."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value

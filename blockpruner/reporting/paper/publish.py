@@ -22,19 +22,29 @@ import pandas as pd
 from blockpruner.core.errors import InputError
 from blockpruner.reporting.paper.frames import table_of_frame
 from blockpruner.reporting.table import to_markdown
-from blockpruner.store.files import write_text
+from blockpruner.store.files import read_json, write_json, write_text
+
+PUBLISHED = "published.json"
+"""By study: the count of its publications, and by run the digest of its held-out rows."""
 
 VALUE = re.compile(r"<!-- value: (?P<name>[\w-]+); (?P<where>[^>]+) -->.*?<!-- / -->", re.DOTALL)
 BLOCK = re.compile(r"(?P<indent>[ ]*)<!-- table: (?P<name>[\w-]+) -->\n.*?(?P=indent)<!-- /table -->", re.DOTALL)
 
 
 def publish(study: str, root: Path = Path()) -> None:
-    """Copy the results of a study to docs/results/; raises InputError if its tables are not made."""
+    """Copy the results of a study to docs/results/; raises InputError if its tables are not made. PUBLISHED counts how
+    often the tables of a study of experiments have changed there: test texts are looked at once a release."""
     source, out = root / "data" / "tables" / study, root / "docs" / "results"
     if not (source / "index.html").exists():
         fix = f"`python -m flows.paper --study {study}` makes it"
         raise InputError(f"{source} has no tables; {fix}", rule="no-results", value=study)
     out.mkdir(parents=True, exist_ok=True)
+    if (rows := source / "rows.json").exists():
+        known = read_json(out / PUBLISHED) if (out / PUBLISHED).exists() else {}
+        before = {path.name: path.read_bytes() for path in out.glob("*.csv")}
+        if any(before.get(path.name) != path.read_bytes() for path in source.glob("tables/*.csv")):
+            count = 1 + known.get(study, {}).get("count", 0)
+            write_json(out / PUBLISHED, {**known, study: {"count": count, "rows": read_json(rows)}})
     for path in (*source.glob("tables/*.csv"), *source.glob("plots/*.png")):
         shutil.copy(path, out / path.name)
 
