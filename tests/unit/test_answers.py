@@ -107,11 +107,17 @@ def test_a_claim_holds_where_it_holds(tmp_path):
     assert made["Blocks lose less than shifted layers"] == "no difference is seen"
     assert made["Step by step loses less than one shot"] == "holds"
     assert "MHA alone loses less than MLP alone" not in made, "nothing was measured of it"
-    line = curves.sizes(found).frame.set_index("method").loc["BlockPruner"]
-    assert line["at_20_x"] == pytest.approx(math.exp(0.2 * 1.5), rel=0.01) and "at_30_x" not in line
+    compared, variants = (table.frame.set_index("method") for table in curves.sizes(found))
+    line = compared.loc["BlockPruner"]
+    assert line["plain_20_pct_x"] == pytest.approx(math.exp(0.2 * 1.5), rel=0.01) and "plain_30_pct_x" not in line
+    assert list(compared.index) == ["greedy shifted layers", "greedy layers", "BlockPruner"]
+    assert list(variants.index) == ["one-shot perplexity"]
     page.write_answers(tmp_path / "out", "T", {"tiny-seed": ("Tiny", ["a machine"], found)})
     names = {path.stem for path in (tmp_path / "out/tables").glob("*.csv")}
-    assert names == {"tiny-claims", "tiny-sizes", "tiny-texts"} and (tmp_path / "out/plots/tiny-quality.png").exists()
+    assert (
+        names == {f"tiny-{name}" for name in ("claims", "sizes", "variants", "texts")}
+        and (tmp_path / "out/plots/tiny-quality.png").exists()
+    )
     whole = (tmp_path / "out/index.html").read_text()
     assert "BlockPruner" in whole and "a machine" in whole
     (tmp_path / "data/tables").mkdir(parents=True)

@@ -6,6 +6,7 @@ Decides at which sizes methods are compared.
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,31 +41,42 @@ def known(rises: np.ndarray) -> bool:
     return bool(len(rises)) and not np.isnan(rises).any(axis=1).all()
 
 
-def sizes(points: Points) -> Table:
-    """Perplexity over dense at each size, of each method and healing, over all kinds of text alike."""
-    lines = []
-    apart = points.frame["calibration"].isin((SEARCHED, STARTS, MASKS))
-    for (heal, method, calibration), own in points.frame[~apart].groupby(["heal", "method", "calibration"], sort=False):
-        line: dict[str, object] = {"method": title_of(method), "calibration": calibration, "healing": heal}
-        line["draws"] = own["seed"].nunique()
-        for size in SIZES:
-            rises = points.curve(size, method=method, heal=heal, calibration=calibration)
-            line |= interval(f"at_{100 * size:.0f}_x", points.against(rises) if known(rises) else None)
-        lines.append(line)
-    return table_of_frame("sizes", "Perplexity at equal size", pd.DataFrame(lines), SIZES_NOTE)
+def sizes(points: Points) -> list[Table]:
+    """Perplexity over dense at each size, healed in each way, over all kinds of text alike: of the methods that are
+    compared with each other, and of variants of BlockPruner."""
+    own, found = points.frame[points.frame["calibration"] == ""], []
+    variants = [method for method in own["method"].unique() if method not in COMPARED]
+    titles = ("sizes", "Methods at equal size", COMPARED), ("variants", "Variants of BlockPruner", variants)
+    for name, title, methods in titles:
+        lines = []
+        for method in (method for method in methods if (own["method"] == method).any()):
+            line: dict[str, object] = {"method": title_of(method)}
+            line["draws"] = own[own["method"] == method]["seed"].nunique()
+            for heal, size in product(own["heal"].unique(), SIZES):
+                rises = points.curve(size, method=method, heal=heal, calibration="")
+                if known(rises):
+                    line |= interval(f"{heal}_{100 * size:.0f}_pct_x", points.against(rises))
+            lines.append(line)
+        found += [table_of_frame(name, title, pd.DataFrame(lines), SIZES_NOTE)] if lines else []
+    return found
 
 
+COMPARED = (
+    "narrow", "greedy-shifted", "greedy-layers", "blockpruner", "shortgpt", "relative-magnitude",
+    "relative-magnitude-frobenius", "laco", "slicegpt",
+)  # fmt: skip
 SIZES_NOTE = (
     "× the dense model, every kind of text alike, at 10, 20 and 30 % of all parameters removed: between the sizes "
     "measured, by monotone cubic curves of each row's loss. Brackets: 95 % over draws and documents together. "
-    "Draws without a model of a size do not count there."
+    "Draws without a model of a size do not count there; of one draw, brackets are over documents alone."
 )
 
 
 def texts(points: Points, size: float = 0.2) -> Table:
     """The same at one size by kind of text."""
     lines = []
-    for (heal, method), own in points.frame[points.frame["calibration"] == ""].groupby(["heal", "method"], sort=False):
+    frame = points.frame[(points.frame["calibration"] == "") & points.frame["method"].isin(COMPARED)]
+    for (heal, method), own in frame.groupby(["heal", "method"], sort=False):
         rises = points.curve(size, method=method, heal=heal, calibration="")
         if known(rises):
             effects = {kind: points.against(rises, kind=kind) for kind in points.texts}

@@ -21,7 +21,7 @@ from blockpruner.reporting.table import Table, to_csv
 
 def of_run(points: Points) -> Iterator[Table | Plot]:
     yield claims(points)
-    yield sizes(points)
+    yield from sizes(points)
     yield texts(points)
     for made in (
         calibrations(points), variation(points), searched(points), starts(points), masks(points), tasks(points),

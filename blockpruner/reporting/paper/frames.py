@@ -61,7 +61,8 @@ COLUMNS: Mapping[str, Shown] = {
 def table_of_frame(name: str, title: str, frame: pd.DataFrame, note: str = "") -> Table:
     """Make a table for people: a cell has its number, its error and its interval; columns without any value go."""
     keys = [key for key in frame.columns if not key.endswith(EXTRAS) and frame[key].map(_is_known).any()]
-    titles = {key: f"{key[:-2]}, × dense" if key.endswith("_x") else key.replace("_", " ") for key in keys}
+    words = {key: key.removesuffix("_x").replace("_pct", " %").replace("_", " ") for key in keys}
+    titles = {key: f"{words[key]}, × dense" if key.endswith("_x") else words[key] for key in keys}
     shown = {key: COLUMNS.get(key, Shown(titles[key])) for key in keys}
     columns = tuple(Column(key, shown[key].title) for key in keys)
     rows = tuple(tuple(_cell(row, key, shown[key]) for key in keys) for row in frame.to_dict("records"))
