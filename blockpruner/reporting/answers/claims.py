@@ -6,7 +6,7 @@ A claim is judged on every kind of text and at every size; Holm's correction cov
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
@@ -14,7 +14,7 @@ from blockpruner.reporting.answers.curves import SIZES, known
 from blockpruner.reporting.paper.frames import table_of_frame
 from blockpruner.reporting.paper.tables import interval
 from blockpruner.reporting.points import Points
-from blockpruner.reporting.statistics import Effect, holm
+from blockpruner.reporting.statistics import Effect, Floats, holm
 from blockpruner.reporting.table import Table
 
 LEVEL = 0.05
@@ -52,14 +52,21 @@ Cells = Mapping[tuple[float, str], tuple[Effect, float]]
 """By size and kind of text: the perplexity of the worse over that of the better, and the corrected p."""
 
 
+def pair(points: Points, claim: Claim, heal: str, size: float) -> tuple[Floats, Floats]:
+    """The rises of the better and of the worse method of a claim, in the draws that both have [draws, rows]."""
+    own = points.frame[(points.frame["heal"] == heal) & (points.frame["calibration"] == "")]
+    better, worse = (set(own[own["method"] == method]["seed"]) for method in (claim.better, claim.worse))
+    shared = replace(points, frame=own[own["seed"].isin(better & worse)])
+    return shared.curve(size, method=claim.better), shared.curve(size, method=claim.worse)
+
+
 def cells_of(points: Points, claim: Claim, heal: str) -> Cells:
     """Compare the methods of a claim wherever both were measured."""
     found = dict[tuple[float, str], Effect]()
     for size in SIZES:
-        a, b = (points.curve(size, method=m, heal=heal, calibration="") for m in (claim.better, claim.worse))
-        count = min(len(a), len(b))
-        if count and known(b[:count] - a[:count]):
-            found |= {(size, kind): points.against(a[:count], b[:count], kind) for kind in points.texts}
+        a, b = pair(points, claim, heal, size)
+        if known(b - a):
+            found |= {(size, kind): points.against(a, b, kind) for kind in points.texts}
     corrected = holm([effect.p for effect in found.values()])
     return {key: (effect, p) for (key, effect), p in zip(found.items(), corrected, strict=True)}
 
@@ -90,10 +97,9 @@ def claims(points: Points) -> Table:
                 continue
             line: dict[str, object] = {"claim": claim.words, "healing": heal}
             for size in dict.fromkeys(size for size, _ in cells):
-                a, b = (points.curve(size, method=m, heal=heal, calibration="") for m in (claim.better, claim.worse))
-                count = min(len(a), len(b))
-                line["draws"] = count
-                line |= interval(f"at_{100 * size:.0f}", points.against(a[:count], b[:count]))
+                a, b = pair(points, claim, heal, size)
+                line["draws"] = len(a)
+                line |= interval(f"at_{100 * size:.0f}", points.against(a, b))
             lines.append(line | {"verdict": verdict(cells)})
     return table_of_frame("claims", "Claims", pd.DataFrame(lines), CLAIMS_NOTE)
 
