@@ -56,7 +56,8 @@ def llama_cpp(paths: Mapping[str, Path], tokens: int, repeats: int) -> dict[str,
 
 
 def transformers(models: Mapping[str, PreTrainedModel], settings: Speed, repeats: int) -> dict[str, list[float]]:
-    timed = measure_speed(models, settings.model_copy(update={"repeats": repeats}), observer().advance)
+    told, settings = observer(), settings.model_copy(update={"repeats": repeats})
+    timed = measure_speed(models, settings, lambda done, total: told.advance(done, total, "generations"))
     return {name: speed.decode_seconds.samples for name, speed in timed.items()}
 
 
