@@ -88,7 +88,7 @@ def verdict(cells: Cells) -> str:
     return ". ".join([*words, *(["Elsewhere no difference is seen"] if 0 in found else [])])
 
 
-def claims(points: Points) -> Table:
+def claims(points: Points) -> Table | None:
     """Judge every claim of which something was measured."""
     lines = []
     for claim in CLAIMS:
@@ -101,7 +101,7 @@ def claims(points: Points) -> Table:
                 line["draws"] = len(a)
                 line |= interval(f"at_{100 * size:.0f}", points.against(a, b))
             lines.append(line | {"verdict": verdict(cells)})
-    return table_of_frame("claims", "Claims", pd.DataFrame(lines), CLAIMS_NOTE)
+    return table_of_frame("claims", "Claims", pd.DataFrame(lines), CLAIMS_NOTE) if lines else None
 
 
 CLAIMS_NOTE = (

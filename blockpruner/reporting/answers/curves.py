@@ -5,6 +5,7 @@ Decides at which sizes methods are compared.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING
@@ -61,9 +62,10 @@ def sizes(points: Points) -> list[Table]:
     return found
 
 
+ALONE = ("blockpruner", "mlp-only", "mha-only")
 COMPARED = (
-    "narrow", "greedy-shifted", "greedy-layers", "blockpruner", "shortgpt", "relative-magnitude",
-    "relative-magnitude-frobenius", "laco", "slicegpt",
+    "slicegpt", "laco", "relative-magnitude", "relative-magnitude-frobenius", "shortgpt", "blockpruner",
+    "greedy-layers", "greedy-shifted", "narrow",
 )  # fmt: skip
 SIZES_NOTE = (
     "× the dense model, every kind of text alike, at 10, 20 and 30 % of all parameters removed: between the sizes "
@@ -72,7 +74,7 @@ SIZES_NOTE = (
 )
 
 
-def texts(points: Points, size: float = 0.2) -> Table:
+def texts(points: Points, size: float = 0.2) -> Table | None:
     """The same at one size by kind of text."""
     lines = []
     frame = points.frame[(points.frame["calibration"] == "") & points.frame["method"].isin(COMPARED)]
@@ -83,14 +85,20 @@ def texts(points: Points, size: float = 0.2) -> Table:
             line = {"method": title_of(method), "healing": heal, "draws": own["seed"].nunique()}
             lines.append(line | {k: v for kind, e in effects.items() for k, v in interval(f"{kind}_x", e).items()})
     name = f"By kind of text at {size:.0%} removed"
-    return table_of_frame("texts", name, pd.DataFrame(lines), "× the dense model; brackets as above.")
+    return (
+        table_of_frame("texts", name, pd.DataFrame(lines), "× the dense model; brackets as above.") if lines else None
+    )
 
 
-def quality(points: Points) -> Plot:
-    """Perplexity over the share removed, a panel for each healing; bands are the range over draws."""
+def quality(points: Points, name: str, methods: Sequence[str]) -> Plot | None:
+    """Perplexity over the share removed, a panel for each healing that the last method has; bands are the range over
+    draws."""
     frame = points.frame[(points.frame["calibration"] == "") & (points.frame["items"] == "{}")]
-    heals = list(frame["heal"].unique())
-    marks = dict(zip(frame["method"].unique(), MARKS * 3, strict=False))
+    heals = list(frame[frame["method"] == methods[-1]]["heal"].unique())
+    frame = frame[frame["method"].isin(methods) & frame["heal"].isin(heals)]
+    if not heals:
+        return None
+    marks = dict(zip(methods, MARKS * 3, strict=False))
 
     def fill(figure: Figure) -> None:
         for axes, heal in zip(figure.subplots(1, len(heals), squeeze=False, sharey=True)[0], heals, strict=True):
@@ -109,7 +117,7 @@ def quality(points: Points) -> Plot:
             plots.label_(axes, REMOVED, "perplexity, × dense")
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
 
-    return plots.render("quality", QUALITY_CAPTION, (4.6 * len(heals) + 2.5, 4.4), fill)
+    return plots.render(name, QUALITY_CAPTION, (4.6 * len(heals) + 2.5, 4.4), fill)
 
 
 QUALITY_CAPTION = "Perplexity on the test texts over the share of parameters removed; bands hold all draws."

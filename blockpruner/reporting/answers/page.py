@@ -9,7 +9,7 @@ from pathlib import Path
 
 from blockpruner.reporting.answers.calibration import calibrations, variation
 from blockpruner.reporting.answers.claims import claims
-from blockpruner.reporting.answers.curves import blocks, quality, sizes, texts
+from blockpruner.reporting.answers.curves import ALONE, COMPARED, blocks, quality, sizes, texts
 from blockpruner.reporting.answers.masks import healed_masks, masks
 from blockpruner.reporting.answers.searches import searched, starts
 from blockpruner.reporting.answers.tasks import tasks
@@ -20,12 +20,11 @@ from blockpruner.reporting.table import Table, to_csv
 
 
 def of_run(points: Points) -> Iterator[Table | Plot]:
-    yield claims(points)
     yield from sizes(points)
-    yield texts(points)
     for made in (
-        calibrations(points), variation(points), searched(points), starts(points), masks(points), tasks(points),
-        quality(points), blocks(points), healed_masks(points),
+        claims(points), texts(points), calibrations(points), variation(points), searched(points), starts(points),
+        masks(points), tasks(points), quality(points, "quality", COMPARED), quality(points, "kinds", ALONE),
+        blocks(points), healed_masks(points),
     ):  # fmt: skip
         if made is not None:
             yield made
