@@ -112,7 +112,7 @@ def test_a_claim_holds_where_it_holds(tmp_path):
     compared, variants = (table.frame.set_index("method") for table in curves.sizes(found))
     line = compared.loc["BlockPruner"]
     assert line["plain_20_pct_x"] == pytest.approx(math.exp(0.2 * 1.5), rel=0.01) and "plain_30_pct_x" not in line
-    assert list(compared.index) == ["greedy shifted layers", "greedy layers", "BlockPruner"]
+    assert list(compared.index) == ["BlockPruner", "greedy layers", "greedy shifted layers"]
     assert list(variants.index) == ["one-shot perplexity"]
     page.write_answers(tmp_path / "out", "T", {"tiny-seed": ("Tiny", ["a machine"], found)})
     names = {path.stem for path in (tmp_path / "out/tables").glob("*.csv")}

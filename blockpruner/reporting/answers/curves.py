@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from blockpruner.core.blocks import parse_mask
-from blockpruner.methods.recipes import RECIPES
+from blockpruner.methods.recipes import BLOCKPRUNER, RECIPES
 from blockpruner.reporting import plots
 from blockpruner.reporting.paper.frames import table_of_frame
 from blockpruner.reporting.paper.tables import interval
@@ -62,9 +62,9 @@ def sizes(points: Points) -> list[Table]:
     return found
 
 
-ALONE = ("blockpruner", "mlp-only", "mha-only")
+ALONE = (BLOCKPRUNER, "mlp-only", "mha-only")
 COMPARED = (
-    "slicegpt", "laco", "relative-magnitude", "relative-magnitude-frobenius", "shortgpt", "blockpruner",
+    "slicegpt", "laco", "relative-magnitude", "relative-magnitude-frobenius", "shortgpt", BLOCKPRUNER,
     "greedy-layers", "greedy-shifted", "narrow",
 )  # fmt: skip
 SIZES_NOTE = (
@@ -85,17 +85,16 @@ def texts(points: Points, size: float = 0.2) -> Table | None:
             line = {"method": title_of(method), "healing": heal, "draws": own["seed"].nunique()}
             lines.append(line | {k: v for kind, e in effects.items() for k, v in interval(f"{kind}_x", e).items()})
     name = f"By kind of text at {size:.0%} removed"
-    return (
-        table_of_frame("texts", name, pd.DataFrame(lines), "× the dense model; brackets as above.") if lines else None
-    )
+    note = "× the dense model; brackets as above."
+    return table_of_frame("texts", name, pd.DataFrame(lines), note) if lines else None
 
 
 def quality(points: Points, name: str, methods: Sequence[str]) -> Plot | None:
-    """Perplexity over the share removed, a panel for each healing that the last method has; bands are the range over
-    draws."""
+    """Perplexity over the share removed, a panel for each healing of a method other than BlockPruner; bands are the
+    range over draws."""
     frame = points.frame[(points.frame["calibration"] == "") & (points.frame["items"] == "{}")]
-    heals = list(frame[frame["method"] == methods[-1]]["heal"].unique())
-    frame = frame[frame["method"].isin(methods) & frame["heal"].isin(heals)]
+    frame = frame[frame["method"].isin(methods)]
+    heals = list(frame[frame["method"] != BLOCKPRUNER]["heal"].unique())
     if not heals:
         return None
     marks = dict(zip(methods, MARKS * 3, strict=False))
