@@ -29,7 +29,7 @@ from blockpruner.reporting.statistics import ratio_of_medians
 from blockpruner.store.files import write_text
 
 SHORT, LONG = Speed(prompt_tokens=128, new_tokens=64), Speed(prompt_tokens=2048, new_tokens=24, batch=8)
-REPEATS = {"transformers": 10, "transformers_kv": 6, "llama_cpp": 12}
+REPEATS = {"transformers": 10, "transformers_kv": 4, "llama_cpp": 12}
 
 
 def files(models: Mapping[str, PreTrainedModel], model: Path, folder: Path) -> dict[str, Path]:
