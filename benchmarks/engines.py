@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, mask in masks.items():
         line: dict[str, object] = {"model": name, "removed_pct": 100 * parameters.ratio(mask)}
         line |= {kind.value: sum(block.kind is kind for block in mask) for kind in BlockKind}
-        line["kv_pct"] = -100 * cache.ratio(mask)
+        line["kv_pct"] = 0 - 100 * cache.ratio(mask)
         for engine, times in seconds.items():
             ratio = ratio_of_medians(times["dense"], times[name])
             line |= {f"{engine}_x": ratio.value}

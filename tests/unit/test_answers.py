@@ -105,9 +105,9 @@ def test_a_claim_holds_where_it_holds(tmp_path):
     made = claims.claims(found).frame.set_index("claim")
     assert made["draws"].to_dict() == {**dict.fromkeys(made.index, 3), "Step by step loses less than one shot": 2}
     made = made["verdict"]
-    assert made["Blocks lose less than layers"] == "holds at 10% on a; 20% on a. the opposite at 10% on b; 20% on b"
-    assert made["Blocks lose less than shifted layers"] == "no difference is seen"
-    assert made["Step by step loses less than one shot"] == "holds"
+    assert made["Blocks lose less than layers"] == "Holds at 10% on a; 20% on a. The opposite at 10% on b; 20% on b"
+    assert made["Blocks lose less than shifted layers"] == "No difference is seen"
+    assert made["Step by step loses less than one shot"] == "Holds"
     assert "MHA alone loses less than MLP alone" not in made, "nothing was measured of it"
     compared, variants = (table.frame.set_index("method") for table in curves.sizes(found))
     line = compared.loc["BlockPruner"]

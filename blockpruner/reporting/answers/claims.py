@@ -34,6 +34,8 @@ CLAIMS = (
     Claim("Layers shifted by half of one lose less than layers", "greedy-shifted", "greedy-layers"),
     Claim("Blocks lose less than shifted layers", "blockpruner", "greedy-shifted"),
     Claim("Narrower MLPs lose less than blocks", "narrow", "blockpruner"),
+    Claim("Narrower MLPs lose less than ShortGPT", "narrow", "shortgpt"),
+    Claim("… than Relative Magnitude of layers, Frobenius", "narrow", "relative-magnitude-frobenius"),
     Claim("MHA alone loses less than MLP alone", "mha-only", "mlp-only"),
     Claim("Step by step loses less than one shot", "blockpruner", "one-shot-perplexity"),
     Claim("Perplexity finds better blocks than Block Influence", "blockpruner", "blockpruner-by-bi"),
@@ -75,10 +77,10 @@ def verdict(cells: Cells) -> str:
     """Say where a claim holds, and where the opposite does."""
     signs = {key: 0 if p > LEVEL else 1 if effect.value > 1 else -1 for key, (effect, p) in cells.items()}
     if len(found := set(signs.values())) == 1:
-        return {1: "holds", -1: "the opposite holds", 0: "no difference is seen"}[found.pop()]
+        return {1: "Holds", -1: "The opposite holds", 0: "No difference is seen"}[found.pop()]
     kinds = list(dict.fromkeys(kind for _, kind in signs))
     words = []
-    for sign, word in ((1, "holds"), (-1, "the opposite")):
+    for sign, word in ((1, "Holds"), (-1, "The opposite")):
         where = []
         for size in dict.fromkeys(size for size, _ in signs):
             own = [kind for kind in kinds if signs[size, kind] == sign]
