@@ -25,8 +25,8 @@ def calibrations(points: Points, size: float = 0.1) -> Table | None:
         if known(rises):
             line = {"calibration": name, "method": title_of(method), "healing": heal, "draws": len(rises)}
             each = [points.over(rise) for rise in rises]
-            line |= interval(f"at_{100 * size:.0f}_x", points.against(rises))
-            line |= {"lowest_x": min(each), "highest_x": max(each)}
+            line |= interval(f"at_{100 * size:.0f}_pct_x", points.against(rises))
+            line |= {"lowest_x": min(each), "highest_x": max(each)} if len(each) > 1 else {}
             lines.append(line | {f"{kind}_x": points.against(rises, kind=kind).value for kind in points.texts})
     if not lines:
         return None

@@ -35,18 +35,25 @@ CLAIMS = (
     Claim("Blocks lose less than shifted layers", "blockpruner", "greedy-shifted"),
     Claim("Narrower MLPs lose less than blocks", "narrow", "blockpruner"),
     Claim("Narrower MLPs lose less than ShortGPT", "narrow", "shortgpt"),
-    Claim("… than Relative Magnitude of layers, Frobenius", "narrow", "relative-magnitude-frobenius"),
+    Claim(
+        "Narrower MLPs lose less than layers by Relative Magnitude, Frobenius", "narrow", "relative-magnitude-frobenius"
+    ),
     Claim("MHA alone loses less than MLP alone", "mha-only", "mlp-only"),
     Claim("Step by step loses less than one shot", "blockpruner", "one-shot-perplexity"),
     Claim("Perplexity finds better blocks than Block Influence", "blockpruner", "blockpruner-by-bi"),
-    Claim("… than Relative Magnitude", "blockpruner", "blockpruner-by-rm"),
-    Claim("… than Relative Magnitude by norms", "blockpruner", "blockpruner-by-rm-frobenius"),
-    Claim("… than JS divergence", "blockpruner", "blockpruner-by-js"),
-    Claim("… than KL divergence", "blockpruner", "blockpruner-by-kl"),
-    Claim("BlockPruner loses less than SliceGPT", "blockpruner", "slicegpt"),
-    Claim("… than LaCo", "blockpruner", "laco"),
-    Claim("… than ShortGPT", "blockpruner", "shortgpt"),
-    Claim("… than Relative Magnitude of layers", "blockpruner", "relative-magnitude"),
+    Claim("Perplexity finds better blocks than Relative Magnitude", "blockpruner", "blockpruner-by-rm"),
+    Claim(
+        "Perplexity finds better blocks than Relative Magnitude, Frobenius",
+        "blockpruner",
+        "blockpruner-by-rm-frobenius",
+    ),
+    Claim("Perplexity finds better blocks than JS divergence", "blockpruner", "blockpruner-by-js"),
+    Claim("Perplexity finds better blocks than KL divergence", "blockpruner", "blockpruner-by-kl"),
+    Claim("Blocks lose less than SliceGPT", "blockpruner", "slicegpt"),
+    Claim("Blocks lose less than LaCo", "blockpruner", "laco"),
+    Claim("Blocks lose less than ShortGPT", "blockpruner", "shortgpt"),
+    Claim("Blocks lose less than layers by Relative Magnitude", "blockpruner", "relative-magnitude"),
+    Claim("Layers by perplexity lose less than ShortGPT's", "greedy-layers", "shortgpt"),
 )
 
 
