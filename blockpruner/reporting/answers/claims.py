@@ -36,14 +36,14 @@ CLAIMS = (
     Claim("Narrower MLPs lose less than blocks", "narrow", "blockpruner"),
     Claim("Narrower MLPs lose less than ShortGPT", "narrow", "shortgpt"),
     Claim(
-        "Narrower MLPs lose less than layers by Relative Magnitude, Frobenius", "narrow", "relative-magnitude-frobenius"
+        "Narrower MLPs lose less than Relative Magnitude, Frobenius", "narrow", "relative-magnitude-frobenius"
     ),
     Claim("MHA alone loses less than MLP alone", "mha-only", "mlp-only"),
     Claim("Step by step loses less than one shot", "blockpruner", "one-shot-perplexity"),
     Claim("Perplexity finds better blocks than Block Influence", "blockpruner", "blockpruner-by-bi"),
     Claim("Perplexity finds better blocks than Relative Magnitude", "blockpruner", "blockpruner-by-rm"),
     Claim(
-        "Perplexity finds better blocks than Relative Magnitude, Frobenius",
+        "Perplexity finds better blocks than Relative Magnitude by norms",
         "blockpruner",
         "blockpruner-by-rm-frobenius",
     ),
