@@ -35,9 +35,7 @@ CLAIMS = (
     Claim("Blocks lose less than shifted layers", "blockpruner", "greedy-shifted"),
     Claim("Narrower MLPs lose less than blocks", "narrow", "blockpruner"),
     Claim("Narrower MLPs lose less than ShortGPT", "narrow", "shortgpt"),
-    Claim(
-        "Narrower MLPs lose less than Relative Magnitude, Frobenius", "narrow", "relative-magnitude-frobenius"
-    ),
+    Claim("Narrower MLPs lose less than Relative Magnitude, Frobenius", "narrow", "relative-magnitude-frobenius"),
     Claim("MHA alone loses less than MLP alone", "mha-only", "mlp-only"),
     Claim("Step by step loses less than one shot", "blockpruner", "one-shot-perplexity"),
     Claim("Perplexity finds better blocks than Block Influence", "blockpruner", "blockpruner-by-bi"),
