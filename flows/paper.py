@@ -29,7 +29,7 @@ def paper(study: str, only: tuple[str, ...] = ()) -> State[None]:
     """Bring every target of a study up to date, then its tables; what is known is not computed again.
 
     Args:
-        study: The name of studies/<name>.yaml. `smollm2` takes hours on 2 CPU cores.
+        study: The name of studies/<name>.yaml. `seed` takes days on 2 CPU cores.
         only: Names of tables and figures, such as table2, for which alone targets are built. None: all of them.
     """
     return build(lambda: choose_study(study, only), keep_going=True)
