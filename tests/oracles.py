@@ -205,7 +205,8 @@ def recorded(model, base, tokens):
     units = {}
     for block in all_blocks(len(layers)):
         if block not in base:
-            x, f = seen[block, 0][0].to(wide), seen[block, 1][1].to(wide)
+            factor = getattr(layers[block.layer], "residual_multiplier", 1)  # Granite's
+            x, f = seen[block, 0][0].to(wide), factor * seen[block, 1][1].to(wide)
             units[frozenset({block})] = x.numpy(), (x + f).numpy()
     for index in range(len(layers)):
         unit = frozenset(BlockId(kind, index) for kind in BlockKind) - base

@@ -55,8 +55,12 @@ class Family:
     """Norms have a bias in addition to their weight."""
     parallel: str | None = None
     """The config field that tells whether MHA and MLP both read the layer's input: x + MHA(norm(x)) + MLP(norm(x))."""
+    added_scale: str | None = None
+    """The config field of a factor of all that a block adds."""
     logit_cap: str | None = None
     """The config field of c, where the logits are c tanh(head / c)."""
+    logit_divisor: str | None = None
+    """The config field of what logits are divided by."""
     has_one_mlp: bool = True
     """The MLP of a layer is not a mixture of several."""
     in_vllm: bool = True
@@ -148,6 +152,11 @@ def _types(config: Config, layers: Sequence[tuple[int, int]]) -> Config:
     return {} if types is None else {"layer_types": [types[mha] for mha, _ in layers]}
 
 
+def _rotated_layers(config: Config, layers: Sequence[tuple[int, int]]) -> Config:
+    """SmolLM3: some attentions do without rotary tables."""
+    return {**_types(config, layers), "no_rope_layers": [config["no_rope_layers"][mha] for mha, _ in layers]}
+
+
 def _sparse_layers(config: Config, layers: Sequence[tuple[int, int]]) -> Config:
     """Qwen3-MoE: a list and a step decide which MLP is dense."""
     dense = [n for n, (_, mlp) in enumerate(layers) if not _is_sparse(config, mlp)]
@@ -171,8 +180,8 @@ def no_bias(config: Config, layer: int) -> int:
 
 
 def optional_bias(config: Config, layer: int) -> int:
-    bias = bool(config.get("attention_bias", False))
-    return _attention(config, qkv_bias=bias, output_bias=bias)
+    bias = bool(config.get("attention_bias", config.get("use_bias", False)))
+    return _attention(config, qkv_bias=bias, output_bias=bool(config.get("attention_out_bias", bias)))
 
 
 def head_norms(config: Config, layer: int) -> int:
@@ -187,8 +196,8 @@ def wide_norms(config: Config, layer: int) -> int:
 
 
 def gated_mlp(config: Config, layer: int) -> int:
-    biases = 2 * int(config["intermediate_size"]) + int(config["hidden_size"]) if config.get("mlp_bias", False) else 0
-    return _gated_products(config) + biases
+    biases = 2 * int(config["intermediate_size"]) + int(config["hidden_size"])
+    return _gated_products(config) + (biases if config.get("mlp_bias", config.get("use_bias", False)) else 0)
 
 
 def _gated_products(config: Config, inner: str = "intermediate_size") -> int:
@@ -224,10 +233,12 @@ def _gemma(cap: float | None) -> dict[str, Any]:
     return {"logit_cap": "final_logit_softcapping", "defaults": defaults, "mha": mha, "mlp": mlp}
 
 
-AFTER_NORMS = (
-    Branch("self_attn", None, "o_proj", "post_attention_layernorm"),
-    Branch("mlp", None, "down_proj", "post_feedforward_layernorm"),
-)
+AFTER_NORMS: dict[str, Any] = {
+    "mha": Branch("self_attn", None, "o_proj", "post_attention_layernorm"),
+    "mlp": Branch("mlp", None, "down_proj", "post_feedforward_layernorm"),
+}
+QKV_BIAS = {"attention_bias": True, "attention_out_bias": False, "head_dim": 128}
+TIED = {"tie_word_embeddings": True}
 FAMILIES: Registry[Family] = Registry(
     "model family",
     Family,
@@ -240,7 +251,35 @@ FAMILIES: Registry[Family] = Registry(
         Family("phi3", "Phi3", no_bias, gated_mlp),
         Family("gemma2", "Gemma2", optional_bias, gated_mlp, **_gemma(cap=30.0)),
         Family("gemma3_text", "Gemma3", head_norms, gated_mlp, **_gemma(cap=None)),
-        Family("olmo2", "Olmo2", wide_norms, gated_mlp, mha=AFTER_NORMS[0], mlp=AFTER_NORMS[1]),
+        Family("olmo2", "Olmo2", wide_norms, gated_mlp, **AFTER_NORMS),
+        Family("olmo3", "Olmo3", wide_norms, gated_mlp, **AFTER_NORMS),
+        Family("exaone4", "Exaone4", head_norms, gated_mlp, **AFTER_NORMS),
+        Family(
+            "smollm3", "SmolLM3", optional_bias, gated_mlp, renumbered=_rotated_layers, defaults=TIED, in_vllm=False
+        ),
+        Family("seed_oss", "SeedOss", optional_bias, gated_mlp, defaults={"attention_bias": True, "head_dim": 128}),
+        Family("ernie4_5", "Ernie4_5", optional_bias, gated_mlp, defaults=TIED | {"head_dim": 128}),
+        Family("hunyuan_v1_dense", "HunYuanDenseV1", head_norms, gated_mlp),
+        Family("ministral", "Ministral", no_bias, gated_mlp),
+        Family("ministral3", "Ministral3", no_bias, gated_mlp, defaults={"head_dim": 128}),
+        Family("glm", "Glm", optional_bias, gated_mlp, defaults=QKV_BIAS),
+        Family(
+            "glm4",
+            "Glm4",
+            optional_bias,
+            gated_mlp,
+            defaults=QKV_BIAS,
+            mha=Branch("self_attn", "input_layernorm", "o_proj", "post_self_attn_layernorm"),
+            mlp=Branch("mlp", "post_attention_layernorm", "down_proj", "post_mlp_layernorm"),
+        ),
+        Family(
+            "granite",
+            "Granite",
+            optional_bias,
+            gated_mlp,
+            added_scale="residual_multiplier",
+            logit_divisor="logits_scaling",
+        ),
         Family(
             "mixtral",
             "Mixtral",

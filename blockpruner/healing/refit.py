@@ -147,7 +147,7 @@ class _Place:
             if gain is not None:
                 size = self.gives[first][number].square().mean(dim=-1, keepdim=True)
                 features = features * size.rsqrt().to(self.home)
-            return self.relative(number, features), self.missing(number).to(self.home)
+            return self.relative(number, streams.scaled(features)), self.missing(number).to(self.home)
 
         state, narrow = streams.dense[0], self.writers[first].weight.dtype
         fitted = Moments.zero(self.width, state.shape[-1], self.home, state.dtype, narrow.itemsize == 2)

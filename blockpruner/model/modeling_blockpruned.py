@@ -35,18 +35,29 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    Ernie4_5Config,
+    Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
+    Glm4Config,
+    GlmConfig,
     GPTNeoXConfig,
+    GraniteConfig,
+    HunYuanDenseV1Config,
     LlamaConfig,
     LlamaForCausalLM,
+    Ministral3Config,
+    MinistralConfig,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
+    Olmo3Config,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
+    SmolLM3Config,
 )
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaModel, LlamaPreTrainedModel
@@ -68,6 +79,10 @@ AFTER = (("self_attn", "post_attention_layernorm"), ("mlp", "post_feedforward_la
 AROUND = (
     ("self_attn", "input_layernorm", "post_attention_layernorm"),
     ("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+)
+AROUND_GLM4 = (
+    ("self_attn", "input_layernorm", "post_self_attn_layernorm"),
+    ("mlp", "post_attention_layernorm", "post_mlp_layernorm"),
 )
 """Where a family has its norms."""
 
@@ -345,6 +360,17 @@ add_family(Phi3Config, "Phi3")
 add_family(Gemma2Config, "Gemma2", AROUND)
 add_family(Gemma3TextConfig, "Gemma3", AROUND)
 add_family(Olmo2Config, "Olmo2", AFTER)
+add_family(Olmo3Config, "Olmo3", AFTER)
+add_family(Exaone4Config, "Exaone4", AFTER)
+add_family(SmolLM3Config, "SmolLM3")
+add_family(SeedOssConfig, "SeedOss")
+add_family(Ernie4_5Config, "Ernie4_5")
+add_family(HunYuanDenseV1Config, "HunYuanDenseV1")
+add_family(MinistralConfig, "Ministral")
+add_family(Ministral3Config, "Ministral3")
+add_family(GlmConfig, "Glm")
+add_family(Glm4Config, "Glm4", AROUND_GLM4)
+add_family(GraniteConfig, "Granite")
 add_family(MixtralConfig, "Mixtral")
 add_family(Qwen3MoeConfig, "Qwen3Moe")
 add_family(

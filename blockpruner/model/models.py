@@ -259,10 +259,11 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """The function from a decoder's last states [..., H] to logits [..., V], capped where the family caps them. Of
+    """The function from a decoder's last states [..., H] to logits [..., V], scaled and capped as in the family. Of
     16-bit states that want no gradient they are float32 on CUDA: the product adds up in float32, and is not rounded."""
-    head, field = model.get_output_embeddings(), model_family(model).logit_cap
-    cap: float | None = getattr(model.config, field) if field else None
+    head, family = model.get_output_embeddings(), model_family(model)
+    cap: float | None = getattr(model.config, family.logit_cap) if family.logit_cap else None
+    divisor: float = getattr(model.config, family.logit_divisor) if family.logit_divisor else 1
 
     def logits(states: Tensor) -> Tensor:
         if widens(head) and not states.requires_grad:
@@ -270,6 +271,7 @@ def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
             found = wide.view(*states.shape[:-1], -1)
         else:
             found = head(states)
+        found = found if divisor == 1 else found / divisor
         return found if cap is None else cap * torch.tanh(found / cap)
 
     return logits

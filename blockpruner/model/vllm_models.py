@@ -108,6 +108,9 @@ def norms(layer: nn.Module, kind: str) -> list[str]:
     if hasattr(layer, "post_feedforward_layernorm"):
         names["mha"].append("post_attention_layernorm")
         names["mlp"] = ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    elif hasattr(layer, "post_mlp_layernorm"):  # GLM-4
+        names["mha"].append("post_self_attn_layernorm")
+        names["mlp"].append("post_mlp_layernorm")
     return [name for name in names[kind] if hasattr(layer, name)]
 
 

@@ -35,6 +35,7 @@ class Forward:
         self._norm: nn.Module = attrgetter(family.final_norm)(model)
         self._head: nn.Linear = attrgetter(family.head)(model)
         self._logits = head_of(model)
+        self._scale: float | None = config[family.added_scale] if family.added_scale else None
         self.steps = steps_of(len(self._layers), family.is_parallel(config))
         self._on_gpu = self._home.type != "cpu"
         # cuBLAS may else add up parts of a 16-bit product in 16 bits; when it does depends on the shape
@@ -104,7 +105,7 @@ class Forward:
             real = module(flat[places][None])[0]
             states = real.new_zeros(len(flat), real.shape[-1]).index_copy(0, places, real).view(*states.shape[:2], -1)
         added: Tensor = states if branch.post is None else getattr(layer, branch.post)(states)
-        return added
+        return added if self._scale is None else added * self._scale
 
     def _device(self, layer: int) -> torch.device:
         found = self._layers[layer]

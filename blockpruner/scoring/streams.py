@@ -199,9 +199,13 @@ class Streams(Engine):
         return (reads[0] if reads else gives[..., :0]).to(state.device), gives.to(state)
 
     def added(self, block: BlockId, gives: Tensor) -> Tensor:
-        """What a block adds to the stream if its module gives this; some families have a norm between them."""
+        """What a block adds to the stream if its module gives this; some families have a norm or a factor between."""
         norm = self.norm_behind(block)
-        return gives if norm is None else norm(self._read(gives)).to(gives)
+        return self.scaled(gives if norm is None else norm(self._read(gives)).to(gives))
+
+    def scaled(self, states: Tensor) -> Tensor:
+        """States by the factor of all that blocks add."""
+        return states if self._scale is None else states * self._scale
 
     def unit(self, block: BlockId, gives: Tensor) -> Tensor:
         """What the norm behind a module makes of this before the gains."""

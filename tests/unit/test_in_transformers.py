@@ -137,7 +137,7 @@ def test_other_classes_load_a_checkpoint(tmp_path, family):
     states = model.base_model(IDS).last_hidden_state
     decoder, report = AutoModel.from_pretrained(tmp_path, trust_remote_code=True, output_loading_info=True)
     assert not report["missing_keys"] and torch.equal(decoder(IDS).last_hidden_state, states)
-    if family == "baichuan":  # transformers has no head for it
+    if family in ("baichuan", "ernie4_5", "granite"):  # transformers has no such head for it
         return
     classifier, report = AutoModelForSequenceClassification.from_pretrained(
         tmp_path, trust_remote_code=True, num_labels=3, output_loading_info=True

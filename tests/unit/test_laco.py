@@ -25,6 +25,7 @@ from blockpruner.methods.laco.walk import (
     layers_after,
     search_threshold,
 )
+from blockpruner.model.classes import read_config
 from blockpruner.model.models import decoder_layers, load_model, model_family
 from tests import tiny
 from tests.tiny import tiny_model, tolerance
@@ -47,7 +48,8 @@ def by_hand(dense, merges, variant):
     for i in range(depth):
         own = [name for name in state if name.startswith(f"{prefix}{i}.")]
         layers.append({name.removeprefix(f"{prefix}{i}."): state.pop(name) for name in own})
-    types = list(getattr(dense.config, "layer_types", None) or [None] * depth)
+    lists = ("layer_types", "no_rope_layers")
+    kinds = {name: list(values) for name in lists if (values := getattr(dense.config, name, None)) is not None}
     for merge in merges:
         first, last = merge.layer, merge.layer + merge.count
         new = dict(layers[first])
@@ -58,11 +60,12 @@ def by_hand(dense, merges, variant):
                 for k in range(1, merge.count + 1):  # the notebook's loop: the base is the one already updated
                     new[name] = new[name] + (layers[first + k][name] - new[name])
         layers[first : last + 1] = [new]
-        types[first : last + 1] = [types[first]]
+        for values in kinds.values():
+            values[first : last + 1] = [values[first]]
     config = copy.deepcopy(dense.config)
     config.num_hidden_layers = len(layers)
-    if types[0] is not None:
-        config.layer_types = types
+    for name, values in kinds.items():
+        setattr(config, name, values)
     model = type(dense)._from_config(config, dtype=dense.dtype)
     state |= {f"{prefix}{i}.{name}": value for i, layer in enumerate(layers) for name, value in layer.items()}
     model.load_state_dict(state)
@@ -129,9 +132,8 @@ def test_saved_it_is_a_plain_checkpoint(tmp_path, family, variant):
     assert sorted(path.suffix for path in (tmp_path / "merged").iterdir())[-1] == ".safetensors"
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["model_type"] == family.split()[0] and config["num_hidden_layers"] == 3 and "auto_map" not in config
-    loaded, report = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "merged", output_loading_info=True, experts_implementation="eager"
-    )
+    options = {"config": read_config(tmp_path / "merged"), "experts_implementation": "eager"}
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True, **options)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     assert type(loaded) is type(model) and len(decoder_layers(loaded)) == 3
     weights = loaded.state_dict()

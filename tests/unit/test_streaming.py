@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from blockpruner.core.blocks import DENSE, all_blocks, parse_mask
 from blockpruner.core.errors import DeviceMemoryError, InputError
-from blockpruner.core.families import FAMILIES
 from blockpruner.model.models import load_model, masked
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.large import memory, streaming
@@ -256,7 +255,7 @@ def test_buffers_are_those_of_a_loaded_model(tmp_path, family):
     engine = StreamingEngine(save(tmp_path, family, dtype=torch.float32), "bfloat16", device="cpu")
     loaded = dict(load_model(tmp_path, "bfloat16", "cpu").named_buffers())
     buffers = dict(engine._model.named_buffers())
-    assert buffers.keys() == loaded.keys() and (buffers or FAMILIES[family.split()[0]].alibi)
+    assert buffers.keys() == loaded.keys() and (buffers or family == "baichuan")
     for name, buffer in buffers.items():
         assert buffer.dtype == loaded[name].dtype and torch.equal(buffer, loaded[name])
 
