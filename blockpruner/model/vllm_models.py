@@ -35,6 +35,7 @@ class NoBlock(nn.Module):
         """
         super().__init__()
         self.number = number
+        self.rotary_emb = nn.Module()  # GLM says of all its attentions how they rotate
 
     def forward(self, *args: Tensor, **kwargs: Any) -> Any:
         zeros = torch.zeros_like(kwargs["hidden_states"] if "hidden_states" in kwargs else args[-1])

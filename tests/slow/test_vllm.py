@@ -87,11 +87,19 @@ HOLES = ["mha.0", "mlp.1", "mha.3", "mlp.3", "mlp.4", "mha.5"]
 KEPT = {"mlp.1": range(16), "mlp.3": range(0, 48, 2)}
 """What narrowed MLPs keep of 48 channels."""
 
+HEADS = {"head_dim": 32}
 TAKEN: dict[str, dict[str, Any]] = {
     "qwen2": {"use_sliding_window": False},
-    "qwen3": {"head_dim": 32},
+    "qwen3": HEADS,
     "gemma2": {"head_dim": 32, "tie_word_embeddings": True, "query_pre_attn_scalar": 1200},
     "gemma3_text": {"head_dim": 32, "tie_word_embeddings": True},
+    "seed_oss": HEADS,
+    "ernie4_5": HEADS,
+    "hunyuan_v1_dense": HEADS,
+    "ministral": HEADS,
+    "ministral3": HEADS,
+    "glm": HEADS,
+    "glm4": HEADS,
 }
 """What vLLM takes of a family, dense or not. Its attention on a CPU needs heads that are a multiple of 32 wide, and
 gives NaN where it caps logits of several hundred, which Gemma 2's random weights would reach."""

@@ -1,0 +1,77 @@
+"""Checkpoints that also read pictures: their text model is taken out when they are fetched, and the rest is lost.
+
+Decides what the config and the weights of the text model are, so that it is a plain model of a family of ours.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from blockpruner.core.families import FAMILIES
+from blockpruner.inputs.weights import rewrite_weights_, weight_names
+from blockpruner.store.files import read_json, write_json
+
+RENAMED = {"qwen3_vl_text": "qwen3"}
+"""Text models that compute what another family does where there are no pictures. Qwen3-VL counts a token's position in
+three ways, and these are then alike."""
+
+PREFIXES = {
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "model.language_model.": "model.",
+    "lm_head.": "lm_head.",
+}
+"""Where the text model's weights are, in old and in new files, and their names in the text model alone."""
+
+HEAD = "lm_head.weight"
+PICTURES = ("processor_config.json", "preprocessor_config.json")
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """config.json of the text model of a model that has more; None for any other, and for families unknown here.
+    Whether embeddings and head are one is as the config says, and else as is usual for the family."""
+    given = config.get("text_config")
+    own = str(given.get("model_type")) if isinstance(given, dict) else ""
+    known = RENAMED.get(own, own)
+    if given is None or known not in FAMILIES:
+        return None
+    from transformers import AutoConfig
+
+    fields, family = AutoConfig.for_model(**given).to_dict(), FAMILIES[known]
+    if known != own:
+        rotary = {key: value for key, value in fields["rope_parameters"].items() if not key.startswith("mrope")}
+        names = AutoConfig.for_model(known).to_dict().keys()
+        fields = {key: value for key, value in fields.items() if key in names} | {"rope_parameters": rotary}
+    tied = (each["tie_word_embeddings"] for each in (config, given, family.defaults) if "tie_word_embeddings" in each)
+    shared = {key: config[key] for key in ("dtype", "torch_dtype", "quantization_config") if key in config}
+    new = {"model_type": known, "architectures": [f"{family.prefix}ForCausalLM"]}
+    return {**fields, **shared, **new, "tie_word_embeddings": next(tied, False)}
+
+
+def take_text_(directory: Path) -> bool:
+    """Rewrite a checkpoint directory to its text model, in place; returns whether there was more in it."""
+    config = text_config(read_json(directory / "config.json"))
+    if config is None:
+        return False
+    if HEAD not in map(_name, weight_names(directory)):
+        config["tie_word_embeddings"] = True
+
+    def change(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        new = _name(name)
+        return {} if new is None or (new == HEAD and config["tie_word_embeddings"]) else {new: tensor}
+
+    rewrite_weights_(directory, change)
+    write_json(directory / "config.json", config)
+    for name in PICTURES:
+        (directory / name).unlink(missing_ok=True)
+    return True
+
+
+def _name(name: str) -> str | None:
+    """A weight's name in the text model; None if it is no part of that."""
+    for prefix, new in PREFIXES.items():
+        if name.startswith(prefix):
+            return new + name.removeprefix(prefix)
+    return None

@@ -1,0 +1,42 @@
+"""The weights of a checkpoint directory that is being made: which there are, and how they are rewritten."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from blockpruner.store.files import let_others_read, write_json
+
+
+def weight_names(directory: Path) -> Iterator[str]:
+    """The names of a directory's weights."""
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            yield from file.keys()
+
+
+def rewrite_weights_(directory: Path, change: Callable[[str, Tensor], Mapping[str, Tensor]]) -> None:
+    """Replace each tensor by those that `change` makes of its name and itself, one file at a time in memory."""
+    places: dict[str, str] = {}
+    size = 0
+    with tempfile.TemporaryDirectory(dir=directory) as folder:
+        for path in sorted(directory.glob("*.safetensors")):
+            tensors: dict[str, Tensor] = {}
+            for name, tensor in load_file(path).items():
+                tensors |= change(name, tensor)
+            if tensors:
+                save_file(tensors, Path(folder, path.name), metadata={"format": "pt"})
+            places |= dict.fromkeys(tensors, path.name)
+            size += sum(tensor.nbytes for tensor in tensors.values())
+        for path in directory.glob("*.safetensors*"):
+            path.unlink()
+        only = [*Path(folder).iterdir()]
+        for path in only:
+            path.rename(directory / ("model.safetensors" if len(only) == 1 else path.name))
+    if len(only) > 1:
+        index = {"metadata": {"total_size": size}, "weight_map": places}
+        write_json(directory / "model.safetensors.index.json", index)
+    let_others_read(directory)
