@@ -47,6 +47,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "glm4": GROUPED | {"head_dim": 12},
     "granite": GROUPED
     | {"attention_multiplier": 0.3, "residual_multiplier": 0.4, "logits_scaling": 3.0, "embedding_multiplier": 5.0},
+    "cohere2": GROUPED | {"sliding_window": 6, "sliding_window_pattern": 2, "logit_scale": 0.3},
     "mixtral": GROUPED | EXPERTS | {"num_local_experts": 3},
     "qwen3_moe": GROUPED | EXPERTS | {"num_experts": 3, "moe_intermediate_size": 24, "mlp_only_layers": [2]},
     "qwen3_moe step": GROUPED | EXPERTS | {"num_experts": 3, "moe_intermediate_size": 24, "decoder_sparse_step": 2},

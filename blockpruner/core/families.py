@@ -28,10 +28,13 @@ class Branch:
     """The last projection within the module (in a mixture, of each expert). Without it the branch adds zero."""
     post: str | None = None
     """The norm after the module; None where there is none."""
+    shares_norm: bool = False
+    """The layer's other branch reads the norm before the module, too; it goes with the layer only."""
 
     @property
     def norms(self) -> tuple[str, ...]:
-        return tuple(name for name in (self.norm, self.post) if name is not None)
+        """Those that go with the branch."""
+        return tuple(name for name in (None if self.shares_norm else self.norm, self.post) if name is not None)
 
 
 Count = Callable[[Config, int], int]
@@ -54,13 +57,14 @@ class Family:
     norm_bias: bool = False
     """Norms have a bias in addition to their weight."""
     parallel: str | None = None
-    """The config field that tells whether MHA and MLP both read the layer's input: x + MHA(norm(x)) + MLP(norm(x))."""
+    """The config field that tells whether MHA and MLP both read the layer's input: x + MHA(norm(x)) + MLP(norm(x)). A
+    family that always does so has it among its defaults alone."""
     added_scale: str | None = None
     """The config field of a factor of all that a block adds."""
     logit_cap: str | None = None
     """The config field of c, where the logits are c tanh(head / c)."""
-    logit_divisor: str | None = None
-    """The config field of what logits are divided by."""
+    logit_scale: tuple[str, int] | None = None
+    """The config field of a factor of all logits, and its power."""
     has_one_mlp: bool = True
     """The MLP of a layer is not a mixture of several."""
     in_vllm: bool = True
@@ -111,7 +115,8 @@ def count_parameters(config: Config) -> Costs:
         for block in all_blocks(layers)
     }
     embeddings = int(config["vocab_size"]) * hidden * (1 if config.get("tie_word_embeddings", False) else 2)
-    return Costs(total=embeddings + norm + sum(blocks.values()), blocks=blocks)
+    norms = norm * (1 + (layers if family.mha.shares_norm else 0))
+    return Costs(total=embeddings + norms + sum(blocks.values()), blocks=blocks)
 
 
 def count_kv_cache(config: Config) -> Costs:
@@ -254,13 +259,11 @@ FAMILIES: Registry[Family] = Registry(
         Family("olmo2", "Olmo2", wide_norms, gated_mlp, **AFTER_NORMS),
         Family("olmo3", "Olmo3", wide_norms, gated_mlp, **AFTER_NORMS),
         Family("exaone4", "Exaone4", head_norms, gated_mlp, **AFTER_NORMS),
-        Family(
-            "smollm3", "SmolLM3", optional_bias, gated_mlp, renumbered=_rotated_layers, defaults=TIED, in_vllm=False
-        ),
+        Family("smollm3", "SmolLM3", optional_bias, gated_mlp, renumbered=_rotated_layers, defaults=TIED),
         Family("seed_oss", "SeedOss", optional_bias, gated_mlp, defaults={"attention_bias": True, "head_dim": 128}),
         Family("ernie4_5", "Ernie4_5", optional_bias, gated_mlp, defaults=TIED | {"head_dim": 128}),
         Family("hunyuan_v1_dense", "HunYuanDenseV1", head_norms, gated_mlp),
-        Family("ministral", "Ministral", no_bias, gated_mlp),
+        Family("ministral", "Ministral", no_bias, gated_mlp, in_vllm=False),
         Family("ministral3", "Ministral3", no_bias, gated_mlp, defaults={"head_dim": 128}),
         Family("glm", "Glm", optional_bias, gated_mlp, defaults=QKV_BIAS),
         Family(
@@ -278,7 +281,18 @@ FAMILIES: Registry[Family] = Registry(
             optional_bias,
             gated_mlp,
             added_scale="residual_multiplier",
-            logit_divisor="logits_scaling",
+            logit_scale=("logits_scaling", -1),
+        ),
+        Family(
+            "cohere2",
+            "Cohere2",
+            optional_bias,
+            gated_mlp,
+            parallel="use_parallel_residual",
+            logit_scale=("logit_scale", 1),
+            defaults=TIED | {"use_parallel_residual": True},
+            mha=Branch("self_attn", "input_layernorm", "o_proj", shares_norm=True),
+            mlp=Branch("mlp", "input_layernorm", "down_proj", shares_norm=True),
         ),
         Family(
             "mixtral",

@@ -35,6 +35,7 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    Cohere2Config,
     Ernie4_5Config,
     Exaone4Config,
     Gemma2Config,
@@ -371,6 +372,7 @@ add_family(Ministral3Config, "Ministral3")
 add_family(GlmConfig, "Glm")
 add_family(Glm4Config, "Glm4", AROUND_GLM4)
 add_family(GraniteConfig, "Granite")
+add_family(Cohere2Config, "Cohere2", (("self_attn",), ("mlp",)))  # both read one norm, which stays
 add_family(MixtralConfig, "Mixtral")
 add_family(Qwen3MoeConfig, "Qwen3Moe")
 add_family(

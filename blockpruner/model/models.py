@@ -263,7 +263,10 @@ def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     16-bit states that want no gradient they are float32 on CUDA: the product adds up in float32, and is not rounded."""
     head, family = model.get_output_embeddings(), model_family(model)
     cap: float | None = getattr(model.config, family.logit_cap) if family.logit_cap else None
-    divisor: float = getattr(model.config, family.logit_divisor) if family.logit_divisor else 1
+    scale: float = 1.0
+    if family.logit_scale is not None:
+        field, power = family.logit_scale
+        scale = float(getattr(model.config, field)) ** power
 
     def logits(states: Tensor) -> Tensor:
         if widens(head) and not states.requires_grad:
@@ -271,7 +274,7 @@ def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
             found = wide.view(*states.shape[:-1], -1)
         else:
             found = head(states)
-        found = found if divisor == 1 else found / divisor
+        found = found if scale == 1 else found * scale
         return found if cap is None else cap * torch.tanh(found / cap)
 
     return logits

@@ -35,7 +35,7 @@ class NoBlock(nn.Module):
         """
         super().__init__()
         self.number = number
-        self.rotary_emb = nn.Module()  # GLM says of all its attentions how they rotate
+        self.rotary_emb, self.o_proj = nn.Module(), nn.Module()  # GLM and ERNIE set fields of those of all layers
 
     def forward(self, *args: Tensor, **kwargs: Any) -> Any:
         zeros = torch.zeros_like(kwargs["hidden_states"] if "hidden_states" in kwargs else args[-1])
@@ -106,6 +106,8 @@ def forget(block: nn.Module, compilation: Any) -> None:
 def norms(layer: nn.Module, kind: str) -> list[str]:
     """Those norms of a layer that belong to its MHA or MLP."""
     names = {"mha": ["input_layernorm"], "mlp": ["post_attention_layernorm"]}
+    if not hasattr(layer, "post_attention_layernorm") and not hasattr(layer, "post_feedforward_layernorm"):
+        return []  # Cohere's blocks share one
     if hasattr(layer, "post_feedforward_layernorm"):
         names["mha"].append("post_attention_layernorm")
         names["mlp"] = ["pre_feedforward_layernorm", "post_feedforward_layernorm"]

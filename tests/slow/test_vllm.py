@@ -94,12 +94,13 @@ TAKEN: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 32, "tie_word_embeddings": True, "query_pre_attn_scalar": 1200},
     "gemma3_text": {"head_dim": 32, "tie_word_embeddings": True},
     "seed_oss": HEADS,
-    "ernie4_5": HEADS,
+    "ernie4_5": HEADS | {"use_bias": False},
     "hunyuan_v1_dense": HEADS,
     "ministral": HEADS,
     "ministral3": HEADS,
     "glm": HEADS,
-    "glm4": HEADS,
+    "granite": {"attention_multiplier": 0.17},
+    "glm4": HEADS | {"initializer_range": 0.2},
 }
 """What vLLM takes of a family, dense or not. Its attention on a CPU needs heads that are a multiple of 32 wide, and
 gives NaN where it caps logits of several hundred, which Gemma 2's random weights would reach."""

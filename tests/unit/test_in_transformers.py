@@ -44,7 +44,7 @@ def test_no_norm_is_without_its_block(family):
     for n, layer in enumerate([*decoder_layers(saved), *decoder_layers(fresh)]):
         for branch, hole in ((row.mha, "NoMHA"), (row.mlp, "NoMLP")):
             is_hole = type(getattr(layer, branch.module)).__name__ == hole
-            assert {norm in layer._modules for norm in branch.norms} == {not is_hole}, n
+            assert all((norm in layer._modules) is not is_hole for norm in branch.norms), n
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_other_classes_load_a_checkpoint(tmp_path, family):
     states = model.base_model(IDS).last_hidden_state
     decoder, report = AutoModel.from_pretrained(tmp_path, trust_remote_code=True, output_loading_info=True)
     assert not report["missing_keys"] and torch.equal(decoder(IDS).last_hidden_state, states)
-    if family in ("baichuan", "ernie4_5", "granite"):  # transformers has no such head for it
+    if family in ("baichuan", "cohere2", "ernie4_5", "granite"):  # transformers has no such head for it
         return
     classifier, report = AutoModelForSequenceClassification.from_pretrained(
         tmp_path, trust_remote_code=True, num_labels=3, output_loading_info=True
