@@ -4,6 +4,7 @@ Decides how a pruned model is written in that format, and which models fit it. T
 hf export, and `verification.json` from mlx-lm in a fresh process. A directory that failed does not exist.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from blockpruner.checkpoints.registry import NARROW
 from blockpruner.checkpoints.verification import reference_outputs, write_verified
 from blockpruner.core.plan import Plan
 from blockpruner.methods.apply import Pruning
+from blockpruner.model import configuration_decilm
 from blockpruner.model.classes import read_config
 from blockpruner.model.models import model_family
 from blockpruner.store.files import let_others_read, write_json
@@ -29,6 +31,9 @@ TOLERANCE, TOLERANCE_ROUNDED = 5e-4, 0.15
 """Largest logit difference between mlx-lm and the masked model, both in float32, relative to the largest logit; the
 second is for files with rounded weights (an embedding folded in 16 bits). Seen on SmolLM2-135M: at most
 1.2e-4, and medians of 0.01 to 0.04 if rounded."""
+
+CODE = Path(configuration_decilm.__file__)
+"""The config's class, for vLLM and others that take configs from transformers; mlx-lm needs none."""
 
 MULTIPLE = 256
 """The width of an MLP must be a multiple of it: readers compute the width from `ffn_mult` and round up."""
@@ -61,6 +66,7 @@ def export_nas(pruning: Pruning, out: Path) -> None:
         save_torch_state_dict(weights, directory, max_shard_size="5GB")
         let_others_read(directory)
         held = sum(weight.numel() for weight in weights.values())
+        shutil.copyfile(CODE, directory / CODE.name)
         save_other_files(pruning, directory, "nas", loading=_loading(plan, held))
         return TOLERANCE if is_exact else TOLERANCE_ROUNDED
 
@@ -76,6 +82,7 @@ def nas_config(model: PreTrainedModel, blocks: PackedModel) -> dict[str, Any]:
     wide = [3 * (width + _missing(width)) / (2 * config["hidden_size"]) for width in blocks.widths]
     return {
         "architectures": ["DeciLMForCausalLM"],
+        "auto_map": {"AutoConfig": f"{CODE.stem}.DeciLMConfig"},
         "model_type": "nemotron-nas",
         **{field: config[field] for field in FIELDS},
         "num_hidden_layers": len(blocks.layers),
@@ -146,7 +153,8 @@ embedding.
 
 ```sh
 mlx_lm.generate --model <this directory> --prompt "..."
+vllm serve <this directory> --trust-remote-code   # reads `{CODE.name}` beside this card, and needs no plugin
 ```
 
-transformers has no model for it, and vLLM no config; the `hf` export of the same plan is for both.
+transformers has no model for it; the `hf` export of the same plan has.
 {more if held != pruned else ""}"""

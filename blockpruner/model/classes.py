@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import FAMILIES, Family
-from blockpruner.model import modeling_blockpruned, modeling_slicegpt
+from blockpruner.model import configuration_decilm, modeling_blockpruned, modeling_slicegpt
 from blockpruner.store.files import read_json
 from blockpruner.store.provenance import file_sha256
 
@@ -80,7 +80,7 @@ def has_our_code(directory: Path) -> bool:
     if not asked and not found:
         return False
     family = str(config.get("model_type", "")).removesuffix("_blockpruned")
-    ours = [Path(str(modeling_slicegpt.__file__))]
+    ours = [Path(str(module.__file__)) for module in (modeling_slicegpt, configuration_decilm)]
     if family in FAMILIES:
         ours.append(Path(str(_module(family).__file__)))
     for file in ours:

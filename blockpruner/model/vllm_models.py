@@ -68,7 +68,8 @@ def holes(config: Any, compilation: Any) -> Iterator[None]:
             return None
         made[kind, numbers[layer]] = layer
         forget(block, compilation)
-        return NoBlock(getattr(block, "layer_idx", None))
+        is_theirs = type(block).__module__.startswith("transformers.")
+        return NoBlock(getattr(block, "layer_idx", None) if is_theirs else None)
 
     hook = register_module_module_registration_hook(replace)  # type: ignore[arg-type]  # what it returns is taken
     try:

@@ -6,10 +6,12 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
 from blockpruner.checkpoints.hf import export_hf
+from blockpruner.checkpoints.nas import export_nas
 from blockpruner.core.families import FAMILIES
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model.models import load_model
@@ -22,14 +24,14 @@ NEW_TOKENS = 24
 pytestmark = pytest.mark.slow
 
 
-def ask(what: str, checkpoint: Path, reference: Path) -> dict:
+def ask(what: str, checkpoint: Path, reference: Path, **more: str) -> dict:
     """An answer of `vllm_check.py` in a fresh process of vLLM's environment, which sees blockpruner only as installed
-    there."""
+    there, with more variables."""
     answer = reference.with_name(f"{what}-{checkpoint.name}.json")
     command = [Path(os.environ["BLOCKPRUNER_VLLM"]) / "python", "-I", Path(__file__).with_name("vllm_check.py")]
     command += [what, checkpoint, reference, answer]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"} | more
     log = answer.with_suffix(".log")
     with open(log, "w") as out:
         result = subprocess.run(command, stdout=out, stderr=out, env=environment, cwd=reference.parent, check=False)
@@ -107,7 +109,8 @@ gives NaN where it caps logits of several hundred, which Gemma 2's random weight
 
 
 def test_every_family_is_served_from_its_hf_checkpoint(tmp_path):
-    """Tiny random models; one is also compared with a model that has another hole, which shows."""
+    """Tiny random models; one is also compared with a model that has another hole, which shows. What is seen goes to
+    BLOCKPRUNER_RESULTS/families.csv, for the table of docs/serving.md."""
     made, references, configs = tmp_path / "made", tmp_path / "references", {}
     references.mkdir()
     variants = [variant for variant in VARIANTS if FAMILIES[variant.split()[0]].in_vllm]
@@ -150,3 +153,35 @@ def test_every_family_is_served_from_its_hf_checkpoint(tmp_path):
             assert report["max_logprob_difference"] > 0.1 and not report["greedy_tokens_equal"]
         else:
             assert report["max_logprob_difference"] <= 1e-3 and report["greedy_tokens_equal"], name
+    if folder := os.environ.get("BLOCKPRUNER_RESULTS"):
+        rows = [
+            {
+                "family": FAMILIES[variant.split()[0]].prefix,
+                "removed_blocks": f"{reports[variant]['max_logprob_difference']:.0e}",
+                "narrower_mlps": f"{reports[f'{variant} narrow']['max_logprob_difference']:.0e}"
+                if f"{variant} narrow" in reports
+                else "",
+                "greedy_tokens": "equal",
+                "kv_cache": f"{len(reports[variant]['cached'])} of 6",
+            }
+            for variant in variants
+            if " " not in variant
+        ]
+        pd.DataFrame(rows).to_csv(Path(folder) / "families.csv", index=False)
+
+
+def test_a_nas_export_needs_no_plugin(tmp_path):
+    """Its config is read by the file that it carries, with `--trust-remote-code`."""
+    made, references = tmp_path / "made", tmp_path / "references"
+    made.mkdir()
+    references.mkdir()
+    for name in ("llama", "mistral", "qwen2"):
+        more = {"qwen2": TAKEN["qwen2"], "mistral": {"sliding_window": None}}.get(name, {})
+        dense = fetch_tiny(tmp_path / name, name, 6, hidden_size=128, intermediate_size=256, **more)
+        asked = pruning(dense, plan_of(dense, ["mha.2", "mlp.3", "mha.4", "mlp.4"]))
+        export_nas(asked, made / name)
+        write_reference(asked.prune_(asked.load()), tiny_tokenizer(), references / f"{name}.json")
+    for name, report in ask("nas", made, references, VLLM_PLUGINS="").items():
+        print(name, "nas", report["max_logprob_difference"])
+        assert report["cached"] == [0, 1, 3, 4], name
+        assert report["max_logprob_difference"] <= 1e-3 and report["greedy_tokens_equal"], name

@@ -28,14 +28,19 @@ def check(checkpoint: str, reference_file: str) -> dict[str, Any]:
     return compare(llm, reference_file) | measure(llm, checkpoint)
 
 
-def families(folder: str, references: str) -> dict[str, Any]:
+def nas(folder: str, references: str) -> dict[str, Any]:
+    """Checkpoints that bring the code of their config."""
+    return families(folder, references, trust_remote_code=True)
+
+
+def families(folder: str, references: str, **more: Any) -> dict[str, Any]:
     """Of many small checkpoints, in this process: a start of vLLM's takes longer than they do."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     found = {}
     for path in sorted(Path(folder).iterdir()):
-        llm = load(str(path), **OPTIONS | {"max_model_len": 64, "max_num_batched_tokens": 128})
+        llm = load(str(path), **OPTIONS | {"max_model_len": 64, "max_num_batched_tokens": 128} | more)
         groups = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
         cached = sorted(int(name.split(".")[2]) for group in groups for name in group.layer_names)
         names = [name for name, _ in llm.apply_model(lambda model: list(model.named_parameters()))[0]]
@@ -92,5 +97,5 @@ def measure(llm: Any, checkpoint: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    what = {"check": check, "families": families}[sys.argv[1]]
+    what = {"check": check, "families": families, "nas": nas}[sys.argv[1]]
     Path(sys.argv[4]).write_text(json.dumps(what(*sys.argv[2:4])))

@@ -154,11 +154,16 @@ def test_directory_says_the_masked_model(exported, case):
     assert max(report["max_logit_difference"], report["max_logit_difference_cached"]) <= 1e-3
 
 
-def test_directory_is_complete(exported):
+def test_directory_is_complete(exported, tmp_path):
     directory, _, plan = exported("first and last attention")
     names = {path.name for path in directory.iterdir()}
-    assert names == {"README.md", "blockpruner_plan.json", "config.json", "generation_config.json", "model.safetensors",
-                     "tokenizer.json", "tokenizer_config.json", "verification.json"}  # fmt: skip
+    assert names == {"README.md", "blockpruner_plan.json", "config.json", "configuration_decilm.py",
+                     "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+                     "verification.json"}  # fmt: skip
+    loaded = AutoConfig.from_pretrained(directory, trust_remote_code=True)
+    assert [block.attention.no_op for block in loaded.block_configs] == [False] * 3 + [True]
+    loaded.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["block_configs"] == loaded.block_configs
     assert {path.name for path in directory.parent.iterdir()} >= {"out", "model"}
     assert not list(directory.parent.glob(".*"))
     assert len({(directory / name).stat().st_mode for name in ("model.safetensors", "config.json")}) == 1
