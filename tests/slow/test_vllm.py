@@ -102,10 +102,12 @@ TAKEN: dict[str, dict[str, Any]] = {
     "ministral3": HEADS,
     "glm": HEADS,
     "granite": {"attention_multiplier": 0.17},
+    "cohere2": {"sliding_window": 64},
     "glm4": HEADS | {"initializer_range": 0.2},
 }
 """What vLLM takes of a family, dense or not. Its attention on a CPU needs heads that are a multiple of 32 wide, and
-gives NaN where it caps logits of several hundred, which Gemma 2's random weights would reach."""
+gives NaN where it caps logits of several hundred, which Gemma 2's random weights would reach. Its windows of Cohere 2
+are one token wider than those of transformers."""
 
 
 def test_every_family_is_served_from_its_hf_checkpoint(tmp_path):

@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 PLAIN = "plain"
 SIZES = (0.1, 0.2, 0.3)
 TITLES = {"greedy-shifted": "greedy shifted layers", "blockpruner-by-kl": "BlockPruner by KL"}
-SEARCHED, STARTS, MASKS = "12 samples", "starts", "masks"
-"""Names of calibrations: that of searches which are compared, of one search from many starts, and of given masks."""
+SEARCHED, STARTS, MASKS, CRITICAL = "12 samples", "starts", "masks", "critical"
+"""Names of calibrations: that of searches which are compared, of one search from many starts, of given masks of one
+size, and of single blocks."""
 
 
 def title_of(method: str) -> str:

@@ -13,7 +13,7 @@ import pandas as pd
 from scipy import stats
 
 from blockpruner.reporting import plots
-from blockpruner.reporting.answers.curves import MASKS, PLAIN
+from blockpruner.reporting.answers.curves import CRITICAL, MASKS, PLAIN
 from blockpruner.reporting.paper.frames import table_of_frame
 from blockpruner.reporting.paper.tables import interval
 from blockpruner.reporting.plots import MARKS, Plot
@@ -79,6 +79,17 @@ def masks(points: Points) -> Table | None:
     return (
         table_of_frame("masks", "Masks of one size after healing", pd.DataFrame(lines), MASKS_NOTE) if lines else None
     )
+
+
+def critical(points: Points) -> Table | None:
+    """What single blocks are worth: the model without each."""
+    own, lines = points.frame[points.frame["calibration"] == CRITICAL], []
+    for method, cells in own.groupby("method", sort=False):
+        line: dict[str, object] = {"model": method, "removed_pct": 100 * cells["ratio"].iloc[0]}
+        for _, cell in cells.iterrows():
+            line |= interval(f"{cell['heal']}_x", points.against((cell["nll"] - points.dense["nll"])[None]))
+        lines.append(line)
+    return table_of_frame("critical", "Single blocks", pd.DataFrame(lines)) if lines else None
 
 
 MASKS_NOTE = (
