@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 DAG_ALONE = {"prefect", "dvc", "ruamel-yaml"}
-ENGINES = {"verify_mlx.py", "verify_llama_cpp.py", "vllm_models.py"}
+ENGINES = {"verify_mlx.py", "verify_llama_cpp.py", "vllm_models.py", "mlx_blockpruned.py"}
 """What only an engine, or a script where it is installed, imports."""
 NO_MODULES = {"__init__.py", "__main__.py", *ENGINES}
 """What is not imported by its name."""

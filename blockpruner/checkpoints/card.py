@@ -28,7 +28,7 @@ HERE = "<this directory>"
 HEALED = ("dense", "before", "after")
 """The columns of the table of a healing, keys of `Healed.perplexity`."""
 
-LIBRARIES = {"hf": "transformers", "nas": "mlx", "gguf": "gguf"}
+LIBRARIES = {"hf": "transformers", "nas": "mlx", "mlx": "mlx", "gguf": "gguf"}
 """The hub's name of what loads a format."""
 
 LIMITS = """

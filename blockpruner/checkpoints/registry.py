@@ -66,8 +66,16 @@ def require_families(names: Sequence[str], model_type: str) -> None:
         if row.families is not None and model_type not in row.families:
             raise InputError(
                 f"export: {row.name} ({', '.join(row.engines)}) has no {model_type} models that lack blocks; it has "
-                f"{', '.join(row.families)}; leave it out (docs/serving.md says what other engines load)"
+                f"{', '.join(row.families)}; {_others(row, model_type)}"
             )
+
+
+def _others(row: Export, model_type: str) -> str:
+    """What to do about a format that cannot hold a family."""
+    for other in EXPORTS.values():
+        if other.families is not None and model_type in other.families and {*other.engines} & {*row.engines}:
+            return f"for {row.engines[0]} name {other.name}"
+    return "leave it out (docs/serving.md says what other engines load)"
 
 
 def require_packages(names: Sequence[str]) -> None:
@@ -84,6 +92,15 @@ def _holds(row: Export, kind: Kind) -> bool:
 HERE, NARROW = "blockpruner.checkpoints.", ("float32", "float16", "bfloat16")
 READABLE = ("llama", "mistral", "qwen2")
 """Families that readers of DeciLM know, in which a layer may lack blocks: mlx-lm and llama.cpp."""
+
+MLX = (
+    *READABLE, "qwen3", "phi3", "gemma3_text", "olmo2", "exaone4", "smollm3", "seed_oss", "ernie4_5",
+    "hunyuan_v1_dense", "ministral3", "glm4", "granite", "cohere2",
+)  # fmt: skip
+"""Families that mlx-lm computes as transformers does, blocks removed or not."""
+
+WINDOWED = ("gemma3_text", "exaone4", "cohere2", "ministral3")
+"""Those of whose sliding windows it knows."""
 
 QUANTIZER = "llama-quantize"
 """llama.cpp's program, which no Python package brings along."""
@@ -107,6 +124,15 @@ EXPORTS: Registry[Export] = Registry(
             NARROW,
             READABLE,
             commands=("mlx_lm.server --model {path} --host 127.0.0.1 --port 8080",),
+        ),
+        Export(
+            "mlx",
+            "checkpoint for mlx-lm",
+            ("mlx-lm",),
+            HERE + "mlx:export_mlx",
+            NARROW,
+            MLX,
+            commands=("mlx_lm.server --model {path} --trust-remote-code --host 127.0.0.1 --port 8080",),
         ),
         Export(
             "gguf",

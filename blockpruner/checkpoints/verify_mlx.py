@@ -1,4 +1,4 @@
-"""Verification of a `nas` checkpoint by mlx-lm, in a fresh process that knows nothing of blockpruner.
+"""Verification of a `nas` or `mlx` checkpoint by mlx-lm, in a fresh process that knows nothing of blockpruner.
 
 Run as a script: `python verify_mlx.py <checkpoint> <reference.safetensors> <tolerance>`. It prints one JSON object, and
 exits 0 if the checkpoint agrees with the masked dense model, 1 if not. It imports numpy, mlx and mlx_lm alone.
@@ -34,7 +34,7 @@ def verify(checkpoint: str, reference_file: str, tolerance: float) -> dict[str, 
     mx.set_default_device(mx.cpu)  # the same numbers everywhere, no lower precision within a matrix product
     reference = mx.load(reference_file, format="safetensors")
     tokens, expected = reference["tokens"], np.array(reference["logits"].astype(mx.float32))
-    model, _ = load_model(Path(checkpoint))
+    model, _ = load_model(Path(checkpoint), trust_remote_code=True)  # the caller has seen that code is its own
     widened = {"__call__": lambda self, ids: nn.Embedding.__call__(self, ids).astype(mx.float32)}
     model.model.embed_tokens.__class__ = type("Embedding", (nn.Embedding,), widened)
     prompt, length = int(reference["prompt"]), tokens.shape[1]

@@ -36,7 +36,7 @@ def value(metavar: str, text: str, default: str | bool = True, **more: Any) -> A
 
 A_MODEL = "A folder, or a name on the Hugging Face hub, perhaps with @REVISION."
 Dense = Annotated[str, Argument(metavar="MODEL", help=A_MODEL)]
-FORMATS = "nas (or mlx-lm), gguf (or llama.cpp), gguf:Q4_K_M."
+FORMATS = "nas (or mlx-lm), mlx, gguf (or llama.cpp), gguf:Q4_K_M."
 OUT_FORMATS = f"More formats, at OUT-FORMAT, separated by commas: {FORMATS} vllm means OUT itself, which vLLM serves."
 Export = Annotated[str, value("NAMES", OUT_FORMATS)]
 DTYPES = "float32, bfloat16, float16, float64; auto is the model's own, or float32 where that is faster."

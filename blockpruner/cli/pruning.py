@@ -66,7 +66,7 @@ class Place:
     @property
     def _asked(self) -> dict[str, tuple[str, ...]]:
         """The formats, each with what its files are quantized to. A format may be named by an engine that loads it."""
-        engines = {engine.lower(): row.name for row in EXPORTS.values() for engine in row.engines}
+        engines = {engine.lower(): row.name for row in reversed([*EXPORTS.values()]) for engine in row.engines}
         found: dict[str, tuple[str, ...]] = {"hf": ()}
         for form, _, quantization in (part.strip().partition(":") for part in self.export.split(",") if part.strip()):
             name = engines.get(form.lower(), form)

@@ -24,6 +24,9 @@ from blockpruner.store.provenance import file_sha256
 OUR_MODULES = ("modeling_blockpruned", "modeling_slicegpt")
 """The modules that ship inside checkpoints."""
 
+MLX_CODE = Path(modeling_blockpruned.__file__).with_name("mlx_blockpruned.py")
+"""What mlx-lm runs of an `mlx` export; its config.json names it as `model_file`."""
+
 ENTRIES = ("AutoConfig", *(auto.__name__ for auto in modeling_blockpruned.AUTO_CLASSES))
 """The keys of `auto_map` in our checkpoints."""
 
@@ -79,6 +82,9 @@ def has_our_code(directory: Path) -> bool:
     asked, found = config.get("auto_map"), sorted(each.relative_to(directory) for each in directory.rglob("*.py"))
     if not asked and not found:
         return False
+    is_mlx = config.get("model_file") == MLX_CODE.name and not asked and found == [Path(MLX_CODE.name)]
+    if is_mlx and file_sha256(directory / MLX_CODE.name) == file_sha256(MLX_CODE):
+        return True
     family = str(config.get("model_type", "")).removesuffix("_blockpruned")
     ours = [Path(str(module.__file__)) for module in (modeling_slicegpt, configuration_decilm)]
     if family in FAMILIES:

@@ -142,6 +142,6 @@ LACO = weights_kind(
         f"merges {', '.join(plan.order)}, in order (N+k: the k layers above layer N of that moment into it), each "
         f"above a similarity of {plan.details['threshold']:.4g}"
     ),
-    exports=frozenset({"hf", "nas", "gguf"}),
+    exports=frozenset({"hf", "nas", "mlx", "gguf"}),
     version=PLAN_VERSION,
 )
