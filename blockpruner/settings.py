@@ -34,8 +34,8 @@ class Run(Frozen):
     train: Train | None = None
     """The training of targets with `train: true`; `{}` is the paper's recipe."""
     export: tuple[str, ...] = ("hf",)
-    """Formats of the checkpoint: hf (transformers, vLLM), and nas or mlx (mlx-lm), gguf (llama.cpp). []: the model is measured
-    in memory and not written."""
+    """Formats of the checkpoint: hf (transformers, vLLM), and nas or mlx (mlx-lm), gguf (llama.cpp). []: the model is
+    measured in memory and not written."""
 
     @field_validator("export")
     @classmethod

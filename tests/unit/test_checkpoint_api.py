@@ -101,7 +101,7 @@ def test_whole_layers_are_a_plain_checkpoint(tmp_path, dense):
         ("mask", "float64", ["hf", "gguf"], None),
         ("mask", "float64", ["nas"], "export: nas has no model.dtype: float64; set float32 or float16 or bfloat16"),
         ("slicegpt", "float32", ["gguf"], "export: gguf cannot hold what SliceGPT .* valid with it: hf"),
-        ("mask", "float32", ["onnx"], "export 'onnx' is unknown; valid: hf, nas, gguf"),
+        ("mask", "float32", ["onnx"], "export 'onnx' is unknown; valid: hf, nas, mlx, gguf"),
     ],
 )
 def test_what_a_format_holds_is_known_before_anything_is_computed(kind, dtype, names, message):
