@@ -27,7 +27,7 @@ from blockpruner.store.files import read_json, require_free, write_json
 from blockpruner.store.manifest import CARD_FILE, SOURCE_FILE, require_verified
 from blockpruner.store.plans import plan_fields
 
-PRUNED = ("auto_map", "architectures", "layers_without_mha", "layers_without_mlp", "layer_types")
+PRUNED = ("auto_map", "architectures", "layers_without_mha", "layers_without_mlp", "layer_types", "no_rope_layers")
 """Fields of a pruned model's config that its dense model has not, or has otherwise."""
 
 BASE = re.compile(r"^`(.+?)` ", re.MULTILINE)
@@ -43,7 +43,7 @@ def export(folder: Path, place: Place) -> dict[str, Any]:
     forms = place.checked_formats()
     places = {form: folder.with_name(f"{folder.name}-{form}") for form in forms if form != "hf"}
     if not places:
-        raise InputError(f"{folder} is the hf checkpoint itself; name other formats: nas, gguf", rule="no-format")
+        raise InputError(f"{folder} is the hf checkpoint itself; name other formats: nas, mlx, gguf", rule="no-format")
     require_packages(list(places))
     require_exports(list(places), KINDS[plan.kind], dtype)
     require_families(list(places), family)

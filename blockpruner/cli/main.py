@@ -39,6 +39,7 @@ Dense = Annotated[str, Argument(metavar="MODEL", help=A_MODEL)]
 FORMATS = "nas (or mlx-lm), mlx, gguf (or llama.cpp), gguf:Q4_K_M."
 OUT_FORMATS = f"More formats, at OUT-FORMAT, separated by commas: {FORMATS} vllm means OUT itself, which vLLM serves."
 Export = Annotated[str, value("NAMES", OUT_FORMATS)]
+PRUNE_LAYERS = "Print llama-quantize's option for a plan of whole layers, and end; the model is not read."
 DTYPES = "float32, bfloat16, float16, float64; auto is the model's own, or float32 where that is faster."
 Dtype = Annotated[str, value("NAME", DTYPES)]
 Device = Annotated[str, value("NAME", "auto, cpu, cuda, cuda:N, or split: one model over all GPUs.")]
@@ -148,16 +149,22 @@ def apply(
     model: Dense,
     plan: Annotated[Path, Argument(metavar="PLAN", help="A checkpoint's folder, or the file of a plan.")],
     cache: Annotated[Path, CACHE],
-    out: Annotated[Path, value("DIR", "The checkpoint's folder.")],
+    out: Annotated[Path | None, value("DIR", "The checkpoint's folder.")] = None,
     export: Export = "",
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: Trust = False,
+    prune_layers: Annotated[bool, Option("--prune-layers", help=PRUNE_LAYERS)] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the checkpoint of a plan from the dense model that it was made for."""
     from blockpruner.cli import pruning as work
 
+    if prune_layers:
+        print(work.llama_cpp_option(plan))
+        return
+    if out is None:
+        raise InputError("apply writes a checkpoint, and --out does not say where", rule="no-place", key="--out")
     place = work.Place(cache.expanduser().absolute(), device, stderr_observer(), export)
     run = place.read_run(model, {"model": _own(dtype, trust_remote_code)})
     found = place.apply(run, plan, out.expanduser().absolute())

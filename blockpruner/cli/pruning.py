@@ -357,6 +357,20 @@ def read_plan(path: Path) -> tuple[Path, Plan]:
     return file, load_plan(file)
 
 
+def llama_cpp_option(path: Path) -> str:
+    """The option by which llama.cpp's `llama-quantize` takes a plan's layers out of any GGUF file of its dense model,
+    without compensation; raises InputError for a plan that removes anything but whole layers."""
+    plan = read_plan(path)[1]
+    layers = sorted({block.layer for block in plan.mask})
+    if plan.kind != "mask" or plan.cut.channels or len(plan.mask) != 2 * len(layers):
+        raise InputError(
+            f"plan {str(path)!r} does not remove whole layers alone, as llama-quantize does; search with --unit layer, "
+            "or export gguf",
+            rule="not-whole-layers",
+        )  # fmt: skip
+    return f"--prune-layers {','.join(map(str, layers))}"
+
+
 def own_dtype(config: Config) -> str:
     """The dtype of a model's weights as its config says; float32 where it does not."""
     found = config.get("dtype") or config.get("torch_dtype")

@@ -39,6 +39,7 @@ from blockpruner.reporting.formats import number
 from blockpruner.store.files import read_json, write_sealed_json
 from blockpruner.store.plans import load_plan, save_plan
 from tests.fakes import Hub, PushHub
+from tests.plans import plan_of
 from tests.tiny import bos_tokenizer, full_nll, save_tiny, tiny_tokenizer
 from tests.unit.zero_shot_items import tables_of, write_tasks
 
@@ -198,6 +199,17 @@ def test_a_finished_checkpoint_gets_other_formats(model, place, say, monkeypatch
     ):  # fmt: skip
         code, _, err = say("export", *words)
         assert code == 2 and message in err, err
+
+
+def test_llama_cpp_takes_the_layers_of_a_plan_out_of_any_file(place, say):
+    dense = save_tiny(place / "dense")
+    for name, blocks in (("layers", ["mha.1", "mlp.1", "mha.3", "mlp.3"]), ("blocks", ["mha.1", "mlp.2"])):
+        save_plan(plan_of(dense, blocks), place / name)
+    assert say("apply", "dense", "layers", "--prune-layers") == (0, "--prune-layers 1,3\n", "")
+    code, out, err = say("apply", "dense", "blocks", "--prune-layers")
+    assert code == 2 and not out and "does not remove whole layers alone" in err
+    code, _, err = say("apply", "dense", "layers")
+    assert code == 2 and "--out does not say where" in err
 
 
 @pytest.mark.usefixtures("in_process")
