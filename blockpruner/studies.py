@@ -171,9 +171,8 @@ def rows_of_study(study: Study, evidence: Path) -> list[Row]:
     runs, subjects = {}, []
     for run in study.runs:
         runs[run] = settings = resolve(load_run(run), [one for one in study.targets.values() if one.run == run])
-        known, drawn = MODELS.get(getattr(settings.model, "repo", "")), settings.calibration
+        name, drawn = MODELS.get(getattr(settings.model, "repo", "")), settings.calibration
         samples = None if drawn.num_rows else drawn.num_samples
-        name = known.name if known else None
         subjects.append(Subject(run, labels(settings), name, origin(drawn.data), samples))
     asked = {}
     for target, wanted in study.targets.items():

@@ -17,7 +17,6 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 
 from blockpruner.core.errors import InputError
-from blockpruner.params import load_run
 from blockpruner.reporting.paper.publish import main as publish
 from blockpruner.studies import load_study, write_tables
 from flows.prune import build, run_here
@@ -41,7 +40,7 @@ def dry_run(study: str, only: tuple[str, ...]) -> None:
 
     for name, (title, models) in study_items(study).items():
         if name in (only or (name,)):
-            print(f"{name}: {title}: {takes(models, {run: load_run(run) for run in models['run'].unique()})}")
+            print(f"{name}: {title}: {takes(models)}")
 
 
 def check(study: str) -> int:

@@ -83,11 +83,6 @@ def label_(axes: Axes, x: str, y: str = "") -> None:
     axes.set_axisbelow(True)
 
 
-def star_(axes: Axes, x: float, y: float, label: str | None = None) -> None:
-    """Mark the dense model."""
-    axes.plot(x, y, "*", color=INK, markersize=11, label=label)
-
-
 def scale_(axes: Axes, values: Sequence[float]) -> None:
     """Use a logarithmic scale for perplexities over a wide range."""
     if max(values) <= 3 * min(values):

@@ -151,11 +151,3 @@ def to_markdown(table: Table) -> str:
     rule = ["---:" if is_number else "---" for is_number in table.numeric]
     rows = [table.head, rule, *table.texts]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
-
-
-def to_latex(table: Table) -> str:
-    """Write a table for a document with the package booktabs. Texts are set left, numbers right."""
-    frame = DataFrame(table.texts, columns=table.head, dtype=object)
-    places = "".join("r" if is_number else "l" for is_number in table.numeric)
-    about = {"caption": table.title, "label": f"tab:{table.name}"}
-    return str(frame.to_latex(index=False, escape=True, column_format=places, **about)).replace("−", "$-$")

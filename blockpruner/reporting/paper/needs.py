@@ -8,30 +8,16 @@ import pandas as pd
 
 from blockpruner.core.budgets import read_budget
 from blockpruner.evaluation.benchmarks import BENCHMARKS
-from blockpruner.methods.recipes import recipe
 from blockpruner.reporting.paper.curves import FIGURES
-from blockpruner.reporting.paper.published import DENSE, MODELS, Known, read_published
+from blockpruner.reporting.paper.published import DENSE, read_published
 from blockpruner.reporting.paper.tables import TABLES, beside, measured, plain_rows, rows_of_table
-from blockpruner.scoring.metrics import METRICS
-from blockpruner.scoring.settings import Score
 from blockpruner.settings import Run
-
-ITEMS: Mapping[str, tuple[int, float]] = {
-    "piqa": (1838, 0.14), "winogrande": (1267, 0.07), "hellaswag": (10042, 3.86), "arc_easy": (2376, 0.37),
-    "arc_challenge": (1172, 0.21), "truthfulqa_mc1": (817, 0.2), "race": (1045, 1.7), "swag": (20006, 2.0),
-    "openbookqa": (500, 0.03), "agieval_aqua_rat": (254, 0.1),
-}  # fmt: skip
-"""The items of a task, and their tokens in millions: of the first five at four characters a token, of the others a
-guess. More tasks are not counted."""
 
 CHECK, CERTAIN = "check", (DENSE, "shortgpt")
 """The methods without a search: model, texts and items decide their numbers."""
 
 TOLERANCE = 1.0
 """In points, of perplexity in per cent. The paper's machine, kernels and versions are others."""
-
-TEXT = 0.34
-"""Millions of tokens of WikiText-2's test split."""
 
 
 def items_of(frame: pd.DataFrame, runs: Mapping[str, Run], folder: Path) -> dict[str, tuple[str, pd.DataFrame]]:
@@ -77,36 +63,8 @@ def differences(frame: pd.DataFrame, folder: Path) -> tuple[int, list[str], list
     return agreed, faults, others
 
 
-def takes(models: pd.DataFrame, runs: Mapping[str, Run]) -> str:
-    """Tell in words what models take. Masks are counted for the models of the paper."""
-    pruned, masks, tokens = models[models["recipe"] != DENSE], 0, 0.0
-    searches = list(pruned.groupby(["run", "recipe"]))
-    known = {run: MODELS.get(getattr(runs[run].model, "repo", "")) for run in models["run"]}
-    for (run, name), own in searches:
-        if (model := known[run]) is not None:
-            masks += _masks(name, own["removed_pct"].max(), model)
-    for asked in (runs[run].evaluate.zero_shot for run in models["run"]):
-        sizes = [ITEMS.get(task, (1, 0.0)) for task in asked.tasks]
-        tokens += TEXT + sum(millions * min(1, (asked.limit or items) / items) for items, millions in sizes)
-    trained, there = pruned["healing"].str.contains("training").sum(), (models["reason"] == "").sum()
-    return (
-        f"{len(models)} models ({there} measured); {len(searches)} searches, about {masks:,} masks; evaluation "
-        f"of about {tokens:.0f} million tokens; {trained} trained"
-    )
-
-
-def _masks(name: str, removed: float, model: Known) -> int:
-    """Count about how many masks a search scores on all calibration rows, if it is exact."""
-    searches = (Score.model_validate(dict(fields)) for fields in recipe(name).searches.values())
-    return sum(_masks_of(score, removed, model) for score in searches)
-
-
-def _masks_of(score: Score, removed: float, model: Known) -> int:
-    if score.method not in ("greedy", "one_shot"):
-        return 0
-    kinds = {"mha": (model.mha_pct,), "mlp": (model.mlp_pct,), "all": (model.mha_pct, model.mlp_pct)}[score.candidates]
-    units, size = model.layers * len(kinds), sum(kinds) / len(kinds)
-    if score.unit != "block":
-        units, size = model.layers, sum(kinds)
-    steps = 1 if score.method == "one_shot" else round(removed / size)
-    return steps if METRICS[score.metric].influence else 1 + sum(units - step for step in range(steps))
+def takes(models: pd.DataFrame) -> str:
+    """Tell in words what models take."""
+    searches = models[models["recipe"] != DENSE].groupby(["run", "recipe"]).ngroups
+    trained, there = models["healing"].str.contains("training").sum(), (models["reason"] == "").sum()
+    return f"{len(models)} models ({there} measured); {searches} searches; {trained} trained"

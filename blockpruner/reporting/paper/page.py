@@ -1,4 +1,4 @@
-"""The pages of a study of targets: index.html, report.md, tables/*.csv and *.tex, plots/*.svg and *.png."""
+"""The pages of a study of targets: index.html, report.md, tables/*.csv, plots/*.svg and *.png."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from blockpruner.reporting.paper.evidence import Row
 from blockpruner.reporting.paper.figures import figures
 from blockpruner.reporting.paper.frames import table_of_frame
 from blockpruner.reporting.paper.tables import measured, models_frame, paired, paper_tables
-from blockpruner.reporting.table import Table, to_csv, to_latex
+from blockpruner.reporting.table import Table, to_csv
 
 
 def study_tables(rows: Sequence[Row], published: Path) -> list[Table]:
@@ -35,7 +35,6 @@ def write_study(out: Path, title: str, rows: Sequence[Row], published: Path) -> 
     ours = list(conditions(rows))
     made = made_line(made for row in rows if row.found for made in row.found.result.made)
     files = {f"tables/{table.name}.csv": to_csv(table) for table in tables}
-    files |= {f"tables/{table.name}.tex": to_latex(table) for table in tables}
     sections = [Section(table.title, (table,)) for table in tables]
     sections += [Section("Figures", tuple(plots)), Section("Conditions", tuple(ours))]
     write_page(out, Page(title, PREFACE, tuple(sections), made), files)

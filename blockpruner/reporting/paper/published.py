@@ -15,28 +15,17 @@ DENSE = "dense"
 """The name of the dense model's rows, here and in data/paper."""
 
 
-@dataclass(frozen=True)
-class Known:
-    """A model of the paper."""
-
-    name: str
-    layers: int
-    mha_pct: float
-    """The share of all parameters in one MHA block."""
-    mlp_pct: float
-
-
-MODELS: Mapping[str, Known] = {
-    "meta-llama/Llama-2-7b-hf": Known("Llama2-7B", 32, 0.996, 2.007),
-    "meta-llama/Llama-2-13b-hf": Known("Llama2-13B", 40, 0.806, 1.631),
-    "baichuan-inc/Baichuan2-7B-Base": Known("Baichuan2-7B", 32, 0.894, 1.802),
-    "baichuan-inc/Baichuan2-13B-Base": Known("Baichuan2-13B", 40, 0.755, 1.514),
-    "Qwen/Qwen1.5-7B": Known("Qwen1.5-7B", 32, 0.869, 1.752),
-    "Qwen/Qwen1.5-14B": Known("Qwen1.5-14B", 40, 0.740, 1.485),
-    "mistralai/Mistral-7B-v0.3": Known("Mistral-7B-v0.3", 32, 0.579, 2.431),
-    "meta-llama/Meta-Llama-3-8B": Known("Llama3-8B", 32, 0.522, 2.194),
+MODELS: Mapping[str, str] = {
+    "meta-llama/Llama-2-7b-hf": "Llama2-7B",
+    "meta-llama/Llama-2-13b-hf": "Llama2-13B",
+    "baichuan-inc/Baichuan2-7B-Base": "Baichuan2-7B",
+    "baichuan-inc/Baichuan2-13B-Base": "Baichuan2-13B",
+    "Qwen/Qwen1.5-7B": "Qwen1.5-7B",
+    "Qwen/Qwen1.5-14B": "Qwen1.5-14B",
+    "mistralai/Mistral-7B-v0.3": "Mistral-7B-v0.3",
+    "meta-llama/Meta-Llama-3-8B": "Llama3-8B",
 }
-"""By the repository of a run's model."""
+"""The paper's name of a model, by its repository."""
 
 
 @dataclass(frozen=True)
