@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 PLAIN = "plain"
 SIZES = (0.1, 0.2, 0.3)
 TITLES = {"greedy-shifted": "greedy shifted layers", "blockpruner-by-kl": "BlockPruner by KL"}
-SEARCHED, STARTS, MASKS, CRITICAL = "12 samples", "starts", "masks", "critical"
+SEARCHED, STARTS, MASKS, CRITICAL, HEALING = "12 samples", "starts", "masks", "critical", "healing"
 """Names of calibrations: that of searches which are compared, of one search from many starts, of given masks of one
-size, and of single blocks."""
+size, of single blocks, and of masks that are healed in each way."""
 
 
 def title_of(method: str) -> str:
@@ -54,7 +54,7 @@ def sizes(points: Points) -> list[Table]:
         for method in (method for method in methods if (own["method"] == method).any()):
             line: dict[str, object] = {"method": title_of(method)}
             line["draws"] = own[own["method"] == method]["seed"].nunique()
-            for heal, size in product(own["heal"].unique(), SIZES):
+            for heal, size in product((heal for heal in HEALS if (own["heal"] == heal).any()), SIZES):
                 rises = points.curve(size, method=method, heal=heal, calibration="")
                 if known(rises):
                     line |= interval(f"{heal}_{100 * size:.0f}_pct_x", points.against(rises))
@@ -63,6 +63,21 @@ def sizes(points: Points) -> list[Table]:
     return found
 
 
+def healing(points: Points, method: str = BLOCKPRUNER) -> Table | None:
+    """What each healing makes of the same masks, at each size."""
+    own, lines = points.frame[points.frame["calibration"] == HEALING], []
+    for heal in own["heal"].unique():
+        line: dict[str, object] = {"healing": heal, "draws": own["seed"].nunique()}
+        for size in SIZES:
+            rises = points.curve(size, method=method, heal=heal, calibration=HEALING)
+            line |= interval(f"{100 * size:.0f}_pct_x", points.against(rises)) if known(rises) else {}
+        lines.append(line)
+    title = f"{title_of(method)}, healed in each way"
+    return table_of_frame("healing", title, pd.DataFrame(lines), SIZES_NOTE) if lines else None
+
+
+HEALS = (PLAIN, "refit", "trained")
+"""How methods are compared."""
 ALONE = (BLOCKPRUNER, "mlp-only", "mha-only")
 COMPARED = (
     "slicegpt", "laco", "relative-magnitude", "relative-magnitude-frobenius", "shortgpt", BLOCKPRUNER,
@@ -79,6 +94,7 @@ def texts(points: Points, size: float = 0.2) -> Table | None:
     """The same at one size by kind of text."""
     lines = []
     frame = points.frame[(points.frame["calibration"] == "") & points.frame["method"].isin(COMPARED)]
+    frame = frame[frame["heal"].isin(HEALS)]
     for (heal, method), own in frame.groupby(["heal", "method"], sort=False):
         rises = points.curve(size, method=method, heal=heal, calibration="")
         if known(rises):
