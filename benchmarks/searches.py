@@ -43,12 +43,12 @@ from blockpruner.store.trials import TrialStore, store_fields
 SCHEMA = pa.schema([pa.field("mask", pa.string(), nullable=False), pa.field("nll", pa.list_(pa.float32()))])
 """The blocks that are gone, and the mean NLL of each row, nats per token."""
 
-BLOCKS = 14
-"""How many blocks are combined in all ways: those whose single removal costs least."""
+BLOCKS = 12
+"""How many blocks are combined in all ways: those whose single removal costs least for what they take."""
 
 ROWS, LENGTH = 15, 80
-SIZES = (9, 12, 15)
-"""What is to be removed, in units of the smallest block."""
+SHARES = (0.3, 0.45, 0.6)
+"""How much is to be removed of all that these blocks take."""
 
 HALVES = 8
 CHUNK = 512
@@ -151,8 +151,8 @@ def tasks(table: Table, trials: int) -> Iterator[Task]:
         for number, kind in enumerate(dict.fromkeys(table.kinds)):
             own = [row for row, name in enumerate(table.kinds) if name == kind]
             rows += draw.sample(own, (len(own) + (seed + number) % 2) // 2)
-        for size in SIZES:
-            yield Task(table, size, sorted(rows), trials, seed)
+        for share in SHARES:
+            yield Task(table, round(share * sum(table.sizes.values())), sorted(rows), trials, seed)
 
 
 def greedy(task: Task) -> list[str]:
@@ -249,11 +249,13 @@ def make(model: Path, texts: Path, out: Path) -> None:
 def known(
     ask: Callable[..., list[MaskScore]], costs: Costs, count: int, seen: Observer
 ) -> tuple[dict[Mask, tuple[float, ...]], list[Mask]]:
-    """The row losses of all single blocks, all pairs, and all subsets of those `count` blocks that cost least when they
-    are removed alone; and these blocks."""
+    """The row losses of all single blocks, all pairs, and all subsets of those `count` blocks whose removal alone costs
+    least for what they take; and these blocks."""
     singles = [Mask({block}) for block in costs.blocks]
-    found = {score.mask: score.row_loss for score in ask([DENSE, *singles])}
-    blocks = sorted(singles, key=lambda mask: math.fsum(found[mask]))[:count]
+    dense, *alone = ask([DENSE, *singles])
+    found = {score.mask: score.row_loss for score in (dense, *alone)}
+    rises = {score.mask: score.rise_over(dense) / costs.ratio(score.mask) for score in alone}
+    blocks = sorted(singles, key=rises.__getitem__)[:count]
     masks = [one | other for one, other in combinations(singles, 2)]
     masks += [DENSE.union(*chosen) for size in range(3, count + 1) for chosen in combinations(blocks, size)]
     masks.sort(key=lambda mask: sorted((block.layer, block.kind) for block in mask))

@@ -28,6 +28,16 @@ def check(checkpoint: str, reference_file: str) -> dict[str, Any]:
     return compare(llm, reference_file) | measure(llm, checkpoint)
 
 
+def losses(checkpoint: str, reference_file: str) -> dict[str, Any]:
+    """The mean NLL of some rows of tokens."""
+    llm = load(checkpoint, **OPTIONS | {"dtype": "bfloat16", "max_model_len": 128})
+    rows = json.loads(Path(reference_file).read_text())
+    outputs = run(llm, rows, max_tokens=1, prompt_logprobs=0)
+    said = [step[token].logprob for row, out in zip(rows, outputs, strict=True)
+            for token, step in zip(row[1:], out.prompt_logprobs[1:], strict=True)]  # fmt: skip
+    return {"nll": -sum(said) / len(said)}
+
+
 def nas(folder: str, references: str) -> dict[str, Any]:
     """Checkpoints that bring the code of their config."""
     return families(folder, references, trust_remote_code=True)
@@ -97,5 +107,5 @@ def measure(llm: Any, checkpoint: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    what = {"check": check, "families": families, "nas": nas}[sys.argv[1]]
+    what = {"check": check, "families": families, "nas": nas, "losses": losses}[sys.argv[1]]
     Path(sys.argv[4]).write_text(json.dumps(what(*sys.argv[2:4])))

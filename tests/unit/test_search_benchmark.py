@@ -90,7 +90,8 @@ def test_no_search_has_more_trials_than_a_task_gives(table):
 
 
 def test_a_search_of_ones_own_file_is_scored(table, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "SIZES", (table.size(table.blocks[0] | table.blocks[1]),))
+    share = table.size(table.blocks[0] | table.blocks[1]) / sum(table.sizes.values())
+    monkeypatch.setattr(bench, "SHARES", (share,))
     (tmp_path / "mine.py").write_text("def mine(task):\n    return list(task.blocks[:2])\n")
     lines = list(bench.scored(table, {"mine": bench.named(f"{tmp_path / 'mine.py'}:mine")}))
     assert [line["trials"] for line in lines] == list(bench.TRIALS)
