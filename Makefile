@@ -126,7 +126,7 @@ $(SLOW_VENV)/.ready: pyproject.toml blockpruner/model/vllm_plugin.py blockpruner
 $(QUANT_VENV)/.ready: Makefile
 	$(PYTHON) -m venv $(QUANT_VENV)
 	$(QUANT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
-	  llmcompressor==0.14.0.1 torchao==0.18.0 bitsandbytes==0.50.2
+	  llmcompressor==0.14.0.1 torchao==0.18.0 bitsandbytes==0.50.2 trl==1.16.0 peft==0.21.2
 	touch $@
 
 # It fails at a dead link or anchor. Zensical reads mkdocs.yml, and the pages from a folder of their own.
