@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from blockpruner.core.blocks import DENSE, BlockKind, Mask
+from blockpruner.core.blocks import DENSE, BlockKind, Mask, format_mask
 from blockpruner.core.families import Costs, count_parameters
 from blockpruner.core.progress import observer
 from blockpruner.core.settings import LocalModel, Runtime
@@ -36,9 +36,8 @@ STRENGTHS = (0.0, 8.0)
 
 
 def line(name: str, mask: Mask) -> str:
-    """As a method of an experiment. An MLP block is last: no smaller prefix is as near to the size."""
-    order = sorted(mask, key=lambda block: (block.kind is BlockKind.MLP, block.layer))
-    return f"      {name}: {{method: given, options: {{order: [{', '.join(map(str, order))}]}}}}"
+    """As a method of an experiment that removes all at once."""
+    return f'      {name}: {{method: given, options: {{order: ["{format_mask(mask)}"]}}}}'
 
 
 def filled(order: Sequence[Mask], size: float, costs: Costs) -> Mask | None:
