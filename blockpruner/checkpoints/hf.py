@@ -29,7 +29,7 @@ MORE = (*TOKENIZER_FILES, GENERATION_FILE)
 
 COUNTED = """
 Its layers attend in more than one way, in another order than the base model's. transformers and vLLM read the order in
-`config.json`. mlx-lm and llama.cpp count layers instead, and would compute another model.
+`config.json`. llama.cpp, and mlx-lm for some families, count layers instead, and would compute another model.
 """
 
 
@@ -42,13 +42,13 @@ def export_hf(pruning: Pruning, out: Path) -> None:
         model = pruning.load_for_export()  # gone when the fresh process loads its own
         pruned = pruning.prune_(model, lambda reduced: save_file(reference_outputs(reduced.cpu(), plan), reference))
         save_pruned(pruned, directory)
-        save_other_files(pruning, directory, "hf", module=code_file(pruned), note=_remark(pruned, pruning.dense))
+        save_other_files(pruning, directory, "hf", module=code_file(pruned), note=remark(pruned, pruning.dense))
         return tolerance_of(model)
 
     write_verified(out, write)
 
 
-def _remark(pruned: PreTrainedModel, dense: Path) -> str:
+def remark(pruned: PreTrainedModel, dense: Path) -> str:
     """What a plain checkpoint's card must say of engines that know its family."""
     if code_file(pruned) is not None:
         return ""

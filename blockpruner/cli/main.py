@@ -162,6 +162,7 @@ def apply(
 
     if prune_layers:
         print(work.llama_cpp_option(plan))
+        print(work.LLAMA_CPP_COUNTS, file=sys.stderr)
         return
     if out is None:
         raise InputError("apply writes a checkpoint, and --out does not say where", rule="no-place", key="--out")

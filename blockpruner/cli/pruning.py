@@ -357,6 +357,12 @@ def read_plan(path: Path) -> tuple[Path, Plan]:
     return file, load_plan(file)
 
 
+LLAMA_CPP_COUNTS = (
+    "llama.cpp counts the layers of Gemma, OLMo 3, EXAONE 4, Cohere 2 and SmolLM3 to know how each attends: there the "
+    "result is wrong, unless the layers that are left alternate as before"
+)
+
+
 def llama_cpp_option(path: Path) -> str:
     """The option by which llama.cpp's `llama-quantize` takes a plan's layers out of any GGUF file of its dense model,
     without compensation; raises InputError for a plan that removes anything but whole layers."""

@@ -260,7 +260,7 @@ FAMILIES: Registry[Family] = Registry(
         Family("olmo3", "Olmo3", wide_norms, gated_mlp, **AFTER_NORMS),
         Family("exaone4", "Exaone4", head_norms, gated_mlp, **AFTER_NORMS),
         Family("smollm3", "SmolLM3", optional_bias, gated_mlp, renumbered=_rotated_layers, defaults=TIED),
-        Family("seed_oss", "SeedOss", optional_bias, gated_mlp, defaults={"attention_bias": True, "head_dim": 128}),
+        Family("seed_oss", "SeedOss", optional_bias, gated_mlp, defaults=QKV_BIAS),
         Family("ernie4_5", "Ernie4_5", optional_bias, gated_mlp, defaults=TIED | {"head_dim": 128}),
         Family("hunyuan_v1_dense", "HunYuanDenseV1", head_norms, gated_mlp),
         Family("ministral", "Ministral", no_bias, gated_mlp, in_vllm=False),

@@ -3,15 +3,21 @@
 Decides what the config and the weights of the text model are, so that it is a plain model of a family of ours.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
+from blockpruner.core.errors import InputError
 from blockpruner.core.families import FAMILIES
-from blockpruner.inputs.weights import rewrite_weights_, weight_names
 from blockpruner.store.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WHOLE = ("gemma3", "mistral3", "qwen3_vl")
+"""The `model_type` of models whose text model is taken out."""
 
 RENAMED = {"qwen3_vl_text": "qwen3"}
 """Text models that compute what another family does where there are no pictures. Qwen3-VL counts a token's position in
@@ -32,7 +38,7 @@ PICTURES = ("processor_config.json", "preprocessor_config.json")
 def text_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """config.json of the text model of a model that has more; None for any other, and for families unknown here.
     Whether embeddings and head are one is as the config says, and else as is usual for the family."""
-    given = config.get("text_config")
+    given = config.get("text_config") if config.get("model_type") in WHOLE else None
     own = str(given.get("model_type")) if isinstance(given, dict) else ""
     known = RENAMED.get(own, own)
     if given is None or known not in FAMILIES:
@@ -51,11 +57,17 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def take_text_(directory: Path) -> bool:
-    """Rewrite a checkpoint directory to its text model, in place; returns whether there was more in it."""
+    """Rewrite a checkpoint directory to its text model, in place; returns whether there was more in it. Raises
+    InputError if its weights have other names than those known."""
     config = text_config(read_json(directory / "config.json"))
     if config is None:
         return False
-    if HEAD not in map(_name, weight_names(directory)):
+    from blockpruner.inputs.weights import rewrite_weights_, weight_names  # loads torch
+
+    names = [_name(name) for name in weight_names(directory)]
+    if not any(name is not None and ".layers." in name for name in names):
+        raise InputError("the model's files hold no text model by a name that is known; fetch it whole")
+    if HEAD not in names:
         config["tie_word_embeddings"] = True
 
     def change(name: str, tensor: Tensor) -> dict[str, Tensor]:

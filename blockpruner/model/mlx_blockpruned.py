@@ -43,7 +43,10 @@ class ModelArgs:
         self.module = importlib.import_module(f"mlx_lm.models.{MODEL_REMAPPING.get(family, family)}")
         kept = config.get("source_layers") or list(range(config["num_hidden_layers"]))
         rotary = config.get("rope_parameters") or {}
-        old = {key: rotary[key] for key in ("rope_theta", "partial_rotary_factor") if key in rotary}
+        local = rotary.get("sliding_attention", {})  # Gemma's, beside that of its global layers
+        rotary = rotary.get("full_attention", rotary)
+        old = {"rope_local_base_freq": local["rope_theta"]} if local else {}
+        old |= {key: rotary[key] for key in ("rope_theta", "partial_rotary_factor") if key in rotary}
         old["rope_scaling"] = None if rotary.get("rope_type", "default") == "default" else rotary
         old["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
         fields = old | dict(config, model_type=family, num_hidden_layers=kept[-1] + 1)
@@ -51,7 +54,9 @@ class ModelArgs:
             if (own := config.get(name)) is not None:
                 told = dict(zip(kept, own, strict=True))
                 fields[name] = [told.get(number, own[0]) for number in range(kept[-1] + 1)]
-        if (types := config.get("layer_types")) and not isinstance(config.get("sliding_window_pattern"), str):
+        if family == "exaone4" and "sliding_attention" not in config.get("layer_types", ()):
+            fields["sliding_window_pattern"] = None
+        elif (types := config.get("layer_types")) and not isinstance(config.get("sliding_window_pattern"), str):
             full = [kind == "full_attention" for kind in types]
             steps = range(1, kept[-1] + 2)
             found = (n for n in steps if full == [number % n == n - 1 for number in kept])
@@ -112,6 +117,8 @@ def Model(args):
         def __call__(self, inputs, cache=None, *others, **more):
             if not cache:
                 return super().__call__(inputs, None, *others, **more)
+            if not hasattr(self, "_kinds"):  # the cache comes from a file
+                self.make_cache()
             left, seen = iter(cache), {}
             whole = [next(left) if self._attends(number) else None for number in range(len(self.layers))]
             for number, given in enumerate(whole):

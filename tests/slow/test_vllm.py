@@ -6,7 +6,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 
@@ -111,8 +110,7 @@ are one token wider than those of transformers."""
 
 
 def test_every_family_is_served_from_its_hf_checkpoint(tmp_path):
-    """Tiny random models; one is also compared with a model that has another hole, which shows. What is seen goes to
-    BLOCKPRUNER_RESULTS/families.csv, for the table of docs/serving.md."""
+    """Tiny random models; one is also compared with a model that has another hole, which shows."""
     made, references, configs = tmp_path / "made", tmp_path / "references", {}
     references.mkdir()
     variants = [variant for variant in VARIANTS if FAMILIES[variant.split()[0]].in_vllm]
@@ -155,21 +153,6 @@ def test_every_family_is_served_from_its_hf_checkpoint(tmp_path):
             assert report["max_logprob_difference"] > 0.1 and not report["greedy_tokens_equal"]
         else:
             assert report["max_logprob_difference"] <= 1e-3 and report["greedy_tokens_equal"], name
-    if folder := os.environ.get("BLOCKPRUNER_RESULTS"):
-        rows = [
-            {
-                "family": FAMILIES[variant.split()[0]].prefix,
-                "removed_blocks": f"{reports[variant]['max_logprob_difference']:.0e}",
-                "narrower_mlps": f"{reports[f'{variant} narrow']['max_logprob_difference']:.0e}"
-                if f"{variant} narrow" in reports
-                else "",
-                "greedy_tokens": "equal",
-                "kv_cache": f"{len(reports[variant]['cached'])} of 6",
-            }
-            for variant in variants
-            if " " not in variant
-        ]
-        pd.DataFrame(rows).to_csv(Path(folder) / "families.csv", index=False)
 
 
 def test_a_nas_export_needs_no_plugin(tmp_path):

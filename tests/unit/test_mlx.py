@@ -20,7 +20,7 @@ HOLES = ["mha.0", "mha.2", "mlp.0", "mlp.3", "mlp.4"]
 
 TAKEN = {
     "exaone4": {"sliding_window_pattern": "LG", "layer_types": ["sliding_attention", "full_attention"] * 3},
-    "gemma3_text": {"hidden_size": 64},
+    "gemma3_text": {"hidden_size": 64},  # its root is exact in bfloat16, to which mlx-lm rounds it
 }
 """What mlx-lm takes of a family, dense or not."""
 
@@ -47,6 +47,25 @@ def test_every_family(tmp_path, family, monkeypatch):
 
 
 @pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("gemma3_text", {"rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e4},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 2e2},
+        }}),
+        ("exaone4", {"sliding_window": None, "sliding_window_pattern": None, "layer_types": ["full_attention"] * 6}),
+        ("phi3", {"sliding_window": 128}),
+    ],
+)  # fmt: skip
+def test_configs_as_they_are_published(tmp_path, family, more):
+    """Rotary tables of two kinds with scaling; no window; a window as long as the context."""
+    dense = fetched(tmp_path, family, **more)
+    export_mlx(pruning(dense, plan_of(dense, HOLES)), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "verification.json").read_text())["ok"]
+
+
+@pytest.mark.usefixtures("in_process")
 def test_a_wrong_checkpoint_fails_and_leaves_nothing(tmp_path, monkeypatch):
     dense = fetched(tmp_path, "qwen3")
     wrong = tmp_path / MLX_CODE.name
@@ -66,6 +85,10 @@ def test_whole_layers_need_no_code(tmp_path):
     export_mlx(pruning(dense, plan_of(dense, ["mha.2", "mlp.2"])), tmp_path / "out")
     assert json.loads((tmp_path / "out" / "verification.json").read_text())["ok"]
     assert not has_our_code(tmp_path / "out")
+    assert "mlx_blockpruned.py" not in (tmp_path / "out" / "README.md").read_text()
+    gemma = fetched(tmp_path / "gemma", "gemma3_text")
+    with pytest.raises(InputError, match="attend in another order"):
+        export_mlx(pruning(gemma, plan_of(gemma, ["mha.1", "mlp.1"])), tmp_path / "other")
 
 
 def test_what_it_cannot_hold(tmp_path):

@@ -11,6 +11,7 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.families import count_parameters
 from blockpruner.core.settings import LocalModel
 from blockpruner.inputs.checkpoints import cached_checkpoint, fetch_config
+from blockpruner.inputs.vision import text_config
 from blockpruner.model.models import load_model
 from tests.tiny import tiny_tokenizer
 
@@ -78,6 +79,19 @@ def test_weights_by_their_new_names(tmp_path):
     text = load_model(cached_checkpoint(source, tmp_path / "cache", tmp_path / "pins"), "float32", "cpu")
     with torch.no_grad():
         assert torch.equal(text(IDS).logits, model(input_ids=IDS).logits)
+
+
+def test_other_models_are_not_touched(tmp_path):
+    """Whatever their text models are; and one whose weights have other names is refused."""
+    assert text_config({"model_type": "idefics3", "text_config": {"model_type": "llama"}}) is None
+    saved(tmp_path / "whole", "gemma3")
+    for path in tmp_path.glob("whole/*.safetensors*"):
+        path.unlink()
+    save_file({"model.text_model.layers.0.weight": IDS}, tmp_path / "whole" / "model.safetensors")
+    with pytest.raises(InputError, match="no text model by a name that is known"):
+        cached_checkpoint(
+            LocalModel(source="path", path=str(tmp_path / "whole")), tmp_path / "cache", tmp_path / "pins"
+        )
 
 
 def test_a_text_model_of_another_family_is_refused(tmp_path):
