@@ -81,7 +81,7 @@ def test_a_card_warns_of_engines_that_count_layers(tmp_path, layer, said):
     """Where local and global layers are in another order than before."""
     gemma = fetch_tiny(tmp_path, "gemma3_text")
     export(gemma, plan_of(gemma, [f"mha.{layer}", f"mlp.{layer}"]), tmp_path / "out")
-    assert ("mlx-lm and llama.cpp count layers" in (tmp_path / "out/README.md").read_text()) is said
+    assert ("count layers instead" in (tmp_path / "out/README.md").read_text()) is said
 
 
 @pytest.mark.usefixtures("in_process")
@@ -441,7 +441,7 @@ def test_what_comes_while_an_export_runs_is_left_as_it_is(tmp_path, compensated,
         (tmp_path / name).write_text("mine")
         return ""
 
-    monkeypatch.setattr(hf, "_remark", meanwhile)
+    monkeypatch.setattr(hf, "remark", meanwhile)
     before = files_in(tmp_path)
     with refused("place-not-empty"):
         compensated.save(tmp_path / "out")
