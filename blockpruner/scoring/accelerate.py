@@ -107,7 +107,8 @@ class Accelerated(Select):
     def __call__(self, index: int, base: Mask, masks: Sequence[Mask]) -> Considered:
         candidates = [mask for mask in masks if mask != base]
         lazy_choice = None
-        if not self._is_lazy or index == 0:
+        unknown = any(mask - base not in self._rises for mask in candidates)  # a quota may ask for other units
+        if not self._is_lazy or index == 0 or unknown:
             found = self._score(candidates, base)
         else:
             found = self._most_promising(candidates, base)

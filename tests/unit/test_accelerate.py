@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+import blockpruner
 from blockpruner.core.blocks import DENSE, all_blocks, format_mask, removable_units
 from blockpruner.core.families import Costs
 from blockpruner.inputs.calibration import CalibrationSet
@@ -18,7 +19,7 @@ from blockpruner.search.greedy import GreedyOptions, greedy
 from blockpruner.search.problem import Problem
 from blockpruner.store.trials import TrialStore
 from tests.builders import FakeScorer, removed_in, searched, short_rows
-from tests.tiny import full_nll, tiny_model
+from tests.tiny import full_nll, tiny_model, tiny_tokenizer
 
 LAYERS, ROWS = 6, 12
 UNITS = removable_units(LAYERS, "block", "all")
@@ -242,3 +243,12 @@ def test_acceleration_on_a_real_model_is_brute_force(monkeypatch):
         removed |= wanted[-1]
     traces = searched(model, rows, ["3blocks"], acceleration="lazy+race")
     assert removed_in(traces.of("3blocks")) == [format_mask(unit) for unit in wanted]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_quota_may_ask_for_other_units_than_before(share):
+    """A lazy search knows no rise of an MHA block where only MLP blocks were asked for at first."""
+    texts = [f"sentence {number} of a small calibration set, with some words" for number in range(24)]
+    given = {"method": "greedy", "options": {"mha_share": share}, "acceleration": "lazy+race", "seq_len": 32}
+    order = blockpruner.prune(tiny_model(layers=4), tiny_tokenizer(), texts, "4blocks", **given).plan.order
+    assert sum(unit.startswith("mha") for unit in order) == 4 * share
