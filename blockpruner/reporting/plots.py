@@ -28,6 +28,10 @@ MARKS = (
 )  # fmt: skip
 """One for each method. A shape goes with every colour."""
 
+SHAPES = [shape for _, shape in MARKS]
+MANY_MARKS = [*MARKS, *((colour, shape) for (colour, _), shape in zip(MARKS, SHAPES[3:] + SHAPES[:3], strict=True))]
+"""MARKS, then their colours with other shapes: twice as many methods stay apart."""
+
 KIND_COLOURS = {BlockKind.MHA: BLUE, BlockKind.MLP: ORANGE}
 
 REMOVED = "parameters removed, %"

@@ -18,7 +18,7 @@ from blockpruner.methods.recipes import BLOCKPRUNER, RECIPES
 from blockpruner.reporting import plots
 from blockpruner.reporting.paper.frames import table_of_frame
 from blockpruner.reporting.paper.tables import interval
-from blockpruner.reporting.plots import MARKS, REMOVED, Plot
+from blockpruner.reporting.plots import MANY_MARKS, REMOVED, Plot
 from blockpruner.reporting.points import Points
 from blockpruner.reporting.table import Table
 
@@ -114,7 +114,7 @@ def quality(points: Points, name: str, methods: Sequence[str]) -> Plot | None:
     heals = list(frame[frame["method"] != BLOCKPRUNER]["heal"].unique())
     if not heals:
         return None
-    marks = dict(zip(methods, MARKS * 3, strict=False))
+    marks = dict(zip(methods, MANY_MARKS, strict=False))
 
     def fill(figure: Figure) -> None:
         for axes, heal in zip(figure.subplots(1, len(heals), squeeze=False, sharey=True)[0], heals, strict=True):
@@ -131,7 +131,10 @@ def quality(points: Points, name: str, methods: Sequence[str]) -> Plot | None:
             axes.set_ylim(1, min(30, 1.05 * most))
             axes.set_title(heal)
             plots.label_(axes, REMOVED, "perplexity, × dense")
-        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
+        lines = {
+            line.get_label(): line for axes in figure.axes for line in axes.get_lines()
+        }  # not all are in each panel
+        axes.legend(handles=lines.values(), loc="upper left", bbox_to_anchor=(1.01, 1.0))
 
     return plots.render(name, QUALITY_CAPTION, (4.6 * len(heals) + 2.5, 4.4), fill)
 

@@ -12,15 +12,11 @@ from blockpruner.reporting.paper.curves import FIGURES, Curve
 from blockpruner.reporting.paper.frames import COLUMNS
 from blockpruner.reporting.paper.published import DENSE
 from blockpruner.reporting.paper.tables import measured
-from blockpruner.reporting.plots import MARKS, Plot
+from blockpruner.reporting.plots import MANY_MARKS, Plot
 
 with extra("report"):
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-SHAPES = [shape for _, shape in MARKS]
-MANY_MARKS = [*MARKS, *((colour, shape) for (colour, _), shape in zip(MARKS, SHAPES[3:] + SHAPES[:3], strict=True))]
-"""MARKS, then their colours with other shapes: twice as many methods stay apart."""
 
 
 def figures(frame: pd.DataFrame) -> list[Plot]:
