@@ -134,3 +134,10 @@ def test_every_module_is_imported_without_extras_or_names_one():
 
 def test_the_demo_needs_no_more_than_its_extra_and_nothing_that_windows_lacks():
     assert not import_all(DAG, ["blockpruner", "stages", "flows"], NOT_WINDOWS)
+
+
+def test_the_public_workflow_makes_targets_that_the_makefile_has():
+    text = (ROOT / ".github" / "workflows" / "tests.yml").read_text()
+    asked = set(re.findall(r'"([a-z-]+)"[,\]]', text))
+    there = set(re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split())
+    assert {"quick", "test", "test-slow"} <= asked <= there
