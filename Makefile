@@ -20,7 +20,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: setup constraints demo serve check quick test test-floors test-newest test-slow test-ui docs schema golden clean
+.PHONY: setup constraints demo serve check quick test test-floors test-newest test-slow families test-ui docs schema golden clean
 
 setup: $(VENV)/.ready-dev
 
@@ -107,6 +107,15 @@ test-slow: setup $(SLOW_VENV)/.ready $(QUANT_VENV)/.ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m dvc repro fetch@smollm2
 	HF_HUB_OFFLINE=1 BLOCKPRUNER_VLLM="$(CURDIR)/$(SLOW_VENV)/bin" \
 	BLOCKPRUNER_QUANTIZERS="$(CURDIR)/$(QUANT_VENV)/bin" $(BIN)/python -m pytest -s -n 0 -m slow tests
+
+# The table of families and engines in docs/serving.md, each cell a run.
+families: setup $(SLOW_VENV)/.ready
+	@rm -f build/cells && mkdir -p build
+	HF_HUB_OFFLINE=1 BLOCKPRUNER_VLLM="$(CURDIR)/$(SLOW_VENV)/bin" BLOCKPRUNER_CELLS="$(CURDIR)/build/cells" \
+	$(BIN)/python -m pytest -m "" tests/slow/test_engines.py tests/unit/test_mlx.py tests/slow/test_vllm.py \
+	-k "engine or every_family or needs_no_plugin"
+	$(BIN)/python -m tests.cells build/cells
+	$(BIN)/python -m blockpruner.reporting.paper.publish
 
 # Needs a browser (Debian: apt-get install chromium). SCREENSHOTS=FOLDER keeps pictures.
 test-ui: setup

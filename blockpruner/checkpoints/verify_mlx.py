@@ -47,7 +47,9 @@ def verify(checkpoint: str, reference_file: str, tolerance: float) -> dict[str, 
         mx.eval(stepped)
         stepped.append(model(tokens[:, i : i + 1], cache=cache))
 
-    pairs = ((whole, expected), (mx.concatenate(stepped[1:], axis=1), expected[:, prompt:]))
+    cached = mx.concatenate(stepped, axis=1)
+    greedy = mx.argmax(cached[:, prompt - 1 : -1], axis=-1) == tokens[:, prompt:]
+    pairs = ((whole, expected), (cached[:, prompt:], expected[:, prompt:]))
     differences = [np.abs(np.array(found.astype(mx.float32)) - wanted).max(axis=-1) for found, wanted in pairs]
     worst = [float(difference.max()) for difference in differences]
     usual = [float(np.median(difference)) for difference in differences]
@@ -59,6 +61,7 @@ def verify(checkpoint: str, reference_file: str, tolerance: float) -> dict[str, 
         "median_logit_difference": usual[0],
         "median_logit_difference_cached": usual[1],
         "tolerance": limit,
+        "greedy_tokens_equal": bool(mx.all(greedy)),
         "cache_layers": len([layer for layer in cache if layer.offset == length]),
         "cache_layers_expected": int(reference["attentions"]),
         "class": type(model).__module__,

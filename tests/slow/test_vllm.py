@@ -14,6 +14,7 @@ from blockpruner.checkpoints.nas import export_nas
 from blockpruner.core.families import FAMILIES
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model.models import load_model
+from tests.cells import seen
 from tests.plans import fetch_tiny, narrow_plan, plan_of, pruning, save_pruned
 from tests.tiny import VARIANTS, tiny_tokenizer
 
@@ -153,6 +154,8 @@ def test_every_family_is_served_from_its_hf_checkpoint(tmp_path):
             assert report["max_logprob_difference"] > 0.1 and not report["greedy_tokens_equal"]
         else:
             assert report["max_logprob_difference"] <= 1e-3 and report["greedy_tokens_equal"], name
+            if name in FAMILIES:
+                seen("vLLM", name, report["max_logprob_difference"])
 
 
 def test_a_nas_export_needs_no_plugin(tmp_path):
@@ -170,3 +173,4 @@ def test_a_nas_export_needs_no_plugin(tmp_path):
         print(name, "nas", report["max_logprob_difference"])
         assert report["cached"] == [0, 1, 3, 4], name
         assert report["max_logprob_difference"] <= 1e-3 and report["greedy_tokens_equal"], name
+        seen("vLLM, nas", name, report["max_logprob_difference"])

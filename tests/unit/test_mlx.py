@@ -10,6 +10,7 @@ from blockpruner.checkpoints.mlx import export_mlx
 from blockpruner.checkpoints.registry import MLX, WINDOWED, require_families
 from blockpruner.core.errors import InputError
 from blockpruner.model.classes import MLX_CODE, has_our_code
+from tests.cells import seen
 from tests.fakes import InProcess
 from tests.plans import fetch_tiny, narrow_plan, plan_of, pruning
 
@@ -38,7 +39,8 @@ def test_every_family(tmp_path, family, monkeypatch):
     dense = fetched(tmp_path, family)
     export_mlx(pruning(dense, plan_of(dense, HOLES)), tmp_path / "out")
     report = json.loads((tmp_path / "out" / "verification.json").read_text())
-    assert report["ok"] and report["cache_layers"] == 4
+    assert report["ok"] and report["cache_layers"] == 4 and report["greedy_tokens_equal"]
+    seen("mlx-lm", family, report["max_logit_difference_cached"])
     assert max(report["max_logit_difference"], report["max_logit_difference_cached"]) <= report["tolerance"]
     assert {path.name for path in (tmp_path / "out").glob("*.py")} == {MLX_CODE.name}
     assert has_our_code(tmp_path / "out")
