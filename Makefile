@@ -112,8 +112,8 @@ test-slow: setup $(SLOW_VENV)/.ready $(QUANT_VENV)/.ready
 families: setup $(SLOW_VENV)/.ready
 	@rm -f build/cells && mkdir -p build
 	HF_HUB_OFFLINE=1 BLOCKPRUNER_VLLM="$(CURDIR)/$(SLOW_VENV)/bin" BLOCKPRUNER_CELLS="$(CURDIR)/build/cells" \
-	$(BIN)/python -m pytest -m "" tests/slow/test_engines.py tests/unit/test_mlx.py tests/slow/test_vllm.py \
-	-k "engine or every_family or needs_no_plugin"
+	$(BIN)/python -m pytest -m "" tests/slow/test_engines.py tests/unit/test_mlx.py tests/unit/test_gguf.py \
+	tests/slow/test_vllm.py -k "transformers_computes or every_family or what_models_have or needs_no_plugin"
 	$(BIN)/python -m tests.cells build/cells
 	$(BIN)/python -m blockpruner.reporting.paper.publish
 

@@ -327,11 +327,11 @@ def export(
 
 def exported(form: str, place: Path) -> dict[str, Any]:
     """Facts on a checkpoint: format, path, `for` (the engines that load it), verified, verified_by."""
-    from blockpruner.checkpoints.registry import EXPORTS
+    from blockpruner.checkpoints.registry import engines_of
     from blockpruner.store.files import read_json
     from blockpruner.store.manifest import REPORT_FILE
 
-    report, engines = place / REPORT_FILE, EXPORTS[form].engines
+    report, engines = place / REPORT_FILE, engines_of(form, place)
     seen = read_json(report) if report.exists() else {}  # a format of another package may have none
     facts = {"format": form, "path": str(place), "for": engines}
     return facts | {"verified": bool(seen.get("ok")), "verified_by": seen.get("engine", ", ".join(engines))}

@@ -33,7 +33,15 @@ def main(path: Path, table: Path = TABLE) -> None:
         rows.writerow(["family", *ENGINES])
         for family in FAMILIES:
             cells = (found.get((engine, family)) for engine in ENGINES)
-            rows.writerow([family, *("–" if cell is None else f"✓ {cell:.0e}" for cell in cells)])
+            rows.writerow(
+                [
+                    family,
+                    *(
+                        "–" if cell is None else f"✓ {cell:.0e}".replace("0e+00", "0").replace("e-0", "e-")
+                        for cell in cells
+                    ),
+                ]
+            )
 
 
 if __name__ == "__main__":

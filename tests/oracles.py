@@ -195,7 +195,8 @@ def recorded(model, base, tokens):
             handles.append(layer.register_forward_hook(keep(index), with_kwargs=True))
             for block in {BlockId(kind, index) for kind in BlockKind} - base:
                 branch = row.branch(block.kind)
-                for part, end in ((branch.norm or branch.module, 0), (branch.post or branch.module, 1)):
+                module, _ = branch.names(layer)
+                for part, end in ((branch.norm or module, 0), (branch.post or module, 1)):
                     handles.append(getattr(layer, part).register_forward_hook(keep((block, end)), with_kwargs=True))
         with torch.no_grad():
             model(input_ids=ids, use_cache=False)

@@ -23,6 +23,11 @@ VOCABULARY = 260
 GROUPED = {"num_key_value_heads": 2}
 GEMMA = GROUPED | {"head_dim": 12, "sliding_window": 6, "query_pre_attn_scalar": 12, "tie_word_embeddings": False}
 EXPERTS = {"num_experts_per_tok": 2}
+DELTA = {
+    "head_dim": 12, "full_attention_interval": 2, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 6,
+}  # fmt: skip
+SHARED = {"num_experts": 3, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 20}
 NEOX = {"rotary_pct": 0.5, "rotary_emb_base": 100}
 EXTRA: dict[str, dict[str, Any]] = {
     "llama": GROUPED,
@@ -51,6 +56,9 @@ EXTRA: dict[str, dict[str, Any]] = {
     "mixtral": GROUPED | EXPERTS | {"num_local_experts": 3},
     "qwen3_moe": GROUPED | EXPERTS | {"num_experts": 3, "moe_intermediate_size": 24, "mlp_only_layers": [2]},
     "qwen3_moe step": GROUPED | EXPERTS | {"num_experts": 3, "moe_intermediate_size": 24, "decoder_sparse_step": 2},
+    "qwen3_next": GROUPED | EXPERTS | DELTA | SHARED | {"mlp_only_layers": [2]},
+    "qwen3_5_text": GROUPED | DELTA,
+    "qwen3_5_moe_text": GROUPED | EXPERTS | DELTA | SHARED,
     "gpt_neox": NEOX,
     "gpt_neox sequential": NEOX | {"use_parallel_residual": False},
 }
@@ -59,8 +67,8 @@ EXTRA: dict[str, dict[str, Any]] = {
 VARIANTS = sorted(EXTRA.keys() | FAMILIES)
 """Every family, a new row without extras too, and the variants."""
 
-VARIANTS_DAILY = ("llama", "gemma3_text", "qwen3_moe", "gpt_neox")
-"""One of each kind: plain; norms behind writers and sliding windows; experts; parallel residuals."""
+VARIANTS_DAILY = ("llama", "gemma3_text", "qwen3_moe", "qwen3_5_text", "gpt_neox")
+"""One of each kind: plain; norms behind writers and sliding windows; experts; linear attentions; parallel residuals."""
 
 GRID = [pytest.param(name, marks=() if name in VARIANTS_DAILY else pytest.mark.slow) for name in VARIANTS]
 """To parametrize: all variants, the others of a kind only in `make test-slow`."""
@@ -69,7 +77,10 @@ GRID = [pytest.param(name, marks=() if name in VARIANTS_DAILY else pytest.mark.s
 def tolerance(variant: str) -> float:
     """How far two computations of a float64 tiny model's logits or losses may be apart, in rows or batches of other
     lengths. Transformers' eager attention, which Gemma 2 has, takes its softmax in float32 whatever the model's dtype,
-    and how that is rounded depends on the length, on the pads, and on the processor's vector instructions."""
+    as does its linear attention all of its products, and how that is rounded depends on the length, on the pads, and on
+    the processor's vector instructions."""
+    if FAMILIES[variant.split()[0]].mha.linear:
+        return 1e-4
     return 1e-5 if variant == "gemma2" else 1e-10
 
 

@@ -10,9 +10,8 @@ from typing import Any
 
 import yaml
 
-from blockpruner.checkpoints.registry import EXPORTS
+from blockpruner.checkpoints.registry import EXPORTS, engines_of
 from blockpruner.core.errors import package
-from blockpruner.core.families import FAMILIES
 from blockpruner.core.markdown import code, plain
 from blockpruner.core.plan import Plan
 from blockpruner.evaluation.kinds import in_words
@@ -128,8 +127,7 @@ nothing else. The tokenizer needs no code: `False` keeps transformers from askin
 
 
 def _serving(form: str, dense: Path, module: str | None) -> str:
-    in_vllm = FAMILIES[read_json(dense / "config.json")["model_type"]].in_vllm
-    if form == "hf" and (module == "modeling_slicegpt.py" or not in_vllm):
+    if form == "hf" and (module == "modeling_slicegpt.py" or "vLLM" not in engines_of(form, dense)):
         return ""
     engine, command = EXPORTS[form].engines[-1], EXPORTS[form].commands[-1].format(path=HERE)
     plugin = " with the plugin in `blockpruner`, and runs no code of this directory" if module else ""

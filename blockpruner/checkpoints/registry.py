@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blockpruner.core.errors import InputError, missing
+from blockpruner.core.families import FAMILIES
 from blockpruner.core.registry import Registry
 from blockpruner.methods.kind import Kind
+from blockpruner.store.files import read_json
 
 if TYPE_CHECKING:
     from blockpruner.methods.apply import Pruning
@@ -76,6 +78,15 @@ def _others(row: Export, model_type: str) -> str:
         if other.families is not None and model_type in other.families and {*other.engines} & {*row.engines}:
             return f"for {row.engines[0]} name {other.name}"
     return "leave it out (docs/serving.md says what other engines load)"
+
+
+def engines_of(form: str, model: Path) -> tuple[str, ...]:
+    """The engines that load a format of the model of a folder, its own or the dense model's. Of the `hf` format vLLM
+    lacks some families, and SliceGPT's models."""
+    row, path = EXPORTS[form], model / "config.json"
+    base = str(read_json(path).get("model_type")).removesuffix("_blockpruned") if path.exists() else ""
+    is_unknown = base.endswith("_slicegpt") or (base in FAMILIES and not FAMILIES[base].in_vllm)
+    return tuple(name for name in row.engines if name != "vLLM" or not is_unknown)
 
 
 def require_packages(names: Sequence[str]) -> None:

@@ -8,8 +8,8 @@ from blockpruner.core.blocks import removable_units
 from blockpruner.core.budgets import parse_budget
 from blockpruner.core.families import Config, count_parameters
 from blockpruner.healing.memory import step_bytes
-from blockpruner.methods.recipes import compensation, proposals, searches
-from blockpruner.methods.registry import kind_of_method, require_budgets
+from blockpruner.methods.recipes import compensation, proposals, require_reached
+from blockpruner.methods.registry import kind_of_method
 from blockpruner.reporting.formats import size
 from blockpruner.scoring.work import BYTES
 from blockpruner.settings import Run
@@ -17,7 +17,7 @@ from blockpruner.settings import Run
 
 def dry_run(run: Run, config: Config, budget: str) -> dict[str, Any]:
     """Count what a run removes and needs; raises InputError for a budget that no model of this shape reaches."""
-    require_budgets(next(iter(searches(run.score).values())), config, (budget,))
+    require_reached(run.score, config, budget)
     layers, counts = int(config["num_hidden_layers"]), count_parameters(config)
     wanted = parse_budget(budget, counts)
     share = wanted.ratio if wanted.resource == "parameters" else None

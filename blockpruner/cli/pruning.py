@@ -38,8 +38,8 @@ from blockpruner.inputs.settings import Calibration
 from blockpruner.inputs.texts import load_texts
 from blockpruner.inputs.tokenizers import conversation, load_tokenizer
 from blockpruner.methods.blocks.kind import require_of
-from blockpruner.methods.recipes import compensation, searches
-from blockpruner.methods.registry import KINDS, require_budgets
+from blockpruner.methods.recipes import compensation, require_reached, searches
+from blockpruner.methods.registry import KINDS
 from blockpruner.methods.score import open_material
 from blockpruner.settings import Run
 from blockpruner.store.files import read_json, set_aside
@@ -131,7 +131,7 @@ class Place:
         from blockpruner.methods.healed import COMPENSATE_FACTS
 
         config, method = self.config_of(run), compensation(run.compensate.method, run.score.method)
-        require_budgets(next(iter(searches(run.score).values())), config, (budget,))
+        require_reached(run.score, config, budget)
         pool, dense = self._pool(run), self.fetch(run)
         tokenizer, base = load_tokenizer(dense, run.model.trust_remote_code), checkpoint_identity(dense)
         judged, wanted = len(searches(run.score)) > 1, (run.calibration, run.compensate, run.train)

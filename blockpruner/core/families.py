@@ -30,6 +30,18 @@ class Branch:
     """The norm after the module; None where there is none."""
     shares_norm: bool = False
     """The layer's other branch reads the norm before the module, too; it goes with the layer only."""
+    linear: tuple[str, str] | None = None
+    """The names of module and output in a hybrid's layers of linear attention, whose state does not grow with the text
+    and which return no weights."""
+
+    def names(self, layer: object) -> tuple[str, str]:
+        """Module and output, by the names that they have in this layer."""
+        return self.linear if self.linear and hasattr(layer, self.linear[0]) else (self.module, self.output)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """All names that the module has in one layer or another."""
+        return (self.module, self.linear[0]) if self.linear else (self.module,)
 
     @property
     def norms(self) -> tuple[str, ...]:
@@ -120,21 +132,23 @@ def count_parameters(config: Config) -> Costs:
 
 
 def count_kv_cache(config: Config) -> Costs:
-    """Numbers that the KV cache holds for one token: keys and values of every MHA block."""
+    """Numbers that the KV cache holds for one token: keys and values of every MHA block. The state of a linear
+    attention is as large whatever the number of tokens, and counts as none."""
     _, kv_heads, head = attention_heads({**FAMILIES[str(config["model_type"])].defaults, **config})
-    values = 2 * kv_heads * head
     blocks = {
-        block: values if block.kind is BlockKind.MHA else 0 for block in all_blocks(int(config["num_hidden_layers"]))
+        block: 0 if block.kind is BlockKind.MLP or is_linear(config, block.layer) else 2 * kv_heads * head
+        for block in all_blocks(int(config["num_hidden_layers"]))
     }
     return Costs(total=sum(blocks.values()), blocks=blocks)
 
 
 def count_products(config: Config) -> tuple[dict[BlockId, int], int]:
     """Multiplications for one token: in each block's matrices; and between an MHA block's queries and the keys of one
-    token that it attends to (there are as many with its values). MHA and MLP must follow one another."""
+    token that it attends to (there are as many with its values). MHA and MLP must follow one another, and no attention
+    be linear."""
     family = FAMILIES[str(config["model_type"])]
     config = {**family.defaults, **config}
-    assert not family.is_parallel(config)
+    assert not family.is_parallel(config) and family.mha.linear is None
     heads, _, head = attention_heads(config)
     mha = _attention(config)
     blocks = {
@@ -149,6 +163,15 @@ def attention_heads(config: Config) -> tuple[int, int, int]:
     heads = int(config["num_attention_heads"])
     kv_heads = int(config.get("num_key_value_heads") or heads)
     return heads, kv_heads, int(config.get("head_dim") or config["hidden_size"] // heads)
+
+
+def is_linear(config: Config, layer: int) -> bool:
+    """Whether the layer's attention is linear, in a hybrid."""
+    if FAMILIES[str(config["model_type"])].mha.linear is None:
+        return False
+    types = config.get("layer_types")
+    every = int(config.get("full_attention_interval", 4))  # where a config.json names no types
+    return bool(types[layer] == "linear_attention" if types else (layer + 1) % every)
 
 
 def _types(config: Config, layers: Sequence[tuple[int, int]]) -> Config:
@@ -200,6 +223,18 @@ def wide_norms(config: Config, layer: int) -> int:
     return optional_bias(config, layer) + (heads + kv_heads) * head
 
 
+def gated_attention(config: Config, layer: int) -> int:
+    """Qwen3-Next's kinds: attention with head norms and a gate as wide as its queries; or a gated delta net."""
+    hidden = int(config["hidden_size"])
+    if not is_linear(config, layer):
+        gate = attention_heads(config)[0] * attention_heads(config)[2]
+        return head_norms(config, layer) + gate * (hidden + bool(config.get("attention_bias", False)))
+    heads, width = int(config["linear_num_value_heads"]), int(config["linear_value_head_dim"])
+    keys, values = int(config["linear_num_key_heads"]) * int(config["linear_key_head_dim"]), heads * width
+    convolved = (2 * keys + values) * int(config["linear_conv_kernel_dim"])
+    return hidden * (2 * keys + 3 * values + 2 * heads) + convolved + 2 * heads + width
+
+
 def gated_mlp(config: Config, layer: int) -> int:
     biases = 2 * int(config["intermediate_size"]) + int(config["hidden_size"])
     return _gated_products(config) + (biases if config.get("mlp_bias", config.get("use_bias", False)) else 0)
@@ -218,7 +253,9 @@ def _mixture(config: Config, inner: str, *, routed: bool = False) -> int:
     """A mixture of gated MLPs with its router; where `routed`, only those that a token goes to, and the router."""
     count = int(config.get("num_local_experts") or config["num_experts"])
     used = int(config["num_experts_per_tok"]) if routed else count
-    return used * _gated_products(config, inner) + int(config["hidden_size"]) * count
+    shared, hidden = "shared_expert_intermediate_size", int(config["hidden_size"])
+    own = _gated_products(config, shared) + hidden if shared in config else 0  # an expert of every token, and its gate
+    return used * _gated_products(config, inner) + hidden * count + own
 
 
 def _sparse_products(config: Config, layer: int) -> int:
@@ -242,6 +279,8 @@ AFTER_NORMS: dict[str, Any] = {
     "mha": Branch("self_attn", None, "o_proj", "post_attention_layernorm"),
     "mlp": Branch("mlp", None, "down_proj", "post_feedforward_layernorm"),
 }
+HYBRID = Branch("self_attn", "input_layernorm", "o_proj", linear=("linear_attn", "out_proj"))
+STEPS: dict[str, Any] = {"mlp_only_layers": (), "decoder_sparse_step": 1}
 QKV_BIAS = {"attention_bias": True, "attention_out_bias": False, "head_dim": 128}
 TIED = {"tie_word_embeddings": True}
 FAMILIES: Registry[Family] = Registry(
@@ -310,7 +349,39 @@ FAMILIES: Registry[Family] = Registry(
             _sparse_products,
             has_one_mlp=False,
             renumbered=_sparse_layers,
-            defaults={"mlp_only_layers": (), "decoder_sparse_step": 1},
+            defaults=STEPS,
+        ),
+        Family(
+            "qwen3_next",
+            "Qwen3Next",
+            gated_attention,
+            _sparse_mlp,
+            _sparse_products,
+            has_one_mlp=False,
+            in_vllm=False,
+            renumbered=_sparse_layers,
+            defaults=STEPS | {"head_dim": 256},
+            mha=HYBRID,
+        ),
+        Family(
+            "qwen3_5_text",
+            "Qwen3_5",
+            gated_attention,
+            gated_mlp,
+            in_vllm=False,
+            defaults={"head_dim": 256},
+            mha=HYBRID,
+        ),
+        Family(
+            "qwen3_5_moe_text",
+            "Qwen3_5Moe",
+            gated_attention,
+            lambda c, layer: _mixture(c, "moe_intermediate_size"),
+            lambda c, layer: _mixture(c, "moe_intermediate_size", routed=True),
+            has_one_mlp=False,
+            in_vllm=False,
+            defaults={"head_dim": 256},
+            mha=HYBRID,
         ),
         Family(
             "gpt_neox",

@@ -102,7 +102,9 @@ def answers(
         for number, (given, rest) in enumerate(requests)
     ]
     found: dict[int, Answer] = {}
-    made = groups(cut)
+    # the state of a linear attention belongs to one request
+    is_hybrid = "linear_attention" in (getattr(model.config, "layer_types", None) or ())
+    made = [Group(0, (one,)) for one in cut] if is_hybrid else groups(cut)
     passes = _Passes(pass_tokens(model.device))
 
     def score(requests: Sequence[Continuation], before: Before | None = None) -> None:

@@ -82,9 +82,15 @@ def generate(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> Generat
         token = _next_token(model, token, cache)
         tokens.append(token)
     ended = _now(model)
-    layers: list[Any] = cache.layers
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    held = sum(tensor.nbytes for layer in cache.layers for tensor in _held(layer))
     return Generation(torch.cat(tokens, dim=1), prefilled - started, ended - prefilled, held)
+
+
+def _held(layer: Any) -> tuple[Tensor, ...]:
+    """What a layer of the cache holds: keys and values, or the states of a linear attention."""
+    if hasattr(layer, "keys"):
+        return layer.keys, layer.values
+    return (*layer.conv_states.values(), *layer.recurrent_states.values())
 
 
 def turns(names: Sequence[str], repeats: int) -> Iterator[tuple[int, str]]:

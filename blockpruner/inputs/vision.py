@@ -16,7 +16,7 @@ from blockpruner.store.files import read_json, write_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-WHOLE = ("gemma3", "mistral3", "qwen3_vl")
+WHOLE = ("gemma3", "mistral3", "qwen3_vl", "qwen3_5", "qwen3_5_moe")
 """The `model_type` of models whose text model is taken out."""
 
 RENAMED = {"qwen3_vl_text": "qwen3"}

@@ -10,8 +10,8 @@ from typing import Any
 
 from blockpruner.core.blocks import removable_units
 from blockpruner.core.budgets import read_budget
-from blockpruner.core.errors import InputError
-from blockpruner.core.families import Config, count_parameters
+from blockpruner.core.errors import InputError, UnreachableError
+from blockpruner.core.families import FAMILIES, Config, count_parameters
 from blockpruner.scoring.settings import Score
 
 
@@ -34,6 +34,8 @@ def _one(title: str, published: tuple[str, ...] = (), /, **score: Any) -> Recipe
 
 
 RECOMMENDED, BLOCKPRUNER = "recommended", "blockpruner"
+OF_MIXTURES = "attentions"
+"""The only search of the recommended recipe on a mixture of experts: those are for expert pruning."""
 BI, RM = "block_influence", "relative_magnitude"
 LAYERS: Mapping[str, Any] = {"method": "one_shot", "unit": "layer"}
 NEAR = 0.1
@@ -49,6 +51,7 @@ RECIPES: Mapping[str, Recipe] = {
             "floating": {"method": "floating", "acceleration": "lazy+race"},
             "narrow": {"method": "narrow", "acceleration": None, "metric": "perplexity"},
             "greedy-shifted": {"method": "greedy", "acceleration": "lazy+race", "unit": "shifted"},
+            OF_MIXTURES: {"method": "greedy", "acceleration": "lazy+race", "candidates": "mha"},
         },
         "refit",
     ),
@@ -116,10 +119,13 @@ def searches(score: Score) -> dict[str, Score]:
 def proposals(score: Score, config: Config, budget: str) -> dict[str, Score]:
     """The searches whose results compete for a budget: that of shifted layers or, where these do not come near it, the
     first one; and narrower MLPs where they reach it. The first one alone searches for a budget that is not a share of
-    all parameters, or that cannot be met at all, which it refuses with words."""
+    all parameters, or that cannot be met at all, which it refuses with words. See also `OF_MIXTURES`."""
     from blockpruner.methods.registry import kind_of_method, require_budgets
 
     found = searches(score)
+    of_mixtures = found.pop(OF_MIXTURES, None)
+    if of_mixtures is not None and not FAMILIES[str(config["model_type"])].has_one_mlp:
+        return {OF_MIXTURES: of_mixtures}
     first, *others = found
     wanted, unit = read_budget(budget)
     costs = count_parameters(config)
@@ -140,6 +146,20 @@ def proposals(score: Score, config: Config, budget: str) -> dict[str, Score]:
     layers = [name for name in others if kind_of_method(found[name].method).removes_blocks]
     able = [name for name in others if unit == "" and (is_near if name in layers else is_reached)(found[name])]
     return {name: found[name] for name in (*able, *(() if {*able} & {*layers} else (first,)))}
+
+
+def require_reached(score: Score, config: Config, budget: str) -> None:
+    """Refuse, before anything is computed, a budget that no search of the section reaches; raises UnreachableError."""
+    from blockpruner.methods.registry import require_budgets
+
+    (name, *_) = found = proposals(score, config, budget)
+    try:
+        require_budgets(found[name], config, (budget,))
+    except UnreachableError as error:
+        if name != OF_MIXTURES:
+            raise
+        words = "of a mixture only MHA blocks are removed by default; its experts are for expert pruning"
+        raise UnreachableError(f"{error}; {words}, and --method {BLOCKPRUNER} removes whole mixtures, too") from None
 
 
 def compensation(own: str | None, method: str) -> str:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -55,8 +56,11 @@ from transformers import (
     Olmo3Config,
     Phi3Config,
     Qwen2Config,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
     SeedOssConfig,
     SmolLM3Config,
 )
@@ -87,12 +91,22 @@ AROUND_GLM4 = (
 )
 """Where a family has its norms."""
 
+LINEAR, LINEAR_TYPE, FULL = "linear_attn", "linear_attention", "full_attention"
+"""In hybrids: the module of a linear attention, and the types of layers with and without one."""
+
 
 class NoMHA(nn.Module):
     """A removed attention: adds zero, touches no cache."""
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: object) -> tuple[torch.Tensor, None]:
         return hidden_states.new_zeros(()), None
+
+
+class NoLinearAttention(NoMHA):
+    """A removed linear attention, which gives no weights."""
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        return hidden_states.new_zeros(())
 
 
 class NoMLP(nn.Module):
@@ -107,11 +121,17 @@ def unchanged(hidden_states: torch.Tensor) -> torch.Tensor:
     return hidden_states
 
 
+def name_in(layer: nn.Module, module: str) -> str:
+    """The name of a branch's module in this layer: in a hybrid, a layer may have a linear attention in its place."""
+    return module if hasattr(layer, module) else LINEAR
+
+
 def remove_blocks_(layers: nn.ModuleList, mha: set[int], mlp: set[int], branches: Branches) -> None:
     """Replace the branches of the given layers, norms included, by holes."""
     for removed, (module, *norms), hole in ((mha, branches[0], NoMHA), (mlp, branches[1], NoMLP)):
         for index in removed:
-            setattr(layers[index], module, hole())
+            name = name_in(layers[index], module)
+            setattr(layers[index], name, NoLinearAttention() if name == LINEAR else hole())
             for norm in norms:  # tools find norms by modules' names, and look for the linears behind each
                 layers[index]._modules.pop(norm, None)
                 setattr(layers[index], norm, unchanged)
@@ -121,9 +141,10 @@ def narrow_mlps_(layers: nn.ModuleList, config, module: str) -> None:
     """Replace the MLPs that are not as wide as the family's by narrower ones."""
     for layer, width in zip(layers, config.mlp_widths or (), strict=False):
         if width != config.intermediate_size:
-            narrow = copy.copy(config)
+            narrow, kind = copy.copy(config), type(getattr(layer, module))
             narrow.intermediate_size = width
-            setattr(layer, module, type(getattr(layer, module))(narrow))
+            takes_width = "intermediate_size" in inspect.signature(kind).parameters
+            setattr(layer, module, kind(narrow, width) if takes_width else kind(narrow))
 
 
 def drop_layers_(layers: nn.ModuleList, kept) -> None:
@@ -136,7 +157,8 @@ def drop_layers_(layers: nn.ModuleList, kept) -> None:
 def number_attentions_(layers: nn.ModuleList, module: str) -> None:
     """Number the remaining attentions 0..n-1: a cache takes an attention's number for its slot, and takes the
     length of the past from slot 0."""
-    present = [attention for layer in layers if not isinstance(attention := getattr(layer, module), NoMHA)]
+    found = (getattr(layer, name_in(layer, module)) for layer in layers)
+    present = [attention for attention in found if not isinstance(attention, NoMHA)]
     for number, attention in enumerate(present):
         attention.layer_idx = number
 
@@ -162,6 +184,8 @@ class BlockPrunedConfigMixin:
         config.num_hidden_layers = self.num_hidden_layers - len(removed)
         if getattr(self, "layer_types", None) is not None:
             config.layer_types = [t for i, t in enumerate(self.layer_types) if i not in removed]
+            if {*config.layer_types} == {LINEAR_TYPE}:  # a cache counts tokens in an attention of another type
+                config.num_hidden_layers, config.layer_types = config.num_hidden_layers + 1, [*config.layer_types, FULL]
         config.__dict__["_whole"] = self
         return config
 
@@ -172,7 +196,7 @@ class BlockPrunedConfigMixin:
 
     def get_text_config(self, decoder=None, encoder=None):
         """Caches ask for the decoder's config, and only they pass `decoder` for a text model."""
-        if decoder and self.layers_without_mha:
+        if decoder and (self.layers_without_mha or {*(getattr(self, "layer_types", None) or ())} == {LINEAR_TYPE}):
             return self.cache_config()
         return self
 
@@ -375,6 +399,9 @@ add_family(GraniteConfig, "Granite")
 add_family(Cohere2Config, "Cohere2", (("self_attn",), ("mlp",)))  # both read one norm, which stays
 add_family(MixtralConfig, "Mixtral")
 add_family(Qwen3MoeConfig, "Qwen3Moe")
+add_family(Qwen3NextConfig, "Qwen3Next")
+add_family(Qwen3_5TextConfig, "Qwen3_5")
+add_family(Qwen3_5MoeTextConfig, "Qwen3_5Moe")
 add_family(
     GPTNeoXConfig, "GPTNeoX", (("attention", "input_layernorm"), ("mlp", "post_attention_layernorm")), "gpt_neox.layers"
 )

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from blockpruner.core.blocks import BlockId, BlockKind, Mask, format_mask, pack_layers
 from blockpruner.core.errors import DeviceMemoryError, InputError, extra
-from blockpruner.core.families import FAMILIES, Family, require_supported
+from blockpruner.core.families import FAMILIES, Family, is_linear, require_supported
 from blockpruner.model import accelerator
 from blockpruner.model import modeling_blockpruned as blockpruned
 from blockpruner.model.allocator import keep_freed_memory
@@ -293,7 +293,7 @@ def restored(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     layers, config = decoder_layers(model), model.config
     dense = list(layers)
     modules = [(part, dict(part._modules), dict(part._parameters)) for layer in dense for part in layer.modules()]
-    attentions = [getattr(layer, model_family(model).mha.module) for layer in dense]
+    attentions = [getattr(layer, model_family(model).mha.names(layer)[0]) for layer in dense]
     numbers = [attention.layer_idx for attention in attentions]
     config_class, fields = config.__class__, dict(config.__dict__)
     try:
@@ -336,7 +336,9 @@ def prune_(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
     _check(mask, len(layers))
     packed = pack_layers(mask, len(layers))
     whole = [(mha, mlp) for mha, mlp in packed if mha is not None and mlp is not None]
-    if len(whole) == len(packed) and not family.is_parallel(model.config.to_dict()):
+    fields = model.config.to_dict()
+    counts = any(mha is not None and not is_linear(fields, mha) for mha, _ in packed)  # what a cache counts tokens by
+    if len(whole) == len(packed) and not family.is_parallel(fields) and (counts or family.mha.linear is None):
         for mha, mlp in whole:
             for name in (family.mlp.module, *family.mlp.norms):
                 setattr(layers[mha], name, getattr(layers[mlp], name))

@@ -93,11 +93,16 @@ class Forward:
     def _block(self, block: BlockId, hidden: Tensor, layer_kwargs: LayerKwargs, packed: Tensor | None = None) -> Tensor:
         """What a block adds to the stream; an MLP, which sees each token alone, computes no pads if they are known."""
         layer, branch = self._layers[block.layer], self._family.branch(block.kind)
-        module, states = getattr(layer, branch.module), hidden.to(self._device(block.layer))
+        name, states = branch.names(layer)[0], hidden.to(self._device(block.layer))
+        module = getattr(layer, name)
         if branch.norm is not None:
             states = getattr(layer, branch.norm)(states)
         if block.kind is BlockKind.MHA:
-            states = module(hidden_states=states, **layer_kwargs[block.layer])[0]
+            given = layer_kwargs[block.layer]
+            if name == branch.module:
+                states = module(hidden_states=states, **given)[0]
+            else:  # a linear attention takes no positions
+                states = module(hidden_states=states, **{k: v for k, v in given.items() if "position" not in k})
         elif packed is None:
             states = module(states)
         else:

@@ -226,7 +226,8 @@ class Streams(Engine):
 
     def writer(self, block: BlockId) -> nn.Linear | None:
         """The last projection of a block; None where it has many, as a mixture of experts."""
-        found = getattr(self._module(block), self._family.branch(block.kind).output, None)
+        name = self._family.branch(block.kind).names(self._layers[block.layer])[1]
+        found = getattr(self._module(block), name, None)
         return found if isinstance(found, nn.Linear) else None
 
     def weight(self, block: BlockId) -> Tensor:
@@ -264,7 +265,8 @@ class Streams(Engine):
         return self._home if states + batch + sums_bytes(inner, hidden) <= self._room else torch.device("cpu")
 
     def _module(self, block: BlockId) -> nn.Module:
-        found: nn.Module = getattr(self._layers[block.layer], self._family.branch(block.kind).module)
+        layer = self._layers[block.layer]
+        found: nn.Module = getattr(layer, self._family.branch(block.kind).names(layer)[0])
         return found
 
     def _read(self, state: Tensor) -> Tensor:

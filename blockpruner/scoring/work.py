@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from blockpruner.core.blocks import DENSE, Mask
-from blockpruner.core.families import FAMILIES, Config, count_parameters
+from blockpruner.core.families import FAMILIES, Config, attention_heads, count_parameters
 from blockpruner.scoring.metrics import NLL, Metric
 from blockpruner.store.trials import Origin
 
@@ -66,8 +66,9 @@ def fit_bytes(config: Config, dtype: str, visits: bool = False) -> int:
     """The least memory of a device on which writers are fitted; with `visits`, only one layer is there at a time."""
     family, item, hidden = FAMILIES[str(config["model_type"])], BYTES[dtype], int(config["hidden_size"])
     costs, inner = count_parameters(config), inner_size(config)
-    head = int(config.get("head_dim") or hidden // int(config["num_attention_heads"]))
-    mha, mlp = int(config["num_attention_heads"]) * head, inner if family.has_one_mlp else 0
+    heads, _, head = attention_heads({**family.defaults, **config})
+    linear = int(config.get("linear_num_value_heads", 0)) * int(config.get("linear_value_head_dim", 0))
+    mha, mlp = max(heads * head, linear), inner if family.has_one_mlp else 0
     width = mha + mlp if family.is_parallel(config) else max(mha, mlp)
     sums = sums_bytes(width, hidden, family.mlp.post is not None) + 4 * HELD_OUT * (width + 2 * hidden)
     in_layers = sum(costs.blocks.values())

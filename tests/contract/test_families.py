@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from blockpruner.core.blocks import DENSE, all_blocks, parse_mask
+from blockpruner.core.blocks import DENSE, BlockKind, all_blocks, parse_mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import FAMILIES, count_kv_cache, count_parameters
 from blockpruner.model import modeling_blockpruned
@@ -86,7 +86,7 @@ def test_masked_then_exit_restores_everything(family, mask):
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert torch.equal(model(IDS).logits, logits)
     assert model.config.to_dict() == config
-    attentions = [getattr(layer, model_family(model).mha.module) for layer in decoder_layers(model)]
+    attentions = [getattr(layer, model_family(model).mha.names(layer)[0]) for layer in decoder_layers(model)]
     assert [attention.layer_idx for attention in attentions] == [0, 1, 2, 3]
 
 
@@ -107,7 +107,9 @@ def test_pruned_equals_masked(family, mask):
     assert torch.equal(generate(pruned, cache_implementation="static"), tokens)
 
     cache = pruned(IDS[:, :5], use_cache=True).cache
-    held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    growing = [layer for layer in cache.layers if hasattr(layer, "keys")]
+    held = sum(layer.keys.numel() + layer.values.numel() for layer in growing)
+    assert len(cache.layers) == 4 - sum(block.kind is BlockKind.MHA for block in removed)
     values = count_kv_cache(config)
     assert held == (values.total - sum(values.blocks[block] for block in removed)) * 2 * 5
     step = pruned(IDS[:, 5:6], cache=cache, use_cache=True).logits[:, -1]
@@ -118,6 +120,20 @@ def test_pruned_equals_masked(family, mask):
     if pruned.config._attn_implementation == "eager":  # in float64, transformers' own is NaN where all is masked
         pruned = pruned.float()
     assert torch.equal(generate(pruned, padded, mask2)[:, 3:], tokens)
+
+
+@pytest.mark.parametrize("family", [name for name in VARIANTS if FAMILIES[name.split()[0]].mha.linear])
+def test_a_hybrid_without_attentions_that_grow_decodes_with_its_states_alone(family):
+    model, removed = tiny_model(family), parse_mask("mha.1,mha.3,mlp.0")
+    with masked(model, removed):
+        tokens = generate(model, use_cache=False)
+    pruned = prune_(copy.deepcopy(model), removed)
+    assert set(pruned.config.cache_config().layer_types) == {
+        "linear_attention",
+        "full_attention",
+    }  # the last one counts
+    assert torch.equal(generate(pruned), tokens)
+    assert torch.equal(generate(pruned, cache_implementation="static"), tokens)
 
 
 @families
@@ -131,8 +147,9 @@ def test_what_fills_whole_layers_is_a_plain_model(family, mask, layers):
         logits, tokens = model(IDS).logits, generate(model)
     kind = type(model)
     pruned = prune_(copy.deepcopy(model), removed)
-    if model_family(model).is_parallel(model.config.to_dict()):
-        assert type(pruned) is not kind
+    only_linear = layers == 1 and model_family(model).mha.linear is not None
+    if model_family(model).is_parallel(model.config.to_dict()) or only_linear:
+        assert type(pruned) is not kind and torch.equal(generate(pruned), tokens)
         return
     assert type(pruned) is kind and type(pruned.config) is type(model.config)
     assert pruned.config.num_hidden_layers == len(decoder_layers(pruned)) == layers

@@ -12,11 +12,12 @@ import torch
 from huggingface_hub import metadata_load
 from safetensors.torch import load_file
 
+from blockpruner.core.errors import UnreachableError
 from blockpruner.core.settings import HubTexts
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.inputs.texts import write_texts
 from blockpruner.methods.healed import save_healed
-from blockpruner.methods.recipes import proposals
+from blockpruner.methods.recipes import proposals, recipe, require_reached
 from blockpruner.params import load_run
 from blockpruner.scoring.settings import Score
 from blockpruner.store.files import read_json, write_json
@@ -126,6 +127,17 @@ def test_the_proposal_that_judges_find_best_is_kept(project):
 )
 def test_whole_layers_compete_where_they_come_near_the_budget(budget, searches):
     assert [*proposals(Score(method="recommended"), tiny_model("llama").config.to_dict(), budget)] == searches
+
+
+def test_a_mixture_loses_attentions_alone_unless_the_method_is_named():
+    config, score = tiny_model("mixtral").config.to_dict(), Score(method="recommended")
+    (found,) = proposals(score, config, "0.02").values()
+    assert (found.candidates, found.unit, recipe("recommended").compensate) == ("mha", "block", "refit")
+    require_reached(score, config, "0.02")
+    with pytest.raises(UnreachableError, match=r"largest reachable is 4blocks.*its experts are for expert pruning"):
+        require_reached(score, config, "0.4")
+    require_reached(Score(method="greedy"), config, "0.4")
+    require_reached(score, tiny_model("llama").config.to_dict(), "0.4")
 
 
 def test_stage_trains_and_every_export_has_the_weights(project):

@@ -30,7 +30,8 @@ from blockpruner.model.models import decoder_layers, load_model, model_family
 from tests import tiny
 from tests.tiny import tiny_model, tolerance
 
-MODELS = [each for each in tiny.GRID if not each.values[0].startswith("qwen3_moe")]  # whose layers are of two kinds
+MODELS = [each for each in tiny.GRID if not each.values[0].startswith(("qwen3_moe", "qwen3_next", "qwen3_5"))]
+"""Those whose layers are of one kind."""
 OF_ALL = pytest.mark.parametrize("family", MODELS)
 OF_BOTH = pytest.mark.parametrize("variant", VARIANTS)
 MERGES = (Merge(3, 2), Merge(1, 1), Merge(1, 2))  # the third merges a merged layer and one merged before

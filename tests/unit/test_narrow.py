@@ -31,7 +31,7 @@ from blockpruner.model.narrow import narrow_, narrowed
 from blockpruner.scoring.engine import Engine
 from tests.builders import scored
 from tests.plans import fetch_tiny, healed_of, narrow_plan, pruning, save_pruned
-from tests.tiny import GRID, VARIANTS_DAILY, full_nll, tiny_model
+from tests.tiny import GRID, full_nll, tiny_model
 
 GENERATOR = torch.Generator().manual_seed(5)
 ROWS = CalibrationSet(tuple(tuple(torch.randint(1, 257, (24,), generator=GENERATOR).tolist()) for _ in range(40)))
@@ -311,7 +311,7 @@ def test_a_refitted_narrow_model_has_the_perplexity_that_is_reported(variant):
     set_weights_(pruned, weights, shared=True)
     assert perplexity_of(pruned) == pytest.approx(facts["perplexity"]["after"], rel=1e-6)
     assert not found["none"][0]
-    if variant in VARIANTS_DAILY:  # of random weights, a fit to the stream need not mend the loss
+    if variant in ("llama", "gemma3_text", "gpt_neox"):  # of random weights, a fit need not mend the loss
         assert facts["perplexity"]["after"] < facts["perplexity"]["before"]
 
 

@@ -23,6 +23,10 @@ EYES = {
     "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
     "patch_size": 14,
 }  # fmt: skip
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 6,
+}  # fmt: skip
 MODELS = {
     "gemma3": ({"query_pre_attn_scalar": 8}, EYES, {"mm_tokens_per_image": 4}, "Gemma3ForCausalLM"),
     "mistral3": ({}, EYES | {"head_dim": 8}, {"tie_word_embeddings": False}, "MistralForCausalLM"),
@@ -32,6 +36,12 @@ MODELS = {
         {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32,
          "deepstack_visual_indexes": [0]},
         {"tie_word_embeddings": False}, "Qwen3ForCausalLM",
+    ),
+    "qwen3_5": (
+        DELTA | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e3, "mrope_section": [2, 1, 1],
+                                     "partial_rotary_factor": 1.0}},
+        {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32},
+        {"tie_word_embeddings": False}, "Qwen3_5ForCausalLM",
     ),
 }  # fmt: skip
 IDS = torch.tensor([[5, 17, 200, 3, 99, 41, 8, 250, 77]])

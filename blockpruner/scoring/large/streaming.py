@@ -248,7 +248,7 @@ class StreamingEngine(Engine):
             gone, used = set[str](), set[str]()
             for kind in BlockKind:
                 branch = self._family.branch(kind)
-                modules = (f"{prefix}{name}." for name in (branch.module, *branch.norms))
+                modules = (f"{prefix}{name}." for name in (*branch.modules, *branch.norms))
                 (gone if BlockId(kind, layer) in removed else used).update(modules)
             unread = tuple(gone - used)
             names = self._weights.names
