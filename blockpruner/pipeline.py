@@ -29,7 +29,7 @@ from blockpruner.inputs.settings import Calibration
 from blockpruner.inputs.texts import by_kind
 from blockpruner.methods.commit import commit_run
 from blockpruner.methods.kind import Material
-from blockpruner.methods.recipes import proposals, searches
+from blockpruner.methods.recipes import proposals, require_reached, searches
 from blockpruner.methods.registry import kind_of_method
 from blockpruner.methods.score import score_run
 from blockpruner.scoring.settings import Score
@@ -208,6 +208,7 @@ def score(
     """
     far: dict[str, list[str]] = {}
     for budget in budgets:
+        require_reached(wanted, material.config, budget)
         for name in _competing(wanted, material.config, budget, rows):
             far.setdefault(name, []).append(budget)
     found = {}

@@ -26,8 +26,11 @@ def seen(engine: str, family: str, difference: float) -> None:
 
 
 def main(path: Path, table: Path = TABLE) -> None:
-    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    found = {(engine, family): difference for engine, family, difference in lines}
+    found: dict[tuple[str, str], float] = {}
+    for engine, family, difference in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        found[engine, family] = max(difference, found.get((engine, family), 0.0))
+    if absent := {*ENGINES} - {engine for engine, _ in found}:
+        sys.exit(f"no run of {', '.join(sorted(absent))}: install it, and run the tests again")
     with open(table, "w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["family", *ENGINES])

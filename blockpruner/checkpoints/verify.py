@@ -25,16 +25,22 @@ ENGINE = "transformers"
 def in_float32(*models: nn.Module) -> Iterator[None]:
     """Within, these compute in float32, unless they are of float64: 16 bits may be a hundred times as slow on a CPU.
     Weights keep their dtype: each module has its own as float32 while it runs, so a model never lies in memory so wide.
+    So has it those of its convolutions, which linear attentions read themselves.
     """
 
+    def read(module: nn.Module) -> list[nn.Module]:
+        return [module, *(child for child in module.children() if isinstance(child, nn.Conv1d))]
+
     def run(module: nn.Module, *inputs: Any, **named: Any) -> Any:
-        own = dict(module._parameters)
-        wide = {name: weight if weight is None else nn.Parameter(weight.float(), False) for name, weight in own.items()}
-        module._parameters.update(wide)
+        owners = [(part, dict(part._parameters)) for part in read(module)]
+        for part, own in owners:
+            wide = {name: nn.Parameter(weight.float(), False) for name, weight in own.items() if weight is not None}
+            part._parameters.update(wide)
         try:
             return type(module).forward(module, *inputs, **named)
         finally:
-            module._parameters.update(own)
+            for part, own in owners:
+                part._parameters.update(own)
 
     parts = [part for model in models for part in model.modules()]
     chosen = [part for part in parts if any(weight.dtype is not torch.float64 for weight in part.parameters(False))]
@@ -96,7 +102,7 @@ def verify(checkpoint: str, reference_file: str, tolerance: float) -> dict[str, 
     grow = [layer for layer in cache.layers if getattr(layer, "is_initialized", False)]
     states = [layer for layer in cache.layers if any(getattr(layer, "has_previous_state", {}).values())]
     held = len(grow) + len(states)
-    spare = int(bool(states) and not grow)  # a slot that only counts
+    spare = int(bool(states) and not grow)  # a slot that stays empty (`cache_config`)
     return {
         "engine": ENGINE,
         **differences,

@@ -47,7 +47,7 @@ def write_page_of(checkpoint: Path, out: Path) -> None:
     if plan.calibration["rows"] is not None:
         facts["Calibration"] = f"{plan.calibration['rows']:,} rows, {plan.calibration['tokens']:,} tokens"
     form = {"mlx_lm": "nas", "xllamacpp": "gguf"}.get(verified["engine"], "hf")
-    use = Facts("Use it", tuple(starts(form, checkpoint)), is_code=True)
+    use = Facts("Use it", tuple(starts(form, plan, checkpoint)), is_code=True)
     sections = (
         Section("Verdict", (findings, *tables, *lost)),
         Section("Removed blocks", (removed,)),

@@ -90,7 +90,7 @@ class Place:
         require_packages(run.export)
         config = self.config_of(run)
         if "vllm" in self.export.lower() and not FAMILIES[str(config["model_type"])].in_vllm:
-            raise InputError(f"export vllm: vLLM has no {config['model_type']} models; leave it out")
+            raise InputError(f"export vllm: vLLM runs no pruned {config['model_type']} models; leave it out")
         require_families(run.export, str(config["model_type"]))
         is_auto = model is not None and "dtype" not in run.model.model_fields_set
         heldout = fitted(run.evaluate.perplexity, config, "evaluate.perplexity.seq_len")

@@ -80,7 +80,7 @@ class Family:
     has_one_mlp: bool = True
     """The MLP of a layer is not a mixture of several."""
     in_vllm: bool = True
-    """vLLM has a model of the family."""
+    """vLLM runs pruned models of the family."""
     renumbered: Callable[[Config, Sequence[tuple[int, int]]], Config] = lambda config, layers: _types(config, layers)
     """The config fields that describe single layers, for new layers: (layer of its MHA, layer of its MLP) of each."""
     defaults: Config = field(default_factory=dict)

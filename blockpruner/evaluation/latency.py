@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from blockpruner.core.blocks import DENSE, BlockKind, all_blocks
 from blockpruner.core.errors import InputError
+from blockpruner.core.families import FAMILIES
 from blockpruner.core.progress import Observer
 from blockpruner.core.settings import Model, Runtime
 from blockpruner.evaluation.speed import generate, random_prompt, turns
@@ -23,7 +24,7 @@ from blockpruner.inputs.checkpoints import checkpoint_identity
 from blockpruner.model import accelerator
 from blockpruner.model.models import decoder_layers, load_model, masked, set_threads
 from blockpruner.scoring.settings import Latency
-from blockpruner.store.files import read_kept_json, write_sealed_json
+from blockpruner.store.files import read_json, read_kept_json, write_sealed_json
 from blockpruner.store.provenance import fingerprint
 from blockpruner.versions import EVAL_VERSION
 
@@ -46,6 +47,12 @@ def kept_latency(
             observer.note(f"{_words(found)} (kept: {path})")
             write_sealed_json(folder / name, found)
             return found
+    if FAMILIES[str(read_json(checkpoint / "config.json")["model_type"])].mha.linear is not None:
+        raise InputError(
+            "a speed-up is measured as so much for each attention, and this model has linear and full ones, which "
+            "differ; give the budget in parameters or KV cache",
+            rule="latency-hybrid",
+        )
     if runtime.streaming or runtime.ray_address:
         raise InputError(
             "a speed-up is measured with the model in this process's memory, which runtime.streaming and "

@@ -87,9 +87,9 @@ def generate(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> Generat
 
 
 def _held(layer: Any) -> tuple[Tensor, ...]:
-    """What a layer of the cache holds: keys and values, or the states of a linear attention."""
+    """What a layer of the cache holds: keys and values, or the states of a linear attention. A slot may be unused."""
     if hasattr(layer, "keys"):
-        return layer.keys, layer.values
+        return () if layer.keys is None else (layer.keys, layer.values)
     return (*layer.conv_states.values(), *layer.recurrent_states.values())
 
 

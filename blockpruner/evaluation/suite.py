@@ -289,7 +289,7 @@ def headline(results: Mapping[str, Any], plan: Plan | None) -> dict[str, float |
     figures |= {"average": results["average"]["value"], "perplexity": results["perplexity"]["perplexity"]}
     figures |= {"ratio": plan.ratio if plan else 0.0, "parameters": results["parameters"]}
     figures |= {"mha_removed": gone[BlockKind.MHA], "mlp_removed": gone[BlockKind.MLP]}
-    figures["kv_cache"] = 1 - gone[BlockKind.MHA] / plan.layers if plan else 1.0
+    figures["kv_cache"] = 1 - plan.removes["kv"] if plan else 1.0
     return {key: round(value, 4) for key, value in figures.items()}
 
 

@@ -184,7 +184,7 @@ class BlockPrunedConfigMixin:
         config.num_hidden_layers = self.num_hidden_layers - len(removed)
         if getattr(self, "layer_types", None) is not None:
             config.layer_types = [t for i, t in enumerate(self.layer_types) if i not in removed]
-            if {*config.layer_types} == {LINEAR_TYPE}:  # a cache counts tokens in an attention of another type
+            if {*config.layer_types} == {LINEAR_TYPE}:  # a cache asks an attention of another type for its length: 0
                 config.num_hidden_layers, config.layer_types = config.num_hidden_layers + 1, [*config.layer_types, FULL]
         config.__dict__["_whole"] = self
         return config
@@ -266,11 +266,18 @@ class BlockPrunedMixin:
             self.config = whole
 
 
-def with_own_windows(forward):
-    """Make a forward refuse an engine that looks up an attention's window by its new number."""
+def checked(forward):
+    """Make a forward refuse an engine that looks up an attention's window by its new number, and a cache of linear
+    attentions alone, which does not count, before more tokens than one."""
 
     @functools.wraps(forward)
-    def checked(self, *args, **kwargs):
+    def run(self, *args, **kwargs):
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        tokens = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        if any(given is not None and given.shape[1] > 1 for given in tokens):
+            states = [getattr(layer, "has_previous_state", {}) for layer in getattr(cache, "layers", ())]
+            if any(any(state.values()) for state in states) and not cache.get_seq_length():
+                raise ValueError("this model has linear attentions alone, whose cache is read a token at a time only")
         if kwargs.get("attention_instances") is not None and (types := getattr(self.config, "layer_types", None)):
             left = self.config.cache_config().layer_types
             if left != types[: len(left)]:
@@ -280,7 +287,7 @@ def with_own_windows(forward):
                 )
         return forward(self, *args, **kwargs)
 
-    return checked
+    return run
 
 
 def alibi_slopes(heads: int) -> list[float]:
@@ -370,7 +377,7 @@ def add_family(config, prefix, branches: Branches = BEFORE, layers="model.layers
     placed = {"__module__": __name__, "config_class": pruned, "decoder_layers": layers, "layer_branches": branches}
     globals()[config_name] = pruned
     for auto, model in models.items():
-        own = {"_auto_class": auto.__name__, "forward": with_own_windows(model.forward)}
+        own = {"_auto_class": auto.__name__, "forward": checked(model.forward)}
         found = type(names[auto], (BlockPrunedMixin, model), placed | own)
         globals()[names[auto]] = found
         auto.register(pruned, found)

@@ -337,7 +337,7 @@ def prune_(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
     packed = pack_layers(mask, len(layers))
     whole = [(mha, mlp) for mha, mlp in packed if mha is not None and mlp is not None]
     fields = model.config.to_dict()
-    counts = any(mha is not None and not is_linear(fields, mha) for mha, _ in packed)  # what a cache counts tokens by
+    counts = any(mha is not None and not is_linear(fields, mha) for mha, _ in packed)  # by these a cache counts
     if len(whole) == len(packed) and not family.is_parallel(fields) and (counts or family.mha.linear is None):
         for mha, mlp in whole:
             for name in (family.mlp.module, *family.mlp.norms):

@@ -52,7 +52,7 @@ class NoNorm(nn.Module):
 @contextmanager
 def holes(config: Any, compilation: Any) -> Iterator[None]:
     """Decoder layers that are built meanwhile lack the blocks that the config names, and have MLPs of its widths;
-    raises ValueError if there are no such blocks in the layers."""
+    raises ValueError if there are no such blocks in the layers, or linear attentions."""
     wanted = {"mha": set(config.layers_without_mha), "mlp": set(config.layers_without_mlp)}
     width, widths = getattr(config, "intermediate_size", None), getattr(config, "mlp_widths", None)
     numbers: dict[nn.Module, int] = {}  # of the layers: an MLP does not tell it, and is made after the attention
@@ -60,6 +60,8 @@ def holes(config: Any, compilation: Any) -> Iterator[None]:
 
     def replace(layer: nn.Module, name: str, block: nn.Module) -> nn.Module | None:
         kind = ATTRIBUTES.get(name)
+        if name == "linear_attn":
+            raise ValueError("vLLM runs no pruned hybrids yet: load this checkpoint in transformers")
         if kind == "mha":
             numbers[layer] = layer_number(block)
             if widths is not None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from blockpruner.checkpoints.registry import EXPORTS, engines_of
+from blockpruner.core.plan import Plan
 from blockpruner.evaluation.samples import PROMPTS
 from blockpruner.methods.registry import KINDS
 from blockpruner.reporting.comparison import Comparison, comparisons
@@ -64,16 +65,18 @@ def _use(target: PrunedOption, folded: bool) -> Facts:
     lines, places = [], {place.name: place for place in target.checkpoints}
     for form in (form for form in EXPORTS if form in places):
         place = places[form]
-        lines += [(EXPORTS[form].title, str(place)), *starts(form, place)]
+        lines += [(EXPORTS[form].title, str(place)), *starts(form, target.plan, place)]
         if form == "hf":
             dense = place.parents[2] / "models" / target.plan.run
             lines.append(("beside dense", f'blockpruner compare {dense} {place} --prompt "{PROMPTS[-1]}"'))
     return Facts(f"Use {target.name}", tuple(lines), is_code=True, folded=folded)
 
 
-def starts(form: str, place: Path) -> list[tuple[str, str]]:
+def starts(form: str, plan: Plan, place: Path) -> list[tuple[str, str]]:
     """List the engines of a checkpoint, and how to start each."""
     able = engines_of(form, place)
+    if KINDS[plan.kind].exports == frozenset({"hf"}):  # a model class of its own, which only transformers loads
+        able = able[:1]
     engines = zip(EXPORTS[form].engines, EXPORTS[form].commands, strict=False)
     return [(name, text.format(path=place)) for name, text in engines if name in able]
 

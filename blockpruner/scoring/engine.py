@@ -25,7 +25,7 @@ from blockpruner.scoring.batches import Batch
 from blockpruner.scoring.forward import Forward, LayerKwargs, joined
 from blockpruner.scoring.metrics import Metric
 from blockpruner.scoring.walk import walk
-from blockpruner.scoring.work import Rows, ScoredRows, Span, Task, live_numbers, logits_bytes, row_batches
+from blockpruner.scoring.work import Rows, ScoredRows, Span, Task, inner_size, live_numbers, logits_bytes, row_batches
 from blockpruner.store.provenance import computing, processor
 from blockpruner.store.trials import Origin
 
@@ -277,7 +277,7 @@ class Engine(Forward):
         elif self._room is None:
             self._batch_tokens = 1024
         else:
-            bytes_of_token = live_numbers(config.hidden_size, config.intermediate_size) * item
+            bytes_of_token = live_numbers(config.hidden_size, inner_size(config.to_dict())) * item
             room = self._room - self._room // DENSE_SHARE - 4 * self._logits_bytes
             self._batch_tokens = int(max(2048, min(65536, room // bytes_of_token)))
             if config._attn_implementation == "eager":  # every head's map, twice, and its softmax in float32

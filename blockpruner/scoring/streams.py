@@ -25,7 +25,7 @@ from blockpruner.scoring.batches import Batch
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.metrics import METRICS, NLL
 from blockpruner.scoring.walk import Step
-from blockpruner.scoring.work import Rows, live_numbers, sums_bytes
+from blockpruner.scoring.work import Rows, inner_size, live_numbers, sums_bytes
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -259,7 +259,7 @@ class Streams(Engine):
         if self._room is None:
             return self._home
         config, item = self._model.config, self._head.weight.element_size()
-        hidden, inner = config.hidden_size, max(config.intermediate_size, 2 * config.hidden_size)
+        hidden, inner = config.hidden_size, max(inner_size(config.to_dict()), 2 * config.hidden_size)
         states = tokens * (4 * hidden * (pruned + 3) + item * inner)
         batch = self._tokens * live_numbers(hidden, inner) * item
         return self._home if states + batch + sums_bytes(inner, hidden) <= self._room else torch.device("cpu")

@@ -83,7 +83,11 @@ def batch_bytes(config: Config, dtype: str) -> int:
 
 
 def inner_size(config: Config) -> int:
-    return int(config.get("intermediate_size") or 4 * int(config["hidden_size"]))
+    """The width of an MLP; of a mixture's experts, of all that a token goes to."""
+    own, experts = int(config.get("intermediate_size") or 0), int(config.get("num_experts_per_tok") or 0)
+    expert = int(config.get("moe_intermediate_size") or own)
+    shared = int(config.get("shared_expert_intermediate_size") or 0)
+    return max(own, experts * expert + shared) or 4 * int(config["hidden_size"])
 
 
 def row_batches(rows: Rows, span: Span, most: int, growth: float = 0.0) -> list[Span]:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from blockpruner.core.blocks import DENSE, BlockKind, all_blocks, parse_mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import FAMILIES, count_kv_cache, count_parameters
+from blockpruner.evaluation.speed import generate as time_generation
 from blockpruner.model import modeling_blockpruned
 from blockpruner.model.models import decoder_layers, load_model, masked, model_family, prune_
 from tests.plans import save_pruned
@@ -128,12 +129,14 @@ def test_a_hybrid_without_attentions_that_grow_decodes_with_its_states_alone(fam
     with masked(model, removed):
         tokens = generate(model, use_cache=False)
     pruned = prune_(copy.deepcopy(model), removed)
-    assert set(pruned.config.cache_config().layer_types) == {
-        "linear_attention",
-        "full_attention",
-    }  # the last one counts
+    assert pruned.config.cache_config().layer_types == ["linear_attention"] * 2 + ["full_attention"]
     assert torch.equal(generate(pruned), tokens)
     assert torch.equal(generate(pruned, cache_implementation="static"), tokens)
+    assert time_generation(pruned, IDS, 3).kv_cache_bytes > 0
+    kept = pruned(IDS, use_cache=True).cache
+    pruned(IDS[:, :1], cache=kept)
+    with pytest.raises(ValueError, match="a token at a time"):  # its length is 0, and all would be read again
+        generate(pruned, cache=kept)
 
 
 @families

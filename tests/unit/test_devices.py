@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from blockpruner.checkpoints.registry import EXPORTS
 from blockpruner.checkpoints.verification import reference_outputs
+from blockpruner.checkpoints.verify import in_float32
 from blockpruner.core.blocks import DENSE, all_blocks, parse_channels, parse_mask
 from blockpruner.core.errors import DeviceMemoryError, InputError
 from blockpruner.core.progress import SilentObserver
@@ -449,6 +450,17 @@ def test_an_export_takes_no_memory_of_a_device(form, tmp_path, in_process):
         files[device] = {path.name: path.read_bytes() for path in (tmp_path / device).iterdir()
                          if path.suffix in (".safetensors", ".gguf")}  # fmt: skip
     assert files["cpu"] == files["auto"] != {}
+
+
+def test_a_hybrid_in_16_bits_is_verified_in_float32():
+    """Its linear attentions read the weight of a convolution that never runs."""
+    model = tiny_model("qwen3_5_text", dtype=torch.bfloat16)
+    ids = torch.arange(1, 25)[None]
+    with in_float32(model), torch.no_grad():
+        found = model(ids).logits
+    with torch.no_grad():
+        assert torch.equal(found, copy.deepcopy(model).float()(ids).logits)
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
 
 
 def test_a_reference_in_float32_takes_a_weight_at_a_time():

@@ -40,9 +40,9 @@ def merge_(model: PreTrainedModel, merges: Sequence[Merge], variant: str) -> Pre
     for sources in after:
         if len({frozenset(name for name, _ in layers[source].named_parameters()) for source in sources}) > 1:
             raise InputError(
-                f"LaCo's merges {', '.join(map(str, merges))} are of layers of different kinds (dense MLPs and experts)"
-                ", whose parameters cannot be added; keep to layers of one kind (score.options: lowest, highest), or "
-                "choose another method"
+                f"LaCo's merges {', '.join(map(str, merges))} are of layers of different kinds "
+                "(dense MLPs and experts, or linear and full attentions), whose parameters cannot be added; keep to "
+                "layers of one kind (score.options: lowest, highest), or choose another method"
             )
     remaining = list(layers)
     for merge in merges:

@@ -94,9 +94,9 @@ def require_widths(budget: Budget, options: NarrowOptions, config: Config) -> in
     """The number of channels, of all MLPs, whose removal is nearest to a budget; raises as `plan_widths` does."""
     share = share_of(budget, "narrow")
     family, counts = FAMILIES[str(config["model_type"])], count_parameters(config)
-    width, layers = int(config["intermediate_size"]), int(config["num_hidden_layers"])
     if not family.has_one_mlp:
         raise UnreachableError(f"narrow is for families with one MLP in a layer, not for {family.model_type}")
+    width, layers = int(config["intermediate_size"]), int(config["num_hidden_layers"])
     step, one = step_of(options, width), channel_parameters(config) / counts.total
     most, wanted = layers * ((width - 1) // step * step), round(share / one)
     if not step <= 2 * wanted <= 2 * most:

@@ -50,7 +50,7 @@ def _line(row: Row, dense: Measured | None) -> dict[str, Any]:
     line |= {"removed_pct": 100 * plan.ratio if plan else 0.0}
     if plan:
         mha, mlp = plan.blocks[BlockKind.MHA], plan.blocks[BlockKind.MLP]
-        line |= {"mha": mha, "mlp": mlp, "kv_pct": -100 * mha / plan.layers}
+        line |= {"mha": mha, "mlp": mlp, "kv_pct": -100 * plan.removes["kv"]}
         line |= {"mha_share_pct": 100 * mha / (mha + mlp)} if mha + mlp else {}
     if row.subject.labels.wikitext2:
         line["wikitext2_ppl"] = model.perplexity
