@@ -160,6 +160,7 @@ def plan_of(target: Target) -> Plan:
         search="f00d", layers=LAYERS, removed=tuple(str(block) for block in sorted_blocks(gone)),
         order=tuple(map(format_mask, queue[:steps])), ratio=ratio, ratios=tuple(map(float, sizes[:steps])),
         blocks={kind: sum(block.kind is kind for block in gone) for kind in BlockKind},
+        removes={"kv": sum(block.kind is BlockKind.MHA for block in gone) / LAYERS},
         parameters={"dense": TOTAL, "pruned": round(TOTAL * (1 - ratio))},
         calibration={"rows": 4, "tokens": 64, "dense_perplexity": 12.0, "perplexity": 20.0},
     )  # fmt: skip
