@@ -103,6 +103,8 @@ def healed_masks(points: Points) -> Plot | None:
     if not (found := signals(points)):
         return None
 
+    from matplotlib.ticker import LogLocator
+
     def fill(figure: Figure) -> None:
         axes = figure.subplots()
         for signal, (colour, shape) in zip(found, MARKS, strict=False):
@@ -113,6 +115,10 @@ def healed_masks(points: Points) -> Plot | None:
             axes.plot(np.exp(ends), np.exp(np.polyval(line, ends)), color=colour, linewidth=1)
         axes.set_xscale("log")
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:,g}")
+            axis.set_minor_formatter("")
         plots.label_(axes, "perplexity without healing, × dense", "after healing, × dense")
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
 

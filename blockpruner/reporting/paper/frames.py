@@ -51,6 +51,7 @@ COLUMNS: Mapping[str, Shown] = {
     "samples": Shown("calibration samples", 0),
     "worst_x": Shown("worst kind of text, × dense"),
     "draws": Shown("draws", 0),
+    "masks": Shown("masks", 0),
     "at_10": Shown("at 10 %"),
     "at_20": Shown("at 20 %"),
     "at_30": Shown("at 30 %"),
