@@ -1,6 +1,7 @@
 """What every family row must satisfy: invariants 1 and 2 of the design, and parameter counts."""
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -9,13 +10,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from blockpruner.core.blocks import DENSE, BlockKind, all_blocks, parse_mask
+from blockpruner.checkpoints.registry import engines_of
+from blockpruner.core.blocks import DENSE, BlockId, BlockKind, all_blocks, parse_mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import FAMILIES, count_kv_cache, count_parameters
+from blockpruner.core.progress import SilentObserver
+from blockpruner.core.settings import LocalModel, Runtime
+from blockpruner.evaluation.latency import kept_latency
 from blockpruner.evaluation.speed import generate as time_generation
 from blockpruner.model import modeling_blockpruned
 from blockpruner.model.models import decoder_layers, load_model, masked, model_family, prune_
-from tests.plans import save_pruned
+from blockpruner.scoring.engine import Engine
+from blockpruner.scoring.settings import Latency
+from blockpruner.scoring.work import inner_size
+from tests.plans import fetch_tiny, save_pruned
 from tests.tiny import GRID, VARIANTS, VARIANTS_DAILY, tiny_model, tolerance
 
 MASKS = ["mlp.0,mlp.1,mlp.2", "mha.0,mha.2,mlp.0,mlp.3"]
@@ -137,6 +145,40 @@ def test_a_hybrid_without_attentions_that_grow_decodes_with_its_states_alone(fam
     pruned(IDS[:, :1], cache=kept)
     with pytest.raises(ValueError, match="a token at a time"):  # its length is 0, and all would be read again
         generate(pruned, cache=kept)
+
+
+def test_a_linear_attention_is_given_what_its_own_layer_gives_it():
+    model, seen = tiny_model("qwen3_5_text"), []
+    hook = decoder_layers(model)[0].linear_attn.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append({k for k, value in kwargs.items() if value is not None}),
+        with_kwargs=True,
+    )
+    model(IDS, use_cache=False)
+    Engine(model, 1000)._block(BlockId(BlockKind.MHA, 0), *Engine(model, 1000)._prepare(IDS))
+    hook.remove()
+    assert seen[0] == seen[1] and "hidden_states" in seen[0]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "engines"),
+    [
+        ("llama_blockpruned", ("transformers", "vLLM")),
+        ("llama_slicegpt", ("transformers",)),
+        ("qwen3_5_text_blockpruned", ("transformers",)),
+        ("ministral", ("transformers",)),
+    ],
+)
+def test_engines_of_a_checkpoint(tmp_path, model_type, engines):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    assert engines_of("hf", tmp_path) == engines
+
+
+def test_a_speed_budget_of_a_hybrid_is_refused_and_its_mixture_has_a_width(tmp_path):
+    dense = fetch_tiny(tmp_path, "qwen3_5_moe_text")
+    model, timed = LocalModel(source="path", path=str(dense), dtype="float32"), Latency()
+    with pytest.raises(InputError, match="linear and full ones"):
+        kept_latency(tmp_path / "own", tmp_path / "all", dense, model, timed, Runtime(), SilentObserver())
+    assert inner_size(json.loads((dense / "config.json").read_text())) == 2 * 24 + 20
 
 
 @families
