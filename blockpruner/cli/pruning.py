@@ -409,8 +409,9 @@ def words(found: Mapping[str, Any]) -> str:
     if seen.get("perplexity"):
         lines.append(f"perplexity of the calibration texts: {seen['dense_perplexity']:.2f} -> {seen['perplexity']:.2f}")
     for name, told in found.get("perplexity", {}).items():
-        dense = f", dense {told['dense']:.2f}" if "dense" in told else ""
-        lines.append(f"{name}: perplexity of rows held out for it {told['before']:.2f} -> {told['after']:.2f}{dense}")
+        known = told.get("dense")
+        dense = f", dense {known:.2f} ({told['after'] / known:.2f} times)" if known else ""
+        lines.append(f"{name}: perplexity of texts set aside {told['before']:.2f} -> {told['after']:.2f}{dense}")
     kinds, warning = in_words(plan.get("kinds", {}))
     lines += [f"perplexity of texts set aside, {kind}: {lost}" for kind, lost in kinds]
     lines += [f"warning: {warning}"] if warning else []

@@ -98,7 +98,11 @@ def _score(name: str, options: type[Options], plan: Planner, version: int, job: 
             if known is None:
                 write_sealed_json(path, found)
             is_measured |= "nll" in found
-            words = (f"{key} {value}" for key, value in found.items() if key not in ("nll", "channels"))
+            words = (
+                f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+                for key, value in found.items()
+                if key not in ("nll", "channels")
+            )
             observer.end(", ".join(words), cached=known is not None)
 
         def dense() -> tuple[float, Counts]:

@@ -14,10 +14,10 @@ from blockpruner.methods.registry import KINDS
 from blockpruner.reporting.comparison import Comparison, comparisons
 from blockpruner.reporting.figures import removed_map
 from blockpruner.reporting.findings import recommended, stop, warnings
-from blockpruner.reporting.formats import listed, number
+from blockpruner.reporting.formats import listed, number, size
 from blockpruner.reporting.inputs import PrunedOption, ReportedRun, read_runs
 from blockpruner.reporting.pages import Block, Facts, Findings, Page, Section, made_line, write_page
-from blockpruner.reporting.results import Option, RunLabels
+from blockpruner.reporting.results import Model, Option, RunLabels
 from blockpruner.reporting.tables import NOT_TIMED, compared, curve_csv, headline, iterations_csv, samples
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.search.registry import SEARCHES
@@ -26,6 +26,9 @@ INTRO = (
     "What is left of a language model when transformer blocks (attention: MHA, feed-forward: MLP) are taken out. "
     "Dense: the model with all its blocks."
 )
+
+BITS = 8.5, 4.85
+"""What Q8_0 and Q4_K_M spend on a weight, with their scales."""
 
 
 def write_report(
@@ -51,13 +54,25 @@ def _sections(comparison: Comparison, draw: bool) -> list[Section]:
     signs = [finding for reported in runs for finding in warnings(reported.targets, reported.traces)]
     blocks: tuple[Block, ...] = (
         Findings((stop(targets),)),
+        f"Chosen on {runs[0].labels.calibration}. Judged on {runs[0].labels.heldout}.",
         compared(comparison),
+        _in_bits(comparison.options[0].model, shown),
         *([Findings(tuple(signs))] if signs else []),
         *([removed_map(shown.name, shown.plan)] if draw and shown.plan.gone else []),
         *samples([comparison.options[0], *targets]),
         *(_use(target, target is not shown) for target in sorted(targets, key=lambda target: target is not shown)),
     )
     return [Section(runs[0].labels.name, blocks), *(_evidence(reported, shown, draw) for reported in runs)]
+
+
+def _in_bits(dense: Model, shown: PrunedOption) -> str:
+    """Name the competitor of every pruned model: the dense one in fewer bits, by arithmetic."""
+    eight, four = (size(dense.parameters * bits / 8) for bits in BITS)
+    return (
+        f"In fewer bits: the dense model's weights take about {eight} in 8 bits (GGUF's Q8_0) and {four} in 4 "
+        f"(Q4_K_M), those of {shown.name} {size(2 * shown.model.parameters)} in 16. Where size alone counts, quantize "
+        "first, and prune what has to be smaller or faster than that."
+    )
 
 
 def _use(target: PrunedOption, folded: bool) -> Facts:

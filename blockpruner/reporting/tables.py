@@ -21,17 +21,20 @@ from blockpruner.reporting.statistics import Effect, Mean
 from blockpruner.reporting.table import Cell, Column, Field, Number, Table, points, score, table_of, to_csv
 
 BETTER, WORSE = "↑", "↓"
+GLOSS = (
+    "p of the right answer: of all choices' likelihoods (per character where the accuracy is by character) the share "
+    "that the right one has; finer than right and wrong."
+)
 LEGEND = (
     f"Scores in % ± 1 standard error. {WORSE} {BETTER}: differs from the dense model by more than 2 standard errors of "
     f"the paired items; unmarked: within noise. Brackets: 95 % "
     "intervals. Speed-ups (×) are measured with dense and pruned in turns, so they need not equal the quotient of two "
-    "columns. p of the right answer: of all choices' likelihoods (per character where the accuracy is by character) "
-    "the share that the right one has; finer than right and wrong."
+    f"columns. {GLOSS}"
 )
 COMPARISON_LEGEND = (
     "By parameters removed. × dense and − dense (points): against the dense model, with 95 % intervals of the paired "
     "repeats of a generation, rows of text or items. Stressed: the recommended one. ●: no other betters it in both "
-    "speed (parameters, where nothing is timed) and held-out perplexity (the Pareto front)."
+    f"speed (parameters, where nothing is timed) and held-out perplexity (the Pareto front). {GLOSS}"
 )
 NOT_TIMED = "not timed"
 

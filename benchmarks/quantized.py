@@ -1,0 +1,79 @@
+"""What pruning is worth after quantization: `python -m benchmarks.quantized OUT TEXT DENSE NAME=PRUNED...`.
+
+DENSE and PRUNED are folders of checkpoints that llama.cpp can hold. Each becomes a GGUF file in 16 bits and one in each
+of its quantizations; `llama-quantize` and `llama-perplexity` of llama.cpp have to be on PATH. OUT is a CSV file: bytes,
+perplexity of the plain text file TEXT in windows of 512 tokens, of which the later half is scored, and speed of
+decoding one sequence, all against the dense model in 16 bits, with 95 % intervals (paired windows, repeats in turns).
+"""
+
+import argparse
+import math
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import pandas as pd
+import torch
+from transformers import AutoModelForCausalLM
+
+import blockpruner  # noqa: F401 - the classes of its checkpoints
+from benchmarks.engines import REPEATS, SHORT, files, llama_cpp
+from blockpruner.core.progress import observer
+from blockpruner.reporting.statistics import average, ratio_of_medians
+
+QUANTIZATIONS = ("Q8_0", "Q5_K_M", "Q4_K_M")
+WINDOWS = 32
+
+
+def losses(path: Path, text: Path) -> list[float]:
+    """Nats a token of each window. The program prints the perplexity of all windows up to each."""
+    command = ["llama-perplexity", "-m", path, "-f", text, "-c", "512", "--chunks", str(WINDOWS)]
+    threads = ["-t", str(torch.get_num_threads())]
+    told = subprocess.run([*command, *threads], check=True, capture_output=True, text=True)
+    means = [math.log(float(found)) for found in re.findall(r"\[\d+\]([\d.]+),", told.stdout)]
+    sums = [0.0, *(n * mean for n, mean in enumerate(means, 1))]
+    return [after - before for before, after in pairwise(sums)]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quantized", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("dense", type=Path)
+    parser.add_argument("pruned", nargs="+", metavar="NAME=FOLDER")
+    given = parser.parse_args(argv)
+    folders = {"dense": given.dense} | {n: Path(f) for n, _, f in (text.partition("=") for text in given.pruned)}
+    with tempfile.TemporaryDirectory() as place:
+        paths: dict[tuple[str, str], Path] = {}
+        for name, folder in folders.items():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16").requires_grad_(False)
+            paths[name, "F16"] = plain = files({name: model}, folder, Path(place))[name]
+            for quantization in QUANTIZATIONS:
+                paths[name, quantization] = path = plain.with_suffix(f".{quantization}")
+                subprocess.run(["llama-quantize", plain, path, quantization], check=True, capture_output=True)
+        read, told = dict[tuple[str, str], list[float]](), observer()
+        told.begin("perplexity")
+        for key, path in paths.items():
+            read[key] = losses(path, given.text)
+            told.advance(len(read), len(paths), " ".join(key))
+        told.end(f"{len(paths)} files")
+        named = {" ".join(key): path for key, path in paths.items()}
+        seconds, lines = llama_cpp(named, SHORT.new_tokens, REPEATS["llama_cpp"]), []
+        for key, path in paths.items():
+            rises = [after - before for before, after in zip(read["dense", "F16"], read[key], strict=True)]
+            rise, speed = average({"": rises}), ratio_of_medians(seconds["dense F16"], seconds[" ".join(key)])
+            line = {"model": key[0], "precision": key[1], "bytes": path.stat().st_size}
+            line |= {"perplexity_x": math.exp(rise.value), "decode_x": speed.value}
+            line |= {f"perplexity_x_{end}": math.exp(value) for end, value in vars(rise.interval).items()}
+            line |= {f"decode_x_{end}": value for end, value in vars(speed.interval).items()}
+            lines.append(line)
+    pd.DataFrame(lines).round(4).to_csv(given.out, index=False)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+    main()
