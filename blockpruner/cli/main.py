@@ -18,6 +18,7 @@ from typer import Argument, Option
 
 from blockpruner import __version__
 from blockpruner.cli.values import called, data_of, model_of, to_json, values_of
+from blockpruner.core.budgets import share_for
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import stderr_observer
 from blockpruner.core.settings import read_settings
@@ -50,6 +51,7 @@ AsJson = Annotated[bool, Option("--json", help="Print one JSON object in place o
 Spoken = Annotated[str, Argument(metavar="MODEL", help="A checkpoint's folder, or a dense model's name on the hub.")]
 Limit = Annotated[int, value("N", "The most tokens of an answer.", min=1)]
 
+BUDGETS = "Share of all parameters to remove; or 17blocks, 7layers, 0.3kv, 1.25x; or what is left: 7B, 120M."
 SEQ_LEN = "256; of --texts 2048, or the context"
 ACCELERATIONS = "none (exact), lazy, race, lazy+race."
 COMPENSATIONS = "Fit the weights that stay: refit, none."
@@ -82,7 +84,7 @@ def common(
 
 @app.command()
 def prune(
-    budget: Annotated[str, value("SHARE", "Share of all parameters to remove; or 17blocks, 7layers, 0.3kv, 1.25x.")],
+    budget: Annotated[str, value("SHARE", BUDGETS)],
     cache: Annotated[Path, CACHE],
     model: Annotated[str | None, Argument(metavar="MODEL", help=A_MODEL, show_default="that of --config")] = None,
     out: Annotated[Path | None, value("DIR", "The checkpoint's folder.", "NAME-BUDGET")] = None,
@@ -135,12 +137,13 @@ def prune(
     runtime, formats = wanted.pop("runtime"), [*wanted.pop("export", ()), export]
     place = work.Place(cache.expanduser().absolute(), device, stderr_observer(), ",".join(formats), runtime)
     run = place.read_run(model, wanted, computes=not dry_run)
+    share = share_for(budget, place.config_of(run))
     if dry_run:
-        found = forecast.dry_run(run, place.config_of(run), budget)
+        found = forecast.dry_run(run, place.config_of(run), share)
         _tell(found, forecast.in_words(found), as_json)
     else:
         named = out or Path(f"{run.model.title.rpartition('/')[2]}-{budget}")
-        found = place.prune(run, budget, named.expanduser().absolute())
+        found = place.prune(run, share, named.expanduser().absolute())
         _tell(found, work.words(found), as_json)
 
 

@@ -19,6 +19,20 @@ from blockpruner.core.families import Config, Costs, count_kv_cache, count_param
 
 WRITTEN = re.compile(r"(?P<number>\d*\.?\d+)(?P<unit>blocks|layers|kv|x|)", re.ASCII)
 
+LEFT = re.compile(r"(?P<number>\d*\.?\d+)(?P<unit>[MB])", re.ASCII)
+
+
+def share_for(text: str, config: Config) -> str:
+    """A budget as it is, or in place of the size that is left ("7B", "120M" parameters) the share that goes; raises
+    InputError for a size that the model does not exceed."""
+    match, total = LEFT.fullmatch(text), count_parameters(config).total
+    if match is None:
+        return text
+    share = 1 - float(match["number"]) * {"M": 1e6, "B": 1e9}[match["unit"]] / total
+    if not 0 < share < 1:
+        raise InputError(f"budget {text!r} is what is left; give less than the model's {total / 1e6:,.1f}M parameters")
+    return f"{share:.4f}"
+
 
 def read_budget(text: str) -> tuple[float, str]:
     """Number and unit ("" is a share of all parameters); raises InputError that names the valid forms."""

@@ -14,7 +14,15 @@ from blockpruner.core.blocks import (
     parse_mask,
     removable_units,
 )
-from blockpruner.core.budgets import choose_prefix, goal_of, is_settled, parse_budget, require_reachable, resources_of
+from blockpruner.core.budgets import (
+    choose_prefix,
+    goal_of,
+    is_settled,
+    parse_budget,
+    require_reachable,
+    resources_of,
+    share_for,
+)
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import count_kv_cache, count_parameters
 from blockpruner.search.space import nearest as nearest_mask
@@ -193,3 +201,11 @@ def test_packing_keeps_the_order_in_the_fewest_layers():
         # a new layer must begin at each MHA, and at each MLP that follows no MHA
         starts = [b for n, b in enumerate(left) if b.kind is BlockKind.MHA or n == 0 or left[n - 1].kind is b.kind]
         assert len(packed) == len(starts)
+
+
+def test_the_size_that_is_left_is_the_share_that_goes():
+    assert share_for("5.2566B", LLAMA2_7B) == share_for("5256.6M", LLAMA2_7B) == "0.2199"  # as the paper counts it
+    assert share_for("0.30kv", LLAMA2_7B) == "0.30kv"
+    for text in ("7B", "0M"):
+        with pytest.raises(InputError, match=f"'{text}' is what is left; give less than the model's 6,738.4M"):
+            share_for(text, LLAMA2_7B)

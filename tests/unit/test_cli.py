@@ -387,6 +387,9 @@ def test_a_dry_run_counts_from_the_shape_and_leaves_nothing(model, place, say):
     assert both["memory_bytes"].keys() == {"search", "refit"}
     assert both["first_step_masks"] == {"greedy-shifted": 3}
     assert 2 * both["weights_bytes"] == both["disk_bytes"]
+    left = f"{0.7 * found['parameters'] / 1e6:.6f}M"
+    named = done(say(*prune(model, "--dry-run", "--json", budget=left)))
+    assert named["parameters_to_remove"] == found["parameters_to_remove"]
 
 
 @pytest.mark.usefixtures("in_process")
