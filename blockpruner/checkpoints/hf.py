@@ -21,6 +21,7 @@ from blockpruner.methods.apply import Pruning
 from blockpruner.methods.healed import HEALED_FILE
 from blockpruner.model.classes import OUR_MODULES, read_config
 from blockpruner.model.known import FORMAT, FORMAT_KEY
+from blockpruner.model.models import without_bars
 from blockpruner.store.files import let_others_read, read_json, write_json, write_text
 from blockpruner.store.manifest import CARD_FILE
 from blockpruner.store.plans import PLAN_FILE, save_plan
@@ -76,7 +77,7 @@ def save_pruned(model: PreTrainedModel, directory: Path) -> None:
     `auto_map` names it. Other code, and `auto_map` of others, is left out."""
     code = code_file(model)
     kinds = {type(model): "AutoModelForCausalLM", type(model.config): "AutoConfig"} if code else {}
-    with ExitStack() as stack:
+    with without_bars(), ExitStack() as stack:
         for kind, entry in kinds.items():
             stack.callback(setattr, kind, "_auto_class", kind._auto_class)  # another save of the class asks for no code
             kind.register_for_auto_class(entry)

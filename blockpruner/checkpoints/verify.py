@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 ENGINE = "transformers"
 """The Python module that runs the checkpoint."""
@@ -119,6 +120,7 @@ def verify(checkpoint: str, reference_file: str, tolerance: float) -> dict[str, 
 
 
 if __name__ == "__main__":
+    logging.disable_progress_bar()
     report = verify(sys.argv[1], sys.argv[2], float(sys.argv[3]))
     print(json.dumps(report))
     sys.exit(0 if report["ok"] else 1)

@@ -36,17 +36,19 @@ def dry_run(run: Run, config: Config, budget: str) -> dict[str, Any]:
         "weights_bytes": counts.total * BYTES[run.model.dtype],
         "memory_bytes": step_bytes(config, run.model.dtype, run.score, compensate, run.train, budget),
         "disk_bytes": counts.total * BYTES[own_dtype(config)],
+        "is_local": run.model.source == "path",
     }
 
 
 def in_words(found: Mapping[str, Any]) -> str:
     gone, masks = found["parameters_to_remove"], found["first_step_masks"]
+    more = "" if found["is_local"] else f", and {size(found['disk_bytes'])} for the download (HF_HOME)"
     lines = {
         "model": found["model"],
         "blocks": found["blocks"],
         "parameters": f"{found['parameters']:,}" + (f"; removed: {gone:,}" if gone else ""),
         "masks of the first step": ", ".join(f"{count} ({name})" for name, count in masks.items()) or "0",
         "memory": "at least " + ", ".join(f"{size(most)} for {step}" for step, most in found["memory_bytes"].items()),
-        "disk": f"{size(found['disk_bytes'])} for the download of a hub model (HF_HOME), and less for each checkpoint",
+        "disk": f"less than {size(found['disk_bytes'])} for each checkpoint" + more,
     }
     return "\n".join(f"{name}: {value}" for name, value in lines.items())

@@ -37,7 +37,10 @@ BASE = re.compile(r"^`(.+?)` ", re.MULTILINE)
 def export(folder: Path, place: Place) -> dict[str, Any]:
     """Write the place's formats at FOLDER-FORMAT; raises InputError if the folder is no checkpoint as it was verified,
     a format cannot hold it, or a place is not empty."""
-    plan, config = read_plan(folder)[1], read_json(folder / "config.json")
+    plan = read_plan(folder)[1]
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} is no hf checkpoint; give the one that it was made of", rule="no-format")
+    config = read_json(folder / "config.json")
     require_verified(folder)
     family, dtype = str(config["model_type"]).removesuffix("_blockpruned"), own_dtype(config)
     forms = place.checked_formats()

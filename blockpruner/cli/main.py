@@ -138,12 +138,13 @@ def prune(
     place = work.Place(cache.expanduser().absolute(), device, stderr_observer(), ",".join(formats), runtime)
     run = place.read_run(model, wanted, computes=not dry_run)
     share = share_for(budget, place.config_of(run))
+    named = (out or Path(f"{run.model.title.rpartition('/')[2]}-{budget}")).expanduser().absolute()
     if dry_run:
+        place.look(run, named)
         found = forecast.dry_run(run, place.config_of(run), share)
         _tell(found, forecast.in_words(found), as_json)
     else:
-        named = out or Path(f"{run.model.title.rpartition('/')[2]}-{budget}")
-        found = place.prune(run, share, named.expanduser().absolute())
+        found = place.prune(run, share, named)
         _tell(found, work.words(found), as_json)
 
 

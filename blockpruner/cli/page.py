@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from blockpruner.checkpoints.card import HEALED
+from blockpruner.checkpoints.registry import EXPORTS
 from blockpruner.cli.pruning import read_plan
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
@@ -30,7 +31,7 @@ def write_page_of(checkpoint: Path, out: Path) -> None:
     weights = sum((checkpoint / name).stat().st_size for name in files if name.endswith((".safetensors", ".gguf")))
     healed = read_json(checkpoint / HEALED_FILE) if (checkpoint / HEALED_FILE).is_file() else {}
     verified = read_json(checkpoint / REPORT_FILE)
-    findings = Findings(tuple(_findings(plan, verified)))
+    findings = Findings(tuple(_findings(plan, verified, checkpoint, bool(healed.get("perplexity")))))
     pairs, _ = in_words(plan.kinds or {})
     tables = [_healing(healed["perplexity"])] if healed.get("perplexity") else []
     lost = [Facts("Perplexity by kind of text, after compensation", pairs)] if pairs else []
@@ -47,10 +48,13 @@ def write_page_of(checkpoint: Path, out: Path) -> None:
     if plan.calibration["rows"] is not None:
         facts["Calibration"] = f"{plan.calibration['rows']:,} rows, {plan.calibration['tokens']:,} tokens"
     form = {"mlx_lm": "nas", "xllamacpp": "gguf"}.get(verified["engine"], "hf")
-    use = Facts("Use it", tuple(starts(form, plan, checkpoint)), is_code=True)
+    beside = {other: checkpoint.with_name(f"{checkpoint.name}-{other}") for other in EXPORTS if form == "hf" != other}
+    places = {form: checkpoint} | {other: path for other, path in beside.items() if (path / REPORT_FILE).is_file()}
+    commands = [line for other, path in places.items() for line in starts(other, plan, path)]
+    use = Facts("Use it", tuple(commands), is_code=True)
     sections = (
         Section("Verdict", (findings, *tables, *lost)),
-        Section("Removed blocks", (removed,)),
+        Section("What is gone", (removed,)),
         Section("Model", (Facts("Model and data", tuple(facts.items())), use)),
     )
     write_text(out, to_html(Page(plan.target, INTRO, sections)))
@@ -66,7 +70,7 @@ def _healing(told: Mapping[str, Mapping[str, float]]) -> Table:
     return Table("healing", "Before and after healing", columns, tuple(cells))
 
 
-def _findings(plan: Plan, verified: dict[str, Any]) -> Iterator[Finding]:
+def _findings(plan: Plan, verified: dict[str, Any], place: Path, is_healed: bool) -> Iterator[Finding]:
     before, after = plan.calibration["dense_perplexity"], plan.calibration["perplexity"]
     dense, pruned = (parameters(plan.parameters[name]) for name in ("dense", "pruned"))
     yield Finding(
@@ -76,11 +80,13 @@ def _findings(plan: Plan, verified: dict[str, Any]) -> Iterator[Finding]:
         f"Perplexity of the calibration texts {number(before)} → {number(after)}, {times(after / before)} the dense "
         "model's, before any healing. The blocks were chosen on these texts; others tell more."
         if after
+        else "Perplexities are in the table below."
+        if is_healed
         else "The perplexity of the pruned model was not measured.",
     )
     if warning := in_words(plan.kinds or {})[1]:
         yield Finding(Level.WARNING, "uneven", UNLIKE, warning)
-    text = "blockpruner eval and compare do that."
+    text = f"blockpruner compare MODEL {place} --texts FILE does that, and blockpruner eval {place} asks benchmarks."
     yield Finding(Level.ADVICE, "measure", "Measure it on texts that the search has not seen", text)
     yield Finding(
         Level.RESULT if verified["ok"] else Level.WARNING,

@@ -21,7 +21,7 @@ from blockpruner.core.errors import InputError, named
 from blockpruner.core.families import FAMILIES, Config, count_parameters
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
-from blockpruner.core.settings import HubModel, LocalModel, Model, Runtime, Texts, merged, read_settings
+from blockpruner.core.settings import HubModel, LocalModel, LocalTexts, Model, Runtime, Texts, merged, read_settings
 from blockpruner.evaluation.kinds import in_words
 from blockpruner.evaluation.settings import Perplexity
 from blockpruner.healing.settings import Train
@@ -171,6 +171,15 @@ class Place:
     def _note(self, message: str) -> None:
         """A line, with this command's names for the keys in it."""
         self.observer.note(called(message, "", {"--set"}))
+
+    def look(self, run: Run, out: Path) -> None:
+        """Raise InputError for what a dry run can see: bad texts on this machine, or a place that is taken."""
+        for data in (run.calibration.data, run.compensate.data, run.train and run.train.data):
+            if isinstance(data, LocalTexts):
+                load_texts(data, self.root / "cache", self.pins, lambda messages: "")
+        for place in self._places(run, out).values():
+            if not (place / PLAN_FILE).is_file():
+                _is_there(place, None)
 
     def _pool(self, run: Run) -> pipeline.Pool:
         """The texts of a run. The held-out ones count where a run file names them."""
@@ -353,7 +362,7 @@ def read_plan(path: Path) -> tuple[Path, Plan]:
     """A plan's file, and the plan; raises InputError if there is none at the path or in its folder."""
     file = path / PLAN_FILE if path.is_dir() else path
     if not file.is_file():
-        raise InputError(f"plan {str(path)!r} does not exist; give a {PLAN_FILE}, or the checkpoint's folder")
+        raise InputError(f"there is no plan at {str(path)!r}; give a {PLAN_FILE}, or a folder that prune has written")
     return file, load_plan(file)
 
 
@@ -412,6 +421,8 @@ def words(found: Mapping[str, Any]) -> str:
         known = told.get("dense")
         dense = f", dense {known:.2f} ({told['after'] / known:.2f} times)" if known else ""
         lines.append(f"{name}: perplexity of texts set aside {told['before']:.2f} -> {told['after']:.2f}{dense}")
+    if found.get("perplexity"):
+        lines.append("this is of texts like those given; other kinds lose more: blockpruner compare shows it")
     kinds, warning = in_words(plan.get("kinds", {}))
     lines += [f"perplexity of texts set aside, {kind}: {lost}" for kind, lost in kinds]
     lines += [f"warning: {warning}"] if warning else []

@@ -55,6 +55,7 @@ class ConsoleObserver(Observer):
         self._interval = interval
         self._bar: Progress | None = None
         self._first: tuple[float, float] | None = None
+        self._first_step: tuple[int, float] | None = None
         self._title = self._outlook = ""
         self._started = self._printed = time.monotonic()
 
@@ -62,7 +63,7 @@ class ConsoleObserver(Observer):
         self._console.print(message, markup=False)
 
     def begin(self, phase: str, overall: float | None = None) -> None:
-        self._title = phase
+        self._title, self._first_step = phase, None
         self._started = self._printed = time.monotonic()
         self._outlook = self._stage_outlook(overall)
         if self._console.is_terminal:
@@ -84,9 +85,12 @@ class ConsoleObserver(Observer):
     def advance(self, done: int, total: int | None, detail: str) -> None:
         now = time.monotonic()
         text, outlook = detail, f"{duration(now - self._started)} so far"
+        begun, since = self._first_step = self._first_step or (done, now)
         if total is not None:
             text = f"{done}/{total} ({detail})" if detail else f"{done}/{total}"
-            outlook = f"{duration((now - self._started) / max(done, 1) * (total - done))} left"
+            own = done > begun  # of a resumed phase, what was done before tells nothing about the pace
+            pace = (now - since) / (done - begun) if own else (now - self._started) / max(done, 1)
+            outlook = f"{duration(pace * (total - done))} left"
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done, total=total, detail=text)
         elif now - self._printed >= self._interval:

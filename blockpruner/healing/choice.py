@@ -108,13 +108,14 @@ def choose(
     if fits and len(plans) > 1 and len(fit.rows) >= ENOUGH:
         heat = judged(tried(plans, HEAT), 2)
         left = {name: plans[name] for name, n in numbers(heat).items() if n <= BEHIND * min(numbers(heat).values())}
-        observer.note(f"fitted to one of {HEAT} rows, perplexity: {words(heat)}; all rows next for {', '.join(left)}")
+        told = f"after a refit to one row of {HEAT}, perplexity of texts that judge: {words(heat)}"
+        observer.note(f"{told}; next, a refit to all rows: {', '.join(left)}")
     finalists = tried(left)
     if len(plans) == 1:
         return finalists[0]
     known = judged(finalists)
     best = min(finalists, key=lambda one: known[one.name].perplexity if one.name in known else math.inf)
-    observer.note(f"perplexity of the rows that judge: {words(known)}; {best.name} is kept")
+    observer.note(f"perplexity of texts that judge: {words(known)}; {best.name} is kept")
     plan = best.plan
     if after := perplexities(known[best.name].row_nll, judge.kinds):
         before = perplexities(measure_perplexity(dense(), judge.rows).row_nll, judge.kinds)

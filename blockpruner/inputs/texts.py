@@ -197,8 +197,8 @@ def _texts_of_records(records: Any, name: str, form: Format, template: Template)
         if not isinstance(record, dict) or not all(isinstance(record.get(column), str) for column in needed):
             has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
             raise InputError(
-                f"{name}, record {number}, has no text {' and '.join(needed)} (it has {has}), which format {form!r} "
-                "needs; valid formats: alpaca, text, wikipedia"
+                f"{name}, record {number}, has no texts {' and '.join(map(repr, needed))} (it has {has}), which format "
+                f"{form!r} needs; valid formats: alpaca, text, wikipedia"
             )
     if form == "text":
         return [_text(record) for record in records]

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from blockpruner.core.blocks import BlockId, BlockKind, Mask, format_mask, pack_layers
 from blockpruner.core.errors import DeviceMemoryError, InputError, extra
@@ -27,6 +28,18 @@ from blockpruner.model.allocator import keep_freed_memory
 from blockpruner.model.classes import config_class, model_class, read_config
 
 Part = TypeVar("Part", bound=nn.Module)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Within, transformers draws no bars of its own; those of downloads are elsewhere."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def resolve_device(device: str) -> torch.device:
@@ -126,7 +139,7 @@ def load_model(
     elif beside is None and place.type != "cpu" and find_spec("accelerate"):
         places = {"": place}
     try:
-        with usable(attention):
+        with usable(attention), without_bars():
             config = read_config(directory, trust_remote_code)
             model, report = AutoModelForCausalLM.from_pretrained(
                 directory, config=config, dtype=getattr(torch, dtype), device_map=places, **reading, **options

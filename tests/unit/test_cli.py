@@ -195,7 +195,8 @@ def test_a_finished_checkpoint_gets_other_formats(model, place, say, monkeypatch
     assert "| rows held out from refit |" in (place / "small-nas/README.md").read_text()
     for words, message in (
         (("small", "nas"), "is not empty; choose another folder"), (("small", "hf"), "is the hf checkpoint itself"),
-        (("small-nas/..", "nas"), "does not exist; give a blockpruner_plan.json"), (("small", "onnx"), "onnx"),
+        (("small-nas/..", "nas"), "there is no plan at"), (("small", "onnx"), "onnx"),
+        (("small-gguf", "gguf"), "is no hf checkpoint; give the one that it was made of"),
     ):  # fmt: skip
         code, _, err = say("export", *words)
         assert code == 2 and message in err, err
@@ -224,7 +225,7 @@ def test_apply_makes_the_same_checkpoint_from_the_same_base_alone(model, place, 
     code, _, err = say("apply", "./other", "out/blockpruner_plan.json", "--out", "third")
     assert code == 2 and "is of another model: its base is" in err and not (place / "third").exists()
     code, _, err = say("apply", model, "absent", "--out", "third")
-    assert code == 2 and err.startswith("error: plan 'absent' does not exist")
+    assert code == 2 and err.startswith("error: there is no plan at 'absent'")
 
 
 @pytest.mark.usefixtures("in_process")
@@ -387,6 +388,9 @@ def test_a_dry_run_counts_from_the_shape_and_leaves_nothing(model, place, say):
     assert both["memory_bytes"].keys() == {"search", "refit"}
     assert both["first_step_masks"] == {"greedy-shifted": 3}
     assert 2 * both["weights_bytes"] == both["disk_bytes"]
+    assert say(*prune(model, "--dry-run", "--texts", "absent.txt"))[0] == 2
+    code, _, err = say(*prune(model, "--dry-run", "--out", model))
+    assert code == 2 and "is not empty and holds something else" in err
     left = f"{0.7 * found['parameters'] / 1e6:.6f}M"
     named = done(say(*prune(model, "--dry-run", "--json", budget=left)))
     assert named["parameters_to_remove"] == found["parameters_to_remove"]
@@ -744,7 +748,7 @@ def test_the_report_is_one_file_that_tells_what_the_plan_holds(model, place, say
     assert code == 0, err
     page = Path(out.strip()).read_text()
     plan = load_plan(place / "out/blockpruner_plan.json")
-    assert page.count("data:image/svg") == 1 and "blockpruner eval and compare do that" in page
+    assert page.count("data:image/svg") == 1 and "blockpruner compare MODEL" in page
     assert "Verified by transformers" in page
     assert f"{100 * plan.ratio:.1f} % of the parameters removed" in page
     assert f"{plan.calibration['perplexity']:,.0f}" in page

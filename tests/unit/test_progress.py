@@ -46,6 +46,17 @@ def test_where_more_may_follow_no_time_left_is_shown(monkeypatch):
     ]
 
 
+def test_a_resumed_phase_goes_at_the_pace_of_what_it_computes(monkeypatch):
+    clock, out = [0.0], io.StringIO()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    show = ConsoleObserver(Console(file=out, width=200, highlight=False, soft_wrap=True), interval=5.0)
+    show.begin("narrow")
+    for seconds, done in ((10, 13), (10, 14), (10, 15)):
+        clock[0] += seconds
+        show.advance(done, 30, f"mlp.{done - 1}")
+    assert [line.partition("), ")[2] for line in out.getvalue().splitlines()][1:] == ["2m40s left", "2m30s left"]
+
+
 def test_a_terminal_gets_a_bar_that_goes_away():
     out = io.StringIO()
     show = ConsoleObserver(Console(file=out, width=120, force_terminal=True, color_system=None), interval=0.0)

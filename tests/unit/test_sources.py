@@ -370,7 +370,7 @@ def test_texts(tmp_path):
     assert parse_texts(code, "code.utf8", "text", str, "\n\n\n") == ["a = 1", "  b"]
     with pytest.raises(InputError, match=r"x\.json: separator '#' is for plain text"):
         parse_texts(b"[]", "x.json", "text", str, "#")
-    with pytest.raises(InputError, match=r"record 0, has no text text \(it has instruction, input, output\)"):
+    with pytest.raises(InputError, match=r"record 0, has no texts 'text' \(it has instruction, input, output\)"):
         parse_texts(json.dumps(records).encode(), "x.json", "text", str)
 
 
