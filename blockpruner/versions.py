@@ -23,11 +23,11 @@ PLAN_VERSION = 9
 WEIGHTS_VERSION = 9
 """The weights of a pruned model: merged, sliced, compensated or trained. Part of the keys under which they are kept."""
 
-EXPORT_VERSION = 11
+EXPORT_VERSION = 12
 """The content of exported checkpoints, in every format."""
 
 EVAL_VERSION = 4
 """Perplexities, task scores, sample texts and timings. Part of the key of every stored result."""
 
-REPORT_VERSION = 16
+REPORT_VERSION = 17
 """Tables, figures and pages made from results."""

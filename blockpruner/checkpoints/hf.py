@@ -6,7 +6,7 @@ fresh process that compared it with the masked dense model. A directory that fai
 our modelling file may lie in it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -83,11 +83,23 @@ def save_pruned(model: PreTrainedModel, directory: Path) -> None:
             kind.register_for_auto_class(entry)
         model.save_pretrained(directory, max_shard_size="5GB")
     drop_code_(directory, code)
-    if code:
-        config = read_json(directory / "config.json")
-        write_json(directory / "config.json", config | {FORMAT_KEY: FORMAT})
+    config = read_json(directory / "config.json")
+    own = {FORMAT_KEY: FORMAT} if code else {}
+    write_json(directory / "config.json", config | _for_older_readers(config) | own)
     let_others_read(directory)
     assert not code or (directory / code).exists()
+
+
+def _for_older_readers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_parameters` by the names that configs had before transformers 5, which mlx-lm still reads: without them it
+    takes its own base, and computes something else."""
+    rotary = config.get("rope_parameters") or {}
+    local = rotary.get("sliding_attention", {})
+    rotary = rotary.get("full_attention", rotary)
+    old = {"rope_local_base_freq": local["rope_theta"]} if local else {}
+    if rotary.get("rope_type", "default") != "default":
+        old["rope_scaling"] = {key: value for key, value in rotary.items() if key != "rope_theta"}
+    return old | {key: rotary[key] for key in ("rope_theta", "partial_rotary_factor") if key in rotary}
 
 
 def code_file(model: PreTrainedModel) -> str | None:

@@ -75,8 +75,9 @@ def require_families(names: Sequence[str], model_type: str) -> None:
 def _others(row: Export, model_type: str) -> str:
     """What to do about a format that cannot hold a family."""
     for other in EXPORTS.values():
-        if other.families is not None and model_type in other.families and {*other.engines} & {*row.engines}:
-            return f"for {row.engines[0]} name {other.name}"
+        common = [engine for engine in row.engines if engine in other.engines]
+        if other.families is not None and model_type in other.families and common:
+            return f"for {common[0]} name {other.name}"
     return "leave it out (docs/serving.md says what other engines load)"
 
 
@@ -130,11 +131,14 @@ EXPORTS: Registry[Export] = Registry(
         Export(
             "nas",
             "DeciLM checkpoint",
-            ("mlx-lm",),
+            ("vLLM without our plugin", "mlx-lm"),
             HERE + "nas:export_nas",
             NARROW,
             READABLE,
-            commands=("mlx_lm.server --model {path} --host 127.0.0.1 --port 8080",),
+            commands=(
+                "vllm serve {path} --trust-remote-code --host 127.0.0.1 --port 8000",
+                "mlx_lm.server --model {path} --host 127.0.0.1 --port 8080",
+            ),
         ),
         Export(
             "mlx",

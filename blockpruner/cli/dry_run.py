@@ -26,6 +26,7 @@ def dry_run(run: Run, config: Config, budget: str) -> dict[str, Any]:
         for name, score in proposals(run.score, config, budget).items()
         if kind_of_method(score.method).removes_blocks
     }
+    others = [f"none ({name})" for name in proposals(run.score, config, budget) if name not in masks]
     compensate = compensation(run.compensate.method, run.score.method)
     return {
         "model": f"{run.model.title}, {config['model_type']}, {run.model.dtype}",
@@ -33,6 +34,7 @@ def dry_run(run: Run, config: Config, budget: str) -> dict[str, Any]:
         "parameters": counts.total,
         "parameters_to_remove": share and round(share * counts.total),
         "first_step_masks": masks,
+        "without_masks": others,
         "weights_bytes": counts.total * BYTES[run.model.dtype],
         "memory_bytes": step_bytes(config, run.model.dtype, run.score, compensate, run.train, budget),
         "disk_bytes": counts.total * BYTES[own_dtype(config)],
@@ -43,11 +45,12 @@ def dry_run(run: Run, config: Config, budget: str) -> dict[str, Any]:
 def in_words(found: Mapping[str, Any]) -> str:
     gone, masks = found["parameters_to_remove"], found["first_step_masks"]
     more = "" if found["is_local"] else f", and {size(found['disk_bytes'])} for the download (HF_HOME)"
+    counted = [f"{count} ({name})" for name, count in masks.items()]
     lines = {
         "model": found["model"],
         "blocks": found["blocks"],
         "parameters": f"{found['parameters']:,}" + (f"; removed: {gone:,}" if gone else ""),
-        "masks of the first step": ", ".join(f"{count} ({name})" for name, count in masks.items()) or "0",
+        "masks of the first step": ", ".join(counted + found["without_masks"]),
         "memory": "at least " + ", ".join(f"{size(most)} for {step}" for step, most in found["memory_bytes"].items()),
         "disk": f"less than {size(found['disk_bytes'])} for each checkpoint" + more,
     }

@@ -37,7 +37,7 @@ def value(metavar: str, text: str, default: str | bool = True, **more: Any) -> A
 
 A_MODEL = "A folder, or a name on the Hugging Face hub, perhaps with @REVISION."
 Dense = Annotated[str, Argument(metavar="MODEL", help=A_MODEL)]
-FORMATS = "nas (or mlx-lm), mlx, gguf (or llama.cpp), gguf:Q4_K_M."
+FORMATS = "nas (mlx-lm, and vLLM without our plugin), mlx, gguf (or llama.cpp), gguf:Q4_K_M."
 OUT_FORMATS = f"More formats, at OUT-FORMAT, separated by commas: {FORMATS} vllm means OUT itself, which vLLM serves."
 Export = Annotated[str, value("NAMES", OUT_FORMATS)]
 PRUNE_LAYERS = "Print llama-quantize's option for a plan of whole layers, and end; the model is not read."

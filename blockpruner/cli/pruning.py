@@ -344,7 +344,8 @@ class Place:
             raise InputError(message, rule="place-not-empty", key="out", value=str(lacking.parent))
         own = run.model.dtype if "dtype" in run.model.model_fields_set else own_dtype(self.config_of(run))
         pipeline.export(replace(pruning, dtype=own), missing, self._asked)
-        return {"plan": plan_fields(pruning.plan), "written": [pipeline.exported(*each) for each in places.items()]}
+        told = {"plan": plan_fields(pruning.plan), "taken_out": KINDS[pruning.plan.kind].taken_out(pruning.plan)}
+        return told | {"written": [pipeline.exported(*each) for each in places.items()]}
 
 
 T = TypeVar("T", Calibration, Perplexity)
@@ -414,14 +415,16 @@ def _is_there(place: Path, plan: Plan | None, words: str | None = None) -> bool:
 
 def words(found: Mapping[str, Any]) -> str:
     plan, seen = found["plan"], found["plan"]["calibration"]
-    lines = [f"removed {plan['ratio']:.1%} of the parameters: {', '.join(plan['order']) or plan['method']}"]
+    lines = [f"removed {plan['ratio']:.1%} of the parameters: {', '.join(plan['order']) or found['taken_out']}"]
     if seen.get("perplexity"):
         lines.append(f"perplexity of the calibration texts: {seen['dense_perplexity']:.2f} -> {seen['perplexity']:.2f}")
     for name, told in found.get("perplexity", {}).items():
         known = told.get("dense")
         dense = f", dense {known:.2f} ({told['after'] / known:.2f} times)" if known else ""
         lines.append(f"{name}: perplexity of texts set aside {told['before']:.2f} -> {told['after']:.2f}{dense}")
-    if found.get("perplexity"):
+    if not found.get("perplexity") and not plan["train"] and plan["compensate"] == "none":
+        lines.append("no weight was fitted again: --compensate refit makes up for part of the loss")
+    elif found.get("perplexity"):
         lines.append("this is of texts like those given; other kinds lose more: blockpruner compare shows it")
     kinds, warning = in_words(plan.get("kinds", {}))
     lines += [f"perplexity of texts set aside, {kind}: {lost}" for kind, lost in kinds]

@@ -43,6 +43,8 @@ def config_of(folder: Path) -> Config:
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"{str(folder)!r} has no safetensors; give the folder of format hf, as prune writes it")
     config: Config = read_json(folder / "config.json")
+    if config.get("model_type") == "nemotron-nas":
+        raise InputError(f"{str(folder)!r} is of format nas, which transformers does not load; give the hf folder")
     return config
 
 

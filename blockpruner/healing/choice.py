@@ -108,7 +108,7 @@ def choose(
     if fits and len(plans) > 1 and len(fit.rows) >= ENOUGH:
         heat = judged(tried(plans, HEAT), 2)
         left = {name: plans[name] for name, n in numbers(heat).items() if n <= BEHIND * min(numbers(heat).values())}
-        told = f"after a refit to one row of {HEAT}, perplexity of texts that judge: {words(heat)}"
+        told = f"after a refit to every {HEAT}th row, perplexity of texts that judge: {words(heat)}"
         observer.note(f"{told}; next, a refit to all rows: {', '.join(left)}")
     finalists = tried(left)
     if len(plans) == 1:

@@ -88,6 +88,10 @@ def test_whole_layers_need_no_code(tmp_path):
     assert json.loads((tmp_path / "out" / "verification.json").read_text())["ok"]
     assert not has_our_code(tmp_path / "out")
     assert "mlx_blockpruned.py" not in (tmp_path / "out" / "README.md").read_text()
+    for name, scaled in (("base", {"rope_type": "default"}), ("linear", {"rope_type": "linear", "factor": 4.0})):
+        llama = fetched(tmp_path / name, "llama", rope_parameters=scaled | {"rope_theta": 5e5})
+        export_mlx(pruning(llama, plan_of(llama, ["mha.2", "mlp.2"])), tmp_path / f"out-{name}")  # it is verified
+        assert json.loads((tmp_path / f"out-{name}" / "config.json").read_text())["rope_theta"] == 5e5
     gemma = fetched(tmp_path / "gemma", "gemma3_text")
     with pytest.raises(InputError, match="attend in another order"):
         export_mlx(pruning(gemma, plan_of(gemma, ["mha.1", "mlp.1"])), tmp_path / "other")

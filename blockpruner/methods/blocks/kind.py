@@ -54,7 +54,7 @@ def score(job: Job) -> tuple[Current, Counts]:
         own, influence = (stores[loss], stores[NLL.name]), asked.metric.influence
         for problem in seed_stores(job.folder / fingerprint, fingerprint, *own, influence):
             observer.note(f"warning: {problem}")
-        observer.note(f"calibration: {len(rows.rows)} rows, {rows.tokens} tokens; search {fingerprint}")
+        observer.note(f"calibration: {len(rows.rows)} rows, in all {rows.tokens:,} tokens; search {fingerprint}")
         scorer = job.material.scorer
         found = search(asked, rows, stores, scorer, job.resources, job.budgets, observer, keep)
     for budget, trace in found.traces.items():
