@@ -61,6 +61,7 @@ COLUMNS: Mapping[str, Shown] = {
     "llama_cpp_f16_x": Shown("llama.cpp, F16"),
     "llama_cpp_q8_x": Shown("llama.cpp, Q8_0"),
     "vllm_x": Shown("vLLM"),
+    "file_mb": Shown("file, MB", 0),
 }
 """By key. A column that is not here goes by its key: texts as they are, numbers with two digits."""
 
