@@ -78,7 +78,7 @@ def run(environment, tmp_path):
         assert result.returncode == 0, result.stderr
         return result.stdout
 
-    save_tiny(tmp_path / "model")
+    save_tiny(tmp_path / "models/mine")
     for name in ("calibration.txt", "heldout.txt"):
         (tmp_path / name).write_text("\n".join(f"{i} little words and {i * i} more" for i in range(60)))
     return run
@@ -111,8 +111,8 @@ def test_the_wheel_holds_the_library_its_licence_and_its_types(built):
 def test_the_command_prunes_and_transformers_alone_loads_the_result(run, tmp_path):
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", run("blockpruner", "--version"))
     options = ["--budget", "0.2", "--texts", "calibration.txt", "--seq-len", 32, "--method", "blockpruner"]
-    assert "4 MHA + 4 MLP" in run("blockpruner", "prune", "model", *options, "--dry-run")
-    run("blockpruner", "prune", "model", *options, "--out", "pruned")
+    assert "4 MHA + 4 MLP" in run("blockpruner", "prune", "models/mine", *options, "--dry-run")
+    run("blockpruner", "prune", "models/mine", *options, "--out", "pruned")
     parameters, rows = map(int, run("python", "-c", LOAD).split())
     plan = json.loads((tmp_path / "pruned/blockpruner_plan.json").read_text())
     assert rows and parameters == plan["parameters"]["pruned"] < plan["parameters"]["dense"]
