@@ -20,7 +20,6 @@ import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM
 
-import blockpruner  # noqa: F401 - the classes of its checkpoints
 from benchmarks.engines import REPEATS, SHORT, files, llama_cpp
 from blockpruner.core.progress import observer
 from blockpruner.reporting.statistics import average, ratio_of_medians

@@ -42,13 +42,7 @@ class ModelArgs:
         family = config["model_type"].removesuffix("_blockpruned")
         self.module = importlib.import_module(f"mlx_lm.models.{MODEL_REMAPPING.get(family, family)}")
         kept = config.get("source_layers") or list(range(config["num_hidden_layers"]))
-        rotary = config.get("rope_parameters") or {}
-        local = rotary.get("sliding_attention", {})  # Gemma's, beside that of its global layers
-        rotary = rotary.get("full_attention", rotary)
-        old = {"rope_local_base_freq": local["rope_theta"]} if local else {}
-        old |= {key: rotary[key] for key in ("rope_theta", "partial_rotary_factor") if key in rotary}
-        old["rope_scaling"] = None if rotary.get("rope_type", "default") == "default" else rotary
-        old["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+        old = {"head_dim": config["hidden_size"] // config["num_attention_heads"], "rope_scaling": None}
         fields = old | dict(config, model_type=family, num_hidden_layers=kept[-1] + 1)
         for name in ("layer_types", "no_rope_layers"):
             if (own := config.get(name)) is not None:

@@ -27,6 +27,7 @@ from blockpruner.checkpoints import verify_llama_cpp
 from blockpruner.cli import doctor, talking
 from blockpruner.cli import main as command
 from blockpruner.cli.pruning import Place
+from blockpruner.cli.pruning import words as last_words
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import SilentObserver
@@ -836,3 +837,15 @@ def test_doctor_names_what_is_missing_and_what_mends_it(place, say, monkeypatch)
     floor = next(line for line in metadata.requires("blockpruner") if line.startswith("typer"))
     assert checks["typer"]["lacks"] == f"0.1 is not {floor[5:]}: pip install '{floor}'"
     assert say("doctor", "--cache", "texts.txt/inner")[0] == 1
+
+
+def test_the_end_of_a_run_says_what_was_not_fitted(tmp_path):
+    plan = {"ratio": 0.1, "order": ["mha.1"], "calibration": {}, "train": False, "compensate": "none"}
+    found = {"plan": plan, "taken_out": "1 MHA", "written": []}
+    assert "no weight was fitted again" in last_words(found)
+    fitted = last_words(found | {"perplexity": {"compensated": {"before": 4.0, "after": 3.0, "dense": 2.0}}})
+    assert "4.00 -> 3.00, dense 2.00 (1.50 times)" in fitted and "no weight" not in fitted
+    (tmp_path / "config.json").write_text('{"model_type": "nemotron-nas"}')
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(InputError, match="format nas, which transformers does not load"):
+        talking.config_of(tmp_path)

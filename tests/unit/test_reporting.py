@@ -308,6 +308,7 @@ def test_the_report_holds_the_inputs_and_is_the_same_twice(report: Path, tmp_pat
     assert files.keys() == {"report.md", "index.html", "curve.csv", "iterations.csv", *pictures}
     dense, a, b = (_json(data / "evidence" / name / "results.json") for name in ("tiny-dense", "tiny-a", "tiny-b"))
     markdown, page = (report / "report.md").read_text(), (report / "index.html").read_text()
+    assert all(text in markdown for text in ("Chosen on ", "Judged on ", "In fewer bits: "))
     perplexities = [f"{r['perplexity']['perplexity']:.2f}" for r in (dense, a, b)]
     assert f"| **Held-out perplexity** | **–** | {' | '.join(f'**{p}**' for p in perplexities)} |" in markdown
     assert "".join(f'<td class="n">{p}</td>' for p in perplexities) in page
