@@ -26,27 +26,23 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.flops import Flops
 from benchmarks.shapes import MODELS, random_model, random_rows
 from blockpruner.api import Pruned, prune
-from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Cut, Mask, all_blocks
+from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Mask, all_blocks
 from blockpruner.core.families import count_parameters
 from blockpruner.core.progress import SilentObserver
 from blockpruner.evaluation.settings import Speed
 from blockpruner.evaluation.speed import measure_speed, weight_bytes
-from blockpruner.healing import refit as fitting
-from blockpruner.healing.ridge import best_change
 from blockpruner.healing.settings import Train
 from blockpruner.healing.trainer import train_
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model import accelerator
-from blockpruner.model.models import decoder_layers, masked, prune_, resolve_device, shared_copy
+from blockpruner.model.models import decoder_layers, prune_, resolve_device, shared_copy
 from blockpruner.model.rates import product_rate
 from blockpruner.scoring.engine import Engine
-from blockpruner.scoring.streams import Streams
 from blockpruner.scoring.work import LOGITS_BYTES, Rows, Task
 from blockpruner.store.files import read_json, write_json
 from blockpruner.store.provenance import commit, environment
@@ -71,8 +67,6 @@ class Setting:
     """Tokens of a row."""
     layers: int
     """Layers of the smaller model, where depth decides nothing."""
-    sample: int
-    """Masks that are scored by full forward passes, too."""
     generated: int
     """Tokens of a prompt, and new ones."""
 
@@ -162,32 +156,6 @@ def machine(s: Setting, found: Found) -> None:
     found.add(**{"products of a whole export and its check, s": seconds})
 
 
-def numbers(s: Setting, found: Found) -> None:
-    """Losses of four families without one block, in float32, next to the CPU's."""
-    for family in ("llama", "qwen2", "gemma2", "gpt_neox"):
-        torch.manual_seed(0)
-        size = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-        config = AutoConfig.for_model(family, **size, intermediate_size=128, num_hidden_layers=3, vocab_size=500)
-        model, losses = AutoModelForCausalLM.from_config(config).eval(), list[dict[Mask, tuple[float, ...]]]()
-        rows = tuple(map(tuple, random_rows(500, 4, 32)))
-        masks = tuple(frozenset({block}) for block in all_blocks(3))
-        for place in (torch.device("cpu"), s.device):
-            scored_ = Engine(model.to(place)).run([Task(range(4), masks)], rows)
-            losses.append({one.mask: one.loss for one in scored_})
-        apart = max(abs(a - b) for mask in masks for a, b in zip(losses[0][mask], losses[1][mask], strict=True))
-        found.check(f"{family}: losses, apart from the CPU's", apart, 1e-4)
-
-
-@torch.inference_mode()
-def full_forward(model: PreTrainedModel, mask: Mask, ids: torch.Tensor) -> torch.Tensor:
-    """Row losses by one forward pass with the logits of all tokens, [B]."""
-    with masked(model, mask):
-        logits = model(input_ids=ids, use_cache=False).logits
-    targets = ids[:, 1:]
-    losses = functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="none")
-    return losses.view(targets.shape).mean(dim=1)
-
-
 @torch.inference_mode()
 def matrix_rate(model: PreTrainedModel, tokens: int) -> float:
     """FLOP/s of the matrix products of one forward pass alone, each layer's own weights in turn; median of 5."""
@@ -207,7 +175,7 @@ def matrix_rate(model: PreTrainedModel, tokens: int) -> float:
 
 
 def iteration(s: Setting, found: Found) -> None:
-    """The first iteration of the exact search, then some of its masks by full forward passes."""
+    """The first iteration of the exact search."""
     model, rows = s.model(), s.data
     flops, masks = Flops.of(model.config.to_dict(), s.rows, s.length), [DENSE]
     masks += [frozenset({block}) for block in all_blocks(len(decoder_layers(model)))]
@@ -219,23 +187,9 @@ def iteration(s: Setting, found: Found) -> None:
     exact = flops.exact(masks)
     found.add(**{
         "masks": len(masks), "rows": s.rows, "tokens of each": s.length, "exact iteration, s": seconds,
-        "PFLOP": exact / 1e15, "TFLOP/s": exact / seconds / 1e12, "matrix products alone, TFLOP/s": rate / 1e12,
+        "gain over full passes, bound by FLOPs": flops.naive(masks) / exact, "PFLOP": exact / 1e15,
+        "TFLOP/s": exact / seconds / 1e12, "matrix products alone, TFLOP/s": rate / 1e12,
         "peak memory, GiB": peak(s),
-    })  # fmt: skip
-
-    some = [masks[i * len(masks) // s.sample] for i in range(min(s.sample, len(masks)))]
-    spent, size = 0.0, s.rows
-    while s.is_real and size > 1 and 5 * size * s.length * 2 * s.vocabulary > accelerator.free_memory(s.device):
-        size = -(-size // 2)
-    parts = [torch.tensor(rows[i : i + size], device=s.device) for i in range(0, s.rows, size)]
-    full_forward(model, DENSE, parts[0])
-    for mask in some:
-        for ids in parts:
-            spent += clocked(s.device, partial(full_forward, model, mask, ids))[0]
-    naive = flops.naive(some) / spent
-    found.add(**{
-        "full forward passes, rows at once": size, "full forward passes, TFLOP/s": naive / 1e12,
-        "gain in time": flops.naive(masks) / naive / seconds, "bound by FLOPs": flops.naive(masks) / exact,
     })  # fmt: skip
 
 
@@ -283,41 +237,11 @@ def pruned(s: Setting, found: Found, budget: str, **options: Any) -> Pruned:
     return result
 
 
-def search(s: Setting, found: Found) -> None:
-    """A lazy, racing search of blocks to the end."""
-    budget = "0.1" if s.is_real else "2blocks"
-    pruned(s, found, budget, method="floating", acceleration="lazy+race", compensate="none")
-
-
 def recommended(s: Setting, found: Found) -> None:
     """What `blockpruner prune` does by default: widths, searches, refits, and the choice among them."""
     result = pruned(s, found, "0.1" if s.is_real else "0.2")
     perplexity = result.compensation["perplexity"]
     found.check("held-out perplexity, refitted relative to pruned", perplexity["after"] / perplexity["before"], 1.0)
-
-
-def exact(s: Setting, found: Found) -> None:
-    """The exact search of the paper, to the end."""
-    pruned(s, found, "0.1" if s.is_real else "2blocks", method="greedy", compensate="none")
-
-
-@torch.no_grad()
-def stop(s: Setting, found: Found) -> None:
-    """The refit's stops in the layer behind a removed MLP: the writer of an MHA, and that of an MLP."""
-    rows = tuple(map(tuple, random_rows(s.vocabulary, s.rows + s.rows // 4 + 1, s.length)))
-    streams = Streams(s.model(2), rows, s.rows)
-    for stream in streams.walk({"": Cut(frozenset({BlockId(BlockKind.MLP, 0)}))}):
-        writers = {block: writer for block in stream.stop.kept if (writer := streams.writer(block)) and block.layer}
-        if writers:
-            forward, place = clocked(s.device, partial(fitting._Place, streams, stream, writers))
-            sums, (fitted, held) = clocked(s.device, place.moments)
-            solve, (change, *_) = clocked(s.device, partial(best_change, fitted, held, fitting.STRENGTHS, 0.3))
-            changed, _ = clocked(s.device, partial(place.change_, change))
-            streams.put_aside_()
-            parts = {"forward and copies": forward, "sums": sums, "strengths and solution": solve, "change": changed}
-            found.add(**{f"{next(iter(writers))}: {name}, s": seconds for name, seconds in parts.items()})
-        stream.states = [streams.behind(stream.stop.kept, state, n) for n, state in enumerate(stream.states)]
-    found.add(tokens=s.tokens)
 
 
 def training(s: Setting, found: Found) -> None:
@@ -369,8 +293,7 @@ def generation(s: Setting, found: Found) -> None:
 
 
 PARTS: Mapping[str, Callable[[Setting, Found], None]] = {
-    part.__name__: part
-    for part in (machine, numbers, iteration, search, stop, training, export, recommended, generation, exact)
+    part.__name__: part for part in (machine, iteration, training, export, recommended, generation)
 }
 
 
@@ -401,9 +324,9 @@ def main(arguments: Sequence[str]) -> int:
     if unknown := set(given.parts) - PARTS.keys():
         parser.error(f"unknown part {', '.join(sorted(unknown))}; valid: {', '.join(PARTS)}")
     device = resolve_device("auto")
-    s = Setting(given.shape, device, rows=16, length=2048, layers=4, sample=16, generated=64)
+    s = Setting(given.shape, device, rows=16, length=2048, layers=4, generated=64)
     if device.type == "cpu" or given.shape == "tiny":
-        s = Setting("tiny", device, rows=2, length=32, layers=3, sample=3, generated=4)
+        s = Setting("tiny", device, rows=2, length=32, layers=3, generated=4)
     if s.is_real:
         room = min(int(given.memory * GIB), accelerator.total_memory(s.device))
         torch.get_device_module(s.device).set_per_process_memory_fraction(room / accelerator.total_memory(s.device))

@@ -325,15 +325,13 @@ def task_of(model: Evaluated, task: str, task_dir: Path, settings: ZeroShot, ide
     limit, bos = settings.limit, settings.bos
 
     def compute(advance: Advance) -> Stored:
-        from blockpruner.evaluation.choices import pass_tokens
         from blockpruner.evaluation.zero_shot import BATCH_SIZE, evaluate  # lm-eval takes seconds to import
 
         result = evaluate(model.model, model.tokenizer, task, task_dir, limit, advance=advance, bos=bos)
         metric = BENCHMARKS[task].metric
         main = {"metric": metric, "value": result.scores[metric], "stderr": result.scores[f"{metric}_stderr"]}
         scores = {**main, **result.scores, "items": result.items.num_rows}
-        batch = f"{pass_tokens(model.model.device)} tokens or {BATCH_SIZE} answers"
-        return Stored({"scores": scores}, result.items, {"batch": batch})
+        return Stored({"scores": scores}, result.items, {"batch": f"{BATCH_SIZE} requests"})
 
     key = {"kind": "task", "task": task, "data": task_digest(task, task_dir), "limit": limit, "bos": bos}
     key, words = {**identity, **key, "harness": version("lm-eval")}, "{metric} {value:.3f} of {items} items"

@@ -1,10 +1,9 @@
 """Zero-shot scores through lm-eval. No other module imports lm-eval.
 
-Decides how lm-eval is run (its own `hf` model class over a model in memory, stock prompts, no few-shot examples; of its
-computations only log-likelihoods are ours, in `choices`) and what is kept of an item. Tasks come from files that
-`tasks.write_task` wrote. The numbers are those of
+Decides how lm-eval is run (its own `hf` model class over a model in memory, stock prompts, no few-shot examples) and
+what is kept of an item. Tasks come from files that `tasks.write_task` wrote. The numbers are those of
 
-    lm_eval --model hf --model_args pretrained=<checkpoint>,trust_remote_code=True --tasks <task>
+    lm_eval --model hf --model_args pretrained=<checkpoint>,trust_remote_code=True,softmax_dtype=float32 --tasks <task>
         --include_path <task_dir> --limit <limit> --batch_size 8
 
 (with add_bos_token=False among the model_args, where `evaluate.zero_shot.bos` is false)
@@ -14,7 +13,7 @@ to the item. Loglikelihoods agree up to rounding: another batch size or device m
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +27,6 @@ from transformers import PreTrainedModel
 from blockpruner.core.errors import extra
 from blockpruner.core.progress import errors_only
 from blockpruner.evaluation.benchmarks import ACCURACIES, BENCHMARKS
-from blockpruner.evaluation.choices import answers
 from blockpruner.evaluation.store import ITEMS
 from blockpruner.evaluation.tasks import require_stock
 from blockpruner.inputs.calibration import require_embedded
@@ -42,7 +40,10 @@ with extra("eval"):
     from lm_eval.utils import handle_non_serializable
 
 BATCH_SIZE = 8
-"""Answers that are generated at once; half as many where a device's memory does not hold them."""
+"""Requests at once; half as many where a device's memory does not hold them."""
+
+REPORTED = 4
+"""Batches between two reports of progress."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def evaluate(
 
     Args:
         task_dir: holds <task>/<task>.yaml.
-        batch_size: answers that are generated at once.
+        batch_size: requests at once.
         advance: called with (requests done, requests in all). An item has a request for each choice.
         bos: whether texts get the special tokens that the tokenizer adds.
     """
@@ -81,7 +82,8 @@ def evaluate(
         loaded = _load(task, task_dir)
         definition = loaded["tasks"][task]
         special = None if bos else False  # None: as the tokenizer does by itself
-        lm = _Harness(advance, pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=special)
+        options = {"batch_size": batch_size, "softmax_dtype": "float32", "add_bos_token": special}
+        lm = _Harness(advance, pretrained=model, tokenizer=tokenizer, **options)
         raw = harness_evaluate(lm=lm, task_dict=loaded, limit=limit)
     assert raw is not None
     results: dict[str, Any] = json.loads(json.dumps(raw, default=handle_non_serializable))
@@ -126,33 +128,45 @@ class _Harness(HFLM):  # type: ignore[misc]
         self._total = len(requests)
         return super().generate_until(requests, disable_tqdm=True)
 
-    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False) -> Any:
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
         self._total = len(requests)
-        pairs = [(given, rest) for _, given, rest in requests]
-        require_embedded((given + rest for given, rest in pairs), self.tokenizer, self.model.config.to_dict())
-        found = answers(self.model, pairs, self.max_length, lambda done: self._advance(done, self._total))
-        for (texts, _, _), answer in zip(requests, found, strict=True):
-            self.cache_hook.add_partial("loglikelihood", texts, answer)
-        return found
+        self._require_embedded(given + rest for _, given, rest in requests)
+        whole, found = super()._loglikelihood_tokens, list[Any]()
+        ordered = sorted(range(len(requests)), key=lambda n: -len(requests[n][1]) - len(requests[n][2]))
+
+        def score(part: slice) -> None:
+            self.batch_size_per_gpu = self._rows
+            found.extend(whole([requests[n] for n in ordered[part]], disable_tqdm=True))
+
+        self._over(len(requests), REPORTED, score)
+        return [answer for _, answer in sorted(zip(ordered, found, strict=True))]
 
     def _model_generate(
         self, context: Any, max_length: int, stop: list[str], *, attention_mask: Any, **kwargs: Any
     ) -> Any:
         rows: list[Any] = []
         whole = super()._model_generate
-        require_embedded(context.tolist(), self.tokenizer, self.model.config.to_dict())
+        self._require_embedded(context.tolist())
 
         def generate(part: slice) -> None:
             rows.extend(whole(context[part], max_length, stop, attention_mask=attention_mask[part], **kwargs))
 
-        while len(rows) < len(context):
-            count = min(self._rows, len(context) - len(rows))
-            if accelerator.fits(partial(generate, slice(len(rows), len(rows) + count)), is_least=count == 1):
-                self._done += count
+        self._over(len(context), 1, generate)
+        return pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+
+    def _over(self, count: int, batches: int, work: Callable[[slice], None]) -> None:
+        """Do the work over so many requests, some batches at a time."""
+        done = 0
+        while done < count:
+            size = min(self._rows * batches, count - done)
+            if accelerator.fits(partial(work, slice(done, done + size)), is_least=self._rows == 1):
+                done, self._done = done + size, self._done + size
                 self._advance(self._done, self._total)
             else:
-                self._rows = count // 2
-        return pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+                self._rows = -(-self._rows // 2)
+
+    def _require_embedded(self, rows: Iterable[Sequence[int]]) -> None:
+        require_embedded(rows, self.tokenizer, self.model.config.to_dict())
 
 
 def _load(task: str, task_dir: Path) -> Any:

@@ -175,7 +175,7 @@ def test_bos_is_what_the_tokenizer_adds_or_none(task_dir, bos):
         lambda m, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
     )
     evaluate(model, tokenizer, "piqa", task_dir, 2, bos=bos)
-    assert sum((ids == 257).sum().item() for ids in seen) == (2 if bos else 0)  # once for both choices of an item
+    assert sum((ids == 257).sum().item() for ids in seen) == (4 if bos else 0)  # two items of two choices
 
 
 @pytest.mark.parametrize("task", ["piqa", "gsm8k"])
