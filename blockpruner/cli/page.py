@@ -44,7 +44,7 @@ def write_page_of(checkpoint: Path, out: Path) -> None:
         "Calibration": "not done here: the plan was applied",
     }
     if healed:
-        facts["After pruning"] = healed["words"]
+        facts["After pruning"] = healed["words"].replace("`", "")  # Markdown, for the card
     if plan.calibration["rows"] is not None:
         facts["Calibration"] = f"{plan.calibration['rows']:,} rows, {plan.calibration['tokens']:,} tokens"
     form = {"mlx_lm": "nas", "xllamacpp": "gguf"}.get(verified["engine"], "hf")
