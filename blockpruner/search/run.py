@@ -5,7 +5,7 @@ trial is, the store's.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 
 from blockpruner.core.blocks import DENSE, Mask, format_mask, removable_units
@@ -36,19 +36,6 @@ OnIteration = Callable[[str, Iteration], object]
 """Receives the budget that a trace is for ("" where one trace serves all) and each iteration when it is complete."""
 
 
-@dataclass(frozen=True)
-class Traces:
-    """What a search found."""
-
-    nested: bool
-    traces: Mapping[str, Sequence[Iteration]]
-    """By budget; under "" where the search is nested and one trace serves every budget."""
-    counts: Counts
-
-    def of(self, budget: str) -> Sequence[Iteration]:
-        return self.traces["" if self.nested else budget]
-
-
 def search(
     request: Request,
     calibration: CalibrationSet,
@@ -58,8 +45,9 @@ def search(
     budgets: Sequence[str],
     observer: Observer | None = None,
     on_iteration: OnIteration = lambda budget, iteration: None,
-) -> Traces:
-    """Search far enough for every budget.
+) -> tuple[dict[str, list[Iteration]], Counts]:
+    """Search far enough for every budget. Returns the trace of each budget, or one under "" that serves every budget
+    where the search is nested; and what it took.
 
     Args:
         stores: a trial store for each of `request.losses`.
@@ -71,7 +59,7 @@ def search(
     """
     seen = observer or SilentObserver()
 
-    def searched() -> Traces:
+    def searched() -> tuple[dict[str, list[Iteration]], Counts]:
         own = nll = Objective(calibration, stores[request.metric.name], scorer, seen, request.metric)
         if request.metric.name != NLL.name:
             nll = Objective(calibration, stores[NLL.name], scorer, seen)
@@ -85,7 +73,7 @@ def search(
                 counts = own.counts if nll is own else own.counts + nll.counts
                 steps.append((counts.trials_computed, counts.trials_reused, round(counts.seconds, 2)))
         counts = own.counts if nll is own else own.counts + nll.counts
-        return Traces(request.search.nested, found, replace(counts, iterations=len(steps), steps=tuple(steps)))
+        return found, replace(counts, iterations=len(steps), steps=tuple(steps))
 
     return in_one_origin(searched, seen)
 

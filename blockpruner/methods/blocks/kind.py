@@ -56,10 +56,10 @@ def score(job: Job) -> tuple[Current, Counts]:
             observer.note(f"warning: {problem}")
         observer.note(f"calibration: {len(rows.rows)} rows, in all {rows.tokens:,} tokens; search {fingerprint}")
         scorer = job.material.scorer
-        found = search(asked, rows, stores, scorer, job.resources, job.budgets, observer, keep)
-    for budget, trace in found.traces.items():
-        drop_strays(trace_directory(job.folder, current, budget), trace, found.nested, fingerprint)
-    return current, found.counts
+        traces, counts = search(asked, rows, stores, scorer, job.resources, job.budgets, observer, keep)
+    for budget, trace in traces.items():
+        drop_strays(trace_directory(job.folder, current, budget), trace, current.nested, fingerprint)
+    return current, counts
 
 
 def choose(order: Sequence[Mask], perplexities: Sequence[float], config: Config, budget: str, current: Current) -> Plan:
