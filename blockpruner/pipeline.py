@@ -27,12 +27,12 @@ from blockpruner.inputs.calibration import CalibrationSet, draw, draw_rows, requ
 from blockpruner.inputs.checkpoints import checkpoint_identity, checkpoint_weights
 from blockpruner.inputs.settings import Calibration
 from blockpruner.inputs.texts import by_kind
-from blockpruner.methods.commit import commit_run
 from blockpruner.methods.kind import Material
 from blockpruner.methods.recipes import proposals, require_reached, searches
-from blockpruner.methods.registry import kind_of_method
+from blockpruner.methods.registry import KINDS, kind_of_method
 from blockpruner.methods.score import score_run
 from blockpruner.scoring.settings import Score
+from blockpruner.search.trace import Current
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -134,7 +134,7 @@ def require_room(
 ) -> None:
     """Refuse, before a search, a run that a GPU has not the memory for. Devices of workers, and a model that is split
     over several, are not counted."""
-    from blockpruner.healing.memory import require_room, step_bytes
+    from blockpruner.healing.memory import step_bytes
     from blockpruner.model import accelerator
     from blockpruner.model.models import resolve_device
 
@@ -143,8 +143,14 @@ def require_room(
     place, needs = resolve_device(runtime.device), step_bytes(config, dtype, wanted, compensate, train, budget)
     if runtime.streaming:
         del needs["search"]
-    if place.type != "cpu":
-        require_room(needs, str(place), accelerator.total_memory(place))
+    room = math.inf if place.type == "cpu" else accelerator.total_memory(place)
+    for step in (step for step, size in needs.items() if size > room):
+        fix = {"search": "score with streaming", "refit": "leave it out (compensate none)"}
+        raise InputError(
+            f"{step} takes {needs[step] / 2**30:.1f} GiB of memory at least, and {place} has {room / 2**30:.1f}; "
+            f"{fix.get(step, 'train adapters (lora)')}, or choose a larger device or the CPU",
+            rule="too-large", key="device", value=str(place),
+        )  # fmt: skip
 
 
 def require_fit(rows: Rows, wanted: Compensate, method: str) -> None:
@@ -268,13 +274,14 @@ def commit(
         folder: as `score` left it.
         dense: the dense model's directory, where it is kept: the plans name it by its content.
     """
-    base = dict[str, Any]()
+    own: dict[str, Any] = {"target": target, "run": run, "compensate": compensate, "train": train}
     if dense is not None:
-        base = {"base": checkpoint_identity(dense), "weights": checkpoint_weights(dense)}
+        own |= {"base": checkpoint_identity(dense), "weights": checkpoint_weights(dense)}
     found = list[Proposal]()
     for name in _competing(wanted, config, budget, rows):
-        plan, tables = commit_run(folder / name, config, budget, target, run)
-        found.append(Proposal(name, replace(plan, compensate=compensate, train=train, **base), tables))
+        current = Current.load(folder / name)
+        plan, tables = KINDS[current.kind].commit(folder / name, config, budget, current)
+        found.append(Proposal(name, replace(plan, **own), tables))
     return found
 
 

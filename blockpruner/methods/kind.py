@@ -158,7 +158,7 @@ def make_plan(
     pruned: int | None = None,
     **fields: Any,
 ) -> Plan:
-    """A plan from a run's current search; `commit_run` adds its target and run.
+    """A plan from a run's current search; `pipeline.commit` adds its target and run.
 
     Args:
         perplexities: on the calibration set, of the dense and of the pruned model; None is not measured.
