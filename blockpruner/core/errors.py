@@ -41,21 +41,16 @@ class MissingPackageError(InputError, ImportError):
     """A package that only some uses need is not installed; names the extra that installs it."""
 
 
-SOURCE = ""
-"""The address that pip installs this package from, `git+https://...`, as soon as there is one: the name on PyPI may be
-anybody's. Until then it is a clone."""
-
-
 def package(extra: str = "") -> str:
-    """What pip must be given to install this package."""
-    wanted = f"[{extra}]" if extra else ""
-    return f"'blockpruner{wanted} @ {SOURCE}'" if SOURCE else f"'.{wanted}'"
+    """What pip must be given in a clone to install this package: the name on PyPI may be anybody's."""
+    return f"'.[{extra}]'" if extra else "'.'"
 
 
 def missing(name: str, extra: str) -> MissingPackageError:
-    where = "" if SOURCE else "in a clone of blockpruner, "
-    words = f"this needs the package {name}, which is not installed: {where}pip install {package(extra)}"
-    return MissingPackageError(words)
+    return MissingPackageError(
+        f"this needs the package {name}, which is not installed: in a clone of blockpruner, pip install "
+        f"{package(extra)}"
+    )
 
 
 @contextmanager

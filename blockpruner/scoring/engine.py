@@ -246,7 +246,7 @@ class Engine(Forward):
     def _losses(self, states: Tensor, dense: Tensor | None, batch: Batch, metric: Metric) -> Tensor:
         """The sum of each row's losses over its targets, [B] float64; logits in chunks of tokens. The states are final
         ones of the masked and of the dense model, [N, H], the latter only where they are needed."""
-        token_loss, chunk = metric.compute, max(1, self._logits_bytes // (self._head.weight.shape[0] * 4))
+        token_loss, chunk = metric.compute, max(1, logits_bytes(self._room) // (self._head.weight.shape[0] * 4))
         losses = []
         for start in range(0, len(states), chunk):
             part = slice(start, start + chunk)
@@ -257,10 +257,6 @@ class Engine(Forward):
         total = torch.zeros(rows * (length - 1), dtype=torch.float64, device=states.device)
         total[batch.places] = torch.cat(losses).double()
         return total.view(rows, length - 1).sum(dim=1)
-
-    @property
-    def _logits_bytes(self) -> int:
-        return logits_bytes(self._room)
 
     def _set_batch_tokens(self, batch_tokens: int | str, held: int = 0) -> None:
         """Set the padded tokens to a batch; "auto" is as many as the device holds, with so many bytes `held` by what
@@ -278,7 +274,7 @@ class Engine(Forward):
             self._batch_tokens = 1024
         else:
             bytes_of_token = live_numbers(config.hidden_size, inner_size(config.to_dict())) * item
-            room = self._room - self._room // DENSE_SHARE - 4 * self._logits_bytes
+            room = self._room - self._room // DENSE_SHARE - 4 * logits_bytes(self._room)
             self._batch_tokens = int(max(2048, min(65536, room // bytes_of_token)))
             if config._attn_implementation == "eager":  # every head's map, twice, and its softmax in float32
                 self.growth = config.num_attention_heads * (2 * item + 4) / bytes_of_token

@@ -1,5 +1,8 @@
-"""A sequence from elsewhere, materialized without a search: published, or written by hand."""
+"""Orders that ask for no score: one from elsewhere, published or written by hand; and a random one, the floor that a
+method has to beat.
+"""
 
+import random
 from collections.abc import Iterator
 
 from blockpruner.core.blocks import DENSE, format_mask, parse_mask
@@ -37,3 +40,12 @@ def given(problem: Problem, options: GivenOptions) -> Iterator[Iteration]:
                 )
         seen |= step
     return in_order(steps, problem.rows)
+
+
+class RandomOptions(Options):
+    seed: int = 42
+
+
+def random_order(problem: Problem, options: RandomOptions) -> Iterator[Iteration]:
+    """Remove the units in a random order."""
+    return in_order(random.Random(options.seed).sample(list(problem.units), len(problem.units)), problem.rows)

@@ -12,12 +12,11 @@ from blockpruner.scoring.settings import Score
 from blockpruner.search.beam import BeamOptions, beam
 from blockpruner.search.floating import FloatingOptions, floating
 from blockpruner.search.genetic import GeneticOptions, genetic
-from blockpruner.search.given import GivenOptions, given
+from blockpruner.search.given import GivenOptions, RandomOptions, given, random_order
 from blockpruner.search.greedy import GreedyOptions, greedy
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.one_shot import one_shot
 from blockpruner.search.problem import Problem
-from blockpruner.search.random_order import RandomOptions, random_order
 from blockpruner.search.swap import SwapOptions, swap
 
 
