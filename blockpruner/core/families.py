@@ -254,7 +254,10 @@ AFTER_NORMS: dict[str, Any] = {
     "mha": Branch("self_attn", None, "o_proj", "post_attention_layernorm"),
     "mlp": Branch("mlp", None, "down_proj", "post_feedforward_layernorm"),
 }
-HYBRID = Branch("self_attn", "input_layernorm", "o_proj", linear=("linear_attn", "out_proj"))
+HYBRID: dict[str, Any] = {
+    "in_vllm": False,
+    "mha": Branch("self_attn", "input_layernorm", "o_proj", linear=("linear_attn", "out_proj")),
+}
 STEPS: dict[str, Any] = {"mlp_only_layers": (), "decoder_sparse_step": 1}
 QKV_BIAS = {"attention_bias": True, "attention_out_bias": False, "head_dim": 128}
 TIED = {"tie_word_embeddings": True}
@@ -308,13 +311,7 @@ FAMILIES: Registry[Family] = Registry(
             mha=Branch("self_attn", "input_layernorm", "o_proj", shares_norm=True),
             mlp=Branch("mlp", "input_layernorm", "down_proj", shares_norm=True),
         ),
-        Family(
-            "mixtral",
-            "Mixtral",
-            no_bias,
-            lambda c, layer: _mixture(c, "intermediate_size"),
-            has_one_mlp=False,
-        ),
+        Family("mixtral", "Mixtral", no_bias, lambda c, layer: _mixture(c, "intermediate_size"), has_one_mlp=False),
         Family(
             "qwen3_moe",
             "Qwen3Moe",
@@ -330,29 +327,19 @@ FAMILIES: Registry[Family] = Registry(
             gated_attention,
             _sparse_mlp,
             has_one_mlp=False,
-            in_vllm=False,
             renumbered=_sparse_layers,
             defaults=STEPS | {"head_dim": 256},
-            mha=HYBRID,
+            **HYBRID,
         ),
-        Family(
-            "qwen3_5_text",
-            "Qwen3_5",
-            gated_attention,
-            gated_mlp,
-            in_vllm=False,
-            defaults={"head_dim": 256},
-            mha=HYBRID,
-        ),
+        Family("qwen3_5_text", "Qwen3_5", gated_attention, gated_mlp, defaults={"head_dim": 256}, **HYBRID),
         Family(
             "qwen3_5_moe_text",
             "Qwen3_5Moe",
             gated_attention,
             lambda c, layer: _mixture(c, "moe_intermediate_size"),
             has_one_mlp=False,
-            in_vllm=False,
             defaults={"head_dim": 256},
-            mha=HYBRID,
+            **HYBRID,
         ),
         Family(
             "gpt_neox",
