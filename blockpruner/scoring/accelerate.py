@@ -90,13 +90,8 @@ def worth(score: MaskScore, base: MaskScore, costs: Costs | None) -> float:
 
 
 class Accelerated(Select):
-    """Leaves out masks or rows, by what it has found in earlier steps of one search.
-
-    Args:
-        races: whether candidates race; else each one that enters is scored on all rows.
-        is_lazy: whether only promising candidates enter a step.
-        costs: of the resource that prices a removal; None where all cost the same.
-    """
+    """Leaves out masks or rows, by what it has found in earlier steps of one search: rows if it `races`, and candidates
+    if it `is_lazy`."""
 
     def __init__(self, objective: Objective, races: bool, is_lazy: bool, costs: Costs | None) -> None:
         super().__init__(objective)

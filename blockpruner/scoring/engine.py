@@ -94,15 +94,11 @@ class Engine(Forward):
         return computing() | {"device": device, "attention": kernel, "batch_tokens": self._tokens}
 
     def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows]:
-        """Yield the values of each task, in the order in which the walk reaches them.
+        """Yield the values of each task, in the order in which the walk reaches them; those before an error are good.
 
         If the rows of a task do not fit into the device's memory, its finished masks are kept and the rest is halved;
-        later batches are smaller too.
-
-        Raises:
-            NonFiniteLossError: a loss of the dense model is NaN or infinite; names the row. Values yielded before are
-                good.
-            DeviceMemoryError: not even one row fits.
+        later batches are smaller too. Raises DeviceMemoryError if not even one row fits, and NonFiniteLossError for a
+        loss of the dense model.
         """
         waiting = list(reversed(self.referenced(tasks, rows)))
         while waiting:

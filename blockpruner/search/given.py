@@ -19,11 +19,7 @@ class GivenOptions(Options):
 
 
 def given(problem: Problem, options: GivenOptions) -> Iterator[Iteration]:
-    """Remove in the order given.
-
-    Raises:
-        InputError: no block, one that the model or `candidates` does not have, or one that is named twice.
-    """
+    """Remove in the order given; raises InputError for a block that is no candidate, or is named twice."""
     steps = [parse_mask(str(text)) for text in options.order]  # a number in YAML is no block; the error names it
     if not steps:
         raise InputError('score.options.order is empty; name what to remove, for instance ["mha.25", "mlp.3"]')

@@ -68,11 +68,8 @@ class Request:
 
 
 def request(score: Score) -> Request:
-    """Check a `score` section.
-
-    Raises:
-        InputError: an unknown search, metric or option, or two settings that do not fit together.
-    """
+    """Check a `score` section; raises InputError for an unknown search, metric or option, or settings that do not fit
+    together."""
     search, metric = SEARCHES[score.method], METRICS[score.metric]
     if search.asks == "nothing" and metric.name != NLL.name:
         raise InputError(

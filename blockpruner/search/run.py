@@ -47,15 +47,12 @@ def search(
     on_iteration: OnIteration = lambda budget, iteration: None,
 ) -> tuple[dict[str, list[Iteration]], Counts]:
     """Search far enough for every budget. Returns the trace of each budget, or one under "" that serves every budget
-    where the search is nested; and what it took.
+    where the search is nested; and what it took. Raises InputError for a budget that cannot be reached, before anything
+    is computed; or one that a search's removals end before.
 
     Args:
         stores: a trial store for each of `request.losses`.
         scorer: asked only for what the stores do not know.
-
-    Raises:
-        InputError: a budget that cannot be reached, before anything is computed; or one that a search's removals
-            end before.
     """
     seen = observer or SilentObserver()
 
@@ -79,11 +76,7 @@ def search(
 
 
 def require_searchable(request: Request, resources: Resources, budgets: Sequence[str]) -> None:
-    """Refuse budgets that no sequence of removals meets, as far as the resources are known.
-
-    Raises:
-        InputError: names the largest or nearest budget that can be reached.
-    """
+    """Refuse budgets that no sequence of removals meets, as far as the resources are known; see `require_reachable`."""
     units = units_of(request, resources)
     for budget in (parse_budget(text, resources["parameters"]) for text in budgets):
         if budget.resource in resources:
@@ -106,12 +99,7 @@ def units_of(request: Request, resources: Resources) -> list[Mask]:
 
 
 class _Run:
-    """One search over one model.
-
-    Args:
-        objective: of the metric that the search minimises.
-        nll: of perplexity, in which every choice is reported. It is the same objective where that is the metric.
-    """
+    """One search over one model; `nll` is the objective in which every choice is reported, maybe the same one."""
 
     def __init__(
         self, request: Request, objective: Objective, nll: Objective, resources: Resources, observer: Observer

@@ -23,11 +23,8 @@ def goal_of_problem(problem: Problem) -> Goal:
 
 
 def nearest(goal: Goal, masks: Iterable[Mask]) -> Mask:
-    """The mask nearest to the goal that removes something; a tie goes to the larger, as in `choose_prefix`.
-
-    Raises:
-        InputError: the dense model is nearer.
-    """
+    """The mask nearest to the goal that removes something; a tie goes to the larger, as in `choose_prefix`. Raises
+    InputError where the dense model is nearer."""
     masks = list(masks)
     found = min([DENSE, *masks], key=lambda mask: (goal.distance(mask), -goal.share(mask)))
     if found == DENSE:
@@ -39,10 +36,8 @@ def nearest(goal: Goal, masks: Iterable[Mask]) -> Mask:
 
 
 def unit_order(units: Sequence[Mask]) -> Callable[[Mask], tuple[int, ...]]:
-    """A sort key by which, of two masks, the one comes first that removes the first unit in which they differ.
-
-    Among masks that differ in one unit, the one with the earlier unit comes first: greedy's tie-break.
-    """
+    """A sort key by which, of two masks, the one comes first that removes the first unit in which they differ: greedy's
+    tie-break."""
     return lambda mask: tuple(i for i, unit in enumerate(units) if unit <= mask)
 
 

@@ -30,11 +30,7 @@ class SwapOptions(Options):
 
 def swap(problem: Problem, options: SwapOptions) -> Iterator[Iteration]:
     """Yield greedy's iterations, one for each swap that helped, and a last one for none. All masks stay as near to the
-    budget as greedy's own.
-
-    Raises:
-        InputError: the budget is nearest to removing nothing.
-    """
+    budget as greedy's own."""
     goal, prefixes = goal_of_problem(problem), list[Mask]()
     costs = problem.resources[goal.budget.resource]
     for iteration in greedy(problem, GreedyOptions()):

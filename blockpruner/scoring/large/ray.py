@@ -148,12 +148,8 @@ class RayScorer:
         return {**self._workers[0].origin, "batch_tokens": self._limit}
 
     def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows]:
-        """Yield values as workers report them.
-
-        Raises:
-            InputError: what a worker's engine raised, as itself; values yielded before are good.
-            WorkerLostError: the last worker died.
-        """
+        """Yield values as workers report them. Raises what a worker's engine raised, as itself, and WorkerLostError if
+        the last worker died."""
         # more pieces balance better, but each streamed one reads all weights
         pieces = len(self._workers) * (1 if self._runtime.streaming else PIECES)
         waiting = deque(share_out(tasks, rows, pieces, self._steps))

@@ -129,11 +129,7 @@ class StreamingEngine(Engine):
         """Yield the values of each task, all at the end of a pass over the weights.
 
         If a batch does not fit into the device's memory, what is left is done in another pass, in smaller batches.
-
-        Raises:
-            InputError: an influence, which is not streamed.
-            NonFiniteLossError: as `Engine.run`.
-            DeviceMemoryError: weights or states do not fit into memory, or not even one row does.
+        Raises what `Engine.run` raises, and InputError for an influence, which is not streamed.
         """
         influence = next((task.metric.name for task in tasks if task.metric.influence), None)
         if influence is not None:
