@@ -126,14 +126,12 @@ def measured(
     wanted: Experiment, run: Run, dense: Checkpoint, sources: Path, data: Path, runtime: Runtime, observer: Observer
 ) -> tuple[pa.Table, dict[str, str]]:
     """Measure every point of an experiment, in the schema POINTS; what is known is not computed again. With it comes
-    what is said of the held-out rows: their kinds of text as JSON, and their digest.
+    what is said of the held-out rows: their kinds of text as JSON, and their digest. Raises InputError for settings,
+    texts or budgets that do not fit together.
 
     Args:
         sources: the texts, and the tasks' items, as the stage `fetch` wrote them.
         data: folder of the trial stores, of results and of states of training.
-
-    Raises:
-        InputError: settings, texts or budgets that do not fit together.
     """
     bench = Bench(run, dense, sources, data, observer)
     scores = {name: score_of_method(run, name, fields) for name, fields in wanted.methods.items()}

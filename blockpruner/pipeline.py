@@ -206,11 +206,8 @@ def score(
 ) -> dict[str, dict[str, Any]]:
     """Search far enough for the budgets, by every search of the recipe; each leaves its tables at `folder`/<its name>.
 
-    Returns by search what was computed and reused, as `methods.score.score_run`. Raises InputError for settings or
-    budgets that cannot be met, before anything is computed.
-
-    Args:
-        latency: measures what generation and each block takes, where a budget or a price needs it.
+    Takes `latency` and returns by search what `methods.score.score_run` takes and returns. Raises InputError for
+    settings or budgets that cannot be met, before anything is computed.
     """
     far: dict[str, list[str]] = {}
     for budget in budgets:
@@ -286,12 +283,7 @@ def commit(
 
 
 def heal(dense: Callable[[], PreTrainedModel], found: Sequence[Proposal], rows: Rows, observer: Observer) -> Healing:
-    """Compensate each proposal as its plan says, and keep the best by the rows that judge. Raises InputError where rows
-    are too few to fit to, or as `healing.compensate.compensate`.
-
-    Args:
-        dense: loads the dense model, which is as before at the end; called if something must be computed.
-    """
+    """Compensate each proposal as its plan says, and keep the best by the rows that judge; see `choice.choose`."""
     from blockpruner.healing.choice import choose
 
     plans = {each.name: each.plan for each in found}
@@ -301,12 +293,8 @@ def heal(dense: Callable[[], PreTrainedModel], found: Sequence[Proposal], rows: 
 def train(
     pruning: Pruning, wanted: Train, rows: Rows, states: Path, out: Path, observer: Observer, processes: int = 1
 ) -> None:
-    """Train the model of a plan, from its compensated weights on: its weights and facts at `out`.
-
-    Args:
-        states: a folder for the states of training, from which a killed one continues.
-        processes: how many of this machine train together.
-    """
+    """Train the model of a plan, from its compensated weights on: its weights and facts at `out`. A killed training
+    continues from its `states`; so many processes of this machine train together."""
     from blockpruner.healing.train import write_trained
 
     validation = rows.validation if rows.validation.rows else None

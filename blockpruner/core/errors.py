@@ -8,13 +8,8 @@ from contextlib import contextmanager
 
 
 class InputError(ValueError):
-    """A value, file or environment that the user can correct; stages print it without a traceback.
-
-    Args:
-        rule: a short name of what was broken, for instance "unknown-method". Its wording may change, the rule does not.
-        key: the settings key that the value was given under, for instance "score.method".
-        value: what was given.
-    """
+    """A value, file or environment that the user can correct; stages print it without a traceback. Wordings may change;
+    `rule` names what was broken ("unknown-method"), and `key` the settings key of the value given ("score.method")."""
 
     def __init__(self, message: str, *, rule: str = "", key: str = "", value: object = None) -> None:
         super().__init__(message)

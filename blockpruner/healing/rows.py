@@ -31,7 +31,7 @@ def training_rows(
     Args:
         evaluated: texts on which models are evaluated; samples that share a paragraph with one are not drawn.
         at_most: fewer than `num_rows` will do, where the texts fill no more.
-        reserved: texts that are passed over, as in `draw`.
+        reserved, note: as in `draw`.
     """
     pool = without_evaluated(texts, evaluated, "training", note)
     held = wanted.validation
@@ -65,13 +65,8 @@ def compensation_rows(
     note: Callable[[str], object] = lambda message: None,
 ) -> tuple[CalibrationSet, CalibrationSet]:
     """Draw at most `wanted.num_rows` full rows, every token of which counts: those that weights are fitted to, and
-    those that choose the fit's strength.
-
-    Args:
-        evaluated: texts on which models are evaluated; those that share a paragraph with one are not drawn.
-        context: the longest row that the model takes.
-        reserved, note: as in `draw`.
-    """
+    those that choose the fit's strength. No row is longer than the model's `context`; the rest is as in
+    `training_rows`."""
     joined = Calibration(seq_len=min(wanted.seq_len, context), split="all", score="all", seed=wanted.seed)
     pool = without_evaluated(texts, evaluated, "fit", lambda message: None)
     rows = fill_rows(pool, tokenizer, joined, wanted.num_rows, "compensate.num_rows", True, reserved, note).rows

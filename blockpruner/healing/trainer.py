@@ -73,11 +73,8 @@ def train_(
     Returns:
         Facts as JSON, in nats per token: `losses`, of each step before it was taken; `validations`, before training,
         during it and in the end ({step, loss, nll}, nll of the text); `step`, after which the weights are kept, 0 if
-        they are left as they were.
-
-    Raises:
-        NonFiniteLossError: training diverged.
-        DeviceMemoryError: one row does not fit; names the setting to lower.
+        they are left as they were. Raises NonFiniteLossError if training diverges, and DeviceMemoryError if one row
+        does not fit.
     """
     dtype = model.dtype
     if dtype is torch.float16:

@@ -211,8 +211,7 @@ def sections(
     Args:
         data: the source of texts of one's own; without, a method of the paper has the paper's calibration set, and any
             other has `MIXED`.
-        calibration: settings that differ from the defaults.
-        score: settings that differ from the recipe's.
+        calibration, score: settings that differ from the defaults, and from the recipe's.
         compensate: a method in place of the recipe's own.
         train: a recipe of training.
     """

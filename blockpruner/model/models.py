@@ -121,10 +121,8 @@ def load_model(
         attention: transformers' attention implementation; "auto" leaves the choice to transformers.
         beside: a model on that device, whose tensors the new one takes where its own are equal. A split shares none.
 
-    Raises:
-        InputError: unsupported family, weights that are damaged or do not match the config, an attention that is not
-            installed, or "split" without accelerate.
-        DeviceMemoryError: the model does not fit; of a split, known before a weight is read.
+    Raises InputError for weights that are damaged or do not match the config, or an attention that is not installed;
+    and DeviceMemoryError where the model does not fit, for a split before a weight is read.
     """
     place = resolve_device(device)
     keep_freed_memory(False)

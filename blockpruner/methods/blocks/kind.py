@@ -64,12 +64,7 @@ def score(job: Job) -> tuple[Current, Counts]:
 
 def choose(order: Sequence[Mask], perplexities: Sequence[float], config: Config, budget: str, current: Current) -> Plan:
     """Choose the prefix of a removal sequence that meets a budget; raises InputError that names the largest or nearest
-    budget that can be met.
-
-    Args:
-        order: the units removed, in order; of a search that is not nested all at once.
-        perplexities: on the calibration set, of the dense model and after each removal (one more than `order`).
-    """
+    budget that can be met. Order and perplexities are as from `removals`."""
     resources = known_resources(config, budget, current)
     prefixes, counts = list(accumulate(order, or_)), resources["parameters"]
     wanted = parse_budget(budget, counts)

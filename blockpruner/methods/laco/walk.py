@@ -172,11 +172,8 @@ def search_threshold(similarity: Measure, walk: Walk, wanted_layers: int) -> tup
     bisection may miss a budget that can be met, or meet it with less similar merges. This goes down from the largest
     threshold, one result after the other (`Walk.results`), and stops at the first that meets the budget. There are
     about as many results as layers that a walk visits (simulated), and no candidate is measured twice. What is returned
-    is the middle of the thresholds that give these merges.
-
-    Raises:
-        UnreachableError: a number of layers that no threshold removes, before anything is measured where similarities
-            cannot matter. Names the nearest numbers that are removed.
+    is the middle of the thresholds that give these merges. Raises UnreachableError for a number of layers that no
+    threshold removes, before anything is measured where similarities cannot matter.
     """
     walk.require(wanted_layers)
     seen: dict[int, str] = {}

@@ -48,8 +48,6 @@ def slice_(model: PreTrainedModel, rows: Rows, width: int, *, batch_tokens: int 
             and solves the Gram matrices in float64.
         rows: calibration rows of any lengths; pads do not count. (The paper: 1,024 Alpaca samples of 2,048 tokens.)
             The host's memory holds their signal in the model's dtype: tokens x hidden size.
-        width: columns kept, from 1 to the hidden size.
-        batch_tokens: as in `Engine`.
     """
     family = sliceable_family(model.config.model_type)
     hidden, layers = int(model.config.hidden_size), decoder_layers(model)
