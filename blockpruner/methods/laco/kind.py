@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, closing
-from functools import cache, partial
+from functools import cache
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,9 +15,10 @@ from blockpruner.core.families import Config, Costs
 from blockpruner.core.options import Options
 from blockpruner.core.plan import Plan
 from blockpruner.methods.kind import Job
-from blockpruner.methods.laco.walk import Merge, Merges, SimilarityLog, Walk, dropped, layers_after, search_threshold
+from blockpruner.methods.laco.walk import Merge, Merges, Walk, dropped, layers_after, search_threshold
 from blockpruner.methods.weights import Details, Left, weights_kind
 from blockpruner.scoring.work import Rows
+from blockpruner.store.journal import Journal
 from blockpruner.store.provenance import fingerprint
 from blockpruner.versions import PLAN_VERSION, WEIGHTS_VERSION
 
@@ -52,8 +53,11 @@ def plan_merges(options: LacoOptions, job: Job, budget: Budget) -> Details:
     walk, wanted = _asked(options, budget, costs)
     of = {"calibration": job.calibration.digest, "model": material.identity, "dtype": material.dtype}
     fields = {**of, "variant": options.variant, "plan_version": PLAN_VERSION}
-    with closing(SimilarityLog(material.trials / f"laco-{fingerprint(fields)}.jsonl", fields)) as log:
-        for problem in log.problems:
+    of_search, problems = fingerprint(fields), list[str]()
+    path = material.trials / f"laco-{of_search}.jsonl"
+    with closing(Journal(path, {"fingerprint": of_search, "fields": fields})) as log:
+        known = {tuple(_merges(entry)): entry["similarity"] for entry in log.read(problems)}
+        for problem in problems:
             material.observer.note(f"warning: {problem}")
 
         @cache
@@ -62,9 +66,10 @@ def plan_merges(options: LacoOptions, job: Job, budget: Budget) -> Details:
             return Similarity(material.dense(), job.calibration.rows, options.variant, material.observer.advance)
 
         def similarity(merges: Merges) -> float:
-            if merges not in log.known:
-                log.record(merges, measure()(merges))
-            return log.known[merges]
+            if merges not in known:
+                known[merges] = measure()(merges)
+                log.append({"merges": [[merge.layer, merge.count] for merge in merges], "similarity": known[merges]})
+            return known[merges]
 
         try:
             threshold, merges = search_threshold(similarity, walk, wanted)
@@ -123,7 +128,7 @@ def _lend(model: PreTrainedModel, plan: Plan) -> AbstractContextManager[PreTrain
 LACO = weights_kind(
     "laco",
     "LaCo",
-    plan=lambda options, job: partial(plan_merges, options, job),
+    plan=plan_merges,
     left=_left,
     apply_=_apply,
     lend=_lend,
