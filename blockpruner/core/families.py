@@ -258,6 +258,7 @@ HYBRID: dict[str, Any] = {
     "in_vllm": False,
     "mha": Branch("self_attn", "input_layernorm", "o_proj", linear=("linear_attn", "out_proj")),
 }
+SPARSE: dict[str, Any] = {"mlp_parameters": _sparse_mlp, "has_one_mlp": False, "renumbered": _sparse_layers}
 STEPS: dict[str, Any] = {"mlp_only_layers": (), "decoder_sparse_step": 1}
 QKV_BIAS = {"attention_bias": True, "attention_out_bias": False, "head_dim": 128}
 TIED = {"tie_word_embeddings": True}
@@ -312,25 +313,8 @@ FAMILIES: Registry[Family] = Registry(
             mlp=Branch("mlp", "input_layernorm", "down_proj", shares_norm=True),
         ),
         Family("mixtral", "Mixtral", no_bias, lambda c, layer: _mixture(c, "intermediate_size"), has_one_mlp=False),
-        Family(
-            "qwen3_moe",
-            "Qwen3Moe",
-            head_norms,
-            _sparse_mlp,
-            has_one_mlp=False,
-            renumbered=_sparse_layers,
-            defaults=STEPS,
-        ),
-        Family(
-            "qwen3_next",
-            "Qwen3Next",
-            gated_attention,
-            _sparse_mlp,
-            has_one_mlp=False,
-            renumbered=_sparse_layers,
-            defaults=STEPS | {"head_dim": 256},
-            **HYBRID,
-        ),
+        Family("qwen3_moe", "Qwen3Moe", head_norms, **SPARSE, defaults=STEPS),
+        Family("qwen3_next", "Qwen3Next", gated_attention, **SPARSE, **HYBRID, defaults=STEPS | {"head_dim": 256}),
         Family("qwen3_5_text", "Qwen3_5", gated_attention, gated_mlp, defaults={"head_dim": 256}, **HYBRID),
         Family(
             "qwen3_5_moe_text",
