@@ -25,7 +25,7 @@ from blockpruner.core.families import FAMILIES, Family, is_linear, require_suppo
 from blockpruner.model import accelerator
 from blockpruner.model import modeling_blockpruned as blockpruned
 from blockpruner.model.allocator import keep_freed_memory
-from blockpruner.model.classes import config_class, model_class, read_config
+from blockpruner.model.classes import model_class, read_config
 
 Part = TypeVar("Part", bound=nn.Module)
 
@@ -388,7 +388,7 @@ def remove_(model: PreTrainedModel, mask: Mask, kept: Sequence[int]) -> None:
     branches = ((family.mha.module, *family.mha.norms), (family.mlp.module, *family.mlp.norms))
     blockpruned.remove_blocks_(layers, mha, mlp, branches)
     keep_layers_(model, [(layer, layer) for layer in kept])
-    config.__class__ = config_class(family)
+    config.__class__ = model_class(family).config_class
     config.layers_without_mha = [n for n, layer in enumerate(kept) if layer in mha]
     config.layers_without_mlp = [n for n, layer in enumerate(kept) if layer in mlp]
     config.source_layers = list(kept)
