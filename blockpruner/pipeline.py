@@ -98,14 +98,9 @@ def calibrate(
     judged: bool,
     at_most: bool = False,
 ) -> Rows:
-    """Draw every row of a run; raises InputError that names how many texts there are, where these are too few.
-
-    Args:
-        config: of the dense model; rows of the compensation are no longer than its context.
-        note: receives what was left out.
-        judged: whether rows are set aside to judge between proposals.
-        at_most: fewer rows than are asked for will do.
-    """
+    """Draw every row of a run, if it is `judged` also those that judge between proposals; `note` receives what was left
+    out. Raises InputError that names how many texts there are, where these are too few; with `at_most` fewer rows than
+    are asked for will do."""
     from blockpruner.healing.rows import compensation_rows, training_rows
 
     context = config.get("max_position_embeddings") or compensate.seq_len
@@ -264,13 +259,9 @@ def commit(
     train: bool = False,
     dense: Path | None = None,
 ) -> list[Proposal]:
-    """What each search of the recipe removes for a budget; one proposal, or several that `heal` judges. Raises
-    InputError if the budget cannot be met, or a file of a search is missing or damaged.
-
-    Args:
-        folder: as `score` left it.
-        dense: the dense model's directory, where it is kept: the plans name it by its content.
-    """
+    """What each search of the recipe removes for a budget, from the folder as `score` left it; one proposal, or several
+    that `heal` judges. The plans name the dense model by its content, where it is kept at `dense`. Raises InputError if
+    the budget cannot be met, or a file of a search is missing or damaged."""
     own: dict[str, Any] = {"target": target, "run": run, "compensate": compensate, "train": train}
     if dense is not None:
         own |= {"base": checkpoint_identity(dense), "weights": checkpoint_weights(dense)}
@@ -305,11 +296,8 @@ def export(
     pruning: Pruning, places: Mapping[str, Path], quantizations: Mapping[str, Sequence[str]] | None = None
 ) -> None:
     """Write verified checkpoints of a plan's model, a new folder for each format; `quantizations` has by format to what
-    more files of it are quantized.
-
-    Raises InputError if something is at one of the places, before anything is written; or if something has come there
-    meanwhile, or a format cannot hold the model, and nothing is left at that place.
-    """
+    more files of it are quantized. Raises InputError if something is at one of the places, before anything is written;
+    or if a format cannot hold the model, and nothing is left at that place."""
     from blockpruner.checkpoints.registry import EXPORTS
     from blockpruner.store.files import require_free
 

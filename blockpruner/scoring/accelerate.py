@@ -258,7 +258,6 @@ def race(
     all rows.
 
     Args:
-        confidence: of each comparison with the leader.
         base: scored on the same rows, outside the race.
         past: rises of masks in an earlier step, row by row from the first row on.
         standing: a mask with all rows, which the others run against and which cannot be dropped; without it, at least

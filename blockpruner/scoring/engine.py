@@ -60,13 +60,8 @@ class Unread:
 
 
 class Engine(Forward):
-    """Scores masks of one model, exactly.
-
-    Args:
-        model: a dense causal LM of a supported family, in eval mode; its layers may lie on several devices.
-        batch_tokens: padded tokens to a batch of rows; "auto" is 1,024 on a CPU, and on a GPU what the device's
-            memory holds, at most 65,536.
-    """
+    """Scores masks of a model, exactly. `batch_tokens` are padded tokens to a batch of rows; "auto" is 1,024 on a CPU,
+    and on a GPU what the device's memory holds, at most 65,536."""
 
     limit: int | None
     """No batch has more tokens than this; None: the memory alone decides."""

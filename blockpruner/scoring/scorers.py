@@ -47,8 +47,7 @@ def make_scorer(
     advance: Callable[[int, int, str], object] = lambda done, total, detail: None,
     memory: int | None = None,
 ) -> Scorer:
-    """Load a checkpoint for scoring. Raises InputError for a device, attention, package or number of workers that this
-    machine does not have.
+    """Load a checkpoint for scoring.
 
     Args:
         note: receives lines of information from Ray workers.

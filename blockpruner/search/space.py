@@ -55,10 +55,8 @@ class Exchange:
 class Space:
     """All masks over units that meet a goal; where there is none, all that come as near to it as the nearest does.
 
-    by: what units of a class have in common; None: that they count the same.
-    goal: as given, or moved to the nearest mask.
-    classes: the units of each.
-    compositions: all that meet the goal: how many units of each class a mask removes.
+    Units of a class have in common what `by` says; without it, they count the same. `compositions` are all that meet
+    the goal: how many units of each class a mask removes.
     """
 
     def __init__(self, units: Sequence[Mask], goal: Goal, by: Callable[[Mask], Hashable] | None = None) -> None:

@@ -40,12 +40,8 @@ class LacoOptions(Options):
 
 
 def plan_merges(options: LacoOptions, job: Job, budget: Budget) -> Details:
-    """LaCo's merges that remove the number of layers nearest to the budget. Raises InputError for a budget or settings
-    that no walk meets; it names what is nearest.
-
-    The details are variant; merges, as [layer, count] in order; threshold; similarity of the merged model to the dense
-    one; layers: how many are removed; nll: the merged model's, each calibration row's mean.
-    """
+    """LaCo's merges that remove the number of layers nearest to the budget, as [layer, count] in order, with what was
+    measured of them. Raises InputError for a budget or settings that no walk meets; it names what is nearest."""
     material, costs = job.material, job.resources[budget.resource]
     assert material.trials is not None  # only searches of masks keep trials in memory
     from blockpruner.methods.laco.merging import Similarity, merged_nll

@@ -72,11 +72,9 @@ class _Work:
 
 
 class StreamingEngine(Engine):
-    """Scores masks of a checkpoint that need not fit into memory, exactly. Raises InputError for an unsupported family,
-    weights that do not match the config, or an attention that is not installed.
+    """Scores masks of a checkpoint that need not fit into memory, exactly; its files are safetensors.
 
     Args:
-        checkpoint: a directory with config.json and safetensors, whole or in shards.
         dtype, device, attention, trust_remote_code: as in `models.load_model`, on one device.
         batch_tokens: as in `Engine`; a pass reads the weights once for all batches.
         advance: receives the layers done, their number, and the last one's name.
