@@ -59,8 +59,9 @@ class Bench:
     run: Run
     dense: Checkpoint
     sources: Path
+    """Folder of the texts and the tasks' items, as the stage `fetch` wrote them."""
     data: Path
-    """Folder for results of before and for states of training."""
+    """Folder of the trial stores, of results of before and of states of training."""
     observer: Observer
 
     @cached_property
@@ -126,12 +127,7 @@ def measured(
 ) -> tuple[pa.Table, dict[str, str]]:
     """Measure every point of an experiment, in the schema POINTS; what is known is not computed again. With it comes
     what is said of the held-out rows: their kinds of text as JSON, and their digest. Raises InputError for settings,
-    texts or budgets that do not fit together.
-
-    Args:
-        sources: the texts, and the tasks' items, as the stage `fetch` wrote them.
-        data: folder of the trial stores, of results and of states of training.
-    """
+    texts or budgets that do not fit together. `sources` and `data` are as in `Bench`."""
     bench = Bench(run, dense, sources, data, observer)
     scores = {name: score_of_method(run, name, fields) for name, fields in wanted.methods.items()}
     observer.begin("dense model", 0.0)

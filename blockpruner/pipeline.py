@@ -200,10 +200,8 @@ def score(
     latency: Callable[[], Mapping[str, Any]] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Search far enough for the budgets, by every search of the recipe; each leaves its tables at `folder`/<its name>.
-
     Takes `latency` and returns by search what `methods.score.score_run` takes and returns. Raises InputError for
-    settings or budgets that cannot be met, before anything is computed.
-    """
+    settings or budgets that cannot be met, before anything is computed."""
     far: dict[str, list[str]] = {}
     for budget in budgets:
         require_reached(wanted, material.config, budget)

@@ -24,14 +24,10 @@ def training_rows(
 ) -> tuple[CalibrationSet, CalibrationSet | None]:
     """Draw the rows of training and, from what is left, `wanted.validation` rows that are not trained on.
 
-    Samples are drawn without replacement. Each is a row, ended by the end-of-text token and cut off at `seq_len`. With
-    `num_rows` texts are joined with blank lines and cut into full rows, as they are for calibration. Raises InputError
-    where there are fewer texts, or rows, than are asked for, or none to train on.
-
-    Args:
-        evaluated: texts on which models are evaluated; samples that share a paragraph with one are not drawn.
-        at_most: fewer than `num_rows` will do, where the texts fill no more.
-        reserved, note: as in `draw`.
+    Samples are drawn without replacement, none that shares a paragraph with an evaluated text. Each is a row, ended by
+    the end-of-text token and cut off at `seq_len`. With `num_rows` texts are joined with blank lines and cut into full
+    rows, as they are for calibration; with `at_most`, fewer will do. Raises InputError where there are fewer texts, or
+    rows, than are asked for, or none to train on. The rest is as in `draw`.
     """
     pool = without_evaluated(texts, evaluated, "training", note)
     held = wanted.validation

@@ -112,17 +112,11 @@ def load_model(
     attention: str = "auto",
     beside: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
-    """Load a checkpoint directory for inference.
+    """Load a checkpoint directory for inference. Raises InputError for weights that are damaged or do not match the
+    config, or an attention that is not installed; and DeviceMemoryError where the model does not fit.
 
-    Weights go to their device as they are read, if accelerate is installed; else by way of the host's memory.
-
-    Args:
-        device: as in `resolve_device`; "split" spreads the layers over all CUDA devices (accelerate's device map).
-        attention: transformers' attention implementation; "auto" leaves the choice to transformers.
-        beside: a model on that device, whose tensors the new one takes where its own are equal. A split shares none.
-
-    Raises InputError for weights that are damaged or do not match the config, or an attention that is not installed;
-    and DeviceMemoryError where the model does not fit, for a split before a weight is read.
+    Weights go to their device as they are read, if accelerate is installed; else by way of the host's memory. Where a
+    tensor is equal to one of a model on the same device, `beside` it, that one is taken; a split shares none.
     """
     place = resolve_device(device)
     keep_freed_memory(False)

@@ -136,10 +136,8 @@ class _Walk:
         swaps = by_prediction(mask, Space(self._units, around).exchanges(mask), change)
         new = (other for other in swaps if other not in self._tried and self._fits(other))
         new = (other for other in new if not any(unit <= other - mask for unit in self._overflown))
-        return list(islice((other for other in new if not self._is_complete(other)), POOL))
-
-    def _is_complete(self, mask: Mask) -> bool:
-        return mask in self._scores and self._scores[mask].is_complete
+        complete = {mask for mask, score in self._scores.items() if score.is_complete}
+        return list(islice((other for other in new if other not in complete), POOL))
 
     def answer(self) -> Iteration:
         """The known masks that meet the goal, or those that are as near to it as the nearest, and the best of them."""

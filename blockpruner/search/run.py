@@ -48,12 +48,7 @@ def search(
 ) -> tuple[dict[str, list[Iteration]], Counts]:
     """Search far enough for every budget. Returns the trace of each budget, or one under "" that serves every budget
     where the search is nested; and what it took. Raises InputError for a budget that cannot be reached, before anything
-    is computed; or one that a search's removals end before.
-
-    Args:
-        stores: a trial store for each of `request.losses`.
-        scorer: asked only for what the stores do not know.
-    """
+    is computed; or one that a search's removals end before. The stores are of `request.losses`, by name."""
     seen = observer or SilentObserver()
 
     def searched() -> tuple[dict[str, list[Iteration]], Counts]:

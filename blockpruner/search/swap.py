@@ -82,14 +82,11 @@ Choice = tuple[tuple[int, ...], ...]
 
 
 def cheapest(costs: list[list[float]], sizes: tuple[int, ...]) -> Iterator[tuple[float, Choice]]:
-    """Choose sizes[k] of costs[k], for each k, in all ways, the lowest sum first.
+    """Choose sizes[k] of costs[k], for each k, in all ways, the lowest sum first: yields the sum, and for each list the
+    indices chosen, ascending.
 
-    Args:
-        costs: each list ascending. Then any choice is reached from the cheapest one, the first of each list, by moving
-            one index up by one at a time, and no move lowers the sum.
-
-    Yields:
-        The sum, and for each list the indices chosen, ascending.
+    Each list of costs is ascending. Then any choice is reached from the cheapest one, the first of each list, by moving
+    one index up by one at a time, and no move lowers the sum.
     """
     first: Choice = tuple(tuple(range(size)) for size in sizes)
 

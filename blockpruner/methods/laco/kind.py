@@ -52,7 +52,7 @@ def plan_merges(options: LacoOptions, job: Job, budget: Budget) -> Details:
     of_search, problems = fingerprint(fields), list[str]()
     path = material.trials / f"laco-{of_search}.jsonl"
     with closing(Journal(path, {"fingerprint": of_search, "fields": fields})) as log:
-        known = {tuple(_merges(entry)): entry["similarity"] for entry in log.read(problems)}
+        known: dict[Merges, float] = {tuple(_merges(entry)): entry["similarity"] for entry in log.read(problems)}
         for problem in problems:
             material.observer.note(f"warning: {problem}")
 

@@ -266,12 +266,9 @@ def connect(address: str | None, streaming: bool = False) -> tuple[Any, bool]:
 
 
 def resources(runtime: Runtime, nodes: Sequence[Mapping[str, float]]) -> dict[str, int]:
-    """What Ray keeps for each worker: CPU cores, and GPUs if the device is one.
-
-    With threads: auto on CPUs, or device: split, each worker gets the largest equal share of the cores, or of the GPUs,
-    that the nodes can hold; a worker is on one node. Of each of the `nodes` given are all its resources, as "Resources"
-    in `ray.nodes`. Raises InputError with the figures if they do not hold the workers.
-    """
+    """What Ray keeps for each worker: CPU cores, and GPUs if the device is one. With threads: auto on CPUs, or device:
+    split, each worker gets the largest equal share of the cores, or of the GPUs, that the nodes can hold; a worker is
+    on one node. The nodes are as "Resources" in `ray.nodes`. Raises InputError if they do not hold the workers."""
     workers, device, threads = runtime.workers, runtime.device, runtime.threads
     if device.startswith("cuda:"):
         raise InputError(
