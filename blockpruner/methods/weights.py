@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 Details = dict[str, Any]
 """What a method will do, as JSON. Under "nll" it may hold the mean NLL of each calibration row in the pruned model."""
 
-Planner = Callable[[Any, Job, Budget], Details]
-"""From the method's own options, finds what to do for a budget. Raises InputError where nothing meets it."""
+Planner = Callable[[Any, Job], Callable[[Budget], Details]]
+"""From the method's own options, finds what to do for budgets. Raises InputError where nothing meets one."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,12 @@ def _score(name: str, options: type[Options], plan: Planner, version: int, job: 
     fields = {"method": name, "metric": job.score.metric, "options": chosen.model_dump(), "version": version}
     current = job.current(name, search_fingerprint(job.store_fields(loss), fields), False, chosen, loss)
     with job.stores([loss]) as stores, closing(LazyScorer(lambda: Engine(job.material.dense()))) as scorer:
-        counts = Counts()
+        find, counts = plan(chosen, job), Counts()
         for text in job.budgets:
             path = trace_directory(job.folder, current, text) / "details.json"
             observer.begin(f"{name} for {text}")
             known = read_kept_json(path, observer.note)
-            found = known or plan(chosen, job, parse_budget(text, job.resources["parameters"]))
+            found = known or find(parse_budget(text, job.resources["parameters"]))
             if known is None:
                 write_sealed_json(path, found)
             is_measured |= "nll" in found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, closing
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -124,7 +124,7 @@ def _lend(model: PreTrainedModel, plan: Plan) -> AbstractContextManager[PreTrain
 LACO = weights_kind(
     "laco",
     "LaCo",
-    plan=plan_merges,
+    plan=lambda options, job: partial(plan_merges, options, job),
     left=_left,
     apply_=_apply,
     lend=_lend,

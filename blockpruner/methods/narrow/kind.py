@@ -6,9 +6,10 @@ MLP; several of one MLP count as one where that is cheaper.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict
+from functools import cache
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -44,12 +45,12 @@ def step_of(options: NarrowOptions, width: int) -> int:
     return options.step or eighth - eighth % next(size for size in (256, 64, 1) if size <= eighth)
 
 
-def plan_widths(options: NarrowOptions, job: Job, budget: Budget) -> Details:
-    """MLPs' widths for a budget: `channels`, the kept ones of each narrowed MLP, and `cost`, what the levels cost in
-    all. Levels that are not known are measured."""
+def plan_widths(options: NarrowOptions, job: Job) -> Callable[[Budget], Details]:
+    """Plans MLPs' widths for budgets; levels that are not known are measured for the first of them. The details are
+    `channels`, the kept ones of each narrowed MLP, and `cost`, what the levels cost in all."""
     config = job.material.config
-    wanted = require_widths(budget, options, config)
-    return choose(known_widths(step_of(options, int(config["intermediate_size"])), job), config, wanted)
+    known = cache(lambda: known_widths(step_of(options, int(config["intermediate_size"])), job))
+    return lambda budget: choose(wanted=require_widths(budget, options, config), known=known(), config=config)
 
 
 def known_widths(step: int, job: Job) -> dict[str, list[Width]]:

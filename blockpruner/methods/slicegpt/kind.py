@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from blockpruner.core.budgets import Budget
@@ -18,10 +19,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def plan_width(options: Options, job: Job, budget: Budget) -> Details:
-    """SliceGPT's width whose ratio is nearest to a budget; `hidden` is the dense model's."""
+def plan_width(options: Options, job: Job) -> Callable[[Budget], Details]:
+    """Plans SliceGPT's width whose ratio is nearest to a budget; `hidden` in its details is the dense model's."""
     config = job.material.config
-    return {"width": require_width(budget, options, config), "hidden": int(config["hidden_size"])}
+    return lambda budget: {"width": require_width(budget, options, config), "hidden": int(config["hidden_size"])}
 
 
 def require_width(budget: Budget, options: Options, config: Config) -> int:
