@@ -1,4 +1,4 @@
-"""FLOPs of scoring, counted from a config: what masks cost with and without what they share.
+"""FLOPs of scoring a Llama, counted from its config: what masks cost with and without what they share.
 
 A product of [m, k] and [k, n] counts 2mkn. Attention counts all T x T scores, as a kernel that masks computes them.
 Biases, norms, rotary embedding, softmax and residual adds are left out, as usual. A test compares with torch's counter.
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Mask
-from blockpruner.core.families import Config, count_products
+from blockpruner.core.families import Config, attention_heads, count_parameters
 from blockpruner.scoring.walk import runs, steps_of
 
 
@@ -28,10 +28,11 @@ class Flops:
     @classmethod
     def of(cls, config: Config, rows: int, length: int) -> Flops:
         """Count for `rows` rows of `length` tokens."""
-        products, attention = count_products(config)
-        tokens, head = rows * length, 2 * int(config["hidden_size"]) * int(config["vocab_size"])
-        blocks = {
-            block: tokens * (2 * products[block] + (4 * length * attention if block.kind is BlockKind.MHA else 0))
+        parameters, (heads, _, width) = count_parameters(config).blocks, attention_heads(config)
+        tokens, hidden = rows * length, int(config["hidden_size"])
+        head, attention = 2 * hidden * int(config["vocab_size"]), 4 * length * heads * width
+        blocks = {  # the parameters of a block are those of its matrices and its norm
+            block: tokens * (2 * (parameters[block] - hidden) + (attention if block.kind is BlockKind.MHA else 0))
             for (block,) in steps_of(int(config["num_hidden_layers"]), parallel=False)
         }
         return cls(blocks, rows * (length - 1) * head, tokens * head)

@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 
 from blockpruner import pipeline
 from blockpruner.core.blocks import BlockKind
-from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
 from blockpruner.core.settings import Runtime, merged, read_settings
 from blockpruner.evaluation.benchmarks import BENCHMARKS
@@ -60,8 +59,9 @@ class Bench:
     run: Run
     dense: Checkpoint
     sources: Path
+    """Folder of the texts and the tasks' items, as the stage `fetch` wrote them."""
     data: Path
-    """Folder for results of before and for states of training."""
+    """Folder of the trial stores, of results of before and of states of training."""
     observer: Observer
 
     @cached_property
@@ -126,20 +126,13 @@ def measured(
     wanted: Experiment, run: Run, dense: Checkpoint, sources: Path, data: Path, runtime: Runtime, observer: Observer
 ) -> tuple[pa.Table, dict[str, str]]:
     """Measure every point of an experiment, in the schema POINTS; what is known is not computed again. With it comes
-    what is said of the held-out rows: their kinds of text as JSON, and their digest.
-
-    Args:
-        sources: the texts, and the tasks' items, as the stage `fetch` wrote them.
-        data: folder of the trial stores, of results and of states of training.
-
-    Raises:
-        InputError: settings, texts or budgets that do not fit together.
-    """
+    what is said of the held-out rows: their kinds of text as JSON, and their digest. Raises InputError for settings,
+    texts or budgets that do not fit together. `sources` and `data` are as in `Bench`."""
     bench = Bench(run, dense, sources, data, observer)
     scores = {name: score_of_method(run, name, fields) for name, fields in wanted.methods.items()}
     observer.begin("dense model", 0.0)
-    points = [_Point("", "dense", "0", "", 0)]
-    found = [points[0].row(None, bench.kept(bench.key(wanted.tasks), lambda: bench.measure(dense.model, wanted.tasks)))]
+    own = bench.kept(bench.key(wanted.tasks), lambda: bench.measure(dense.model, wanted.tasks))
+    found = [{**DENSE_POINT, **own}]
     observer.end(f"perplexity {_perplexity(found[0]):.2f}")
     with open_material(dense.directory, run.model, runtime, data / "trials", observer) as material:
         found += _points(wanted, scores, bench, material)
@@ -148,23 +141,10 @@ def measured(
     return pa.Table.from_pylist(found, POINTS), about
 
 
-@dataclass(frozen=True)
-class _Point:
-    calibration: str
-    method: str
-    budget: str
-    heal: str
-    seed: int
-
-    def row(self, plan: Plan | None, value: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-        if plan is None:
-            return {**vars(self), "plan": "", "ratio": 0.0, "mha": 0, "mlp": 0, **value}
-        mha, mlp = (plan.blocks[kind] for kind in (BlockKind.MHA, BlockKind.MLP))
-        what = " ".join(sorted(plan.removed)) or fingerprint(model_facts(plan, ""))
-        size = {"plan": what, "ratio": plan.ratio, "mha": mha, "mlp": mlp}
-        if more["trials_computed"] < more["trials_asked"]:
-            more["seconds"] = None
-        return {**vars(self), **size, "search_ppl": plan.calibration["perplexity"], **more, **value}
+DENSE_POINT: Mapping[str, Any] = {
+    "calibration": "", "method": "dense", "budget": "0", "heal": "", "seed": 0, "plan": "", "ratio": 0.0, "mha": 0,
+    "mlp": 0,
+}  # fmt: skip
 
 
 def _perplexity(row: Mapping[str, Any]) -> float:
@@ -195,7 +175,7 @@ def _points(
         for budget, (heal, how) in product(wanted.budgets, wanted.heal.items()):
             overall = (number + wanted.budgets.index(budget) / len(wanted.budgets)) / len(cells)
             bench.observer.begin(f"{words}, {budget}, {heal}", overall)
-            point = _Point(name, method, budget, heal, seed)
+            point = {"calibration": name, "method": method, "budget": budget, "heal": heal, "seed": seed}
             row = _point(point, bench, material, score, rows, folder, how, wanted, (calibration, kind), counts)
             if row is not None:
                 yield row
@@ -203,7 +183,7 @@ def _points(
 
 
 def _point(
-    point: _Point,
+    point: Mapping[str, Any],
     bench: Bench,
     material: Material,
     score: Score,
@@ -218,11 +198,11 @@ def _point(
     if how.compensate != "none" and not all(kind_of_method(s.method).is_part for s in searches(score).values()):
         return None
     own: dict[str, Any] = {"target": "", "run": "", "compensate": how.compensate}
-    proposals = pipeline.commit(folder, score, material.config, point.budget, rows, **own)
+    proposals = pipeline.commit(folder, score, material.config, point["budget"], rows, **own)
     train = None
     if how.train is not None:
         given = (bench.run.train or Train()).model_dump(mode="json")
-        train = read_settings(Train, merged(given, {**how.train, "seed": point.seed}))
+        train = read_settings(Train, merged(given, {**how.train, "seed": point["seed"]}))
         rows = bench.rows(drawn[0], drawn[1], train, len(searches(score)) > 1)
     facts: dict[str, Any] = {"plans": {each.name: model_facts(each.plan, rows.search.digest) for each in proposals}}
     facts |= {"heal": how.compensate, "version": WEIGHTS_VERSION} if how.compensate != "none" or train else {}
@@ -245,6 +225,11 @@ def _point(
         return {"chosen": healing.name, "heal_seconds": round(spent, 1), **bench.measure(model, wanted.tasks)}
 
     value = bench.kept({**bench.key(wanted.tasks), **facts}, compute)
-    (plan,) = (each.plan for each in proposals if each.name == value["chosen"])
-    took = taken(counts, plan)
-    return point.row(plan, {k: v for k, v in value.items() if k != "chosen"}, **took)
+    chosen = value.pop("chosen")
+    (plan,) = (each.plan for each in proposals if each.name == chosen)
+    took: dict[str, Any] = taken(counts, plan)
+    if took["trials_computed"] < took["trials_asked"]:
+        took["seconds"] = None
+    what = " ".join(sorted(plan.removed)) or fingerprint(model_facts(plan, ""))
+    size = {"plan": what, "ratio": plan.ratio, "mha": plan.blocks[BlockKind.MHA], "mlp": plan.blocks[BlockKind.MLP]}
+    return {**point, **size, "search_ppl": plan.calibration["perplexity"], **took, **value}

@@ -27,12 +27,12 @@ from blockpruner.inputs.calibration import CalibrationSet, draw, draw_rows, requ
 from blockpruner.inputs.checkpoints import checkpoint_identity, checkpoint_weights
 from blockpruner.inputs.settings import Calibration
 from blockpruner.inputs.texts import by_kind
-from blockpruner.methods.commit import commit_run
 from blockpruner.methods.kind import Material
 from blockpruner.methods.recipes import proposals, require_reached, searches
-from blockpruner.methods.registry import kind_of_method
+from blockpruner.methods.registry import KINDS, kind_of_method
 from blockpruner.methods.score import score_run
 from blockpruner.scoring.settings import Score
+from blockpruner.search.trace import Current
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,14 +98,9 @@ def calibrate(
     judged: bool,
     at_most: bool = False,
 ) -> Rows:
-    """Draw every row of a run; raises InputError that names how many texts there are, where these are too few.
-
-    Args:
-        config: of the dense model; rows of the compensation are no longer than its context.
-        note: receives what was left out.
-        judged: whether rows are set aside to judge between proposals.
-        at_most: fewer rows than are asked for will do.
-    """
+    """Draw every row of a run, if it is `judged` also those that judge between proposals; `note` receives what was left
+    out. Raises InputError that names how many texts there are, where these are too few; with `at_most` fewer rows than
+    are asked for will do."""
     from blockpruner.healing.rows import compensation_rows, training_rows
 
     context = config.get("max_position_embeddings") or compensate.seq_len
@@ -134,7 +129,7 @@ def require_room(
 ) -> None:
     """Refuse, before a search, a run that a GPU has not the memory for. Devices of workers, and a model that is split
     over several, are not counted."""
-    from blockpruner.healing.memory import require_room, step_bytes
+    from blockpruner.healing.memory import step_bytes
     from blockpruner.model import accelerator
     from blockpruner.model.models import resolve_device
 
@@ -143,8 +138,14 @@ def require_room(
     place, needs = resolve_device(runtime.device), step_bytes(config, dtype, wanted, compensate, train, budget)
     if runtime.streaming:
         del needs["search"]
-    if place.type != "cpu":
-        require_room(needs, str(place), accelerator.total_memory(place))
+    room = math.inf if place.type == "cpu" else accelerator.total_memory(place)
+    for step in (step for step, size in needs.items() if size > room):
+        fix = {"search": "score with streaming", "refit": "leave it out (compensate none)"}
+        raise InputError(
+            f"{step} takes {needs[step] / 2**30:.1f} GiB of memory at least, and {place} has {room / 2**30:.1f}; "
+            f"{fix.get(step, 'train adapters (lora)')}, or choose a larger device or the CPU",
+            rule="too-large", key="device", value=str(place),
+        )  # fmt: skip
 
 
 def require_fit(rows: Rows, wanted: Compensate, method: str) -> None:
@@ -199,13 +200,8 @@ def score(
     latency: Callable[[], Mapping[str, Any]] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Search far enough for the budgets, by every search of the recipe; each leaves its tables at `folder`/<its name>.
-
-    Returns by search what was computed and reused, as `methods.score.score_run`. Raises InputError for settings or
-    budgets that cannot be met, before anything is computed.
-
-    Args:
-        latency: measures what generation and each block takes, where a budget or a price needs it.
-    """
+    Takes `latency` and returns by search what `methods.score.score_run` takes and returns. Raises InputError for
+    settings or budgets that cannot be met, before anything is computed."""
     far: dict[str, list[str]] = {}
     for budget in budgets:
         require_reached(wanted, material.config, budget)
@@ -261,30 +257,22 @@ def commit(
     train: bool = False,
     dense: Path | None = None,
 ) -> list[Proposal]:
-    """What each search of the recipe removes for a budget; one proposal, or several that `heal` judges. Raises
-    InputError if the budget cannot be met, or a file of a search is missing or damaged.
-
-    Args:
-        folder: as `score` left it.
-        dense: the dense model's directory, where it is kept: the plans name it by its content.
-    """
-    base = dict[str, Any]()
+    """What each search of the recipe removes for a budget, from the folder as `score` left it; one proposal, or several
+    that `heal` judges. The plans name the dense model by its content, where it is kept at `dense`. Raises InputError if
+    the budget cannot be met, or a file of a search is missing or damaged."""
+    own: dict[str, Any] = {"target": target, "run": run, "compensate": compensate, "train": train}
     if dense is not None:
-        base = {"base": checkpoint_identity(dense), "weights": checkpoint_weights(dense)}
+        own |= {"base": checkpoint_identity(dense), "weights": checkpoint_weights(dense)}
     found = list[Proposal]()
     for name in _competing(wanted, config, budget, rows):
-        plan, tables = commit_run(folder / name, config, budget, target, run)
-        found.append(Proposal(name, replace(plan, compensate=compensate, train=train, **base), tables))
+        current = Current.load(folder / name)
+        plan, tables = KINDS[current.kind].commit(folder / name, config, budget, current)
+        found.append(Proposal(name, replace(plan, **own), tables))
     return found
 
 
 def heal(dense: Callable[[], PreTrainedModel], found: Sequence[Proposal], rows: Rows, observer: Observer) -> Healing:
-    """Compensate each proposal as its plan says, and keep the best by the rows that judge. Raises InputError where rows
-    are too few to fit to, or as `healing.compensate.compensate`.
-
-    Args:
-        dense: loads the dense model, which is as before at the end; called if something must be computed.
-    """
+    """Compensate each proposal as its plan says, and keep the best by the rows that judge; see `choice.choose`."""
     from blockpruner.healing.choice import choose
 
     plans = {each.name: each.plan for each in found}
@@ -294,12 +282,8 @@ def heal(dense: Callable[[], PreTrainedModel], found: Sequence[Proposal], rows: 
 def train(
     pruning: Pruning, wanted: Train, rows: Rows, states: Path, out: Path, observer: Observer, processes: int = 1
 ) -> None:
-    """Train the model of a plan, from its compensated weights on: its weights and facts at `out`.
-
-    Args:
-        states: a folder for the states of training, from which a killed one continues.
-        processes: how many of this machine train together.
-    """
+    """Train the model of a plan, from its compensated weights on: its weights and facts at `out`. A killed training
+    continues from its `states`; so many processes of this machine train together."""
     from blockpruner.healing.train import write_trained
 
     validation = rows.validation if rows.validation.rows else None
@@ -310,11 +294,8 @@ def export(
     pruning: Pruning, places: Mapping[str, Path], quantizations: Mapping[str, Sequence[str]] | None = None
 ) -> None:
     """Write verified checkpoints of a plan's model, a new folder for each format; `quantizations` has by format to what
-    more files of it are quantized.
-
-    Raises InputError if something is at one of the places, before anything is written; or if something has come there
-    meanwhile, or a format cannot hold the model, and nothing is left at that place.
-    """
+    more files of it are quantized. Raises InputError if something is at one of the places, before anything is written;
+    or if a format cannot hold the model, and nothing is left at that place."""
     from blockpruner.checkpoints.registry import EXPORTS
     from blockpruner.store.files import require_free
 

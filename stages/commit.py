@@ -6,9 +6,9 @@ from typing import Any
 
 from blockpruner import pipeline
 from blockpruner.core.progress import observer
-from blockpruner.methods.commit import save_iterations
 from blockpruner.methods.recipes import compensation
 from blockpruner.methods.registry import KINDS
+from blockpruner.search.trace import save_iterations
 from blockpruner.store.files import read_json, replace_directory
 from blockpruner.store.plans import save_plan
 from stages import DATA, run, sections, target

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
@@ -21,11 +21,12 @@ from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.kind import Material
 from blockpruner.methods.score import score_run
 from blockpruner.scoring.engine import Engine
+from blockpruner.scoring.objectives import Counts
 from blockpruner.scoring.settings import Score
 from blockpruner.scoring.work import Rows, ScoredRows, Scorer, Span, Task
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.registry import request
-from blockpruner.search.run import Traces, search
+from blockpruner.search.run import search
 from blockpruner.search.trace import Current
 from blockpruner.store.trials import Origin, TrialStore
 
@@ -76,6 +77,16 @@ class FakeScorer:
         pass
 
 
+class Traces(NamedTuple):
+    """What a search found."""
+
+    traces: Mapping[str, Sequence[Iteration]]
+    counts: Counts
+
+    def of(self, budget: str) -> Sequence[Iteration]:
+        return self.traces.get("") or self.traces[budget]
+
+
 def searched(
     model: PreTrainedModel | Scorer,
     rows: CalibrationSet,
@@ -94,7 +105,7 @@ def searched(
         scorer, resources = Engine(model, 24), resources or resources_of(model.config.to_dict())
     assert resources is not None
     stores = {loss: TrialStore({}, rows.row_keys) for loss in asked.losses}
-    return search(asked, rows, stores, scorer, resources, budgets)
+    return Traces(*search(asked, rows, stores, scorer, resources, budgets))
 
 
 def removed_in(trace: Sequence[Iteration]) -> list[str]:

@@ -88,14 +88,9 @@ def all_blocks(layers: int) -> list[BlockId]:
 
 
 def pack_layers(mask: Mask, layers: int) -> list[tuple[int | None, int | None]]:
-    """The blocks that a mask leaves, in as few layers as their order allows.
-
-    Where MHA and MLP follow one another, a layer is no more than one of each in turn, so that an MHA may share a layer
-    with the MLP of a later one if everything between them is removed.
-
-    Returns:
-        For each new layer, the layer that its MHA and the layer that its MLP comes from; None: it has none.
-    """
+    """The blocks that a mask leaves, in as few layers as their order allows: for each new layer, the layer that its MHA
+    and the layer that its MLP comes from; None: it has none. An MHA may share a layer with the MLP of a later one if
+    everything between them is removed."""
     packed: list[tuple[int | None, int | None]] = []
     for layer in range(layers):
         mha, mlp = (layer if BlockId(kind, layer) not in mask else None for kind in BlockKind)

@@ -8,13 +8,8 @@ from contextlib import contextmanager
 
 
 class InputError(ValueError):
-    """A value, file or environment that the user can correct; stages print it without a traceback.
-
-    Args:
-        rule: a short name of what was broken, for instance "unknown-method". Its wording may change, the rule does not.
-        key: the settings key that the value was given under, for instance "score.method".
-        value: what was given.
-    """
+    """A value, file or environment that the user can correct; stages print it without a traceback. Wordings may change;
+    `rule` names what was broken ("unknown-method"), and `key` the settings key of the value given ("score.method")."""
 
     def __init__(self, message: str, *, rule: str = "", key: str = "", value: object = None) -> None:
         super().__init__(message)
@@ -41,21 +36,16 @@ class MissingPackageError(InputError, ImportError):
     """A package that only some uses need is not installed; names the extra that installs it."""
 
 
-SOURCE = ""
-"""The address that pip installs this package from, `git+https://...`, as soon as there is one: the name on PyPI may be
-anybody's. Until then it is a clone."""
-
-
 def package(extra: str = "") -> str:
-    """What pip must be given to install this package."""
-    wanted = f"[{extra}]" if extra else ""
-    return f"'blockpruner{wanted} @ {SOURCE}'" if SOURCE else f"'.{wanted}'"
+    """What pip must be given in a clone to install this package: the name on PyPI may be anybody's."""
+    return f"'.[{extra}]'" if extra else "'.'"
 
 
 def missing(name: str, extra: str) -> MissingPackageError:
-    where = "" if SOURCE else "in a clone of blockpruner, "
-    words = f"this needs the package {name}, which is not installed: {where}pip install {package(extra)}"
-    return MissingPackageError(words)
+    return MissingPackageError(
+        f"this needs the package {name}, which is not installed: in a clone of blockpruner, pip install "
+        f"{package(extra)}"
+    )
 
 
 @contextmanager

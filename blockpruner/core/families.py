@@ -63,9 +63,6 @@ class Family:
     """The prefix of its class names: LlamaConfig, LlamaForCausalLM."""
     mha_parameters: Count
     mlp_parameters: Count
-    products: Count = lambda config, layer: _gated_products(config)
-    """Multiplications of one MLP block for a token: the parameters of its matrices. In a mixture, those of the router
-    and of the experts that a token goes to."""
     norm_bias: bool = False
     """Norms have a bias in addition to their weight."""
     parallel: str | None = None
@@ -140,22 +137,6 @@ def count_kv_cache(config: Config) -> Costs:
         for block in all_blocks(int(config["num_hidden_layers"]))
     }
     return Costs(total=sum(blocks.values()), blocks=blocks)
-
-
-def count_products(config: Config) -> tuple[dict[BlockId, int], int]:
-    """Multiplications for one token: in each block's matrices; and between an MHA block's queries and the keys of one
-    token that it attends to (there are as many with its values). MHA and MLP must follow one another, and no attention
-    be linear."""
-    family = FAMILIES[str(config["model_type"])]
-    config = {**family.defaults, **config}
-    assert not family.is_parallel(config) and family.mha.linear is None
-    heads, _, head = attention_heads(config)
-    mha = _attention(config)
-    blocks = {
-        block: mha if block.kind is BlockKind.MHA else family.products(config, block.layer)
-        for block in all_blocks(int(config["num_hidden_layers"]))
-    }
-    return blocks, heads * head
 
 
 def attention_heads(config: Config) -> tuple[int, int, int]:
@@ -237,10 +218,10 @@ def gated_attention(config: Config, layer: int) -> int:
 
 def gated_mlp(config: Config, layer: int) -> int:
     biases = 2 * int(config["intermediate_size"]) + int(config["hidden_size"])
-    return _gated_products(config) + (biases if config.get("mlp_bias", config.get("use_bias", False)) else 0)
+    return _gated(config) + (biases if config.get("mlp_bias", config.get("use_bias", False)) else 0)
 
 
-def _gated_products(config: Config, inner: str = "intermediate_size") -> int:
+def _gated(config: Config, inner: str = "intermediate_size") -> int:
     return 3 * int(config["hidden_size"]) * int(config[inner])
 
 
@@ -249,18 +230,12 @@ def plain_mlp(config: Config, layer: int) -> int:
     return 2 * hidden * inner + inner + hidden
 
 
-def _mixture(config: Config, inner: str, *, routed: bool = False) -> int:
-    """A mixture of gated MLPs with its router; where `routed`, only those that a token goes to, and the router."""
+def _mixture(config: Config, inner: str) -> int:
+    """A mixture of gated MLPs with its router."""
     count = int(config.get("num_local_experts") or config["num_experts"])
-    used = int(config["num_experts_per_tok"]) if routed else count
     shared, hidden = "shared_expert_intermediate_size", int(config["hidden_size"])
-    own = _gated_products(config, shared) + hidden if shared in config else 0  # an expert of every token, and its gate
-    return used * _gated_products(config, inner) + hidden * count + own
-
-
-def _sparse_products(config: Config, layer: int) -> int:
-    is_sparse = _is_sparse(config, layer)
-    return _mixture(config, "moe_intermediate_size", routed=True) if is_sparse else _gated_products(config)
+    own = _gated(config, shared) + hidden if shared in config else 0  # an expert of every token, and its gate
+    return count * _gated(config, inner) + hidden * count + own
 
 
 def _sparse_mlp(config: Config, layer: int) -> int:
@@ -279,7 +254,11 @@ AFTER_NORMS: dict[str, Any] = {
     "mha": Branch("self_attn", None, "o_proj", "post_attention_layernorm"),
     "mlp": Branch("mlp", None, "down_proj", "post_feedforward_layernorm"),
 }
-HYBRID = Branch("self_attn", "input_layernorm", "o_proj", linear=("linear_attn", "out_proj"))
+HYBRID: dict[str, Any] = {
+    "in_vllm": False,
+    "mha": Branch("self_attn", "input_layernorm", "o_proj", linear=("linear_attn", "out_proj")),
+}
+SPARSE: dict[str, Any] = {"mlp_parameters": _sparse_mlp, "has_one_mlp": False, "renumbered": _sparse_layers}
 STEPS: dict[str, Any] = {"mlp_only_layers": (), "decoder_sparse_step": 1}
 QKV_BIAS = {"attention_bias": True, "attention_out_bias": False, "head_dim": 128}
 TIED = {"tie_word_embeddings": True}
@@ -333,62 +312,24 @@ FAMILIES: Registry[Family] = Registry(
             mha=Branch("self_attn", "input_layernorm", "o_proj", shares_norm=True),
             mlp=Branch("mlp", "input_layernorm", "down_proj", shares_norm=True),
         ),
-        Family(
-            "mixtral",
-            "Mixtral",
-            no_bias,
-            lambda c, layer: _mixture(c, "intermediate_size"),
-            lambda c, layer: _mixture(c, "intermediate_size", routed=True),
-            has_one_mlp=False,
-        ),
-        Family(
-            "qwen3_moe",
-            "Qwen3Moe",
-            head_norms,
-            _sparse_mlp,
-            _sparse_products,
-            has_one_mlp=False,
-            renumbered=_sparse_layers,
-            defaults=STEPS,
-        ),
-        Family(
-            "qwen3_next",
-            "Qwen3Next",
-            gated_attention,
-            _sparse_mlp,
-            _sparse_products,
-            has_one_mlp=False,
-            in_vllm=False,
-            renumbered=_sparse_layers,
-            defaults=STEPS | {"head_dim": 256},
-            mha=HYBRID,
-        ),
-        Family(
-            "qwen3_5_text",
-            "Qwen3_5",
-            gated_attention,
-            gated_mlp,
-            in_vllm=False,
-            defaults={"head_dim": 256},
-            mha=HYBRID,
-        ),
+        Family("mixtral", "Mixtral", no_bias, lambda c, layer: _mixture(c, "intermediate_size"), has_one_mlp=False),
+        Family("qwen3_moe", "Qwen3Moe", head_norms, **SPARSE, defaults=STEPS),
+        Family("qwen3_next", "Qwen3Next", gated_attention, **SPARSE, **HYBRID, defaults=STEPS | {"head_dim": 256}),
+        Family("qwen3_5_text", "Qwen3_5", gated_attention, gated_mlp, defaults={"head_dim": 256}, **HYBRID),
         Family(
             "qwen3_5_moe_text",
             "Qwen3_5Moe",
             gated_attention,
             lambda c, layer: _mixture(c, "moe_intermediate_size"),
-            lambda c, layer: _mixture(c, "moe_intermediate_size", routed=True),
             has_one_mlp=False,
-            in_vllm=False,
             defaults={"head_dim": 256},
-            mha=HYBRID,
+            **HYBRID,
         ),
         Family(
             "gpt_neox",
             "GPTNeoX",
             optional_bias,
             plain_mlp,
-            lambda c, layer: 2 * int(c["hidden_size"]) * int(c["intermediate_size"]),
             norm_bias=True,
             parallel="use_parallel_residual",
             defaults={"attention_bias": True, "use_parallel_residual": True},

@@ -32,11 +32,8 @@ class Registry(Mapping[str, Row]):
     """The rows of one class by name; an unknown name raises InputError with the valid ones."""
 
     def __init__(self, title: str, of: type[Row], rows: Iterable[Row], *, key: str = "name", hint: str = "") -> None:
-        """Args:
-        title: what a name is, in messages, for instance "score.metric".
-        key: the field that holds a row's name.
-        hint: a sentence for the message of an unknown name, for instance how to add a row.
-        """
+        """The title is what a name is, in messages ("score.metric"); the key is the field that holds a row's name; the
+        hint is a sentence for the message of an unknown name."""
         self.title, self.hint = title, hint
         self._of, self._key = of, key
         self._rows: dict[str, Row] = {}

@@ -267,13 +267,9 @@ T = TypeVar("T", bound=BaseModel)
 
 
 def read_settings(model: type[T], values: Any, where: str = "", section: str = "") -> T:
-    """Settings from values as a file gives them. Raises InputError with one line a mistake, in pydantic's words; its
-    rule is "settings", key and value are the first's.
-
-    Args:
-        where: what each line of a message begins with: the file's name and ": ".
-        section: what each key begins with, where the values are not a whole file: "score.options.".
-    """
+    """Settings from values as a file gives them. Raises InputError with one line for each mistake, in pydantic's words:
+    `where` ("params.yaml: ") begins a line, and `section` ("score.options.") a key, where the values are not a whole
+    file. The error's key and value are the first mistake's."""
     try:
         return model.model_validate(values)
     except ValidationError as error:

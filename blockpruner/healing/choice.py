@@ -67,14 +67,12 @@ def choose(
     search: CalibrationSet,
     observer: Observer,
 ) -> Healing:
-    """Compensate proposals as their plans say, and keep the one with the lowest perplexity on the rows that judge.
-    Raises InputError where there are too few rows to fit to, and what `compensate` raises.
+    """Compensate proposals, all of one target, as their plans say, and keep the one with the lowest perplexity on the
+    rows that judge; one alone is not judged. Raises what `compensate` raises.
 
     Args:
         dense: loads the dense model, which is as before at the end; called if something must be computed.
-        plans: by the proposals' names, all of one target; one alone is not judged.
-        tuning: the rows that choose the strength of the fit.
-        search: the calibration rows, of which some kinds of plans make weights.
+        tuning, search: the rows that choose the strength of the fit; and those of which some kinds make weights.
     """
     dense = cache(dense)
     fits = next(iter(plans.values())).compensate != "none"

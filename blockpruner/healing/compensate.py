@@ -36,19 +36,15 @@ def compensate(
     observer: Observer,
     is_last: bool = True,
 ) -> Fits:
-    """Find new weights for the pruned models of some plans. What they have in common is computed once.
+    """Find new weights for the pruned models of some plans, by their names. What they have in common is computed once.
+    Raises InputError for a plan that does more than take parts out, or without rows, and NonFiniteLossError if the
+    dense model overflows.
 
     Args:
         dense: on one device; its memory also takes the sums of one fit (`sums_bytes`). It is as before at the end. The
             host's memory takes the fitted matrices of every plan.
-        plans: by a name each.
-        fit: rows of any lengths; all real tokens are fitted to.
         tuning: rows that choose strengths and decide whether a change helps.
         is_last: whether strengths and shares of a change are tried. Else this is a first guess.
-
-    Raises:
-        NonFiniteLossError: the dense model overflows.
-        InputError: a plan that does more than take parts out; or no row to fit to or to hold out.
     """
     for kind in (plan.kind for plan in plans.values() if not KINDS[plan.kind].is_part):
         raise InputError(f"compensate.method refit is for plans that take parts out, not for {kind}; set none")

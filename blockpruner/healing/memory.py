@@ -1,9 +1,6 @@
 """The least memory of a device for each step of a run, counted from the model's shape before anything is searched."""
 
-from collections.abc import Mapping
-
 from blockpruner.core.budgets import read_budget
-from blockpruner.core.errors import InputError
 from blockpruner.core.families import FAMILIES, Config, count_parameters
 from blockpruner.healing.settings import Train
 from blockpruner.methods.recipes import searches
@@ -33,15 +30,3 @@ def step_bytes(
         beside = 16 if item == 2 else 3 * item  # masters in float32, two moments and the gradient; or without masters
         found["training"] = kept * item + teacher + max(0, trained) * beside + batch
     return found
-
-
-def require_room(needs: Mapping[str, int], device: str, room: int) -> None:
-    """Refuse a run before its search if the device cannot hold one of its steps; raises InputError."""
-    for step, size in needs.items():
-        if size > room:
-            fix = {"search": "score with streaming", "refit": "leave it out (compensate none)"}
-            raise InputError(
-                f"{step} takes {size / 2**30:.1f} GiB of memory at least, and {device} has {room / 2**30:.1f}; "
-                f"{fix.get(step, 'train adapters (lora)')}, or choose a larger device or the CPU",
-                rule="too-large", key="device", value=device,
-            )  # fmt: skip

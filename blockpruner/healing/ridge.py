@@ -83,10 +83,10 @@ def best_change(
     near: float,
     gain: Tensor | None = None,
 ) -> tuple[Tensor, float, float]:
-    """The change that does best on tokens that it was not fitted to, its strength, and its error there.
+    """The change that does best on tokens that are held out, features [N, p] and residuals [N, q]; its strength, and
+    its error there.
 
     Args:
-        held_out: features [N, p] and residuals [N, q].
         strengths: from small to large. The error falls and then rises with the strength, so that it is followed from
             the one that is nearest to `near` to where its neighbours are no better. One alone is a first guess, which
             needs no float64.

@@ -24,14 +24,10 @@ def training_rows(
 ) -> tuple[CalibrationSet, CalibrationSet | None]:
     """Draw the rows of training and, from what is left, `wanted.validation` rows that are not trained on.
 
-    Samples are drawn without replacement. Each is a row, ended by the end-of-text token and cut off at `seq_len`. With
-    `num_rows` texts are joined with blank lines and cut into full rows, as they are for calibration. Raises InputError
-    where there are fewer texts, or rows, than are asked for, or none to train on.
-
-    Args:
-        evaluated: texts on which models are evaluated; samples that share a paragraph with one are not drawn.
-        at_most: fewer than `num_rows` will do, where the texts fill no more.
-        reserved: texts that are passed over, as in `draw`.
+    Samples are drawn without replacement, none that shares a paragraph with an evaluated text. Each is a row, ended by
+    the end-of-text token and cut off at `seq_len`. With `num_rows` texts are joined with blank lines and cut into full
+    rows, as they are for calibration; with `at_most`, fewer will do. Raises InputError where there are fewer texts, or
+    rows, than are asked for, or none to train on. The rest is as in `draw`.
     """
     pool = without_evaluated(texts, evaluated, "training", note)
     held = wanted.validation
@@ -65,13 +61,8 @@ def compensation_rows(
     note: Callable[[str], object] = lambda message: None,
 ) -> tuple[CalibrationSet, CalibrationSet]:
     """Draw at most `wanted.num_rows` full rows, every token of which counts: those that weights are fitted to, and
-    those that choose the fit's strength.
-
-    Args:
-        evaluated: texts on which models are evaluated; those that share a paragraph with one are not drawn.
-        context: the longest row that the model takes.
-        reserved, note: as in `draw`.
-    """
+    those that choose the fit's strength. No row is longer than the model's `context`; the rest is as in
+    `training_rows`."""
     joined = Calibration(seq_len=min(wanted.seq_len, context), split="all", score="all", seed=wanted.seed)
     pool = without_evaluated(texts, evaluated, "fit", lambda message: None)
     rows = fill_rows(pool, tokenizer, joined, wanted.num_rows, "compensate.num_rows", True, reserved, note).rows

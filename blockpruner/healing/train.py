@@ -31,14 +31,9 @@ def write_trained(
     observer: Observer,
     processes: int = 1,
 ) -> None:
-    """Train the model of a plan: the weights that are not what the plan makes of them, and facts, at `folder`.
-
-    Args:
-        pruning: with healed weights, training begins with those.
-        states: folder of the states of training, one folder for each that differs in model, rows or recipe, from which
-            a killed one goes on. It is gone in the end.
-        processes: how many of this machine share out the batches of a step.
-    """
+    """Train the model of a plan, from its healed weights on: the weights that are not what the plan makes of them, and
+    facts, at `folder`. A folder of `states` for each model, rows and recipe, from which a killed training goes on, is
+    gone in the end. So many `processes` of this machine share out the batches of a step."""
     check_context(wanted.seq_len, read_json(pruning.dense / "config.json"), "train.seq_len")
     processes = min(processes, wanted.accumulation)
     facts = {

@@ -70,14 +70,9 @@ def train_(
             Each process of a team has its own.
         team: the processes that train together, each with the same model, teacher and rows on its device.
 
-    Returns:
-        Facts as JSON, in nats per token: `losses`, of each step before it was taken; `validations`, before training,
-        during it and in the end ({step, loss, nll}, nll of the text); `step`, after which the weights are kept, 0 if
-        they are left as they were.
-
-    Raises:
-        NonFiniteLossError: training diverged.
-        DeviceMemoryError: one row does not fit; names the setting to lower.
+    Returns facts as JSON, in nats per token: `losses`, of each step before it was taken; `validations`, before
+    training, during it and in the end ({step, loss, nll}, nll of the text); `step`, after which the weights are kept, 0
+    if they are left as they were. Raises NonFiniteLossError if training diverges, and DeviceMemoryError.
     """
     dtype = model.dtype
     if dtype is torch.float16:

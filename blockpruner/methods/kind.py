@@ -158,12 +158,11 @@ def make_plan(
     pruned: int | None = None,
     **fields: Any,
 ) -> Plan:
-    """A plan from a run's current search; `commit_run` adds its target and run.
+    """A plan from a run's current search; `pipeline.commit` adds its target and run.
 
     Args:
         perplexities: on the calibration set, of the dense and of the pruned model; None is not measured.
-        gone: the blocks that the pruned model does without.
-        pruned: its parameters, where `gone` does not say how many are left.
+        gone, pruned: as in `weights.Left`.
         fields: what else the plan holds: `removed`, `order`, `ratios` and `details`, each empty by default.
     """
     own = sizes(known_resources(config, budget, current), gone, pruned)

@@ -99,11 +99,9 @@ def recipe(name: str) -> Recipe:
 
 
 def searches(score: Score) -> dict[str, Score]:
-    """The searches of a `score` section, by name: one, or those of its recipe; `proposals` has those that compete.
-
-    An acceleration that the section sets wins over the recipe's. A recipe's other searches also change what a step
-    removes, so they are there only if the section leaves unit, candidates and options as they are.
-    """
+    """The searches of a `score` section, by name: one, or those of its recipe; `proposals` has those that compete. An
+    acceleration that the section sets wins over the recipe's. A recipe's other searches also change what a step
+    removes, so they are there only if the section leaves unit, candidates and options as they are."""
     if score.method not in RECIPES:
         return {score.method: score}
     (first, own), *others = RECIPES[score.method].searches.items()
@@ -208,13 +206,8 @@ def sections(
 ) -> dict[str, Any]:
     """Sections of a run file in a few words, as the command, the API and the form ask for them. Sources may be named.
 
-    Args:
-        data: the source of texts of one's own; without, a method of the paper has the paper's calibration set, and any
-            other has `MIXED`.
-        calibration: settings that differ from the defaults.
-        score: settings that differ from the recipe's.
-        compensate: a method in place of the recipe's own.
-        train: a recipe of training.
+    `data` is the source of texts of one's own; without, a method of the paper has the paper's calibration set, and any
+    other has `MIXED`. The others are what differs from the defaults and from the recipe, and a recipe of training.
     """
     drawn = dict(calibration)
     if data is not None:

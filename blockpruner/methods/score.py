@@ -65,11 +65,8 @@ def score_run(
 ) -> dict[str, Any]:
     """Score one run far enough for its budgets; write its iteration tables and `current.json` to its folder. Returns
     what was computed and reused, how long it took, and the mean stability of a nested search. Raises InputError for
-    settings or budgets that cannot be met, before anything is computed.
-
-    `latency` measures what generation and each block takes (`budgets.resources_of`). It is asked only where a budget is
-    a speed-up, or the time prices removals.
-    """
+    settings or budgets that cannot be met, before anything is computed. `latency` measures what generation and each
+    block takes (`budgets.resources_of`), where a budget is a speed-up or the time prices removals."""
     kind, started = check_score(score), time.monotonic()
     require_rows(len(calibration.rows))
     remove_temporaries(folder)

@@ -59,13 +59,8 @@ def own_config_class(model_type: str) -> type[Any]:
     name, _, kind = model_type.rpartition("_")
     family = FAMILIES[name]
     sliced: type[Any] | None = getattr(modeling_slicegpt, f"{family.prefix}SliceGPTConfig", None)
-    return sliced if kind == "slicegpt" and sliced else config_class(family)
-
-
-def config_class(family: Family) -> type[Any]:
-    """The config class of the family's block-pruned models."""
-    found: type[Any] = getattr(_module(family.model_type), f"{family.prefix}BlockPrunedConfig")
-    return found
+    pruned: type[Any] = model_class(family).config_class
+    return sliced if kind == "slicegpt" and sliced else pruned
 
 
 def model_class(family: Family) -> type[Any]:

@@ -25,7 +25,7 @@ from blockpruner.core.families import FAMILIES, Family, is_linear, require_suppo
 from blockpruner.model import accelerator
 from blockpruner.model import modeling_blockpruned as blockpruned
 from blockpruner.model.allocator import keep_freed_memory
-from blockpruner.model.classes import config_class, model_class, read_config
+from blockpruner.model.classes import model_class, read_config
 
 Part = TypeVar("Part", bound=nn.Module)
 
@@ -112,19 +112,11 @@ def load_model(
     attention: str = "auto",
     beside: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
-    """Load a checkpoint directory for inference.
+    """Load a checkpoint directory for inference. Raises InputError for weights that are damaged or do not match the
+    config, or an attention that is not installed; and DeviceMemoryError where the model does not fit.
 
-    Weights go to their device as they are read, if accelerate is installed; else by way of the host's memory.
-
-    Args:
-        device: as in `resolve_device`; "split" spreads the layers over all CUDA devices (accelerate's device map).
-        attention: transformers' attention implementation; "auto" leaves the choice to transformers.
-        beside: a model on that device, whose tensors the new one takes where its own are equal. A split shares none.
-
-    Raises:
-        InputError: unsupported family, weights that are damaged or do not match the config, an attention that is not
-            installed, or "split" without accelerate.
-        DeviceMemoryError: the model does not fit; of a split, known before a weight is read.
+    Weights go to their device as they are read, if accelerate is installed; else by way of the host's memory. Where a
+    tensor is equal to one of a model on the same device, `beside` it, that one is taken; a split shares none.
     """
     place = resolve_device(device)
     keep_freed_memory(False)
@@ -390,7 +382,7 @@ def remove_(model: PreTrainedModel, mask: Mask, kept: Sequence[int]) -> None:
     branches = ((family.mha.module, *family.mha.norms), (family.mlp.module, *family.mlp.norms))
     blockpruned.remove_blocks_(layers, mha, mlp, branches)
     keep_layers_(model, [(layer, layer) for layer in kept])
-    config.__class__ = config_class(family)
+    config.__class__ = model_class(family).config_class
     config.layers_without_mha = [n for n, layer in enumerate(kept) if layer in mha]
     config.layers_without_mlp = [n for n, layer in enumerate(kept) if layer in mlp]
     config.source_layers = list(kept)

@@ -22,12 +22,9 @@ def narrowed(model: PreTrainedModel, channels: Mapping[BlockId, Channels]) -> It
 
 
 def narrow_(model: PreTrainedModel, channels: Mapping[BlockId, Channels]) -> PreTrainedModel:
-    """Narrow MLPs of the model in place, for good; the tensors of the others stay the same ones.
-
-    Model and config become the block-pruned classes of the family, whose `mlp_widths` says how wide each MLP is. The
-    `channels` are those that each narrowed MLP keeps; raises InputError for a block that is no MLP of the model, or a
-    channel that it does not have.
-    """
+    """Narrow MLPs of the model in place, for good, to the `channels` that each keeps; the tensors of the others stay as
+    they are. Model and config become the block-pruned classes of the family. Raises InputError for a block that is no
+    MLP of the model, or a channel that it does not have."""
     _narrow_(model, channels)
     model.__class__ = model_class(model_family(model))
     model._weight_conversions = []  # as in `prune_`

@@ -32,12 +32,8 @@ def product_rate(dtype: str) -> float:
 
 
 def fast_dtype(own: str, device: str, folder: Path | None = None) -> str:
-    """A model's own dtype, or float32 on a CPU that is faster in it.
-
-    Args:
-        device: as in `resolve_device`.
-        folder: keeps what was chosen for this processor, number of threads and torch: another dtype is another search.
-    """
+    """A model's own dtype, or float32 on a CPU that is faster in it. A folder keeps what was chosen for this processor,
+    number of threads and torch: another dtype is another search."""
     if own not in ("bfloat16", "float16") or resolve_device(device).type != "cpu":
         return own
     facts = {"processor": processor(), "threads": torch.get_num_threads(), "own": own} | computing()

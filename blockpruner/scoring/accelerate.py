@@ -90,13 +90,8 @@ def worth(score: MaskScore, base: MaskScore, costs: Costs | None) -> float:
 
 
 class Accelerated(Select):
-    """Leaves out masks or rows, by what it has found in earlier steps of one search.
-
-    Args:
-        races: whether candidates race; else each one that enters is scored on all rows.
-        is_lazy: whether only promising candidates enter a step.
-        costs: of the resource that prices a removal; None where all cost the same.
-    """
+    """Leaves out masks or rows, by what it has found in earlier steps of one search: rows if it `races`, and candidates
+    if it `is_lazy`."""
 
     def __init__(self, objective: Objective, races: bool, is_lazy: bool, costs: Costs | None) -> None:
         super().__init__(objective)
@@ -263,7 +258,6 @@ def race(
     all rows.
 
     Args:
-        confidence: of each comparison with the leader.
         base: scored on the same rows, outside the race.
         past: rises of masks in an earlier step, row by row from the first row on.
         standing: a mask with all rows, which the others run against and which cannot be dropped; without it, at least

@@ -60,13 +60,8 @@ class Unread:
 
 
 class Engine(Forward):
-    """Scores masks of one model, exactly.
-
-    Args:
-        model: a dense causal LM of a supported family, in eval mode; its layers may lie on several devices.
-        batch_tokens: padded tokens to a batch of rows; "auto" is 1,024 on a CPU, and on a GPU what the device's
-            memory holds, at most 65,536.
-    """
+    """Scores masks of a model, exactly. `batch_tokens` are padded tokens to a batch of rows; "auto" is 1,024 on a CPU,
+    and on a GPU what the device's memory holds, at most 65,536."""
 
     limit: int | None
     """No batch has more tokens than this; None: the memory alone decides."""
@@ -94,15 +89,11 @@ class Engine(Forward):
         return computing() | {"device": device, "attention": kernel, "batch_tokens": self._tokens}
 
     def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows]:
-        """Yield the values of each task, in the order in which the walk reaches them.
+        """Yield the values of each task, in the order in which the walk reaches them; those before an error are good.
 
         If the rows of a task do not fit into the device's memory, its finished masks are kept and the rest is halved;
-        later batches are smaller too.
-
-        Raises:
-            NonFiniteLossError: a loss of the dense model is NaN or infinite; names the row. Values yielded before are
-                good.
-            DeviceMemoryError: not even one row fits.
+        later batches are smaller too. Raises DeviceMemoryError if not even one row fits, and NonFiniteLossError for a
+        loss of the dense model.
         """
         waiting = list(reversed(self.referenced(tasks, rows)))
         while waiting:
@@ -246,7 +237,7 @@ class Engine(Forward):
     def _losses(self, states: Tensor, dense: Tensor | None, batch: Batch, metric: Metric) -> Tensor:
         """The sum of each row's losses over its targets, [B] float64; logits in chunks of tokens. The states are final
         ones of the masked and of the dense model, [N, H], the latter only where they are needed."""
-        token_loss, chunk = metric.compute, max(1, self._logits_bytes // (self._head.weight.shape[0] * 4))
+        token_loss, chunk = metric.compute, max(1, logits_bytes(self._room) // (self._head.weight.shape[0] * 4))
         losses = []
         for start in range(0, len(states), chunk):
             part = slice(start, start + chunk)
@@ -257,10 +248,6 @@ class Engine(Forward):
         total = torch.zeros(rows * (length - 1), dtype=torch.float64, device=states.device)
         total[batch.places] = torch.cat(losses).double()
         return total.view(rows, length - 1).sum(dim=1)
-
-    @property
-    def _logits_bytes(self) -> int:
-        return logits_bytes(self._room)
 
     def _set_batch_tokens(self, batch_tokens: int | str, held: int = 0) -> None:
         """Set the padded tokens to a batch; "auto" is as many as the device holds, with so many bytes `held` by what
@@ -278,7 +265,7 @@ class Engine(Forward):
             self._batch_tokens = 1024
         else:
             bytes_of_token = live_numbers(config.hidden_size, inner_size(config.to_dict())) * item
-            room = self._room - self._room // DENSE_SHARE - 4 * self._logits_bytes
+            room = self._room - self._room // DENSE_SHARE - 4 * logits_bytes(self._room)
             self._batch_tokens = int(max(2048, min(65536, room // bytes_of_token)))
             if config._attn_implementation == "eager":  # every head's map, twice, and its softmax in float32
                 self.growth = config.num_attention_heads * (2 * item + 4) / bytes_of_token

@@ -60,11 +60,8 @@ def token_kl(logits: Tensor, targets: Tensor, dense: Tensor) -> Tensor:
 
 @in_pieces
 def token_js(logits: Tensor, targets: Tensor, dense: Tensor) -> Tensor:
-    """Jensen-Shannon divergence of the two output distributions, nats, at most ln 2, [N].
-
-    JS = 1/2 KL(p || m) + 1/2 KL(q || m), m = (p + q) / 2 (the metric of FinerCut, arXiv 2405.18218, and of table 4 of
-    arXiv 2406.10594).
-    """
+    """JS = 1/2 KL(p || m) + 1/2 KL(q || m), m = (p + q) / 2, nats, at most ln 2, [N] (the metric of FinerCut, arXiv
+    2405.18218, and of table 4 of arXiv 2406.10594)."""
     log_p, log_q = log_probabilities(dense), log_probabilities(logits)
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     return ((log_p.exp() * (log_p - log_m)).sum(dim=-1) + (log_q.exp() * (log_q - log_m)).sum(dim=-1)) / 2

@@ -85,13 +85,8 @@ class OriginChangedError(Exception):
 
 
 class Objective:
-    """A metric of a masked model on the calibration set, from losses of one origin.
-
-    Args:
-        store: holds this metric's trials.
-        scorer: asked only for what the store does not know; its owner closes it.
-        metric: a loss scores a mask; an influence scores what a mask removes beyond a base.
-    """
+    """A metric of a masked model on the calibration set, from losses of one origin. The scorer, which its owner closes,
+    is asked only for what the store does not know. An influence scores what a mask removes beyond a base."""
 
     def __init__(
         self,

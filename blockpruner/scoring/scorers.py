@@ -47,14 +47,8 @@ def make_scorer(
     advance: Callable[[int, int, str], object] = lambda done, total, detail: None,
     memory: int | None = None,
 ) -> Scorer:
-    """Load a checkpoint for scoring. Raises InputError for a device, attention, package or number of workers that this
-    machine does not have.
-
-    Args:
-        note: receives lines of information from Ray workers.
-        advance: while a model is streamed here, receives the layers done, their number, and the last one's name.
-        memory: the most bytes that streaming takes here.
-    """
+    """Load a checkpoint for scoring. `note` receives lines of information from Ray workers; for a model that is
+    streamed here, `advance` and `memory` are as in `StreamingEngine`."""
     if runtime.executor == "ray":
         from blockpruner.scoring.large.ray import RayScorer
 

@@ -40,10 +40,8 @@ def stability(losses: Mapping[Mask, Sequence[float]], chosen: Mask) -> Stability
 
         d = l_other - l_chosen, row by row; a rival has mean(d) <= t[n-1, 0.975] sd(d) / sqrt(n)
 
-    Args:
-        losses: of each candidate on the first rows, in the order of ties. Those with the most rows are compared, on the
-            rows that they share with the chosen one. One that is infinite is not.
-    """
+    The losses are of each candidate on the first rows, in the order of ties. Those with the most rows are compared, on
+    the rows that they share with the chosen one. One that is infinite is not."""
     rows = min(
         len(losses.get(chosen, ())), max((len(own) for mask, own in losses.items() if mask != chosen), default=0)
     )

@@ -72,13 +72,9 @@ class Stream:
 
 
 class Streams(Engine):
-    """The streams of some rows, float32 or wider, batch by batch; and the model's weights, which may be changed.
-
-    Args:
-        model: the dense model. Weights of a stop's kept blocks are changed once the stop is reached, and not before.
-        fitted: how many of the rows, the first ones, something is fitted to; the others are held out.
-        pruned: how many pruned models there will be.
-    """
+    """The streams of some rows, float32 or wider, batch by batch; and the dense model's weights, which may be changed:
+    those of a stop's kept blocks once the stop is reached, and not before. To the first `fitted` rows something is
+    fitted, and the others are held out; there will be so many `pruned` models."""
 
     def __init__(self, model: PreTrainedModel, rows: Rows, fitted: int, pruned: int = 1) -> None:
         super().__init__(model)

@@ -91,12 +91,9 @@ def inner_size(config: Config) -> int:
 
 
 def row_batches(rows: Rows, span: Span, most: int, growth: float = 0.0) -> list[Span]:
-    """Neighbours grouped so that a group's padded tokens stay within a limit, and pads do not outweigh what is real.
-
-    Args:
-        most: tokens to a group; a longer row is a group of its own.
-        growth: how much more memory a token takes for each token of its row, where attention keeps every head's map.
-    """
+    """Neighbours grouped so that a group has at most so many padded tokens, and pads do not outweigh what is real; a
+    longer row is a group of its own. `growth` is how much more memory a token takes for each token of its row, where
+    attention keeps every head's map."""
     batches: list[Span] = []
     start, longest, real = 0, 0, 0
     for place, row in enumerate(span):

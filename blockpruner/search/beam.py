@@ -27,11 +27,7 @@ class BeamOptions(PricedOptions):
 
 def beam(problem: Problem, options: BeamOptions) -> Iterator[Iteration]:
     """Yield an iteration for each step, whose choice is its best mask, and one in which all masks that meet the goal
-    compete.
-
-    Raises:
-        InputError: the budget is nearest to removing nothing.
-    """
+    compete."""
     goal, costs = Space(problem.units, goal_of_problem(problem)).goal, costs_of(problem, options)
     order, most = unit_order(problem.units), goal.wanted + goal.tolerance + 1e-12
     (dense,) = problem.ask([DENSE])

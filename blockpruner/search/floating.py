@@ -45,11 +45,7 @@ class FloatingOptions(PricedOptions):
 
 def floating(problem: Problem, options: FloatingOptions) -> Iterator[Iteration]:
     """Yield an iteration for each forward step and each attempt to better its mask, and one in which all known masks
-    that meet the goal compete.
-
-    Raises:
-        InputError: the budget is nearest to removing nothing.
-    """
+    that meet the goal compete."""
     walk, costs = _Walk(problem, options.tries), costs_of(problem, options)
     index = steps = 0
     base: MaskScore | None = None
@@ -105,11 +101,8 @@ class _Walk:
         return [score for score in self._scores.values() if score.is_complete and around.is_met(score.mask)]
 
     def bettered(self, base: MaskScore, around: Goal) -> Iteration:
-        """The best of some restorations and swaps, or the mask itself where none helps.
-
-        Args:
-            around: what a swapped mask removes.
-        """
+        """The best of some restorations, and of some swaps that stay `around` a goal; or the mask itself where none
+        helps."""
         energy = fit(self._units, self._scores.values())
         rivals = self._restorations(base.mask) | dict.fromkeys(self._swaps(base.mask, around, energy), base)
         masks = list(rivals)
@@ -143,10 +136,8 @@ class _Walk:
         swaps = by_prediction(mask, Space(self._units, around).exchanges(mask), change)
         new = (other for other in swaps if other not in self._tried and self._fits(other))
         new = (other for other in new if not any(unit <= other - mask for unit in self._overflown))
-        return list(islice((other for other in new if not self._is_complete(other)), POOL))
-
-    def _is_complete(self, mask: Mask) -> bool:
-        return mask in self._scores and self._scores[mask].is_complete
+        complete = {mask for mask, score in self._scores.items() if score.is_complete}
+        return list(islice((other for other in new if other not in complete), POOL))
 
     def answer(self) -> Iteration:
         """The known masks that meet the goal, or those that are as near to it as the nearest, and the best of them."""

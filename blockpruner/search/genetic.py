@@ -32,11 +32,7 @@ class GeneticOptions(Options):
 
 
 def genetic(problem: Problem, options: GeneticOptions) -> Iterator[Iteration]:
-    """Yield an iteration for each generation; the last one's choice is the answer.
-
-    Raises:
-        InputError: the budget is nearest to removing nothing.
-    """
+    """Yield an iteration for each generation; the last one's choice is the answer."""
     draw, goal = random.Random(options.seed), goal_of_problem(problem)
     space = Space(problem.units, goal, lambda unit: frozenset(block.kind for block in unit))
     counts = max(space.compositions, key=lambda counts: (min(counts), *counts))  # as even as masks of the goal are

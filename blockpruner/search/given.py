@@ -1,5 +1,8 @@
-"""A sequence from elsewhere, materialized without a search: published, or written by hand."""
+"""Orders that ask for no score: one from elsewhere, published or written by hand; and a random one, the floor that a
+method has to beat.
+"""
 
+import random
 from collections.abc import Iterator
 
 from blockpruner.core.blocks import DENSE, format_mask, parse_mask
@@ -16,11 +19,7 @@ class GivenOptions(Options):
 
 
 def given(problem: Problem, options: GivenOptions) -> Iterator[Iteration]:
-    """Remove in the order given.
-
-    Raises:
-        InputError: no block, one that the model or `candidates` does not have, or one that is named twice.
-    """
+    """Remove in the order given; raises InputError for a block that is no candidate, or is named twice."""
     steps = [parse_mask(str(text)) for text in options.order]  # a number in YAML is no block; the error names it
     if not steps:
         raise InputError('score.options.order is empty; name what to remove, for instance ["mha.25", "mlp.3"]')
@@ -37,3 +36,12 @@ def given(problem: Problem, options: GivenOptions) -> Iterator[Iteration]:
                 )
         seen |= step
     return in_order(steps, problem.rows)
+
+
+class RandomOptions(Options):
+    seed: int = 42
+
+
+def random_order(problem: Problem, options: RandomOptions) -> Iterator[Iteration]:
+    """Remove the units in a random order."""
+    return in_order(random.Random(options.seed).sample(list(problem.units), len(problem.units)), problem.rows)

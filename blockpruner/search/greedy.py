@@ -69,12 +69,7 @@ def costs_of(problem: Problem, options: PricedOptions) -> Costs | None:
 def forward(
     problem: Problem, step: int, base: MaskScore | None, units: Sequence[Mask], costs: Costs | None
 ) -> Iteration:
-    """One step: the best unit to remove next.
-
-    Args:
-        base: what is removed before; None in the first step, which asks for the dense model, too.
-        units: the candidates.
-    """
+    """One step: the best of some units to remove next. The first one has no base, and asks for the dense model, too."""
     removed = DENSE if base is None else base.mask
     masks = [removed | unit for unit in units]
     selection = problem.select(step, removed, [DENSE, *masks] if base is None else masks)

@@ -52,10 +52,8 @@ def compared(index: int, scores: Sequence[MaskScore], best: MaskScore) -> Iterat
 
 
 def removals(trace: Sequence[Iteration], nested: bool) -> tuple[list[Mask], list[float]]:
-    """What a search removed, in order, and the perplexities of the dense model and after each removal.
-
-    A search that is not nested has no order: its answer, the last choice, is one removal.
-    """
+    """What a search removed, in order, and the perplexities of the dense model and after each removal. A search that
+    is not nested has no order: its answer, the last choice, is one removal."""
     dense = trace[0].nll[0]
     assert dense is not None and dense.mask == DENSE
     if not nested:
@@ -65,11 +63,8 @@ def removals(trace: Sequence[Iteration], nested: bool) -> tuple[list[Mask], list
 
 
 def stabilities(trace: Sequence[Iteration], price: str = "none") -> tuple[Stability | None, ...]:
-    """How firmly the rows decide each iteration. One that asks for no score chooses by the earlier ones.
-
-    Args:
-        price: what prices a removal; then losses alone do not decide, and nothing is known.
-    """
+    """How firmly the rows decide each iteration. One that asks for no score chooses by the earlier ones. Where a
+    resource prices removals, losses alone do not decide, and nothing is known."""
     found: list[Stability | None] = []
     losses: dict[Mask, tuple[float, ...]] = {}
     for iteration in trace:

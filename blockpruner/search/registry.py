@@ -12,12 +12,11 @@ from blockpruner.scoring.settings import Score
 from blockpruner.search.beam import BeamOptions, beam
 from blockpruner.search.floating import FloatingOptions, floating
 from blockpruner.search.genetic import GeneticOptions, genetic
-from blockpruner.search.given import GivenOptions, given
+from blockpruner.search.given import GivenOptions, RandomOptions, given, random_order
 from blockpruner.search.greedy import GreedyOptions, greedy
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.one_shot import one_shot
 from blockpruner.search.problem import Problem
-from blockpruner.search.random_order import RandomOptions, random_order
 from blockpruner.search.swap import SwapOptions, swap
 
 
@@ -69,11 +68,8 @@ class Request:
 
 
 def request(score: Score) -> Request:
-    """Check a `score` section.
-
-    Raises:
-        InputError: an unknown search, metric or option, or two settings that do not fit together.
-    """
+    """Check a `score` section; raises InputError for an unknown search, metric or option, or settings that do not fit
+    together."""
     search, metric = SEARCHES[score.method], METRICS[score.metric]
     if search.asks == "nothing" and metric.name != NLL.name:
         raise InputError(

@@ -5,7 +5,7 @@ trial is, the store's.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 
 from blockpruner.core.blocks import DENSE, Mask, format_mask, removable_units
@@ -36,19 +36,6 @@ OnIteration = Callable[[str, Iteration], object]
 """Receives the budget that a trace is for ("" where one trace serves all) and each iteration when it is complete."""
 
 
-@dataclass(frozen=True)
-class Traces:
-    """What a search found."""
-
-    nested: bool
-    traces: Mapping[str, Sequence[Iteration]]
-    """By budget; under "" where the search is nested and one trace serves every budget."""
-    counts: Counts
-
-    def of(self, budget: str) -> Sequence[Iteration]:
-        return self.traces["" if self.nested else budget]
-
-
 def search(
     request: Request,
     calibration: CalibrationSet,
@@ -58,20 +45,13 @@ def search(
     budgets: Sequence[str],
     observer: Observer | None = None,
     on_iteration: OnIteration = lambda budget, iteration: None,
-) -> Traces:
-    """Search far enough for every budget.
-
-    Args:
-        stores: a trial store for each of `request.losses`.
-        scorer: asked only for what the stores do not know.
-
-    Raises:
-        InputError: a budget that cannot be reached, before anything is computed; or one that a search's removals
-            end before.
-    """
+) -> tuple[dict[str, list[Iteration]], Counts]:
+    """Search far enough for every budget. Returns the trace of each budget, or one under "" that serves every budget
+    where the search is nested; and what it took. Raises InputError for a budget that cannot be reached, before anything
+    is computed; or one that a search's removals end before. The stores are of `request.losses`, by name."""
     seen = observer or SilentObserver()
 
-    def searched() -> Traces:
+    def searched() -> tuple[dict[str, list[Iteration]], Counts]:
         own = nll = Objective(calibration, stores[request.metric.name], scorer, seen, request.metric)
         if request.metric.name != NLL.name:
             nll = Objective(calibration, stores[NLL.name], scorer, seen)
@@ -85,17 +65,13 @@ def search(
                 counts = own.counts if nll is own else own.counts + nll.counts
                 steps.append((counts.trials_computed, counts.trials_reused, round(counts.seconds, 2)))
         counts = own.counts if nll is own else own.counts + nll.counts
-        return Traces(request.search.nested, found, replace(counts, iterations=len(steps), steps=tuple(steps)))
+        return found, replace(counts, iterations=len(steps), steps=tuple(steps))
 
     return in_one_origin(searched, seen)
 
 
 def require_searchable(request: Request, resources: Resources, budgets: Sequence[str]) -> None:
-    """Refuse budgets that no sequence of removals meets, as far as the resources are known.
-
-    Raises:
-        InputError: names the largest or nearest budget that can be reached.
-    """
+    """Refuse budgets that no sequence of removals meets, as far as the resources are known; see `require_reachable`."""
     units = units_of(request, resources)
     for budget in (parse_budget(text, resources["parameters"]) for text in budgets):
         if budget.resource in resources:
@@ -118,12 +94,7 @@ def units_of(request: Request, resources: Resources) -> list[Mask]:
 
 
 class _Run:
-    """One search over one model.
-
-    Args:
-        objective: of the metric that the search minimises.
-        nll: of perplexity, in which every choice is reported. It is the same objective where that is the metric.
-    """
+    """One search over one model; `nll` is the objective in which every choice is reported, maybe the same one."""
 
     def __init__(
         self, request: Request, objective: Objective, nll: Objective, resources: Resources, observer: Observer

@@ -23,11 +23,8 @@ def goal_of_problem(problem: Problem) -> Goal:
 
 
 def nearest(goal: Goal, masks: Iterable[Mask]) -> Mask:
-    """The mask nearest to the goal that removes something; a tie goes to the larger, as in `choose_prefix`.
-
-    Raises:
-        InputError: the dense model is nearer.
-    """
+    """The mask nearest to the goal that removes something; a tie goes to the larger, as in `choose_prefix`. Raises
+    InputError where the dense model is nearer."""
     masks = list(masks)
     found = min([DENSE, *masks], key=lambda mask: (goal.distance(mask), -goal.share(mask)))
     if found == DENSE:
@@ -39,10 +36,8 @@ def nearest(goal: Goal, masks: Iterable[Mask]) -> Mask:
 
 
 def unit_order(units: Sequence[Mask]) -> Callable[[Mask], tuple[int, ...]]:
-    """A sort key by which, of two masks, the one comes first that removes the first unit in which they differ.
-
-    Among masks that differ in one unit, the one with the earlier unit comes first: greedy's tie-break.
-    """
+    """A sort key by which, of two masks, the one comes first that removes the first unit in which they differ: greedy's
+    tie-break."""
     return lambda mask: tuple(i for i, unit in enumerate(units) if unit <= mask)
 
 
@@ -60,10 +55,8 @@ class Exchange:
 class Space:
     """All masks over units that meet a goal; where there is none, all that come as near to it as the nearest does.
 
-    by: what units of a class have in common; None: that they count the same.
-    goal: as given, or moved to the nearest mask.
-    classes: the units of each.
-    compositions: all that meet the goal: how many units of each class a mask removes.
+    Units of a class have in common what `by` says; without it, they count the same. `compositions` are all that meet
+    the goal: how many units of each class a mask removes.
     """
 
     def __init__(self, units: Sequence[Mask], goal: Goal, by: Callable[[Mask], Hashable] | None = None) -> None:

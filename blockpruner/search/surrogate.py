@@ -45,11 +45,8 @@ class Surrogate:
 
 
 def fit(units: Sequence[Mask], scores: Collection[MaskScore]) -> Surrogate:
-    """Fit E to the rises of the loss over the dense model, each on the rows that its mask was scored on.
-
-    Args:
-        scores: of different masks, the dense model on all rows among them.
-    """
+    """Fit E to the rises of the loss over the dense model, each on the rows that its mask was scored on. The scores are
+    of different masks, the dense model on all rows among them."""
     by_mask = {score.mask: score for score in scores}
     dense = by_mask.pop(DENSE)
     found = Surrogate(units, np.zeros(len(units)), np.zeros((len(units), len(units))))

@@ -30,11 +30,7 @@ class SwapOptions(Options):
 
 def swap(problem: Problem, options: SwapOptions) -> Iterator[Iteration]:
     """Yield greedy's iterations, one for each swap that helped, and a last one for none. All masks stay as near to the
-    budget as greedy's own.
-
-    Raises:
-        InputError: the budget is nearest to removing nothing.
-    """
+    budget as greedy's own."""
     goal, prefixes = goal_of_problem(problem), list[Mask]()
     costs = problem.resources[goal.budget.resource]
     for iteration in greedy(problem, GreedyOptions()):
@@ -86,14 +82,11 @@ Choice = tuple[tuple[int, ...], ...]
 
 
 def cheapest(costs: list[list[float]], sizes: tuple[int, ...]) -> Iterator[tuple[float, Choice]]:
-    """Choose sizes[k] of costs[k], for each k, in all ways, the lowest sum first.
+    """Choose sizes[k] of costs[k], for each k, in all ways, the lowest sum first: yields the sum, and for each list the
+    indices chosen, ascending.
 
-    Args:
-        costs: each list ascending. Then any choice is reached from the cheapest one, the first of each list, by moving
-            one index up by one at a time, and no move lowers the sum.
-
-    Yields:
-        The sum, and for each list the indices chosen, ascending.
+    Each list of costs is ascending. Then any choice is reached from the cheapest one, the first of each list, by moving
+    one index up by one at a time, and no move lowers the sum.
     """
     first: Choice = tuple(tuple(range(size)) for size in sizes)
 

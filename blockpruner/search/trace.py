@@ -170,6 +170,16 @@ def seed_stores(directory: Path, search: str, store: TrialStore, nll: TrialStore
     return problems
 
 
+def save_iterations(tables: Sequence[Path], path: Path) -> None:
+    """The iteration tables that a plan used, as one table with the iteration's number in front."""
+    parts = []
+    for index, source in enumerate(tables):
+        table, _ = read_table(source, ITERATION)
+        number = pa.array([index] * table.num_rows, pa.int32())
+        parts.append(table.add_column(0, pa.field("iteration", pa.int32(), nullable=False), number))
+    write_table(path, pa.concat_tables(parts))
+
+
 def _seed(store: TrialStore, key: str, score: MaskScore) -> None:
     if missing := [row for row in range(score.rows_used) if not store.known(key, row, row + 1)]:
         store.put(key, missing, [score.row_loss[row] for row in missing])

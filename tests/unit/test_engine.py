@@ -16,7 +16,7 @@ from blockpruner.scoring import engine as engine_module
 from blockpruner.scoring.engine import Engine, late
 from blockpruner.scoring.metrics import perplexity
 from blockpruner.scoring.objectives import MaskScore, Objective
-from blockpruner.scoring.work import LOGITS_BYTES, Task, live_numbers
+from blockpruner.scoring.work import LOGITS_BYTES, Task, live_numbers, logits_bytes
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.trace import read_iteration, write_iteration
 from blockpruner.store.files import read_json, write_sealed_json
@@ -154,16 +154,16 @@ def test_batches_and_logits_fill_a_card(monkeypatch):
     card = 1200 * 2**20
     engine = on_card(monkeypatch, model, card)
     token = live_numbers(32, 400) * 8
-    assert engine._logits_bytes == (card * 9 // 10 - weights) // 16
+    assert logits_bytes(engine._room) == (card * 9 // 10 - weights) // 16
     assert 2048 < engine._batch_tokens < 65536
-    fixed = weights + (card * 9 // 10 - weights) // engine_module.DENSE_SHARE + 4 * engine._logits_bytes
+    fixed = weights + (card * 9 // 10 - weights) // engine_module.DENSE_SHARE + 4 * logits_bytes(engine._room)
     assert fixed + engine._batch_tokens * token <= card * 9 // 10 < fixed + (engine._batch_tokens + 2) * token
     large = on_card(monkeypatch, model, 80 * 2**30)
-    assert (large._batch_tokens, large._logits_bytes) == (65536, 2**30)
+    assert (large._batch_tokens, logits_bytes(large._room)) == (65536, 2**30)
     small = on_card(monkeypatch, model, 2**20)
-    assert (small._batch_tokens, small._logits_bytes) == (2048, LOGITS_BYTES)
+    assert (small._batch_tokens, logits_bytes(small._room)) == (2048, LOGITS_BYTES)
     given = on_card(monkeypatch, model, 80 * 2**30, 100)
-    assert (given._batch_tokens, given._logits_bytes) == (100, 2**30)
+    assert (given._batch_tokens, logits_bytes(given._room)) == (100, 2**30)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -7,7 +7,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.flops import Flops
 from benchmarks.shapes import random_rows
 from blockpruner.core.blocks import parse_mask, removable_units
-from blockpruner.core.families import FAMILIES
 from blockpruner.model.models import masked
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Task
@@ -43,14 +42,3 @@ def test_a_greedy_iteration_is_torchs_count(base):
     engine = Engine(model)
     walk = counted(lambda: list(engine.run([Task(range(ROWS), tuple(masks))], rows)))
     assert walk - 2 * rotary == flops.exact(masks)
-
-
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_of_a_mixture_the_experts_that_a_token_goes_to_are_counted(family):
-    """The router, and for each of `num_experts_per_tok` experts three products; the dense layers' MLP as it is."""
-    config = tiny_model(family, 2).config.to_dict()
-    hidden, chosen = config["hidden_size"], config["num_experts_per_tok"]
-    experts = config.get("num_local_experts") or config["num_experts"]
-    inner = config.get("moe_intermediate_size") or config["intermediate_size"]
-    products = FAMILIES[family].products(config, 1)
-    assert products == hidden * experts + chosen * 3 * hidden * inner

@@ -5,6 +5,7 @@ import json
 import math
 import random
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,11 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from blockpruner.core.budgets import parse_budget, resources_of
 from blockpruner.core.errors import InputError, UnreachableError
-from blockpruner.methods.laco.kind import LacoOptions, require_merges
+from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.methods.laco.kind import LacoOptions, plan_merges, require_merges
 from blockpruner.methods.laco.merging import VARIANTS, Similarity, merge_, merged
 from blockpruner.methods.laco.walk import (
     Merge,
-    SimilarityLog,
     Walk,
     dropped,
     layers_after,
@@ -28,6 +29,7 @@ from blockpruner.methods.laco.walk import (
 from blockpruner.model.classes import read_config
 from blockpruner.model.models import decoder_layers, load_model, model_family
 from tests import tiny
+from tests.builders import material_of
 from tests.tiny import tiny_model, tolerance
 
 MODELS = [each for each in tiny.GRID if not each.values[0].startswith(("qwen3_moe", "qwen3_next", "qwen3_5"))]
@@ -38,7 +40,6 @@ MERGES = (Merge(3, 2), Merge(1, 1), Merge(1, 2))  # the third merges a merged la
 SETTINGS = {"count": 3, "lowest": 0, "highest": None, "interval": 1}
 ROWS = [[5, 17, 200, 3, 99, 41, 8], [250, 1, 0], [60, 61, 62, 63]]
 IDS = torch.tensor([[5, 17, 200, 3, 99, 41, 8, 250, 77]])
-FIELDS = {"calibration": "c"}
 
 
 def by_hand(dense, merges, variant):
@@ -377,35 +378,32 @@ def test_a_budget_out_of_reach_of_these_settings_is_refused_before_a_search():
 # What is known
 
 
-def test_a_killed_search_goes_on_where_it_was(tmp_path):
-    path, model = tmp_path / "similarities.jsonl", tiny_model(layers=8)
-    forwards = []
-    model.model.register_forward_hook(lambda *args: forwards.append(1))
+def test_a_killed_search_goes_on_where_it_was(tmp_path, monkeypatch):
+    model, rows, asked, own = tiny_model(layers=8), CalibrationSet(tuple(map(tuple, ROWS))), [], Similarity.__call__
+    costs = resources_of(model.config.to_dict())["parameters"]
 
-    def search(kill_after=None):
-        log = SimilarityLog(path, FIELDS)
-        similarity = Similarity(model, ROWS, "repo")
+    def search(kill_after=math.inf):
+        """The details that are found, without what is measured of the merged model."""
 
-        def measure(merges):
-            if kill_after is not None and len(log.known) >= kill_after:
+        def measure(similarity, merges):
+            if len(asked) >= kill_after:
                 raise KeyboardInterrupt
-            if merges not in log.known:
-                log.record(merges, similarity(merges))
-            return log.known[merges]
+            asked.append(merges)
+            return own(similarity, merges)
 
-        try:
-            return search_threshold(measure, Walk(8, **SETTINGS), 4), len(log.known)
-        finally:
-            log.close()
+        monkeypatch.setattr(Similarity, "__call__", measure)
+        material = material_of(tmp_path, None, model.config.to_dict(), dtype="float64", dense=lambda: model)
+        job = SimpleNamespace(material=material, calibration=rows, resources={"parameters": costs})
+        return plan_merges(LacoOptions(**SETTINGS), job, parse_budget("4layers", costs))
 
     with pytest.raises(KeyboardInterrupt):
         search(kill_after=4)
+    (path,) = (tmp_path / "trials").glob("laco-*.jsonl")
     with open(path, "ab") as file:  # a line that the kill interrupted
         file.write(b'0badc0de {"merges":[[3,2]],"sim')
-    assert len(SimilarityLog(path, FIELDS).known) == 4
-    found, measured = search()
-    assert len(forwards) == measured + 2, "one forward for each candidate, and two for the dense states"
-    forwards.clear()
-    assert search() == (found, measured) and forwards == []
+    found = search()
+    assert len(asked) == len(set(asked)) > 4, "what was known is not measured again"
+    measured = len(asked)
+    assert search() == found and len(asked) == measured
     path.unlink()
-    assert search() == (found, measured), "an undisturbed search gives the same"
+    assert search() == found and len(asked) == 2 * measured, "an undisturbed search gives the same"

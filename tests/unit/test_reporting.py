@@ -21,7 +21,7 @@ from scipy import stats
 
 from blockpruner.core.blocks import DENSE, Mask, format_mask, parse_mask, removable_units
 from blockpruner.evaluation.store import ITEMS
-from blockpruner.methods.commit import commit_run, save_iterations
+from blockpruner.methods.registry import KINDS
 from blockpruner.reporting.comparison import comparisons, front
 from blockpruner.reporting.findings import (
     Finding,
@@ -50,7 +50,7 @@ from blockpruner.reporting.table import Table
 from blockpruner.reporting.tables import curve_csv, headline, iterations_csv
 from blockpruner.search import iteration
 from blockpruner.search.registry import SEARCHES
-from blockpruner.search.trace import read_trace, trace_directory
+from blockpruner.search.trace import read_trace, save_iterations, trace_directory
 from blockpruner.store.files import read_json, read_table, write_sealed_json, write_table
 from stages import report as report_stage
 from tests.builders import FakeScorer, by_text, scored, short_rows, small_config, speed_facts
@@ -736,7 +736,7 @@ def test_the_tables_of_every_search_are_read(tmp_path: Path, method: str, change
     config = small_config(5)
     scorer = FakeScorer(lambda *asked: by_text(*asked) + by_text(*asked) * asked[-1] % 0.37)  # rows differ
     run = scored(tmp_path, scorer, config, ["4blocks"], short_rows(4), method=method, **changes)
-    plan, tables = commit_run(tmp_path / "scores", config, "4blocks", "t", "r")
+    plan, tables = KINDS["mask"].commit(tmp_path / "scores", config, "4blocks", run.current)
     assert plan.nested == SEARCHES[method].nested
     trace = read_trace(trace_directory(tmp_path / "scores", run.current, "4blocks"), run.current.search)
     order, perplexities = iteration.removals(trace, plan.nested)

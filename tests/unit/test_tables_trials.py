@@ -142,7 +142,8 @@ def searched_on(card, folder, dtype="bfloat16", name="greedy", notes=None):
     if notes is not None:
         observer.note = notes.append
     try:
-        return search(asked, ROWS, stores, card, resources_of(small_config(6)), ["0.3"], observer).of("0.3")
+        traces, _ = search(asked, ROWS, stores, card, resources_of(small_config(6)), ["0.3"], observer)
+        return next(iter(traces.values()))
     finally:
         for store in stores.values():
             store.close()

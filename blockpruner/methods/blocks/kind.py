@@ -56,20 +56,15 @@ def score(job: Job) -> tuple[Current, Counts]:
             observer.note(f"warning: {problem}")
         observer.note(f"calibration: {len(rows.rows)} rows, in all {rows.tokens:,} tokens; search {fingerprint}")
         scorer = job.material.scorer
-        found = search(asked, rows, stores, scorer, job.resources, job.budgets, observer, keep)
-    for budget, trace in found.traces.items():
-        drop_strays(trace_directory(job.folder, current, budget), trace, found.nested, fingerprint)
-    return current, found.counts
+        traces, counts = search(asked, rows, stores, scorer, job.resources, job.budgets, observer, keep)
+    for budget, trace in traces.items():
+        drop_strays(trace_directory(job.folder, current, budget), trace, current.nested, fingerprint)
+    return current, counts
 
 
 def choose(order: Sequence[Mask], perplexities: Sequence[float], config: Config, budget: str, current: Current) -> Plan:
     """Choose the prefix of a removal sequence that meets a budget; raises InputError that names the largest or nearest
-    budget that can be met.
-
-    Args:
-        order: the units removed, in order; of a search that is not nested all at once.
-        perplexities: on the calibration set, of the dense model and after each removal (one more than `order`).
-    """
+    budget that can be met. Order and perplexities are as from `removals`."""
     resources = known_resources(config, budget, current)
     prefixes, counts = list(accumulate(order, or_)), resources["parameters"]
     wanted = parse_budget(budget, counts)

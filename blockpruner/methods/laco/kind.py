@@ -15,9 +15,10 @@ from blockpruner.core.families import Config, Costs
 from blockpruner.core.options import Options
 from blockpruner.core.plan import Plan
 from blockpruner.methods.kind import Job
-from blockpruner.methods.laco.walk import Merge, Merges, SimilarityLog, Walk, dropped, layers_after, search_threshold
+from blockpruner.methods.laco.walk import Merge, Merges, Walk, dropped, layers_after, search_threshold
 from blockpruner.methods.weights import Details, Left, weights_kind
 from blockpruner.scoring.work import Rows
+from blockpruner.store.journal import Journal
 from blockpruner.store.provenance import fingerprint
 from blockpruner.versions import PLAN_VERSION, WEIGHTS_VERSION
 
@@ -39,12 +40,8 @@ class LacoOptions(Options):
 
 
 def plan_merges(options: LacoOptions, job: Job, budget: Budget) -> Details:
-    """LaCo's merges that remove the number of layers nearest to the budget. Raises InputError for a budget or settings
-    that no walk meets; it names what is nearest.
-
-    The details are variant; merges, as [layer, count] in order; threshold; similarity of the merged model to the dense
-    one; layers: how many are removed; nll: the merged model's, each calibration row's mean.
-    """
+    """LaCo's merges that remove the number of layers nearest to the budget, as [layer, count] in order, with what was
+    measured of them. Raises InputError for a budget or settings that no walk meets; it names what is nearest."""
     material, costs = job.material, job.resources[budget.resource]
     assert material.trials is not None  # only searches of masks keep trials in memory
     from blockpruner.methods.laco.merging import Similarity, merged_nll
@@ -52,8 +49,11 @@ def plan_merges(options: LacoOptions, job: Job, budget: Budget) -> Details:
     walk, wanted = _asked(options, budget, costs)
     of = {"calibration": job.calibration.digest, "model": material.identity, "dtype": material.dtype}
     fields = {**of, "variant": options.variant, "plan_version": PLAN_VERSION}
-    with closing(SimilarityLog(material.trials / f"laco-{fingerprint(fields)}.jsonl", fields)) as log:
-        for problem in log.problems:
+    of_search, problems = fingerprint(fields), list[str]()
+    path = material.trials / f"laco-{of_search}.jsonl"
+    with closing(Journal(path, {"fingerprint": of_search, "fields": fields})) as log:
+        known: dict[Merges, float] = {tuple(_merges(entry)): entry["similarity"] for entry in log.read(problems)}
+        for problem in problems:
             material.observer.note(f"warning: {problem}")
 
         @cache
@@ -62,9 +62,10 @@ def plan_merges(options: LacoOptions, job: Job, budget: Budget) -> Details:
             return Similarity(material.dense(), job.calibration.rows, options.variant, material.observer.advance)
 
         def similarity(merges: Merges) -> float:
-            if merges not in log.known:
-                log.record(merges, measure()(merges))
-            return log.known[merges]
+            if merges not in known:
+                known[merges] = measure()(merges)
+                log.append({"merges": [[merge.layer, merge.count] for merge in merges], "similarity": known[merges]})
+            return known[merges]
 
         try:
             threshold, merges = search_threshold(similarity, walk, wanted)

@@ -29,12 +29,8 @@ Layers = Sequence[nn.Module]
 
 def merge_(model: PreTrainedModel, merges: Sequence[Merge], variant: str) -> PreTrainedModel:
     """Merge layers of the model in place, for good, in the order of `merges`; `variant` is a key of `VARIANTS`. Raises
-    InputError if the model has no layers for a merge; it is unchanged.
-
-    Layers merged into another are dropped, attentions are renumbered 0..n-1 (a KV cache takes the number for its slot),
-    and the config gets the new number of layers. Class and config stay the family's own: `save_pretrained` and
-    `from_pretrained` need no code of ours. A merged layer keeps its own type (sliding window or full).
-    """
+    InputError if the model has no layers for a merge; it is unchanged. Class and config stay the family's own, so that
+    transformers needs no code of ours. A merged layer keeps its own type (sliding window or full)."""
     layers = decoder_layers(model)
     after = layers_after(merges, len(layers))
     for sources in after:

@@ -1,6 +1,6 @@
 """LaCo (layer collapse, arXiv 2402.11187): which layers are merged into which.
 
-Decides the walk over a model's layers, the thresholds that meet a budget of layers, and how similarities are kept:
+Decides the walk over a model's layers, and the thresholds that meet a budget of layers:
 
     l = H - C
     while l >= L:
@@ -17,12 +17,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
-from pathlib import Path
-from typing import Any
 
 from blockpruner.core.errors import InputError, UnreachableError
-from blockpruner.store.journal import Journal
-from blockpruner.store.provenance import fingerprint
 
 
 @dataclass(frozen=True)
@@ -172,11 +168,8 @@ def search_threshold(similarity: Measure, walk: Walk, wanted_layers: int) -> tup
     bisection may miss a budget that can be met, or meet it with less similar merges. This goes down from the largest
     threshold, one result after the other (`Walk.results`), and stops at the first that meets the budget. There are
     about as many results as layers that a walk visits (simulated), and no candidate is measured twice. What is returned
-    is the middle of the thresholds that give these merges.
-
-    Raises:
-        UnreachableError: a number of layers that no threshold removes, before anything is measured where similarities
-            cannot matter. Names the nearest numbers that are removed.
+    is the middle of the thresholds that give these merges. Raises UnreachableError for a number of layers that no
+    threshold removes, before anything is measured where similarities cannot matter.
     """
     walk.require(wanted_layers)
     seen: dict[int, str] = {}
@@ -197,27 +190,3 @@ def _out_of_reach(wanted: int, walk: Walk, removed: Mapping[int, str]) -> Unreac
         f"LaCo with C = {walk.count} and I = {walk.interval} removes {wanted} of {walk.depth} layers at no threshold; "
         f"the nearest that it removes: {nearest}. Ask for one of these, or change C, I, L or H"
     )
-
-
-# What is known
-
-
-class SimilarityLog(Journal):
-    """Similarities on disk, each synced as soon as it is known; for one writer at a time."""
-
-    known: dict[Merges, float]
-    """What the log holds."""
-    problems: list[str]
-    """One line for each thing that was found in the file and not trusted."""
-
-    def __init__(self, path: Path, fields: Mapping[str, Any]) -> None:
-        """Read the file if it exists. `fields` are what a similarity depends on; a file of others is set aside."""
-        super().__init__(path, {"fingerprint": fingerprint(fields), "fields": dict(fields)})
-        self.problems = []
-        entries = self.read(self.problems)
-        self.known = {tuple(Merge(*pair) for pair in entry["merges"]): entry["similarity"] for entry in entries}
-
-    def record(self, merges: Merges, value: float) -> None:
-        """Keep one similarity; on return it is on disk."""
-        self.known[merges] = value
-        self.append({"merges": [[merge.layer, merge.count] for merge in merges], "similarity": value})

@@ -46,12 +46,8 @@ def step_of(options: NarrowOptions, width: int) -> int:
 
 
 def plan_widths(options: NarrowOptions, job: Job) -> Callable[[Budget], Details]:
-    """Plans MLPs' widths for budgets; levels that are not known are measured for the first of them.
-
-    The details are `channels`, the kept ones of each narrowed MLP, and `cost`, what the levels cost in all. Raises
-    InputError for a budget that is no share of parameters, and UnreachableError for a ratio out of reach, or a family
-    whose MLPs are mixtures.
-    """
+    """Plans MLPs' widths for budgets; levels that are not known are measured for the first of them. The details are
+    `channels`, the kept ones of each narrowed MLP, and `cost`, what the levels cost in all."""
     config = job.material.config
     known = cache(lambda: known_widths(step_of(options, int(config["intermediate_size"])), job))
     return lambda budget: choose(wanted=require_widths(budget, options, config), known=known(), config=config)
@@ -91,7 +87,8 @@ def known_widths(step: int, job: Job) -> dict[str, list[Width]]:
 
 
 def require_widths(budget: Budget, options: NarrowOptions, config: Config) -> int:
-    """The number of channels, of all MLPs, whose removal is nearest to a budget; raises as `plan_widths` does."""
+    """The number of channels, of all MLPs, whose removal is nearest to a budget; raises UnreachableError for one out of
+    reach, or a family whose MLPs are mixtures."""
     share = share_of(budget, "narrow")
     family, counts = FAMILIES[str(config["model_type"])], count_parameters(config)
     if not family.has_one_mlp:

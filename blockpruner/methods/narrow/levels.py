@@ -139,8 +139,7 @@ def levels(gram: Tensor, weight: Tensor, gain: Tensor, step: int) -> Iterator[tu
 
     Args:
         gram: X^T X / tokens [p, p], in float32 or wider; what a width loses is computed so.
-        weight: W [p, d], float64.
-        gain: how many times each column of W counts, [d].
+        weight, gain: W [p, d], float64, and how many times each of its columns counts, [d].
         step: so many channels leave from level to level.
     """
     at_once, left = max(1, len(weight) // AT_ONCE), weight.clone()

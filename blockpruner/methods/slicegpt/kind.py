@@ -20,16 +20,13 @@ if TYPE_CHECKING:
 
 
 def plan_width(options: Options, job: Job) -> Callable[[Budget], Details]:
-    """Plans SliceGPT's width whose ratio is nearest to a budget; `hidden` in its details is the dense model's. Raises
-    InputError for a budget that is no share of parameters, and UnreachableError for a ratio out of reach, or a family
-    that cannot be sliced."""
+    """Plans SliceGPT's width whose ratio is nearest to a budget; `hidden` in its details is the dense model's."""
     config = job.material.config
-    hidden = int(config["hidden_size"])
-    return lambda budget: {"width": require_width(budget, options, config), "hidden": hidden}
+    return lambda budget: {"width": require_width(budget, options, config), "hidden": int(config["hidden_size"])}
 
 
 def require_width(budget: Budget, options: Options, config: Config) -> int:
-    """The width that `plan_width` plans; raises as it does."""
+    """The width that `plan_width` plans; raises UnreachableError as `width_for_ratio` and `sliced_parameters` do."""
     return width_for_ratio(config, share_of(budget, "slicegpt"))
 
 

@@ -36,20 +36,14 @@ CHUNK = 8192
 
 @torch.no_grad()  # not inference_mode: its tensors could not be trained afterwards
 def slice_(model: PreTrainedModel, rows: Rows, width: int, *, batch_tokens: int | str = "auto") -> PreTrainedModel:
-    """Slice the model's residual stream to `width` columns, in place, for good. Raises InputError for a family that
-    cannot be sliced, a width out of range, a model on several devices, or a signal that is not finite.
+    """Slice the residual stream of a dense model in eval mode to `width` columns, in place, for good. Raises InputError
+    for a family that cannot be sliced, a wrong width, a model on several devices, or a signal that is not finite.
 
     Model and config become the SliceGPT classes of the family, which `save_pretrained` and
     `from_pretrained(..., trust_remote_code=True)` round-trip; tied embeddings are untied. At the full width the model
-    is only rotated and its logits stay.
-
-    Args:
-        model: a dense causal LM of a family in `widths.SLICEABLE`, in eval mode, on one device. The device also sums
-            and solves the Gram matrices in float64.
-        rows: calibration rows of any lengths; pads do not count. (The paper: 1,024 Alpaca samples of 2,048 tokens.)
-            The host's memory holds their signal in the model's dtype: tokens x hidden size.
-        width: columns kept, from 1 to the hidden size.
-        batch_tokens: as in `Engine`.
+    is only rotated and its logits stay. The model's device also sums and solves the Gram matrices in float64, and the
+    host's memory holds the rows' signal in the model's dtype: tokens x hidden size. (The paper has 1,024 Alpaca samples
+    of 2,048 tokens.)
     """
     family = sliceable_family(model.config.model_type)
     hidden, layers = int(model.config.hidden_size), decoder_layers(model)

@@ -148,12 +148,8 @@ class RayScorer:
         return {**self._workers[0].origin, "batch_tokens": self._limit}
 
     def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows]:
-        """Yield values as workers report them.
-
-        Raises:
-            InputError: what a worker's engine raised, as itself; values yielded before are good.
-            WorkerLostError: the last worker died.
-        """
+        """Yield values as workers report them. Raises what a worker's engine raised, as itself, and WorkerLostError if
+        the last worker died."""
         # more pieces balance better, but each streamed one reads all weights
         pieces = len(self._workers) * (1 if self._runtime.streaming else PIECES)
         waiting = deque(share_out(tasks, rows, pieces, self._steps))
@@ -270,12 +266,9 @@ def connect(address: str | None, streaming: bool = False) -> tuple[Any, bool]:
 
 
 def resources(runtime: Runtime, nodes: Sequence[Mapping[str, float]]) -> dict[str, int]:
-    """What Ray keeps for each worker: CPU cores, and GPUs if the device is one.
-
-    With threads: auto on CPUs, or device: split, each worker gets the largest equal share of the cores, or of the GPUs,
-    that the nodes can hold; a worker is on one node. Of each of the `nodes` given are all its resources, as "Resources"
-    in `ray.nodes`. Raises InputError with the figures if they do not hold the workers.
-    """
+    """What Ray keeps for each worker: CPU cores, and GPUs if the device is one. With threads: auto on CPUs, or device:
+    split, each worker gets the largest equal share of the cores, or of the GPUs, that the nodes can hold; a worker is
+    on one node. The nodes are as "Resources" in `ray.nodes`. Raises InputError if they do not hold the workers."""
     workers, device, threads = runtime.workers, runtime.device, runtime.threads
     if device.startswith("cuda:"):
         raise InputError(

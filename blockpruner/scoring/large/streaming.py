@@ -72,11 +72,9 @@ class _Work:
 
 
 class StreamingEngine(Engine):
-    """Scores masks of a checkpoint that need not fit into memory, exactly. Raises InputError for an unsupported family,
-    weights that do not match the config, or an attention that is not installed.
+    """Scores masks of a checkpoint that need not fit into memory, exactly; its files are safetensors.
 
     Args:
-        checkpoint: a directory with config.json and safetensors, whole or in shards.
         dtype, device, attention, trust_remote_code: as in `models.load_model`, on one device.
         batch_tokens: as in `Engine`; a pass reads the weights once for all batches.
         advance: receives the layers done, their number, and the last one's name.
@@ -129,11 +127,7 @@ class StreamingEngine(Engine):
         """Yield the values of each task, all at the end of a pass over the weights.
 
         If a batch does not fit into the device's memory, what is left is done in another pass, in smaller batches.
-
-        Raises:
-            InputError: an influence, which is not streamed.
-            NonFiniteLossError: as `Engine.run`.
-            DeviceMemoryError: weights or states do not fit into memory, or not even one row does.
+        Raises what `Engine.run` raises, and InputError for an influence, which is not streamed.
         """
         influence = next((task.metric.name for task in tasks if task.metric.influence), None)
         if influence is not None:
