@@ -20,7 +20,6 @@ from blockpruner.core.blocks import DENSE, all_blocks, parse_channels, parse_mas
 from blockpruner.core.errors import DeviceMemoryError, InputError
 from blockpruner.core.progress import SilentObserver
 from blockpruner.core.settings import HubTexts, Runtime
-from blockpruner.evaluation.choices import answers
 from blockpruner.evaluation.latency import measure_latency
 from blockpruner.evaluation.perplexity import measure_perplexity
 from blockpruner.evaluation.settings import Speed
@@ -145,9 +144,6 @@ WORK |= {
     "perplexity": lambda model: measure_perplexity(model, ROWS).row_nll,
     "decode": lambda model: generate(model, random_prompt(model, 2, 5), 6).tokens.tolist(),
     "generate": lambda model: model.generate(random_prompt(model, 2, 5), max_new_tokens=5, do_sample=False).tolist(),
-    "answers": lambda model: answers(
-        model, [((*range(1, 20),), (4, 5)), ((*range(1, 20),), (6, 7, 9)), ((3, 4), (8,))], 60
-    ),
     "latency": lambda model: measure_latency(model, Latency(prompt_tokens=4, new_tokens=3, repeats=1))["batch"],
     "laco": merged,
     "distance": distance,
@@ -382,40 +378,6 @@ def test_where_memory_ends_batches_are_halved_and_finished_masks_kept(variant, c
         card.limit = card.live + 1000
         with pytest.raises(DeviceMemoryError, match=r"^one row of 32 tokens does not fit .*\(CUDA out of memory\)"):
             list(sweep(model, 256)[1])
-
-
-REQUESTS = [((n, *range(1, 24)), (k + 5, n + 9, 7)) for n in range(24) for k in range(2)]
-REQUESTS += [((100 + n, 3, 4), (8, n + 1)) for n in range(8)]
-
-
-def answered(model, requests=REQUESTS):
-    """Answers, the tokens that each pass read, and how many requests were done after each."""
-    read, done = [], []
-    hook = model.get_decoder().register_forward_hook(
-        lambda module, args, kwargs, result: read.append(kwargs["input_ids"].numel()), with_kwargs=True
-    )
-    with hook:
-        return answers(model, requests, 60, done.append), read, done
-
-
-def test_a_device_answers_in_larger_passes_and_where_memory_ends_in_halves(checkpoints):
-    expected, read, _ = answered(load_model(checkpoints("llama"), "float64", "cpu"))
-    assert read == [22 * 23, 44 * 3, 2 * 23, 4 * 3, 8 * 4]
-    with fake_devices(1) as (card,):
-        model = load_model(checkpoints("llama"), "float64")
-        gc.collect()
-        MODULE.reset_peak_memory_stats(0)
-        before = card.live
-        found, read, _ = answered(model)
-        assert read == [24 * 23, 48 * 3, 8 * 4] and flat(found) == pytest.approx(flat(expected), rel=1e-9)
-        card.limit = before + int(0.3 * (card.peak - before))
-        MODULE.reset_peak_memory_stats(0)
-        found, smaller, done = answered(model)
-        assert flat(found) == pytest.approx(flat(expected), rel=1e-9) and card.peak <= card.limit
-        assert len(smaller) > len(read) and done == sorted(set(done)), "an answer was computed twice"
-        card.limit = card.live + 1000
-        with pytest.raises(DeviceMemoryError, match=r"^one request of up to 27 tokens .*\(CUDA out of memory\)"):
-            answered(model)
 
 
 def test_a_row_that_does_not_fit_is_one_line(checkpoints):

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from lm_eval.models.huggingface import HFLM
 from tokenizers import processors
 
 from blockpruner.core.blocks import parse_mask
@@ -184,3 +185,23 @@ def test_items_beyond_the_vocabulary_are_refused(task_dir, task):
     small = tiny_model(dtype=torch.float32, max_position_embeddings=1024, vocab_size=40, bos_token_id=1, eos_token_id=2)
     with refused("token-without-embedding"):
         evaluate(small, tiny_tokenizer(), task, task_dir, 2)
+
+
+def test_where_a_devices_memory_ends_requests_are_scored_in_halves_and_none_twice(task_dir, scored, monkeypatch):
+    whole, sizes, done = HFLM._model_call, [], []
+
+    def scarce(self, inputs, *args, **kwargs):
+        sizes.append(len(inputs))
+        if len(inputs) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return whole(self, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(HFLM, "_model_call", scarce)
+    found = evaluate(pruned_model(), tiny_tokenizer(), "hellaswag", task_dir, advance=lambda *each: done.append(each))
+    expected = scored["hellaswag"].items.to_pylist()
+    for own, item in zip(found.items.to_pylist(), expected, strict=True):
+        assert own["loglikelihoods"] == pytest.approx(item["loglikelihoods"], rel=1e-5)
+    assert max(sizes) > 2 and done == sorted(set(done)) and done[-1][0] == done[-1][1]
+    monkeypatch.setattr(HFLM, "_model_call", lambda *args, **kwargs: scarce(args[0], [0, 0, 0]))
+    with pytest.raises(torch.OutOfMemoryError):  # a single request does not fit
+        evaluate(pruned_model(), tiny_tokenizer(), "hellaswag", task_dir)
