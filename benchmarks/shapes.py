@@ -31,6 +31,6 @@ def random_model(shape: str, dtype: torch.dtype, device: str = "cpu", **changes:
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
-def random_rows(vocabulary: int, rows: int, length: int, seed: int = 0) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
+def random_rows(vocabulary: int, rows: int, length: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
     return torch.randint(0, vocabulary, (rows, length), generator=generator).tolist()  # type: ignore[no-any-return]
