@@ -1,11 +1,12 @@
 """Other projects' public code and this project on one model: seconds, tokens, memory and held-out perplexity.
 
-    python -m benchmarks.peers MODEL TEXTS HELDOUT [--code DIR] [--out data/benchmarks/peers] [--only NAME ...]
+    python -m benchmarks.peers MODEL TEXTS HELDOUT [--out data/benchmarks/peers] [--only NAME ...]
 
 All see the same calibration rows, one after another, with the same threads, in bfloat16. Each peer runs in an
-environment of its own (made at OUT/envs by pip), from its repository at a pinned commit: `git clone`, or a clone of
-each in the folder `--code`. What a peer hard-codes is replaced while it runs, and nothing else: the device, how rows
-are read, and tokenizers that are not used. What is finished stays in OUT/found.json; a second run goes on there.
+environment of its own (made at OUT/envs by pip), from a clone of its repository at a pinned commit, in OUT/code. What a
+peer hard-codes is replaced while it runs, and nothing else: the device, how rows are read, and tokenizers that are not
+used. EvoPress gets as many tokens as an exact search of blocks looks at; its own budget takes hours. What is finished
+stays in OUT/found.json; a second run goes on there.
 
 Prints Markdown and draws OUT/cpu.png and OUT/tokens.png.
 """
@@ -27,8 +28,7 @@ PEERS = {
     "BlockPruner": ("MrGGLS/BlockPruner", "8210707", "transformers==4.43.4"),
     "SLEB": ("jiwonsong-dev/SLEB", "d07129a", "transformers==4.37.2"),
     "Shortened-LLM": ("Nota-NetsPresso/shortened-llm", "4031a92", "transformers==4.40.1"),
-    "EvoPress, equal tokens": ("IST-DASLab/EvoPress", "50888a0", "transformers==4.43.4"),
-    "EvoPress, published": ("IST-DASLab/EvoPress", "50888a0", "transformers==4.43.4"),
+    "EvoPress": ("IST-DASLab/EvoPress", "50888a0", "transformers==4.43.4"),
 }
 """Repository, commit, and the version of transformers that it asks for, or that its code was written for."""
 
@@ -90,7 +90,7 @@ def drive(name: str, code: str, folder: str, budget: str, model: str, rows: list
         return counter.watch(plain(model, torch_dtype=torch.bfloat16, use_cache=False))
 
     torch.Tensor.to = lambda self, *a, **k: to(self, *("cpu" if each == "cuda" else each for each in a), **k)
-    torch.cuda.is_available = lambda: name.startswith("EvoPress")
+    torch.cuda.is_available = lambda: name == "EvoPress"
     os.chdir(folder)
     if name == "BlockPruner":
         import block_search
@@ -133,15 +133,12 @@ def drive(name: str, code: str, folder: str, budget: str, model: str, rows: list
         evo.AutoModelForCausalLM = SimpleNamespace(from_pretrained=load)
         evo.AutoTokenizer = SimpleNamespace(from_pretrained=lambda *_, **__: None)
         evo.get_data = lambda *_, **__: list(ids.split(1))
-        generations, first, most = int(count * (layers - count) / 1.5), 64, ROWS * LENGTH  # as in its public script
-        if "equal" in name:  # to what an exact search of blocks looks at
-            first, scored = 8, sum(2 * layers - step for step in range(5 * count // 2))
-            generations = scored // (CHILDREN + FINALISTS)
+        scored, most = sum(2 * layers - step for step in range(5 * count // 2)), ROWS * LENGTH
         words = f" --model_name_or_path {model} --calibration_data own --calibration_tokens {most} --no_eval"
         words += f" --calibration_sequence_length {LENGTH} --sparsity {(count + 0.5) / layers} --dtype bfloat16"
-        words += f" --generations {generations} --offspring {CHILDREN} --initially_generated {first} --fitness_fn kl"
+        words += f" --generations {scored // (CHILDREN + FINALISTS)} --offspring {CHILDREN} --initially_generated 8"
         words += f" --initial_tokens {most} --survivors_per_selection 2 1 --tokens_per_selection {most} {most}"
-        sys.argv = f"{words} --drop_config_dir {folder}".split(" ")
+        sys.argv = f"{words} --fitness_fn kl --drop_config_dir {folder}".split(" ")
         evo.main()
         kinds = {"attn+mlp": ("mha", "mlp"), "attn": ("mha",), "mlp": ("mlp",), "none": ()}
         lines = enumerate((Path(folder) / "layer_drop_config.txt").read_text().split())
@@ -153,7 +150,7 @@ def drive(name: str, code: str, folder: str, budget: str, model: str, rows: list
 def environment(peer: str, given: argparse.Namespace) -> tuple[Path, Path]:
     """The Python of a peer's environment, and the folder of its code."""
     repository, commit, transformers = PEERS[peer]
-    code, env = (given.code or given.out / "code") / repository.partition("/")[2], given.out / "envs" / transformers
+    code, env = given.out / "code" / repository.partition("/")[2], given.out / "envs" / transformers
     if not code.exists():
         subprocess.run(["git", "clone", "-q", f"https://github.com/{repository}", code], check=True)
         subprocess.run(["git", "-C", code, "checkout", "-q", commit], check=True)
@@ -219,18 +216,12 @@ class Measured:
 
         costs = count_parameters(json.loads((self.given.model / "config.json").read_text()))
         python, code = environment(name, self.given)
-        once = not name.startswith("EvoPress")  # steps on the way to the larger budget answer the smaller one
+        once = name != "EvoPress"  # steps on the way to the larger budget answer the smaller one
         for budget in (each for each in (("0.2",) if once else LAYERS) if each not in self.found.get(name, {})):
             with tempfile.TemporaryDirectory() as folder:
-                given = [
-                    name,
-                    code.absolute(),
-                    folder,
-                    budget,
-                    self.given.model.absolute(),
-                    self.given.out / "rows.json",
-                ]
-                figures, steps = run([python, __file__, "drive", *given])
+                model, rows = self.given.model.absolute(), self.given.out / "rows.json"
+                command = [python, __file__, "drive", name, code.absolute(), folder, budget, model, rows]
+                figures, steps = run(command)
             steps = [(costs.ratio(parse_mask(",".join(blocks))), blocks, stamp) for blocks, stamp in steps]
             for wanted in LAYERS if once else (budget,):
                 ratio, blocks, stamp = min(steps, key=lambda step: abs(step[0] - float(wanted)))
@@ -277,7 +268,6 @@ def main(arguments: list[str]) -> None:
     for name in ("model", "texts", "heldout"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--only", nargs="*", default=[*OURS, *PEERS], help=", ".join([*OURS, *PEERS]))
-    parser.add_argument("--code", type=Path)
     parser.add_argument("--out", type=Path, default=Path("data/benchmarks/peers"))
     given = parser.parse_args(arguments)
     given.out.mkdir(parents=True, exist_ok=True)
