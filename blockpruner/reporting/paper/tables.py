@@ -19,13 +19,16 @@ from blockpruner.core.blocks import BlockKind
 from blockpruner.core.errors import InputError
 from blockpruner.methods.recipes import BLOCKPRUNER, RECIPES
 from blockpruner.reporting import statistics
-from blockpruner.reporting.comparison import BAND
 from blockpruner.reporting.paper.evidence import FIVE, Measured, Row
 from blockpruner.reporting.paper.frames import table_of_frame
 from blockpruner.reporting.paper.published import DENSE, Published, read_published
 from blockpruner.reporting.results import Model
 from blockpruner.reporting.statistics import Effect, Interval
 from blockpruner.reporting.table import Table
+
+BAND = 0.015
+"""Models whose ratios differ by no more than this share of all parameters count as of one size. It is half of a layer
+of a 32-layer model, as near as whole layers come to a budget."""
 
 
 def models_frame(rows: Sequence[Row]) -> pd.DataFrame:
