@@ -4,10 +4,9 @@ A product of [m, k] and [k, n] counts 2mkn. Attention counts all T x T scores, a
 Biases, norms, rotary embedding, softmax and residual adds are left out, as usual. A test compares with torch's counter.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Mask
 from blockpruner.core.families import Config, count_products
@@ -26,7 +25,7 @@ class Flops:
     """The head on every token."""
 
     @classmethod
-    def of(cls, config: Config, rows: int, length: int) -> Flops:
+    def of(cls, config: Config, rows: int, length: int) -> Self:
         """Count for `rows` rows of `length` tokens."""
         products, attention = count_products(config)
         tokens, head = rows * length, 2 * int(config["hidden_size"]) * int(config["vocab_size"])

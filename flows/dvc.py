@@ -6,8 +6,6 @@ Which stages run, and when, is decided by flows.selection and flows.prune.
 `python -m flows.dvc ARGUMENTS` is dvc itself with two signals set up, see `main`.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import re

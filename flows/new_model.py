@@ -4,8 +4,6 @@ Decides what the form asks for, and what no form may ask for (a place outside th
 repository). What a run file may hold is decided by blockpruner.params, and how a model is made by flows.prune.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -7,8 +7,6 @@ was measured. `--check` builds the dense model and ShortGPT, and fails where the
 stages run is decided by flows.selection, and how by flows.prune.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

@@ -10,8 +10,6 @@ artifacts. What has to run again is decided by DVC, how it is run by flows.dvc, 
 server at PREFECT_API_URL, Prefect starts one of its own, which takes 10 to 20 s.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import re

@@ -5,8 +5,6 @@ or made in memory of the dense one, a plan and healed weights. A stored result i
 loaded only if a result is missing. Every result is stored at once.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -15,7 +13,7 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 import torch
@@ -63,13 +61,13 @@ class Checkpoint:
     """Whether the run file trusts the code of the dense model's repository."""
     dense: Path | None = None
     """The dense model's directory, for an export. Of its code, only ours is run."""
-    beside: Checkpoint | None = None
+    beside: "Checkpoint | None" = None
     """Another one, of whose model it takes the tensors that are equal to its own (`load_model`)."""
 
-    def on(self, device: str) -> Checkpoint:
+    def on(self, device: str) -> Self:
         return replace(self, device=device)
 
-    def export(self, directory: Path) -> Checkpoint:
+    def export(self, directory: Path) -> Self:
         """One of our own verified exports of this dense model."""
         return replace(self, directory=directory, dense=self.directory)
 
@@ -103,7 +101,7 @@ class InMemory:
     healed: Healed | None = None
     """The weights to put into it."""
 
-    def on(self, device: str) -> InMemory:
+    def on(self, device: str) -> Self:
         return replace(self, dense=self.dense.on(device))
 
     @cached_property

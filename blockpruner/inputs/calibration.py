@@ -4,8 +4,6 @@ Decides sampling, packing, which tokens are scored and the set's digest. Where t
 begins in one, is decided in `texts`. What is evaluated is decided in `evaluation`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random
@@ -16,7 +14,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -74,7 +72,7 @@ class CalibrationSet:
         write_table(path, table, facts | {"kinds": json.dumps(self.kinds)})
 
     @classmethod
-    def load(cls, path: Path) -> CalibrationSet:
+    def load(cls, path: Path) -> Self:
         table, facts = read_table(path, CALIBRATION)
         rows = tuple(map(tuple, table.column("input_ids").to_pylist()))
         try:

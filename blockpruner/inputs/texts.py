@@ -3,8 +3,6 @@
 Decides how each format becomes texts. How files get here is decided in `packages` and `hub`.
 """
 
-from __future__ import annotations
-
 import gzip
 import io
 import json
@@ -12,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -60,7 +58,7 @@ class MixedText(str):
 
     kind: TextKind
 
-    def __new__(cls, text: str, kind: TextKind) -> MixedText:
+    def __new__(cls, text: str, kind: TextKind) -> Self:
         found = super().__new__(cls, text)
         found.kind = kind
         return found

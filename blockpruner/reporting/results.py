@@ -4,15 +4,13 @@ Decides how the files of an evaluation become values, for the report of targets 
 `Option` is one model to choose. Signs of failed pruning are found in `findings`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +27,9 @@ from blockpruner.store.files import read_json, read_table
 
 PARTS = ("prefill", "decode", "generation")
 """Parts of a timed generation: the prompt, the other new tokens, both together."""
+
+Items = dict[str, tuple[NDArray[Any], Floats, Floats]]
+"""By task: the items' numbers, their scores in the task's metric, and p of their right answers, NaN without one."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Timings:
     """What was timed, and on what, in words."""
 
     @classmethod
-    def of(cls, fields: Mapping[str, Any]) -> Timings:
+    def of(cls, fields: Mapping[str, Any]) -> Self:
         """Read what `evaluation.speed` wrote of one model."""
         prompt, new, batch = fields["prompt_tokens"], fields["new_tokens"], fields["batch"]
         return cls(
@@ -122,7 +123,7 @@ class Race:
     pruned: Timings
 
     @classmethod
-    def of(cls, fields: Mapping[str, Any]) -> Race:
+    def of(cls, fields: Mapping[str, Any]) -> Self:
         """Read what a measurement wrote of both, or of the dense model alone."""
         return cls(Timings.of(fields["dense"]), Timings.of(fields.get("pruned", fields["dense"])))
 
@@ -157,7 +158,7 @@ class Model:
     """Where and when each of this was computed; empty where it was not recorded."""
 
     @classmethod
-    def of(cls, fields: Mapping[str, Any], items: Items) -> Model:
+    def of(cls, fields: Mapping[str, Any], items: Items) -> Self:
         """Read the facts that an evaluation wrote of one model."""
         scores = {task: values for task, (_, values, _) in items.items()}
         text = fields["perplexity"]
@@ -249,10 +250,6 @@ class Option:
         """PPL, and PPL / dense PPL, on each kind of held-out text; empty where it is of one."""
         dense, own = self.dense.heldout, self.model.heldout
         return statistics.losses_by_kind(dense.row_nll, own.row_nll, dense.row_kind)
-
-
-Items = dict[str, tuple[NDArray[Any], Floats, Floats]]
-"""By task: the items' numbers, their scores in the task's metric, and p of their right answers, NaN without one."""
 
 
 def read_results(folder: Path) -> dict[str, Any]:

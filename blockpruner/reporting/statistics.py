@@ -8,8 +8,6 @@ is infinite where there are too few measurements to tell it; nothing then differ
 two raise InputError where these are no pairs, or fewer than two pairs (of each task).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +34,12 @@ ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
+class Interval:
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Mean:
     """A mean with its standard error, which is infinite for a single item."""
 
@@ -51,12 +55,6 @@ class Mean:
     def interval(self) -> Interval:
         """2 standard errors to each side, about 95 % for a normal error."""
         return Interval(self.value - 2 * self.stderr, self.value + 2 * self.stderr)
-
-
-@dataclass(frozen=True)
-class Interval:
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,13 @@
 Decides at which sizes methods are compared.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from itertools import product
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from blockpruner.core.blocks import parse_mask
 from blockpruner.methods.recipes import BLOCKPRUNER, RECIPES
@@ -21,10 +19,6 @@ from blockpruner.reporting.paper.tables import interval
 from blockpruner.reporting.plots import MANY_MARKS, REMOVED, Plot
 from blockpruner.reporting.points import Points
 from blockpruner.reporting.table import Table
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 
 PLAIN = "plain"
 SIZES = (0.1, 0.2, 0.3)

@@ -1,7 +1,5 @@
 """The pages of a study of experiments, made of points alone."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """What searches find on the same rows, and where one ends from many starts."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The pages of a study of targets: index.html, report.md, tables/*.csv, plots/*.svg and *.png."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path

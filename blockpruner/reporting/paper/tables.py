@@ -4,8 +4,6 @@ Decides which models belong in which table, and which row of the paper one is sh
 the nearest ratio within BAND.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
