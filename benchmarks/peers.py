@@ -1,4 +1,4 @@
-"""Other projects' public code and this project on one model: seconds, tokens, memory and held-out perplexity.
+"""Other projects' public code and this project on one model: seconds, tokens and held-out perplexity.
 
     python -m benchmarks.peers MODEL TEXTS HELDOUT [--out data/benchmarks/peers] [--only NAME ...]
 
@@ -162,17 +162,12 @@ def environment(peer: str, given: argparse.Namespace) -> tuple[Path, Path]:
 
 
 def run(command: list[Any]) -> tuple[dict[str, float], Any]:
-    """Seconds, those of the processors and the most GiB of memory of a process, and its last line, JSON."""
-    began = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=err)
-        _, status, used = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - began
-        out.seek(0), err.seek(0)
-        if status:
-            raise RuntimeError(err.read()[-3000:])
-        figures = {"seconds": seconds, "cpu": used.ru_utime + used.ru_stime, "memory": used.ru_maxrss / 2**20}
-        return figures, json.loads(out.read().strip().splitlines()[-1])
+    """Seconds of a process, those of the processors, and its last line, JSON."""
+    began, before = time.perf_counter(), os.times()
+    done = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True)
+    after = os.times()
+    cpu = after.children_user - before.children_user + after.children_system - before.children_system
+    return {"seconds": time.perf_counter() - began, "cpu": cpu}, json.loads(done.stdout.strip().splitlines()[-1])
 
 
 class Measured:
@@ -221,12 +216,12 @@ class Measured:
             with tempfile.TemporaryDirectory() as folder:
                 model, rows = self.given.model.absolute(), self.given.out / "rows.json"
                 command = [python, __file__, "drive", name, code.absolute(), folder, budget, model, rows]
-                figures, steps = run(command)
+                _, steps = run(command)
             steps = [(costs.ratio(parse_mask(",".join(blocks))), blocks, stamp) for blocks, stamp in steps]
             for wanted in LAYERS if once else (budget,):
                 ratio, blocks, stamp = min(steps, key=lambda step: abs(step[0] - float(wanted)))
                 own = dict(zip(("seconds", "cpu", "tokens"), stamp, strict=True))
-                self.keep(name, wanted, blocks, removed=ratio, memory=figures["memory"], **own)
+                self.keep(name, wanted, blocks, removed=ratio, **own)
 
     def ours(self, name: str) -> None:
         for budget in (each for each in LAYERS if each not in self.found.get(name, {})):
@@ -276,13 +271,12 @@ def main(arguments: list[str]) -> None:
         measured.keep("dense", "0", None)
     for name in given.only:
         (measured.peer if name in PEERS else measured.ours)(name)
-    dense, keys = measured.found["dense"]["0"]["perplexity"], ("seconds", "cpu", "tokens")
-    print("| | removed | seconds | of processors | tokens | memory, GiB | perplexity, x dense |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
+    dense = measured.found["dense"]["0"]["perplexity"]
+    print("| | removed | seconds | of processors | tokens | perplexity, x dense |\n|---|---:|---:|---:|---:|---:|")
     for budget in LAYERS:
         for name, f in ((name, own[budget]) for name, own in measured.found.items() if budget in own):
-            figures = " | ".join(f"{f.get(key, 0):,.0f}" for key in keys)
-            print(f"| {name} | {f['removed']:.1%} | {figures} | {f['memory']:.1f} | {f['perplexity'] / dense:.2f} |")
+            figures = " | ".join(f"{f[key]:,.0f}" for key in ("seconds", "cpu", "tokens"))
+            print(f"| {name} | {f['removed']:.1%} | {figures} | {f['perplexity'] / dense:.2f} |")
     draw(measured.found, given.out)
 
 

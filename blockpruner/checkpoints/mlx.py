@@ -27,18 +27,11 @@ from blockpruner.store.files import read_json, write_json
 LOADING = """The weights are those of the `hf` export, for mlx-lm:
 
 ```sh
-mlx_lm.generate --model <this directory> --trust-remote-code --prompt "..."
+mlx_lm.generate --model <this directory>{} --prompt "..."
 ```
-
-`--trust-remote-code` runs the file `mlx_blockpruned.py` beside this card and no other.
 """
-
-
-PLAIN = """The weights are those of the `hf` export, for mlx-lm:
-
-```sh
-mlx_lm.generate --model <this directory> --prompt "..."
-```
+TRUSTED = """
+`--trust-remote-code` runs the file `mlx_blockpruned.py` beside this card and no other.
 """
 
 ROTATED = ("ministral3", "hunyuan_v1_dense")
@@ -66,14 +59,14 @@ def export_mlx(pruning: Pruning, out: Path) -> None:
             message = "export mlx: the layers that are left attend in another order than mlx-lm counts; leave mlx out"
             raise InputError(message, rule="export-limits", key="export", value="mlx")
         save_pruned(pruned, directory)
-        has_code = code_file(pruned) is not None
+        loading = LOADING.format("") if code_file(pruned) is None else LOADING.format(" --trust-remote-code") + TRUSTED
         for path in directory.glob("*.py"):
             path.unlink()
             shutil.copyfile(MLX_CODE, directory / MLX_CODE.name)
             fields = read_json(directory / "config.json")
             del fields["auto_map"]
             write_json(directory / "config.json", fields | {"model_file": MLX_CODE.name})
-        save_other_files(pruning, directory, "mlx", loading=LOADING if has_code else PLAIN)
+        save_other_files(pruning, directory, "mlx", loading=loading)
         # mlx-lm rounds the factor of Gemma's embedding to bfloat16, as a bfloat16 model does, whatever the dtype
         scale = torch.tensor(float(config["hidden_size"])).sqrt()
         is_rounded = kind == "gemma3_text" and scale.bfloat16() != scale

@@ -364,12 +364,13 @@ def speed_of(model: Evaluated, dense: Checkpoint, settings: Speed, identity: Map
         "threads": torch.get_num_threads(),
         "versions": {package: version(package) for package in ("torch", "transformers")},
     }
-    return Evaluation("speed", model, {**identity, **key}, "generations", compute, _speed_summary)
 
+    def summary(value: Mapping[str, Any]) -> str:
+        return "tokens/s: " + ", ".join(
+            f"{side} {each['decode_tokens_per_second']:.1f}" for side, each in value.items()
+        )
 
-def _speed_summary(value: Mapping[str, Any]) -> str:
-    rates = ", ".join(f"{side} {found['decode_tokens_per_second']:.1f}" for side, found in value.items())
-    return f"tokens/s: {rates}"
+    return Evaluation("speed", model, {**identity, **key}, "generations", compute, summary)
 
 
 def _average(scores: list[dict[str, Any]]) -> dict[str, float | None]:

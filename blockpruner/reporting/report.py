@@ -10,11 +10,11 @@ from blockpruner.checkpoints.registry import EXPORTS, engines_of
 from blockpruner.core.plan import Plan
 from blockpruner.evaluation.samples import PROMPTS
 from blockpruner.methods.registry import KINDS
-from blockpruner.reporting.figures import removed_map
 from blockpruner.reporting.findings import recommended, stop, warnings
 from blockpruner.reporting.formats import listed, number, size
 from blockpruner.reporting.inputs import PrunedOption, ReportedRun, read_runs
 from blockpruner.reporting.pages import Block, Facts, Findings, Page, Section, made_line, write_page
+from blockpruner.reporting.plots import removed_map
 from blockpruner.reporting.results import Model, Option, RunLabels
 from blockpruner.reporting.tables import NOT_TIMED, compared, curve_csv, headline, iterations_csv, samples
 from blockpruner.scoring.metrics import METRICS

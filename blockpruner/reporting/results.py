@@ -239,11 +239,8 @@ class Option:
 
     @cached_property
     def heldout(self) -> Effect:
-        """PPL / dense PPL on the held-out text, from paired rows; with fewer than two, its interval is infinite."""
-        dense, own = self.dense.heldout.row_nll, self.model.heldout.row_nll
-        if min(len(dense), len(own)) < 2:
-            return Effect(self.model.perplexity / self.dense.perplexity, Interval(0, math.inf), 1.0)
-        return statistics.perplexity_ratio(dense, own)
+        """PPL / dense PPL on the held-out text, from paired rows."""
+        return statistics.loss(self.dense.heldout.row_nll, self.model.heldout.row_nll)
 
     @cached_property
     def by_kind(self) -> Mapping[str, tuple[float, Effect]]:

@@ -1,8 +1,7 @@
 """The figures of a study, with panels for each model."""
 
 import itertools
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import pandas as pd
 
@@ -22,26 +21,20 @@ with extra("report"):
 def figures(frame: pd.DataFrame) -> list[Plot]:
     """Draw every figure of which something was measured."""
     known = measured(frame)
-    found = []
-    for curve in FIGURES:
-        own = [points for _, points in curve.points(known).groupby("model", sort=False)]
-        panels = [partial(_lines, curve, y) for y in curve.y]
-        found += [_draw(curve.name, f"{curve.title}. {curve.note}".rstrip(), own, panels)] if own else []
-    return found
+    drawn = ((curve, [own for _, own in curve.points(known).groupby("model", sort=False)]) for curve in FIGURES)
+    return [_draw(curve, models) for curve, models in drawn if models]
 
 
-Draw = Callable[[Axes, pd.DataFrame], None]
-
-
-def _draw(name: str, caption: str, models: Sequence[pd.DataFrame], panels: Sequence[Draw]) -> Plot:
+def _draw(curve: Curve, models: Sequence[pd.DataFrame]) -> Plot:
     def fill(figure: Figure) -> None:
-        grid = figure.subplots(len(models), len(panels), squeeze=False)
+        grid = figure.subplots(len(models), len(curve.y), squeeze=False)
         for line, own in zip(grid, models, strict=True):
-            for axes, panel in zip(line, panels, strict=True):
-                panel(axes, own)
+            for axes, y in zip(line, curve.y, strict=True):
+                _lines(curve, y, axes, own)
                 axes.set_title(own["model"].iloc[0])
 
-    return plots.render(name, caption, (max(8.0, 5.0 * len(panels)), 4.2 * len(models)), fill)
+    caption, size = f"{curve.title}. {curve.note}".rstrip(), (max(8.0, 5.0 * len(curve.y)), 4.2 * len(models))
+    return plots.render(curve.name, caption, size, fill)
 
 
 def _lines(curve: Curve, y: str, axes: Axes, own: pd.DataFrame) -> None:
