@@ -96,8 +96,7 @@ class Chosen:
             write_text(PARAMS, self.text)
 
     def stages(self, names: Iterable[str]) -> list[str]:
-        """Those of DVC's names of stages that are of one chosen model, each run before its targets; and experiments
-        behind what they need."""
+        """Those of DVC's names of stages that are of a chosen model, each run before its targets; then experiments."""
         of_models = [name.partition("@") for name in names if not name.startswith(f"{TABLES}@")]
         items = [item for run, targets in self.targets.items() for item in (run, *targets)]
         found = [f"{stage}@{item}" for item in items for stage, _, of in of_models if of == item]
@@ -182,8 +181,7 @@ def _chosen(
     study: str,
     experiments: Mapping[str, str],
 ) -> Chosen:
-    """Add to params.yaml what it lacks of runs, wanted targets, a study and its experiments; comments and quotes stay
-    as they are."""
+    """Add to params.yaml what it lacks of runs, targets, a study and its experiments; comments and quotes stay."""
     text, buffer = PARAMS.read_text(encoding="utf-8"), io.StringIO()
     editor = YAML()
     editor.preserve_quotes = True

@@ -73,10 +73,8 @@ smaller ones.
 
 
 def export_gguf(pruning: Pruning, out: Path, quantizations: Sequence[str] = ()) -> None:
-    """Write the pruned model as GGUF files in a directory at `out`, verified if llama.cpp is installed (`xllamacpp`);
-    raises InputError, and leaves nothing there, where the files cannot express the model, its tokenizer or the plan, or
-    llama.cpp does not reproduce the model in memory. `quantizations` are more files, by llama.cpp's names, for instance
-    Q4_K_M; `require_quantizations` knows them."""
+    """Write the pruned model as GGUF files; `quantizations` are more files, by llama.cpp's names, for instance Q4_K_M
+    (`require_quantizations`)."""
     plan, dense, trusted = pruning.plan, pruning.dense, pruning.trust_remote_code
     config = read_config(dense, trusted).to_dict()
     require_fit("gguf", config, plan)

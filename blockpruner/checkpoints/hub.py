@@ -16,9 +16,8 @@ from blockpruner.store.manifest import CARD_FILE, REPORT_FILE, require_verified
 
 
 def files_to_push(checkpoint: Path, licence: Mapping[str, Any]) -> list[str]:
-    """The files of a checkpoint directory that may be uploaded, sorted. `licence` is that of the base model, as from
-    `inputs.checkpoints.licence_of`. Raises InputError if there is no such checkpoint, it was not verified or changed
-    since, or its card names no licence though the base does."""
+    """The files of a checkpoint directory that may be uploaded, sorted; raises InputError if it was not verified, has
+    changed since, or its card names no licence though the base has this one."""
     from huggingface_hub import ModelCard
 
     report = checkpoint / REPORT_FILE
@@ -46,14 +45,9 @@ def files_to_push(checkpoint: Path, licence: Mapping[str, Any]) -> list[str]:
 
 
 def push(checkpoint: Path, repo: str, private: bool, licence: Mapping[str, Any], name: str) -> str:
-    """Upload a checkpoint directory in one commit, its card with the repository's name; returns the address. Raises
-    InputError as `files_to_push` does, if the repository is there and not as private as was asked, or the hub refuses.
-
-    Args:
-        repo: "<user or organization>/<name>"; it is made if it does not exist.
-        licence: as for `files_to_push`.
-        name: of the model, for the commit's message.
-    """
+    """Upload a checkpoint directory in one commit, its card with the repository's name; returns the address. A
+    repository that does not exist is made. Raises InputError as `files_to_push` does, if the repository is there and
+    not as private as was asked, or the hub refuses."""
     from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 
     files, api = files_to_push(checkpoint, licence), HfApi()

@@ -39,8 +39,6 @@ ROTATED = ("ministral3", "hunyuan_v1_dense")
 
 
 def export_mlx(pruning: Pruning, out: Path) -> None:
-    """Write the pruned model as a directory for mlx-lm at `out`, verified; raises InputError, and leaves nothing there,
-    for a model that mlx-lm computes otherwise, or where it does not reproduce the model in memory."""
     config = read_config(pruning.dense, pruning.trust_remote_code).to_dict()
     kind, window = config["model_type"], config.get("sliding_window")
     if kind in WINDOWED or (window or 0) >= config["max_position_embeddings"]:

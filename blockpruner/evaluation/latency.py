@@ -83,11 +83,8 @@ def measure_latency(
     timed: Latency,
     advance: Callable[[int, int, str], object] = lambda done, total, detail: None,
 ) -> dict[str, Any]:
-    """Time generation with and without blocks; each of the three models warms up once.
-
-    Args:
-        model: dense; restored to the bit.
-        advance: called with (generations done, generations in all, which), warm-up included.
+    """Time generation of a dense model, which is restored to the bit, with and without blocks; each of the three models
+    warms up once. `advance` is called with (generations done, generations in all, which), warm-up included.
 
     Returns:
         total: nanoseconds of one generation of the dense model.

@@ -195,8 +195,7 @@ def benchmark(
     Args:
         subject: `dense` itself, one of our own verified exports, or a model that was never written.
         sources: holds perplexity.parquet and tasks/, as the fetch stage wrote them.
-        store: the folder of the results store.
-        plan: the plan of the subject; None for the dense model.
+        plan: that of the subject; None for the dense model.
         search: what the search of the plan took: seconds, trials_asked, trials_computed; None where it is not known.
         processes: how many of this machine share out the results, all but speed.
 
@@ -366,9 +365,8 @@ def speed_of(model: Evaluated, dense: Checkpoint, settings: Speed, identity: Map
     }
 
     def summary(value: Mapping[str, Any]) -> str:
-        return "tokens/s: " + ", ".join(
-            f"{side} {each['decode_tokens_per_second']:.1f}" for side, each in value.items()
-        )
+        rates = (f"{side} {found['decode_tokens_per_second']:.1f}" for side, found in value.items())
+        return f"tokens/s: {', '.join(rates)}"
 
     return Evaluation("speed", model, {**identity, **key}, "generations", compute, summary)
 

@@ -50,7 +50,6 @@ REPORTED = 4
 class TaskResult:
     """One task's results."""
 
-    task: str
     scores: dict[str, float | None]
     """lm-eval's metrics over all items, each with its standard error <metric>_stderr: null for a single item and for a
     metric that is no mean. Where there are choices, they are acc and acc_norm; null where the task lacks one."""
@@ -72,7 +71,6 @@ def evaluate(
 
     Args:
         task_dir: holds <task>/<task>.yaml.
-        batch_size: requests at once.
         advance: called with (requests done, requests in all). An item has a request for each choice.
         bos: whether texts get the special tokens that the tokenizer adds.
     """
@@ -112,7 +110,7 @@ def evaluate(
     }
     if row.has_choices:
         found = {key: found.get(key) for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")}
-    return TaskResult(task, found, pa.Table.from_pylist(items, schema=ITEMS))
+    return TaskResult(found, pa.Table.from_pylist(items, schema=ITEMS))
 
 
 class _Harness(HFLM):  # type: ignore[misc]

@@ -103,7 +103,6 @@ def draw(
             (`datasets.train_test_split`); the samples are a `random.sample` of the first half.
         key: what asks for so many in the run file, for the message.
         reserved: texts that are passed over. They are left out after the order of "all" is drawn, which stays the same.
-        note: receives which kinds ran out.
     """
     pool = list(texts)
     if split == "paper":
@@ -282,9 +281,7 @@ def draw_rows(
 
     Args:
         evaluated: texts on which models are evaluated; samples that share a paragraph with one are not drawn.
-        note: receives what was left out.
         at_most: fewer than `wanted.num_rows` will do.
-        reserved: texts that are passed over, as in `draw`.
     """
     pool = without_evaluated(texts, evaluated, "calibration", note)
     if wanted.score == "response" and pool and all(response_start(text) is None for text in pool):
@@ -327,10 +324,6 @@ def fill_rows(
     texts are fewer rows, unless that will do (`at_most`).
 
     The texts of each kind of a mix are joined by themselves, and of the rows every part has the kinds by their shares.
-
-    Args:
-        key: what asks for so many in the run file, for the message.
-        reserved, note: as in `draw`.
     """
     samples, dropped = by_kind(draw(pool, None, wanted.split, wanted.seed, reserved=reserved)), 0
     parts = dict[TextKind | None, Sequence[tuple[int, ...]]]()

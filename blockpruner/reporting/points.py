@@ -103,12 +103,8 @@ class Points:
         return math.exp(np.mean([rises[self.kinds == kind].mean() for kind in self.texts]))
 
     def against(self, a: Floats, b: Floats | None = None, kind: str | None = None) -> Effect:
-        """The perplexity of `b` over that of `a`, or of `a` over the dense model, on the rows of a kind or on all
-        kinds alike; draws and documents are resampled, pairs together.
-
-        Args:
-            a, b: rises [draws, rows] as from `curve`, of the same draws.
-        """
+        """The perplexity of `b` over that of `a` (rises of the same draws, as from `curve`), or of `a` over the dense
+        model, on the rows of a kind or on all kinds alike; draws and documents are resampled, pairs together."""
         rises = a if b is None else b - a
         rises = rises[~np.isnan(rises).any(axis=1)]
         chance = np.random.default_rng(SEED)

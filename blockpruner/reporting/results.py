@@ -129,8 +129,7 @@ class Race:
 
     @cached_property
     def speedups(self) -> Mapping[str, Effect]:
-        """Quotients of the medians, by part; above 1 is faster than dense. An interval is infinite where nothing was
-        timed twice."""
+        """Quotients of the medians, by part; above 1 is faster than dense. Of one repeat an interval is infinite."""
         dense, pruned = self.dense.seconds, self.pruned.seconds
         if len(dense["generation"]) == 1:
             return {part: Effect(dense[part][0] / pruned[part][0], Interval(0, math.inf), 1.0) for part in PARTS}

@@ -45,8 +45,7 @@ class Published:
 
 
 def read_published(folder: Path, name: str) -> list[Published]:
-    """Read the rows of <name>.csv, whose first two columns are the model and the method; raises InputError if it is
-    missing."""
+    """Read the rows of <name>.csv, whose first two columns are the model and the method."""
     path = folder / f"{name}.csv"
     if not path.exists():
         raise InputError(f"{path} does not exist; it belongs to the repository: `git checkout {path}`")

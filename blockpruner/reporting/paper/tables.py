@@ -90,8 +90,7 @@ def measured(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def plain_rows(frame: pd.DataFrame) -> pd.DataFrame:
-    """Leave what is not healed, of the first run of each method and model; others differ in their calibration: the best
-    is chance."""
+    """Leave what is not healed, of the first run of each method and model: the best of several would be chance."""
     own = frame[frame["healing"] == ""]
     return own[own["run"] == own.groupby(["model", "recipe"])["run"].transform("first")]
 
