@@ -5,8 +5,6 @@ decided by blockpruner.params, which checks the new content before it is written
 decided by the stage score.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -157,14 +155,14 @@ def choose_study(name: str, only: Sequence[str] = ()) -> Chosen:
     return _chosen(params, of_runs, wanted, name, {key: one.run for key, one in experiments.items()})
 
 
-def study_items(name: str) -> dict[str, tuple[str, DataFrame]]:
+def study_items(name: str) -> dict[str, tuple[str, "DataFrame"]]:
     """The tables and figures of a study, each with its title and the models that it shows."""
     from blockpruner.reporting.paper.needs import items_of  # loads much
 
     return items_of(study_frame(name), {run: load_run(run) for run in load_study(name).runs}, PUBLISHED)
 
 
-def study_frame(name: str) -> DataFrame:
+def study_frame(name: str) -> "DataFrame":
     from blockpruner.reporting.paper.tables import models_frame
 
     return models_frame(rows_of_study(load_study(name), EVIDENCE))

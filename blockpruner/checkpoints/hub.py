@@ -10,9 +10,11 @@ from typing import Any
 
 from blockpruner.checkpoints.card import HERE
 from blockpruner.core.errors import InputError
+from blockpruner.inputs.checkpoints import checkpoint_identity, licence_of
 from blockpruner.inputs.hub import hub_error
 from blockpruner.store.files import read_json
-from blockpruner.store.manifest import CARD_FILE, REPORT_FILE, require_verified
+from blockpruner.store.manifest import CARD_FILE, REPORT_FILE, SOURCE_FILE, require_verified
+from blockpruner.store.plans import PLAN_FILE, load_plan
 
 
 def files_to_push(checkpoint: Path, licence: Mapping[str, Any]) -> list[str]:
@@ -42,6 +44,15 @@ def files_to_push(checkpoint: Path, licence: Mapping[str, Any]) -> list[str]:
             "card, or export again"
         )
     return sorted([*files, REPORT_FILE, CARD_FILE])
+
+
+def base_licence(checkpoint: Path, cache: Path) -> dict[str, Any]:
+    """The licence of the checkpoint's base, if the folder of `--cache` still has that model."""
+    plan = checkpoint / PLAN_FILE
+    base = load_plan(plan).base if plan.is_file() else None
+    places = (source.parent for source in (cache / "cache/models").glob(f"[!.]*/{SOURCE_FILE}"))
+    known = (place for place in places if ".bad" not in place.suffixes)
+    return next((licence_of(dense) for dense in known if checkpoint_identity(dense) == base), {})
 
 
 def push(checkpoint: Path, repo: str, private: bool, licence: Mapping[str, Any], name: str) -> str:

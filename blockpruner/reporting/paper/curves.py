@@ -1,4 +1,4 @@
-"""The paper's figures as tables: which models are points of which line. They are drawn by `figures`."""
+"""The paper's figures as tables: which models are points of which line. They are drawn in `page`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
