@@ -6,12 +6,13 @@ It needs no network and no checkpoint: models have the widths of the shape and r
 held to `--memory` GiB, as a small one. Without an accelerator all parts are rehearsed at tiny shapes.
 
 A part yields facts, and each is in the file as soon as it is known. Keys are words with units, since they are printed
-as they are. The parts that say most come first, and one that fails does not stop the others. Prints Markdown; exits
-with 1 if a part failed.
+as they are. The parts that say most come first, and one that fails does not stop the others. Prints what
+the file holds; exits with 1 if a part failed.
 """
 
 import argparse
 import gc
+import json
 import sys
 import tempfile
 import time
@@ -268,17 +269,6 @@ PARTS: Mapping[str, Callable[[Setting], Iterator[Facts]]] = {
 }
 
 
-def shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return "–" if value is None else str(value)
-
-
-def page(name: str, record: Mapping[str, Any]) -> str:
-    lines = [f"\n## {name}: {record['ended']}\n", f"{PARTS[name].__doc__}\n", "| | |", "|---|---:|"]
-    return "\n".join([*lines, *(f"| {key} | {shown(value)} |" for key, value in record["facts"].items())])
-
-
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -302,7 +292,7 @@ def main(arguments: Sequence[str]) -> int:
     place = {"shape": s.shape, "device": accelerator.name(s.device) if s.is_real else NO_DEVICE, "commit": commit()}
     place["memory"] = f"{given.memory:g} GiB"
     kept: dict[str, Any] = {"where": place | environment(), "parts": {}}
-    print(f"# {s.shape} on {place['device']}", flush=True)
+    print(json.dumps(kept["where"], indent=1), flush=True)
     for name in given.parts or PARTS:
         record = kept["parts"][name] = {"ended": "killed", "facts": {}}
         started = time.perf_counter()
@@ -315,7 +305,7 @@ def main(arguments: Sequence[str]) -> int:
             traceback.print_exc()
             record["ended"] = f"failed: {type(error).__name__}: {str(error).strip()[:300]}"
         write_json(given.out, kept)
-        print(page(name, record), flush=True)
+        print(json.dumps({name: record}, indent=1), flush=True)
         gc.collect()
         accelerator.empty_cache()
     return int(any(record["ended"].startswith("failed") for record in kept["parts"].values()))

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
 
 from blockpruner.checkpoints import verify_mlx
 from blockpruner.checkpoints.hf import code_file, remark, save_other_files, save_pruned
@@ -49,10 +48,8 @@ def export_mlx(pruning: Pruning, out: Path) -> None:
     require_fit("mlx", config, pruning.plan, **limits, hidden_act=(None, (None,)))
 
     def write(directory: Path, reference: Path) -> float:
-        def keep(reduced: PreTrainedModel) -> None:
-            save_file(reference_outputs(reduced, pruning.plan), reference)
-
-        pruned = pruning.prune_(pruning.load_for_export(), keep)
+        model = pruning.load_for_export()
+        pruned = pruning.prune_(model, lambda reduced: save_file(reference_outputs(reduced, pruning.plan), reference))
         if remark(pruned, pruning.dense):
             message = "export mlx: the layers that are left attend in another order than mlx-lm counts; leave mlx out"
             raise InputError(message, rule="export-limits", key="export", value="mlx")
