@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Mask
+from blockpruner.core.blocks import BlockId, BlockKind, Mask
 from blockpruner.core.families import Config, count_products
 from blockpruner.scoring.walk import runs, steps_of
 
@@ -35,13 +35,10 @@ class Flops:
         }
         return cls(blocks, rows * (length - 1) * head, tokens * head)
 
-    def blocks_of(self, mask: Mask = DENSE) -> int:
-        """One pass through the blocks that a mask leaves, without head."""
-        return sum(cost for block, cost in self.blocks.items() if block not in mask)
-
     def naive(self, masks: Sequence[Mask]) -> int:
         """One full forward pass for each mask, with logits of every token."""
-        return sum(self.blocks_of(mask) + self.full_head for mask in masks)
+        passes = sum(cost for mask in masks for block, cost in self.blocks.items() if block not in mask)
+        return passes + len(masks) * self.full_head
 
     def exact(self, masks: Sequence[Mask]) -> int:
         """The walk that shares what masks have in common."""

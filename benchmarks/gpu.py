@@ -40,7 +40,6 @@ from blockpruner.healing.trainer import train_
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model import accelerator
 from blockpruner.model.models import decoder_layers, prune_, resolve_device, shared_copy
-from blockpruner.model.rates import product_rate
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Rows, Task
 from blockpruner.store.files import read_json, write_json
@@ -137,7 +136,7 @@ def scored(engine: Engine, rows: Rows, masks: Sequence[Mask]) -> None:
 
 
 def machine(s: Setting) -> Iterator[Facts]:
-    """Rates of products on card and host, and of copies between them; export and check take the host's."""
+    """Rates of products on the card, and of copies between it and the host."""
     size, count = (4096, 2**28) if s.is_real else (64, 2**20)
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         x = torch.randn(size, size, device=s.device).to(dtype)
@@ -148,8 +147,6 @@ def machine(s: Setting) -> Iterator[Facts]:
         for way, target, source in (("to the card", there, host), ("from the card", host, there)):
             seconds = min(clocked(s.device, partial(target.copy_, source))[0] for _ in range(3))
             yield {f"copies {way}, {name}, GB/s": count / seconds / 1e9}
-    for name in ("float32", "bfloat16", "float16"):
-        yield {f"the host's products in {name}, GFLOP/s": product_rate(name) / 1e9}
 
 
 def iteration(s: Setting) -> Iterator[Facts]:

@@ -13,8 +13,6 @@ from statistics import median
 from typing import Any, Self
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from blockpruner.core.errors import InputError
@@ -256,22 +254,18 @@ def read_results(folder: Path) -> dict[str, Any]:
 def read_items(folders: Sequence[Path], metrics: Mapping[str, str]) -> dict[str, Items]:
     """Read the items of each model, in one order, from folders of evidence; `metrics` names the metric of each task
     that is read. Raises InputError if models were evaluated on different items, or a file is missing or damaged."""
-    tables = []
-    for folder in folders:
-        own = read_table(folder / "items.parquet", ITEMS)[0].drop(["loglikelihoods"])
-        tables.append(own.append_column("model", pa.array([folder.name] * own.num_rows)))
-    table = pa.concat_tables(tables)
-    found: dict[str, Items] = {model: {} for model in pc.unique(table["model"]).to_pylist()}
+    read = (read_table(folder / "items.parquet", ITEMS)[0].drop(["loglikelihoods"]) for folder in folders)
+    tables = {folder.name: table.to_pandas() for folder, table in zip(folders, read, strict=True)}
+    found: dict[str, Items] = {model: {} for model in tables}
+    first, *others = tables
     for task, metric in metrics.items():
-        part = table.filter(pc.equal(table["task"], task)).sort_by([("model", "ascending"), ("item", "ascending")])
-        names, starts = np.unique(part["model"].to_numpy(zero_copy_only=False), return_index=True)
-        items = np.split(part["item"].to_numpy(), starts[1:])
-        values, p_gold = (np.split(part[key].to_numpy().astype(float), starts[1:]) for key in (metric, "p_gold"))
-        rows = dict(zip(names, zip(items, values, p_gold, strict=True), strict=True))
-        for model in found:
-            if model not in rows or not np.array_equal(rows[model][0], items[0]):
-                why = f"{model} and {names[0]} were evaluated on different items of {task}, so they cannot be compared"
+        for model, table in tables.items():
+            own = table[table["task"] == task].sort_values("item")
+            scores, p_gold = own[metric].to_numpy(float), own["p_gold"].to_numpy(float)
+            found[model][task] = own["item"].to_numpy(), scores, p_gold
+        for model in others:
+            if not np.array_equal(found[model][task][0], found[first][task][0]):
+                why = f"{model} and {first} were evaluated on different items of {task}, so they cannot be compared"
                 message = f"{folders[0].parent}: {why}; run `dvc repro` to evaluate both alike"
                 raise InputError(message, rule="different-items")
-            found[model][task] = rows[model]
     return found
