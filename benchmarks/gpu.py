@@ -21,17 +21,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 
-from benchmarks.flops import Flops
 from blockpruner.api import prune
 from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Mask, all_blocks
-from blockpruner.core.families import Config
+from blockpruner.core.families import Config, count_products
 from blockpruner.core.progress import SilentObserver
 from blockpruner.evaluation.settings import Speed
 from blockpruner.evaluation.speed import measure_speed, weight_bytes
@@ -41,6 +40,7 @@ from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model import accelerator
 from blockpruner.model.models import decoder_layers, prune_, resolve_device, shared_copy
 from blockpruner.scoring.engine import Engine
+from blockpruner.scoring.walk import runs, steps_of
 from blockpruner.scoring.work import Rows, Task
 from blockpruner.store.files import read_json, write_json
 from blockpruner.store.provenance import commit, environment
@@ -78,9 +78,42 @@ def random_rows(vocabulary: int, rows: int, length: int) -> list[list[int]]:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What the parts compute with."""
+class Flops:
+    """FLOPs of the parts of a forward pass, for a batch of rows. A product of [m, k] and [k, n] counts 2mkn. Attention
+    counts all T x T scores, as a kernel that masks computes them. Biases, norms, rotary embedding, softmax and residual
+    adds are left out, as usual. A test compares with torch's counter."""
 
+    blocks: Mapping[BlockId, int]
+    """One run of each block, in the order of a forward pass."""
+    head: int
+    """The head where it predicts a token of the batch."""
+    full_head: int
+    """The head on every token."""
+
+    @classmethod
+    def of(cls, config: Config, rows: int, length: int) -> Self:
+        """Count for `rows` rows of `length` tokens."""
+        products, attention = count_products(config)
+        tokens, head = rows * length, 2 * int(config["hidden_size"]) * int(config["vocab_size"])
+        blocks = {
+            block: tokens * (2 * products[block] + (4 * length * attention if block.kind is BlockKind.MHA else 0))
+            for (block,) in steps_of(int(config["num_hidden_layers"]), parallel=False)
+        }
+        return cls(blocks, rows * (length - 1) * head, tokens * head)
+
+    def naive(self, masks: Sequence[Mask]) -> int:
+        """One full forward pass for each mask, with logits of every token."""
+        passes = sum(cost for mask in masks for block, cost in self.blocks.items() if block not in mask)
+        return passes + len(masks) * self.full_head
+
+    def exact(self, masks: Sequence[Mask]) -> int:
+        """The walk that shares what masks have in common."""
+        ran = runs([(block,) for block in self.blocks], masks)
+        return sum(self.blocks[block] for _, blocks in ran for block in blocks) + len(masks) * self.head
+
+
+@dataclass(frozen=True)
+class Setting:
     shape: str
     """A name of MODELS."""
     device: torch.device
@@ -182,8 +215,6 @@ def texts(s: Setting) -> list[str]:
 
 
 class Phases(SilentObserver):
-    """The seconds of each phase."""
-
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._begun = ("", 0.0)

@@ -61,8 +61,6 @@ class OutOfTrialsError(Exception):
 
 @dataclass(frozen=True)
 class Table:
-    """What is known of a model."""
-
     losses: Mapping[Mask, np.ndarray]
     blocks: tuple[Mask, ...]
     """Each alone; all their subsets are known."""
@@ -101,11 +99,9 @@ class Task:
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """What may be removed."""
         return tuple(format_mask(block) for block in self.table.blocks)
 
     def cost(self, blocks: Collection[str]) -> int:
-        """What some blocks take."""
         return self.table.size(parse_mask(",".join(blocks)))
 
     def loss(self, blocks: Collection[str]) -> float:

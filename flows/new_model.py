@@ -51,11 +51,9 @@ class NewModel(Frozen):
 
     @property
     def selection(self) -> Selection:
-        """What is made of it."""
         return Selection(runs=(self.name,), budgets=self.budgets, train=self.train)
 
     def text(self) -> str:
-        """The run file."""
         named = named_sources(RUNS)
         data = None if self.texts is None else source_of(self.texts, named)
         own = sections(self.method, data=data, calibration={}, score={}, train="all" if self.train else None)

@@ -33,7 +33,6 @@ def paper(study: str, only: tuple[str, ...] = ()) -> State[None]:
 
 
 def dry_run(study: str, only: tuple[str, ...]) -> None:
-    """Print what each table and figure takes, and all of them together."""
     from blockpruner.reporting.paper.needs import takes
 
     for name, (title, models) in study_items(study).items():

@@ -75,8 +75,6 @@ class Selection(Frozen):
 
 @dataclass(frozen=True)
 class Chosen:
-    """A checked selection."""
-
     targets: Mapping[str, Sequence[str]]
     """The targets to build, by run."""
     text: str

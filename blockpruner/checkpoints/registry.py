@@ -24,8 +24,6 @@ nothing there, where the format cannot hold the model or its engine does not rep
 
 @dataclass(frozen=True)
 class Export:
-    """One checkpoint format."""
-
     name: str
     """As in `export` of a run file, and the name of its folder."""
     title: str

@@ -249,7 +249,6 @@ class Place:
         return read_settings(Runtime, {"device": self.device, **self.runtime}, section="runtime.")
 
     def apply(self, run: Run, path: Path, out: Path) -> dict[str, Any]:
-        """Export the model of a plan's file."""
         file, plan = read_plan(path)
         if not KINDS[plan.kind].is_part:
             words = f"of a model with other weights (method: {plan.method}), which a plan does not hold"

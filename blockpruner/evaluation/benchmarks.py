@@ -46,8 +46,6 @@ class Split:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A zero-shot task of lm-eval."""
-
     name: str
     """lm-eval's own."""
     stock: str

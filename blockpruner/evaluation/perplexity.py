@@ -55,8 +55,6 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class HeldOutPerplexity:
-    """The perplexity of a model on held-out rows."""
-
     perplexity: float
     """exp(nll)."""
     nll: float

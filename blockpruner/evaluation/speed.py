@@ -29,8 +29,6 @@ class Timing:
 
 @dataclass(frozen=True)
 class MeasuredSpeed:
-    """One model's speed and memory."""
-
     prefill_seconds: Timing
     """The prompt's forward pass and the first new token."""
     decode_seconds: Timing

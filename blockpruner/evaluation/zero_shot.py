@@ -48,8 +48,7 @@ REPORTED = 4
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One task's results."""
-
+    task: str
     scores: dict[str, float | None]
     """lm-eval's metrics over all items, each with its standard error <metric>_stderr: null for a single item and for a
     metric that is no mean. Where there are choices, they are acc and acc_norm; null where the task lacks one."""
@@ -110,7 +109,7 @@ def evaluate(
     }
     if row.has_choices:
         found = {key: found.get(key) for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")}
-    return TaskResult(found, pa.Table.from_pylist(items, schema=ITEMS))
+    return TaskResult(task, found, pa.Table.from_pylist(items, schema=ITEMS))
 
 
 class _Harness(HFLM):  # type: ignore[misc]

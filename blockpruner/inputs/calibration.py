@@ -55,7 +55,6 @@ class CalibrationSet:
 
     @property
     def row_keys(self) -> tuple[str, ...]:
-        """A digest of each row's content."""
         return tuple(hashlib.sha256(np.array(row, dtype="<i4").tobytes()).hexdigest()[:16] for row in self.rows)
 
     @property

@@ -46,8 +46,6 @@ def response_start(text: str) -> int | None:
 
 
 class TextKind(NamedTuple):
-    """A kind of text in a mix."""
-
     name: str
     share: float
     """How much is drawn of it, relative to the shares of the others."""

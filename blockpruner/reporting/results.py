@@ -60,8 +60,6 @@ class RunLabels:
 
 @dataclass(frozen=True)
 class Text:
-    """Perplexity on one text."""
-
     perplexity: float
     rows: int
     tokens: int
@@ -80,8 +78,6 @@ class TaskScore(Mean):
 
 @dataclass(frozen=True, eq=False)
 class Timings:
-    """One model's speed in one setting."""
-
     seconds: Mapping[str, tuple[float, ...]]
     """The seconds of each repeat, by part."""
     tokens: Mapping[str, int]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.flops import Flops
+from benchmarks.gpu import Flops
 from blockpruner.core.blocks import parse_mask, removable_units
 from blockpruner.core.families import FAMILIES
 from blockpruner.model.models import masked

@@ -29,8 +29,6 @@ def _trained(frame: pd.DataFrame) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Curve:
-    """One figure of the paper."""
-
     name: str
     title: str
     methods: tuple[str, ...]

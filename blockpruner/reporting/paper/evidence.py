@@ -45,8 +45,6 @@ class Subject:
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """A model that was measured."""
-
     result: Model
     plan: Plan | None
     """None for a dense model."""

@@ -21,7 +21,6 @@ from blockpruner.reporting.table import Table, to_csv
 
 
 def study_tables(rows: Sequence[Row], published: Path) -> list[Table]:
-    """Make every table of a study."""
     frame = models_frame(rows)
     every = table_of_frame("models", "Every model", frame.drop(columns=["recipe"]))
     known = measured(frame)

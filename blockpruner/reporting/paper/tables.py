@@ -85,7 +85,6 @@ def interval(key: str, effect: Effect | None, scale: float = 1.0) -> dict[str, f
 
 
 def measured(frame: pd.DataFrame) -> pd.DataFrame:
-    """Leave out what was not measured."""
     return frame[frame["reason"].fillna("") == ""] if "heldout_ppl" in frame else frame.iloc[:0]
 
 
@@ -97,8 +96,6 @@ def plain_rows(frame: pd.DataFrame) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class PaperTable:
-    """One table of the paper."""
-
     name: str
     title: str
     source: str
