@@ -118,9 +118,7 @@ class Setting:
     """A name of MODELS."""
     device: torch.device
     rows: int
-    """Calibration rows."""
     length: int
-    """Tokens of a row."""
     layers: int
     """Layers of the smaller model, where depth decides nothing."""
     generated: int

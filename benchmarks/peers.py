@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -180,7 +181,9 @@ class Measured:
         from blockpruner.inputs.settings import Calibration
         from blockpruner.inputs.texts import read_texts
         from blockpruner.inputs.tokenizers import load_tokenizer
+        from blockpruner.model.models import load_model
 
+        self.load = partial(load_model, dtype="bfloat16", device="cpu")
         self.given, self.file = given, given.out / "found.json"
         self.found: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
         tokenizer, source = load_tokenizer(given.model), {"source": "path", "path": str(given.texts)}
@@ -190,16 +193,10 @@ class Measured:
         asked = Perplexity(seq_len=HELD_OUT[1], max_rows=HELD_OUT[0], packing="documents")
         self.heldout = held_out(tokenizer, read_texts(given.heldout), asked).rows
 
-    def keep(
-        self, name: str, budget: str, blocks: list[str] | None, checkpoint: Path | None = None, **own: Any
-    ) -> None:
-        """Keep facts, with the held-out perplexity of a checkpoint, or of the dense model without some blocks."""
-        from blockpruner.core.blocks import parse_mask
+    def keep(self, name: str, budget: str, model: Any, **own: Any) -> None:
+        """Keep facts, with the held-out perplexity of a model."""
         from blockpruner.evaluation.perplexity import measure_perplexity
-        from blockpruner.model.models import load_model, prune_
 
-        model = load_model(checkpoint or self.given.model, "bfloat16", "cpu", checkpoint is not None)
-        model = prune_(model, parse_mask(",".join(blocks))) if blocks else model
         own["perplexity"] = measure_perplexity(model, self.heldout).perplexity
         self.found.setdefault(name, {})[budget] = own
         self.file.write_text(json.dumps(self.found, indent=1))
@@ -208,6 +205,7 @@ class Measured:
     def peer(self, name: str) -> None:
         from blockpruner.core.blocks import parse_mask
         from blockpruner.core.families import count_parameters
+        from blockpruner.model.models import prune_
 
         costs = count_parameters(json.loads((self.given.model / "config.json").read_text()))
         python, code = environment(name, self.given)
@@ -221,7 +219,8 @@ class Measured:
             for wanted in LAYERS if once else (budget,):
                 ratio, blocks, stamp = min(steps, key=lambda step: abs(step[0] - float(wanted)))
                 own = dict(zip(("seconds", "cpu", "tokens"), stamp, strict=True))
-                self.keep(name, wanted, blocks, removed=ratio, **own)
+                pruned = prune_(self.load(self.given.model), parse_mask(",".join(blocks)))
+                self.keep(name, wanted, pruned, removed=ratio, **own)
 
     def ours(self, name: str) -> None:
         for budget in (each for each in LAYERS if each not in self.found.get(name, {})):
@@ -231,8 +230,8 @@ class Measured:
                 command += ["--out", f"{folder}/out", "--cache", f"{folder}/cache", *OURS[name].split()]
                 figures, done = run(command)
                 tokens = sum(counts["tokens"] for counts in done["search"].values())
-                place, removed = Path(folder) / "out", done["plan"]["ratio"]
-                self.keep(name, budget, None, place, removed=removed, tokens=tokens, **figures)
+                model = self.load(Path(folder) / "out", trust_remote_code=True)
+                self.keep(name, budget, model, removed=done["plan"]["ratio"], tokens=tokens, **figures)
 
 
 def draw(found: dict[str, Any], out: Path) -> None:
@@ -268,7 +267,7 @@ def main(arguments: list[str]) -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     measured = Measured(given)
     if "dense" not in measured.found:
-        measured.keep("dense", "0", None)
+        measured.keep("dense", "0", measured.load(given.model))
     for name in given.only:
         (measured.peer if name in PEERS else measured.ours)(name)
     dense = measured.found["dense"]["0"]["perplexity"]

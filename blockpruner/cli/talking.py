@@ -93,7 +93,6 @@ class Compared:
     tokens_per_second: float | None = None
     answer: str | None = None
     perplexity: float | None = None
-    """The perplexity of the held-out rows."""
     relative: float | None = None
     """The perplexity, times that of the first checkpoint; as is the next, None for that one itself."""
     interval: tuple[float, float] | None = None

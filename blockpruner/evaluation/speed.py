@@ -34,7 +34,6 @@ class MeasuredSpeed:
     decode_seconds: Timing
     """The other new_tokens - 1."""
     generation_seconds: Timing
-    """Both."""
     prefill_tokens_per_second: float
     """Over the whole batch, from the median, as is the next one."""
     decode_tokens_per_second: float

@@ -99,7 +99,6 @@ class InMemory:
     rows: CalibrationSet
     """The rows that the plan's kind may compute weights from."""
     healed: Healed | None = None
-    """The weights to put into it."""
 
     def on(self, device: str) -> Self:
         return replace(self, dense=self.dense.on(device))
@@ -117,7 +116,6 @@ class InMemory:
 
     @cached_property
     def key(self) -> dict[str, Any]:
-        """What identifies the model in the keys of its results."""
         facts = model_facts(self.plan, self.rows.digest)
         return self.dense.key | {"pruned": facts | ({"healed": self.healed.digest} if self.healed else {})}
 
@@ -138,7 +136,6 @@ class Evaluation:
     """What its progress counts, for instance "rows"."""
     compute: Callable[[Advance], Stored]
     summary: Callable[[Mapping[str, Any]], str]
-    """One line about a value."""
 
 
 @dataclass(frozen=True)
