@@ -92,7 +92,6 @@ class Flops:
 
     @classmethod
     def of(cls, config: Config, rows: int, length: int) -> Self:
-        """Count for `rows` rows of `length` tokens."""
         products, attention = count_products(config)
         tokens, head = rows * length, 2 * int(config["hidden_size"]) * int(config["vocab_size"])
         blocks = {
@@ -119,10 +118,6 @@ class Setting:
     device: torch.device
     rows: int
     length: int
-    layers: int
-    """Layers of the smaller model, where depth decides nothing."""
-    generated: int
-    """Tokens of a prompt, and new ones."""
 
     @property
     def is_real(self) -> bool:
@@ -261,7 +256,7 @@ def export(s: Setting) -> Iterator[Facts]:
     """Checkpoints of four layers in 16 bits, written and verified in a fresh process; a difference raises."""
     options: dict[str, Any] = {"seq_len": s.length, "method": "one_shot", "metric": "block_influence"}
     for dtype in (torch.bfloat16, torch.float16):
-        model = s.model(s.layers).to(dtype)
+        model = s.model(4).to(dtype)
         result = prune(model, byte_tokenizer(), texts(s), "2blocks", device=str(s.device), **options)
         with tempfile.TemporaryDirectory() as folder:
             seconds, places = clocked(s.device, partial(result.save_pretrained, Path(folder) / "out"))
@@ -275,7 +270,7 @@ def generation(s: Setting) -> Iterator[Facts]:
     layers = len(decoder_layers(dense))
     mask = frozenset(BlockId(BlockKind.MHA, layer) for layer in range(layers // 2, layers, 2))
     both = {"dense": dense, "pruned": prune_(shared_copy(dense), mask)}
-    measured = measure_speed(both, Speed(prompt_tokens=s.generated, new_tokens=s.generated, repeats=3))
+    measured = measure_speed(both, Speed(prompt_tokens=64, new_tokens=64, repeats=3))
     for name, speed in measured.items():
         yield {
             f"{name}: prefill, tokens/s": speed.prefill_tokens_per_second,
@@ -307,9 +302,9 @@ def main(arguments: Sequence[str]) -> int:
     if unknown := set(given.parts) - PARTS.keys():
         parser.error(f"unknown part {', '.join(sorted(unknown))}; valid: {', '.join(PARTS)}")
     device = resolve_device("auto")
-    s = Setting(given.shape, device, rows=16, length=2048, layers=4, generated=64)
+    s = Setting(given.shape, device, rows=16, length=2048)
     if device.type == "cpu" or given.shape == "tiny":
-        s = Setting("tiny", device, rows=2, length=32, layers=3, generated=4)
+        s = Setting("tiny", device, rows=2, length=32)
     if s.is_real:
         room = min(int(given.memory * GIB), accelerator.total_memory(s.device))
         torch.get_device_module(s.device).set_per_process_memory_fraction(room / accelerator.total_memory(s.device))

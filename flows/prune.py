@@ -152,7 +152,6 @@ def run_stages(
         needs: the stages, each with those that it depends on.
         summaries: the stages over all models, which run if one of these is there.
         stale: the stages that DVC finds changed. What depends on a stage that ran may have changed, too; DVC is asked.
-        keep_going: whether a failure leaves out only what depends on it.
     """
     states: dict[str, State[Any]] = {}
     behind: dict[str, set[str]] = {}  # all stages that one depends on

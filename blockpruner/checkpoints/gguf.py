@@ -79,7 +79,10 @@ def export_gguf(pruning: Pruning, out: Path, quantizations: Sequence[str] = ()) 
     config = read_config(dense, trusted).to_dict()
     require_fit("gguf", config, plan)
     tokenizer = load_tokenizer(dense, trusted)
-    words, more = vocabulary(tokenizer, config) | _origin(plan.target, dense), facts(tokenizer, config)
+    (base, is_hub), more = base_of(dense), facts(tokenizer, config)
+    words = vocabulary(tokenizer, config) | {"name": plan.target, **licence_of(dense)}
+    words |= {"base_model_count": 1, "base_model_name": (0, base)}
+    words |= {"base_model_repo_url": (0, f"https://huggingface.co/{base}")} if is_hub else {}
 
     def note(reduced: PreTrainedModel, reference: Path) -> None:
         narrow = torch.tensor(reduced.dtype != torch.float32)
@@ -96,13 +99,6 @@ def export_gguf(pruning: Pruning, out: Path, quantizations: Sequence[str] = ()) 
         return TOLERANCE
 
     write_verified(out, write_all, verify_llama_cpp)
-
-
-def _origin(name: str, dense: Path) -> dict[str, Any]:
-    """The model's name, licence and base, by the name of the `GGUFWriter.add_*` that takes each."""
-    base, is_hub = base_of(dense)
-    address = {"base_model_repo_url": (0, f"https://huggingface.co/{base}")} if is_hub else {}
-    return {"name": name, **licence_of(dense), "base_model_count": 1, "base_model_name": (0, base), **address}
 
 
 def require_quantizations(names: Sequence[str]) -> None:

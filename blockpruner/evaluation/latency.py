@@ -91,7 +91,6 @@ def measure_latency(
         mha, mlp: nanoseconds of one block; 0 where its absence saved no time.
         scale: the factor in both that keeps the sum of all blocks below the total.
         seconds: the medians behind these numbers.
-        The other keys describe what was timed, and where.
     """
     blocks = all_blocks(len(decoder_layers(model)))
     masks = {"dense": DENSE} | {

@@ -198,7 +198,6 @@ def benchmark(
 
     Returns:
         results.json has these keys:
-        parameters, weight_bytes.
         perplexity: with the NLL of each row.
         tasks: the scores of each task; value and stderr are those of its main metric.
         average: mean of the main metrics, SE = sqrt(sum SE_t^2) / tasks.
@@ -208,7 +207,6 @@ def benchmark(
         speed.json has what no two runs agree on:
         speed: pruned (unless the subject is the dense model) and dense; null where it is not wanted.
         made: where and when each result was computed, as from `provenance.made`.
-        search: as given.
     """
     tasks = settings.zero_shot.tasks
     if not tasks:

@@ -77,8 +77,7 @@ class Row:
 
 
 def read_rows(subjects: Sequence[Subject], asked: Mapping[str, Target], evidence: Path) -> list[Row]:
-    """Read the dense model and all targets of each run, in the order in which they are asked for: by name, with
-    everything that their run decides filled in."""
+    """Read the dense model and all targets of each run; `asked` has all filled in that their run decides."""
     rows: list[Row] = []
     for subject in subjects:
         name = f"{subject.run}-dense"
