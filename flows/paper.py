@@ -32,14 +32,6 @@ def paper(study: str, only: tuple[str, ...] = ()) -> State[None]:
     return build(lambda: choose_study(study, only), keep_going=True)
 
 
-def dry_run(study: str, only: tuple[str, ...]) -> None:
-    from blockpruner.reporting.paper.needs import takes
-
-    for name, (title, models) in study_items(study).items():
-        if name in (only or (name,)):
-            print(f"{name}: {title}: {takes(models)}")
-
-
 def check(study: str) -> int:
     """Compare with the paper; 1 if what must agree does not."""
     from blockpruner.reporting.paper.needs import differences
@@ -70,8 +62,12 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(write_tables(given.study, Path("data"))))
             return publish([given.study]) if load_study(given.study).experiments else 0
         if given.dry_run:
+            from blockpruner.reporting.paper.needs import takes
+
             choose_study(given.study, only)
-            dry_run(given.study, only)
+            for name, (title, models) in study_items(given.study).items():
+                if name in (only or (name,)):
+                    print(f"{name}: {title}: {takes(models)}")
             return 0
     except InputError as error:
         print(error, file=sys.stderr)
