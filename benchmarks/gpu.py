@@ -106,7 +106,6 @@ class Flops:
         return passes + len(masks) * self.full_head
 
     def exact(self, masks: Sequence[Mask]) -> int:
-        """The walk that shares what masks have in common."""
         ran = runs([(block,) for block in self.blocks], masks)
         return sum(self.blocks[block] for _, blocks in ran for block in blocks) + len(masks) * self.head
 
@@ -127,7 +126,6 @@ class Setting:
         return tuple(map(tuple, random_rows(int(MODELS[self.shape]["vocab_size"]), rows, length)))
 
     def model(self, layers: int | None = None) -> PreTrainedModel:
-        """A model in bfloat16; what is timed does not depend on the values of its weights."""
         changes = {} if layers is None else {"num_hidden_layers": layers}
         return random_model(self.shape, torch.bfloat16, str(self.device), **changes)
 

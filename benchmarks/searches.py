@@ -67,7 +67,6 @@ class Table:
     sizes: Mapping[Mask, int]
     """What a block takes, in units of the smallest one."""
     kinds: tuple[str, ...]
-    """The kind of text of each row."""
 
     @classmethod
     def read(cls, path: Path) -> "Table":

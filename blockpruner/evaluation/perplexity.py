@@ -38,8 +38,6 @@ Packed = tuple[Sequence[tuple[int, ...]], Sequence[str], int]
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What a model is measured on."""
-
     rows: tuple[tuple[int, ...], ...]
     """Token ids."""
     documents: tuple[str, ...]

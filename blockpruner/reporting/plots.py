@@ -59,8 +59,6 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure as bytes."""
-
     kind: ClassVar = "plot"
     name: str
     """The name of its files."""

@@ -30,8 +30,6 @@ MODELS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Published:
-    """One row of a table."""
-
     model: str
     key: str
     """The method: "dense", or one of a `Recipe.published`."""
