@@ -8,11 +8,10 @@ file of ratios to the dense model with 95 % intervals.
 import argparse
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
-import torch
 from transformers import PreTrainedModel
 
 from blockpruner.checkpoints.gguf import write
@@ -25,6 +24,7 @@ from blockpruner.evaluation.settings import Speed
 from blockpruner.evaluation.speed import measure_speed, turns
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model.models import load_model, prune_
+from blockpruner.reporting.paper.tables import interval
 from blockpruner.reporting.statistics import ratio_of_medians
 from blockpruner.store.files import write_text
 
@@ -61,12 +61,12 @@ def transformers(models: Mapping[str, PreTrainedModel], settings: Speed, repeats
     return {name: speed.decode_seconds.samples for name, speed in timed.items()}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engines", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("masks", nargs="+", metavar="NAME=BLOCKS")
-    given = parser.parse_args(argv)
+    given = parser.parse_args()
     masks = {name: parse_mask(blocks) for name, _, blocks in (text.partition("=") for text in given.masks)}
     dense = load_model(given.model, "bfloat16", "cpu")
     models = {"dense": dense} | {n: prune_(load_model(given.model, "bfloat16", "cpu"), m) for n, m in masks.items()}
@@ -84,13 +84,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         line |= {kind.value: sum(block.kind is kind for block in mask) for kind in BlockKind}
         line["kv_pct"] = 0 - 100 * cache.ratio(mask)
         for engine, times in seconds.items():
-            ratio = ratio_of_medians(times["dense"], times[name])
-            line |= {f"{engine}_x": ratio.value}
-            line |= {f"{engine}_x_low": ratio.interval.low, f"{engine}_x_high": ratio.interval.high}
+            line |= interval(f"{engine}_x", ratio_of_medians(times["dense"], times[name]))
         lines.append(line)
     write_text(given.out, pd.DataFrame(lines).round(4).to_csv(index=False))
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     main()

@@ -1,11 +1,12 @@
-"""Other projects' public code and this project on one model: seconds, tokens, memory and held-out perplexity.
+"""Other projects' public code and this project on one model: seconds, tokens and held-out perplexity.
 
-    python -m benchmarks.peers MODEL TEXTS HELDOUT [--code DIR] [--out data/benchmarks/peers] [--only NAME ...]
+    python -m benchmarks.peers MODEL TEXTS HELDOUT [--out data/benchmarks/peers] [--only NAME ...]
 
 All see the same calibration rows, one after another, with the same threads, in bfloat16. Each peer runs in an
-environment of its own (made at OUT/envs by pip), from its repository at a pinned commit: `git clone`, or a clone of
-each in the folder `--code`. What a peer hard-codes is replaced while it runs, and nothing else: the device, how rows
-are read, and tokenizers that are not used. What is finished stays in OUT/found.json; a second run goes on there.
+environment of its own (made at OUT/envs by pip), from a clone of its repository at a pinned commit, in OUT/code. What a
+peer hard-codes is replaced while it runs, and nothing else: the device, how rows are read, and tokenizers that are not
+used. EvoPress gets as many tokens as an exact search of blocks looks at; its own budget takes hours. What is finished
+stays in OUT/found.json; a second run goes on there.
 
 Prints Markdown and draws OUT/cpu.png and OUT/tokens.png.
 """
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -27,8 +29,7 @@ PEERS = {
     "BlockPruner": ("MrGGLS/BlockPruner", "8210707", "transformers==4.43.4"),
     "SLEB": ("jiwonsong-dev/SLEB", "d07129a", "transformers==4.37.2"),
     "Shortened-LLM": ("Nota-NetsPresso/shortened-llm", "4031a92", "transformers==4.40.1"),
-    "EvoPress, equal tokens": ("IST-DASLab/EvoPress", "50888a0", "transformers==4.43.4"),
-    "EvoPress, published": ("IST-DASLab/EvoPress", "50888a0", "transformers==4.43.4"),
+    "EvoPress": ("IST-DASLab/EvoPress", "50888a0", "transformers==4.43.4"),
 }
 """Repository, commit, and the version of transformers that it asks for, or that its code was written for."""
 
@@ -90,7 +91,7 @@ def drive(name: str, code: str, folder: str, budget: str, model: str, rows: list
         return counter.watch(plain(model, torch_dtype=torch.bfloat16, use_cache=False))
 
     torch.Tensor.to = lambda self, *a, **k: to(self, *("cpu" if each == "cuda" else each for each in a), **k)
-    torch.cuda.is_available = lambda: name.startswith("EvoPress")
+    torch.cuda.is_available = lambda: name == "EvoPress"
     os.chdir(folder)
     if name == "BlockPruner":
         import block_search
@@ -133,15 +134,12 @@ def drive(name: str, code: str, folder: str, budget: str, model: str, rows: list
         evo.AutoModelForCausalLM = SimpleNamespace(from_pretrained=load)
         evo.AutoTokenizer = SimpleNamespace(from_pretrained=lambda *_, **__: None)
         evo.get_data = lambda *_, **__: list(ids.split(1))
-        generations, first, most = int(count * (layers - count) / 1.5), 64, ROWS * LENGTH  # as in its public script
-        if "equal" in name:  # to what an exact search of blocks looks at
-            first, scored = 8, sum(2 * layers - step for step in range(5 * count // 2))
-            generations = scored // (CHILDREN + FINALISTS)
+        scored, most = sum(2 * layers - step for step in range(5 * count // 2)), ROWS * LENGTH
         words = f" --model_name_or_path {model} --calibration_data own --calibration_tokens {most} --no_eval"
         words += f" --calibration_sequence_length {LENGTH} --sparsity {(count + 0.5) / layers} --dtype bfloat16"
-        words += f" --generations {generations} --offspring {CHILDREN} --initially_generated {first} --fitness_fn kl"
+        words += f" --generations {scored // (CHILDREN + FINALISTS)} --offspring {CHILDREN} --initially_generated 8"
         words += f" --initial_tokens {most} --survivors_per_selection 2 1 --tokens_per_selection {most} {most}"
-        sys.argv = f"{words} --drop_config_dir {folder}".split(" ")
+        sys.argv = f"{words} --fitness_fn kl --drop_config_dir {folder}".split(" ")
         evo.main()
         kinds = {"attn+mlp": ("mha", "mlp"), "attn": ("mha",), "mlp": ("mlp",), "none": ()}
         lines = enumerate((Path(folder) / "layer_drop_config.txt").read_text().split())
@@ -153,7 +151,7 @@ def drive(name: str, code: str, folder: str, budget: str, model: str, rows: list
 def environment(peer: str, given: argparse.Namespace) -> tuple[Path, Path]:
     """The Python of a peer's environment, and the folder of its code."""
     repository, commit, transformers = PEERS[peer]
-    code, env = (given.code or given.out / "code") / repository.partition("/")[2], given.out / "envs" / transformers
+    code, env = given.out / "code" / repository.partition("/")[2], given.out / "envs" / transformers
     if not code.exists():
         subprocess.run(["git", "clone", "-q", f"https://github.com/{repository}", code], check=True)
         subprocess.run(["git", "-C", code, "checkout", "-q", commit], check=True)
@@ -165,17 +163,12 @@ def environment(peer: str, given: argparse.Namespace) -> tuple[Path, Path]:
 
 
 def run(command: list[Any]) -> tuple[dict[str, float], Any]:
-    """Seconds, those of the processors and the most GiB of memory of a process, and its last line, JSON."""
-    began = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=err)
-        _, status, used = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - began
-        out.seek(0), err.seek(0)
-        if status:
-            raise RuntimeError(err.read()[-3000:])
-        figures = {"seconds": seconds, "cpu": used.ru_utime + used.ru_stime, "memory": used.ru_maxrss / 2**20}
-        return figures, json.loads(out.read().strip().splitlines()[-1])
+    """Seconds of a process, those of the processors, and its last line, JSON."""
+    began, before = time.perf_counter(), os.times()
+    done = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True)
+    after = os.times()
+    cpu = after.children_user - before.children_user + after.children_system - before.children_system
+    return {"seconds": time.perf_counter() - began, "cpu": cpu}, json.loads(done.stdout.strip().splitlines()[-1])
 
 
 class Measured:
@@ -188,7 +181,9 @@ class Measured:
         from blockpruner.inputs.settings import Calibration
         from blockpruner.inputs.texts import read_texts
         from blockpruner.inputs.tokenizers import load_tokenizer
+        from blockpruner.model.models import load_model
 
+        self.load = partial(load_model, dtype="bfloat16", device="cpu")
         self.given, self.file = given, given.out / "found.json"
         self.found: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
         tokenizer, source = load_tokenizer(given.model), {"source": "path", "path": str(given.texts)}
@@ -198,16 +193,10 @@ class Measured:
         asked = Perplexity(seq_len=HELD_OUT[1], max_rows=HELD_OUT[0], packing="documents")
         self.heldout = held_out(tokenizer, read_texts(given.heldout), asked).rows
 
-    def keep(
-        self, name: str, budget: str, blocks: list[str] | None, checkpoint: Path | None = None, **own: Any
-    ) -> None:
-        """Keep facts, with the held-out perplexity of a checkpoint, or of the dense model without some blocks."""
-        from blockpruner.core.blocks import parse_mask
+    def keep(self, name: str, budget: str, model: Any, **own: Any) -> None:
+        """Keep facts, with the held-out perplexity of a model."""
         from blockpruner.evaluation.perplexity import measure_perplexity
-        from blockpruner.model.models import load_model, prune_
 
-        model = load_model(checkpoint or self.given.model, "bfloat16", "cpu", checkpoint is not None)
-        model = prune_(model, parse_mask(",".join(blocks))) if blocks else model
         own["perplexity"] = measure_perplexity(model, self.heldout).perplexity
         self.found.setdefault(name, {})[budget] = own
         self.file.write_text(json.dumps(self.found, indent=1))
@@ -216,26 +205,22 @@ class Measured:
     def peer(self, name: str) -> None:
         from blockpruner.core.blocks import parse_mask
         from blockpruner.core.families import count_parameters
+        from blockpruner.model.models import prune_
 
         costs = count_parameters(json.loads((self.given.model / "config.json").read_text()))
         python, code = environment(name, self.given)
-        once = not name.startswith("EvoPress")  # steps on the way to the larger budget answer the smaller one
+        once = name != "EvoPress"  # steps on the way to the larger budget answer the smaller one
         for budget in (each for each in (("0.2",) if once else LAYERS) if each not in self.found.get(name, {})):
             with tempfile.TemporaryDirectory() as folder:
-                given = [
-                    name,
-                    code.absolute(),
-                    folder,
-                    budget,
-                    self.given.model.absolute(),
-                    self.given.out / "rows.json",
-                ]
-                figures, steps = run([python, __file__, "drive", *given])
+                model, rows = self.given.model.absolute(), self.given.out / "rows.json"
+                command = [python, __file__, "drive", name, code.absolute(), folder, budget, model, rows]
+                _, steps = run(command)
             steps = [(costs.ratio(parse_mask(",".join(blocks))), blocks, stamp) for blocks, stamp in steps]
             for wanted in LAYERS if once else (budget,):
                 ratio, blocks, stamp = min(steps, key=lambda step: abs(step[0] - float(wanted)))
                 own = dict(zip(("seconds", "cpu", "tokens"), stamp, strict=True))
-                self.keep(name, wanted, blocks, removed=ratio, memory=figures["memory"], **own)
+                pruned = prune_(self.load(self.given.model), parse_mask(",".join(blocks)))
+                self.keep(name, wanted, pruned, removed=ratio, **own)
 
     def ours(self, name: str) -> None:
         for budget in (each for each in LAYERS if each not in self.found.get(name, {})):
@@ -245,8 +230,8 @@ class Measured:
                 command += ["--out", f"{folder}/out", "--cache", f"{folder}/cache", *OURS[name].split()]
                 figures, done = run(command)
                 tokens = sum(counts["tokens"] for counts in done["search"].values())
-                place, removed = Path(folder) / "out", done["plan"]["ratio"]
-                self.keep(name, budget, None, place, removed=removed, tokens=tokens, **figures)
+                model = self.load(Path(folder) / "out", trust_remote_code=True)
+                self.keep(name, budget, model, removed=done["plan"]["ratio"], tokens=tokens, **figures)
 
 
 def draw(found: dict[str, Any], out: Path) -> None:
@@ -277,22 +262,20 @@ def main(arguments: list[str]) -> None:
     for name in ("model", "texts", "heldout"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--only", nargs="*", default=[*OURS, *PEERS], help=", ".join([*OURS, *PEERS]))
-    parser.add_argument("--code", type=Path)
     parser.add_argument("--out", type=Path, default=Path("data/benchmarks/peers"))
     given = parser.parse_args(arguments)
     given.out.mkdir(parents=True, exist_ok=True)
     measured = Measured(given)
     if "dense" not in measured.found:
-        measured.keep("dense", "0", None)
+        measured.keep("dense", "0", measured.load(given.model))
     for name in given.only:
         (measured.peer if name in PEERS else measured.ours)(name)
-    dense, keys = measured.found["dense"]["0"]["perplexity"], ("seconds", "cpu", "tokens")
-    print("| | removed | seconds | of processors | tokens | memory, GiB | perplexity, x dense |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
+    dense = measured.found["dense"]["0"]["perplexity"]
+    print("| | removed | seconds | of processors | tokens | perplexity, x dense |\n|---|---:|---:|---:|---:|---:|")
     for budget in LAYERS:
         for name, f in ((name, own[budget]) for name, own in measured.found.items() if budget in own):
-            figures = " | ".join(f"{f.get(key, 0):,.0f}" for key in keys)
-            print(f"| {name} | {f['removed']:.1%} | {figures} | {f['memory']:.1f} | {f['perplexity'] / dense:.2f} |")
+            figures = " | ".join(f"{f[key]:,.0f}" for key in ("seconds", "cpu", "tokens"))
+            print(f"| {name} | {f['removed']:.1%} | {figures} | {f['perplexity'] / dense:.2f} |")
     draw(measured.found, given.out)
 
 

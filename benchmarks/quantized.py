@@ -8,11 +8,9 @@ decoding one sequence, all against the dense model in 16 bits, with 95 % interva
 
 import argparse
 import math
-import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.engines import REPEATS, SHORT, files, llama_cpp
 from blockpruner.core.progress import observer
+from blockpruner.reporting.paper.tables import interval
 from blockpruner.reporting.statistics import average, ratio_of_medians
 
 QUANTIZATIONS = ("Q8_0", "Q5_K_M", "Q4_K_M")
@@ -38,13 +37,13 @@ def losses(path: Path, text: Path) -> list[float]:
     return [after - before for before, after in pairwise(sums)]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quantized", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("text", type=Path)
     parser.add_argument("dense", type=Path)
     parser.add_argument("pruned", nargs="+", metavar="NAME=FOLDER")
-    given = parser.parse_args(argv)
+    given = parser.parse_args()
     folders = {"dense": given.dense} | {n: Path(f) for n, _, f in (text.partition("=") for text in given.pruned)}
     with tempfile.TemporaryDirectory() as place:
         paths: dict[tuple[str, str], Path] = {}
@@ -66,13 +65,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             rises = [after - before for before, after in zip(read["dense", "F16"], read[key], strict=True)]
             rise, speed = average({"": rises}), ratio_of_medians(seconds["dense F16"], seconds[" ".join(key)])
             line = {"model": key[0], "precision": key[1], "bytes": path.stat().st_size}
-            line |= {"perplexity_x": math.exp(rise.value), "decode_x": speed.value}
-            line |= {f"perplexity_x_{end}": math.exp(value) for end, value in vars(rise.interval).items()}
-            line |= {f"decode_x_{end}": value for end, value in vars(speed.interval).items()}
-            lines.append(line)
+            times = {name: math.exp(nats) for name, nats in interval("perplexity_x", rise).items()}
+            lines.append(line | times | interval("decode_x", speed))
     pd.DataFrame(lines).round(4).to_csv(given.out, index=False)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     main()

@@ -8,10 +8,10 @@ known best answer, since the file knows all subsets.
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import random
+import runpy
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -61,15 +61,12 @@ class OutOfTrialsError(Exception):
 
 @dataclass(frozen=True)
 class Table:
-    """What is known of a model."""
-
     losses: Mapping[Mask, np.ndarray]
     blocks: tuple[Mask, ...]
     """Each alone; all their subsets are known."""
     sizes: Mapping[Mask, int]
     """What a block takes, in units of the smallest one."""
     kinds: tuple[str, ...]
-    """The kind of text of each row."""
 
     @classmethod
     def read(cls, path: Path) -> "Table":
@@ -101,11 +98,9 @@ class Task:
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """What may be removed."""
         return tuple(format_mask(block) for block in self.table.blocks)
 
     def cost(self, blocks: Collection[str]) -> int:
-        """What some blocks take."""
         return self.table.size(parse_mask(",".join(blocks)))
 
     def loss(self, blocks: Collection[str]) -> float:
@@ -170,32 +165,21 @@ def chance(task: Task) -> Mask:
     return min(draw.sample(task.fitting, min(task.trials, len(task.fitting))), key=task.of)
 
 
-def of_product(name: str, options: Mapping[str, Any], task: Task) -> Mask:
-    """A search of this project, over the table instead of a model."""
-    return last(name, options, task.table, task.size, len(task.rows), partial(_scores, task), task.seed)
-
-
-def last(
-    name: str,
-    options: Mapping[str, Any],
-    table: Table,
-    size: int,
-    rows: int,
-    ask: Callable[..., list[MaskScore]],
-    seed: int = 0,
+def of_product(
+    name: str, options: Mapping[str, Any], task: Task, ask: Callable[..., list[MaskScore]] | None = None
 ) -> Mask:
-    """The answer of one of the project's searches that is asked for a size; `ask` scores masks."""
-    row = SEARCHES[name]
-    costs = Costs(10 * sum(table.sizes.values()), {block: n for mask, n in table.sizes.items() for block in mask})
-    budget = parse_budget(f"{size / costs.total}", costs)
-    problem = Problem(table.blocks, ask, Select(ask), rows, goal_of(budget, table.blocks, costs), {"parameters": costs})
-    seeded = {"seed": seed, **options} if "seed" in row.options.model_fields else options
+    """The answer of a search of this project; `ask` scores masks, by the table if it is None."""
+    row, sizes, ask = SEARCHES[name], task.table.sizes, ask or partial(_scores, task)
+    costs = Costs(10 * sum(sizes.values()), {block: n for mask, n in sizes.items() for block in mask})
+    goal = goal_of(parse_budget(f"{task.size / costs.total}", costs), task.table.blocks, costs)
+    problem = Problem(task.table.blocks, ask, Select(ask), len(task.rows), goal, {"parameters": costs})
+    seeded = {"seed": task.seed, **options} if "seed" in row.options.model_fields else options
     *_, answer = row.run(problem, row.options(**seeded))
     return answer.removed
 
 
 def _scores(task: Task, masks: Sequence[Mask], rows: int | None = None, base: Mask = DENSE) -> list[MaskScore]:
-    """Of masks on all rows of a task: a trial is never a part of one."""
+    """The scores of masks on all rows of a task: a trial is never a part of one."""
     assert rows in (None, len(task.rows))
     return [MaskScore(m, (task.of(m),) * len(task.rows), len(task.rows)) for m in masks]
 
@@ -240,17 +224,17 @@ def make(model: Path, texts: Path, out: Path) -> None:
         store = TrialStore(fields, rows.row_keys, trials)
         ask = Objective(rows, store, material.scorer, seen)
         costs = count_parameters(material.config)
-        found, blocks = known(ask, costs, BLOCKS, seen)
+        found, sizes = known(ask, costs, BLOCKS, seen)
         about = {"model": material.identity, "rows": rows.digest, "origin": json.dumps(dict(ask.origin))}
-        write_table(out, tabled(found), about | described(blocks, costs, rows.kinds))
+        write(out, found, sizes, rows.kinds, **about)
         store.close()
 
 
 def known(
     ask: Callable[..., list[MaskScore]], costs: Costs, count: int, seen: Observer
-) -> tuple[dict[Mask, tuple[float, ...]], list[Mask]]:
+) -> tuple[dict[Mask, tuple[float, ...]], dict[str, int]]:
     """The row losses of all single blocks, all pairs, and all subsets of those `count` blocks whose removal alone costs
-    least for what they take; and these blocks."""
+    least for what they take; and what each of these takes, in units of the smallest one."""
     singles = [Mask({block}) for block in costs.blocks]
     dense, *alone = ask([DENSE, *singles])
     found = {score.mask: score.row_loss for score in (dense, *alone)}
@@ -263,28 +247,15 @@ def known(
         seen.begin(f"masks from {start} of {len(masks)}", start / len(masks))
         found |= {score.mask: score.row_loss for score in ask(masks[start : start + CHUNK])}
         seen.end(f"{len(found)} masks")
-    return found, blocks
-
-
-def tabled(found: Mapping[Mask, Sequence[float]]) -> pa.Table:
-    return pa.table({"mask": [format_mask(mask) for mask in found], "nll": list(found.values())}, SCHEMA)
-
-
-def described(blocks: Sequence[Mask], costs: Costs, kinds: Sequence[str]) -> dict[str, str]:
     smallest = min(costs.blocks.values())
-    sizes = {format_mask(mask): round(sum(costs.blocks[block] for block in mask) / smallest) for mask in blocks}
-    return {"sizes": json.dumps(sizes), "kinds": json.dumps(kinds)}
+    return found, {format_mask(mask): round(sum(costs.blocks[block] for block in mask) / smallest) for mask in blocks}
 
 
-def named(text: str) -> Callable[[Task], Collection[str] | Mask]:
-    """The function of FILE.py:FUNCTION."""
-    path, _, name = text.rpartition(":")
-    spec = importlib.util.spec_from_file_location("own", path)
-    assert spec is not None and spec.loader is not None, f"no Python file: {path}"
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found: Callable[[Task], Collection[str] | Mask] = getattr(module, name)
-    return found
+def write(
+    path: Path, found: Mapping[Mask, Sequence[float]], sizes: Mapping[str, int], kinds: Sequence[str], **about: str
+) -> None:
+    table = pa.table({"mask": [format_mask(mask) for mask in found], "nll": list(found.values())}, SCHEMA)
+    write_table(path, table, {**about, "sizes": json.dumps(sizes), "kinds": json.dumps(kinds)})
 
 
 def main() -> None:
@@ -298,7 +269,10 @@ def main() -> None:
     parser.add_argument("table", type=Path)
     parser.add_argument("search", nargs="?", help="FILE.py:FUNCTION")
     given = parser.parse_args()
-    own = {given.search: named(given.search)} if given.search else {}
+    own = {}
+    if given.search:
+        file, _, name = given.search.rpartition(":")
+        own = {given.search: runpy.run_path(file)[name]}
     for line in scored(Table.read(given.table), {**own, **OURS}):
         print(json.dumps(line), flush=True)
 

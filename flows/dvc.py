@@ -6,8 +6,6 @@ Which stages run, and when, is decided by flows.selection and flows.prune.
 `python -m flows.dvc ARGUMENTS` is dvc itself with two signals set up, see `main`.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import re
@@ -77,7 +75,6 @@ def repro(stage: str, lock: int, show: Callable[[str], object], environment: Map
     Args:
         lock: the workspace's. dvc holds it, too: after a killed flow, its last stage ends before a new flow.
         show: gets every line of output once, as it comes.
-        environment: added to this process's.
     """
     code, lines = _follow(["repro", "--single-item", stage], lock, show, environment or {})
     if code != 0:
@@ -166,8 +163,7 @@ def _follow(
 
 
 def stop(process: subprocess.Popen[Any], interrupt: Callable[[], object], grace: float) -> None:
-    """Interrupt a process, wait so many seconds, then SIGKILL to what is left of its group; a second interruption kills
-    at once."""
+    """Interrupt a process, and kill what is left of its group after so many seconds, or a second interruption."""
     try:
         with suppress(ProcessLookupError, subprocess.TimeoutExpired):
             interrupt()

@@ -4,8 +4,6 @@ Decides what the form asks for, and what no form may ask for (a place outside th
 repository). What a run file may hold is decided by blockpruner.params, and how a model is made by flows.prune.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +51,9 @@ class NewModel(Frozen):
 
     @property
     def selection(self) -> Selection:
-        """What is made of it."""
         return Selection(runs=(self.name,), budgets=self.budgets, train=self.train)
 
     def text(self) -> str:
-        """The run file."""
         named = named_sources(RUNS)
         data = None if self.texts is None else source_of(self.texts, named)
         own = sections(self.method, data=data, calibration={}, score={}, train="all" if self.train else None)

@@ -4,8 +4,6 @@ Prefect hears of a phase when it begins and when it ends; what comes between is 
 not take it, the console alone goes on. flows.phases takes 2 to 3 s to import, which the first phase does.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

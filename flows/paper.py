@@ -7,8 +7,6 @@ was measured. `--check` builds the dense model and ShortGPT, and fails where the
 stages run is decided by flows.selection, and how by flows.prune.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path
@@ -32,15 +30,6 @@ def paper(study: str, only: tuple[str, ...] = ()) -> State[None]:
         only: Names of tables and figures, such as table2, for which alone targets are built. None: all of them.
     """
     return build(lambda: choose_study(study, only), keep_going=True)
-
-
-def dry_run(study: str, only: tuple[str, ...]) -> None:
-    """Print what each table and figure takes, and all of them together."""
-    from blockpruner.reporting.paper.needs import takes
-
-    for name, (title, models) in study_items(study).items():
-        if name in (only or (name,)):
-            print(f"{name}: {title}: {takes(models)}")
 
 
 def check(study: str) -> int:
@@ -73,8 +62,12 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(write_tables(given.study, Path("data"))))
             return publish([given.study]) if load_study(given.study).experiments else 0
         if given.dry_run:
+            from blockpruner.reporting.paper.needs import takes
+
             choose_study(given.study, only)
-            dry_run(given.study, only)
+            for name, (title, models) in study_items(given.study).items():
+                if name in (only or (name,)):
+                    print(f"{name}: {title}: {takes(models)}")
             return 0
     except InputError as error:
         print(error, file=sys.stderr)

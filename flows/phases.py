@@ -7,8 +7,6 @@ Uses Prefect's client, not its task engine: a phase is two events, not a functio
 background service, and that keeps the process waiting at its end when the server has gone.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence
@@ -41,7 +39,7 @@ class Phase:
     The V1 UI unfolds phases under their stage. V2 does not, so an arrow leads from each phase to the next.
     """
 
-    def __init__(self, flow_run: str, parent: str, stage: str, name: str, before: Phase | None) -> None:
+    def __init__(self, flow_run: str, parent: str, stage: str, name: str, before: "Phase | None") -> None:
         self._flow_run, self._stage, self._name = UUID(flow_run), stage, name
         inputs: Any = {"__parents__": [TaskRunResult(id=UUID(parent))]}
         if before is not None:

@@ -10,8 +10,6 @@ artifacts. What has to run again is decided by DVC, how it is run by flows.dvc, 
 server at PREFECT_API_URL, Prefect starts one of its own, which takes 10 to 20 s.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import re
@@ -154,7 +152,6 @@ def run_stages(
         needs: the stages, each with those that it depends on.
         summaries: the stages over all models, which run if one of these is there.
         stale: the stages that DVC finds changed. What depends on a stage that ran may have changed, too; DVC is asked.
-        keep_going: whether a failure leaves out only what depends on it.
     """
     states: dict[str, State[Any]] = {}
     behind: dict[str, set[str]] = {}  # all stages that one depends on

@@ -5,8 +5,6 @@ decided by blockpruner.params, which checks the new content before it is written
 decided by the stage score.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -77,8 +75,6 @@ class Selection(Frozen):
 
 @dataclass(frozen=True)
 class Chosen:
-    """A checked selection."""
-
     targets: Mapping[str, Sequence[str]]
     """The targets to build, by run."""
     text: str
@@ -96,8 +92,7 @@ class Chosen:
             write_text(PARAMS, self.text)
 
     def stages(self, names: Iterable[str]) -> list[str]:
-        """Those of DVC's names of stages that are of one chosen model, each run before its targets; and experiments
-        behind what they need."""
+        """Those of DVC's names of stages that are of a chosen model, each run before its targets; then experiments."""
         of_models = [name.partition("@") for name in names if not name.startswith(f"{TABLES}@")]
         items = [item for run, targets in self.targets.items() for item in (run, *targets)]
         found = [f"{stage}@{item}" for item in items for stage, _, of in of_models if of == item]
@@ -158,14 +153,14 @@ def choose_study(name: str, only: Sequence[str] = ()) -> Chosen:
     return _chosen(params, of_runs, wanted, name, {key: one.run for key, one in experiments.items()})
 
 
-def study_items(name: str) -> dict[str, tuple[str, DataFrame]]:
+def study_items(name: str) -> dict[str, tuple[str, "DataFrame"]]:
     """The tables and figures of a study, each with its title and the models that it shows."""
     from blockpruner.reporting.paper.needs import items_of  # loads much
 
     return items_of(study_frame(name), {run: load_run(run) for run in load_study(name).runs}, PUBLISHED)
 
 
-def study_frame(name: str) -> DataFrame:
+def study_frame(name: str) -> "DataFrame":
     from blockpruner.reporting.paper.tables import models_frame
 
     return models_frame(rows_of_study(load_study(name), EVIDENCE))
@@ -182,8 +177,7 @@ def _chosen(
     study: str,
     experiments: Mapping[str, str],
 ) -> Chosen:
-    """Add to params.yaml what it lacks of runs, wanted targets, a study and its experiments; comments and quotes stay
-    as they are."""
+    """Add to params.yaml what it lacks of runs, targets, a study and its experiments; comments and quotes stay."""
     text, buffer = PARAMS.read_text(encoding="utf-8"), io.StringIO()
     editor = YAML()
     editor.preserve_quotes = True

@@ -7,8 +7,6 @@ Decides what is served, and how it ends. Prefect's settings decide the server's 
 its files are (PREFECT_HOME) and which database it has (PREFECT_SERVER_DATABASE_CONNECTION_URL).
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

@@ -4,8 +4,6 @@ Whoever uses a Prefect server can run code as the user who started it, so every 
 server starts and ends is decided by flows.serve.
 """
 
-from __future__ import annotations
-
 import secrets
 from pathlib import Path
 

@@ -73,15 +73,16 @@ smaller ones.
 
 
 def export_gguf(pruning: Pruning, out: Path, quantizations: Sequence[str] = ()) -> None:
-    """Write the pruned model as GGUF files in a directory at `out`, verified if llama.cpp is installed (`xllamacpp`);
-    raises InputError, and leaves nothing there, where the files cannot express the model, its tokenizer or the plan, or
-    llama.cpp does not reproduce the model in memory. `quantizations` are more files, by llama.cpp's names, for instance
-    Q4_K_M; `require_quantizations` knows them."""
+    """Write the pruned model as GGUF files; `quantizations` are more files, by llama.cpp's names, for instance Q4_K_M
+    (`require_quantizations`)."""
     plan, dense, trusted = pruning.plan, pruning.dense, pruning.trust_remote_code
     config = read_config(dense, trusted).to_dict()
     require_fit("gguf", config, plan)
     tokenizer = load_tokenizer(dense, trusted)
-    words, more = vocabulary(tokenizer, config) | _origin(plan.target, dense), facts(tokenizer, config)
+    (base, is_hub), more = base_of(dense), facts(tokenizer, config)
+    words = vocabulary(tokenizer, config) | {"name": plan.target, **licence_of(dense)}
+    words |= {"base_model_count": 1, "base_model_name": (0, base)}
+    words |= {"base_model_repo_url": (0, f"https://huggingface.co/{base}")} if is_hub else {}
 
     def note(reduced: PreTrainedModel, reference: Path) -> None:
         narrow = torch.tensor(reduced.dtype != torch.float32)
@@ -98,13 +99,6 @@ def export_gguf(pruning: Pruning, out: Path, quantizations: Sequence[str] = ()) 
         return TOLERANCE
 
     write_verified(out, write_all, verify_llama_cpp)
-
-
-def _origin(name: str, dense: Path) -> dict[str, Any]:
-    """The model's name, licence and base, by the name of the `GGUFWriter.add_*` that takes each."""
-    base, is_hub = base_of(dense)
-    address = {"base_model_repo_url": (0, f"https://huggingface.co/{base}")} if is_hub else {}
-    return {"name": name, **licence_of(dense), "base_model_count": 1, "base_model_name": (0, base), **address}
 
 
 def require_quantizations(names: Sequence[str]) -> None:

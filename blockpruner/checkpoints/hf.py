@@ -35,8 +35,6 @@ Its layers attend in more than one way, in another order than the base model's. 
 
 
 def export_hf(pruning: Pruning, out: Path) -> None:
-    """Write the pruned model as a checkpoint directory at `out`, verified; raises InputError, and leaves nothing there,
-    where the fresh process does not reproduce the model in memory."""
     plan = pruning.plan
 
     def write(directory: Path, reference: Path) -> float:

@@ -10,15 +10,16 @@ from typing import Any
 
 from blockpruner.checkpoints.card import HERE
 from blockpruner.core.errors import InputError
+from blockpruner.inputs.checkpoints import checkpoint_identity, licence_of
 from blockpruner.inputs.hub import hub_error
 from blockpruner.store.files import read_json
-from blockpruner.store.manifest import CARD_FILE, REPORT_FILE, require_verified
+from blockpruner.store.manifest import CARD_FILE, REPORT_FILE, SOURCE_FILE, require_verified
+from blockpruner.store.plans import PLAN_FILE, load_plan
 
 
 def files_to_push(checkpoint: Path, licence: Mapping[str, Any]) -> list[str]:
-    """The files of a checkpoint directory that may be uploaded, sorted. `licence` is that of the base model, as from
-    `inputs.checkpoints.licence_of`. Raises InputError if there is no such checkpoint, it was not verified or changed
-    since, or its card names no licence though the base does."""
+    """The files of a checkpoint directory that may be uploaded, sorted; raises InputError if it was not verified, has
+    changed since, or its card names no licence though the base has this one."""
     from huggingface_hub import ModelCard
 
     report = checkpoint / REPORT_FILE
@@ -45,15 +46,19 @@ def files_to_push(checkpoint: Path, licence: Mapping[str, Any]) -> list[str]:
     return sorted([*files, REPORT_FILE, CARD_FILE])
 
 
-def push(checkpoint: Path, repo: str, private: bool, licence: Mapping[str, Any], name: str) -> str:
-    """Upload a checkpoint directory in one commit, its card with the repository's name; returns the address. Raises
-    InputError as `files_to_push` does, if the repository is there and not as private as was asked, or the hub refuses.
+def base_licence(checkpoint: Path, cache: Path) -> dict[str, Any]:
+    """The licence of the checkpoint's base, if the folder of `--cache` still has that model."""
+    plan = checkpoint / PLAN_FILE
+    base = load_plan(plan).base if plan.is_file() else None
+    places = (source.parent for source in (cache / "cache/models").glob(f"[!.]*/{SOURCE_FILE}"))
+    known = (place for place in places if ".bad" not in place.suffixes)
+    return next((licence_of(dense) for dense in known if checkpoint_identity(dense) == base), {})
 
-    Args:
-        repo: "<user or organization>/<name>"; it is made if it does not exist.
-        licence: as for `files_to_push`.
-        name: of the model, for the commit's message.
-    """
+
+def push(checkpoint: Path, repo: str, private: bool, licence: Mapping[str, Any], name: str) -> str:
+    """Upload a checkpoint directory in one commit, its card with the repository's name; returns the address. A
+    repository that does not exist is made. Raises InputError as `files_to_push` does, if the repository is there and
+    not as private as was asked, or the hub refuses."""
     from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 
     files, api = files_to_push(checkpoint, licence), HfApi()

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
 
 from blockpruner.checkpoints import verify_mlx
 from blockpruner.checkpoints.hf import code_file, remark, save_other_files, save_pruned
@@ -27,18 +26,11 @@ from blockpruner.store.files import read_json, write_json
 LOADING = """The weights are those of the `hf` export, for mlx-lm:
 
 ```sh
-mlx_lm.generate --model <this directory> --trust-remote-code --prompt "..."
+mlx_lm.generate --model <this directory>{} --prompt "..."
 ```
-
-`--trust-remote-code` runs the file `mlx_blockpruned.py` beside this card and no other.
 """
-
-
-PLAIN = """The weights are those of the `hf` export, for mlx-lm:
-
-```sh
-mlx_lm.generate --model <this directory> --prompt "..."
-```
+TRUSTED = """
+`--trust-remote-code` runs the file `mlx_blockpruned.py` beside this card and no other.
 """
 
 ROTATED = ("ministral3", "hunyuan_v1_dense")
@@ -46,8 +38,6 @@ ROTATED = ("ministral3", "hunyuan_v1_dense")
 
 
 def export_mlx(pruning: Pruning, out: Path) -> None:
-    """Write the pruned model as a directory for mlx-lm at `out`, verified; raises InputError, and leaves nothing there,
-    for a model that mlx-lm computes otherwise, or where it does not reproduce the model in memory."""
     config = read_config(pruning.dense, pruning.trust_remote_code).to_dict()
     kind, window = config["model_type"], config.get("sliding_window")
     if kind in WINDOWED or (window or 0) >= config["max_position_embeddings"]:
@@ -58,22 +48,20 @@ def export_mlx(pruning: Pruning, out: Path) -> None:
     require_fit("mlx", config, pruning.plan, **limits, hidden_act=(None, (None,)))
 
     def write(directory: Path, reference: Path) -> float:
-        def keep(reduced: PreTrainedModel) -> None:
-            save_file(reference_outputs(reduced, pruning.plan), reference)
-
-        pruned = pruning.prune_(pruning.load_for_export(), keep)
+        model = pruning.load_for_export()
+        pruned = pruning.prune_(model, lambda reduced: save_file(reference_outputs(reduced, pruning.plan), reference))
         if remark(pruned, pruning.dense):
             message = "export mlx: the layers that are left attend in another order than mlx-lm counts; leave mlx out"
             raise InputError(message, rule="export-limits", key="export", value="mlx")
         save_pruned(pruned, directory)
-        has_code = code_file(pruned) is not None
+        loading = LOADING.format("") if code_file(pruned) is None else LOADING.format(" --trust-remote-code") + TRUSTED
         for path in directory.glob("*.py"):
             path.unlink()
             shutil.copyfile(MLX_CODE, directory / MLX_CODE.name)
             fields = read_json(directory / "config.json")
             del fields["auto_map"]
             write_json(directory / "config.json", fields | {"model_file": MLX_CODE.name})
-        save_other_files(pruning, directory, "mlx", loading=LOADING if has_code else PLAIN)
+        save_other_files(pruning, directory, "mlx", loading=loading)
         # mlx-lm rounds the factor of Gemma's embedding to bfloat16, as a bfloat16 model does, whatever the dtype
         scale = torch.tensor(float(config["hidden_size"])).sqrt()
         is_rounded = kind == "gemma3_text" and scale.bfloat16() != scale

@@ -46,8 +46,6 @@ FIELDS = (
 
 
 def export_nas(pruning: Pruning, out: Path) -> None:
-    """Write the pruned model as a DeciLM directory at `out`, verified; raises InputError, and leaves nothing there,
-    where the format cannot hold the model or the plan, or mlx-lm does not reproduce the model in memory."""
     plan, dense = pruning.plan, pruning.dense
     config = read_config(dense, pruning.trust_remote_code)
     width = config.hidden_size // config.num_attention_heads

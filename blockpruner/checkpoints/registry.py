@@ -18,14 +18,12 @@ if TYPE_CHECKING:
 
 
 Writer = Callable[["Pruning", Path], None]
-"""Writes a pruned model, with its healed weights, as a directory at a path, verified. It leaves nothing there if it
-fails."""
+"""Writes a pruned model, with its healed weights, as a directory at a path, verified. It raises InputError, and leaves
+nothing there, where the format cannot hold the model or its engine does not reproduce it."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """One checkpoint format."""
-
     name: str
     """As in `export` of a run file, and the name of its folder."""
     title: str
@@ -49,8 +47,7 @@ class Export:
 
 
 def require_exports(names: Sequence[str], kind: Kind, dtype: str) -> None:
-    """Raise InputError for formats that are unknown, or do not fit the kind of method or the dtype of a run, before
-    anything is computed."""
+    """Raise InputError for formats that are unknown, or do not fit the kind of method or the dtype of a run."""
     for name in names:
         row = EXPORTS[name]
         if not _holds(row, kind):

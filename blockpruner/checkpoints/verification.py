@@ -79,8 +79,7 @@ def write_verified(out: Path, write: Callable[[Path, Path], float], script: Modu
 
 @contextmanager
 def limited(program: str, folder: Path) -> Iterator[float]:
-    """Within, a program reads the checkpoint in a folder, for the yielded number of seconds at most; raises InputError
-    if it hangs."""
+    """Within, a program reads the checkpoint in a folder, for the yielded seconds at most; InputError if it hangs."""
     seconds = LIMIT * (1 + sum(path.stat().st_size for path in folder.iterdir()) / 2**30)
     try:
         yield seconds

@@ -39,8 +39,6 @@ FREE = 2 * 2**30
 
 @dataclass(frozen=True)
 class Checkup:
-    """One thing that was looked at."""
-
     name: str
     found: str
     """What is there; empty if it is missing or does not do."""

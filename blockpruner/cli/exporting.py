@@ -35,8 +35,7 @@ BASE = re.compile(r"^`(.+?)` ", re.MULTILINE)
 
 
 def export(folder: Path, place: Place) -> dict[str, Any]:
-    """Write the place's formats at FOLDER-FORMAT; raises InputError if the folder is no checkpoint as it was verified,
-    a format cannot hold it, or a place is not empty."""
+    """Write the place's formats at FOLDER-FORMAT, of a checkpoint as it was verified."""
     plan = read_plan(folder)[1]
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is no hf checkpoint; give the one that it was made of", rule="no-format")

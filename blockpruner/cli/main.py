@@ -280,19 +280,21 @@ def push(
 ) -> None:
     """Upload a checkpoint to the Hugging Face hub, if it is unchanged since it was verified."""
     from blockpruner.checkpoints import hub
-    from blockpruner.cli import pushing as work
+    from blockpruner.reporting.formats import size
 
     folder = checkpoint.expanduser().absolute()
-    licence = work.base_licence(folder, cache.expanduser().absolute())
+    licence = hub.base_licence(folder, cache.expanduser().absolute())
     sizes = {name: (folder / name).stat().st_size for name in hub.files_to_push(folder, licence)}
     found = {"repo": repo, "private": private, "files": sizes}
+    words = f"to the {'private' if private else 'public'} repository {repo}: {size(sum(sizes.values()))}"
+    words = "\n".join([words, *(f"  {name}  {size(count)}" for name, count in sizes.items())])
     if dry_run:
-        _tell(found, work.words(found), as_json)
+        _tell(found, words, as_json)
         return
     if not yes:
         if not sys.stdin.isatty():
             raise InputError(f"nothing was uploaded to {repo!r}: there is no terminal to ask on; give --yes")
-        print(work.words(found), file=sys.stderr)
+        print(words, file=sys.stderr)
         typer.confirm("Upload this?", abort=True, err=True)
     address = hub.push(folder, repo, private, licence, folder.name)
     _tell({**found, "commit": address}, address, as_json)

@@ -12,10 +12,10 @@ from blockpruner.core.plan import Plan
 from blockpruner.evaluation.kinds import in_words
 from blockpruner.methods.healed import HEALED_FILE
 from blockpruner.methods.registry import KINDS
-from blockpruner.reporting.figures import removed_map
 from blockpruner.reporting.findings import UNLIKE, Finding, Level
 from blockpruner.reporting.formats import number, parameters, percent, size, times
 from blockpruner.reporting.pages import Facts, Findings, Page, Section, to_html
+from blockpruner.reporting.plots import removed_map
 from blockpruner.reporting.report import INTRO, starts
 from blockpruner.reporting.table import Column, Number, Table
 from blockpruner.store.files import read_json, write_text

@@ -4,8 +4,6 @@ Decides where things are kept, and that a folder which holds something else is n
 something must be computed.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -207,13 +205,13 @@ class Place:
             {**facts, "method": method, "base": base, "rows": digests, "budget": budget, "version": version}
         )
 
-    def _healed(self, run: Run, dense: Path, plan: Plan, rows: pipeline.Rows, folders: Sequence[Path]) -> Pruning:
+    def _healed(self, run: Run, dense: Path, plan: Plan, rows: pipeline.Rows, folders: Sequence[Path]) -> "Pruning":
         from blockpruner.methods.healed import find_healed
 
         pruning = self._pruning(run, dense, plan, rows.search)
         return replace(pruning, healed=find_healed(folders, pruning.identity))
 
-    def _train(self, wanted: Train, pruning: Pruning, rows: pipeline.Rows) -> Path:
+    def _train(self, wanted: Train, pruning: "Pruning", rows: pipeline.Rows) -> Path:
         """The folder of trained weights; a killed training continues."""
         from blockpruner.methods.healed import TRAIN_FACTS
 
@@ -251,7 +249,6 @@ class Place:
         return read_settings(Runtime, {"device": self.device, **self.runtime}, section="runtime.")
 
     def apply(self, run: Run, path: Path, out: Path) -> dict[str, Any]:
-        """Export the model of a plan's file."""
         file, plan = read_plan(path)
         if not KINDS[plan.kind].is_part:
             words = f"of a model with other weights (method: {plan.method}), which a plan does not hold"
@@ -325,7 +322,7 @@ class Place:
         except HubError as error:
             raise InputError(f"there is no folder {run.model.title!r} here, and {error}") from error
 
-    def _pruning(self, run: Run, dense: Path, plan: Plan, rows: CalibrationSet) -> Pruning:
+    def _pruning(self, run: Run, dense: Path, plan: Plan, rows: CalibrationSet) -> "Pruning":
         from blockpruner.methods.apply import Pruning  # loads torch
 
         require_unchanged(dense)
@@ -334,7 +331,7 @@ class Place:
     def _places(self, run: Run, out: Path) -> dict[str, Path]:
         return {form: out if form == "hf" else out.with_name(f"{out.name}-{form}") for form in run.export}
 
-    def _export(self, run: Run, pruning: Pruning, out: Path) -> dict[str, Any]:
+    def _export(self, run: Run, pruning: "Pruning", out: Path) -> dict[str, Any]:
         words, places = "" if pruning.healed is None else pruning.healed.words, self._places(run, out)
         files = {form: [places[form] / f"model-{name}.gguf" for name in more] for form, more in self._asked.items()}
         missing = {form: place for form, place in places.items() if not _is_there(place, pruning.plan, words)}

@@ -93,7 +93,6 @@ class Compared:
     tokens_per_second: float | None = None
     answer: str | None = None
     perplexity: float | None = None
-    """The perplexity of the held-out rows."""
     relative: float | None = None
     """The perplexity, times that of the first checkpoint; as is the next, None for that one itself."""
     interval: tuple[float, float] | None = None
@@ -126,8 +125,7 @@ def rows_of(folders: Sequence[Path], wanted: Perplexity) -> HeldOut:
 def compared(
     folders: Sequence[Path], prompt: str | None, limit: int, heldout: Perplexity | None, device: str
 ) -> list[Compared]:
-    """Checkpoints compared, also by the perplexity of `heldout` if it is given; raises InputError as `rows_of`. One
-    model at a time is in memory."""
+    """Checkpoints compared, one model at a time in memory; raises InputError as `rows_of`."""
     rows = None if heldout is None else rows_of(folders, heldout)
     found: list[Compared] = []
     first: Sequence[float] = ()
@@ -157,8 +155,7 @@ def compared(
 
 
 def scored(folder: Path, wanted: ZeroShot, cache: Path, device: str, note: Callable[[str], object]) -> dict[str, Any]:
-    """A checkpoint's scores by task, with the keys that lm-eval's command prints; raises InputError if a task is
-    unknown, lm-eval is not installed, or the items are out of reach."""
+    """A checkpoint's scores by task, with the keys that lm-eval's command prints."""
     check_tasks(wanted)
     from blockpruner.evaluation.zero_shot import evaluate  # lm-eval takes seconds to import
 

@@ -98,12 +98,7 @@ def _set(text: str) -> dict[str, Any]:
 
 
 def called(message: str, key: str, options: Collection[str]) -> str:
-    """A message, and what this command calls the settings keys in it.
-
-    Args:
-        key: what the error itself names.
-        options: those of the command.
-    """
+    """A message, and what a command with these options calls the settings keys in it, and the error's own `key`."""
     keys = [key, *KEY.findall(message)]
     found = []
     for each in dict.fromkeys(TAGS.sub("", one) for one in keys):

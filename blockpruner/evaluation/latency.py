@@ -83,18 +83,14 @@ def measure_latency(
     timed: Latency,
     advance: Callable[[int, int, str], object] = lambda done, total, detail: None,
 ) -> dict[str, Any]:
-    """Time generation with and without blocks; each of the three models warms up once.
-
-    Args:
-        model: dense; restored to the bit.
-        advance: called with (generations done, generations in all, which), warm-up included.
+    """Time generation of a dense model, which is restored to the bit, with and without blocks; each of the three models
+    warms up once. `advance` is called with (generations done, generations in all, which), warm-up included.
 
     Returns:
         total: nanoseconds of one generation of the dense model.
         mha, mlp: nanoseconds of one block; 0 where its absence saved no time.
         scale: the factor in both that keeps the sum of all blocks below the total.
         seconds: the medians behind these numbers.
-        The other keys describe what was timed, and where.
     """
     blocks = all_blocks(len(decoder_layers(model)))
     masks = {"dense": DENSE} | {

@@ -38,8 +38,6 @@ Packed = tuple[Sequence[tuple[int, ...]], Sequence[str], int]
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What a model is measured on."""
-
     rows: tuple[tuple[int, ...], ...]
     """Token ids."""
     documents: tuple[str, ...]
@@ -55,8 +53,6 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class HeldOutPerplexity:
-    """The perplexity of a model on held-out rows."""
-
     perplexity: float
     """exp(nll)."""
     nll: float
@@ -151,12 +147,8 @@ def measure_perplexity(
 
     Log-softmax in float32 or wider, sums in float64. The head runs over chunks of tokens: the logits [T, V] of a row
     never fill the memory. Raises NonFiniteLossError that names the row whose loss is NaN or infinite, and
-    DeviceMemoryError where a row does not fit.
-
-    Args:
-        rows: token ids, each row at least two.
-        advance: called with (rows done, rows in all).
-        batch: how many rows of one length are computed at once; in 16 bits it moves the last digits.
+    DeviceMemoryError where a row does not fit. `batch` rows of one length are computed at once; in 16 bits it moves the
+    last digits. `advance` is called with (rows done, rows in all).
     """
     decoder, head, place = model.get_decoder(), head_of(model), model.get_output_embeddings().weight.device
     room = None if place.type == "cpu" else room_beside(model, place)

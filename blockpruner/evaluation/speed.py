@@ -29,14 +29,11 @@ class Timing:
 
 @dataclass(frozen=True)
 class MeasuredSpeed:
-    """One model's speed and memory."""
-
     prefill_seconds: Timing
     """The prompt's forward pass and the first new token."""
     decode_seconds: Timing
     """The other new_tokens - 1."""
     generation_seconds: Timing
-    """Both."""
     prefill_tokens_per_second: float
     """Over the whole batch, from the median, as is the next one."""
     decode_tokens_per_second: float

@@ -5,8 +5,6 @@ or made in memory of the dense one, a plan and healed weights. A stored result i
 loaded only if a result is missing. Every result is stored at once.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -15,7 +13,7 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 import torch
@@ -63,13 +61,13 @@ class Checkpoint:
     """Whether the run file trusts the code of the dense model's repository."""
     dense: Path | None = None
     """The dense model's directory, for an export. Of its code, only ours is run."""
-    beside: Checkpoint | None = None
+    beside: "Checkpoint | None" = None
     """Another one, of whose model it takes the tensors that are equal to its own (`load_model`)."""
 
-    def on(self, device: str) -> Checkpoint:
+    def on(self, device: str) -> Self:
         return replace(self, device=device)
 
-    def export(self, directory: Path) -> Checkpoint:
+    def export(self, directory: Path) -> Self:
         """One of our own verified exports of this dense model."""
         return replace(self, directory=directory, dense=self.directory)
 
@@ -101,9 +99,8 @@ class InMemory:
     rows: CalibrationSet
     """The rows that the plan's kind may compute weights from."""
     healed: Healed | None = None
-    """The weights to put into it."""
 
-    def on(self, device: str) -> InMemory:
+    def on(self, device: str) -> Self:
         return replace(self, dense=self.dense.on(device))
 
     @cached_property
@@ -119,7 +116,6 @@ class InMemory:
 
     @cached_property
     def key(self) -> dict[str, Any]:
-        """What identifies the model in the keys of its results."""
         facts = model_facts(self.plan, self.rows.digest)
         return self.dense.key | {"pruned": facts | ({"healed": self.healed.digest} if self.healed else {})}
 
@@ -140,7 +136,6 @@ class Evaluation:
     """What its progress counts, for instance "rows"."""
     compute: Callable[[Advance], Stored]
     summary: Callable[[Mapping[str, Any]], str]
-    """One line about a value."""
 
 
 @dataclass(frozen=True)
@@ -197,14 +192,12 @@ def benchmark(
     Args:
         subject: `dense` itself, one of our own verified exports, or a model that was never written.
         sources: holds perplexity.parquet and tasks/, as the fetch stage wrote them.
-        store: the folder of the results store.
-        plan: the plan of the subject; None for the dense model.
+        plan: that of the subject; None for the dense model.
         search: what the search of the plan took: seconds, trials_asked, trials_computed; None where it is not known.
         processes: how many of this machine share out the results, all but speed.
 
     Returns:
         results.json has these keys:
-        parameters, weight_bytes.
         perplexity: with the NLL of each row.
         tasks: the scores of each task; value and stderr are those of its main metric.
         average: mean of the main metrics, SE = sqrt(sum SE_t^2) / tasks.
@@ -214,7 +207,6 @@ def benchmark(
         speed.json has what no two runs agree on:
         speed: pruned (unless the subject is the dense model) and dense; null where it is not wanted.
         made: where and when each result was computed, as from `provenance.made`.
-        search: as given.
     """
     tasks = settings.zero_shot.tasks
     if not tasks:
@@ -366,12 +358,12 @@ def speed_of(model: Evaluated, dense: Checkpoint, settings: Speed, identity: Map
         "threads": torch.get_num_threads(),
         "versions": {package: version(package) for package in ("torch", "transformers")},
     }
-    return Evaluation("speed", model, {**identity, **key}, "generations", compute, _speed_summary)
 
+    def summary(value: Mapping[str, Any]) -> str:
+        rates = (f"{side} {found['decode_tokens_per_second']:.1f}" for side, found in value.items())
+        return f"tokens/s: {', '.join(rates)}"
 
-def _speed_summary(value: Mapping[str, Any]) -> str:
-    rates = ", ".join(f"{side} {found['decode_tokens_per_second']:.1f}" for side, found in value.items())
-    return f"tokens/s: {rates}"
+    return Evaluation("speed", model, {**identity, **key}, "generations", compute, summary)
 
 
 def _average(scores: list[dict[str, Any]]) -> dict[str, float | None]:

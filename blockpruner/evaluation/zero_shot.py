@@ -13,7 +13,7 @@ to the item. Loglikelihoods agree up to rounding: another batch size or device m
 
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import partial
@@ -48,8 +48,6 @@ REPORTED = 4
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One task's results."""
-
     task: str
     scores: dict[str, float | None]
     """lm-eval's metrics over all items, each with its standard error <metric>_stderr: null for a single item and for a
@@ -72,7 +70,6 @@ def evaluate(
 
     Args:
         task_dir: holds <task>/<task>.yaml.
-        batch_size: requests at once.
         advance: called with (requests done, requests in all). An item has a request for each choice.
         bos: whether texts get the special tokens that the tokenizer adds.
     """
@@ -130,7 +127,8 @@ class _Harness(HFLM):  # type: ignore[misc]
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
         self._total = len(requests)
-        self._require_embedded(given + rest for _, given, rest in requests)
+        texts = (given + rest for _, given, rest in requests)
+        require_embedded(texts, self.tokenizer, self.model.config.to_dict())
         whole, found = super()._loglikelihood_tokens, list[Any]()
         ordered = sorted(range(len(requests)), key=lambda n: -len(requests[n][1]) - len(requests[n][2]))
 
@@ -146,7 +144,7 @@ class _Harness(HFLM):  # type: ignore[misc]
     ) -> Any:
         rows: list[Any] = []
         whole = super()._model_generate
-        self._require_embedded(context.tolist())
+        require_embedded(context.tolist(), self.tokenizer, self.model.config.to_dict())
 
         def generate(part: slice) -> None:
             rows.extend(whole(context[part], max_length, stop, attention_mask=attention_mask[part], **kwargs))
@@ -164,9 +162,6 @@ class _Harness(HFLM):  # type: ignore[misc]
                 self._advance(self._done, self._total)
             else:
                 self._rows = -(-self._rows // 2)
-
-    def _require_embedded(self, rows: Iterable[Sequence[int]]) -> None:
-        require_embedded(rows, self.tokenizer, self.model.config.to_dict())
 
 
 def _load(task: str, task_dir: Path) -> Any:

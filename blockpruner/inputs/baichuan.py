@@ -50,7 +50,6 @@ def convert_(directory: Path) -> None:
 
 
 def converted_config(config: Config) -> dict[str, Any]:
-    """config.json of the converted checkpoint."""
     if "max_position_embeddings" in config:
         rotary = {"rope_type": "default", "rope_theta": 10000.0}
         new: Config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rope_parameters": rotary}

@@ -4,8 +4,6 @@ Decides sampling, packing, which tokens are scored and the set's digest. Where t
 begins in one, is decided in `texts`. What is evaluated is decided in `evaluation`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random
@@ -16,7 +14,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -57,7 +55,6 @@ class CalibrationSet:
 
     @property
     def row_keys(self) -> tuple[str, ...]:
-        """A digest of each row's content."""
         return tuple(hashlib.sha256(np.array(row, dtype="<i4").tobytes()).hexdigest()[:16] for row in self.rows)
 
     @property
@@ -74,7 +71,7 @@ class CalibrationSet:
         write_table(path, table, facts | {"kinds": json.dumps(self.kinds)})
 
     @classmethod
-    def load(cls, path: Path) -> CalibrationSet:
+    def load(cls, path: Path) -> Self:
         table, facts = read_table(path, CALIBRATION)
         rows = tuple(map(tuple, table.column("input_ids").to_pylist()))
         try:
@@ -105,7 +102,6 @@ def draw(
             (`datasets.train_test_split`); the samples are a `random.sample` of the first half.
         key: what asks for so many in the run file, for the message.
         reserved: texts that are passed over. They are left out after the order of "all" is drawn, which stays the same.
-        note: receives which kinds ran out.
     """
     pool = list(texts)
     if split == "paper":
@@ -284,9 +280,7 @@ def draw_rows(
 
     Args:
         evaluated: texts on which models are evaluated; samples that share a paragraph with one are not drawn.
-        note: receives what was left out.
         at_most: fewer than `wanted.num_rows` will do.
-        reserved: texts that are passed over, as in `draw`.
     """
     pool = without_evaluated(texts, evaluated, "calibration", note)
     if wanted.score == "response" and pool and all(response_start(text) is None for text in pool):
@@ -329,10 +323,6 @@ def fill_rows(
     texts are fewer rows, unless that will do (`at_most`).
 
     The texts of each kind of a mix are joined by themselves, and of the rows every part has the kinds by their shares.
-
-    Args:
-        key: what asks for so many in the run file, for the message.
-        reserved, note: as in `draw`.
     """
     samples, dropped = by_kind(draw(pool, None, wanted.split, wanted.seed, reserved=reserved)), 0
     parts = dict[TextKind | None, Sequence[tuple[int, ...]]]()

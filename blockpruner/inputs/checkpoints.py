@@ -158,8 +158,7 @@ def copy_files(source: Path, target: Path, patterns: Sequence[str]) -> None:
 
 
 def drop_code_(directory: Path, own: str | None = None) -> None:
-    """Remove all code from a checkpoint directory that is being made, and what asks for it (`auto_map`), except the
-    file `own`."""
+    """Remove all code, and what asks for it (`auto_map`), from a directory in the making, except the file `own`."""
     assert TEMPORARY.fullmatch(directory.name), f"{directory} may hold files of a user"
     for path in directory.glob("*.py"):
         if path.name != own:
@@ -299,8 +298,7 @@ def _download(model: HubModel) -> Path:
 
 
 def _convert_gguf(content: bytes, dtype: str, directory: Path) -> dict[str, Any]:
-    """De-quantize a GGUF file into a plain checkpoint, and return what it says about its licence; raises InputError for
-    content that is no GGUF file, or one that transformers cannot read."""
+    """De-quantize a GGUF file into a plain checkpoint, and return what it says about its licence."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,8 +1,6 @@
 """The section `calibration`: the token rows on which blocks are scored."""
 
-from __future__ import annotations
-
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -37,7 +35,7 @@ class Calibration(Frozen):
     seed: int = 42
 
     @model_validator(mode="after")
-    def _fits_the_data(self) -> Calibration:
+    def _fits_the_data(self) -> Self:
         if isinstance(self.data, MixedTexts) and self.split == "paper":
             raise ValueError(
                 "split: paper draws from a tenth of one source, and data is a mix, whose kinds are drawn by their "

@@ -3,8 +3,6 @@
 Decides how each format becomes texts. How files get here is decided in `packages` and `hub`.
 """
 
-from __future__ import annotations
-
 import gzip
 import io
 import json
@@ -12,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -48,8 +46,6 @@ def response_start(text: str) -> int | None:
 
 
 class TextKind(NamedTuple):
-    """A kind of text in a mix."""
-
     name: str
     share: float
     """How much is drawn of it, relative to the shares of the others."""
@@ -60,7 +56,7 @@ class MixedText(str):
 
     kind: TextKind
 
-    def __new__(cls, text: str, kind: TextKind) -> MixedText:
+    def __new__(cls, text: str, kind: TextKind) -> Self:
         found = super().__new__(cls, text)
         found.kind = kind
         return found

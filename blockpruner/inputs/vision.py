@@ -3,8 +3,6 @@
 Decides what the config and the weights of the text model are, so that it is a plain model of a family of ours.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +68,7 @@ def take_text_(directory: Path) -> bool:
     if HEAD not in names:
         config["tie_word_embeddings"] = True
 
-    def change(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    def change(name: str, tensor: "Tensor") -> "dict[str, Tensor]":
         new = _name(name)
         return {} if new is None or (new == HEAD and config["tie_word_embeddings"]) else {new: tensor}
 

@@ -62,8 +62,7 @@ class Finding:
 
 
 def warnings(options: Sequence[PrunedOption], traces: Sequence[PrunedOption]) -> list[Finding]:
-    """Find the signs of failed pruning among pruned models; `traces` are those that are pruned the most, one for each
-    removal sequence."""
+    """Find the signs of failed pruning; `traces` are the models that are pruned the most, one a removal sequence."""
     found = [_jump(trace, options) for trace in traces]
     for is_shown, tell in ((is_broken, _broken), (is_mismatch, _mismatch), (_unlike, _uneven), (is_slow, _slow)):
         if shown := [option for option in options if is_shown(option)]:

@@ -30,8 +30,6 @@ class Findings:
 
 @dataclass(frozen=True)
 class Facts:
-    """Names, each with a text."""
-
     kind: ClassVar = "facts"
     title: str
     of: tuple[tuple[str, str], ...]

@@ -6,10 +6,12 @@ Decides colours and scales. The same figure gives the same bytes every time.
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
-from blockpruner.core.blocks import BlockId, BlockKind, Mask
+from blockpruner.core.blocks import BlockId, BlockKind, Mask, parse_mask
 from blockpruner.core.errors import extra
+from blockpruner.core.plan import Plan
 
 with extra("report"):
     import matplotlib
@@ -57,8 +59,6 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure as bytes."""
-
     kind: ClassVar = "plot"
     name: str
     """The name of its files."""
@@ -98,8 +98,23 @@ def scale_(axes: Axes, values: Sequence[float]) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def block_map(figure: Figure, layers: int, gone: Mapping[BlockId, float], removals: Sequence[Mask]) -> None:
+def removed_map(name: str, plan: Plan) -> Plot:
+    """Draw how much of each block a plan removes, with the removals in order where they have one."""
+    order = [parse_mask(unit) for unit in plan.order] if plan.nested else []
+    how = "The numbers are those of the removals." if order else "All was chosen together."
+    caption = f"The blocks of {name}: what is filled is gone. {how}"
+    return block_map(f"{name}-map", caption, plan.layers, plan.gone, order)
+
+
+def block_map(
+    name: str, caption: str, layers: int, gone: Mapping[BlockId, float], removals: Sequence[Mask] = ()
+) -> Plot:
     """Draw what share of each block is gone, with the number of the removal that took it where they have an order."""
+    size = (max(10.2, 0.29 * layers + 1.5), 1.45)
+    return render(name, caption, size, partial(_blocks, layers=layers, gone=gone, removals=removals))
+
+
+def _blocks(figure: Figure, layers: int, gone: Mapping[BlockId, float], removals: Sequence[Mask]) -> None:
     axes, kinds = figure.subplots(), list(BlockKind)
     places = {block: i for i, removal in enumerate(removals, 1) for block in removal}
     for block in (BlockId(kind, layer) for kind in kinds for layer in range(layers)):

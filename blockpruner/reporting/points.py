@@ -5,14 +5,13 @@ share removed, through the dense model and all sizes measured of one draw (monot
 itself at other sizes as level.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -65,7 +64,7 @@ class Points:
     """Of these rows."""
 
     @classmethod
-    def read(cls, folder: Path) -> Points:
+    def read(cls, folder: Path) -> Self:
         """Raises InputError if there are none, or the file is damaged."""
         table, about = read_table(folder / FILE, POINTS)
         frame = table.to_pandas()
@@ -73,7 +72,7 @@ class Points:
         return cls(frame[~dense], frame[dense].iloc[0], np.array(json.loads(about["kinds"])), about["digest"])
 
     @classmethod
-    def joined(cls, several: Sequence[Points]) -> Points:
+    def joined(cls, several: Sequence[Self]) -> Self:
         """The points of some experiments of one model; raises InputError if they were measured on other rows."""
         if len({each.digest for each in several}) > 1:
             raise InputError("experiments were measured on different held-out rows; run them again", rule="other-rows")
@@ -104,12 +103,8 @@ class Points:
         return math.exp(np.mean([rises[self.kinds == kind].mean() for kind in self.texts]))
 
     def against(self, a: Floats, b: Floats | None = None, kind: str | None = None) -> Effect:
-        """The perplexity of `b` over that of `a`, or of `a` over the dense model, on the rows of a kind or on all
-        kinds alike; draws and documents are resampled, pairs together.
-
-        Args:
-            a, b: rises [draws, rows] as from `curve`, of the same draws.
-        """
+        """The perplexity of `b` over that of `a` (rises of the same draws, as from `curve`), or of `a` over the dense
+        model, on the rows of a kind or on all kinds alike; draws and documents are resampled, pairs together."""
         rises = a if b is None else b - a
         rises = rises[~np.isnan(rises).any(axis=1)]
         chance = np.random.default_rng(SEED)

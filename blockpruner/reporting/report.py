@@ -1,7 +1,6 @@
 """The report of targets: its parts, their order, and its files.
 
-For each dense model: the verdict and its numbers, what the search saw, how to use the result. Then the evidence of each
-run.
+For each run: the verdict and its numbers, what the search saw, how to use the result. Then its evidence.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,12 +10,11 @@ from blockpruner.checkpoints.registry import EXPORTS, engines_of
 from blockpruner.core.plan import Plan
 from blockpruner.evaluation.samples import PROMPTS
 from blockpruner.methods.registry import KINDS
-from blockpruner.reporting.comparison import Comparison, comparisons
-from blockpruner.reporting.figures import removed_map
 from blockpruner.reporting.findings import recommended, stop, warnings
 from blockpruner.reporting.formats import listed, number, size
 from blockpruner.reporting.inputs import PrunedOption, ReportedRun, read_runs
 from blockpruner.reporting.pages import Block, Facts, Findings, Page, Section, made_line, write_page
+from blockpruner.reporting.plots import removed_map
 from blockpruner.reporting.results import Model, Option, RunLabels
 from blockpruner.reporting.tables import NOT_TIMED, compared, curve_csv, headline, iterations_csv, samples
 from blockpruner.scoring.metrics import METRICS
@@ -37,32 +35,32 @@ def write_report(
     """Write the report of `targets`, with `data` as for `read_runs`, in the place of the folder `out`: all of it, or
     nothing. The CSV files are written even where no plots are wanted."""
     runs = read_runs(targets, labels, data)
-    files = {"curve.csv": curve_csv(comparisons(runs)), "iterations.csv": iterations_csv(runs)}
+    files = {"curve.csv": curve_csv(runs), "iterations.csv": iterations_csv(runs)}
     write_page(out, build_page(title, runs, plots), files)
 
 
 def build_page(title: str, runs: Sequence[ReportedRun], draw: bool) -> Page:
-    sections = [section for found in comparisons(runs) for section in _sections(found, draw)]
+    sections = [section for reported in runs for section in _sections(reported, draw)]
     made = made_line(made for reported in runs for option in reported.options for made in option.model.made)
     return Page(title, INTRO, tuple(sections), made)
 
 
-def _sections(comparison: Comparison, draw: bool) -> list[Section]:
-    """Give the verdict on one dense model, then the evidence of each run."""
-    runs, targets = comparison.runs, comparison.targets
+def _sections(reported: ReportedRun, draw: bool) -> tuple[Section, Section]:
+    """Give the verdict on a run, then its evidence."""
+    dense, targets, labels = reported.dense, reported.targets, reported.labels
     shown = recommended(targets) or targets[0]
-    signs = [finding for reported in runs for finding in warnings(reported.targets, reported.traces)]
+    signs = warnings(targets, reported.traces)
     blocks: tuple[Block, ...] = (
         Findings((stop(targets),)),
-        f"Chosen on {runs[0].labels.calibration}. Judged on {runs[0].labels.heldout}.",
-        compared(comparison),
-        _in_bits(comparison.options[0].model, shown),
+        f"Chosen on {labels.calibration}. Judged on {labels.heldout}.",
+        compared(reported),
+        _in_bits(dense.model, shown),
         *([Findings(tuple(signs))] if signs else []),
         *([removed_map(shown.name, shown.plan)] if draw and shown.plan.gone else []),
-        *samples([comparison.options[0], *targets]),
+        *samples([dense, *targets]),
         *(_use(target, target is not shown) for target in sorted(targets, key=lambda target: target is not shown)),
     )
-    return [Section(runs[0].labels.name, blocks), *(_evidence(reported, shown, draw) for reported in runs)]
+    return Section(labels.name, blocks), _evidence(reported, shown, draw)
 
 
 def _in_bits(dense: Model, shown: PrunedOption) -> str:

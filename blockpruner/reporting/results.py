@@ -4,19 +4,15 @@ Decides how the files of an evaluation become values, for the report of targets 
 `Option` is one model to choose. Signs of failed pruning are found in `findings`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from blockpruner.core.errors import InputError
@@ -29,6 +25,9 @@ from blockpruner.store.files import read_json, read_table
 
 PARTS = ("prefill", "decode", "generation")
 """Parts of a timed generation: the prompt, the other new tokens, both together."""
+
+Items = dict[str, tuple[NDArray[Any], Floats, Floats]]
+"""By task: the items' numbers, their scores in the task's metric, and p of their right answers, NaN without one."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,6 @@ class RunLabels:
 
 @dataclass(frozen=True)
 class Text:
-    """Perplexity on one text."""
-
     perplexity: float
     rows: int
     tokens: int
@@ -81,8 +78,6 @@ class TaskScore(Mean):
 
 @dataclass(frozen=True, eq=False)
 class Timings:
-    """One model's speed in one setting."""
-
     seconds: Mapping[str, tuple[float, ...]]
     """The seconds of each repeat, by part."""
     tokens: Mapping[str, int]
@@ -94,7 +89,7 @@ class Timings:
     """What was timed, and on what, in words."""
 
     @classmethod
-    def of(cls, fields: Mapping[str, Any]) -> Timings:
+    def of(cls, fields: Mapping[str, Any]) -> Self:
         """Read what `evaluation.speed` wrote of one model."""
         prompt, new, batch = fields["prompt_tokens"], fields["new_tokens"], fields["batch"]
         return cls(
@@ -122,14 +117,13 @@ class Race:
     pruned: Timings
 
     @classmethod
-    def of(cls, fields: Mapping[str, Any]) -> Race:
+    def of(cls, fields: Mapping[str, Any]) -> Self:
         """Read what a measurement wrote of both, or of the dense model alone."""
         return cls(Timings.of(fields["dense"]), Timings.of(fields.get("pruned", fields["dense"])))
 
     @cached_property
     def speedups(self) -> Mapping[str, Effect]:
-        """Quotients of the medians, by part; above 1 is faster than dense. An interval is infinite where nothing was
-        timed twice."""
+        """Quotients of the medians, by part; above 1 is faster than dense. Of one repeat an interval is infinite."""
         dense, pruned = self.dense.seconds, self.pruned.seconds
         if len(dense["generation"]) == 1:
             return {part: Effect(dense[part][0] / pruned[part][0], Interval(0, math.inf), 1.0) for part in PARTS}
@@ -157,7 +151,7 @@ class Model:
     """Where and when each of this was computed; empty where it was not recorded."""
 
     @classmethod
-    def of(cls, fields: Mapping[str, Any], items: Items) -> Model:
+    def of(cls, fields: Mapping[str, Any], items: Items) -> Self:
         """Read the facts that an evaluation wrote of one model."""
         scores = {task: values for task, (_, values, _) in items.items()}
         text = fields["perplexity"]
@@ -238,21 +232,14 @@ class Option:
 
     @cached_property
     def heldout(self) -> Effect:
-        """PPL / dense PPL on the held-out text, from paired rows; with fewer than two, its interval is infinite."""
-        dense, own = self.dense.heldout.row_nll, self.model.heldout.row_nll
-        if min(len(dense), len(own)) < 2:
-            return Effect(self.model.perplexity / self.dense.perplexity, Interval(0, math.inf), 1.0)
-        return statistics.perplexity_ratio(dense, own)
+        """PPL / dense PPL on the held-out text, from paired rows."""
+        return statistics.loss(self.dense.heldout.row_nll, self.model.heldout.row_nll)
 
     @cached_property
     def by_kind(self) -> Mapping[str, tuple[float, Effect]]:
         """PPL, and PPL / dense PPL, on each kind of held-out text; empty where it is of one."""
         dense, own = self.dense.heldout, self.model.heldout
         return statistics.losses_by_kind(dense.row_nll, own.row_nll, dense.row_kind)
-
-
-Items = dict[str, tuple[NDArray[Any], Floats, Floats]]
-"""By task: the items' numbers, their scores in the task's metric, and p of their right answers, NaN without one."""
 
 
 def read_results(folder: Path) -> dict[str, Any]:
@@ -263,22 +250,18 @@ def read_results(folder: Path) -> dict[str, Any]:
 def read_items(folders: Sequence[Path], metrics: Mapping[str, str]) -> dict[str, Items]:
     """Read the items of each model, in one order, from folders of evidence; `metrics` names the metric of each task
     that is read. Raises InputError if models were evaluated on different items, or a file is missing or damaged."""
-    tables = []
-    for folder in folders:
-        own = read_table(folder / "items.parquet", ITEMS)[0].drop(["loglikelihoods"])
-        tables.append(own.append_column("model", pa.array([folder.name] * own.num_rows)))
-    table = pa.concat_tables(tables)
-    found: dict[str, Items] = {model: {} for model in pc.unique(table["model"]).to_pylist()}
+    read = (read_table(folder / "items.parquet", ITEMS)[0].drop(["loglikelihoods"]) for folder in folders)
+    tables = {folder.name: table.to_pandas() for folder, table in zip(folders, read, strict=True)}
+    found: dict[str, Items] = {model: {} for model in tables}
+    first, *others = tables
     for task, metric in metrics.items():
-        part = table.filter(pc.equal(table["task"], task)).sort_by([("model", "ascending"), ("item", "ascending")])
-        names, starts = np.unique(part["model"].to_numpy(zero_copy_only=False), return_index=True)
-        items = np.split(part["item"].to_numpy(), starts[1:])
-        values, p_gold = (np.split(part[key].to_numpy().astype(float), starts[1:]) for key in (metric, "p_gold"))
-        rows = dict(zip(names, zip(items, values, p_gold, strict=True), strict=True))
-        for model in found:
-            if model not in rows or not np.array_equal(rows[model][0], items[0]):
-                why = f"{model} and {names[0]} were evaluated on different items of {task}, so they cannot be compared"
+        for model, table in tables.items():
+            own = table[table["task"] == task].sort_values("item")
+            scores, p_gold = own[metric].to_numpy(float), own["p_gold"].to_numpy(float)
+            found[model][task] = own["item"].to_numpy(), scores, p_gold
+        for model in others:
+            if not np.array_equal(found[model][task][0], found[first][task][0]):
+                why = f"{model} and {first} were evaluated on different items of {task}, so they cannot be compared"
                 message = f"{folders[0].parent}: {why}; run `dvc repro` to evaluate both alike"
                 raise InputError(message, rule="different-items")
-            found[model][task] = rows[model]
     return found

@@ -8,8 +8,6 @@ is infinite where there are too few measurements to tell it; nothing then differ
 two raise InputError where these are no pairs, or fewer than two pairs (of each task).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +34,12 @@ ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
+class Interval:
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Mean:
     """A mean with its standard error, which is infinite for a single item."""
 
@@ -51,12 +55,6 @@ class Mean:
     def interval(self) -> Interval:
         """2 standard errors to each side, about 95 % for a normal error."""
         return Interval(self.value - 2 * self.stderr, self.value + 2 * self.stderr)
-
-
-@dataclass(frozen=True)
-class Interval:
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -152,13 +150,16 @@ def perplexity_ratio(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Effect:
     return Effect(math.exp(nats.value), Interval(*np.exp([nats.interval.low, nats.interval.high]).tolist()), nats.p)
 
 
+def loss(a: Sequence[float], b: Sequence[float]) -> Effect:
+    """As `perplexity_ratio`; of a single row with an infinite interval."""
+    return perplexity_ratio(a, b) if len(b) > 1 else Effect(math.exp(b[0] - a[0]), Interval(0, math.inf), 1.0)
+
+
 def losses_by_kind(a: Sequence[float], b: Sequence[float], kinds: Sequence[str]) -> dict[str, tuple[float, Effect]]:
-    """PPL of b on the rows of each kind, and as `perplexity_ratio`; of a single row with an infinite interval."""
+    """PPL of b on the rows of each kind, and its `loss`."""
     found, before = {}, rows_by_kind(a, kinds)
     for kind, rows in rows_by_kind(b, kinds).items():
-        effect = Effect(math.exp(rows[0] - before[kind][0]), Interval(0, math.inf), 1.0)
-        effect = perplexity_ratio(before[kind], rows) if len(rows) > 1 else effect
-        found[kind] = math.exp(math.fsum(rows) / len(rows)), effect
+        found[kind] = math.exp(math.fsum(rows) / len(rows)), loss(before[kind], rows)
     return found
 
 

@@ -4,9 +4,9 @@ Decides how a number and its uncertainty are written. The modules of tables deci
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar
 
 from pandas import DataFrame
 
@@ -14,8 +14,6 @@ from blockpruner.reporting.formats import number
 from blockpruner.reporting.statistics import Effect, Mean
 
 BLANK = "–"
-
-Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -73,13 +71,6 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Field(Column, Generic[Row]):
-    """A column together with what it shows of each row's value."""
-
-    of: Callable[[Row], Cell]
-
-
-@dataclass(frozen=True)
 class Table:
     """A table with a cell for each column in each row. A cell of which nothing is known is None."""
 
@@ -124,21 +115,6 @@ class Table:
 
 PARTS: Mapping[str, str] = {"": "value", "_se": "stderr", "_low": "low", "_high": "high"}
 """What a data frame has of a number, by the end of the column's name."""
-
-
-def table_of(
-    name: str,
-    title: str,
-    fields: Sequence[Field[Row]],
-    rows: Iterable[Row],
-    notes: Sequence[str] = (),
-    strong: Callable[[Row], bool] = lambda row: False,
-) -> Table:
-    """Make a table with one row of cells for each value."""
-    rows = tuple(rows)
-    cells = tuple(tuple(field.of(row) for field in fields) for row in rows)
-    stressed = frozenset(i for i, row in enumerate(rows) if strong(row))
-    return Table(name, title, tuple(fields), cells, tuple(notes), stressed)
 
 
 def to_csv(table: Table | DataFrame) -> str:

@@ -12,13 +12,12 @@ from pandas import DataFrame
 
 from blockpruner.core.blocks import format_mask
 from blockpruner.core.budgets import speedup
-from blockpruner.reporting.comparison import Comparison
 from blockpruner.reporting.findings import paired, paired_confidence, recommended
 from blockpruner.reporting.formats import parameters, percent, size, times
 from blockpruner.reporting.inputs import ReportedRun
 from blockpruner.reporting.results import PARTS, Option
 from blockpruner.reporting.statistics import Effect, Mean
-from blockpruner.reporting.table import Cell, Column, Field, Number, Table, points, score, table_of, to_csv
+from blockpruner.reporting.table import Cell, Column, Number, Table, points, score, to_csv
 
 BETTER, WORSE = "↑", "↓"
 GLOSS = (
@@ -46,14 +45,6 @@ def _timed(of: Callable[[Option], Cell]) -> Callable[[Option], Cell]:
 def _multiple(option: Option, found: Effect) -> Number:
     """Show a multiple of what the dense model has."""
     return Number(found.value, low=found.interval.low, high=found.interval.high) if option.plan else Number(1)
-
-
-def _perplexity_of(option: Option, kind: str) -> Number:
-    return Number(option.by_kind[kind][0])
-
-
-def _of_kind(option: Option, kind: str) -> Number:
-    return _multiple(option, option.by_kind[kind][1])
 
 
 def _speedup(option: Option, part: str = "generation") -> Number:
@@ -92,8 +83,8 @@ def headline(reported: ReportedRun) -> Table:
     add("Held-out perplexity", lambda o: Number(o.model.perplexity))
     add("Held-out perplexity, × dense", lambda o: _multiple(o, o.heldout))
     for kind in reported.dense.by_kind:
-        add(f"Perplexity of {kind}", partial(_perplexity_of, kind=kind))
-        add(f"Perplexity of {kind}, × dense", partial(_of_kind, kind=kind))
+        add(f"Perplexity of {kind}", lambda o, kind=kind: Number(o.by_kind[kind][0]))  # type: ignore[misc]
+        add(f"Perplexity of {kind}, × dense", lambda o, kind=kind: _multiple(o, o.by_kind[kind][1]))  # type: ignore[misc]
     for task, chance in reported.chance.items():
         add(f"{task}, %", partial(accuracy, task=task), chance)
     add("Average, %", accuracy, mean(reported.chance.values()))
@@ -123,27 +114,40 @@ def _saved(option: Option) -> str:
     return f"−{percent(share, 0)}" if share else percent(0, 0)
 
 
-def compared(comparison: Comparison) -> Table:
-    """List all targets of one dense model by size; the recommended one is stressed."""
-    front, best = comparison.front, recommended(comparison.targets)
+def front(found: Sequence[tuple[float, float]]) -> list[int]:
+    """Find the points that no other dominates (Pareto front), by index: in both coordinates less is better."""
+    return [i for i, p in enumerate(found) if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in found)]
+
+
+def best_options(reported: ReportedRun) -> list[Option]:
+    """Find the options that no other betters in held-out perplexity and speed; in size, where nothing is timed."""
+    gains = [option.speedup if reported.dense.timed else option.ratio for option in reported.options]
+    perplexities = [option.model.perplexity for option in reported.options]
+    return [reported.options[i] for i in front([(-x, y) for x, y in zip(gains, perplexities, strict=True)])]
+
+
+def compared(reported: ReportedRun) -> Table:
+    """List all targets by size; the recommended one is stressed."""
+    on_front, best = best_options(reported), recommended(reported.targets)
 
     def confidence(option: Option) -> Cell:
         return points(paired_confidence(option.dense, option.model)) if option.model.p_gold else None
 
-    fields: tuple[Field[Option], ...] = (
-        Field("target", "target", lambda o: o.name),
-        Field("removed", "removed", lambda o: Number(o.ratio, write=percent)),
-        Field("taken_out", "taken out", lambda o: o.taken_out),
-        Field("heldout_ppl", "held-out PPL, × dense", lambda o: _multiple(o, o.heldout)),
-        Field("p_gold", "p of the right answer − dense", confidence),
-        Field("avg", "average − dense", lambda o: points(paired(o.dense, o.model))),
-        Field("generation", "speed, × dense", _timed(_speedup)),
-        Field("kv_cache", "KV cache", _timed(_saved)),
-        Field("front", "front", lambda o: "●" if o in front else ""),
-        Field("method", "method", lambda o: " + ".join((o.method, *o.healing))),
-    )
-    notes = (COMPARISON_LEGEND,)
-    return table_of("targets", "All targets", fields, comparison.targets, notes, lambda option: option is best)
+    fields: Mapping[Column, Callable[[Option], Cell]] = {
+        Column("target", "target"): lambda o: o.name,
+        Column("removed", "removed"): lambda o: Number(o.ratio, write=percent),
+        Column("taken_out", "taken out"): lambda o: o.taken_out,
+        Column("heldout_ppl", "held-out PPL, × dense"): lambda o: _multiple(o, o.heldout),
+        Column("p_gold", "p of the right answer − dense"): confidence,
+        Column("avg", "average − dense"): lambda o: points(paired(o.dense, o.model)),
+        Column("generation", "speed, × dense"): _timed(_speedup),
+        Column("kv_cache", "KV cache"): _timed(_saved),
+        Column("front", "front"): lambda o: "●" if o in on_front else "",
+        Column("method", "method"): lambda o: " + ".join((o.method, *o.healing)),
+    }
+    cells = tuple(tuple(of(target) for of in fields.values()) for target in reported.targets)
+    strong = frozenset(i for i, target in enumerate(reported.targets) if target is best)
+    return Table("targets", "All targets", tuple(fields), cells, (COMPARISON_LEGEND,), strong)
 
 
 def samples(options: Sequence[Option]) -> list[Table]:
@@ -181,19 +185,17 @@ CURVE: Mapping[str, Callable[[Option], object]] = {
 """Columns of curve.csv behind the run and the target."""
 
 
-def curve_csv(found: Sequence[Comparison]) -> str:
-    """Write one row a model at full precision; a dense model has ratio 0 and speed-ups of 1. `front` is 1 where no
-    other model of the same dense one is better in both held-out perplexity and speed (size, where nothing is timed)."""
+def curve_csv(runs: Sequence[ReportedRun]) -> str:
+    """Write one row a model at full precision; a dense model has ratio 0 and speed-ups of 1. `front` is 1 for the
+    `best_options` of a run."""
     rows = [
         {
             "run": reported.run,
             "target": option.name if option.plan else f"{reported.run}-dense",
             **{key: of(option) for key, of in CURVE.items()},
-            "front": int(option.name in fronts),
+            "front": int(option in best_options(reported)),
         }
-        for comparison in found
-        for fronts in [{option.name for option in comparison.front}]
-        for reported in comparison.runs
+        for reported in runs
         for option in reported.options
     ]
     return to_csv(DataFrame(rows, dtype=object))

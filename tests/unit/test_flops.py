@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.flops import Flops
-from benchmarks.shapes import random_rows
+from benchmarks.gpu import Flops
 from blockpruner.core.blocks import parse_mask, removable_units
 from blockpruner.model.models import masked
 from blockpruner.scoring.engine import Engine
@@ -25,7 +24,7 @@ def counted(work):
 def test_a_greedy_iteration_is_torchs_count(base):
     model = tiny_model("llama", LAYERS, torch.float32)
     model.set_attn_implementation("eager")  # whose products the counter sees one by one
-    rows = random_rows(model.config.vocab_size, ROWS, LENGTH)
+    rows = torch.randint(model.config.vocab_size, (ROWS, LENGTH)).tolist()
     removed = parse_mask(base)
     units = [unit for unit in removable_units(LAYERS, "block", "all") if not unit <= removed]
     masks = [removed, *(removed | unit for unit in units)]

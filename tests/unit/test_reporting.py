@@ -22,7 +22,6 @@ from scipy import stats
 from blockpruner.core.blocks import DENSE, Mask, format_mask, parse_mask, removable_units
 from blockpruner.evaluation.store import ITEMS
 from blockpruner.methods.registry import KINDS
-from blockpruner.reporting.comparison import comparisons, front
 from blockpruner.reporting.findings import (
     Finding,
     Level,
@@ -47,7 +46,7 @@ from blockpruner.reporting.report import build_page, write_report
 from blockpruner.reporting.results import RunLabels
 from blockpruner.reporting.statistics import Mean
 from blockpruner.reporting.table import Table
-from blockpruner.reporting.tables import curve_csv, headline, iterations_csv
+from blockpruner.reporting.tables import curve_csv, front, headline, iterations_csv
 from blockpruner.search import iteration
 from blockpruner.search.registry import SEARCHES
 from blockpruner.search.trace import read_trace, save_iterations, trace_directory
@@ -283,7 +282,7 @@ def rows(grid: Table) -> dict[str, dict[str, str]]:
 
 def curve(found: ReportedRun) -> list[str]:
     """Calibration perplexities in curve.csv."""
-    return [row["perplexity_calibration"] for row in csv.DictReader(io.StringIO(curve_csv(comparisons([found]))))]
+    return [row["perplexity_calibration"] for row in csv.DictReader(io.StringIO(curve_csv([found])))]
 
 
 def _json(path: Path) -> Any:
@@ -709,11 +708,9 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return data
 
 
-def test_runs_that_cannot_be_compared_are_kept_apart(several: Path) -> None:
-    names, other = NAMES[:2] + NAMES[4:6], LABELS | {"random": replace(LABEL, heldout="another text")}
-    for chosen, labels, overviews in ((names, LABELS, 1), (names, other, 2), (names[:1], other, 1)):
-        titles = [section.title for section in page_of(*read_runs(chosen, labels, several)).sections]
-        assert titles.count("Tiny") == overviews
+def test_every_run_has_a_verdict_of_its_own(several: Path) -> None:
+    runs = read_runs(NAMES, LABELS, several)
+    assert [section.title for section in page_of(*runs).sections].count("Tiny") == len(runs) == len(SEVERAL)
     assert not re.search(r"\b(nan|None|inf)\b", (several / "report" / "index.html").read_text())
 
 

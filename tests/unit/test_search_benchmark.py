@@ -1,5 +1,6 @@
 """The benchmark of searches without a model: the table against the model, and scores against brute force."""
 
+import json
 from functools import partial
 from itertools import combinations
 
@@ -13,7 +14,6 @@ from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import masked
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.objectives import Objective
-from blockpruner.store.files import write_table
 from blockpruner.store.trials import TrialStore, store_fields
 from tests.tiny import full_nll, tiny_model
 
@@ -38,9 +38,9 @@ def objective(model, rows):
 @pytest.fixture(scope="module")
 def table(model, rows, tmp_path_factory):
     costs = count_parameters(model.config.to_dict())
-    found, blocks = bench.known(objective(model, rows), costs, COUNT, SilentObserver())
+    found, sizes = bench.known(objective(model, rows), costs, COUNT, SilentObserver())
     path = tmp_path_factory.mktemp("table") / "tiny.parquet"
-    write_table(path, bench.tabled(found), bench.described(blocks, costs, rows.kinds))
+    bench.write(path, found, sizes, rows.kinds)
     return bench.Table.read(path)
 
 
@@ -64,7 +64,7 @@ def test_a_search_asks_the_table_and_the_model_for_the_same_masks(name, table, m
         seen.extend(masks)
         return ask(masks, *given, **more)
 
-    answer = bench.last(name, options, table, size, len(rows.rows), noted)
+    answer = bench.of_product(name, options, task, noted)
     assert bench.of_product(name, options, task) == answer
     assert list(task.asked) == list(dict.fromkeys(seen))
 
@@ -89,10 +89,14 @@ def test_no_search_has_more_trials_than_a_task_gives(table):
             assert len(task.asked) <= 9
 
 
-def test_a_search_of_ones_own_file_is_scored(table, tmp_path, monkeypatch):
+def test_a_search_of_ones_own_file_is_scored(table, tmp_path, monkeypatch, capsys):
     share = table.size(table.blocks[0] | table.blocks[1]) / sum(table.sizes.values())
     monkeypatch.setattr(bench, "SHARES", (share,))
     (tmp_path / "mine.py").write_text("def mine(task):\n    return list(task.blocks[:2])\n")
-    lines = list(bench.scored(table, {"mine": bench.named(f"{tmp_path / 'mine.py'}:mine")}))
+    monkeypatch.setattr(bench, "OURS", {})
+    monkeypatch.setattr(bench.Table, "read", lambda path: table)
+    monkeypatch.setattr(bench.sys, "argv", ["", "table", f"{tmp_path / 'mine.py'}:mine"])
+    bench.main()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["trials"] for line in lines] == list(bench.TRIALS)
     assert all(line["over_best"] >= 1 and line["used"] == 0 for line in lines)

@@ -1,7 +1,5 @@
 """What the calibration decides: how many samples, which text, which rows, and chance."""
 
-from __future__ import annotations
-
 import math
 from itertools import product
 

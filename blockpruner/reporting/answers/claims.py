@@ -3,8 +3,6 @@
 A claim is judged on every kind of text and at every size; Holm's correction covers all that is judged of it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 

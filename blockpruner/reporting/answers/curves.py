@@ -3,15 +3,12 @@
 Decides at which sizes methods are compared.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from functools import partial
 from itertools import product
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from blockpruner.core.blocks import parse_mask
 from blockpruner.methods.recipes import BLOCKPRUNER, RECIPES
@@ -21,10 +18,6 @@ from blockpruner.reporting.paper.tables import interval
 from blockpruner.reporting.plots import MANY_MARKS, REMOVED, Plot
 from blockpruner.reporting.points import Points
 from blockpruner.reporting.table import Table
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 
 PLAIN = "plain"
 SIZES = (0.1, 0.2, 0.3)
@@ -43,6 +36,12 @@ def known(rises: np.ndarray) -> bool:
     return bool(len(rises)) and not np.isnan(rises).any(axis=1).all()
 
 
+def at_size(points: Points, key: str, size: float, **where: object) -> dict[str, float]:
+    """What a method loses at a size, with its interval; nothing where no draw has a model of the size."""
+    rises = points.curve(size, **where)
+    return interval(key, points.against(rises) if known(rises) else None)
+
+
 def sizes(points: Points) -> list[Table]:
     """Perplexity over dense at each size, healed in each way, over all kinds of text alike: of the methods that are
     compared with each other, and of variants of BlockPruner."""
@@ -55,9 +54,9 @@ def sizes(points: Points) -> list[Table]:
             line: dict[str, object] = {"method": title_of(method)}
             line["draws"] = own[own["method"] == method]["seed"].nunique()
             for heal, size in product((heal for heal in HEALS if (own["heal"] == heal).any()), SIZES):
-                rises = points.curve(size, method=method, heal=heal, calibration="")
-                if known(rises):
-                    line |= interval(f"{heal}_{100 * size:.0f}_pct_x", points.against(rises))
+                line |= at_size(
+                    points, f"{heal}_{100 * size:.0f}_pct_x", size, method=method, heal=heal, calibration=""
+                )
             lines.append(line)
         found += [table_of_frame(name, title, pd.DataFrame(lines), SIZES_NOTE)] if lines else []
     return found
@@ -69,8 +68,7 @@ def healing(points: Points, method: str = BLOCKPRUNER) -> Table | None:
     for heal in own["heal"].unique():
         line: dict[str, object] = {"healing": heal, "draws": own["seed"].nunique()}
         for size in SIZES:
-            rises = points.curve(size, method=method, heal=heal, calibration=HEALING)
-            line |= interval(f"{100 * size:.0f}_pct_x", points.against(rises)) if known(rises) else {}
+            line |= at_size(points, f"{100 * size:.0f}_pct_x", size, method=method, heal=heal, calibration=HEALING)
         lines.append(line)
     title = f"{title_of(method)}, healed in each way"
     return table_of_frame("healing", title, pd.DataFrame(lines), SIZES_NOTE) if lines else None
@@ -152,6 +150,5 @@ def blocks(points: Points, method: str = "blockpruner", budget: str = "0.22") ->
     gone = pd.Series([block for plan in own["plan"] for block in parse_mask(plan.replace(" ", ","))]).value_counts()
     shares = {block: count / len(own) for block, count in gone.items()}
     layers = max(block.layer for block in gone.index) + 1
-    draw = partial(plots.block_map, layers=layers, gone=shares, removals=[])
     caption = f"In what share of {len(own)} draws {title_of(method)} removes each block, for a budget of {budget}."
-    return plots.render(f"blocks-{method}", caption, (max(10.2, 0.29 * layers + 1.5), 1.45), draw)
+    return plots.block_map(f"blocks-{method}", caption, layers, shares)

@@ -1,15 +1,14 @@
 """Whether the mask still matters after healing: masks of one size, before and after."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from scipy import stats
 
 from blockpruner.reporting import plots
@@ -20,9 +19,6 @@ from blockpruner.reporting.plots import MARKS, Plot
 from blockpruner.reporting.points import Points
 from blockpruner.reporting.statistics import SEED, Effect, Floats, percentiles, two_sided
 from blockpruner.reporting.table import Table
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -102,8 +98,6 @@ def healed_masks(points: Points) -> Plot | None:
     """Perplexity after healing over that before, of every mask."""
     if not (found := signals(points)):
         return None
-
-    from matplotlib.ticker import LogLocator
 
     def fill(figure: Figure) -> None:
         axes = figure.subplots()

@@ -1,7 +1,5 @@
 """The pages of a study of experiments, made of points alone."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -31,11 +29,8 @@ def of_run(points: Points) -> Iterator[Table | Plot]:
 
 
 def write_answers(out: Path, title: str, runs: Mapping[str, tuple[str, Sequence[str], Points]]) -> None:
-    """Write the tables and figures of a study in the place of `out`, as a whole or not at all.
-
-    Args:
-        runs: by name: what its model is called, what its results hold for, and its points.
-    """
+    """Write the tables and figures of a study in the place of `out`, as a whole or not at all. `runs` are by name: what
+    a run's model is called, what its results hold for, and its points."""
     sections = list[Section]()
     files = {"rows.json": json.dumps({run: points.digest for run, (_, _, points) in runs.items()}, indent=1)}
     for run, (model, conditions, points) in runs.items():

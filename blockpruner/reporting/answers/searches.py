@@ -1,15 +1,12 @@
 """What searches find on the same rows, and where one ends from many starts."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
 import pandas as pd
 
-from blockpruner.reporting.answers.curves import SEARCHED, STARTS, known, title_of
+from blockpruner.reporting.answers.curves import SEARCHED, STARTS, at_size, title_of
 from blockpruner.reporting.paper.frames import table_of_frame
-from blockpruner.reporting.paper.tables import interval
 from blockpruner.reporting.points import Points
 from blockpruner.reporting.table import Table
 
@@ -28,8 +25,8 @@ def searched(points: Points) -> Table | None:
             over = at["search_ppl"].to_numpy() / best.loc[list(zip(at["seed"], at["budget"], strict=True))].to_numpy()
             line[f"trials_{name}"] = at["trials_asked"].mean()
             line[f"over_best_{name}"] = math.exp(np.log(over).mean())
-            rises = points.curve(float(budget), method=method, heal="plain", calibration=SEARCHED)
-            line |= interval(f"at_{name}_x", points.against(rises) if known(rises) else None)
+            where = {"method": method, "heal": "plain", "calibration": SEARCHED}
+            line |= at_size(points, f"at_{name}_x", float(budget), **where)
         lines.append(line)
     return table_of_frame("searches", "Searches on the same rows", pd.DataFrame(lines), SEARCHED_NOTE)
 

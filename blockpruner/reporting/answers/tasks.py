@@ -1,7 +1,5 @@
 """Scores on tasks, each method against BlockPruner."""
 
-from __future__ import annotations
-
 import json
 
 import pandas as pd

@@ -1,4 +1,4 @@
-"""The paper's figures as tables: which models are points of which line. They are drawn by `figures`."""
+"""The paper's figures as tables: which models are points of which line. They are drawn in `page`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,8 +29,6 @@ def _trained(frame: pd.DataFrame) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Curve:
-    """One figure of the paper."""
-
     name: str
     title: str
     methods: tuple[str, ...]

@@ -45,8 +45,6 @@ class Subject:
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """A model that was measured."""
-
     result: Model
     plan: Plan | None
     """None for a dense model."""
@@ -79,28 +77,27 @@ class Row:
 
 
 def read_rows(subjects: Sequence[Subject], asked: Mapping[str, Target], evidence: Path) -> list[Row]:
-    """Read the dense model and all targets of each run, in the order in which they are asked for: by name, with
-    everything that their run decides filled in."""
+    """Read the dense model and all targets of each run; `asked` has all filled in that their run decides."""
     rows: list[Row] = []
     for subject in subjects:
         name = f"{subject.run}-dense"
-        try:
-            dense: Measured | None = _read(evidence / name, None)
-            reason = ""
-        except InputError as error:
-            dense, reason = None, str(error)
+        dense, reason = _measured(evidence / name, None)
         rows.append(Row(name, subject, DENSE, "", "", dense, reason))
         for target, one in ((t, a) for t, a in asked.items() if a.run == subject.run):
             found, why = None, f"its dense model has no results: {reason}"
             if dense is not None:
-                try:
-                    found, why = _read(evidence / target, evidence / name), ""
-                except InputError as error:
-                    why = str(error)
+                found, why = _measured(evidence / target, evidence / name)
             assert one.method and one.compensate, target
             healing = [*(() if one.compensate == "none" else (one.compensate,)), *(("training",) if one.train else ())]
             rows.append(Row(target, subject, one.method, " + ".join(healing), one.budget, found, why))
     return rows
+
+
+def _measured(folder: Path, dense: Path | None) -> tuple[Measured | None, str]:
+    try:
+        return _read(folder, dense), ""
+    except InputError as error:
+        return None, str(error)
 
 
 def _read(folder: Path, dense: Path | None) -> Measured:

@@ -18,8 +18,6 @@ EXTRAS = tuple(filter(None, PARTS))
 
 @dataclass(frozen=True)
 class Shown:
-    """How a column of numbers is shown."""
-
     title: str
     digits: int = 2
     signed: bool = False

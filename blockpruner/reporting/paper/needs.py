@@ -21,12 +21,8 @@ TOLERANCE = 1.0
 
 
 def items_of(frame: pd.DataFrame, runs: Mapping[str, Run], folder: Path) -> dict[str, tuple[str, pd.DataFrame]]:
-    """Find each table and figure that a study can make: its title, and the models that it shows.
-
-    Args:
-        frame: `tables.models_frame` of the study; a model is taken at its budget.
-        folder: of the paper's numbers.
-    """
+    """Find each table and figure that a study can make: its title, and the models that it shows, each at its budget, of
+    the study's `models_frame`."""
     wanted = frame["budget"].map(lambda text: 100 * read_budget(text)[0] if text and read_budget(text)[1] == "" else 0)
     asked, found = frame.assign(removed_pct=wanted), {}
     for table in TABLES:

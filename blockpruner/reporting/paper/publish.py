@@ -50,8 +50,7 @@ def publish(study: str, root: Path = Path()) -> None:
 
 
 def filled(text: str, folder: Path) -> str:
-    """Fill the marked blocks and numbers of a page from the CSV files of `folder`; raises InputError if one is not
-    there."""
+    """Fill the marked blocks and numbers of a page from the CSV files of `folder`."""
 
     def read(name: str) -> pd.DataFrame:
         path = folder / f"{name}.csv"

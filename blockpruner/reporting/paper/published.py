@@ -30,8 +30,6 @@ MODELS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Published:
-    """One row of a table."""
-
     model: str
     key: str
     """The method: "dense", or one of a `Recipe.published`."""
@@ -45,8 +43,7 @@ class Published:
 
 
 def read_published(folder: Path, name: str) -> list[Published]:
-    """Read the rows of <name>.csv, whose first two columns are the model and the method; raises InputError if it is
-    missing."""
+    """Read the rows of <name>.csv, whose first two columns are the model and the method."""
     path = folder / f"{name}.csv"
     if not path.exists():
         raise InputError(f"{path} does not exist; it belongs to the repository: `git checkout {path}`")

@@ -4,9 +4,6 @@ Decides which models belong in which table, and which row of the paper one is sh
 the nearest ratio within BAND.
 """
 
-from __future__ import annotations
-
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,13 +16,16 @@ from blockpruner.core.blocks import BlockKind
 from blockpruner.core.errors import InputError
 from blockpruner.methods.recipes import BLOCKPRUNER, RECIPES
 from blockpruner.reporting import statistics
-from blockpruner.reporting.comparison import BAND
 from blockpruner.reporting.paper.evidence import FIVE, Measured, Row
 from blockpruner.reporting.paper.frames import table_of_frame
 from blockpruner.reporting.paper.published import DENSE, Published, read_published
 from blockpruner.reporting.results import Model
-from blockpruner.reporting.statistics import Effect, Interval
+from blockpruner.reporting.statistics import Effect
 from blockpruner.reporting.table import Table
+
+BAND = 0.015
+"""Models whose ratios differ by no more than this share of all parameters count as of one size. It is half of a layer
+of a 32-layer model, as near as whole layers come to a budget."""
 
 
 def models_frame(rows: Sequence[Row]) -> pd.DataFrame:
@@ -55,8 +55,8 @@ def _line(row: Row, dense: Measured | None) -> dict[str, Any]:
     if row.subject.labels.wikitext2:
         line["wikitext2_ppl"] = model.perplexity
     line["heldout_ppl"] = model.perplexity
-    line |= interval("heldout_x", _against_dense(model, dense.result) if plan else None)
     before, after = dense.result.heldout, model.heldout
+    line |= interval("heldout_x", statistics.loss(before.row_nll, after.row_nll) if plan else None)
     if plan and (kinds := statistics.losses_by_kind(before.row_nll, after.row_nll, before.row_kind)):
         for kind, (_, effect) in kinds.items():
             line |= interval(f"{kind}_x", effect)
@@ -76,13 +76,6 @@ def _line(row: Row, dense: Measured | None) -> dict[str, Any]:
     return line | {key: value for key, value in found.search.items() if key != "seconds"}
 
 
-def _against_dense(model: Model, dense: Model) -> Effect:
-    if min(len(model.heldout.row_nll), len(dense.heldout.row_nll)) < 2:
-        value = model.perplexity / dense.perplexity
-        return Effect(value, Interval(math.nan, math.nan), math.nan)
-    return statistics.perplexity_ratio(dense.heldout.row_nll, model.heldout.row_nll)
-
-
 def interval(key: str, effect: Effect | None, scale: float = 1.0) -> dict[str, float]:
     """Give a number and the ends of its interval, each in its column; nothing where it was not measured."""
     if effect is None:
@@ -92,24 +85,17 @@ def interval(key: str, effect: Effect | None, scale: float = 1.0) -> dict[str, f
 
 
 def measured(frame: pd.DataFrame) -> pd.DataFrame:
-    """Leave out what was not measured."""
     return frame[frame["reason"].fillna("") == ""] if "heldout_ppl" in frame else frame.iloc[:0]
 
 
-def first_runs(frame: pd.DataFrame) -> pd.DataFrame:
-    """Leave the first run of each method, healing and model; others differ in their calibration: the best is chance."""
-    return frame[frame["run"] == frame.groupby(["model", "recipe", "healing"])["run"].transform("first")]
-
-
 def plain_rows(frame: pd.DataFrame) -> pd.DataFrame:
-    """Leave what is not healed, of first runs."""
-    return first_runs(frame[frame["healing"] == ""])
+    """Leave what is not healed, of the first run of each method and model: the best of several would be chance."""
+    own = frame[frame["healing"] == ""]
+    return own[own["run"] == own.groupby(["model", "recipe"])["run"].transform("first")]
 
 
 @dataclass(frozen=True)
 class PaperTable:
-    """One table of the paper."""
-
     name: str
     title: str
     source: str
