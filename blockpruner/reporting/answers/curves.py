@@ -8,9 +8,9 @@ from itertools import product
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from blockpruner.core.blocks import parse_mask
+from blockpruner.core.errors import extra
 from blockpruner.methods.recipes import BLOCKPRUNER, RECIPES
 from blockpruner.reporting import plots
 from blockpruner.reporting.paper.frames import table_of_frame
@@ -18,6 +18,9 @@ from blockpruner.reporting.paper.tables import interval
 from blockpruner.reporting.plots import MANY_MARKS, REMOVED, Plot
 from blockpruner.reporting.points import Points
 from blockpruner.reporting.table import Table
+
+with extra("report"):
+    from matplotlib.figure import Figure
 
 PLAIN = "plain"
 SIZES = (0.1, 0.2, 0.3)

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 from scipy import stats
 
+from blockpruner.core.errors import extra
 from blockpruner.reporting import plots
 from blockpruner.reporting.answers.curves import CRITICAL, MASKS, PLAIN
 from blockpruner.reporting.paper.frames import table_of_frame
@@ -19,6 +18,10 @@ from blockpruner.reporting.plots import MARKS, Plot
 from blockpruner.reporting.points import Points
 from blockpruner.reporting.statistics import SEED, Effect, Floats, percentiles, two_sided
 from blockpruner.reporting.table import Table
+
+with extra("report"):
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
 
 @dataclass(frozen=True)

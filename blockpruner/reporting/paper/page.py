@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
+from blockpruner.core.errors import extra
 from blockpruner.reporting import plots
 from blockpruner.reporting.pages import Page, Section, made_line, write_page
 from blockpruner.reporting.paper.curves import FIGURES, Curve
@@ -18,6 +17,10 @@ from blockpruner.reporting.paper.published import DENSE
 from blockpruner.reporting.paper.tables import measured, models_frame, paired, paper_tables
 from blockpruner.reporting.plots import MANY_MARKS, Plot
 from blockpruner.reporting.table import Table, to_csv
+
+with extra("report"):
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def study_tables(rows: Sequence[Row], published: Path) -> list[Table]:
