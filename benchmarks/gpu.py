@@ -69,12 +69,12 @@ def random_model(shape: str, dtype: torch.dtype, device: str = "cpu", **changes:
     bound = 0.02 * 3**0.5
     for name, parameter in model.named_parameters():
         parameter.data.fill_(1.0) if "norm" in name else parameter.data.uniform_(-bound, bound)
-    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+    return model.eval().requires_grad_(False)
 
 
 def random_rows(vocabulary: int, rows: int, length: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, vocabulary, (rows, length), generator=generator).tolist()  # type: ignore[no-any-return]
+    return torch.randint(0, vocabulary, (rows, length), generator=generator).tolist()
 
 
 @dataclass(frozen=True)

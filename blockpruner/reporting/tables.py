@@ -75,6 +75,12 @@ def headline(reported: ReportedRun) -> Table:
         found = option.model.tasks[task] if task else option.model.average
         return score(found, mark=_change(paired(option.dense, option.model, task)) if option.plan else "")
 
+    def of_kind(kind: str, option: Option) -> Cell:
+        return Number(option.by_kind[kind][0])
+
+    def of_kind_x(kind: str, option: Option) -> Cell:
+        return _multiple(option, option.by_kind[kind][1])
+
     add("Parameters", lambda o: Number(o.model.parameters, write=parameters))
     add("Parameters removed", lambda o: Number(o.ratio, write=percent))
     add("Taken out", lambda o: o.taken_out)
@@ -83,8 +89,8 @@ def headline(reported: ReportedRun) -> Table:
     add("Held-out perplexity", lambda o: Number(o.model.perplexity))
     add("Held-out perplexity, × dense", lambda o: _multiple(o, o.heldout))
     for kind in reported.dense.by_kind:
-        add(f"Perplexity of {kind}", lambda o, kind=kind: Number(o.by_kind[kind][0]))  # type: ignore[misc]
-        add(f"Perplexity of {kind}, × dense", lambda o, kind=kind: _multiple(o, o.by_kind[kind][1]))  # type: ignore[misc]
+        add(f"Perplexity of {kind}", partial(of_kind, kind))
+        add(f"Perplexity of {kind}, × dense", partial(of_kind_x, kind))
     for task, chance in reported.chance.items():
         add(f"{task}, %", partial(accuracy, task=task), chance)
     add("Average, %", accuracy, mean(reported.chance.values()))
