@@ -132,6 +132,17 @@ def test_a_claim_holds_where_it_holds(tmp_path):
         assert json.loads(kept.read_text()) == {"mine": {"count": count, "rows": {"tiny-seed": found.digest}}}
 
 
+def test_of_one_draw_a_small_difference_decides_nothing():
+    sizes = (0.09, 0.12)
+    for draws, factor, said in ((1, 1.08, "No difference is seen"), (1, 1.12, "Holds"), (2, 1.08, "Holds")):
+        far = math.log(factor)
+        found = points_of(
+            curve("blockpruner", sizes, seeds=range(draws)),
+            curve("greedy-layers", sizes, seeds=range(draws), rise=lambda size, row, draw, far=far: far),
+        )
+        assert claims.claims(found).frame["verdict"].tolist() == [said]
+
+
 def test_the_results_in_docs_are_made_of_the_evidence(tmp_path, monkeypatch):
     """`python -m flows.paper --study seed --tables` changes nothing."""
     monkeypatch.chdir(ROOT)

@@ -508,6 +508,16 @@ def test_a_number_in_a_text_is_that_of_the_only_row_with_these_values(tmp_path):
             publish.filled(text.format(where, ""), tmp_path)
 
 
+def test_a_table_of_a_page_keeps_the_rows_and_columns_that_its_mark_names(tmp_path):
+    (tmp_path / "sizes.csv").write_text("method,healing,draws,x,y\na,plain,2,1.5,3\na,refit,2,1.2,\nb,refit,1,1.4,\n")
+    text = "<!-- table: sizes; healing={}; -healing; -draws -->\n{}<!-- /table -->"
+    refit = "| method | x |\n| --- | ---: |\n| a | 1.20 |\n| b | 1.40 |\n"
+    assert publish.filled(text.format("refit", "old\n"), tmp_path) == text.format("refit", refit)
+    assert "| a | 1.50 | 3.00 |" in publish.filled(text.format("plain|refit", "old\n"), tmp_path)
+    with refused("no-rows"):
+        publish.filled(text.format("none", ""), tmp_path)
+
+
 def test_publish_copies_a_study_and_fills_the_pages(written, monkeypatch, capsys):
     root = written.parents[2]
     (root / "docs").mkdir()

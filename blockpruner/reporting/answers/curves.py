@@ -84,6 +84,9 @@ COMPARED = (
     "slicegpt", "laco", "relative-magnitude", "relative-magnitude-frobenius", "shortgpt", BLOCKPRUNER,
     "greedy-layers", "greedy-shifted", "narrow",
 )  # fmt: skip
+COLOURS = dict(zip(dict.fromkeys((BLOCKPRUNER, *reversed(COMPARED))), MANY_MARKS, strict=False))
+COLOURS |= dict(zip(ALONE[1:], MANY_MARKS[1:], strict=False))
+"""Of a method, in every figure."""
 SIZES_NOTE = (
     "× the dense model, every kind of text alike, at 10, 20 and 30 % of all parameters removed: between the sizes "
     "measured, by monotone cubic curves of each row's loss. Brackets: 95 % over draws and documents together. "
@@ -115,7 +118,10 @@ def quality(points: Points, name: str, methods: Sequence[str]) -> Plot | None:
     heals = list(frame[frame["method"] != BLOCKPRUNER]["heal"].unique())
     if not heals:
         return None
-    marks = dict(zip(methods, MANY_MARKS, strict=False))
+    changing = frame["method"].isin(frame[frame["heal"] != PLAIN]["method"])
+    most = max(
+        points.over(nll - points.dense["nll"]) for nll in frame[changing if changing.any() else slice(None)]["nll"]
+    )
 
     def fill(figure: Figure) -> None:
         for axes, heal in zip(figure.subplots(1, len(heals), squeeze=False, sharey=True)[0], heals, strict=True):
@@ -123,11 +129,10 @@ def quality(points: Points, name: str, methods: Sequence[str]) -> Plot | None:
                 own = own.assign(x=[points.over(nll - points.dense["nll"]) for nll in own["nll"]])
                 line = own.groupby("budget").agg({"ratio": "mean", "x": ["mean", "min", "max"]})
                 line = line.sort_values(("ratio", "mean"))
-                colour, shape = marks[method]
+                colour, shape = COLOURS[method]
                 at = 100 * line["ratio", "mean"]
                 axes.plot(at, line["x", "mean"], color=colour, marker=shape, markersize=4, label=title_of(method))
                 axes.fill_between(at, line["x", "min"], line["x", "max"], color=colour, alpha=0.2, linewidth=0)
-            most = max(points.over(nll - points.dense["nll"]) for nll in frame["nll"])
             plots.scale_(axes, [1.0, most])
             axes.set_ylim(1, min(30, 1.05 * most))
             axes.set_title(heal)
@@ -140,7 +145,10 @@ def quality(points: Points, name: str, methods: Sequence[str]) -> Plot | None:
     return plots.render(name, QUALITY_CAPTION, (4.6 * len(heals) + 2.5, 4.4), fill)
 
 
-QUALITY_CAPTION = "Perplexity on the test texts over the share of parameters removed; bands hold all draws."
+QUALITY_CAPTION = (
+    "Perplexity on the test texts over the share of parameters removed; bands hold all draws. What lies above the "
+    "axes is in the table."
+)
 
 
 def blocks(points: Points, method: str = "blockpruner", budget: str = "0.22") -> Plot | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from scipy import stats
 
 from blockpruner.core.errors import extra
@@ -34,6 +35,8 @@ class Signal:
     before: Floats
     after: Floats
     """Log perplexity over dense, of each mask."""
+    searched: NDArray[np.bool_]
+    """Whether a search found it."""
 
     def of(self, statistic: Callable[[Floats, Floats], float]) -> Effect:
         chance, count = np.random.default_rng(SEED), len(self.before)
@@ -43,6 +46,8 @@ class Signal:
 
 
 MASK_RESAMPLES = 2000
+SEARCHED_MASK = "searched"
+"""So begin the names of masks that a search found."""
 
 
 def slope(before: Floats, after: Floats) -> float:
@@ -64,7 +69,9 @@ def signals(points: Points) -> list[Signal]:
     for heal in (heal for heal in wide.columns if heal != PLAIN):
         pair = wide[[PLAIN, heal]].dropna()
         tokens = re.match(r"(\d+)k", heal)
-        found.append(Signal(heal, float(tokens[1]) if tokens else 0.0, pair[PLAIN].to_numpy(), pair[heal].to_numpy()))
+        logs = pair[PLAIN].to_numpy(), pair[heal].to_numpy()
+        searched = pair.index.str.startswith(SEARCHED_MASK)
+        found.append(Signal(heal, float(tokens[1]) if tokens else 0.0, *logs, searched))
     return sorted(found, key=lambda signal: signal.tokens)
 
 
@@ -106,7 +113,10 @@ def healed_masks(points: Points) -> Plot | None:
         axes = figure.subplots()
         for signal, (colour, shape) in zip(found, MARKS, strict=False):
             x, y = np.exp(signal.before), np.exp(signal.after)
-            axes.plot(x, y, shape, color=colour, markersize=4, alpha=0.8, label=signal.heal)
+            style = {"color": colour, "markersize": 4.5, "alpha": 0.8}
+            axes.plot(x[~signal.searched], y[~signal.searched], shape, **style, label=f"{signal.heal}, random masks")
+            label = f"{signal.heal}, found by a search"
+            axes.plot(x[signal.searched], y[signal.searched], shape, **style, markerfacecolor="none", label=label)
             line = np.polyfit(signal.before, signal.after, 1)
             ends = np.array([signal.before.min(), signal.before.max()])
             axes.plot(np.exp(ends), np.exp(np.polyval(line, ends)), color=colour, linewidth=1)

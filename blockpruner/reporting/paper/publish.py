@@ -3,11 +3,13 @@
 Their tables and figures go to docs/results/. Then, and without a study, every marked block of README.md and docs/*.md
 is filled from docs/results/<name>.csv:
 
-    <!-- table: sizes -->
+    <!-- table: sizes; healing=refit|trained; -draws -->
     ...
     <!-- /table -->
 
-So is a single number, of the only row that has these values:
+keeps the rows with one of these values, and leaves out columns that begin so. Both may be missing.
+
+A single number is filled likewise, of the only row that has these values:
 
     <!-- value: sizes; method=BlockPruner; at_20_x -->1.71<!-- / -->
 """
@@ -15,6 +17,7 @@ So is a single number, of the only row that has these values:
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -28,7 +31,10 @@ PUBLISHED = "published.json"
 """By study: the count of its publications, and by run the digest of its held-out rows."""
 
 VALUE = re.compile(r"<!-- value: (?P<name>[\w-]+); (?P<where>[^>]+) -->.*?<!-- / -->", re.DOTALL)
-BLOCK = re.compile(r"(?P<indent>[ ]*)<!-- table: (?P<name>[\w-]+) -->\n.*?(?P=indent)<!-- /table -->", re.DOTALL)
+BLOCK = re.compile(
+    r"(?P<indent>[ ]*)<!-- table: (?P<name>[\w-]+)(?P<where>(?:; [^;>]+?)*) -->\n.*?(?P=indent)<!-- /table -->",
+    re.DOTALL,
+)
 
 
 def publish(study: str, root: Path = Path()) -> None:
@@ -58,15 +64,28 @@ def filled(text: str, folder: Path) -> str:
             raise InputError(f"a page has a block of table {name!r}, and {path} does not exist")
         return pd.read_csv(path, dtype={"budget": str})
 
+    def chosen(found: re.Match[str], parts: Sequence[str]) -> pd.DataFrame:
+        frame = read(found["name"])
+        for key, values in (part.split("=") for part in parts):
+            frame = frame[frame[key].astype(str).isin(values.split("|"))]
+        return frame
+
     def table(found: re.Match[str]) -> str:
-        lines = to_markdown(table_of_frame("", "", read(found["name"]))).splitlines()
+        parts = found["where"].split("; ")[1:]
+        frame = chosen(found, [part for part in parts if "=" in part]).dropna(axis=1, how="all")
+        left_out = tuple(part.removeprefix("-") for part in parts if "=" not in part)
+        if frame.empty:
+            raise InputError(
+                f"a page has a table without rows: {found['where']!r} in {found['name']}.csv", rule="no-rows"
+            )
+        frame = frame[[name for name in frame if not name.startswith(left_out)]] if left_out else frame
+        lines = to_markdown(table_of_frame("", "", frame)).splitlines()
         head, *_, tail = found[0].splitlines()
         return "\n".join([head, *(found["indent"] + line for line in lines), tail])
 
     def value(found: re.Match[str]) -> str:
-        frame, (*where, column) = read(found["name"]), found["where"].split("; ")
-        for key, wanted in (part.split("=") for part in where):
-            frame = frame[frame[key].astype(str) == wanted]
+        *where, column = found["where"].split("; ")
+        frame = chosen(found, where)
         if len(frame) != 1:
             raise InputError(
                 f"a page has a number of {len(frame)} rows: {found['where']!r} in {found['name']}.csv; name one row",
