@@ -425,8 +425,6 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "one_shot, layers": {"method": "one_shot", "unit": "layer", "metric": "block_influence"},
     "random": {"method": "random"},
     "given": {"method": "given", "options": {"order": ["mha.2", "mlp.1", "mha.0,mlp.0"]}},
-    "swap": {"method": "swap", "options": {"tries": 8}},
-    "swap, race": {"method": "swap", "options": {"tries": 8}, "acceleration": "race"},
     "floating": {"method": "floating", "options": {"tries": 4}},
     "floating, lazy+race": {"method": "floating", "options": {"tries": 4}, "acceleration": "lazy+race"},
 }

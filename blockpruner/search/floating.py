@@ -25,9 +25,8 @@ from blockpruner.scoring.objectives import MaskScore
 from blockpruner.search.greedy import PricedOptions, costs_of, forward
 from blockpruner.search.iteration import Iteration, compared
 from blockpruner.search.problem import Problem
-from blockpruner.search.space import Space, goal_of_problem, nearest, unit_order
+from blockpruner.search.space import Space, by_prediction, goal_of_problem, nearest, unit_order
 from blockpruner.search.surrogate import Surrogate, fit
-from blockpruner.search.swap import by_prediction
 
 SLACK, RECENT = 2.0, 32
 """A move is scored if the surrogate does not call it worse by more than SLACK times its median error of late."""

@@ -17,7 +17,6 @@ from blockpruner.search.greedy import GreedyOptions, greedy
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.one_shot import one_shot
 from blockpruner.search.problem import Problem
-from blockpruner.search.swap import SwapOptions, swap
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Search:
     name: str
     """As in `score.method` of a run file."""
     title: str
-    """As in reports, for instance "swap search"."""
+    """As in reports, for instance "beam search"."""
     run: Callable[[Problem, Any], Iterator[Iteration]]
     """Called with a problem and the search's own options."""
     options: type[Options] = Options
@@ -102,7 +101,6 @@ SEARCHES = Registry(
         Search("greedy", "greedy", greedy, GreedyOptions, asks="units", accelerated=True),
         Search("one_shot", "one-shot", one_shot, asks="units"),
         Search("floating", "floating search", floating, FloatingOptions, nested=False, accelerated=True),
-        Search("swap", "swap search", swap, SwapOptions, nested=False, accelerated=True),
         Search("beam", "beam search", beam, BeamOptions, nested=False),
         Search("genetic", "evolutionary search", genetic, GeneticOptions, nested=False),
         Search("random", "random order", random_order, RandomOptions, asks="nothing"),

@@ -5,7 +5,8 @@ and MLP blocks where it counts a resource. How many units of each class a mask r
 composition, and the composition alone decides whether the mask meets the goal.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+import heapq
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -88,3 +89,48 @@ class Space:
                 if 1 in (restored, added):
                     found.append(Exchange(removed[fewer[0]], restored, kept[more[0]], added))
         return found
+
+
+def by_prediction(mask: Mask, exchanges: list[Exchange], change: Mapping[Mask, float]) -> Iterator[Mask]:
+    """All masks that one exchange leads to, those with the lowest predicted loss first."""
+
+    def of(exchange: Exchange) -> Iterator[tuple[float, Mask]]:
+        back, out = (sorted(units, key=change.__getitem__) for units in (exchange.restorable, exchange.removable))
+        costs = [[change[unit] for unit in units] for units in (back, out)]
+        for predicted, (restored, removed) in cheapest(costs, (exchange.restored, exchange.removed)):
+            fewer = mask - DENSE.union(*(back[i] for i in restored))
+            yield predicted, fewer | DENSE.union(*(out[i] for i in removed))
+
+    for _, other in heapq.merge(*map(of, exchanges), key=lambda found: found[0]):
+        yield other
+
+
+Choice = tuple[tuple[int, ...], ...]
+"""The indices that are chosen from each of several lists."""
+
+
+def cheapest(costs: list[list[float]], sizes: tuple[int, ...]) -> Iterator[tuple[float, Choice]]:
+    """Choose sizes[k] of costs[k], for each k, in all ways, the lowest sum first: yields the sum, and for each list the
+    indices chosen, ascending.
+
+    Each list of costs is ascending. Then any choice is reached from the cheapest one, the first of each list, by moving
+    one index up by one at a time, and no move lowers the sum.
+    """
+    first: Choice = tuple(tuple(range(size)) for size in sizes)
+
+    def total(choice: Choice) -> float:
+        return sum(costs[k][i] for k, indices in enumerate(choice) for i in indices)
+
+    waiting, seen = [(total(first), first)], {first}
+    while waiting:
+        cost, choice = heapq.heappop(waiting)
+        yield cost, choice
+        for k, indices in enumerate(choice):
+            ends = [*indices[1:], len(costs[k])]
+            for place, (i, end) in enumerate(zip(indices, ends, strict=True)):
+                if i + 1 < end:
+                    moved = (*indices[:place], i + 1, *indices[place + 1 :])
+                    following = (*choice[:k], moved, *choice[k + 1 :])
+                    if following not in seen:
+                        seen.add(following)
+                        heapq.heappush(waiting, (total(following), following))

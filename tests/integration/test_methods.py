@@ -29,7 +29,6 @@ METHODS = {
     "one_shot": {"method": "one_shot", "unit": "layer", "metric": "block_influence"},
     "random": {"method": "random"},
     "given": {"method": "given", "options": {"order": ["mha.2", "mlp.1", "mha.0,mlp.0"]}},
-    "swap": {"method": "swap"},
     "beam": {"method": "beam", "options": {"width": 2}},
     "genetic": {"method": "genetic", "options": {"generations": 3, "children": 4, "initial": 4}},
     "floating": {"method": "floating"},
@@ -134,9 +133,9 @@ def test_a_sliced_model_is_benchmarked_as_any_other(project):
     ("method", "scored_for", "budget", "message"),
     [
         ("greedy", "0.2", "0.6", r"scored up to \d+blocks, ratio 0\.\d+, not to budget '0\.6'; run its stage score"),
-        ("swap", "0.2", "0.6", r"has no iteration for budget '0\.6'; run its stage score"),
+        ("floating", "0.2", "0.6", r"has no iteration for budget '0\.6'; run its stage score"),
         ("laco", "0.2", "0.6", r"details\.json does not exist"),
-        ("swap", "0.2", "1.3x", r"'1\.3x' is a speed-up, and the run's scores know no times"),
+        ("floating", "0.2", "1.3x", r"'1\.3x' is a speed-up, and the run's scores know no times"),
         ("given", "3blocks", "3blocks", r"'3blocks' is not in this sequence; nearest: 2blocks, 4blocks"),
     ],
 )
@@ -156,7 +155,7 @@ def test_switching_method_and_metric_and_back_computes_nothing_again(project):
     assert [scored(project, section)["rows_computed"] for section in sections] == [0] * len(sections)
 
 
-@pytest.mark.parametrize("section", [{"options": {"per": "kv"}}, METHODS["swap"], METHODS["laco"]])
+@pytest.mark.parametrize("section", [{"options": {"per": "kv"}}, METHODS["floating"], METHODS["laco"]])
 def test_a_budget_of_the_kv_cache(project, section):
     plan, out = materialized(project, section, "0.25kv")
     assert plan.removes["kv"] == 0.25 and plan.blocks["mha"] == 1
@@ -166,7 +165,7 @@ def test_a_budget_of_the_kv_cache(project, section):
     assert len(cache.layers) == 3
 
 
-@pytest.mark.parametrize("section", [{}, {"options": {"per": "latency"}}, METHODS["swap"]])
+@pytest.mark.parametrize("section", [{}, {"options": {"per": "latency"}}, METHODS["floating"]])
 def test_a_speed_up_is_measured_once(project, monkeypatch, section):
     """The times are made up: that an MHA block is worth two MLP blocks decides what 1.3x means."""
     seconds = {"dense": 1.0, "mha": 1.0 - 2 * 0.1, "mlp": 1.0 - 2 * 0.05}

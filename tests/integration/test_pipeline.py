@@ -232,7 +232,7 @@ def test_a_change_of_settings_starts_what_reads_it(project, first):
     (project / "runs/other.yaml").write_text(run)
     more = yaml.safe_load(params)
     more["runs"].append("other")
-    more["targets"]["more"] = {"run": "other", "budget": "1blocks", "method": "swap"}
+    more["targets"]["more"] = {"run": "other", "budget": "1blocks", "method": "floating"}
     (project / "params.yaml").write_text(yaml.safe_dump(more))
     assert {name.partition("@")[2] for name in stale(project)} == {"other", "more"}
     (project / "params.yaml").write_text(params)

@@ -268,23 +268,25 @@ def run(folder, budget="2blocks", **score):
 
 def test_switching_method_or_metric_and_back_computes_no_trial_again(tmp_path):
     """Six blocks, two removed. A greedy search asks for the dense model, 6 single blocks and 5 pairs with the first."""
-    influence, swap = {"method": "one_shot", "metric": "block_influence"}, {"method": "swap"}
+    influence, beam = (
+        {"method": "one_shot", "metric": "block_influence"},
+        {"method": "beam", "options": {"per": "none"}},
+    )
     assert run(tmp_path) == ({"perplexity": 12}, "mha.0,mha.1")
     # one pass for 6 units; of the dense model and of mlp.2 alone the perplexity is known, of both removed it is not
     assert run(tmp_path, **influence) == ({"block_influence": 6, "perplexity": 1}, "mlp.1,mlp.2")
     assert run(tmp_path, metric="kl") == ({"kl": 12, "perplexity": 1}, "mha.2,mlp.0")
-    # from greedy's mask: 4 probes of three blocks, and of 8 swaps the 4 that keep mha.1 (those that keep mha.0 are
-    # known); the pairs found above are not among them
-    assert run(tmp_path, **swap) == ({"perplexity": 8}, "mha.0,mha.1")
+    # all pairs but that of the two worst; the five with mha.0 are known, and one of those found above
+    assert run(tmp_path, **beam) == ({"perplexity": 8}, "mha.0,mha.1")
     assert run(tmp_path) == ({}, "mha.0,mha.1")
-    # and further on: the third step's candidates are the probes of the swap search
-    assert run(tmp_path, budget="3blocks") == ({}, "mha.0,mha.1,mha.2")
+    # and further on: the third step's candidates
+    assert run(tmp_path, budget="3blocks") == ({"perplexity": 4}, "mha.0,mha.1,mha.2")
     # one-shot asks for the scores of single blocks, which greedy knows; its masks are greedy's
     assert run(tmp_path, method="one_shot") == ({}, "mha.0,mha.1")
-    # Jensen-Shannon is of its own, and so is an influence within what a first removal leaves
-    assert run(tmp_path, metric="js") == ({"js": 12, "perplexity": 1}, "mlp.0,mlp.1")
+    # Jensen-Shannon is of its own (the beam knows the perplexity), and so is an influence within what is left
+    assert run(tmp_path, metric="js") == ({"js": 12}, "mlp.0,mlp.1")
     assert run(tmp_path, metric="block_influence") == ({"block_influence": 5}, "mlp.1,mlp.2")
-    for again in (influence, {"metric": "kl"}, swap, {"metric": "js"}, {"metric": "block_influence"}, {}):
+    for again in (influence, {"metric": "kl"}, beam, {"metric": "js"}, {"metric": "block_influence"}, {}):
         assert run(tmp_path, **again)[0] == {}
 
 
@@ -292,7 +294,7 @@ def test_switching_method_or_metric_and_back_computes_no_trial_again(tmp_path):
     "score",
     [
         *({"metric": metric} for metric in ("perplexity", "kl", "block_influence")),
-        *({"method": method} for method in ("one_shot", "random", "swap")),
+        *({"method": method} for method in ("one_shot", "random", "floating")),
     ],
     ids=lambda score: " ".join(map(str, score.values())),
 )
@@ -313,12 +315,15 @@ def test_tables_alone_seed_every_store(tmp_path, score):
         ({"method": "mask"}, "mask"),
         ({"metric": "ppl"}, "ppl"),
         ({"method": "random", "metric": "kl"}, "score.metric kl"),
-        ({"method": "swap", "metric": "block_influence"}, "score.metric block_influence"),
+        ({"method": "floating", "metric": "block_influence"}, "score.metric block_influence"),
         ({"metric": "block_influence", "acceleration": "race"}, "score.acceleration race"),
         ({"metric": "block_influence", "options": {"per": "kv"}}, "score.options.per kv"),
         ({"method": "laco", "unit": "layer"}, "score.unit: layer"),
         ({"method": "slicegpt", "acceleration": "race"}, "score.acceleration: race"),
-        *(({"method": "swap", "options": {"tries": tries}}, "score.options.tries") for tries in (-1, "3", True, 3.0)),
+        *(
+            ({"method": "floating", "options": {"tries": tries}}, "score.options.tries")
+            for tries in (0, "3", True, 3.0)
+        ),
         ({"method": "laco", "options": {"variant": "mine"}}, "score.options.variant"),
         ({"method": "slicegpt", "options": {"width": 8}}, "score.options.width"),
         ({"method": "given"}, "score.options.order"),

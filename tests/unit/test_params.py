@@ -56,7 +56,10 @@ def test_the_schema_is_that_of_the_settings():
     [
         ({"model": {"source": "hub", "repo": "a/b"}, "calibraton": {}}, "calibraton"),
         ({"model": {"source": "hub", "rep": "a/b"}}, "not valid under any"),
-        ({"model": {"source": "hub", "repo": "a/b"}, "score": {"method": "swap", "options": {"width": 1}}}, "width"),
+        (
+            {"model": {"source": "hub", "repo": "a/b"}, "score": {"method": "floating", "options": {"width": 1}}},
+            "width",
+        ),
     ],
 )
 def test_the_schema_shows_mistakes(values, words):
@@ -162,7 +165,7 @@ def llama(tmp_path, monkeypatch):
 
 
 def test_targets_may_differ_in_healing_and_method_alone(llama):
-    found = llama(before={}, between={"compensate": "refit"}, after={"train": True}, swap={"method": "swap"})
+    found = llama(before={}, between={"compensate": "refit"}, after={"train": True}, other={"method": "floating"})
     assert found.target("after").train and not found.target("before").train
     with refused("settings") as error:
         llama(after={"train": True}, again={"train": True, "budget": "0.20"})

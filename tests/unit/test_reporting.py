@@ -60,7 +60,7 @@ MHA, MLP, TOTAL = 900_000, 2_700_000, 60_000_000
 CHANCE = {"piqa": 0.5, "winogrande": 0.5, "arc_easy": 0.25}
 TITLE = "A <b>bold</b> | title & more"
 LABEL = RunLabels("Tiny", "tiny 1.0 (float32)", "Alpaca prompts", "Wikipedia", "stock tasks")
-LABELS = dict.fromkeys(("tiny", "shortgpt", "kl", "random", "swap", "slicegpt"), LABEL)
+LABELS = dict.fromkeys(("tiny", "shortgpt", "kl", "random", "floating", "slicegpt"), LABEL)
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,9 @@ def build(data: Path, world: World = World()) -> Path:
                             "perplexity": math.exp(nlls[count])},
         }  # fmt: skip
         used = [row for row in rows if row["iteration"] < count]
-        if world.method == "swap":
+        if world.method == "floating":
             plan |= {"order": [format_mask(masks[count - 1])], "ratios": [plan["ratio"]], "nested": False}
-            used = _swapped(masks, nlls, count)
+            used = _exchanged(masks, nlls, count)
         plan |= _transform(world, plan, count)
         write_sealed_json(data / "compensated" / target / "compensate.json", {"search": "mine"})
         if searched:
@@ -155,7 +155,7 @@ def _told(world: World, row: dict[str, Any]) -> dict[str, Any] | None:
     return row
 
 
-def _swapped(masks: list[Mask], nlls: list[float], count: int) -> list[dict[str, Any]]:
+def _exchanged(masks: list[Mask], nlls: list[float], count: int) -> list[dict[str, Any]]:
     """Two steps to the mask of `count` removals; two others lose, one of them after one row."""
     rows = [_row(0, Mask(), None, nlls[0], False), _row(0, masks[count - 2], None, nlls[count] + 0.2, True)]
     loser = masks[count - 1] ^ masks[0]
@@ -555,15 +555,15 @@ def test_racing_losers_are_in_no_ranking_and_no_curve(tmp_path: Path) -> None:
 
 def test_methods_without_a_sequence(tmp_path: Path) -> None:
     """One mask for each budget; a width, whose calibration perplexity nobody knows."""
-    swap = study(tmp_path / "swap", others("swap", "swap"))
-    assert swap.traces == ()
+    walked = study(tmp_path / "floating", others("floating", "floating"))
+    assert walked.traces == ()
     nlls = (2.5, 2.5 + 0.03 + 0.035 + 0.04, 2.5 + 0.03 + 0.035 + 0.04 + 0.05 + 0.06 + 0.07)
-    assert curve(swap) == [str(math.exp(nll)) for nll in nlls]
-    steps = [row for row in csv.DictReader(io.StringIO(iterations_csv([swap]))) if row["target"] == "swap-a"]
+    assert curve(walked) == [str(math.exp(nll)) for nll in nlls]
+    steps = [row for row in csv.DictReader(io.StringIO(iterations_csv([walked]))) if row["target"] == "floating-a"]
     assert [row["blocks"] for row in steps] == ["0", "2", "3"] and not any(row["put_back"] for row in steps)
-    assert parse_mask(",".join(row["removed"] for row in steps[1:])) == swap.targets[0].plan.mask
+    assert parse_mask(",".join(row["removed"] for row in steps[1:])) == walked.targets[0].plan.mask
     assert np.log([float(row["perplexity"]) for row in steps]) == pytest.approx([nlls[0], nlls[1] + 0.2, nlls[1]])
-    assert [row["ratio"] for row in steps] == ["0.0", "", str(swap.targets[0].ratio)]
+    assert [row["ratio"] for row in steps] == ["0.0", "", str(walked.targets[0].ratio)]
     sliced = study(tmp_path / "slicegpt", others("slicegpt", "slicegpt", heldout_factor=2.5, speedups=(1.0, 1.01)))
     assert curve(sliced) == ["", "", ""]
     taken = list(rows(headline(sliced))["Taken out"].values())
@@ -692,7 +692,7 @@ SEVERAL = (
     replace(World(), speedups=(1.05, 1.12)),
     replace(SHORTGPT, removals=(("shortgpt-a", 2), ("shortgpt-b", 5)), speedups=(1.13, 1.3), accuracy_loss=0.2),
     others("random", "random", speedups=(1.05, 1.14), costs=(0.1, 0.12, 0.14, 0.16, 0.18, 0.2)),
-    others("swap", "swap", speedups=(1.05, 1.1), heldout_factor=1.0),
+    others("floating", "floating", speedups=(1.05, 1.1), heldout_factor=1.0),
     others("slicegpt", "slicegpt", speedups=(0.97, 1.02), heldout_factor=1.7),
 )
 NAMES = [name for world in SEVERAL for name, _ in world.removals]
@@ -725,7 +725,6 @@ def test_every_run_has_a_verdict_of_its_own(several: Path) -> None:
         ("given", {"options": {"order": ("mha.1,mlp.1", "mha.2,mlp.2", "mha.0,mlp.0")}}, "whole layers"),
         ("floating", {"candidates": "mha"}, "MHA blocks"),
         ("floating", {"options": {"tries": 6}}, "blocks"),
-        ("swap", {"options": {"tries": 4}}, "blocks"),
     ],
 )
 def test_the_tables_of_every_search_are_read(tmp_path: Path, method: str, changes: dict[str, Any], unit: str) -> None:

@@ -1,4 +1,4 @@
-"""Floating and swap search against brute force over all masks of small models; losses from a table."""
+"""Floating, beam and genetic search against brute force over all masks of small models; losses from a table."""
 
 import math
 import random
@@ -20,16 +20,15 @@ from blockpruner.search import run
 from blockpruner.search.iteration import stabilities
 from blockpruner.search.problem import Problem
 from blockpruner.search.registry import SEARCHES
-from blockpruner.search.space import Space
+from blockpruner.search.space import Space, by_prediction, cheapest
 from blockpruner.search.surrogate import fit
-from blockpruner.search.swap import by_prediction, cheapest
 from tests.builders import FakeScorer, searched, short_rows
 from tests.tiny import full_nll, tiny_model
 
 ROWS = 8
 SIZES = pytest.mark.parametrize("size", [1.0, 2.016, 3.0])
 """Of an MLP block, an MHA block being 1: any two alike, Llama-2, SmolLM2."""
-NOT_NESTED = pytest.mark.parametrize("method", ["swap", "floating", "beam"])
+NOT_NESTED = pytest.mark.parametrize("method", ["floating", "beam"])
 
 
 class Table(FakeScorer):
@@ -137,7 +136,7 @@ def test_greedy_at_a_price(seed, per):
 
 @pytest.mark.parametrize(
     ("method", "acceleration"),
-    [*product(["greedy", "floating"], ["none", "lazy", "race", "lazy+race"]), ("swap", "none")],
+    product(["greedy", "floating"], ["none", "lazy", "race", "lazy+race"]),
 )
 def test_a_candidate_that_overflows_is_as_if_it_were_none(method, acceleration, monkeypatch):
     """Its losses are infinite wherever it is removed."""
@@ -164,8 +163,6 @@ def test_a_search_for_another_resource(method, budget, wanted):
     costs = table.resources[parse_budget(budget, table.counts).resource]
     answer = table.search(method, budget)[-1].removed
     half = min(n for n in costs.blocks.values() if n) / 2 / costs.total
-    if method == "swap":
-        half *= 2  # within the tolerance of its start, which is within that of the goal
     assert abs(costs.ratio(answer) - wanted) <= half + 1e-12
     if budget == "0.5kv":
         mha = [block for block in costs.blocks if block.kind == "mha"]
@@ -175,35 +172,6 @@ def test_a_search_for_another_resource(method, budget, wanted):
 def ratios(seed, count):
     chance = random.Random(seed)
     return [f"{chance.uniform(0.1, 0.7):.6f}" for _ in range(count)]
-
-
-@SIZES
-@pytest.mark.parametrize("seed", range(4))
-def test_swap_ends_in_a_local_optimum(seed, size):
-    table = Table(seed, size=size)
-    for budget in ratios(seed, 2):
-        trace = table.search("swap", budget, tries=0)
-        _, first = table.greedy(float(budget))
-        centre = table.counts.ratio(first)
-        visited = [first, *(step.removed for step in trace if step.added[step.chosen] is None)]
-        assert visited[-1] == visited[-2]  # a last step that says that nothing helps
-        losses = [table.loss(mask) for mask in visited[:-1]]
-        assert losses == sorted(losses, reverse=True) and len(set(losses)) == len(losses)
-        for before, after in pairwise(visited[:-1]):
-            assert after in table.neighbours(before, centre)
-        around = table.neighbours(visited[-1], centre)
-        assert min(map(table.loss, around), default=math.inf) >= losses[-1]
-
-
-def test_swap_leaves_what_greedy_cannot():
-    """Two blocks that are cheap together only: greedy takes another first, and the swaps find the pair."""
-    table = Table(0, interaction=0.0)
-    a, b, c, *_ = all_blocks(4)
-    special = {frozenset({c}): 0.01, frozenset({a, b}): 0.02, frozenset({a, c}): 0.5}
-    table.rows_of = lambda mask: [special[mask]] * ROWS if mask in special else table.draw(mask)
-    trace = table.search("swap", "2blocks")
-    assert trace[0].removed == {c} and c in trace[1].removed
-    assert trace[-1].removed == {a, b}
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
@@ -287,7 +255,6 @@ class Polynomial(Table):
 SEARCHED = {
     "greedy": ("greedy", {}),
     "greedy, priced": ("greedy", {"per": "parameters"}),
-    "swap": ("swap", {}),
     "floating": ("floating", {}),
     "beam": ("beam", {}),
     "genetic": ("genetic", {}),
@@ -342,17 +309,6 @@ def test_surrogate_goes_through_what_is_known():
     assert fit(table.units, scores)(masks) == pytest.approx(rises, abs=1e-3)
 
 
-@pytest.mark.parametrize("tries", [1, 5, 20])
-def test_swap_gives_up_after_so_many_tries(tries):
-    table = Table(1, layers=8)
-    trace = table.search("swap", "6blocks", tries=tries)
-    assert len(trace) > 6
-    last = [score.mask for score in trace[-1].scores if len(score.mask) == 6]
-    assert len(last) == 1 + tries
-    tried = [score.mask for step in trace[6:] for score in step.scores[1:] if len(score.mask) == 6]
-    assert len(tried) == len(set(tried))  # a mask that did not help once is no try again
-
-
 def test_cheapest_choices_come_first():
     chance = random.Random(0)
     for sizes in [(1, 1), (1, 3), (3, 1), (2, 2), (4, 1)]:
@@ -397,13 +353,12 @@ def test_a_goal_that_no_mask_meets():
     assert format_mask(table.search("floating", budget)[-1].removed) == "mlp.0"
 
 
-@pytest.mark.parametrize(("method", "options"), [("swap", {"tries": 8}), ("floating", {"tries": 8})])
-def test_an_accelerated_search(method, options):
+def test_an_accelerated_search():
     """What races and lazy steps left out is not missed, and nothing is computed twice."""
     table = Table(6, layers=10, interaction=0.1, noise=0.05)
-    trace = table.search(method, "0.3", "lazy+race", **options)
+    trace = table.search("floating", "0.3", "lazy+race", tries=8)
     asked = len(table.asked)
-    exact = table.search(method, "0.3", **options)
+    exact = table.search("floating", "0.3", tries=8)
     assert trace[-1].removed == exact[-1].removed
     assert asked < len(table.asked)
 
@@ -423,14 +378,10 @@ def test_a_budget_that_is_nearest_to_nothing(method):
 def test_whole_layers():
     """Units of two blocks: all of a kind, exchanged whole."""
     table = Table(3, layers=6)
-    assert len(table.search("swap", "6blocks", unit="layer")[-1].removed) == 6
+    assert len(table.search("floating", "6blocks", unit="layer")[-1].removed) == 6
 
 
-@pytest.mark.parametrize(
-    ("method", "options"),
-    [("swap", {"tries": 0}), ("floating", {})],
-)
-def test_on_a_model_against_full_forwards(method, options):
+def test_on_a_model_against_full_forwards():
     """By ratio and by blocks, with the exact engine."""
     model, chance = tiny_model(layers=3), random.Random(0)
     rows = CalibrationSet(tuple(tuple(chance.randrange(1, 257) for _ in range(10)) for _ in range(3)))
@@ -443,7 +394,7 @@ def test_on_a_model_against_full_forwards(method, options):
     masks = [frozenset(m) for n in range(1, 7) for m in combinations(all_blocks(3), n)]
     losses = {mask: loss(mask) for mask in masks}
     half = min(counts.blocks.values()) / 2 / counts.total
-    found = searched(model, rows, ["0.3", "3blocks"], method=method, options=options)
+    found = searched(model, rows, ["0.3", "3blocks"], method="floating")
     for budget, allowed in (
         ("0.3", [m for m in masks if abs(counts.ratio(m) - 0.3) <= half]),
         ("3blocks", [m for m in masks if len(m) == 3]),
@@ -452,7 +403,3 @@ def test_on_a_model_against_full_forwards(method, options):
         assert last.scores[last.chosen].loss == pytest.approx(losses[last.removed], abs=1e-10)
         assert last.nll[last.chosen].loss == pytest.approx(losses[last.removed], abs=1e-10)
         assert last.removed in allowed
-        if budget == "3blocks" and method == "swap":
-            greedy = searched(model, rows, [budget], method="greedy").of(budget)
-            near = [m for m in allowed if len(m - last.removed) == len(last.removed - m) == 1]
-            assert losses[last.removed] == min(losses[m] for m in [last.removed, greedy[-1].removed, *near])

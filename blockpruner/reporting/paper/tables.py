@@ -114,7 +114,7 @@ NINE = {"truthfulqa": "truthfulqa_mc1", "race": "race", "swag": "swag", "openboo
 CURVES = (BLOCKPRUNER, "shortgpt", "relative-magnitude", "relative-magnitude-frobenius")
 MAIN = (
     DENSE, "slicegpt", "laco", "laco-3", "laco-7", "relative-magnitude", "relative-magnitude-frobenius", "shortgpt",
-    "greedy-layers", BLOCKPRUNER, "blockpruner-per-parameter", "swap", "random",
+    "greedy-layers", BLOCKPRUNER, "blockpruner-per-parameter", "random",
 )  # fmt: skip
 TABLES: tuple[PaperTable, ...] = (
     PaperTable(
