@@ -117,7 +117,7 @@ def test_a_claim_holds_where_it_holds(tmp_path):
     page.write_answers(tmp_path / "out", "T", {"tiny-seed": ("Tiny", ["a machine"], found)})
     names = {path.stem for path in (tmp_path / "out/tables").glob("*.csv")}
     assert (
-        names == {f"tiny-{name}" for name in ("claims", "sizes", "variants", "texts")}
+        names == {f"tiny-{name}" for name in ("claims", "sizes", "variants", "texts-10", "texts-20")}
         and (tmp_path / "out/plots/tiny-quality.png").exists()
     )
     whole = (tmp_path / "out/index.html").read_text()

@@ -4,10 +4,10 @@ A claim is judged on every kind of text and at every size; Holm's correction cov
 draw, a difference below `ONE_DRAW` decides nothing.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pandas as pd
 
 from blockpruner.reporting.answers.curves import SIZES, known
@@ -37,6 +37,7 @@ CLAIMS = (
     Claim("Layers shifted by half of one lose less than layers", "greedy-shifted", "greedy-layers"),
     Claim("Blocks lose less than shifted layers", "blockpruner", "greedy-shifted"),
     Claim("Narrower MLPs lose less than blocks", "narrow", "blockpruner"),
+    Claim("Narrower MLPs lose less than layers", "narrow", "greedy-layers"),
     Claim("Narrower MLPs lose less than ShortGPT", "narrow", "shortgpt"),
     Claim("Narrower MLPs lose less than Relative Magnitude, Frobenius", "narrow", "relative-magnitude-frobenius"),
     Claim("MHA alone loses less than MLP alone", "mha-only", "mlp-only"),
@@ -44,7 +45,7 @@ CLAIMS = (
     Claim("Perplexity finds better blocks than Block Influence", "blockpruner", "blockpruner-by-bi"),
     Claim("Perplexity finds better blocks than Relative Magnitude", "blockpruner", "blockpruner-by-rm"),
     Claim(
-        "Perplexity finds better blocks than Relative Magnitude by norms",
+        "Perplexity finds better blocks than Relative Magnitude, Frobenius",
         "blockpruner",
         "blockpruner-by-rm-frobenius",
     ),
@@ -72,20 +73,24 @@ def pair(points: Points, claim: Claim, heal: str, size: float) -> tuple[Floats, 
 
 def cells_of(points: Points, claim: Claim, heal: str) -> Cells:
     """Compare the methods of a claim wherever both were measured."""
-    found = dict[tuple[float, str], Effect]()
+    found, draws = dict[tuple[float, str], Effect](), dict[float, int]()
     for size in SIZES:
         a, b = pair(points, claim, heal, size)
         if known(b - a):
             found |= {(size, kind): points.against(a, b, kind) for kind in points.texts}
+            draws[size] = int((~np.isnan(b - a).any(axis=1)).sum())
     corrected = holm([effect.p for effect in found.values()])
-    return {key: (effect, p) for (key, effect), p in zip(found.items(), corrected, strict=True)}
+    cells = {key: (effect, p) for (key, effect), p in zip(found.items(), corrected, strict=True)}
+    return {key: (effect, 1.0 if _is_chance(effect, draws[key[0]]) else p) for key, (effect, p) in cells.items()}
 
 
-def verdict(cells: Cells, draws: int) -> str:
+def _is_chance(effect: Effect, draws: int) -> bool:
+    return draws == 1 and max(effect.value, 1 / effect.value) < ONE_DRAW
+
+
+def verdict(cells: Cells) -> str:
     """Say where a claim holds, and where the opposite does."""
-    least = math.log(ONE_DRAW) if draws == 1 else 0.0
-    logs = {key: 0.0 if p > LEVEL else math.log(effect.value) for key, (effect, p) in cells.items()}
-    signs = {key: (log > least) - (log < -least) for key, log in logs.items()}
+    signs = {key: 0 if p > LEVEL else 1 if effect.value > 1 else -1 for key, (effect, p) in cells.items()}
     if len(found := set(signs.values())) == 1:
         return {1: "Holds", -1: "The opposite holds", 0: "No difference is seen"}[found.pop()]
     kinds = list(dict.fromkeys(kind for _, kind in signs))
@@ -112,7 +117,7 @@ def claims(points: Points) -> Table | None:
                 a, b = pair(points, claim, heal, size)
                 line["draws"] = len(a)
                 line |= interval(f"at_{100 * size:.0f}", points.against(a, b))
-            lines.append(line | {"verdict": verdict(cells, len(a))})
+            lines.append(line | {"verdict": verdict(cells)})
     return table_of_frame("claims", "Claims", pd.DataFrame(lines), CLAIMS_NOTE) if lines else None
 
 

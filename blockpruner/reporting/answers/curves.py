@@ -94,8 +94,8 @@ SIZES_NOTE = (
 )
 
 
-def texts(points: Points, size: float = 0.2) -> Table | None:
-    """The same at one size by kind of text."""
+def texts(points: Points, size: float) -> Table | None:
+    """What methods lose at one size on each kind of text."""
     lines = []
     frame = points.frame[(points.frame["calibration"] == "") & points.frame["method"].isin(COMPARED)]
     frame = frame[frame["heal"].isin(HEALS)]
@@ -107,7 +107,7 @@ def texts(points: Points, size: float = 0.2) -> Table | None:
             lines.append(line | {k: v for kind, e in effects.items() for k, v in interval(f"{kind}_x", e).items()})
     name = f"By kind of text at {size:.0%} removed"
     note = "× the dense model; brackets as above."
-    return table_of_frame("texts", name, pd.DataFrame(lines), note) if lines else None
+    return table_of_frame(f"texts-{100 * size:.0f}", name, pd.DataFrame(lines), note) if lines else None
 
 
 def quality(points: Points, name: str, methods: Sequence[str]) -> Plot | None:

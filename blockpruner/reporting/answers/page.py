@@ -20,8 +20,9 @@ from blockpruner.reporting.table import Table, to_csv
 def of_run(points: Points) -> Iterator[Table | Plot]:
     yield from sizes(points)
     for made in (
-        healing(points), claims(points), texts(points), calibrations(points), variation(points), searched(points),
-        starts(points), masks(points), critical(points), tasks(points), quality(points, "quality", COMPARED),
+        healing(points), claims(points), texts(points, 0.1), texts(points, 0.2), calibrations(points),
+        variation(points), searched(points), starts(points), masks(points), critical(points), tasks(points),
+        quality(points, "quality", COMPARED),
         quality(points, "kinds", ALONE), blocks(points), healed_masks(points),
     ):  # fmt: skip
         if made is not None:
