@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -134,13 +135,24 @@ def test_a_claim_holds_where_it_holds(tmp_path):
 
 def test_of_one_draw_a_small_difference_decides_nothing():
     sizes = (0.09, 0.12)
-    for draws, factor, said in ((1, 1.08, "No difference is seen"), (1, 1.12, "Holds"), (2, 1.08, "Holds")):
+    for draws, factor, said in ((1, 1.15, "No difference is seen"), (1, 1.25, "Holds"), (2, 1.15, "Holds")):
         far = math.log(factor)
         found = points_of(
             curve("blockpruner", sizes, seeds=range(draws)),
             curve("greedy-layers", sizes, seeds=range(draws), rise=lambda size, row, draw, far=far: far),
         )
         assert claims.claims(found).frame["verdict"].tolist() == [said]
+
+
+def test_what_training_adds_is_told_over_the_draws_that_have_both():
+    sizes, rises = (0.09, 0.12), {"refit": 0.5, "trained": 0.4}
+    found = points_of(curve("narrow", sizes, seeds=(42, 43, 44), rise=lambda size, row, draw: 0.5 + (draw == 44)))
+    frames = [found.frame.assign(heal=heal, nll=[nll - 0.5 + rise for nll in found.frame["nll"]])
+              for heal, rise in rises.items()]  # fmt: skip
+    both = replace(found, frame=pd.concat([frames[0], frames[1][frames[1]["seed"] < 44]]))
+    (line,) = curves.trained(both).frame.to_dict("records")
+    assert line["draws"] == 2 and line["at_10"] == pytest.approx(math.exp(-0.1), rel=1e-6) and "at_20" not in line
+    assert curves.trained(found) is None
 
 
 def test_the_results_in_docs_are_made_of_the_evidence(tmp_path, monkeypatch):
@@ -232,7 +244,8 @@ def test_tasks_are_compared_item_by_item():
     assert (dense["method"], dense["avg_pct"]) == ("dense", 100) and tasks.tasks(of(point())) is None
     lost = np.mean([right[t].mean() - worse[t].mean() for t in right])
     assert line["avg_pct"] == pytest.approx(base["avg_pct"] - 100 * lost)
-    assert line["avg_against"] == pytest.approx(-100 * lost) and line["avg_against_high"] < 0
+    assert line["avg_vs_blockpruner"] == pytest.approx(-100 * lost) and line["avg_vs_blockpruner_high"] < 0
+    assert line["avg_vs_dense"] == pytest.approx(line["avg_pct"] - 100) and line["avg_vs_dense_high"] < 0
     assert line["tasks"] == "piqa -", "the task that differs, and only that"
     d = worse["piqa"].astype(float) - right["piqa"]
     assert line["detectable"] == pytest.approx(100 * 2.8 * d.std(ddof=1) / math.sqrt(200) / 2)

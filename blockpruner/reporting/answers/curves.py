@@ -4,6 +4,7 @@ Decides at which sizes methods are compared.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -22,7 +23,6 @@ from blockpruner.reporting.table import Table
 with extra("report"):
     from matplotlib.figure import Figure
 
-PLAIN = "plain"
 SIZES = (0.1, 0.2, 0.3)
 TITLES = {"greedy-shifted": "greedy shifted layers", "blockpruner-by-kl": "BlockPruner by KL"}
 SEARCHED, STARTS, MASKS, CRITICAL, HEALING = "12 samples", "starts", "masks", "critical", "healing"
@@ -56,7 +56,7 @@ def sizes(points: Points) -> list[Table]:
         for method in (method for method in methods if (own["method"] == method).any()):
             line: dict[str, object] = {"method": title_of(method)}
             line["draws"] = own[own["method"] == method]["seed"].nunique()
-            for heal, size in product((heal for heal in HEALS if (own["heal"] == heal).any()), SIZES):
+            for heal, size in product((heal for heal in HEALS[:2] if (own["heal"] == heal).any()), SIZES):
                 line |= at_size(
                     points, f"{heal}_{100 * size:.0f}_pct_x", size, method=method, heal=heal, calibration=""
                 )
@@ -77,8 +77,27 @@ def healing(points: Points, method: str = BLOCKPRUNER) -> Table | None:
     return table_of_frame("healing", title, pd.DataFrame(lines), SIZES_NOTE) if lines else None
 
 
-HEALS = (PLAIN, "refit", "trained")
+HEALS = PLAIN, REFIT, TRAINED = "plain", "refit", "trained"
 """How methods are compared."""
+
+
+def trained(points: Points) -> Table | None:
+    """What training adds to a refit of the same masks, over the draws that have both."""
+    own, lines = points.frame[points.frame["calibration"] == ""], []
+    for method in (method for method in COMPARED if ((own["method"] == method) & (own["heal"] == TRAINED)).any()):
+        one = own[own["method"] == method]
+        seeds = set(one[one["heal"] == TRAINED]["seed"])
+        both = replace(points, frame=one[one["seed"].isin(seeds)])
+        line: dict[str, object] = {"method": title_of(method), "draws": len(seeds)}
+        for size in SIZES:
+            refit, after = both.curve(size, heal=REFIT), both.curve(size, heal=TRAINED)
+            if known(after - refit):
+                line |= interval(f"at_{100 * size:.0f}", points.against(refit, after))
+        lines.append(line)
+    note = "Perplexity of the trained model over that of the refitted one; brackets as above."
+    return table_of_frame("trained", "Trained after a refit", pd.DataFrame(lines), note) if lines else None
+
+
 ALONE = (BLOCKPRUNER, "mlp-only", "mha-only")
 COMPARED = (
     "slicegpt", "laco", "relative-magnitude", "relative-magnitude-frobenius", "shortgpt", BLOCKPRUNER,
@@ -124,9 +143,13 @@ def quality(points: Points, name: str, methods: Sequence[str]) -> Plot | None:
     )
 
     def fill(figure: Figure) -> None:
-        for axes, heal in zip(figure.subplots(1, len(heals), squeeze=False, sharey=True)[0], heals, strict=True):
+        for axes, heal in zip(
+            figure.subplots(1, len(heals), squeeze=False, sharex=True, sharey=True)[0], heals, strict=True
+        ):
             for method, own in frame[frame["heal"] == heal].groupby("method", sort=False):
                 own = own.assign(x=[points.over(nll - points.dense["nll"]) for nll in own["nll"]])
+                if own["x"].min() > most:
+                    continue
                 line = own.groupby("budget").agg({"ratio": "mean", "x": ["mean", "min", "max"]})
                 line = line.sort_values(("ratio", "mean"))
                 colour, shape = COLOURS[method]

@@ -9,7 +9,7 @@ from blockpruner.reporting.answers.claims import LEVEL
 from blockpruner.reporting.answers.curves import title_of
 from blockpruner.reporting.paper.frames import table_of_frame
 from blockpruner.reporting.paper.tables import interval
-from blockpruner.reporting.points import Points
+from blockpruner.reporting.points import DENSE, Points
 from blockpruner.reporting.statistics import (
     Effect,
     average,
@@ -38,11 +38,14 @@ def tasks(points: Points) -> Table | None:
             mean, gold = average(scores), average(golds)
             line |= {"removed_pct": 100 * point["ratio"], "avg_pct": 100 * mean.value, "avg_pct_se": 100 * mean.stderr}
             line |= {"p_gold_pct": 100 * gold.value}
+            if point["method"] != DENSE:
+                dense = {task: each["score"] for task, each in json.loads(points.dense["items"]).items()}
+                line |= interval("avg_vs_dense", paired_bootstrap(dense, scores), 100)
             if len(base) and point["method"] != BLOCKPRUNER:
                 other = json.loads(base.iloc[0]["items"])
                 before, p_before = ({task: each[key] for task, each in other.items()} for key in ("score", "p_gold"))
                 effect = paired_bootstrap(before, scores)
-                line |= interval("avg_against", effect, 100)
+                line |= interval("avg_vs_blockpruner", effect, 100)
                 line |= interval("p_gold_against", stratified_t(p_before, golds), 100)
                 line["detectable"] = 100 * DETECTABLE * average(differences(before, scores)).stderr
                 tests += [(len(lines), task, paired_t(before[task], scores[task])) for task in scores]
