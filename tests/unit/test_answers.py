@@ -134,25 +134,36 @@ def test_a_claim_holds_where_it_holds(tmp_path):
 
 
 def test_of_one_draw_a_small_difference_decides_nothing():
-    sizes = (0.09, 0.12)
-    for draws, factor, said in ((1, 1.15, "No difference is seen"), (1, 1.25, "Holds"), (2, 1.15, "Holds")):
-        far = math.log(factor)
-        found = points_of(
-            curve("blockpruner", sizes, seeds=range(draws)),
-            curve("greedy-layers", sizes, seeds=range(draws), rise=lambda size, row, draw, far=far: far),
+    """It is judged on all kinds of text together."""
+    none, parts = "No difference is seen", "Holds at 10% on b"
+    cases = (
+        (1, 1.15, none),
+        (1, 1 / 1.15, none),
+        (1, 1.25, "Holds"),
+        (1, 1 / 1.25, "The opposite holds"),
+        (2, 1.15, parts),
+    )
+    for draws, factor, said in cases:
+        far = 2 * math.log(factor)
+        blocks = curve("blockpruner", (0.09, 0.12), seeds=range(draws))
+        layers = curve(
+            "greedy-layers", (0.09, 0.12), seeds=range(draws), rise=lambda size, row, draw, far=far: far * (row >= 12)
         )
-        assert claims.claims(found).frame["verdict"].tolist() == [said]
+        assert claims.claims(points_of(blocks, layers)).frame["verdict"].tolist() == [said]
 
 
 def test_what_training_adds_is_told_over_the_draws_that_have_both():
-    sizes, rises = (0.09, 0.12), {"refit": 0.5, "trained": 0.4}
-    found = points_of(curve("narrow", sizes, seeds=(42, 43, 44), rise=lambda size, row, draw: 0.5 + (draw == 44)))
-    frames = [found.frame.assign(heal=heal, nll=[nll - 0.5 + rise for nll in found.frame["nll"]])
-              for heal, rise in rises.items()]  # fmt: skip
-    both = replace(found, frame=pd.concat([frames[0], frames[1][frames[1]["seed"] < 44]]))
-    (line,) = curves.trained(both).frame.to_dict("records")
-    assert line["draws"] == 2 and line["at_10"] == pytest.approx(math.exp(-0.1), rel=1e-6) and "at_20" not in line
-    assert curves.trained(found) is None
+    """Refitted models of more sizes and draws change nothing."""
+    noise = np.random.default_rng(0).normal(0, 0.1, (24, 60))
+    found = points_of(curve("narrow", (0.09, 0.12, 0.2), rise=lambda size, row, draw: 5 * size + noise[row, draw]))
+    refit = found.frame.assign(heal="refit")
+    same = refit[(refit["ratio"] < 0.2) & (refit["seed"] < 44)].assign(heal="trained")
+    better = [nll - 0.1 * (size > 0.1) for nll, size in zip(same["nll"], same["ratio"], strict=True)]
+    of = lambda *frames: curves.trained(replace(found, frame=pd.concat(frames)))  # noqa: E731
+    (line,) = of(refit, same.assign(nll=better)).frame.to_dict("records")
+    assert line["draws"] == 2 and math.exp(-0.1) < line["at_10"] < 1 and "at_20" not in line
+    assert of(refit, same).frame["at_10"].tolist() == [1]
+    assert of(refit) is None and of(same) is None
 
 
 def test_the_results_in_docs_are_made_of_the_evidence(tmp_path, monkeypatch):

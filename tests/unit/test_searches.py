@@ -91,13 +91,13 @@ class Table(FakeScorer):
             assert len({score.mask for score in step.scores}) == len(step.scores) == len(step.added)
         return trace
 
-    def greedy(self, wanted):
-        """Masks of a greedy search to the end of the model, and the one nearest to a ratio."""
+    def greedy(self):
+        """Masks of a greedy search to the end of the model."""
         removed, path = DENSE, []
         while len(removed) < len(self.cost):
             removed = min((removed | {block} for block in self.cost if block not in removed), key=self.rank)
             path.append(removed)
-        return path, min(path, key=lambda mask: abs(self.counts.ratio(mask) - wanted))
+        return path
 
     def within(self, centre):
         """Masks that are as far from a ratio as half of an MHA block at most."""
@@ -192,7 +192,7 @@ def test_greedy_with_a_share_of_mha_blocks(share):
 @pytest.mark.parametrize("budget", ["3blocks", "5blocks"])
 def test_a_beam_of_one_is_greedy_and_a_wide_one_finds_the_best(budget):
     table, size = Table(2), int(budget[0])
-    path, _ = table.greedy(0.5)
+    path = table.greedy()
     trace = table.search("beam", budget, width=1, per="none")
     assert [step.removed for step in trace] == [*path[:size], path[size - 1]]
     best = min((mask for mask in table.masks() if len(mask) == size), key=table.rank)
@@ -378,7 +378,8 @@ def test_a_budget_that_is_nearest_to_nothing(method):
 def test_whole_layers():
     """Units of two blocks: all of a kind, exchanged whole."""
     table = Table(3, layers=6)
-    assert len(table.search("floating", "6blocks", unit="layer")[-1].removed) == 6
+    removed = table.search("floating", "6blocks", unit="layer")[-1].removed
+    assert len(removed) == 6 and len({block.layer for block in removed}) == 3
 
 
 def test_on_a_model_against_full_forwards():

@@ -1,11 +1,12 @@
 """Claims: which methods are compared, and when one holds.
 
-A claim is judged on every kind of text and at every size; Holm's correction covers all that is judged of it. Of one
-draw, a difference below `ONE_DRAW` decides nothing.
+A claim is judged on every kind of text at every size, with Holm's correction over all that is judged of it. Where there
+is one draw it is judged on all kinds together, and a difference below `ONE_DRAW` decides nothing.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,7 @@ from blockpruner.reporting.table import Table
 LEVEL = 0.05
 
 ONE_DRAW = 1.2
-"""Two draws of one comparison were up to so far apart: docs/results.md, "How sure"."""
+"""Two draws of one comparison, on all kinds of text together, were up to so far apart (docs/results.md, "How sure")."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,15 @@ CLAIMS = (
 )
 
 
-Cells = Mapping[tuple[float, str], tuple[Effect, float]]
-"""By size and kind of text: the perplexity of the worse over that of the better, and the corrected p."""
+@dataclass(frozen=True)
+class Judged:
+    """What was found of a claim."""
+
+    effects: Mapping[float, Effect]
+    """By size: perplexity of the worse method over that of the better one, every kind of text alike."""
+    draws: Mapping[float, int]
+    signs: Mapping[tuple[float, str | None], int]
+    """By size and kind of text (None: all together): 1 where the claim holds, -1 where the opposite does, else 0."""
 
 
 def pair(points: Points, claim: Claim, heal: str, size: float) -> tuple[Floats, Floats]:
@@ -71,36 +79,38 @@ def pair(points: Points, claim: Claim, heal: str, size: float) -> tuple[Floats, 
     return shared.curve(size, method=claim.better), shared.curve(size, method=claim.worse)
 
 
-def cells_of(points: Points, claim: Claim, heal: str) -> Cells:
-    """Compare the methods of a claim wherever both were measured."""
-    found, draws = dict[tuple[float, str], Effect](), dict[float, int]()
+def judged(points: Points, claim: Claim, heal: str) -> Judged | None:
+    """Compare the methods of a claim wherever both were measured; None if that is nowhere."""
+    effects, draws, cells = dict[float, Effect](), dict[float, int](), dict[tuple[float, str | None], Effect]()
     for size in SIZES:
         a, b = pair(points, claim, heal, size)
         if known(b - a):
-            found |= {(size, kind): points.against(a, b, kind) for kind in points.texts}
-            draws[size] = int((~np.isnan(b - a).any(axis=1)).sum())
-    corrected = holm([effect.p for effect in found.values()])
-    cells = {key: (effect, p) for (key, effect), p in zip(found.items(), corrected, strict=True)}
-    return {key: (effect, 1.0 if _is_chance(effect, draws[key[0]]) else p) for key, (effect, p) in cells.items()}
+            effects[size], draws[size] = points.against(a, b), int((~np.isnan(b - a).any(axis=1)).sum())
+            kinds = points.texts if draws[size] > 1 else [None]
+            cells |= {(size, kind): points.against(a, b, kind) for kind in kinds}
+    corrected = holm([effect.p for effect in cells.values()])
+    signs = {key: _sign(effect, p, draws[key[0]]) for (key, effect), p in zip(cells.items(), corrected, strict=True)}
+    return Judged(effects, draws, signs) if effects else None
 
 
-def _is_chance(effect: Effect, draws: int) -> bool:
-    return draws == 1 and max(effect.value, 1 / effect.value) < ONE_DRAW
+def _sign(effect: Effect, p: float, draws: int) -> int:
+    is_small = draws == 1 and max(effect.value, 1 / effect.value) < ONE_DRAW
+    return 0 if p > LEVEL or is_small else 1 if effect.value > 1 else -1
 
 
-def verdict(cells: Cells) -> str:
+def verdict(signs: Mapping[tuple[float, str | None], int]) -> str:
     """Say where a claim holds, and where the opposite does."""
-    signs = {key: 0 if p > LEVEL else 1 if effect.value > 1 else -1 for key, (effect, p) in cells.items()}
     if len(found := set(signs.values())) == 1:
         return {1: "Holds", -1: "The opposite holds", 0: "No difference is seen"}[found.pop()]
-    kinds = list(dict.fromkeys(kind for _, kind in signs))
     words = []
     for sign, word in ((1, "Holds"), (-1, "The opposite")):
         where = []
         for size in dict.fromkeys(size for size, _ in signs):
+            kinds = [kind for other, kind in signs if other == size]
             own = [kind for kind in kinds if signs[size, kind] == sign]
             if own:
-                where.append(f"{size:.0%}" + ("" if len(own) == len(kinds) else f" on {', '.join(own)}"))
+                named = "" if len(own) == len(kinds) else f" on {', '.join(map(str, own))}"
+                where.append(f"{size:.0%}{named}")
         words += [f"{word} at {'; '.join(where)}"] if where else []
     return ". ".join(words)
 
@@ -108,21 +118,18 @@ def verdict(cells: Cells) -> str:
 def claims(points: Points) -> Table | None:
     """Judge every claim of which something was measured."""
     lines = []
-    for claim in CLAIMS:
-        for heal in points.frame["heal"].unique():
-            if not (cells := cells_of(points, claim, heal)):
-                continue
-            line: dict[str, object] = {"claim": claim.words, "healing": heal}
-            for size in dict.fromkeys(size for size, _ in cells):
-                a, b = pair(points, claim, heal, size)
-                line["draws"] = len(a)
-                line |= interval(f"at_{100 * size:.0f}", points.against(a, b))
-            lines.append(line | {"verdict": verdict(cells)})
+    for claim, heal in product(CLAIMS, points.frame["heal"].unique()):
+        if found := judged(points, claim, heal):
+            line: dict[str, object] = {"claim": claim.words, "healing": heal, "draws": max(found.draws.values())}
+            for size, effect in found.effects.items():
+                line |= interval(f"at_{100 * size:.0f}", effect)
+            lines.append(line | {"verdict": verdict(found.signs)})
     return table_of_frame("claims", "Claims", pd.DataFrame(lines), CLAIMS_NOTE) if lines else None
 
 
 CLAIMS_NOTE = (
     "Perplexity of the method that a claim calls worse, over that of the better one, every kind of text alike. The "
-    "verdict is over every kind of text at every size by itself, 5 % with Holm's correction within the line; of one "
-    "draw, differences below 20 % decide nothing. Where a line names no size or kind of text, no difference is seen."
+    "verdict is over every kind of text at every size by itself, 5 % with Holm's correction within the line; where "
+    "there is one draw, over all kinds together, and differences below 20 % decide nothing. What a line does not name "
+    "shows no difference. Some draws may lack a size."
 )

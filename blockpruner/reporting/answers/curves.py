@@ -23,6 +23,8 @@ from blockpruner.reporting.table import Table
 with extra("report"):
     from matplotlib.figure import Figure
 
+PLAIN, REFIT, TRAINED = HEALS = "plain", "refit", "trained"
+"""How methods are compared."""
 SIZES = (0.1, 0.2, 0.3)
 TITLES = {"greedy-shifted": "greedy shifted layers", "blockpruner-by-kl": "BlockPruner by KL"}
 SEARCHED, STARTS, MASKS, CRITICAL, HEALING = "12 samples", "starts", "masks", "critical", "healing"
@@ -46,7 +48,7 @@ def at_size(points: Points, key: str, size: float, **where: object) -> dict[str,
 
 
 def sizes(points: Points) -> list[Table]:
-    """Perplexity over dense at each size, healed in each way, over all kinds of text alike: of the methods that are
+    """Perplexity over dense at each size, plain and refitted, over all kinds of text alike: of the methods that are
     compared with each other, and of variants of BlockPruner."""
     own, found = points.frame[points.frame["calibration"] == ""], []
     variants = [method for method in own["method"].unique() if method not in COMPARED]
@@ -56,7 +58,7 @@ def sizes(points: Points) -> list[Table]:
         for method in (method for method in methods if (own["method"] == method).any()):
             line: dict[str, object] = {"method": title_of(method)}
             line["draws"] = own[own["method"] == method]["seed"].nunique()
-            for heal, size in product((heal for heal in HEALS[:2] if (own["heal"] == heal).any()), SIZES):
+            for heal, size in product((heal for heal in (PLAIN, REFIT) if (own["heal"] == heal).any()), SIZES):
                 line |= at_size(
                     points, f"{heal}_{100 * size:.0f}_pct_x", size, method=method, heal=heal, calibration=""
                 )
@@ -77,22 +79,18 @@ def healing(points: Points, method: str = BLOCKPRUNER) -> Table | None:
     return table_of_frame("healing", title, pd.DataFrame(lines), SIZES_NOTE) if lines else None
 
 
-HEALS = PLAIN, REFIT, TRAINED = "plain", "refit", "trained"
-"""How methods are compared."""
-
-
 def trained(points: Points) -> Table | None:
     """What training adds to a refit of the same masks, over the draws that have both."""
-    own, lines = points.frame[points.frame["calibration"] == ""], []
-    for method in (method for method in COMPARED if ((own["method"] == method) & (own["heal"] == TRAINED)).any()):
-        one = own[own["method"] == method]
-        seeds = set(one[one["heal"] == TRAINED]["seed"])
-        both = replace(points, frame=one[one["seed"].isin(seeds)])
-        line: dict[str, object] = {"method": title_of(method), "draws": len(seeds)}
+    own = points.frame[points.frame["calibration"] == ""]
+    refit, after = (own[own["heal"] == heal] for heal in (REFIT, TRAINED))
+    both = after.merge(refit, on=["method", "seed", "budget", "ratio"], suffixes=("", "_refit"))
+    both["nll"] = [points.dense["nll"] + row["nll"] - row["nll_refit"] for _, row in both.iterrows()]
+    lines, changes = [], replace(points, frame=both)
+    for method in (method for method in COMPARED if (both["method"] == method).any()):
+        line: dict[str, object] = {"method": title_of(method)}
+        line["draws"] = both[both["method"] == method]["seed"].nunique()
         for size in SIZES:
-            refit, after = both.curve(size, heal=REFIT), both.curve(size, heal=TRAINED)
-            if known(after - refit):
-                line |= interval(f"at_{100 * size:.0f}", points.against(refit, after))
+            line |= at_size(changes, f"at_{100 * size:.0f}", size, method=method)
         lines.append(line)
     note = "Perplexity of the trained model over that of the refitted one; brackets as above."
     return table_of_frame("trained", "Trained after a refit", pd.DataFrame(lines), note) if lines else None
@@ -132,23 +130,19 @@ def texts(points: Points, size: float) -> Table | None:
 def quality(points: Points, name: str, methods: Sequence[str]) -> Plot | None:
     """Perplexity over the share removed, a panel for each healing of a method other than BlockPruner; bands are the
     range over draws."""
-    frame = points.frame[(points.frame["calibration"] == "") & (points.frame["items"] == "{}")]
+    frame = points.frame[points.frame["calibration"] == ""]
     frame = frame[frame["method"].isin(methods)]
     heals = list(frame[frame["method"] != BLOCKPRUNER]["heal"].unique())
     if not heals:
         return None
-    changing = frame["method"].isin(frame[frame["heal"] != PLAIN]["method"])
-    most = max(
-        points.over(nll - points.dense["nll"]) for nll in frame[changing if changing.any() else slice(None)]["nll"]
-    )
+    top = min(TOP, 1.05 * max(points.over(nll - points.dense["nll"]) for nll in frame["nll"]))
 
     def fill(figure: Figure) -> None:
-        for axes, heal in zip(
-            figure.subplots(1, len(heals), squeeze=False, sharex=True, sharey=True)[0], heals, strict=True
-        ):
+        panels = figure.subplots(1, len(heals), squeeze=False, sharex=True, sharey=True)[0]
+        for axes, heal in zip(panels, heals, strict=True):
             for method, own in frame[frame["heal"] == heal].groupby("method", sort=False):
                 own = own.assign(x=[points.over(nll - points.dense["nll"]) for nll in own["nll"]])
-                if own["x"].min() > most:
+                if own["x"].min() > top:
                     continue
                 line = own.groupby("budget").agg({"ratio": "mean", "x": ["mean", "min", "max"]})
                 line = line.sort_values(("ratio", "mean"))
@@ -156,8 +150,8 @@ def quality(points: Points, name: str, methods: Sequence[str]) -> Plot | None:
                 at = 100 * line["ratio", "mean"]
                 axes.plot(at, line["x", "mean"], color=colour, marker=shape, markersize=4, label=title_of(method))
                 axes.fill_between(at, line["x", "min"], line["x", "max"], color=colour, alpha=0.2, linewidth=0)
-            plots.scale_(axes, [1.0, most])
-            axes.set_ylim(1, min(30, 1.05 * most))
+            plots.scale_(axes, [1.0, top])
+            axes.set_ylim(1, top)
             axes.set_title(heal)
             plots.label_(axes, REMOVED, "perplexity, × dense")
         lines = {
@@ -168,6 +162,8 @@ def quality(points: Points, name: str, methods: Sequence[str]) -> Plot | None:
     return plots.render(name, QUALITY_CAPTION, (4.6 * len(heals) + 2.5, 4.4), fill)
 
 
+TOP = 10.0
+"""The axis of perplexity, × dense, ends here: beyond, a model is broken."""
 QUALITY_CAPTION = (
     "Perplexity on the test texts over the share of parameters removed; bands hold all draws. What lies above the "
     "axes is in the table."

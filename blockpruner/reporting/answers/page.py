@@ -44,5 +44,5 @@ def write_answers(out: Path, title: str, runs: Mapping[str, tuple[str, Sequence[
 
 
 def _rounded(value: object) -> object:
-    """Six digits of a number: those behind them differ by processor."""
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    """Six digits of a number, and none behind the ninth place: those differ by processor."""
+    return round(float(f"{value:.6g}"), 9) + 0.0 if isinstance(value, float) else value

@@ -52,6 +52,7 @@ COLUMNS: Mapping[str, Shown] = {
     "masks": Shown("masks", 0),
     "avg_vs_dense": Shown("points against dense", 1, signed=True),
     "avg_vs_blockpruner": Shown("points against BlockPruner", 1, signed=True),
+    "p_gold_vs_blockpruner": Shown("p of the right answer, points against BlockPruner", 1, signed=True),
     "trials_10": Shown("scores on all rows", 0),
     "over_best_10": Shown("over the best, same rows"),
     "at_10_x": Shown("test texts, × dense"),

@@ -3,7 +3,7 @@
 Their tables and figures go to docs/results/. Then, and without a study, every marked block of README.md and docs/*.md
 is filled from docs/results/<name>.csv:
 
-    <!-- table: sizes; healing=refit|trained; -draws -->
+    <!-- table: texts-10; healing=refit|trained; -draws -->
     ...
     <!-- /table -->
 
@@ -67,18 +67,20 @@ def filled(text: str, folder: Path) -> str:
     def chosen(found: re.Match[str], parts: Sequence[str]) -> pd.DataFrame:
         frame = read(found["name"])
         for key, values in (part.split("=") for part in parts):
-            frame = frame[frame[key].astype(str).isin(values.split("|"))]
+            own = frame[key].astype(str) if key in frame else pd.Series(dtype=str)
+            if missing := [value for value in values.split("|") if not (own == value).any()]:
+                raise InputError(f"{found['name']}.csv has no row with {key}={missing[0]}", rule="no-rows")
+            frame = frame[own.isin(values.split("|"))]
         return frame
 
     def table(found: re.Match[str]) -> str:
         parts = found["where"].split("; ")[1:]
         frame = chosen(found, [part for part in parts if "=" in part]).dropna(axis=1, how="all")
-        left_out = tuple(part.removeprefix("-") for part in parts if "=" not in part)
-        if frame.empty:
-            raise InputError(
-                f"a page has a table without rows: {found['where']!r} in {found['name']}.csv", rule="no-rows"
-            )
-        frame = frame[[name for name in frame if not name.startswith(left_out)]] if left_out else frame
+        for start in (part.removeprefix("-") for part in parts if "=" not in part):
+            left = [name for name in frame if not name.startswith(start)]
+            if len(left) == len(frame.columns):
+                raise InputError(f"{found['name']}.csv has no column {start!r} to leave out", rule="no-column")
+            frame = frame[left]
         lines = to_markdown(table_of_frame("", "", frame)).splitlines()
         head, *_, tail = found[0].splitlines()
         return "\n".join([head, *(found["indent"] + line for line in lines), tail])
