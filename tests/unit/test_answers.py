@@ -200,16 +200,6 @@ def test_searches_are_told_by_the_best_mask_of_their_rows():
     assert made.loc["greedy", "trials_10"] == 47.5
 
 
-def test_starts_are_told_by_the_best_one():
-    found = [point(calibration="starts", method=f"start {n}", search_ppl=ppl, plan=f"mha.{n // 2}", rise=rise)
-             for n, (ppl, rise) in enumerate(((10.0, 0.3), (10.1, 0.1), (11.0, 0.2)))]  # fmt: skip
-    line = searches.starts(of(*found, point(calibration="12 samples", search_ppl=9.5))).frame.iloc[0]
-    assert (line["starts"], line["masks"], line["within_2_pct"]) == (3, 2, 2)
-    told = line[["median_over_best", "worst_over_best", "other_searches_over_best"]]
-    assert told.tolist() == pytest.approx([1.01, 1.1, 0.95])
-    assert line["lowest_on_search_rows_x"] == pytest.approx(math.exp(0.3))
-
-
 def test_the_signal_of_masks_is_a_line_of_logs():
     before = np.linspace(1, 4, 20)
     found = [point(calibration="masks", method=f"m{n}", heal=heal, rise=rise)

@@ -27,9 +27,9 @@ PLAIN, REFIT, TRAINED = HEALS = "plain", "refit", "trained"
 """How methods are compared."""
 SIZES = (0.1, 0.2, 0.3)
 TITLES = {"greedy-shifted": "greedy shifted layers", "blockpruner-by-kl": "BlockPruner by KL"}
-SEARCHED, STARTS, MASKS, CRITICAL, HEALING = "12 samples", "starts", "masks", "critical", "healing"
-"""Names of calibrations: that of searches which are compared, of one search from many starts, of given masks of one
-size, of single blocks, and of masks that are healed in each way."""
+SEARCHED, MASKS, CRITICAL, HEALING = "12 samples", "masks", "critical", "healing"
+"""Names of calibrations: that of searches which are compared, of given masks of one size, of single blocks, and of
+masks that are healed in each way."""
 
 
 def title_of(method: str) -> str:
