@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from blockpruner.reporting.answers import calibration, claims, curves, masks, page, searches, tasks
 from blockpruner.reporting.paper import publish
@@ -204,11 +205,15 @@ def test_the_signal_of_masks_is_a_line_of_logs():
     before = np.linspace(1, 4, 20)
     found = [point(calibration="masks", method=f"m{n}", heal=heal, rise=rise)
              for n, x in enumerate(before)
-             for heal, rise in (("plain", x), ("refit", 0.5 + 0.25 * x), ("25k tokens", n % 2 / 50))]  # fmt: skip
+             for heal, rise in (("plain", x), ("refit", 0.5 + 0.25 * x), ("25k", n % 2 / 50))]  # fmt: skip
     made = masks.masks(of(*found)).frame.set_index("healing")
-    assert list(made.index) == ["refit", "25k tokens"] and made.loc["refit", "masks"] == 20
+    trained = "refit, then 25 thousand tokens"
+    assert list(made.index) == ["refit", trained] and made.loc["refit", "masks"] == 20
     assert made.loc["refit", ["slope", "slope_low", "rank_correlation"]].tolist() == pytest.approx([0.25, 0.25, 1.0])
-    assert made.loc["25k tokens", "slope_low"] < 0 < made.loc["25k tokens", "slope_high"]
+    assert made.loc[trained, "slope_low"] < 0 < made.loc[trained, "slope_high"]
+    assert made.loc[trained, "rank_with_refit"] == pytest.approx(
+        stats.spearmanr(range(20), [n % 2 for n in range(20)])[0]
+    )
     assert made.loc["refit", "highest_x"] == pytest.approx(math.exp(1.5))
     assert masks.healed_masks(of(*found)).png and masks.masks(of(point())) is None
 

@@ -12,7 +12,7 @@ from scipy import stats
 
 from blockpruner.core.errors import extra
 from blockpruner.reporting import plots
-from blockpruner.reporting.answers.curves import CRITICAL, MASKS, PLAIN
+from blockpruner.reporting.answers.curves import CRITICAL, MASKS, PLAIN, REFIT
 from blockpruner.reporting.paper.frames import table_of_frame
 from blockpruner.reporting.paper.tables import interval
 from blockpruner.reporting.plots import MARKS, Plot
@@ -35,8 +35,14 @@ class Signal:
     before: Floats
     after: Floats
     """Log perplexity over dense, of each mask."""
+    refitted: Floats
+    """That after a refit alone; NaN where it was not measured."""
     searched: NDArray[np.bool_]
     """Whether a search found it."""
+
+    @property
+    def title(self) -> str:
+        return f"{REFIT}, then {self.tokens:,.0f} thousand tokens" if self.tokens else self.heal
 
     def of(self, statistic: Callable[[Floats, Floats], float]) -> Effect:
         chance, count = np.random.default_rng(SEED), len(self.before)
@@ -69,7 +75,8 @@ def signals(points: Points) -> list[Signal]:
     for heal in (heal for heal in wide.columns if heal != PLAIN):
         pair = wide[[PLAIN, heal]].dropna()
         tokens = re.match(r"(\d+)k", heal)
-        logs = pair[PLAIN].to_numpy(), pair[heal].to_numpy()
+        refitted = wide[REFIT].reindex(pair.index) if REFIT in wide else pair[heal] * math.nan
+        logs = pair[PLAIN].to_numpy(), pair[heal].to_numpy(), refitted.to_numpy()
         searched = pair.index.str.startswith(SEARCHED_MASK)
         found.append(Signal(heal, float(tokens[1]) if tokens else 0.0, *logs, searched))
     return sorted(found, key=lambda signal: signal.tokens)
@@ -80,8 +87,9 @@ def masks(points: Points) -> Table | None:
     lines = []
     for signal in signals(points):
         ends = {"lowest_x": math.exp(signal.after.min()), "highest_x": math.exp(signal.after.max())}
-        line = {"healing": signal.heal, "masks": len(signal.before), **ends}
-        lines.append(line | interval("slope", signal.of(slope)) | interval("rank_correlation", signal.of(rank)))
+        line = {"healing": signal.title, "masks": len(signal.before), **ends}
+        line |= interval("slope", signal.of(slope)) | interval("rank_correlation", signal.of(rank))
+        lines.append(line | ({"rank_with_refit": rank(signal.refitted, signal.after)} if signal.tokens else {}))
     return (
         table_of_frame("masks", "Masks of one size after healing", pd.DataFrame(lines), MASKS_NOTE) if lines else None
     )
@@ -100,7 +108,8 @@ def critical(points: Points) -> Table | None:
 
 MASKS_NOTE = (
     "Slope and rank correlation of log perplexity after healing on that before it, over masks; brackets: 95 % over "
-    "resampled masks. A slope of 1: healing leaves every ratio as it was; of 0: the mask does not matter any more."
+    "resampled masks. A slope of 1: healing leaves every ratio as it was; of 0: the mask does not matter any more. "
+    "Rank with refit: rank correlation of log perplexity with that after the refit alone."
 )
 
 
@@ -114,8 +123,8 @@ def healed_masks(points: Points) -> Plot | None:
         for signal, (colour, shape) in zip(found, MARKS, strict=False):
             x, y = np.exp(signal.before), np.exp(signal.after)
             style = {"color": colour, "markersize": 4.5, "alpha": 0.8}
-            axes.plot(x[~signal.searched], y[~signal.searched], shape, **style, label=f"{signal.heal}, random masks")
-            label = f"{signal.heal}, found by a search"
+            axes.plot(x[~signal.searched], y[~signal.searched], shape, **style, label=f"{signal.title}: random masks")
+            label = f"{signal.title}: found by a search"
             axes.plot(x[signal.searched], y[signal.searched], shape, **style, markerfacecolor="none", label=label)
             line = np.polyfit(signal.before, signal.after, 1)
             ends = np.array([signal.before.min(), signal.before.max()])
