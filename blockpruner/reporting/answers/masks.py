@@ -136,7 +136,7 @@ def healed_masks(points: Points) -> Plot | None:
             axis.set_major_formatter("{x:,g}")
             axis.set_minor_formatter("")
         plots.label_(axes, "perplexity without healing, × dense", "after healing, × dense")
-        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
+        axes.legend(loc="upper left")
 
     return plots.render("masks", HEALED_CAPTION, (7.5, 4.4), fill)
 
