@@ -52,7 +52,7 @@ SHARES = (0.3, 0.45, 0.6)
 
 HALVES = 8
 CHUNK = 512
-TRIALS = (50, 150, 500)
+TRIALS = (60, 100, 200)
 
 
 class OutOfTrialsError(Exception):
@@ -122,6 +122,11 @@ class Task:
         """All masks of the size, the best one first."""
         return sorted((mask for mask in self.table.subsets if self.table.size(mask) == self.size), key=self.true)
 
+    def fits(self, blocks: Collection[str]) -> bool:
+        """Whether some answer has these blocks."""
+        mask = parse_mask(",".join(blocks))
+        return any(mask <= answer for answer in self.fitting)
+
     def excess(self, search: Callable[["Task"], Collection[str] | Mask]) -> tuple[float, float]:
         """How much more the answer loses than the best one, on the rows of the task, and than the task's best on the
         others, in nats. Out of trials, the answer is the best mask of the size that was asked, else the worst of all.
@@ -151,9 +156,9 @@ def tasks(table: Table, trials: int) -> Iterator[Task]:
 
 
 def greedy(task: Task) -> list[str]:
-    """What a search looks like: greedy, of blocks that still fit, by the loss for what they take."""
+    """What a search looks like: greedy, by the loss for what blocks take."""
     gone, dense = list[str](), task.loss([])
-    while left := [b for b in task.blocks if b not in gone and task.cost([*gone, b]) <= task.size]:
+    while left := [b for b in task.blocks if b not in gone and task.fits([*gone, b])]:
         now = task.loss(gone) if gone else dense
         gone.append(min(left, key=lambda b: (task.loss([*gone, b]) - now) / task.cost([b])))
     return gone
@@ -226,7 +231,7 @@ def make(model: Path, texts: Path, out: Path) -> None:
         costs = count_parameters(material.config)
         found, sizes = known(ask, costs, BLOCKS, seen)
         about = {"model": material.identity, "rows": rows.digest, "origin": json.dumps(dict(ask.origin))}
-        write(out, found, sizes, rows.kinds, **about)
+        write(out, found, sizes, rows.kinds or ("",) * len(rows.rows), **about)
         store.close()
 
 

@@ -3,6 +3,9 @@
 import json
 from functools import partial
 from itertools import combinations
+from math import comb
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,6 +77,7 @@ def test_excess_is_over_the_best_mask_of_the_size(table):
         task.size = table.size(table.blocks[0] | table.blocks[1])
         fitting = [mask for mask in table.subsets if table.size(mask) == task.size]
         best = min(fitting, key=task.true)
+        assert [task.fits(blocks) for blocks in ([], task.blocks[:1], task.blocks)] == [True, True, False]
         assert task.excess(lambda task, best=best: best) == (0.0, 0.0)
         worst = max(fitting, key=task.true)
         assert task.excess(lambda task, worst=worst: worst)[0] == task.true(worst) - task.true(best)
@@ -100,3 +104,14 @@ def test_a_search_of_ones_own_file_is_scored(table, tmp_path, monkeypatch, capsy
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["trials"] for line in lines] == list(bench.TRIALS)
     assert all(line["over_best"] >= 1 and line["used"] == 0 for line in lines)
+
+
+def test_the_search_of_the_docs_answers_every_task_of_the_published_table():
+    root = Path(bench.__file__).parent.parent
+    table = bench.Table.read(root / "data/evidence/searches.parquet")
+    assert len(table.subsets) == 2**bench.BLOCKS
+    assert len(table.losses) == 1 + 60 + 1770 + sum(comb(bench.BLOCKS, count) for count in range(3, bench.BLOCKS + 1))
+    code = (root / "docs/searches.md").read_text().split("```python")[1].split("```")[0]
+    exec(code, own := dict[str, Any]())
+    for task in bench.tasks(table, 200):
+        assert task.excess(own["search"])[0] >= 0
