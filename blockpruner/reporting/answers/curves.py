@@ -153,7 +153,7 @@ def quality(points: Points, name: str, methods: Sequence[str]) -> Plot | None:
             plots.scale_(axes, [1.0, top])
             axes.set_ylim(1, top)
             axes.set_title(heal)
-            plots.label_(axes, REMOVED, "perplexity, × dense")
+            plots.label_(axes, REMOVED, "perplexity, × dense" if axes is panels[0] else "")
         lines = {
             line.get_label(): line for axes in figure.axes for line in axes.get_lines()
         }  # not all are in each panel
