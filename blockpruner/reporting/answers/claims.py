@@ -37,6 +37,8 @@ CLAIMS = (
     Claim("Blocks lose less than layers", "blockpruner", "greedy-layers"),
     Claim("Layers shifted by half of one lose less than layers", "greedy-shifted", "greedy-layers"),
     Claim("Blocks lose less than shifted layers", "blockpruner", "greedy-shifted"),
+    Claim("Floating search finds better blocks than greedy search", "floating", "blockpruner"),
+    Claim("Blocks of floating search lose less than layers", "floating", "greedy-layers"),
     Claim("Narrower MLPs lose less than blocks", "narrow", "blockpruner"),
     Claim("Narrower MLPs lose less than layers", "narrow", "greedy-layers"),
     Claim("Narrower MLPs lose less than ShortGPT", "narrow", "shortgpt"),

@@ -26,7 +26,11 @@ with extra("report"):
 PLAIN, REFIT, TRAINED = HEALS = "plain", "refit", "trained"
 """How methods are compared."""
 SIZES = (0.1, 0.2, 0.3)
-TITLES = {"greedy-shifted": "greedy shifted layers", "blockpruner-by-kl": "BlockPruner by KL"}
+TITLES = {
+    "floating": "floating search",
+    "greedy-shifted": "greedy shifted layers",
+    "blockpruner-by-kl": "BlockPruner by KL",
+}
 SEARCHED, MASKS, CRITICAL, HEALING = "12 samples", "masks", "critical", "healing"
 """Names of calibrations: that of searches which are compared, of given masks of one size, of single blocks, and of
 masks that are healed in each way."""
@@ -99,7 +103,7 @@ def trained(points: Points) -> Table | None:
 ALONE = (BLOCKPRUNER, "mlp-only", "mha-only")
 COMPARED = (
     "slicegpt", "laco", "relative-magnitude", "relative-magnitude-frobenius", "shortgpt", BLOCKPRUNER,
-    "greedy-layers", "greedy-shifted", "narrow",
+    "floating", "greedy-layers", "greedy-shifted", "narrow",
 )  # fmt: skip
 COLOURS = dict(zip(dict.fromkeys((BLOCKPRUNER, *reversed(COMPARED))), MANY_MARKS, strict=False))
 COLOURS |= dict(zip(ALONE[1:], MANY_MARKS[1:], strict=False))
