@@ -66,7 +66,7 @@ class Table:
     """Each alone; all their subsets are known."""
     sizes: Mapping[Mask, int]
     """What a block takes, in units of the smallest one."""
-    kinds: tuple[str, ...]
+    rows: int
 
     @classmethod
     def read(cls, path: Path) -> "Table":
@@ -74,7 +74,7 @@ class Table:
         masks = map(parse_mask, table["mask"].to_pylist())
         losses = dict(zip(masks, np.array(table["nll"].to_pylist()), strict=True))
         sizes = {parse_mask(block): size for block, size in json.loads(about["sizes"]).items()}
-        return cls(losses, tuple(sizes), sizes, tuple(json.loads(about["kinds"])))
+        return cls(losses, tuple(sizes), sizes, len(losses[DENSE]))
 
     def size(self, mask: Mask) -> int:
         return sum(self.sizes[Mask({block})] for block in mask)
@@ -138,19 +138,15 @@ class Task:
             mask = next((mask for mask in self.fitting if mask in self.asked), self.fitting[-1])
         if self.table.size(mask) != self.size:
             raise ValueError(f"the answer {format_mask(mask)} takes {self.table.size(mask)}, and {self.size} is asked")
-        others = [row for row in range(len(self.table.kinds)) if row not in set(self.rows)]
+        others = [row for row in range(self.table.rows) if row not in set(self.rows)]
         best = self.fitting[0]
         return self.true(mask) - self.true(best), self.true(mask, others) - self.true(best, others)
 
 
 def tasks(table: Table, trials: int) -> Iterator[Task]:
-    """Every size on halves of the rows, each with as many rows of every kind as can be."""
+    """Every size on random halves of the rows."""
     for seed in range(HALVES):
-        draw = random.Random(seed)
-        rows = list[int]()
-        for number, kind in enumerate(dict.fromkeys(table.kinds)):
-            own = [row for row, name in enumerate(table.kinds) if name == kind]
-            rows += draw.sample(own, (len(own) + (seed + number) % 2) // 2)
+        rows = random.Random(seed).sample(range(table.rows), (table.rows + seed % 2) // 2)
         for share in SHARES:
             yield Task(table, round(share * sum(table.sizes.values())), sorted(rows), trials, seed)
 
@@ -231,7 +227,7 @@ def make(model: Path, texts: Path, out: Path) -> None:
         costs = count_parameters(material.config)
         found, sizes = known(ask, costs, BLOCKS, seen)
         about = {"model": material.identity, "rows": rows.digest, "origin": json.dumps(dict(ask.origin))}
-        write(out, found, sizes, rows.kinds or ("",) * len(rows.rows), **about)
+        write(out, found, sizes, **about)
         store.close()
 
 
@@ -256,11 +252,9 @@ def known(
     return found, {format_mask(mask): round(sum(costs.blocks[block] for block in mask) / smallest) for mask in blocks}
 
 
-def write(
-    path: Path, found: Mapping[Mask, Sequence[float]], sizes: Mapping[str, int], kinds: Sequence[str], **about: str
-) -> None:
+def write(path: Path, found: Mapping[Mask, Sequence[float]], sizes: Mapping[str, int], **about: str) -> None:
     table = pa.table({"mask": [format_mask(mask) for mask in found], "nll": list(found.values())}, SCHEMA)
-    write_table(path, table, {**about, "sizes": json.dumps(sizes), "kinds": json.dumps(kinds)})
+    write_table(path, table, {**about, "sizes": json.dumps(sizes)})
 
 
 def main() -> None:

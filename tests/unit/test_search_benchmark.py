@@ -30,7 +30,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def rows():
-    return CalibrationSet(tuple((n + 1, 2 * n, 7, n, 30 - n) for n in range(6)), kinds=("a", "a", "b", "b", "c", "c"))
+    return CalibrationSet(tuple((n + 1, 2 * n, 7, n, 30 - n) for n in range(6)))
 
 
 def objective(model, rows):
@@ -43,7 +43,7 @@ def table(model, rows, tmp_path_factory):
     costs = count_parameters(model.config.to_dict())
     found, sizes = bench.known(objective(model, rows), costs, COUNT, SilentObserver())
     path = tmp_path_factory.mktemp("table") / "tiny.parquet"
-    bench.write(path, found, sizes, rows.kinds)
+    bench.write(path, found, sizes)
     return bench.Table.read(path)
 
 
