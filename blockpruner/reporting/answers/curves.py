@@ -103,7 +103,7 @@ def trained(points: Points) -> Table | None:
 ALONE = (BLOCKPRUNER, "mlp-only", "mha-only")
 COMPARED = (
     "slicegpt", "laco", "relative-magnitude", "relative-magnitude-frobenius", "shortgpt", BLOCKPRUNER,
-    "floating", "greedy-layers", "greedy-shifted", "narrow",
+    "greedy-layers", "greedy-shifted", "narrow",
 )  # fmt: skip
 COLOURS = dict(zip(dict.fromkeys((BLOCKPRUNER, *reversed(COMPARED))), MANY_MARKS, strict=False))
 COLOURS |= dict(zip(ALONE[1:], MANY_MARKS[1:], strict=False))
