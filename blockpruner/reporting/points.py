@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Self
 
@@ -107,16 +107,22 @@ class Points:
         model, on the rows of a kind or on all kinds alike; draws and documents are resampled, pairs together."""
         rises = a if b is None else b - a
         rises = rises[~np.isnan(rises).any(axis=1)]
-        chance = np.random.default_rng(SEED)
-        drawn = chance.integers(len(rises), size=(RESAMPLES, len(rises)))
         kinds = self.texts if kind is None else [kind]
+        each = [rises[:, self.kinds == name] for name in kinds]
         means, value = np.zeros(RESAMPLES), 0.0
-        for own in (rises[:, self.kinds == name] for name in kinds):
-            rows = chance.multinomial(own.shape[1], np.full(own.shape[1], 1 / own.shape[1]), RESAMPLES) / own.shape[1]
-            counts = np.stack([(drawn == draw).mean(axis=1) for draw in range(len(own))], axis=1)
+        for own, (counts, rows) in zip(each, _resampled(len(rises), *(own.shape[1] for own in each)), strict=True):
             means += np.einsum("bd,dr,br->b", counts, own, rows, optimize=True) / len(kinds)
             value += own.mean() / len(kinds)
         return Effect(math.exp(value), percentiles(np.exp(means), 0.95), two_sided(np.exp(means), 1.0))
+
+
+@cache
+def _resampled(draws: int, *rows: int) -> list[tuple[Floats, Floats]]:
+    """For each kind of text with so many rows: weights of draws and of rows [resamples, each], summing to one."""
+    chance = np.random.default_rng(SEED)
+    drawn = chance.integers(draws, size=(RESAMPLES, draws))
+    counts = np.stack([(drawn == draw).mean(axis=1) for draw in range(draws)], axis=1)
+    return [(counts, chance.multinomial(own, np.full(own, 1 / own), RESAMPLES) / own) for own in rows]
 
 
 NEAR = 0.01
