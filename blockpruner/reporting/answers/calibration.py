@@ -31,6 +31,17 @@ def calibrations(points: Points, size: float = 0.1) -> Table | None:
     return table_of_frame("calibration", f"Calibration rows, {size:.0%} removed", pd.DataFrame(lines))
 
 
+def published(points: Points) -> Table | None:
+    """The search in the paper's own setting, and beside it that of few short rows: what each removes and loses."""
+    own, lines = points.frame[points.frame["calibration"].isin(PUBLISHED)], []
+    for _, cell in own.sort_values(["budget", "calibration"]).iterrows():
+        line = {"calibration": cell["calibration"], "removed_pct": 100 * cell["ratio"], "blocks": cell["plan"]}
+        lines.append(line | interval("plain_x", points.against((cell["nll"] - points.dense["nll"])[None])))
+    return table_of_frame("published", "The setting of the paper", pd.DataFrame(lines)) if lines else None
+
+
+PUBLISHED = ("as published", "24 samples")
+
 GROUPS = {
     "number of samples": ("16 samples", "64 samples", "256 samples", "1024 samples"),
     "kind of text": ("encyclopaedia", "instructions", "program text", "stories", "64 samples"),

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from blockpruner.reporting.answers.calibration import calibrations, variation
+from blockpruner.reporting.answers.calibration import calibrations, published, variation
 from blockpruner.reporting.answers.claims import claims
 from blockpruner.reporting.answers.curves import ALONE, COMPARED, blocks, healing, quality, sizes, texts, trained
 from blockpruner.reporting.answers.masks import critical, healed_masks, masks
@@ -21,7 +21,7 @@ def of_run(points: Points) -> Iterator[Table | Plot]:
     yield from sizes(points)
     for made in (
         healing(points), trained(points), claims(points), texts(points, 0.1), texts(points, 0.2), calibrations(points),
-        variation(points), searched(points), masks(points), critical(points), tasks(points),
+        variation(points), published(points), searched(points), masks(points), critical(points), tasks(points),
         quality(points, "quality", COMPARED),
         quality(points, "kinds", ALONE), blocks(points), healed_masks(points),
     ):  # fmt: skip
