@@ -53,10 +53,10 @@ def at_size(points: Points, key: str, size: float, **where: object) -> dict[str,
 
 def sizes(points: Points) -> list[Table]:
     """Perplexity over dense at each size, plain and refitted, over all kinds of text alike: of the methods that are
-    compared with each other, and of variants of BlockPruner."""
+    compared with each other, and of all others."""
     own, found = points.frame[points.frame["calibration"] == ""], []
     variants = [method for method in own["method"].unique() if method not in COMPARED]
-    titles = ("sizes", "Methods at equal size", COMPARED), ("variants", "Variants of BlockPruner", variants)
+    titles = ("sizes", "Methods at equal size", COMPARED), ("variants", "Variants of BlockPruner, and the default", variants)
     for name, title, methods in titles:
         lines = []
         for method in (method for method in methods if (own["method"] == method).any()):
