@@ -56,7 +56,7 @@ def sizes(points: Points) -> list[Table]:
     compared with each other, and of all others."""
     own, found = points.frame[points.frame["calibration"] == ""], []
     variants = [method for method in own["method"].unique() if method not in COMPARED]
-    titles = ("sizes", "Methods at equal size", COMPARED), ("variants", "Variants of BlockPruner, and the default", variants)
+    titles = ("sizes", "Methods at equal size", COMPARED), ("variants", "Other methods at equal size", variants)
     for name, title, methods in titles:
         lines = []
         for method in (method for method in methods if (own["method"] == method).any()):
