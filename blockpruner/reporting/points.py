@@ -102,6 +102,10 @@ class Points:
         """The perplexity over that of the dense model for the rises of each row, every kind of text alike."""
         return math.exp(np.mean([rises[self.kinds == kind].mean() for kind in self.texts]))
 
+    def of(self, cell: pd.Series) -> Effect:
+        """The perplexity of one model, a row of `frame`, over that of the dense model."""
+        return self.against((cell["nll"] - self.dense["nll"])[None])
+
     def against(self, a: Floats, b: Floats | None = None, kind: str | None = None) -> Effect:
         """The perplexity of `b` over that of `a` (rises of the same draws, as from `curve`), or of `a` over the dense
         model, on the rows of a kind or on all kinds alike; draws and documents are resampled, pairs together."""

@@ -36,11 +36,12 @@ def published(points: Points) -> Table | None:
     own, lines = points.frame[points.frame["calibration"].isin(PUBLISHED)], []
     for _, cell in own.sort_values(["budget", "calibration"]).iterrows():
         line = {"calibration": cell["calibration"], "removed_pct": 100 * cell["ratio"], "blocks": cell["plan"]}
-        lines.append(line | interval("plain_x", points.against((cell["nll"] - points.dense["nll"])[None])))
+        lines.append(line | interval("plain_x", points.of(cell)))
     return table_of_frame("published", "The setting of the paper", pd.DataFrame(lines)) if lines else None
 
 
 PUBLISHED = ("as published", "24 samples")
+"""Names of calibrations: that of the paper, and that of a draw of this study."""
 
 GROUPS = {
     "number of samples": ("16 samples", "64 samples", "256 samples", "1024 samples"),

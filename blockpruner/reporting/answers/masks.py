@@ -101,7 +101,7 @@ def critical(points: Points) -> Table | None:
     for method, cells in own.groupby("method", sort=False):
         line: dict[str, object] = {"model": method, "removed_pct": 100 * cells["ratio"].iloc[0]}
         for _, cell in cells.iterrows():
-            line |= interval(f"{cell['heal']}_x", points.against((cell["nll"] - points.dense["nll"])[None]))
+            line |= interval(f"{cell['heal']}_x", points.of(cell))
         lines.append(line)
     return table_of_frame("critical", "Single blocks", pd.DataFrame(lines)) if lines else None
 
