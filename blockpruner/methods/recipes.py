@@ -42,7 +42,7 @@ NEAR = 0.1
 """Layers are near a budget that they miss by no more than this share of it."""
 
 RECIPES: Mapping[str, Recipe] = {
-    # Narrower MLPs win or are level, and shifted layers are never behind whole ones (docs/experiments.md). Floating
+    # Narrower MLPs win or are level, and shifted layers win over whole ones or are level (docs/results.md). Floating
     # search is for budgets that shifted layers, whose wide holes a refit fills better than many small ones, do not come
     # near.
     RECOMMENDED: Recipe(

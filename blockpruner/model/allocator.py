@@ -2,7 +2,7 @@
 
 glibc maps the memory of a large tensor anew each time, and the system fills every page of it with zeros. For weights
 that is right: their memory goes back when the model goes. Of activations, above all of logits, which come and go, it is
-a sixth of the CPU time of a small model's scores (docs/performance.md).
+a sixth of the CPU time of a small model's scores.
 """
 
 import ctypes

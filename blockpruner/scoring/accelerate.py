@@ -57,7 +57,7 @@ class Select:
 
 
 CONFIDENCE = 0.999
-"""The confidence of each comparison in a race; docs/performance.md has the measurements behind these numbers."""
+"""The confidence of each comparison in a race."""
 
 FLOOR = 10
 """The least number of candidates that enter a lazy step."""
