@@ -88,7 +88,7 @@ class _Base:
             source = {"source": "hub", "repo": self.place}
         write_json(directory / SOURCE_FILE, {"source": source, "licence": self.licence})
         if self._is_folder:
-            copy_files(Path(self.place), directory, (GENERATION_FILE, *LICENCE_FILES))
+            copy_files(Path(self.place), directory, LICENCE_FILES)
 
     @property
     def _is_folder(self) -> bool:
@@ -145,6 +145,8 @@ class Pruned:
             dense, name = Path(own), Path(folder).absolute().name
             plan = replace(self.plan, target=name, base=self.base.identity)
             self.base.write(dense, self.tokenizer)
+            if (generation := self.model.generation_config) is not None:
+                write_text(dense / GENERATION_FILE, generation.to_json_string())
             made = Made(dense, plan, CalibrationSet(()), dtype, "cpu", healed=self.healed, model=self.model)
             pipeline.export(made, places)
         return places

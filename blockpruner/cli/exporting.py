@@ -48,7 +48,7 @@ def export(folder: Path, place: Place) -> dict[str, Any]:
         raise InputError(f"{folder} is the hf checkpoint itself; name other formats: nas, mlx, gguf", rule="no-format")
     require_packages(list(places))
     require_exports(list(places), KINDS[plan.kind], dtype)
-    require_families(list(places), family)
+    require_families(list(places), config)
     for path in places.values():
         require_free(path)
     if has_our_code(folder):  # formats know our own classes, not those of the file beside the weights
@@ -63,7 +63,8 @@ def export(folder: Path, place: Place) -> dict[str, Any]:
         healed = _stand_in(folder, dense)
         made = Made(dense, plan, CalibrationSet(()), dtype, "cpu", healed=healed, model=model)
         pipeline.export(made, places, forms)
-    return {"plan": plan_fields(plan), "written": [pipeline.exported(*each) for each in places.items()]}
+    told = {"plan": plan_fields(plan), "taken_out": KINDS[plan.kind].taken_out(plan)}
+    return told | {"written": [pipeline.exported(*each) for each in places.items()]}
 
 
 def _stand_in(folder: Path, dense: Path) -> Healed | None:

@@ -6,6 +6,7 @@ the work are imported when needed.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -357,6 +358,7 @@ def _fail(error: InputError, args: Sequence[str] | None) -> NoReturn:
 
 def main(args: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are about what is meant here
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the default leaves half a checkpoint beside its place
     try:
         app(args, prog_name="blockpruner")
     except SystemExit as end:

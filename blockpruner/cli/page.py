@@ -47,7 +47,9 @@ def write_page_of(checkpoint: Path, out: Path) -> None:
         facts["After pruning"] = healed["words"].replace("`", "")  # Markdown, for the card
     if plan.calibration["rows"] is not None:
         facts["Calibration"] = f"{plan.calibration['rows']:,} rows, {plan.calibration['tokens']:,} tokens"
-    form = {"mlx_lm": "nas", "xllamacpp": "gguf"}.get(verified["engine"], "hf")
+    form = {"mlx_lm": "mlx", "xllamacpp": "gguf"}.get(verified["engine"], "hf")
+    if form == "mlx" and read_json(checkpoint / "config.json")["model_type"] == "nemotron-nas":
+        form = "nas"
     beside = {other: checkpoint.with_name(f"{checkpoint.name}-{other}") for other in EXPORTS if form == "hf" != other}
     places = {form: checkpoint} | {other: path for other, path in beside.items() if (path / REPORT_FILE).is_file()}
     commands = [line for other, path in places.items() for line in starts(other, plan, path)]

@@ -89,7 +89,7 @@ class Place:
         config = self.config_of(run)
         if "vllm" in self.export.lower() and not FAMILIES[str(config["model_type"])].in_vllm:
             raise InputError(f"export vllm: vLLM runs no pruned {config['model_type']} models; leave it out")
-        require_families(run.export, str(config["model_type"]))
+        require_families(run.export, config)
         is_auto = model is not None and "dtype" not in run.model.model_fields_set
         heldout = fitted(run.evaluate.perplexity, config, "evaluate.perplexity.seq_len")
         own: dict[str, Any] = {"train": run.train and run.train.fitted(config.get("max_position_embeddings"))}
@@ -397,6 +397,10 @@ def _is_there(place: Path, plan: Plan | None, words: str | None = None) -> bool:
         plan: None where it is not known yet.
         words: what the model card says of healing (`Healed.words`); None: they are not compared.
     """
+    beside = next(folder for folder in place.absolute().parents if folder.exists())
+    if not (beside.is_dir() and os.access(beside, os.W_OK | os.X_OK)):
+        message = f"--out {place}: nothing can be written in {beside}; choose another place"
+        raise InputError(message, rule="no-place", key="out", value=str(place))
     if not place.exists() or (place.is_dir() and not any(place.iterdir())):
         return False
     file = place / PLAN_FILE

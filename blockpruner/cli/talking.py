@@ -78,7 +78,8 @@ class Talker:
 def typed() -> Iterator[str]:
     while True:
         try:
-            yield input("> ")
+            if (line := input("> ")).strip():
+                yield line
         except EOFError:
             return
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from blockpruner.core.errors import InputError
+
 PROMPTS = (
     "What is the capital of France?",
     "Explain in one sentence why the sky is blue.",
@@ -28,6 +30,8 @@ def answer(
     if is_chat:
         text = tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(text, add_special_tokens=not is_chat, return_tensors="pt").input_ids.to(model.device)
+    if not ids.numel():
+        raise InputError("the prompt has no token; give some words", rule="no-token", key="prompt", value=text)
     mask = ids.new_ones(ids.shape)
     out = model.generate(
         ids, attention_mask=mask, max_new_tokens=limit, do_sample=False, pad_token_id=0, streamer=streamer

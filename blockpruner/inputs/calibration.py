@@ -8,7 +8,7 @@ import hashlib
 import json
 import random
 from bisect import bisect_left
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -163,8 +163,7 @@ def _note_gone(
 def without_evaluated(
     texts: Sequence[str], evaluated: Iterable[str], what: str, note: Callable[[str], object]
 ) -> list[str]:
-    """The texts that share no paragraph with an evaluated text; a note counts the others. A paragraph is a line of at
-    least 50 characters, or a text without such a line. White space and upper case make no difference."""
+    """The texts that share no paragraph with an evaluated text (`sharing`); a note counts the others."""
     known = sharing(texts, evaluated)
     pool = [text for text in texts if text not in known]
     if len(pool) < len(texts):
@@ -178,15 +177,22 @@ TEMPLATE = frozenset(
 """Lines of the Alpaca template, which say nothing about where a text is from."""
 
 
-def sharing(texts: Iterable[str], others: Iterable[str]) -> set[str]:
-    """The texts that share a paragraph with one of the others."""
-    known = {paragraph for text in others for paragraph in _paragraphs(text)}
-    return {text for text in texts if not known.isdisjoint(_paragraphs(text))}
+COMMON = 8, 0.05
+"""A line of more texts than these, as a number and as a share of all, tells as little: a system prompt, a licence."""
 
 
-def _paragraphs(text: str) -> set[str]:
+def sharing(texts: Collection[str], others: Iterable[str]) -> set[str]:
+    """The texts that share a paragraph with one of the others. A paragraph is a line of at least 50 characters, or a
+    text without such a line; lines that many texts have are none. White space and upper case make no difference."""
+    seen = Counter(line for text in texts for line in _paragraphs(text, TEMPLATE))
+    often = TEMPLATE | {line for line, number in seen.items() if number > max(COMMON[0], COMMON[1] * len(texts))}
+    known = {paragraph for text in others for paragraph in _paragraphs(text, often)}
+    return {text for text in texts if not known.isdisjoint(_paragraphs(text, often))}
+
+
+def _paragraphs(text: str, often: AbstractSet[str]) -> AbstractSet[str]:
     lines = (" ".join(line.split()).casefold() for line in text.splitlines())
-    return {line for line in lines if len(line) >= 50} - TEMPLATE or {" ".join(text.split()).casefold()}
+    return {line for line in lines if len(line) >= 50} - often or {" ".join(text.split()).casefold()}
 
 
 def pack_rows(

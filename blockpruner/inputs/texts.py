@@ -110,8 +110,12 @@ def load_texts(data: Texts, cache: Path, pins: Path, template: Template) -> list
     if isinstance(data, LocalTexts):
         path = Path(data.path).expanduser()
         if not path.is_file():
-            raise InputError(f"text file {data.path!r} does not exist; give a .parquet, .json, .jsonl or .txt file")
-        return parse_texts(path.read_bytes(), path.name, data.format, template, data.separator)
+            wrong = "is no file" if path.exists() else "does not exist"
+            raise InputError(f"text file {data.path!r} {wrong}; give a .parquet, .json, .jsonl or .txt file")
+        found = parse_texts(path.read_bytes(), path.name, data.format, template, data.separator)
+        if not any(map(str.strip, found)):
+            raise InputError(f"text file {data.path!r} holds no text; give one with words in it")
+        return found
     import datasets
 
     revision = pinned_revision(data.repo, "dataset", data.revision, pins)

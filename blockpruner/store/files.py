@@ -272,8 +272,9 @@ def _built(path: Path, build: Callable[[Path], object]) -> Iterator[Path]:
     temporary = temporary_beside(path)
     try:
         with writing(path):
-            make_folder(path.parent)
-            temporary.mkdir()
+            with writing(path, alone=True):
+                make_folder(path.parent)
+                temporary.mkdir()
             build(temporary)
             for folder, _, names in os.walk(temporary, topdown=False):
                 for name in [*names, "."]:

@@ -35,7 +35,7 @@ _KNOWN: dict[str, str] = {}
 @contextmanager
 def known_digests(path: Path) -> Iterator[None]:
     """Within, digests of weights that a file holds are known; new ones are added to it."""
-    with suppress(InputError, AttributeError, TypeError):  # there is none, or it is damaged
+    with suppress(InputError, AttributeError, TypeError, NotADirectoryError):  # there is none, or it is damaged
         _KNOWN.update(read_json(path, sealed=True)["digests"])
     before = len(_KNOWN)
     yield

@@ -84,6 +84,16 @@ def test_a_text_without_a_long_line_is_known_by_all_of_it():
     assert sharing([short, "if x:\n    y()"], [f"\n{short.upper()}\n"]) == {short}
 
 
+def test_a_line_that_many_texts_have_is_no_paragraph():
+    """A system prompt or a licence says nothing about where a text is from; eight texts may be of one document."""
+    prompt, page = "You are a helpful assistant, " * 3, "a page of a document, one of its many long lines " * 2
+    chats = [f"{prompt}\nsay {i}" for i in range(20)]
+    assert sharing(chats, chats[:2]) == set(chats[:2])
+    assert sharing([f"{prompt}\n{page}", *chats], [page]) == {f"{prompt}\n{page}"}
+    pages = [f"{page}\npart {i}" for i in range(8)]
+    assert sharing(pages, pages[:1]) == set(pages)
+
+
 def test_response_scoring_gives_the_same_tokens_and_scores_what_ends_in_a_response():
     """Held against the characters, which the tiny tokenizer keeps: a decoded run of scored tokens is the response."""
     samples = [

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -37,6 +38,7 @@ from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model import rates
 from blockpruner.model.models import load_model, masked, prune_
 from blockpruner.reporting.formats import number
+from blockpruner.store import files
 from blockpruner.store.files import read_json, write_sealed_json
 from blockpruner.store.plans import load_plan, save_plan
 from tests.fakes import Hub, PushHub
@@ -151,6 +153,21 @@ def test_a_folder_is_kept_and_never_replaced_by_another_plan(model, place, say):
     ]
 
 
+@pytest.mark.usefixtures("in_process")
+def test_a_command_that_is_told_to_end_leaves_no_half_checkpoint(model, place, say, monkeypatch):
+    def stop(path):
+        if ".out." in str(path):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(files, "sync", stop)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        code, *_ = say(*prune(model, "--out", "new/out"))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert code == 143 and not [*(place / "new").iterdir()]
+
+
 def test_formats_go_by_the_names_of_engines_too(place):
     given = Place(place, "cpu", SilentObserver(), "vLLM,llama.cpp:q4_k_m, gguf:Q5_0,nas")
     assert given._asked == {"hf": (), "gguf": ("Q4_K_M", "Q5_0"), "nas": ()}
@@ -239,6 +256,10 @@ def test_a_plan_of_channels_says_all(model, place, say):
     assert (place / "again/model.safetensors").read_bytes() == (place / "out/model.safetensors").read_bytes()
     code, _, err = say("apply", save_tiny(place / "wide", intermediate_size=96), "out", "--out", "other")
     assert code == 2 and "the plan is of another model" in err
+    code, out, err = say("export", "out", "mlx")
+    assert code == 0 and "of the parameters: channels of " in out, err
+    page = Path(say("report", "out-mlx")[1].strip()).read_text()
+    assert "mlx_lm.server --model" in page and "vllm serve" not in page, "the commands of its own format alone"
     plan = load_plan(place / "out/blockpruner_plan.json")
     fewer = dict([*plan.details["channels"].items()][1:])
     save_plan(replace(plan, details={**plan.details, "channels": fewer}), place / "changed.json")
@@ -310,6 +331,14 @@ def test_a_format_that_cannot_hold_the_family_is_refused_before_a_search(place, 
     for form in ("gguf", "mlx-lm"):
         code, _, err = say(*prune(other, "--out", "out", "--export", form))
         assert code == 2 and "has no qwen3 models that lack blocks" in err and not (place / "cache").exists()
+    windowed = save_tiny(place / "windowed", "mistral", sliding_window=6)
+    code, _, err = say(*prune(windowed, "--out", "out", "--export", "nas"))
+    assert code == 2 and "has no models with a sliding window (here 6)" in err and not (place / "cache").exists()
+    (place / "file").touch()
+    for more in ((), ("--dry-run",)):
+        code, _, err = say(*prune(other, "--out", "file/out", *more))
+        assert code == 2 and f"nothing can be written in {place / 'file'}" in err
+        assert not (place / "cache/blockpruner/searches").exists()
 
 
 @pytest.mark.usefixtures("in_process")
@@ -433,6 +462,7 @@ def test_a_model_of_the_hub_is_asked_for_its_shape_alone_before_it_is_fetched(mo
         ("--compensate", "magic", True), ("--train", "some", True), ("--dtype", "int3", True),
         ("--device", "abacus", True), ("--export", "onnx", True), ("--export", "vllm:Q4_K_M", False),
         ("--export", "gguf:Q9", False), ("--texts", "absent.txt", False), ("--seq-len", "4096", True),
+        ("--budget", "0.0000001M", False), ("--texts", ".", False), ("--texts", "/dev/null", False),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_named_in_the_last_line(model, place, say, option, value, named):
@@ -597,7 +627,9 @@ def test_chat_and_compare(model, place, say, monkeypatch):
     text = tiny_tokenizer().decode(expected[0, ids.shape[1] :], skip_special_tokens=True)
     code, out, _ = say("chat", model, "--prompt", "a few words", "--max-new-tokens", 5)
     assert code == 0 and out.strip() == talking.printable(text.strip())
-    typed = iter(["a few words"])
+    code, _, err = say("chat", model, "--prompt", "")
+    assert code == 2 and "the prompt has no token" in err
+    typed = iter([" ", "a few words"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed, None) or (_ for _ in ()).throw(EOFError))
     assert say("chat", model, "--max-new-tokens", 5)[:2] == (0, out)
     code, out, _ = say("compare", model, model, "--prompt", "a few words", "--max-new-tokens", 5)
@@ -764,7 +796,9 @@ def test_what_the_api_saves_is_taken_by_every_command(model, place, say):
     (place / "plain.safetensors").touch()  # is not the model's
     loaded = AutoModelForCausalLM.from_pretrained(model)
     pruned = blockpruner.prune(loaded, tiny_tokenizer(), TEXTS.split("\n"), 0.3, seq_len=32, method="greedy")
+    loaded.generation_config.eos_token_id = [7, 8]
     pruned.save("out")
+    assert read_json(place / "out/generation_config.json")["eos_token_id"] == [7, 8], "not those of the dense folder"
     assert say("report", "out")[0] == 0
     assert "model.safetensors" in done(say("push", "out", "me/small", "--dry-run", "--json"))["files"]
     code, _, err = say("apply", model, "out", "--out", "again")

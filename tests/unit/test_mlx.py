@@ -102,6 +102,6 @@ def test_what_it_cannot_hold(tmp_path):
     with pytest.raises(InputError, match="sliding_window 6"):
         export_mlx(pruning(dense, plan_of(dense, HOLES)), tmp_path / "out")
     with pytest.raises(InputError, match="for mlx-lm name mlx"):
-        require_families(["nas"], "qwen3")
+        require_families(["nas"], {"model_type": "qwen3"})
     with pytest.raises(InputError, match="leave it out"):
-        require_families(["nas", "mlx"], "gpt_neox")
+        require_families(["nas", "mlx"], {"model_type": "gpt_neox"})
