@@ -20,8 +20,9 @@ from blockpruner.reporting.table import Table
 
 LEVEL = 0.05
 
-ONE_DRAW = 1.2
-"""Two draws of one comparison, on all kinds of text together, were up to so far apart (docs/results.md, "How sure")."""
+ONE_DRAW = {0.1: 1.2, 0.2: 1.65, 0.3: 1.65}
+"""Two draws of one comparison, on all kinds of text together, were up to so far apart at a size (docs/results.md, "How
+sure"); at 30 % there is one draw alone, which has the limit of 20 %."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,14 @@ def judged(points: Points, claim: Claim, heal: str) -> Judged | None:
             kinds = points.texts if draws[size] > 1 else [None]
             cells |= {(size, kind): points.against(a, b, kind) for kind in kinds}
     corrected = holm([effect.p for effect in cells.values()])
-    signs = {key: _sign(effect, p, draws[key[0]]) for (key, effect), p in zip(cells.items(), corrected, strict=True)}
+    signs = {
+        key: _sign(effect, p, draws[key[0]], key[0]) for (key, effect), p in zip(cells.items(), corrected, strict=True)
+    }
     return Judged(effects, draws, signs) if effects else None
 
 
-def _sign(effect: Effect, p: float, draws: int) -> int:
-    is_small = draws == 1 and max(effect.value, 1 / effect.value) < ONE_DRAW
+def _sign(effect: Effect, p: float, draws: int, size: float) -> int:
+    is_small = draws == 1 and max(effect.value, 1 / effect.value) < ONE_DRAW[size]
     return 0 if p > LEVEL or is_small else 1 if effect.value > 1 else -1
 
 
@@ -132,6 +135,6 @@ def claims(points: Points) -> Table | None:
 CLAIMS_NOTE = (
     "Perplexity of the method that a claim calls worse, over that of the better one, every kind of text alike. The "
     "verdict is over every kind of text at every size by itself, 5 % with Holm's correction within the line; where "
-    "there is one draw, over all kinds together, and differences below 20 % decide nothing. What a line does not name "
-    "shows no difference. Some draws may lack a size."
+    "there is one draw, over all kinds together, and factors below 1.2 at 10 % or 1.65 at 20 and 30 % decide nothing. "
+    "What a line does not name shows no difference. Some draws may lack a size."
 )
