@@ -136,5 +136,5 @@ CLAIMS_NOTE = (
     "Perplexity of the method that a claim calls worse, over that of the better one, every kind of text alike. The "
     "verdict is over every kind of text at every size by itself, 5 % with Holm's correction within the line; where "
     "there is one draw, over all kinds together, and factors below 1.2 at 10 % or 1.65 at 20 and 30 % decide nothing. "
-    "What a line does not name shows no difference. Some draws may lack a size."
+    "What a line does not name is undecided. Some draws may lack a size."
 )
