@@ -30,7 +30,7 @@ def share_for(text: str, config: Config) -> str:
         return text
     share = 1 - float(match["number"]) * {"M": 1e6, "B": 1e9}[match["unit"]] / total
     if not 0 < round(share, 4) < 1:
-        limit = f"more than nothing and less than the model's {total / 1e6:,.2f}M parameters"
+        limit = f"less than the model's {total / 1e6:,.1f}M parameters, and more than nothing"
         raise InputError(f"budget {text!r} is what is left; give {limit}")
     return f"{share:.4f}"
 
