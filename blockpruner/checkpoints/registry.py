@@ -60,17 +60,17 @@ def require_exports(names: Sequence[str], kind: Kind, dtype: str) -> None:
 
 
 def require_families(names: Sequence[str], config: Config) -> None:
-    """Raise InputError for a format that cannot hold models of a family, before anything is computed."""
+    """Raise InputError for a format that cannot hold models of a family or window, before anything is computed."""
     model_type = str(config["model_type"]).removesuffix("_blockpruned")
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     for row in map(EXPORTS.__getitem__, names):
-        if row.families == READABLE and window is not None:
-            raise InputError(f"export: {row.name} has no models with a sliding window (here {window}); leave it out")
         if row.families is not None and model_type not in row.families:
             raise InputError(
                 f"export: {row.name} ({', '.join(row.engines)}) has no {model_type} models that lack blocks; it has "
                 f"{', '.join(row.families)}; {_others(row, model_type)}"
             )
+        if row.families == READABLE and window is not None:
+            raise InputError(f"export: {row.name} has no models with a sliding window (here {window}); leave it out")
 
 
 def _others(row: Export, model_type: str) -> str:

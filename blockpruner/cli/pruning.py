@@ -391,17 +391,18 @@ def own_dtype(config: Config) -> str:
 
 
 def _is_there(place: Path, plan: Plan | None, words: str | None = None) -> bool:
-    """Whether a folder holds the whole checkpoint of a plan; raises InputError if it holds anything else.
+    """Whether a folder holds the whole checkpoint of a plan; raises InputError if it holds anything else, or cannot be
+    made.
 
     Args:
         plan: None where it is not known yet.
         words: what the model card says of healing (`Healed.words`); None: they are not compared.
     """
-    beside = next(folder for folder in place.absolute().parents if folder.exists())
-    if not (beside.is_dir() and os.access(beside, os.W_OK | os.X_OK)):
-        message = f"--out {place}: nothing can be written in {beside}; choose another place"
-        raise InputError(message, rule="no-place", key="out", value=str(place))
     if not place.exists() or (place.is_dir() and not any(place.iterdir())):
+        beside = next(folder for folder in place.absolute().parents if folder.exists())
+        if not (beside.is_dir() and os.access(beside, os.W_OK | os.X_OK)):
+            message = f"--out {place}: nothing can be written in {beside}; choose another place"
+            raise InputError(message, rule="no-place", key="out", value=str(place))
         return False
     file = place / PLAN_FILE
     held = load_plan(file) if file.is_file() else None

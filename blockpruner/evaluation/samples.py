@@ -24,7 +24,7 @@ def answer(
     model: PreTrainedModel, tokenizer: Any, turns: Sequence[str], limit: int = NEW_TOKENS, streamer: Any = None
 ) -> tuple[str, int]:
     """Answer the last turn, greedily; return the text and its number of tokens. Turns are the user's and the model's,
-    one after the other. A model without a chat template continues the last one."""
+    one after the other. A model without a chat template continues the last one. Raises InputError for an empty one."""
     told = [{"role": ("user", "assistant")[number % 2], "content": turn} for number, turn in enumerate(turns)]
     is_chat, text = bool(tokenizer.chat_template), turns[-1]
     if is_chat:

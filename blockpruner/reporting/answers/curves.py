@@ -16,7 +16,7 @@ from blockpruner.methods.recipes import BLOCKPRUNER, RECIPES
 from blockpruner.reporting import plots
 from blockpruner.reporting.paper.frames import table_of_frame
 from blockpruner.reporting.paper.tables import interval
-from blockpruner.reporting.plots import MANY_MARKS, REMOVED, Plot
+from blockpruner.reporting.plots import INK, MANY_MARKS, REMOVED, Plot
 from blockpruner.reporting.points import Points
 from blockpruner.reporting.table import Table
 
@@ -106,7 +106,7 @@ COMPARED = (
     "greedy-layers", "greedy-shifted", "narrow",
 )  # fmt: skip
 COLOURS = dict(zip(dict.fromkeys((BLOCKPRUNER, *reversed(COMPARED))), MANY_MARKS, strict=False))
-COLOURS |= dict(zip(ALONE[1:], MANY_MARKS[1:], strict=False))
+COLOURS |= dict(zip(ALONE[1:], MANY_MARKS[1:], strict=False)) | {"slicegpt": (INK, "D")}  # the ninth
 """Of a method, in every figure."""
 SIZES_NOTE = (
     "× the dense model, every kind of text alike, at 10, 20 and 30 % of all parameters removed: between the sizes "
