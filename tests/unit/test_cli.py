@@ -464,7 +464,6 @@ def test_a_model_of_the_hub_is_asked_for_its_shape_alone_before_it_is_fetched(mo
         ("--compensate", "magic", True), ("--train", "some", True), ("--dtype", "int3", True),
         ("--device", "abacus", True), ("--export", "onnx", True), ("--export", "vllm:Q4_K_M", False),
         ("--export", "gguf:Q9", False), ("--texts", "absent.txt", False), ("--seq-len", "4096", True),
-        ("--budget", "0.0000001M", False), ("--texts", ".", False), ("--texts", "/dev/null", False),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_named_in_the_last_line(model, place, say, option, value, named):
@@ -537,11 +536,15 @@ def test_every_setting_has_a_way_in(model, say, asked):
         (("--set", "targets.x=1"), "targets: Extra inputs", ""),
         (("--revision", "v1"), "model.path.revision: Extra", "--revision"),
         (("--dataset", "a/b"), "--texts and --dataset", ""),
+        (("--texts", "."), "text file '.' is no file", ""),
+        (("--texts", "empty.txt"), "text file 'empty.txt' holds no text", ""),
+        (("--budget", "0.0000001M"), "'0.0000001M' is what is left; give less than the model's", ""),
         (("--config", "absent.yaml"), "absent.yaml does not exist", ""),
         (("--set", "calibration.score=response"), "calibration.score: response", "--set calibration.score="),
     ],
 )
 def test_what_is_refused_is_named_as_the_command_calls_it(model, place, say, more, words, here):
+    (place / "empty.txt").write_text(" \n")
     code, out, err = say(*prune(model, "--set", "calibration.split=all"), *more)
     assert code == 2 and not out and words in err and (not here or here in err.splitlines()[-1]), err
     assert not (place / "0.3").exists() and "(here: )" not in err
