@@ -1,0 +1,89 @@
+"""Numbers of the pages: a file that Git keeps holds each, or the page says that none does.
+
+A result in the text of a page stands in one of three markers, each ended by `<!-- / -->`:
+
+    <!-- value: smollm2-sizes; method=BlockPruner; refit_10_pct_x -->1.65<!-- / -->
+        one cell of docs/results/smollm2-sizes.csv. `python -m blockpruner.reporting.paper.publish` fills it.
+    <!-- from: docs/results/speed.csv -->1.2 times<!-- / -->
+        read or computed from these files, which are separated by blanks. Nothing fills it.
+    <!-- not kept: one check of three layers -->1.41 against 1.49<!-- / -->
+        no file holds it. The words say why; they are for editors.
+
+`<!-- table: ... -->` blocks are filled as values are. Settings, such as a budget of 10 %, are no results.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from blockpruner.reporting.paper.publish import BLOCK, VALUE
+
+ROOT = Path(__file__).parents[1]
+
+PAGES = ["README.md", "docs/results.md"]
+"""Pages whose numbers are checked."""
+
+SETTINGS = {
+    "README.md": {},
+    "docs/results.md": {},
+}
+"""By page: phrases with numbers that are no results, and why. Each must stand in the page."""
+
+SET_PERCENTS = {"5", "10", "20", "25", "30", "50", "75", "95", "100"}
+"""Budgets, shares of MHA and levels of intervals: the study chose them."""
+
+FROM = re.compile(r"<!-- from: (?P<files>[^>]+?) -->.*?<!-- / -->", re.DOTALL)
+NOT_KEPT = re.compile(r"<!-- not kept: (?P<why>[^>]+?) -->.*?<!-- / -->", re.DOTALL)
+FENCED = re.compile(r"^ *```.*?^ *```$", re.DOTALL | re.MULTILINE)
+INLINE = re.compile(r"`[^`]*`|\]\([^)]*\)|<!--.*?-->", re.DOTALL)
+
+NUMBER = r"(?<![\w.])(?<!\w-)\d[\d,]*"
+UNITS = r"(?:MB|GB|GiB|MiB|tok/s|ms|seconds?|minutes?|hours?|days?|points?|times)\b"
+RESULT = re.compile(
+    rf"{NUMBER}\.\d+(?![\w.]*\w)(?:\s?%)?"  # a decimal fraction, unless it is of a name (0.5B) or a version (1.2.3)
+    rf"|{NUMBER} to \d[\d,]*\s%"  # a range of percents
+    rf"|{NUMBER}\s?(?:%|per\scent)"
+    rf"|{NUMBER}\s{UNITS}"
+)
+
+
+def unmarked(text, phrases=()):
+    """Results in the text of a page that no marker covers."""
+    for pattern in (BLOCK, VALUE, FROM, NOT_KEPT, FENCED, INLINE):
+        text = pattern.sub(" ", text)
+    text = " ".join(text.split())
+    for phrase in phrases:
+        text = text.replace(phrase, " ")
+    results = [found[0] for found in RESULT.finditer(text)]
+    return [result for result in results if result.removesuffix("%").strip() not in SET_PERCENTS or "%" not in result]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_number_of_a_page_stands_in_a_file_or_is_marked_as_not_kept(page):
+    assert unmarked((ROOT / page).read_text(encoding="utf-8"), SETTINGS[page]) == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_settings_of_a_page_stand_in_it(page):
+    text = " ".join(INLINE.sub(" ", (ROOT / page).read_text(encoding="utf-8")).split())
+    assert [phrase for phrase in SETTINGS[page] if phrase not in text] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_git_keeps_each_file_that_a_number_is_from(page):
+    kept = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = {file for found in FROM.finditer(text) for file in found["files"].split()}
+    assert [file for file in sorted(named) if file not in kept] == []
+
+
+def test_results_are_distinguished_from_settings():
+    text = (
+        "Qwen2.5-Coder-0.5B and SmolLM2-135M at 10 and 20 %, 95 % brackets; `--budget 0.15` [a](b-1.5.md)\n"
+        "costs 1.33, 37 %, 20 to 50 %, 9 times, 106 MB or 7\nminutes; <!-- value: t; a=1; b -->2.03<!-- / -->,\n"
+        "<!-- from: docs/a.csv -->1.18<!-- / --> and <!-- not kept: one check -->1.41<!-- / -->"
+    )
+    assert unmarked(text) == ["1.33", "37 %", "20 to 50 %", "9 times", "106 MB", "7 minutes"]
+    assert unmarked(text, ["costs 1.33, 37 %"]) == ["20 to 50 %", "9 times", "106 MB", "7 minutes"]
