@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import click
@@ -9,7 +10,9 @@ import pytest
 import typer
 import yaml
 
+import blockpruner
 from blockpruner.cli.main import app
+from blockpruner.methods.recipes import RECIPES, RECOMMENDED
 
 ROOT = Path(__file__).parents[1]
 LISTED = [*sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("plans/*.md"))]
@@ -88,3 +91,17 @@ def test_a_command_has_the_options_that_the_page_gives_it(page, line):
         command = group.get_command(click.Context(group), name)
         assert command is not None
         command.make_context(name, args)  # parses, and runs nothing
+
+
+def test_each_short_description_names_what_the_default_removes():
+    assert {"narrow", "greedy-shifted"} < RECIPES[RECOMMENDED].searches.keys()  # channels of MLPs, and layers
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    descriptions = {
+        "README.md": (ROOT / "README.md").read_text().split("\n\n")[1],
+        "pyproject.toml": project["description"],
+        "mkdocs.yml": yaml.safe_load((ROOT / "mkdocs.yml").read_text())["site_description"],
+        "blockpruner --help": typer.main.get_command(app).help,
+        "help(blockpruner)": blockpruner.__doc__,
+        "help(blockpruner.prune)": blockpruner.prune.__doc__.split("Args:")[0],
+    }
+    assert [name for name, text in descriptions.items() if not ("channels" in text and "layers" in text)] == []
