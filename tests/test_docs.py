@@ -15,6 +15,7 @@ from dvc.cli.parser import get_main_parser
 import blockpruner
 from blockpruner.cli.main import app
 from blockpruner.methods.recipes import RECIPES, RECOMMENDED
+from blockpruner.search.trace import ITERATION
 
 ROOT = Path(__file__).parents[1]
 LISTED = [*sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("plans/*.md"))]
@@ -180,3 +181,16 @@ def test_each_short_description_names_what_the_default_removes():
         "help(blockpruner.prune)": blockpruner.prune.__doc__.split("Args:")[0],
     }
     assert [name for name, text in descriptions.items() if not ("channels" in text and "layers" in text)] == []
+
+
+def test_the_page_describes_every_column_of_a_score_table():
+    text = (ROOT / "docs/methods.md").read_text()
+    section = text.partition("## Score tables")[2].partition("\n## ")[0]
+    assert [name for name in ITERATION.names if f"`{name}`" not in section] == []
+
+
+def test_the_page_gives_the_rows_that_the_study_gives_to_slicegpt():
+    study = yaml.safe_load((ROOT / "studies/seed.yaml").read_text())["experiments"]["slicegpt"]
+    run = yaml.safe_load((ROOT / f"runs/{study['run']}.yaml").read_text())["calibration"]
+    rows, tokens = study["calibrations"][""]["num_rows"], run["seq_len"]
+    assert f"SliceGPT on {rows} rows of {tokens} tokens" in " ".join((ROOT / "docs/methods.md").read_text().split())
