@@ -33,7 +33,7 @@ SETTINGS = {
 
 PAPER, VERSION, MODEL = "the number of a paper", "a version", "a model's name"
 SETTINGS |= {
-    "CHANGELOG.md": {"arXiv 2406.10594": PAPER, "ERNIE 4.5": MODEL},
+    "CHANGELOG.md": {"arXiv 2406.10594": PAPER, "ERNIE 4.5": MODEL, "a card of 80 GB": "a card that is sold"},
     "CONTRIBUTING.md": {"Python 3.11": VERSION, "an environment of 3.4 GB": "what a download takes"},
     "SECURITY.md": {},
     "benchmarks/README.md": {},
