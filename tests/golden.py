@@ -14,12 +14,14 @@ import csv
 import io
 import json
 import math
+import random
 import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
+from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,6 +33,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from blockpruner import versions
+from blockpruner.core.blocks import DENSE, Mask, format_mask
+from blockpruner.core.budgets import resources_of
 from blockpruner.store.files import read_json, write_sealed_json
 from stages import (
     baseline,
@@ -45,6 +49,7 @@ from stages import (
     settings,
     train,
 )
+from tests.builders import FakeScorer, searched, short_rows, small_config
 from tests.fakes import made_up_times, unverified
 from tests.integration.project import sentence
 from tests.tiny import VARIANTS, VARIANTS_DAILY, tiny_model, tiny_tokenizer, tolerance
@@ -294,6 +299,37 @@ def search(world: World, section: Mapping[str, Any]) -> Any:
     return found
 
 
+def made_up_losses(loss: str, base: Mask, mask: Mask, row: int) -> float:
+    """Of 40 blocks: a cost of each, an interaction of two, and noise, all drawn by name."""
+    blocks = sorted(map(str, mask))
+    costs = [drawn(block, 0.1, 0.4) for block in blocks]
+    costs += [drawn(f"{one} {other}", -0.04, 0.08) for one, other in combinations(blocks, 2)]
+    costs += [drawn(f"{block} {row}", -0.1, 0.1) for block in blocks]
+    return 2.0 + math.fsum(costs)
+
+
+@cache
+def drawn(name: str, low: float, high: float) -> float:
+    return random.Random(name).uniform(low, high)
+
+
+def made_up_search(world: World, acceleration: str) -> Any:
+    """Which of 40 made-up blocks a greedy search removes, and how many it scores on how many rows. A tiny model has
+    fewer blocks than a lazy step always scores."""
+    rows, config = short_rows(16), small_config(20)
+    given = {"method": "greedy", "acceleration": acceleration}
+    trace = searched(FakeScorer(made_up_losses), rows, ["14blocks"], resources_of(config), **given).of("14blocks")
+    return [
+        {
+            "chosen": format_mask(step.added[step.chosen] or DENSE),
+            "audited": format_mask(step.lazy_choice or DENSE),
+            "masks": len(step.scores),
+            "rows": sum(score.rows_used for score in step.scores),
+        }
+        for step in trace
+    ]
+
+
 def slicegpt(world: World) -> Any:
     """Norms of the sliced weights, whose directions have either sign."""
     world.built("slicegpt", ["0.3"], score={"method": "slicegpt"})
@@ -461,6 +497,9 @@ ENTRIES: dict[str, dict[str, Entry]] = {
     "SCORE_VERSION": {variant: Entry(partial(losses, variant=variant), loose(variant)) for variant in VARIANTS},
     "SEARCH_VERSION": {
         name: Entry(partial(search, section={"method": "greedy"} | section)) for name, section in SEARCHES.items()
+    }
+    | {
+        f"greedy, {name}, 40 units": Entry(partial(made_up_search, acceleration=name)) for name in ("lazy", "lazy+race")
     },
     "PLAN_VERSION": {
         **{name: Entry(partial(plans, section=section, budgets=budgets)) for name, (section, budgets) in PLANS.items()},

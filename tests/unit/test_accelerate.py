@@ -1,6 +1,7 @@
 """Lazy evaluation and racing: what they leave out, that the choice stands, that a store's content changes nothing."""
 
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from blockpruner.core.families import Costs
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import masked
 from blockpruner.scoring import accelerate as module
-from blockpruner.scoring.accelerate import Runner, accelerate, lower_bounds, race, slices
+from blockpruner.scoring.accelerate import Runner, accelerate, lower_bounds, race, slices, standard_error
 from blockpruner.scoring.objectives import Objective
 from blockpruner.scoring.settings import Score
 from blockpruner.search.greedy import GreedyOptions, greedy
@@ -225,6 +226,27 @@ def test_what_a_store_knows_changes_no_decision(per):
     assert warm.asked == [] and cold.asked
 
 
+@pytest.mark.parametrize("known", [2, 3, 5])
+def test_the_error_of_a_mean_is_that_over_all_choices_of_rows(known):
+    """Its square, averaged over every choice of some of six rows, is the variance of their means."""
+    rises = np.random.default_rng(known).normal(0.3, 0.2, 6)
+    choices = [rises[list(chosen)] for chosen in combinations(range(6), known)]
+    variance = np.var([chosen.mean() for chosen in choices])
+    assert np.mean([standard_error(chosen, 6) ** 2 for chosen in choices]) == pytest.approx(variance)
+    assert standard_error(rises, 6) == 0
+
+
+def test_a_candidate_known_on_few_rows_enters_by_its_own_error():
+    """It lost the first race on two bad rows. No rise has moved, so nothing but its own error lets it in again."""
+    world = World(0, noise=0.0, interaction=0.0)
+    first, second, unlucky = UNITS[:3]
+    world.cost = dict.fromkeys(UNITS, 5.0) | {first: 0.1, second: 0.8, unlucky: 0.0}
+    world.noise[unlucky] = np.array([1.0, 2.0, *[0.2] * (ROWS - 2)])
+    trace = sequence(world, 2, acceleration="lazy+race", floor=1)
+    assert [len(score.row_loss) for score in trace[0].scores if score.mask == unlucky] == [2]
+    assert removed_in(trace) == [format_mask(first), format_mask(unlucky)] == brute_force(world, 2)
+
+
 def test_acceleration_on_a_real_model_is_brute_force(monkeypatch):
     """Whole path with the engine: a tiny random model, three removals, against full forward passes."""
     monkeypatch.setattr(module, "CONFIDENCE", 0.99999)
@@ -245,9 +267,10 @@ def test_acceleration_on_a_real_model_is_brute_force(monkeypatch):
     assert removed_in(traces.of("3blocks")) == [format_mask(unit) for unit in wanted]
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
 def test_a_quota_may_ask_for_other_units_than_before(share):
-    """A lazy search knows no rise of an MHA block where only MLP blocks were asked for at first."""
+    """A lazy search knows no rise of an MHA block where only MLP blocks were asked for at first. With a share of 0.25
+    a later step asks for both kinds; with the others all units of such a step were asked for before."""
     texts = [f"sentence {number} of a small calibration set, with some words" for number in range(24)]
     given = {"method": "greedy", "options": {"mha_share": share}, "acceleration": "lazy+race", "seq_len": 32}
     order = blockpruner.prune(tiny_model(layers=4), tiny_tokenizer(), texts, "4blocks", **given).plan.order

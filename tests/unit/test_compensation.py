@@ -424,6 +424,25 @@ def test_what_does_not_help_is_left(monkeypatch):
     assert not weights and facts["share"] == 0 and perplexity["after"] == perplexity["before"]
 
 
+@pytest.mark.parametrize(("variant", "error"), [("llama", 1.5), ("gemma3_text", 0.5)])
+def test_a_change_of_one_stop_that_does_harm_there_is_left(variant, error, monkeypatch):
+    """The least squares of the first stop go the wrong way. They know it (llama), or the norm behind does (Gemma)."""
+    model, fits = tiny_model(variant).requires_grad_(False), iter([best_change])
+
+    def harmful(fitted, held_out, *given):
+        if next(fits, None) is None:
+            return best_change(fitted, held_out, *given)
+        return -fitted.solve(0.01), 0.01, error
+
+    monkeypatch.setattr(methods, "best_change", harmful)
+    monkeypatch.setattr(methods, "SHARES", (1.0,))
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    first, second, *_ = changed(model, "mlp.1")
+    assert first["error"] >= 1 > second["error"] and first["writers"] == ["mha.1"] != second["writers"]
+    moved = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+    assert moved and not any(name.startswith("model.layers.1.") for name in moved)
+
+
 def test_a_change_that_overflows_is_left_and_a_dense_model_that_does_is_named(monkeypatch):
     model = tiny_model("llama").requires_grad_(False)
     losses = iter([[1.0], [2.0], [math.nan], [math.inf], [math.nan]])  # dense, before, shares of the change

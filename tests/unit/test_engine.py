@@ -14,14 +14,14 @@ from blockpruner.model.models import masked
 from blockpruner.reporting.formats import number
 from blockpruner.scoring import engine as engine_module
 from blockpruner.scoring.engine import Engine, late
-from blockpruner.scoring.metrics import perplexity
+from blockpruner.scoring.metrics import METRICS, perplexity
 from blockpruner.scoring.objectives import MaskScore, Objective
 from blockpruner.scoring.work import LOGITS_BYTES, Task, live_numbers, logits_bytes
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.trace import read_iteration, write_iteration
 from blockpruner.store.files import read_json, write_sealed_json
 from blockpruner.store.trials import TrialStore, store_fields
-from tests.oracles import LiveBytes, make_rows, score_all, sweep
+from tests.oracles import LAYERS, LiveBytes, divergence, make_rows, row, score_all, sweep
 from tests.tiny import full_nll, tiny_model
 
 
@@ -82,6 +82,26 @@ def test_nan_of_a_candidate_is_infinite_and_of_the_dense_model_names_the_row():
     assert [math.isfinite(loss) for loss in found] == [True, True, False] and found[2] == math.inf
     with pytest.raises(NonFiniteLossError, match=r"row 2 is nan in the dense model.*float32"):
         list(engine.run([Task(span, (DENSE,)) for span in spans], rows))
+
+
+def test_each_place_of_a_computation_is_part_of_its_origin():
+    """In 16 bits a loss depends on the attention kernel and on the shape of a batch."""
+    plain, *others = [
+        Engine(tiny_model(attn_implementation=kernel), tokens).origin()
+        for kernel, tokens in [("sdpa", 24), ("eager", 24), ("sdpa", 48)]
+    ]
+    assert plain.keys() == {"torch", "transformers", "device", "attention", "batch_tokens"}
+    changed = [{fact for fact in plain if other[fact] != plain[fact]} for other in others]
+    assert changed == [{"attention"}, {"batch_tokens"}]
+
+
+def test_a_batch_of_which_some_rows_are_known_compares_with_all_of_them():
+    """The dense model's states of the first row are there, those of the second are not."""
+    rows, mask = [row(9, seed) for seed in (1, 2)], parse_mask("mha.1,mlp.0")
+    engine = Engine(tiny_model(layers=LAYERS), 1000)
+    found = [unit for span in (range(1), range(2)) for unit in engine.run([Task(span, (mask,), METRICS["kl"])], rows)]
+    wanted = [divergence("kl", "llama", mask, tokens) for tokens in rows]
+    assert [list(unit.loss) for unit in found] == [pytest.approx(wanted[:1]), pytest.approx(wanted)]
 
 
 def test_an_infinite_loss_is_kept_and_read_again(tmp_path):

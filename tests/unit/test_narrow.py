@@ -221,6 +221,17 @@ def test_levels_are_measured_once_and_survive_a_kill(tmp_path, monkeypatch):
     assert channels(tmp_path / "clone", "0.2") == (more, 12), "a damaged table is not used"
 
 
+def test_another_step_has_costs_of_its_own(tmp_path):
+    """In a folder that knows the costs of steps of 12 channels, steps of 16 are measured anew."""
+    model = tiny_model(layers=2).requires_grad_(False)
+    for step in (12, 16, 12):
+        scored(tmp_path, Engine(model), model.config.to_dict(), ["0.1"], ROWS, method="narrow", options={"step": step},
+               dense=lambda: model)  # fmt: skip
+    tables = {path: json.loads(path.read_text())["levels"] for path in (tmp_path / "scores").glob("levels-*.json")}
+    gone = [[48 - width["channels"] for width in levels[0]["widths"]] for levels in tables.values()]
+    assert sorted(gone) == [[12, 24, 36], [16, 32]]
+
+
 def narrowest(*losts):
     """Levels of an MLP of 48 channels that loses 12, 24 and 36 of them at these costs."""
     widths = [48 - 12 * n for n in range(1, 4)]

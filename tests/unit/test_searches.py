@@ -152,6 +152,8 @@ def test_a_candidate_that_overflows_is_as_if_it_were_none(method, acceleration, 
         found[is_there] = [step.removed for step in trace], trace[-1].perplexity
         is_known = [one and (one.kept, one.rivals) for one in stabilities(trace)] if method == "greedy" else []
         found[is_there] += (is_known,)
+        if is_there and method == "floating":  # which proposes masks of any units
+            assert {mask for _, _, mask, _ in table.asked if lost <= mask} == {lost}
     assert found[True] == found[False]
 
 
