@@ -7,6 +7,7 @@ is decided by the run files that it names.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,6 +86,9 @@ class Study(Frozen):
     """More targets, by name, as in params.yaml."""
     experiments: dict[str, Experiment] = Field(default_factory=dict)
     """By name: what is measured without targets."""
+    compared: tuple[str, ...] = ()
+    """The methods of experiments that are compared at 10, 20 and 30 %, between the sizes measured, in the order of the
+    tables; others have a table of their own. Empty: all methods are tabulated at the sizes measured."""
 
 
 def score_of_method(run: Run, name: str, fields: Mapping[str, Any]) -> Score:
@@ -158,7 +162,8 @@ def points_of_study(study: Study, name: str, evidence: Path) -> dict[str, tuple[
         folders = [evidence / f"{name}-{key}" for key, one in study.experiments.items() if one.run == run]
         if known := [Points.read(folder) for folder in folders if folder.exists()]:
             settings = resolve(load_run(run), [])
-            found[run] = name_of(settings.model), [labels(settings).conditions], Points.joined(known)
+            points = replace(Points.joined(known), compared=study.compared)
+            found[run] = name_of(settings.model), [labels(settings).conditions], points
     return found
 
 

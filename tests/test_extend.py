@@ -1,19 +1,26 @@
 """The examples of docs/extend.md and docs/notebook.ipynb run, and do what the pages claim."""
 
 import json
+import math
 import re
+from itertools import product
 from pathlib import Path
 
+import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
+from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
 
 import blockpruner
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.families import FAMILIES
 from blockpruner.core.plan import Plan
+from blockpruner.reporting.answers import curves
+from blockpruner.reporting.points import POINTS
 from blockpruner.store.files import write_table
+from blockpruner.studies import load_study, write_tables
 from tests.tiny import VOCABULARY, save_tiny, tiny_model, tiny_tokenizer
 
 PAGE = Path(__file__).parents[1] / "docs" / "extend.md"
@@ -43,6 +50,50 @@ def test_a_metric():
 def test_a_search():
     plan = run("A search")["pruned"].plan
     assert [unit.partition(".")[0] for unit in plan.order] == ["mlp", "mha", "mlp"]
+
+
+def test_a_study_has_every_method_at_the_sizes_that_it_measured_in_one_table_and_figure(tmp_path, monkeypatch):
+    """The page's study, with made-up points: rises are known, and so is each cell."""
+    text = re.search(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1]
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "studies/mine.yaml").write_text(text)
+    (tmp_path / "runs").symlink_to(PAGE.parents[1] / "runs")
+    monkeypatch.chdir(tmp_path)
+    (asked,) = load_study("mine").experiments.values()
+    texts = ["a", "a", "b", "b"]
+    factors = {
+        ("blockpruner", "plain"): 1.5,
+        ("blockpruner", "refit"): 1.2,
+        ("turns", "plain"): 1.4,
+        ("turns", "refit"): 1.3,
+    }
+    base = {"plan": "mha.0", "mha": 1, "mlp": 0, "items": "{}", "calibration": ""}
+    rows = [{**base, "method": "dense", "heal": "", "seed": 0, "budget": "", "ratio": 0.0, "nll": [2.0] * 4}]
+    for seed, method, budget, heal in product(asked.seeds, asked.methods, asked.budgets, asked.heal):
+        rise = math.log(factors[method, heal]) * float(budget) / 0.04
+        own = {"method": method, "heal": heal, "seed": seed, "budget": budget, "ratio": float(budget) + 0.003}
+        rows.append({**base, **own, "nll": [2.0 + rise] * 4})
+    about = {"kinds": json.dumps(texts), "digest": "d"}
+    write_table(tmp_path / "data/evidence/mine-one/points.parquet", pa.Table.from_pylist(rows, schema=POINTS), about)
+    render, labels = curves.plots.render, dict[str, set[str]]()
+
+    def rendered(name, caption, size, fill):
+        fill(figure := Figure())
+        labels[name] = {line.get_label() for axes in figure.axes for line in axes.get_lines()}
+        return render(name, caption, size, fill)
+
+    monkeypatch.setattr(curves.plots, "render", rendered)
+    write_tables("mine", tmp_path / "data")
+    (table,) = (tmp_path / "data/tables/mine/tables").glob("*sizes.csv")
+    found = pd.read_csv(table)
+    assert len(found) == 8 and set(found["removed_pct"].round(6)) == {4.3, 8.3} and set(found["draws"]) == {3}
+    cells = found.set_index(["method", "healing", "removed_pct"])["heldout_x"]
+    titles = {"blockpruner": "BlockPruner", "turns": "turns"}
+    for (method, heal), factor in factors.items():
+        own = [cells[titles[method], heal, removed] for removed in (4.3, 8.3)]
+        assert own == [pytest.approx(factor, rel=1e-3), pytest.approx(factor**2, rel=1e-3)]
+    assert not list((tmp_path / "data/tables/mine/tables").glob("*variants.csv"))
+    assert labels["quality"] == {"BlockPruner", "turns"}
 
 
 def test_a_family(tmp_path, monkeypatch):

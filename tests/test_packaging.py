@@ -98,9 +98,17 @@ def import_all(installed, roots, absent=()):
 
 
 def test_the_library_is_small():
-    assert not BASE & (DAG_ALONE | {"ray", "matplotlib", "lm-eval", "peft", "accelerate", "gguf", "pytest"})
+    assert not BASE & (DAG_ALONE | {"ray", "matplotlib", "lm-eval", "peft", "gguf", "pytest"})
     assert DAG >= DAG_ALONE and not DAG & {"pytest", "ruff", "mypy", "ray", "mlx-lm", "xllamacpp"}
     assert set(closure(["blockpruner[serve]"])) == closure(["blockpruner[gguf]"]) | closure(["blockpruner[mlx]"])
+
+
+def test_the_library_alone_trains_all_weights():
+    """What transformers' Trainer needs beside torch comes with the package; adapters need an extra."""
+    extras = map(Requirement, metadata.requires("transformers"))
+    needs = next(need for need in extras if need.name == "accelerate" and need.marker.evaluate({"extra": "torch"}))
+    floors = {need.name: need.specifier for need in map(Requirement, PROJECT["dependencies"])}
+    assert str(floors["accelerate"]) == str(needs.specifier)
 
 
 def test_the_demo_is_pinned_apart_from_the_tools_of_development():

@@ -21,14 +21,13 @@ from blockpruner.reporting.formats import size
 from blockpruner.store.provenance import machine
 
 OPTIONAL = {
-    "accelerate": "one model over several GPUs",
     "datasets": "texts from the hub",
     "matplotlib": "report",
     "gguf": "--export gguf",
     "xllamacpp": "the check of --export gguf",
     "mlx-lm": "the check of --export nas and mlx",
     "lm-eval": "zero-shot tasks",
-    "peft": "training after pruning (LoRA)",
+    "peft": "--train lora",
     "ray": "several devices and machines",
 }
 """Packages that some work needs."""

@@ -71,6 +71,8 @@ class Train(Frozen):
 
     def fitted(self, context: int | None) -> Train:
         """The same with rows of the model's context at most; raises InputError if a package for it is missing."""
+        if find_spec("accelerate") is None:
+            raise missing("accelerate", "")
         if self.weights == "lora" and find_spec("peft") is None:
             raise missing("peft", "train")
         return self.model_copy(update={"seq_len": min(self.seq_len, context or self.seq_len)})

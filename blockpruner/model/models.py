@@ -7,7 +7,6 @@ Decides how a removed block is expressed in a live transformers model. The code 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
@@ -20,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from blockpruner.core.blocks import BlockId, BlockKind, Mask, format_mask, pack_layers
-from blockpruner.core.errors import DeviceMemoryError, InputError, extra
+from blockpruner.core.errors import DeviceMemoryError, InputError
 from blockpruner.core.families import FAMILIES, Family, is_linear, require_supported
 from blockpruner.model import accelerator
 from blockpruner.model import modeling_blockpruned as blockpruned
@@ -115,8 +114,8 @@ def load_model(
     """Load a checkpoint directory for inference. Raises InputError for weights that are damaged or do not match the
     config, or an attention that is not installed; and DeviceMemoryError where the model does not fit.
 
-    Weights go to their device as they are read, if accelerate is installed; else by way of the host's memory. Where a
-    tensor is equal to one of a model on the same device, `beside` it, that one is taken; a split shares none.
+    Weights go to their device as they are read. Where a tensor is equal to one of a model on the same device, `beside`
+    it, that one is taken; a split shares none.
     """
     place = resolve_device(device)
     keep_freed_memory(False)
@@ -128,7 +127,7 @@ def load_model(
     places: dict[str, torch.device] | None = None
     if device == "split":
         places = _spread(directory, dtype, trust_remote_code)
-    elif beside is None and place.type != "cpu" and find_spec("accelerate"):
+    elif beside is None and place.type != "cpu":
         places = {"": place}
     try:
         with usable(attention), without_bars():
@@ -217,9 +216,8 @@ def usable(attention: str) -> Iterator[None]:
 
 def _spread(directory: Path, dtype: str, trust_remote_code: bool) -> dict[str, torch.device]:
     """Which device each part of a model goes to, if all devices share it; a tenth of each stays free."""
-    with extra("split"):
-        from accelerate import infer_auto_device_map
-        from accelerate.utils import get_balanced_memory
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
 
     config = read_config(directory, trust_remote_code)
     with torch.device("meta"):

@@ -62,6 +62,8 @@ class Points:
     """The kind of text of each held-out row."""
     digest: str
     """Of these rows."""
+    compared: tuple[str, ...] = ()
+    """The methods that the study compares, in order; empty: all that were measured."""
 
     @classmethod
     def read(cls, folder: Path) -> Self:

@@ -121,6 +121,7 @@ def test_a_claim_holds_where_it_holds(tmp_path):
     assert made["Blocks lose less than shifted layers"] == "Undecided"
     assert made["Step by step loses less than one shot"] == "Holds"
     assert "MHA alone loses less than MLP alone" not in made, "nothing was measured of it"
+    found = replace(found, compared=("blockpruner", "greedy-layers", "greedy-shifted"))
     compared, variants = (table.frame.set_index("method") for table in curves.sizes(found))
     line = compared.loc["BlockPruner"]
     assert line["plain_20_pct_x"] == pytest.approx(math.exp(0.2 * 1.5), rel=0.01) and "plain_30_pct_x" not in line

@@ -847,6 +847,23 @@ def test_push_shows_and_asks_before_anything_is_uploaded(model, place, say, monk
     assert code == 2 and "out has no README.md" in err
 
 
+@pytest.mark.parametrize(("train", "package", "fix"), [("all", "accelerate", "'.'"), ("lora", "peft", "'.[train]'")])
+def test_a_package_that_training_needs_is_asked_for_before_the_search(
+    model, place, say, monkeypatch, train, package, fix
+):
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    for more in (["--dry-run"], []):
+        code, _, err = say(*prune(model, "--train", train, "--out", "out", *more))
+        assert (
+            code == 2 and err.count("\n") == 1 and f"needs the package {package}" in err and f"pip install {fix}" in err
+        )
+    with pytest.raises(InputError, match=f"needs the package {package}"):
+        blockpruner.prune(
+            load_model(model, "float32"), tiny_tokenizer(), [TEXTS], 0.3, train=train, cache=place / "cache"
+        )
+    assert not (place / "out").exists() and not list(place.rglob("*.jsonl")), "nothing was searched"
+
+
 def test_doctor_names_what_is_missing_and_what_mends_it(place, say, monkeypatch):
     checks = {check["name"]: check for check in done(say("doctor", "--json"))}
     assert checks["torch"]["verdict"] == "ok" and checks["torch"]["found"] == metadata.version("torch")

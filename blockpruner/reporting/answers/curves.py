@@ -5,7 +5,7 @@ Decides at which sizes methods are compared.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import product
+from itertools import cycle, product
 
 import numpy as np
 import pandas as pd
@@ -16,7 +16,7 @@ from blockpruner.methods.recipes import BLOCKPRUNER, RECIPES
 from blockpruner.reporting import plots
 from blockpruner.reporting.paper.frames import table_of_frame
 from blockpruner.reporting.paper.tables import interval
-from blockpruner.reporting.plots import INK, MANY_MARKS, REMOVED, Plot
+from blockpruner.reporting.plots import INK, MANY_MARKS, MARKS, REMOVED, Plot
 from blockpruner.reporting.points import Points
 from blockpruner.reporting.table import Table
 
@@ -51,12 +51,32 @@ def at_size(points: Points, key: str, size: float, **where: object) -> dict[str,
     return interval(key, points.against(rises) if known(rises) else None)
 
 
+def compared(points: Points) -> Sequence[str]:
+    """The methods that are compared with each other, in order."""
+    return points.compared or tuple(points.frame["method"].unique())
+
+
+def measured(points: Points) -> Table:
+    """Perplexity over dense of every method at every size that was measured, over all kinds of text alike."""
+    lines = []
+    for key, cells in points.frame.groupby(["budget", "calibration", "heal", "method"]):
+        budget, calibration, heal, method = key
+        cells = cells.drop_duplicates("seed")
+        rises = np.stack(cells["nll"]) - points.dense["nll"]
+        line: dict[str, object] = {"budget": budget, "calibration": calibration, "method": title_of(method)}
+        line |= {"healing": heal, "removed_pct": 100 * cells["ratio"].mean(), "draws": cells["seed"].nunique()}
+        lines.append(line | interval("heldout_x", points.against(rises)))
+    return table_of_frame("sizes", "Methods at the sizes measured", pd.DataFrame(lines), MEASURED_NOTE)
+
+
 def sizes(points: Points) -> list[Table]:
-    """Perplexity over dense at each size, plain and refitted, over all kinds of text alike: of the methods that are
-    compared with each other, and of all others."""
+    """Perplexity over dense at each size, plain and refitted, over all kinds of text alike: of the methods that the
+    study compares, and of all others; or of every method at the sizes measured."""
+    if not points.compared:
+        return [measured(points)]
     own, found = points.frame[points.frame["calibration"] == ""], []
-    variants = [method for method in own["method"].unique() if method not in COMPARED]
-    titles = ("sizes", "Methods at equal size", COMPARED), ("variants", "Other methods at equal size", variants)
+    variants = [method for method in own["method"].unique() if method not in points.compared]
+    titles = ("sizes", "Methods at equal size", points.compared), ("variants", "Other methods at equal size", variants)
     for name, title, methods in titles:
         lines = []
         for method in (method for method in methods if (own["method"] == method).any()):
@@ -90,7 +110,7 @@ def trained(points: Points) -> Table | None:
     both = after.merge(refit, on=["method", "seed", "budget", "ratio"], suffixes=("", "_refit"))
     both["nll"] = [points.dense["nll"] + row["nll"] - row["nll_refit"] for _, row in both.iterrows()]
     lines, changes = [], replace(points, frame=both)
-    for method in (method for method in COMPARED if (both["method"] == method).any()):
+    for method in (method for method in compared(points) if (both["method"] == method).any()):
         line: dict[str, object] = {"method": title_of(method)}
         line["draws"] = both[both["method"] == method]["seed"].nunique()
         for size in SIZES:
@@ -100,14 +120,11 @@ def trained(points: Points) -> Table | None:
     return table_of_frame("trained", "Trained after a refit", pd.DataFrame(lines), note) if lines else None
 
 
-ALONE = (BLOCKPRUNER, "mlp-only", "mha-only")
-COMPARED = (
-    "slicegpt", "laco", "relative-magnitude", "relative-magnitude-frobenius", "shortgpt", BLOCKPRUNER,
-    "greedy-layers", "greedy-shifted", "narrow",
-)  # fmt: skip
-COLOURS = dict(zip(dict.fromkeys((BLOCKPRUNER, *reversed(COMPARED))), MANY_MARKS, strict=False))
-COLOURS |= dict(zip(ALONE[1:], MANY_MARKS[1:], strict=False)) | {"slicegpt": (INK, "D")}  # the ninth
-"""Of a method, in every figure."""
+ALONE = (BLOCKPRUNER, "mha-only", "mlp-only")
+MEASURED_NOTE = (
+    "× the dense model, every kind of text alike, at the share removed on average over draws. Brackets: 95 % over "
+    "draws and documents together; of one draw over documents alone."
+)
 SIZES_NOTE = (
     "× the dense model, every kind of text alike, at 10, 20 and 30 % of all parameters removed: between the sizes "
     "measured, by monotone cubic curves of each row's loss. Brackets: 95 % over draws and documents together. "
@@ -118,7 +135,7 @@ SIZES_NOTE = (
 def texts(points: Points, size: float) -> Table | None:
     """What methods lose at one size on each kind of text."""
     lines = []
-    frame = points.frame[(points.frame["calibration"] == "") & points.frame["method"].isin(COMPARED)]
+    frame = points.frame[(points.frame["calibration"] == "") & points.frame["method"].isin(compared(points))]
     frame = frame[frame["heal"].isin(HEALS)]
     for (heal, method), own in frame.groupby(["heal", "method"], sort=False):
         rises = points.curve(size, method=method, heal=heal, calibration="")
@@ -139,6 +156,8 @@ def quality(points: Points, name: str, methods: Sequence[str]) -> Plot | None:
     heals = list(frame[frame["method"] != BLOCKPRUNER]["heal"].unique())
     if not heals:
         return None
+    names = dict.fromkeys((BLOCKPRUNER, *reversed(methods)))
+    marks = dict(zip(names, cycle((*MARKS, (INK, "D"), *MANY_MARKS[len(MARKS) :])), strict=False))
     top = min(TOP, 1.05 * max(points.over(nll - points.dense["nll"]) for nll in frame["nll"]))
 
     def fill(figure: Figure) -> None:
@@ -150,7 +169,7 @@ def quality(points: Points, name: str, methods: Sequence[str]) -> Plot | None:
                     continue
                 line = own.groupby("budget").agg({"ratio": "mean", "x": ["mean", "min", "max"]})
                 line = line.sort_values(("ratio", "mean"))
-                colour, shape = COLOURS[method]
+                colour, shape = marks[method]
                 at = 100 * line["ratio", "mean"]
                 axes.plot(at, line["x", "mean"], color=colour, marker=shape, markersize=4, label=title_of(method))
                 axes.fill_between(at, line["x", "min"], line["x", "max"], color=colour, alpha=0.2, linewidth=0)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from blockpruner.reporting.answers.calibration import calibrations, published, variation
 from blockpruner.reporting.answers.claims import claims
-from blockpruner.reporting.answers.curves import ALONE, COMPARED, blocks, healing, quality, sizes, texts, trained
+from blockpruner.reporting.answers.curves import ALONE, blocks, compared, healing, quality, sizes, texts, trained
 from blockpruner.reporting.answers.masks import critical, healed_masks, masks
 from blockpruner.reporting.answers.searches import searched
 from blockpruner.reporting.answers.tasks import tasks
@@ -22,7 +22,7 @@ def of_run(points: Points) -> Iterator[Table | Plot]:
     for made in (
         healing(points), trained(points), claims(points), texts(points, 0.1), texts(points, 0.2), calibrations(points),
         variation(points), published(points), searched(points), masks(points), critical(points), tasks(points),
-        quality(points, "quality", COMPARED),
+        quality(points, "quality", compared(points)),
         quality(points, "kinds", ALONE), blocks(points), healed_masks(points),
     ):  # fmt: skip
         if made is not None:
