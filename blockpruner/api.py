@@ -175,7 +175,7 @@ def prune(
     seq_len: int = 2048,
     num_rows: int = OWN_ROWS,
     method: str | Search | Callable[..., Any] = RECOMMENDED,
-    unit: str = "block",
+    unit: str | None = None,
     candidates: str = "all",
     metric: str | Metric | Callable[..., Any] = "perplexity",
     options: Mapping[str, Any] | None = None,
@@ -201,7 +201,7 @@ def prune(
             of (problem, options) that yields iterations, whose last choice is taken. Methods that change weights need a
             run file.
         metric: a name, a row of your own, or a function of (logits, targets, the dense model's logits).
-        unit, candidates, options: as in a run file's `score` section.
+        unit, candidates, options: as in a run file's `score` section; None leaves the unit to the method.
         acceleration, compensate: in place of the method's own (docs/methods.md).
         train: "lora" or "all" trains the result towards the dense model's predictions, on the texts.
         cache: a folder that keeps every score, so that a call that was killed continues where it was.
@@ -227,7 +227,8 @@ def prune(
         if not isinstance(metric, str):
             stack.enter_context(METRICS.added(measure))
         name = search.name if search else str(method)
-        changed = {"unit": unit, "candidates": candidates, "options": options or {}, "metric": measure.name}
+        changed = {"candidates": candidates, "options": options or {}, "metric": measure.name}
+        changed |= {} if unit is None else {"unit": unit}
         changed |= {} if acceleration is None else {"acceleration": acceleration}
         drawn = {"seq_len": min(seq_len, model.config.max_position_embeddings or seq_len), "num_rows": num_rows}
         source = {"source": "path", "path": IN_MEMORY}

@@ -13,11 +13,25 @@ def check_run(run: Run) -> None:
     """Refuse names that no registry has, and sections that do not fit together; raises InputError that names the value,
     the valid ones and the fix."""
     recipe(run.score.method)  # refuses a name that is neither a recipe nor a method
+    _check_unit(run.score)
     for score in searches(run.score).values():
         require_exports(run.export, check_score(score), run.model.dtype)
         check_compensation(score, compensation(run.compensate.method, run.score.method))
     for task in run.evaluate.zero_shot.tasks:
         BENCHMARKS[task]
+
+
+def _check_unit(score: Score) -> None:
+    """Refuse a unit that the user names and a search of the recipe replaces; raises InputError."""
+    units = {search.unit for search in searches(score).values()}
+    if "unit" in score.model_fields_set and units != {score.unit}:
+        also = "also " if score.unit in units else ""
+        others = ", ".join(sorted(units - {score.unit}))
+        raise InputError(
+            f"score.unit: {score.unit} does not fit method: {score.method}, which {also}removes units of {others}; "
+            "leave the unit out, or name a search, as in method: greedy",
+            rule="unit-of-recipe", key="score.unit", value=score.unit,
+        )  # fmt: skip
 
 
 def check_target(run: Run, target: Target) -> None:

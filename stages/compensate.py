@@ -5,6 +5,7 @@ from blockpruner import pipeline
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import observer
 from blockpruner.healing import choice
+from blockpruner.inputs.checkpoints import require_unchanged
 from blockpruner.methods.apply import Pruning
 from blockpruner.model.models import set_threads
 from blockpruner.params import load_params
@@ -17,6 +18,7 @@ def pruning_of(plan: Plan, rows: pipeline.Rows) -> Pruning:
     runtime, model = load_params().runtime, sections(plan.run).model
     set_threads(runtime.threads)  # SliceGPT's result depends on them
     place = DATA / "models" / plan.run
+    require_unchanged(place)
     return Pruning(place, plan, rows.search, model.dtype, runtime.device, model.trust_remote_code)
 
 

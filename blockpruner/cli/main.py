@@ -55,6 +55,7 @@ Limit = Annotated[int, value("N", "The most tokens of an answer.", min=1)]
 BUDGETS = "Share of all parameters to remove; or 17blocks, 7layers, 0.3kv, 1.25x; or what is left: 7B, 120M."
 SAMPLES = "with --texts, enough for 16 rows; else 64"
 SEQ_LEN = "2048 with --texts, else 256; at most the context"
+UNITS = "What a step removes: block, layer, shifted. For blocks alone, name a search: --method greedy --unit block."
 ACCELERATIONS = "none (exact), lazy, race, lazy+race."
 COMPENSATIONS = "Fit the weights that stay: refit, none."
 METHODS = "A recipe: recommended, or blockpruner, the paper's search; or a search."
@@ -101,7 +102,7 @@ def prune(
     num_samples: Annotated[int | None, value("N", "Texts that are drawn.", SAMPLES, min=1)] = None,
     seq_len: Annotated[int | None, value("N", "Tokens in a row.", SEQ_LEN, min=2)] = None,
     method: Annotated[str | None, value("NAME", METHODS, RECOMMENDED)] = None,
-    unit: Annotated[str | None, value("NAME", "What a step removes: block, layer, shifted.", "block")] = None,
+    unit: Annotated[str | None, value("NAME", UNITS, "that of the method")] = None,
     metric: Annotated[str | None, value("NAME", "The score to minimise (docs/methods.md).", "perplexity")] = None,
     acceleration: Annotated[str | None, value("NAME", ACCELERATIONS, "lazy+race if recommended")] = None,
     compensate: Annotated[str | None, value("NAME", COMPENSATIONS, "refit if recommended")] = None,

@@ -229,7 +229,7 @@ class Place:
     def _is_kept(self, folder: Path, *facts: str) -> bool:
         """Whether a folder of healed weights is whole. One that is not is set aside, and a line reports that."""
         from blockpruner.methods.healed import FILE, has_weights
-        from blockpruner.store.tensors import read_facts
+        from blockpruner.store.tensors import read_tensors
 
         if not folder.exists():
             return False
@@ -237,7 +237,7 @@ class Place:
             for name in facts:
                 read_json(folder / name)
             if has_weights(folder):
-                read_facts(folder / FILE)  # which compares its length; the digest is compared when it is loaded
+                read_tensors(folder / FILE)
         except InputError:
             old = set_aside(folder).name
             self.observer.note(f"warning: {folder} is not whole: it is made again; {old} is the old one")

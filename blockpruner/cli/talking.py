@@ -34,10 +34,14 @@ from blockpruner.reporting.formats import number, printable
 from blockpruner.reporting.statistics import losses_by_kind, perplexity_ratio
 from blockpruner.reporting.table import Number
 from blockpruner.store.files import read_json
+from blockpruner.store.manifest import REPORT_FILE, require_verified
 
 
 def config_of(folder: Path) -> Config:
-    """A checkpoint's config; raises InputError if the folder holds none, or no weights."""
+    """A checkpoint's config; raises InputError if the folder holds none, or no weights, or a checkpoint of ours that is
+    not what was verified."""
+    if (folder / REPORT_FILE).exists():
+        require_verified(folder)
     if not (folder / "config.json").is_file():
         raise InputError(f"{str(folder)!r} has no config.json; give a checkpoint's folder, as prune writes it")
     if not any(folder.glob("*.safetensors")):
@@ -158,6 +162,7 @@ def compared(
 def scored(folder: Path, wanted: ZeroShot, cache: Path, device: str, note: Callable[[str], object]) -> dict[str, Any]:
     """A checkpoint's scores by task, with the keys that lm-eval's command prints."""
     check_tasks(wanted)
+    config_of(folder)  # refuses what cannot be scored before anything is downloaded
     from blockpruner.evaluation.zero_shot import evaluate  # lm-eval takes seconds to import
 
     with TemporaryDirectory() as directory:

@@ -39,7 +39,6 @@ from blockpruner.store.manifest import (
     CARD_FILE,
     SOURCE_FILE,
     digests,
-    known_digests,
     manifest,
     model_identity,
     weights_identity,
@@ -91,19 +90,19 @@ def cached_checkpoint(model: Model, cache: Path, pins: Path, note: Callable[[str
     if isinstance(model, HubModel):
         revision = pinned_revision(model.repo, "model", model.revision, pins)
         model = model.model_copy(update={"revision": revision})
-    with known_digests(cache / "digests.json"):
-        kept = cache / "models" / fingerprint({"model": _content(model), "fetch_version": FETCH_VERSION})
-        lock = cache / "locks" / kept.name
-        with hold(lock, this_process(), lambda holder: note(f"{holder} fetches the same model; waiting for it")):
-            if not _is_whole(kept):
-                replace_directory(kept, lambda directory: _build_checkpoint(model, directory, cache, note))
+    kept = cache / "models" / fingerprint({"model": _content(model), "fetch_version": FETCH_VERSION})
+    lock = cache / "locks" / kept.name
+    with hold(lock, this_process(), lambda holder: note(f"{holder} fetches the same model; waiting for it")):
+        if not _is_whole(kept):
+            replace_directory(kept, lambda directory: _build_checkpoint(model, directory, cache, note))
     return kept
 
 
 def require_unchanged(directory: Path) -> None:
     """Refuse a fetched checkpoint whose files, or what they link to, are not those that were fetched."""
     if read_json(directory / SOURCE_FILE)["manifest"] != manifest(directory):
-        raise InputError(f"the model of {directory} has changed meanwhile; run the command again", rule="model-changed")
+        fix = "run the command again; a stage: remove that folder first"
+        raise InputError(f"the model of {directory} is not what was fetched; {fix}", rule="model-changed")
 
 
 def fetch_config(model: HubModel | LocalModel, pins: Path) -> dict[str, Any]:
@@ -239,7 +238,11 @@ def _build_checkpoint(model: Model, directory: Path, cache: Path, note: Callable
             "refs/pr/<number>)"
         )
     for index in directory.glob("*.safetensors.index.json"):
-        if absent := {name for name in read_json(index)["weight_map"].values() if not (directory / name).is_file()}:
+        names = set(read_json(index)["weight_map"].values())
+        for name in (name for name in names if Path(name).name != name):
+            why = f"{index.name} names {name!r}, which is no file of the model's own folder"
+            raise InputError(f"{why}; put the file there and name it alone", rule="weights-outside", value=name)
+        if absent := {name for name in names if not (directory / name).is_file()}:
             raise InputError(f"the model lacks {', '.join(sorted(absent))}, which {index.name} names; fetch it whole")
     if not (directory / "config.json").exists():
         raise InputError(f"the model holds no config.json (found {found}); choose a model in transformers' layout")

@@ -18,7 +18,7 @@ from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
 from blockpruner.core.settings import Model, Runtime
 from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.inputs.checkpoints import checkpoint_identity
+from blockpruner.inputs.checkpoints import checkpoint_identity, require_unchanged
 from blockpruner.methods.kind import Job, Material
 from blockpruner.methods.registry import check_score, require_budgets
 from blockpruner.scoring.scorers import LazyScorer, make_scorer
@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 def open_material(
     checkpoint: Path, model: Model, runtime: Runtime, trials: Path, observer: Observer
 ) -> Iterator[Material]:
-    """A fetched checkpoint as methods use it. Torch is loaded only when something must be computed."""
+    """A fetched checkpoint as methods use it. Torch is loaded only when something must be computed. Raises InputError if
+    its files are not those that were fetched."""
+    require_unchanged(checkpoint)
 
     @cache
     def dense() -> PreTrainedModel:

@@ -7,14 +7,14 @@ model is fetched and when an export is verified. Layout and version of transform
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from blockpruner.core.errors import InputError
-from blockpruner.store.files import read_json, write_sealed_json
+from blockpruner.store.files import read_json
 from blockpruner.store.provenance import file_sha256
 
 SOURCE_FILE = "blockpruner_source.json"
@@ -29,18 +29,8 @@ SETTLED = 2.0
 """Seconds after its last change from which on a file has another time if it changes again."""
 
 _KNOWN: dict[str, str] = {}
-"""SHA-256 of weights by device, inode, size and time: a shard of gigabytes is read once."""
-
-
-@contextmanager
-def known_digests(path: Path) -> Iterator[None]:
-    """Within, digests of weights that a file holds are known; new ones are added to it."""
-    with suppress(InputError, AttributeError, TypeError, NotADirectoryError):  # there is none, or it is damaged
-        _KNOWN.update(read_json(path, sealed=True)["digests"])
-    before = len(_KNOWN)
-    yield
-    if len(_KNOWN) > before:
-        write_sealed_json(path, {"digests": _KNOWN})
+"""SHA-256 of weights by device, inode, size and times: each process reads a shard of gigabytes once. It is not kept on
+disk: `cp -p` into a file gives it its old time of modification, and a disk may lose bits without any new time."""
 
 
 def digests(paths: Mapping[str, Path]) -> dict[str, str]:
@@ -51,9 +41,9 @@ def digests(paths: Mapping[str, Path]) -> dict[str, str]:
 
 def _weights_sha256(path: Path) -> str:
     found = path.stat()
-    stamp = f"{found.st_dev}-{found.st_ino}-{found.st_size}-{found.st_mtime_ns}"
+    stamp = f"{found.st_dev}-{found.st_ino}-{found.st_size}-{found.st_mtime_ns}-{found.st_ctime_ns}"
     digest = _KNOWN.get(stamp) or file_sha256(path)
-    if time.time() - found.st_mtime > SETTLED:
+    if time.time() - found.st_ctime > SETTLED:
         _KNOWN[stamp] = digest
     return digest
 

@@ -278,6 +278,7 @@ def test_of_the_searches_that_can_meet_a_budget_one_is_kept():
         ({"texts": "one string"}, "texts-one-string"),
         ({"texts": TEXTS[:1]}, "too-few-rows"),
         ({"train": "some"}, "unknown-training"),
+        ({"unit": "block"}, "unit-of-recipe"),
     ],
 )
 def test_prune_refuses_what_it_cannot(changes, rule):

@@ -383,6 +383,7 @@ def test_healed_weights_that_are_gone_are_made_again(model, place, say, monkeypa
         "trained/*/weights.safetensors",
         "compensated/*/plan.json",
         "cut",
+        "flipped",
     ):
         name = lost if "/" in lost else "trained/*/weights.safetensors"
         (file,) = (path for path in (place / "cache/blockpruner").glob(name) if ".bad" not in str(path))
@@ -390,6 +391,8 @@ def test_healed_weights_that_are_gone_are_made_again(model, place, say, monkeypa
         file.unlink()
         if lost == "cut":
             file.write_bytes(content[:-8])
+        if lost == "flipped":
+            file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         shutil.rmtree(place / "out")
         result = say(*args)
         done(result)
@@ -541,6 +544,8 @@ def test_every_setting_has_a_way_in(model, say, asked):
         (("--budget", "0.0000001M"), "'0.0000001M' is what is left; give less than the model's", ""),
         (("--config", "absent.yaml"), "absent.yaml does not exist", ""),
         (("--set", "calibration.score=response"), "calibration.score: response", "--set calibration.score="),
+        (("--method", "recommended", "--unit", "block"), "method: recommended, which also removes units of shifted", "--unit"),
+        (("--method", "shortgpt", "--unit", "block"), "method: shortgpt, which removes units of layer", "--unit"),
     ],
 )
 def test_what_is_refused_is_named_as_the_command_calls_it(model, place, say, more, words, here):
@@ -548,6 +553,25 @@ def test_what_is_refused_is_named_as_the_command_calls_it(model, place, say, mor
     code, out, err = say(*prune(model, "--set", "calibration.split=all"), *more)
     assert code == 2 and not out and words in err and (not here or here in err.splitlines()[-1]), err
     assert not (place / "0.3").exists() and "(here: )" not in err
+
+
+@pytest.mark.usefixtures("in_process")
+def test_no_command_uses_a_damaged_checkpoint_of_ours(model, place, say):
+    """One bit of a weight is changed after the export was verified."""
+    done(say(*prune(model, "--out", "out", "--json")))
+    uses = (
+        ("chat", "out", "--prompt", "a"),
+        ("compare", model, "out", "--prompt", "a"),
+        ("compare", model, "out", "--texts", "texts.txt", "--seq-len", 16),
+        ("eval", "out", "--tasks", "piqa", "--items", "."),
+    )
+    assert say(*uses[0], "--max-new-tokens", 1)[0] == 0
+    content = bytearray((place / "out/model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (place / "out/model.safetensors").write_bytes(content)
+    for use in uses:
+        code, out, err = say(*use)
+        assert (code, out) == (2, "") and "out is not what was verified: model.safetensors changed" in err, use
 
 
 @pytest.mark.usefixtures("place")

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import tarfile
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -16,6 +17,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
 
 from blockpruner.core.errors import InputError, StorageError
 from blockpruner.core.settings import HubModel, LocalModel, MixedTexts, PypiPartsModel, PypiTexts
@@ -260,10 +262,11 @@ def test_a_damaged_cached_file_heals(tmp_path, monkeypatch, name, gone):
     assert {path.name for path in kept.parent.iterdir()} == {kept.name, f"{kept.name}.bad"}
 
 
-def test_weights_are_read_where_they_are_and_hashed_once(tmp_path, monkeypatch):
-    """A second command finds the model whole, and leaves it alone; two at once make it once."""
+def test_weights_are_read_where_they_are_and_hashed_once_by_each_process(tmp_path, monkeypatch):
+    """A second command finds the model whole, and leaves it alone; two at once make it once. What an earlier process
+    read is not trusted: a disk may have lost it since."""
     folder, read = save_tiny(tmp_path / "mine"), []
-    os.utime(folder / "model.safetensors", (0, 0))
+    monkeypatch.setattr(store_manifest, "SETTLED", 0.01)
     monkeypatch.setattr(store_manifest, "file_sha256", lambda path: read.append(path.name) or file_sha256(path))
     model = LocalModel(source="path", path=str(folder))
 
@@ -275,14 +278,45 @@ def test_weights_are_read_where_they_are_and_hashed_once(tmp_path, monkeypatch):
     assert first == second and (first / "model.safetensors").samefile(folder / "model.safetensors")
     assert not (first / "config.json").samefile(folder / "config.json")
     inode = first.stat().st_ino
-    store_manifest._KNOWN.clear()  # as in another process
+    time.sleep(0.05)  # past SETTLED
+    require_unchanged(first)
     read.clear()
     assert kept() == first and first.stat().st_ino == inode and "model.safetensors" not in read
+    store_manifest._KNOWN.clear()  # as in another process
+    assert kept() == first and "model.safetensors" in read
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
     with refused("model-changed"):
         require_unchanged(first)
     assert kept() != first
+
+
+def other_weights(path):
+    """Change a file in place, and give it its old time, as `cp -p`, `rsync -t --inplace` or a reproducible archive."""
+    before = path.stat()
+    with open(path, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x07")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_mtime_ns == before.st_mtime_ns and path.stat().st_size == before.st_size
+
+
+@pytest.mark.parametrize("another_process", [False, True])
+def test_weights_that_change_under_an_unchanged_name_size_and_time_are_seen(tmp_path, monkeypatch, another_process):
+    monkeypatch.setattr(store_manifest, "SETTLED", 0.01)
+    folder = save_tiny(tmp_path / "mine")
+    model, cache, pins = LocalModel(source="path", path=str(folder)), tmp_path / "cache", tmp_path / "pins.json"
+    first = cached_checkpoint(model, cache, pins)
+    time.sleep(0.05)
+    assert cached_checkpoint(model, cache, pins) == first
+    other_weights(folder / "model.safetensors")
+    if another_process:
+        store_manifest._KNOWN.clear()
+    with refused("model-changed"):
+        require_unchanged(first)
+    second = cached_checkpoint(model, cache, pins)
+    fresh = cached_checkpoint(model, tmp_path / "fresh", pins)
+    assert checkpoint_identity(second) == checkpoint_identity(fresh) != checkpoint_identity(first)
 
 
 def test_only_files_of_a_checkpoint_are_copied(tmp_path):
@@ -307,6 +341,16 @@ def pickle_weights(folder):
     torch.save(tiny_model().state_dict(), folder / "pytorch_model.bin")
 
 
+def weights_outside(folder):
+    """The file is where the index points from the folder and from its place in the cache, two folders deeper."""
+    weights = load_file(folder / "model.safetensors")
+    for place in (folder.parent, folder.parent / "cache/models"):
+        place.mkdir(parents=True, exist_ok=True)
+        save_file(weights, place / "outside.safetensors", {"format": "pt"})
+    names = dict.fromkeys(weights, "../outside.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -316,8 +360,9 @@ def pickle_weights(folder):
             "'mamba' is unknown; valid: llama, .*gpt_neox",
         ),
         (lambda folder: (folder / "config.json").unlink(), "does not exist or has no config.json"),
+        (weights_outside, r"model.safetensors.index.json names '../outside.safetensors', which is no file of the model's own"),
     ],
-    ids=["pickled weights", "unsupported family", "no config"],
+    ids=["pickled weights", "unsupported family", "no config", "weights outside"],
 )
 def test_what_cannot_be_fetched(tmp_path, spoil, message):
     folder = save_tiny(tmp_path / "mine")
