@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
@@ -19,7 +19,7 @@ import pyarrow as pa
 from scipy.interpolate import PchipInterpolator
 
 from blockpruner.core.errors import InputError
-from blockpruner.reporting.statistics import RESAMPLES, SEED, Effect, Floats, percentiles, two_sided
+from blockpruner.reporting.statistics import Effect, Floats, Interval, exponential, t_effect
 from blockpruner.store.files import read_table
 
 FILE = "points.parquet"
@@ -108,25 +108,28 @@ class Points:
 
     def against(self, a: Floats, b: Floats | None = None, kind: str | None = None) -> Effect:
         """The perplexity of `b` over that of `a` (rises of the same draws, as from `curve`), or of `a` over the dense
-        model, on the rows of a kind or on all kinds alike; draws and documents are resampled, pairs together."""
+        model, on the rows of a kind or on all kinds alike.
+
+        The interval is a t interval over draws and documents together. y[i, r] are the rises of the NLL (nats per
+        token) in n draws i on the rows r of K kinds, m_i is the mean over kinds of a draw's mean rise, and z_r the mean
+        rise of a row over draws. The variance of the mean rise is var(m) / n, with n - 1 degrees of freedom, plus
+        var(z) / (R K^2) for each kind, over its R rows with R - 1; a single draw has the latter only. `t_effect` adds
+        them. With 3 draws that make 90 % of the variance, its interval would hold the truth in 92 of 100 studies: a
+        draws' variance that is small by chance also raises the degrees of freedom. So it is never narrower, nor p
+        smaller, than those of the draws alone, which makes it 94 to 95.
+        """
         rises = a if b is None else b - a
         rises = rises[~np.isnan(rises).any(axis=1)]
-        kinds = self.texts if kind is None else [kind]
-        each = [rises[:, self.kinds == name] for name in kinds]
-        means, value = np.zeros(RESAMPLES), 0.0
-        for own, (counts, rows) in zip(each, _resampled(len(rises), *(own.shape[1] for own in each)), strict=True):
-            means += np.einsum("bd,dr,br->b", counts, own, rows, optimize=True) / len(kinds)
-            value += own.mean() / len(kinds)
-        return Effect(math.exp(value), percentiles(np.exp(means), 0.95), two_sided(np.exp(means), 1.0))
-
-
-@cache
-def _resampled(draws: int, *rows: int) -> list[tuple[Floats, Floats]]:
-    """For each kind of text with so many rows: weights of draws and of rows [resamples, each], summing to one."""
-    chance = np.random.default_rng(SEED)
-    drawn = chance.integers(draws, size=(RESAMPLES, draws))
-    counts = np.stack([(drawn == draw).mean(axis=1) for draw in range(draws)], axis=1)
-    return [(counts, chance.multinomial(own, np.full(own, 1 / own), RESAMPLES) / own) for own in rows]
+        by_kind = [rises[:, self.kinds == name] for name in (self.texts if kind is None else [kind])]
+        means = np.mean([rows.mean(axis=1) for rows in by_kind], axis=0)
+        samples = [rows.mean(axis=0) / len(by_kind) for rows in by_kind]
+        value = float(means.mean())
+        if len(means) == 1:
+            return exponential(t_effect(value, samples))
+        together, draws = t_effect(value, [*samples, means]), t_effect(value, [means])
+        low = min(together.interval.low, draws.interval.low)
+        high = max(together.interval.high, draws.interval.high)
+        return exponential(Effect(value, Interval(low, high), max(together.p, draws.p)))
 
 
 NEAR = 0.01

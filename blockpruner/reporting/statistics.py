@@ -109,19 +109,30 @@ def paired_bootstrap(a: Scores, b: Scores, resamples: int = RESAMPLES, level: fl
 def stratified_t(a: Scores, b: Scores, level: float = 0.95) -> Effect:
     """Difference of averages over tasks, t interval and t test, for scores that are fractions.
 
-    With d the differences of the items of task t, v_t = var(d) / n_t and V = sum_t v_t over T tasks: the average of the
-    tasks' mean(d) ± t[f, (1 + level) / 2] sqrt(V) / T, f = V^2 / sum_t v_t^2 / (n_t - 1) degrees of freedom (Welch,
-    Satterthwaite). Of one task it is `paired_t`. The bootstrap would take seconds here: fractions have as many distinct
-    differences as items. Where no difference varies, the interval is one value, and p is 1 if it is 0 and 0 otherwise.
+    It is `t_effect` of the differences d of each task's items over the number of tasks T: the samples are d / T. Of one
+    task it is `paired_t`. The bootstrap would take seconds here: fractions have as many distinct differences as items.
     """
     paired = differences(a, b, least=2)
-    parts = np.array([items.var(ddof=1) / len(items) for items in paired.values()])
-    value, error = average(paired).value, math.sqrt(parts.sum()) / len(parts)
+    return t_effect(average(paired).value, [items / len(paired) for items in paired.values()], level)
+
+
+def t_effect(value: float, samples: Sequence[Floats], level: float = 0.95) -> Effect:
+    """t interval and t test of a sum of means of independent samples, which is `value`, against 0.
+
+    With v_s = var(x) / n_s of the sample s: value ± t[f, (1 + level) / 2] sqrt(sum_s v_s), with degrees of freedom
+    f = (sum_s v_s)^2 / sum_s (v_s^2 / (n_s - 1)) (Welch, Satterthwaite). The interval is infinite if a sample has a
+    single item. Where nothing varies, it is one value, and p is 1 if that is 0 and 0 otherwise.
+    """
+    if min(map(len, samples)) < 2:
+        return Effect(value, Interval(-math.inf, math.inf), 1.0)
+    parts = np.array([sample.var(ddof=1) / len(sample) for sample in samples])
+    error = math.sqrt(parts.sum())
     if error <= ROUNDING:
         return Effect(value, Interval(value, value), float(abs(value) <= ROUNDING))
-    freedom = parts.sum() ** 2 / np.sum(parts**2 / [len(items) - 1 for items in paired.values()])
+    freedom = parts.sum() ** 2 / np.sum(parts**2 / [len(sample) - 1 for sample in samples])
+    half = float(stats.t.ppf((1 + level) / 2, freedom)) * error
     p = float(2 * stats.t.sf(abs(value) / error, freedom))
-    return Effect(value, Interval(*map(float, stats.t(freedom, value, error).interval(level))), p)
+    return Effect(value, Interval(value - half, value + half), p)
 
 
 def paired_t(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Effect:
@@ -146,8 +157,13 @@ def perplexity_ratio(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Effect:
     interval and p are those of the difference. The unit is the row, since tokens of a row are not independent. Nor are
     neighbouring rows of one text quite so, which the interval leaves out.
     """
-    nats = paired_t(a, b, level)
-    return Effect(math.exp(nats.value), Interval(*np.exp([nats.interval.low, nats.interval.high]).tolist()), nats.p)
+    return exponential(paired_t(a, b, level))
+
+
+def exponential(nats: Effect) -> Effect:
+    """A ratio of perplexities from a difference of losses in nats; the test is the same."""
+    low, high = np.exp([nats.interval.low, nats.interval.high]).tolist()
+    return Effect(math.exp(nats.value), Interval(low, high), nats.p)
 
 
 def loss(a: Sequence[float], b: Sequence[float]) -> Effect:

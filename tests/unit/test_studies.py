@@ -503,6 +503,8 @@ def test_a_number_in_a_text_is_that_of_the_only_row_with_these_values(tmp_path):
     (tmp_path / "sizes.csv").write_text("\n".join(lines))
     text = "So <!-- value: sizes; method=a; healing={}; at_20_x -->{}<!-- / --> times."
     assert publish.filled(text.format("refit", "?"), tmp_path) == text.format("refit", "1.20 [1.10, 1.30]")
+    alone = "<!-- value: sizes; healing=refit; at_20_x! -->{}<!-- / -->"
+    assert publish.filled(alone.format("?"), tmp_path) == alone.format("1.20")
     for where, rule in (("none", "no-rows"), ("refit; method=c", "no-rows"), ("plain|refit", "not-one-row")):
         with refused(rule):
             publish.filled(text.format(where, ""), tmp_path)
@@ -514,6 +516,7 @@ def test_a_table_of_a_page_keeps_the_rows_and_columns_that_its_mark_names(tmp_pa
     refit = "| method | x |\n| --- | ---: |\n| a | 1.20 |\n| b | 1.40 |\n"
     assert publish.filled(text.format("refit", "old\n"), tmp_path) == text.format("refit", refit)
     assert "| a | 1.50 | 3.00 |" in publish.filled(text.format("plain|refit", "old\n"), tmp_path)
+    assert "| a, quickly | 1.50 | 3.00 |" in publish.filled(text.format("plain|refit; a: a, quickly", ""), tmp_path)
     for mark, rule in (("healing=none", "no-rows"), ("healing=refit|non", "no-rows"), ("heal=refit", "no-rows"),
                        ("-healng", "no-column")):  # fmt: skip
         with refused(rule):

@@ -1,7 +1,8 @@
 """Claims: which methods are compared, and when one holds.
 
 A claim is judged on every kind of text at every size, with Holm's correction over all that is judged of it. Where there
-is one draw it is judged on all kinds together, and a difference below `ONE_DRAW` decides nothing.
+is one draw it is judged on all kinds together, and a difference below `ONE_DRAW` is undecided even where the documents
+alone are sure: another draw could turn it.
 """
 
 from collections.abc import Mapping
@@ -106,7 +107,7 @@ def _sign(effect: Effect, p: float, draws: int, size: float) -> int:
 def verdict(signs: Mapping[tuple[float, str | None], int]) -> str:
     """Say where a claim holds, and where the opposite does."""
     if len(found := set(signs.values())) == 1:
-        return {1: "Holds", -1: "The opposite holds", 0: "No difference is seen"}[found.pop()]
+        return {1: "Holds", -1: "The opposite holds", 0: "Undecided"}[found.pop()]
     words = []
     for sign, word in ((1, "Holds"), (-1, "The opposite")):
         where = []
@@ -135,6 +136,6 @@ def claims(points: Points) -> Table | None:
 CLAIMS_NOTE = (
     "Perplexity of the method that a claim calls worse, over that of the better one, every kind of text alike. The "
     "verdict is over every kind of text at every size by itself, 5 % with Holm's correction within the line; where "
-    "there is one draw, over all kinds together, and factors below 1.2 at 10 % or 1.65 at 20 and 30 % decide nothing. "
-    "What a line does not name is undecided. Some draws may lack a size."
+    "there is one draw, over all kinds together, and factors below 1.2 at 10 % or 1.65 at 20 and 30 % are undecided. "
+    "What a verdict does not name is undecided. Some draws may lack a size."
 )

@@ -7,11 +7,12 @@ is filled from docs/results/<name>.csv:
     ...
     <!-- /table -->
 
-keeps the rows with one of these values, and leaves out columns that begin so. Both may be missing.
+keeps the rows with one of these values, and leaves out columns that begin so. `BlockPruner: BlockPruner, lazy` writes a
+cell in another way. Each may be missing.
 
-A single number is filled likewise, of the only row that has these values:
+A single number is filled likewise, of the only row that has these values; `!` leaves its interval out:
 
-    <!-- value: sizes; method=BlockPruner; at_20_x -->1.71<!-- / -->
+    <!-- value: sizes; method=BlockPruner; at_20_x! -->1.71<!-- / -->
 """
 
 import re
@@ -76,11 +77,12 @@ def filled(text: str, folder: Path) -> str:
     def table(found: re.Match[str]) -> str:
         parts = found["where"].split("; ")[1:]
         frame = chosen(found, [part for part in parts if "=" in part]).dropna(axis=1, how="all")
-        for start in (part.removeprefix("-") for part in parts if "=" not in part):
+        for start in (part.removeprefix("-") for part in parts if not re.search("=|: ", part)):
             left = [name for name in frame if not name.startswith(start)]
             if len(left) == len(frame.columns):
                 raise InputError(f"{found['name']}.csv has no column {start!r} to leave out", rule="no-column")
             frame = frame[left]
+        frame = frame.replace(dict(part.split(": ") for part in parts if ": " in part))
         lines = to_markdown(table_of_frame("", "", frame)).splitlines()
         head, *_, tail = found[0].splitlines()
         return "\n".join([head, *(found["indent"] + line for line in lines), tail])
@@ -93,7 +95,8 @@ def filled(text: str, folder: Path) -> str:
                 f"a page has a number of {len(frame)} rows: {found['where']!r} in {found['name']}.csv; name one row",
                 rule="not-one-row",
             )
-        cell = table_of_frame("", "", frame[[key for key in frame if key.startswith(column)]]).rows[0][0]
+        shown = [key for key in frame if f"{key}!" == column or key.startswith(column)]
+        cell = table_of_frame("", "", frame[shown]).rows[0][0]
         return f"<!-- value: {found['name']}; {found['where']} -->{cell}<!-- / -->"
 
     return VALUE.sub(value, BLOCK.sub(table, text))
