@@ -8,7 +8,8 @@ peer hard-codes is replaced while it runs, and nothing else: the device, how row
 used. EvoPress gets as many tokens as an exact search of blocks looks at; its own budget takes hours. What is finished
 stays in OUT/found.json; a second run goes on there.
 
-Prints Markdown and draws OUT/cpu.png and OUT/tokens.png.
+Prints Markdown and draws OUT/cpu.png. Tokens are those of the search of blocks or layers: the widths of narrower MLPs
+and the refit look at more rows than the peers do, and are not counted.
 """
 
 import argparse
@@ -235,22 +236,22 @@ class Measured:
 
 
 def draw(found: dict[str, Any], out: Path) -> None:
-    """Perplexity over seconds, and over tokens."""
+    """Draw perplexity over seconds."""
     from matplotlib.figure import Figure
 
     dense = found["dense"]["0"]["perplexity"]
-    for key, label in (("cpu", "processor seconds"), ("tokens", "tokens through the model in the search")):
-        figure = Figure(figsize=(9, 4), layout="constrained")
-        for axes, budget in zip(figure.subplots(1, 2), LAYERS, strict=True):
-            for name, own in ((name, own[budget]) for name, own in found.items() if budget in own):
-                peer, point = name in PEERS, (own[key], own["perplexity"] / dense)
-                axes.plot(*point, "o" if peer else "s", color=f"tab:{'gray' if peer else 'blue'}")
-                side = {"ha": "right", "va": "bottom"} if peer else {"ha": "left", "va": "top"}
-                words = name if peer or name.startswith("recommended") else f"ours, {name}"
-                axes.annotate(words, point, (-5 if peer else 5, 0), textcoords="offset points", fontsize=7, **side)
-            axes.set(xscale="log", xlabel=label, ylabel="held-out perplexity, × dense", title=f"budget {budget}")
-            axes.margins(x=0.4, y=0.1)
-        figure.savefig(out / f"{key}.png", dpi=150)
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axes, budget in zip(figure.subplots(1, 2), LAYERS, strict=True):
+        for name, own in ((name, own[budget]) for name, own in found.items() if budget in own):
+            peer, point = name in PEERS, (own["cpu"], own["perplexity"] / dense)
+            axes.plot(*point, "o" if peer else "s", color=f"tab:{'gray' if peer else 'blue'}")
+            side = {"ha": "right", "va": "bottom"} if peer else {"ha": "left", "va": "top"}
+            words = name if peer or name.startswith("recommended") else f"ours, {name}"
+            axes.annotate(words, point, (-5 if peer else 5, 0), textcoords="offset points", fontsize=7, **side)
+        axes.set(xscale="log", xlabel="processor seconds", ylabel="held-out perplexity, × dense")
+        axes.set_title(f"budget {budget}")
+        axes.margins(x=0.4, y=0.1)
+    figure.savefig(out / "cpu.png", dpi=150)
 
 
 def main(arguments: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""BlockPruner: smaller, faster LLMs by removing attention and MLP blocks, without retraining."""
+"""BlockPruner: smaller LLMs without retraining, by removing MLP channels, layers or blocks."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -187,7 +187,7 @@ def prune(
     device: str = "auto",
     observer: Observer | None = None,
 ) -> Pruned:
-    """Remove the blocks whose absence costs the least on `texts`, in place.
+    """Remove the channels of MLPs, layers or blocks that cost the least on `texts`, in place.
 
     Args:
         model: a transformers causal LM of a supported family. It is changed.

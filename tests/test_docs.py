@@ -2,14 +2,20 @@
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import click
 import pytest
 import typer
 import yaml
+from dvc.cli import DvcParserError
+from dvc.cli.parser import get_main_parser
 
+import blockpruner
 from blockpruner.cli.main import app
+from blockpruner.methods.recipes import RECIPES, RECOMMENDED
+from blockpruner.search.trace import ITERATION
 
 ROOT = Path(__file__).parents[1]
 LISTED = [*sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("plans/*.md"))]
@@ -88,3 +94,103 @@ def test_a_command_has_the_options_that_the_page_gives_it(page, line):
         command = group.get_command(click.Context(group), name)
         assert command is not None
         command.make_context(name, args)  # parses, and runs nothing
+
+
+PROGRAM = re.compile(r"(?:\.venv/bin/)?(?:python -m|make|dvc) \S")
+OTHER_MODULES = {"build", "pytest", "venv", "pip", "vllm.entrypoints.openai.api_server"}
+"""Modules of other packages that the pages run."""
+
+
+def project_commands(text):
+    """Calls of modules, of make and of dvc: lines of code blocks, and code within the text."""
+    blocks = re.findall(r"^ *```console\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE)
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", FENCED.sub("", text))]
+    for line in lines:
+        for command in re.split(r"&&|;|\|", line.partition("  #")[0]):
+            if PROGRAM.match(command.strip()):
+                yield command.strip()
+
+
+def missing(command):
+    """What a command names that is not there: a module, an option of one of ours, a target, a stage or a run."""
+    program, *words = shlex.split(command.removeprefix(".venv/bin/"))
+    if program == "python":
+        return missing_of_module(*words[1:])
+    if program == "make":
+        rules = re.findall(r"^([\w -]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return set(words) - {target for rule in rules for target in rule.split()}
+    try:
+        parsed = get_main_parser().parse_args(words)
+    except DvcParserError:
+        return {command}
+    dag = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    names = {"", "<run>", *params["runs"], *params["targets"]}
+    stages = [target.partition("@") for target in getattr(parsed, "targets", None) or ()]
+    keys = [key.split(".") for key in getattr(parsed, "set_param", None) or ()]
+    unknown = {stage for stage, _, name in stages if stage not in dag or name not in names}
+    return unknown | {target for section, target, *_ in keys if target not in params[section]}
+
+
+def missing_of_module(module, *words):
+    if module in OTHER_MODULES:
+        return set()
+    file = ROOT / (module.replace(".", "/") + ".py")
+    if not file.exists():
+        return {module}
+    code = file.read_text()
+    options = {word.partition("=")[0] for word in words if word.startswith("--")}
+    return {option for option in options if f'"{option}"' not in code}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "benchmarks/README.md"], ids=lambda page: page.name)
+def test_what_a_command_of_a_page_names_is_there(page):
+    commands = sorted(set(project_commands(page.read_text(encoding="utf-8"))))
+    assert {command: missing(command) for command in commands if missing(command)} == {}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python -m flows.prunes",
+        "python -m flows.prune --buget 0.1",
+        "make demos",
+        "dvc repo",
+        "dvc repro fetsh@smollm2",
+        "dvc repro fetch@smollm3",
+        "dvc exp run -S targets.smollm2-b11.budget=0.05",
+    ],
+)
+def test_a_wrong_command_would_be_seen(command):
+    in_text = project_commands(f"First `{command}`.")
+    in_block = project_commands(f"```console\nmake setup && {command}   # so\n```\n")
+    assert all(map(missing, in_text))
+    assert [bool(missing(each)) for each in in_block] == [False, True]
+
+
+def test_each_short_description_names_what_the_default_removes():
+    assert {"narrow", "greedy-shifted"} < RECIPES[RECOMMENDED].searches.keys()  # channels of MLPs, and layers
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    descriptions = {
+        "README.md": (ROOT / "README.md").read_text().split("\n\n")[1],
+        "pyproject.toml": project["description"],
+        "mkdocs.yml": yaml.safe_load((ROOT / "mkdocs.yml").read_text())["site_description"],
+        "blockpruner --help": typer.main.get_command(app).help,
+        "help(blockpruner)": blockpruner.__doc__,
+        "help(blockpruner.prune)": blockpruner.prune.__doc__.split("Args:")[0],
+    }
+    assert [name for name, text in descriptions.items() if not ("channels" in text and "layers" in text)] == []
+
+
+def test_the_page_describes_every_column_of_a_score_table():
+    text = (ROOT / "docs/methods.md").read_text()
+    section = text.partition("## Score tables")[2].partition("\n## ")[0]
+    assert [name for name in ITERATION.names if f"`{name}`" not in section] == []
+
+
+def test_the_page_gives_the_rows_that_the_study_gives_to_slicegpt():
+    study = yaml.safe_load((ROOT / "studies/seed.yaml").read_text())["experiments"]["slicegpt"]
+    run = yaml.safe_load((ROOT / f"runs/{study['run']}.yaml").read_text())["calibration"]
+    rows, tokens = study["calibrations"][""]["num_rows"], run["seq_len"]
+    assert f"SliceGPT on {rows} rows of {tokens} tokens" in " ".join((ROOT / "docs/methods.md").read_text().split())

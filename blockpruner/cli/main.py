@@ -53,7 +53,8 @@ Spoken = Annotated[str, Argument(metavar="MODEL", help="A checkpoint's folder, o
 Limit = Annotated[int, value("N", "The most tokens of an answer.", min=1)]
 
 BUDGETS = "Share of all parameters to remove; or 17blocks, 7layers, 0.3kv, 1.25x; or what is left: 7B, 120M."
-SEQ_LEN = "256; of --texts 2048, or the context"
+SAMPLES = "with --texts, enough for 16 rows; else 64"
+SEQ_LEN = "2048 with --texts, else 256; at most the context"
 ACCELERATIONS = "none (exact), lazy, race, lazy+race."
 COMPENSATIONS = "Fit the weights that stay: refit, none."
 METHODS = "A recipe: recommended, or blockpruner, the paper's search; or a search."
@@ -80,7 +81,7 @@ def _version(asked: bool) -> None:
 def common(
     version: Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
 ) -> None:
-    """Make a language model smaller and faster: remove the attention and MLP blocks that it needs least."""
+    """Make a language model smaller: remove the MLP channels, layers or blocks that it needs least."""
 
 
 @app.command()
@@ -97,11 +98,11 @@ def prune(
     revision: Annotated[str | None, value("NAME", "The model's commit, branch or tag on the hub.", "main")] = None,
     texts: Annotated[Path | None, value("FILE", CALIBRATION, "five kinds from Python packages")] = None,
     dataset: Annotated[str | None, value("REPO[:SPLIT]", "Calibration texts: a data set of the hub.")] = None,
-    num_samples: Annotated[int | None, value("N", "Texts that are drawn.", "64; of --texts for 16 rows", min=1)] = None,
+    num_samples: Annotated[int | None, value("N", "Texts that are drawn.", SAMPLES, min=1)] = None,
     seq_len: Annotated[int | None, value("N", "Tokens in a row.", SEQ_LEN, min=2)] = None,
     method: Annotated[str | None, value("NAME", METHODS, RECOMMENDED)] = None,
     unit: Annotated[str | None, value("NAME", "What a step removes: block, layer, shifted.", "block")] = None,
-    metric: Annotated[str | None, value("NAME", "What a step keeps low (docs/methods.md).", "perplexity")] = None,
+    metric: Annotated[str | None, value("NAME", "The score to minimise (docs/methods.md).", "perplexity")] = None,
     acceleration: Annotated[str | None, value("NAME", ACCELERATIONS, "lazy+race if recommended")] = None,
     compensate: Annotated[str | None, value("NAME", COMPENSATIONS, "refit if recommended")] = None,
     train: Annotated[str | None, value("NAME", TRAIN, "no training")] = None,

@@ -33,7 +33,7 @@ PLAN = "plan.json"
 
 HEAT, ENOUGH, BEHIND = 4, 64, 1.1
 """Several proposals are first fitted to one of four rows, where there are at least 64. Those whose perplexity is then
-more than 1.1 times the best one's are out: with all rows, proposals came back by 0.05 (docs/experiments.md)."""
+more than 1.1 times the best one's are out: with all rows, proposals came back by 0.05 (three models, not kept)."""
 
 
 @dataclass(frozen=True)

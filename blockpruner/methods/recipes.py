@@ -175,7 +175,7 @@ OWN_ROWS = 16
 """Calibration rows of texts of one's own: about as many as the paper's 256 samples fill."""
 
 TRAINING: Mapping[str, Mapping[str, Any]] = {
-    "all": {"weights": "all", "learning_rate": 3e-4},  # both measured: docs/experiments.md, "Training"
+    "all": {"weights": "all", "learning_rate": 3e-4},  # both measured once, the results are not kept
     "lora": {"weights": "lora", "learning_rate": 1e-3},
 }
 """Recipes of training by the weights that are trained: values of `train` in a run file, with those below."""
