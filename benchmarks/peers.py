@@ -248,8 +248,7 @@ def draw(found: dict[str, Any], out: Path) -> None:
             side = {"ha": "right", "va": "bottom"} if peer else {"ha": "left", "va": "top"}
             words = name if peer or name.startswith("recommended") else f"ours, {name}"
             axes.annotate(words, point, (-5 if peer else 5, 0), textcoords="offset points", fontsize=7, **side)
-        axes.set(xscale="log", xlabel="processor seconds", ylabel="held-out perplexity, × dense")
-        axes.set_title(f"budget {budget}")
+        axes.set(xscale="log", xlabel="processor seconds", ylabel="perplexity, × dense", title=f"budget {budget}")
         axes.margins(x=0.4, y=0.1)
     figure.savefig(out / "cpu.png", dpi=150)
 

@@ -194,3 +194,9 @@ def test_the_page_gives_the_rows_that_the_study_gives_to_slicegpt():
     run = yaml.safe_load((ROOT / f"runs/{study['run']}.yaml").read_text())["calibration"]
     rows, tokens = study["calibrations"][""]["num_rows"], run["seq_len"]
     assert f"SliceGPT on {rows} rows of {tokens} tokens" in " ".join((ROOT / "docs/methods.md").read_text().split())
+
+
+def test_the_page_says_how_the_study_accelerates_its_searches():
+    run = yaml.safe_load((ROOT / "runs/smollm2-seed.yaml").read_text())
+    section = (ROOT / "docs/methods.md").read_text().partition("## How methods are compared")[2].partition("\n## ")[0]
+    assert f"`{run['score']['acceleration']}`" in section

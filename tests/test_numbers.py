@@ -5,13 +5,14 @@ A result in the text of a page stands in one of three markers, each ended by `<!
     <!-- value: smollm2-sizes; method=BlockPruner; refit_10_pct_x -->1.65<!-- / -->
         one cell of docs/results/smollm2-sizes.csv. `python -m blockpruner.reporting.paper.publish` fills it.
     <!-- from: docs/results/speed.csv -->1.2 times<!-- / -->
-        read or computed from these files, which are separated by blanks. Nothing fills it.
+        read or computed from these files, which are separated by blanks (`*` stands for anything). Nothing fills it.
     <!-- not kept: one check of three layers -->1.41 against 1.49<!-- / -->
         no file holds it. The words say why; they are for editors.
 
 `<!-- table: ... -->` blocks are filled as values are. Settings, such as a budget of 10 %, are no results.
 """
 
+import fnmatch
 import re
 import subprocess
 from pathlib import Path
@@ -26,8 +27,35 @@ PAGES = ["README.md", "docs/results.md"]
 """Pages whose numbers are checked."""
 
 SETTINGS = {
-    "README.md": {},
-    "docs/results.md": {},
+    "README.md": {
+        "arXiv 2406.10594": "the paper",
+        "269 → 242 MB": "two bytes a parameter, and a tenth less",
+        "1,260 → 1,134 MB": "two bytes a parameter, and a tenth less",
+        "13.5 → 10.5 GB": "two bytes a parameter, and 22 % less",
+        "| 22 % |": "the paper's budget",
+        '"1.32 × dense" is 1.32 times': "a definition",
+        "0.63 billion": "the size of a model",
+        "guessing: 35 %": "what the numbers of answers give",
+        "Qwen1.5, 2.5": "versions",
+        "ERNIE 4.5": "a version",
+        "Mistral Small 3.1": "a version",
+    },
+    "docs/results.md": {
+        "a factor of 1.5 is 0.41 nats": "a definition",
+        "factors below 1.2 at 10 %, and below 1.65 at 20 and 30 %": "the limits of verdicts of one draw",
+        "factors of 1.2 (10 %) or 1.65 (20 and 30 %)": "the same",
+        "the limit of 1.2": "the same",
+        "10 % of all parameters are 13 % of the blocks' on SmolLM2, 18 % on Qwen, and 27 % on Gemma": "sizes of models",
+        "which is 54 % of its blocks": "sizes of models",
+        "guessing: 35 %": "what the numbers of answers give",
+        "at 11.8 % the KV cache": "the size of a model",
+        "At 10.5 % both readings": "the size of a model",
+        "At 12.5 % ShortGPT": "the size of a model",
+        "differs at 21 %": "the size of a model",
+        "BlockPruner at 21 %": "the size of a model",
+        "45 masks of 21.1 %": "the size of these models",
+        "beyond 3 %": "a size",
+    },
 }
 """By page: phrases with numbers that are no results, and why. Each must stand in the page."""
 
@@ -118,7 +146,7 @@ def test_git_keeps_each_file_that_a_number_is_from(page):
     kept = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
     text = (ROOT / page).read_text(encoding="utf-8")
     named = {file for found in FROM.finditer(text) for file in found["files"].split()}
-    assert [file for file in sorted(named) if file not in kept] == []
+    assert [pattern for pattern in sorted(named) if not fnmatch.filter(kept, pattern)] == []
 
 
 def test_results_are_distinguished_from_settings():

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from blockpruner.checkpoints.registry import QUANTIZER
+from blockpruner.core.errors import package
 from blockpruner.model import accelerator
 from blockpruner.model.rates import product_rate
 from blockpruner.reporting.formats import size
@@ -86,7 +88,8 @@ def _package(row: Requirement) -> Checkup:
         here = ""
     fits = bool(here) and row.specifier.contains(here, prereleases=True)
     lacks = f"{here} is not {row.specifier}" if here else f"for {OPTIONAL.get(row.name, 'all work')}"
-    lacks = f"{lacks}: pip install '{row.name}{row.specifier}'"
+    extra = re.search(r'extra == "(\w+)"', str(row.marker))
+    lacks = f"{lacks}: in a clone of blockpruner, pip install {package(extra[1] if extra else '')}"
     return Checkup(row.name, here if fits else "", lacks, needed=row.marker is None)
 
 

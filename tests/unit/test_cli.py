@@ -29,6 +29,7 @@ from blockpruner.cli import doctor, talking
 from blockpruner.cli import main as command
 from blockpruner.cli.pruning import Place
 from blockpruner.cli.pruning import words as last_words
+from blockpruner.core import errors
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import SilentObserver
@@ -914,8 +915,10 @@ def test_doctor_names_what_is_missing_and_what_mends_it(place, say, monkeypatch)
     code, out, _ = say("doctor", "--json")
     checks = {check["name"]: check for check in json.loads(out)}
     assert code == 1 and checks["typer"]["verdict"] == "missing" and checks["ray"]["verdict"] == "optional"
+    advice = str(errors.missing("ray", "ray")).partition("not installed: ")[2]
+    assert checks["ray"]["lacks"].endswith(f": {advice}"), "the same as where it is imported"
     floor = next(line for line in metadata.requires("blockpruner") if line.startswith("typer"))
-    assert checks["typer"]["lacks"] == f"0.1 is not {floor[5:]}: pip install '{floor}'"
+    assert checks["typer"]["lacks"] == f"0.1 is not {floor[5:]}: in a clone of blockpruner, pip install '.'"
     assert say("doctor", "--cache", "texts.txt/inner")[0] == 1
 
 
