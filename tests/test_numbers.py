@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from blockpruner.reporting.paper.publish import BLOCK, VALUE
 
@@ -249,3 +250,10 @@ DERIVED = [
 def test_a_number_that_is_computed_from_files_is_right(page, compute):
     marked = [" ".join(found["text"].split()) for found in FROM.finditer((ROOT / page).read_text(encoding="utf-8"))]
     assert compute() in marked
+
+
+def test_the_study_counts_the_experiments_that_never_ran():
+    declared = yaml.safe_load((ROOT / "studies/seed.yaml").read_text(encoding="utf-8"))["experiments"]
+    missing = [name for name in declared if not (ROOT / f"data/evidence/seed-{name}").exists()]
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    assert f"{len(missing)} of {len(declared)} in `studies/seed.yaml`" in page
