@@ -17,7 +17,10 @@ import re
 import subprocess
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
+import yaml
 
 from blockpruner.reporting.paper.publish import BLOCK, VALUE
 
@@ -99,7 +102,7 @@ PAGES += [page for page in SETTINGS if page not in PAGES]
 SET_PERCENTS = {"5", "10", "20", "25", "30", "50", "75", "95", "100"}
 """Budgets, shares of MHA and levels of intervals: the study chose them."""
 
-FROM = re.compile(r"<!-- from: (?P<files>[^>]+?) -->.*?<!-- / -->", re.DOTALL)
+FROM = re.compile(r"<!-- from: (?P<files>[^>]+?) -->(?P<text>.*?)<!-- / -->", re.DOTALL)
 NOT_KEPT = re.compile(r"<!-- not kept: (?P<why>[^>]+?) -->.*?<!-- / -->", re.DOTALL)
 FENCED = re.compile(r"^ *```.*?^ *```$", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`[^`]*`|\]\([^)]*\)|<!--.*?-->", re.DOTALL)
@@ -157,3 +160,100 @@ def test_results_are_distinguished_from_settings():
     )
     assert unmarked(text) == ["1.33", "37 %", "20 to 50 %", "9 times", "106 MB", "7 minutes"]
     assert unmarked(text, ["costs 1.33, 37 %"]) == ["20 to 50 %", "9 times", "106 MB", "7 minutes"]
+
+
+# Numbers that are computed from files, computed again
+
+
+def results(name, **where):
+    """A table of docs/results by method, the rows with these values."""
+    frame = pd.read_csv(ROOT / f"docs/results/{name}.csv")
+    for key, value in where.items():
+        frame = frame[frame[key] == value]
+    return frame.set_index("method")
+
+
+def of_models(name, **where):
+    return [results(f"{model}-{name}", **where) for model in ("smollm2", "qwen25", "gemma3")]
+
+
+def worst(regrets):
+    """The largest of three models' regrets, by method; methods that not all models have are left out."""
+    return pd.concat(regrets, axis=1).dropna().max(axis=1)
+
+
+def span(values, form):
+    return f"{form(np.nanmin(values))} to {form(np.nanmax(values))}"
+
+
+def healed_share(model, *sizes):
+    """Which share of the loss a refit takes away, in percent."""
+    frame = results(f"{model}-sizes")
+    shares = [1 - np.log(frame[f"refit_{size}_pct_x"]) / np.log(frame[f"plain_{size}_pct_x"]) for size in sizes]
+    return span(np.concatenate(shares), lambda share: f"{100 * share:.0f}") + " %"
+
+
+def twice(model):
+    """How many times the loss at 10 % that at 20 % is."""
+    frame = results(f"{model}-sizes")
+    return span(np.log(frame["refit_20_pct_x"]) / np.log(frame["refit_10_pct_x"]), "{:.1f}".format) + " times"
+
+
+def by_mean():
+    x = [frame["refit_10_pct_x"] for frame in of_models("sizes")]
+    regret = worst([each / each.min() for each in x])
+    return (
+        "{narrower MLPs:.2f}, shifted layers {greedy shifted layers:.2f}, BlockPruner {BlockPruner:.2f}, greedy layers "
+        "{greedy layers:.2f}, Relative Magnitude {Relative Magnitude:.2f} (Frobenius "
+        "{Relative Magnitude, Frobenius:.2f}), ShortGPT {ShortGPT:.2f}"
+    ).format_map(regret)
+
+
+def by_worst_kind():
+    kinds = ["encyclopaedia_x", "Python code_x", "mathematics_x", "stories and news_x"]
+    x = [frame[kinds].max(axis=1) for frame in of_models("texts-10", healing="refit")]
+    regret = worst([each / each.min() for each in x])
+    return (
+        "{greedy shifted layers:.2f}, BlockPruner {BlockPruner:.2f}, channels {narrower MLPs:.2f}, greedy layers "
+        "{greedy layers:.2f}"
+    ).format_map(regret)
+
+
+def other_kinds():
+    row = results("qwen25-texts-10", healing="refit").loc["narrower MLPs"]
+    logs = np.log([row["encyclopaedia_x"], row["mathematics_x"], row["stories and news_x"]])
+    return f"{np.exp(logs.mean()):.2f}"
+
+
+def single_attentions():
+    """The five single attentions that cost least, in the benchmark of searches."""
+    nll = pd.read_parquet(ROOT / "data/evidence/searches.parquet").set_index("mask")["nll"].map(np.mean)
+    singles = nll[nll.index.str.fullmatch(r"mha\.\d+")]
+    *most, last = [f"{np.exp(x):.3f} ({mask})" for mask, x in (singles - nll[""]).nsmallest(5).items()]
+    return f"{', '.join(most)} and {last}"
+
+
+DERIVED = [
+    ("README.md", other_kinds),
+    ("docs/results.md", lambda: twice("smollm2")),
+    ("docs/results.md", lambda: twice("qwen25")),
+    ("docs/results.md", lambda: healed_share("smollm2", 10, 20)),
+    ("docs/results.md", lambda: healed_share("qwen25", 10, 20)),
+    ("docs/results.md", lambda: healed_share("gemma3", 10)),
+    ("docs/results.md", by_mean),
+    ("docs/results.md", by_worst_kind),
+    ("docs/results.md", single_attentions),
+]
+
+
+@pytest.mark.parametrize(("page", "compute"), DERIVED)
+def test_a_number_that_is_computed_from_files_is_right(page, compute):
+    marked = [" ".join(found["text"].split()) for found in FROM.finditer((ROOT / page).read_text(encoding="utf-8"))]
+    assert compute() in marked
+
+
+def test_the_study_counts_the_experiments_that_never_ran():
+    declared = yaml.safe_load((ROOT / "studies/seed.yaml").read_text(encoding="utf-8"))["experiments"]
+    missing = [name for name in declared if not (ROOT / f"data/evidence/seed-{name}").exists()]
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    assert f"{len(missing)} of {len(declared)} in `studies/seed.yaml`" in page
