@@ -7,10 +7,9 @@ ever exist for a whole row. The gradient for a chunk's logits has a closed form;
            (1 - distill) NLL + distill KL(p || q)
 
 p and q are the next-token distributions of the dense model and of the trained one (Hinton et al., arXiv 1503.02531).
-With `likeliest` they are those of the tokens that the dense model finds likeliest, and of all others as one outcome.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import starmap
 
 import torch
@@ -22,9 +21,6 @@ from blockpruner.model.models import head_of
 from blockpruner.scoring.losses import log_probabilities, pieces
 from blockpruner.scoring.work import LOGITS_BYTES
 
-REST = 1e-6
-"""The dense model's least probability of all tokens that are not among the likeliest; below it, rounding prevails."""
-
 
 @dataclass(frozen=True)
 class TrainingLoss:
@@ -35,8 +31,6 @@ class TrainingLoss:
     teacher: PreTrainedModel | None
     """The dense model, if the recipe compares with it."""
     recipe: Train
-    _known: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """What the teacher finds likeliest in rows that were seen, on the host: places, log-probabilities, [T - 1, K]."""
 
     def __call__(self, ids: Tensor, lengths: Tensor, count: float) -> tuple[Tensor, Tensor]:
         """The sum over rows of the loss, and of the text's NLL, both divided by `count`. The rows `ids` [B, T] are
@@ -47,17 +41,15 @@ class TrainingLoss:
         targets, train = ids[:, 1:][predicts].to(home), torch.is_grad_enabled()
         states = _states(self.model, ids, predicts)
         with torch.no_grad():
-            told = self._told(ids, lengths, predicts)
+            dense_states = [] if self.teacher is None else [_states(self.teacher, ids, predicts)]
         total, nll = torch.zeros(2, dtype=torch.float64, device=home)
         gradients, chunk = torch.empty_like(states), max(1, LOGITS_BYTES // (4 * self.model.config.vocab_size))
         for part in (slice(start, start + chunk) for start in range(0, len(targets), chunk)):
             leaf = states[part].detach().requires_grad_(train)
             logits = head_of(self.model)(leaf)
             with torch.no_grad():
-                given = [each[part] for each in told]
-                if self.teacher is not None and self.recipe.likeliest is None:
-                    given = [head_of(self.teacher)(given[0])]
-                tokens = pieces(logits.detach(), targets[part], weight[part], *(each.to(home) for each in given))
+                dense_logits = [head_of(self.teacher)(dense[part]).to(home) for dense in dense_states]
+                tokens = pieces(logits.detach(), targets[part], weight[part], *dense_logits)
                 losses, nlls, slopes = (torch.cat(each) for each in zip(*starmap(self._of_tokens, tokens), strict=True))
             if train:
                 (gradients[part],) = torch.autograd.grad(logits, leaf, slopes)
@@ -65,31 +57,15 @@ class TrainingLoss:
         known = (states * gradients).sum() if train else total  # its gradient for the states is the one found above
         return total + (known - known.detach()), nll
 
-    def _told(self, ids: Tensor, lengths: Tensor, predicts: Tensor) -> list[Tensor]:
-        """What the teacher says of the tokens: nothing, its final states, or what it finds likeliest."""
-        if self.teacher is None:
-            return []
-        if self.recipe.likeliest is None:
-            return [_states(self.teacher, ids, predicts)]
-        rows = [tuple(row[:length]) for row, length in zip(ids.tolist(), lengths.tolist(), strict=True)]
-        for number in (number for number, row in enumerate(rows) if row not in self._known):
-            one = slice(number, number + 1)
-            states, k = _states(self.teacher, ids[one], predicts[one]), self.recipe.likeliest
-            chunk = max(1, LOGITS_BYTES // (4 * self.model.config.vocab_size))
-            parts = [log_probabilities(head_of(self.teacher)(part)).topk(k) for part in torch.split(states, chunk)]
-            places = torch.cat([part.indices for part in parts]).to("cpu", torch.int32)
-            self._known[rows[number]] = places, torch.cat([part.values for part in parts]).cpu()
-        return [torch.cat(each) for each in zip(*map(self._known.__getitem__, rows), strict=True)]
-
-    def _of_tokens(self, logits: Tensor, targets: Tensor, weight: Tensor, *told: Tensor) -> tuple[Tensor, ...]:
+    def _of_tokens(self, logits: Tensor, targets: Tensor, weight: Tensor, *dense: Tensor) -> tuple[Tensor, ...]:
         """The loss and the NLL of some tokens, [N], and the gradient of the weighted loss for their logits [N, V]. A
-        cross-entropy's gradient for the logits is q less the distribution that is wanted. `told` are the teacher's
-        logits of these tokens or, as from `_told`, the likeliest ones."""
-        log_q, share = log_probabilities(logits), self.recipe.distill if told else 0.0
+        cross-entropy's gradient for the logits is q less the distribution that is wanted. `dense` are the teacher's
+        logits of these tokens, if there is a teacher."""
+        log_q, share = log_probabilities(logits), self.recipe.distill if dense else 0.0
         nll = -log_q.gather(-1, targets[:, None])[:, 0]
         loss, slope = (1 - share) * nll if share < 1 else torch.zeros_like(nll), log_q.exp()
-        if told:
-            kl, wanted = (_kl if len(told) == 1 else _kl_of_likeliest)(log_q, *told)
+        if dense:
+            kl, wanted = _kl(log_q, *dense)
             loss, slope = loss + share * kl, slope.sub_(wanted.mul_(share))
         slope.scatter_add_(-1, targets[:, None], torch.full_like(nll, share - 1)[:, None])
         return loss, nll, slope.mul_(weight[:, None].to(slope.dtype)).to(logits.dtype)
@@ -100,15 +76,6 @@ def _kl(log_q: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
     log_p = log_probabilities(dense)
     p = log_p.exp()
     return log_p.sub_(log_q).mul_(p).sum(-1), p
-
-
-def _kl_of_likeliest(log_q: Tensor, places: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """The same of the tokens at some places [N, K], and of all others as one outcome, whose share of p is as in q."""
-    places, log_p = places.long(), log_p.to(log_q.dtype)
-    p, others = log_p.exp(), log_q.exp().scatter_(-1, places, 0.0)
-    rest_p, rest_q = (1 - p.sum(-1, True)).clamp(min=REST), others.sum(-1, True).clamp(min=torch.finfo(p.dtype).tiny)
-    kl = (p * (log_p - log_q.gather(-1, places))).sum(-1, True) + rest_p * (rest_p / rest_q).log()
-    return kl[:, 0], others.mul_(rest_p / rest_q).scatter_(-1, places, p)
 
 
 def _states(model: PreTrainedModel, ids: Tensor, chosen: Tensor) -> Tensor:

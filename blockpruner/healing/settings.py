@@ -50,9 +50,6 @@ class Train(Frozen):
     alpha: float = Field(default=10.0, gt=0)
     distill: float = Field(default=0.0, ge=0, le=1)
     """Weight of the KL divergence from the dense model's predictions; the text's NLL has the rest of 1."""
-    likeliest: int | None = Field(default=None, ge=1)
-    """So many of the dense model's likeliest next tokens are compared, and all others as one. They are kept in memory
-    (8 bytes each), so a row that comes again costs no second pass of the dense model. null: all are compared."""
     learning_rate: float = Field(default=2e-4, gt=0)
     schedule: Literal["linear", "cosine"] = "linear"
     """How the learning rate falls to 0."""

@@ -36,6 +36,7 @@ from blockpruner.methods.registry import KINDS
 from blockpruner.model.models import masked
 from blockpruner.search.iteration import Iteration
 from blockpruner.store.plans import load_plan, save_plan
+from tests.engines import with_mlx
 from tests.errors import refused
 from tests.fakes import InProcess, PushHub
 from tests.plans import fetch, fetch_tiny, plan_of, pruning
@@ -392,6 +393,7 @@ def compensated(tmp_path):
     return pruned
 
 
+@with_mlx
 @pytest.mark.usefixtures("in_process")
 def test_formats_are_written_of_a_model_in_memory_and_verified(tmp_path, compensated, monkeypatch):
     before = {name: tensor.clone() for name, tensor in compensated.model.state_dict().items()}

@@ -1,7 +1,6 @@
 """The GGUF export against llama.cpp (xllamacpp), which is the oracle, and against transformers' logits."""
 
 import copy
-import importlib.util
 import json
 import tempfile
 from functools import cache
@@ -28,15 +27,11 @@ from blockpruner.inputs.checkpoints import _convert_gguf
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model.models import load_model, masked, prune_
 from tests.cells import seen
+from tests.engines import with_llama_cpp
 from tests.errors import refused
 from tests.fakes import InProcess
 from tests.plans import fetch, healed_of, narrow_plan, plan_of, pruning
 from tests.tiny import tiny_model
-
-engine = pytest.mark.skipif(
-    importlib.util.find_spec("xllamacpp") is None,
-    reason="xllamacpp, which is llama.cpp, is not installed",
-)
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +157,7 @@ def error_of_dense(name):
     return report["rms_logprob_difference"], report["max_logprob_difference"]
 
 
-@engine
+@with_llama_cpp
 @pytest.mark.parametrize("mask", MASKS.values(), ids=list(MASKS))
 @pytest.mark.parametrize("name", ["llama", pytest.param("qwen2", marks=pytest.mark.slow)])
 def test_no_worse_than_the_dense_file(tmp_path, name, mask):
@@ -174,7 +169,7 @@ def test_no_worse_than_the_dense_file(tmp_path, name, mask):
     assert report["text_tokens_equal"]
 
 
-@engine
+@with_llama_cpp
 @pytest.mark.parametrize("mask", [pytest.param("", marks=pytest.mark.slow), "mha.0,mlp.3"], ids=["whole", "holes"])
 @pytest.mark.parametrize("name", MODELS)
 def test_what_models_have(tmp_path, name, mask):
@@ -186,7 +181,7 @@ def test_what_models_have(tmp_path, name, mask):
         seen("llama.cpp", name, report["max_logprob_difference"])
 
 
-@engine
+@with_llama_cpp
 @pytest.mark.parametrize("pre", TOKENIZERS)
 def test_tokens_are_those_of_transformers(tmp_path, pre):
     tokenizer = TOKENIZERS[pre]()
@@ -235,7 +230,7 @@ def export(dense, out, order=("mha.0", "mlp.3", "mlp.2"), dtype="float32", **cha
     export_gguf(pruning(dense, plan_of(dense, order, **changes), dtype), out)
 
 
-@engine
+@with_llama_cpp
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_export_is_complete_and_verified(tmp_path, dense, dtype, monkeypatch):
     if dtype != "float32":
@@ -254,7 +249,7 @@ def test_export_is_complete_and_verified(tmp_path, dense, dtype, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-@engine
+@with_llama_cpp
 @pytest.mark.usefixtures("in_process")
 def test_layers_have_mlps_of_their_own_widths(tmp_path, dense):
     plan = narrow_plan(dense, {"mlp.0": range(32), "mlp.3": range(5, 42)})
@@ -299,7 +294,7 @@ def test_merged_layers_are_a_plain_model(tmp_path, dense, monkeypatch):
     assert "not installed" in json.loads((tmp_path / "out/verification.json").read_text())["unchecked"]
 
 
-@engine
+@with_llama_cpp
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize(
     ("fault", "files"),
@@ -331,7 +326,7 @@ def test_a_wrong_file_fails_and_leaves_nothing(tmp_path, dense, monkeypatch, fau
     assert written == ["F16", "Q8_0"] and list(tmp_path.iterdir()) == []
 
 
-@engine
+@with_llama_cpp
 @pytest.mark.usefixtures("in_process")
 def test_what_llama_cpp_quantizes_further_is_asked_too(tmp_path, dense, monkeypatch):
     """By a program that writes another file of ours, to which no quantization is equal."""

@@ -1,7 +1,6 @@
 """The mlx export: mlx-lm's own models with holes say what the masked model in transformers says."""
 
 import json
-from importlib.util import find_spec
 
 import pytest
 
@@ -11,10 +10,11 @@ from blockpruner.checkpoints.registry import MLX, WINDOWED, require_families
 from blockpruner.core.errors import InputError
 from blockpruner.model.classes import MLX_CODE, has_our_code
 from tests.cells import seen
+from tests.engines import with_mlx
 from tests.fakes import InProcess
 from tests.plans import fetch_tiny, narrow_plan, plan_of, pruning
 
-pytestmark = pytest.mark.skipif(find_spec("mlx_lm") is None, reason="mlx_lm is not installed (extra serve)")
+pytestmark = with_mlx
 
 HOLES = ["mha.0", "mha.2", "mlp.0", "mlp.3", "mlp.4"]
 """Of six layers the first is gone, so that layers have other numbers than in the dense model."""

@@ -30,6 +30,7 @@ from blockpruner.model.models import decoder_layers, load_model, masked, model_f
 from blockpruner.model.narrow import narrow_, narrowed
 from blockpruner.scoring.engine import Engine
 from tests.builders import scored
+from tests.engines import with_mlx
 from tests.plans import fetch_tiny, healed_of, narrow_plan, pruning, save_pruned
 from tests.tiny import GRID, full_nll, tiny_model
 
@@ -326,9 +327,10 @@ def test_a_refitted_narrow_model_has_the_perplexity_that_is_reported(variant):
         assert facts["perplexity"]["after"] < facts["perplexity"]["before"]
 
 
-@pytest.mark.parametrize("form", [export_hf, export_nas])
+@pytest.mark.parametrize("form", [export_hf, pytest.param(export_nas, marks=with_mlx)])
+@pytest.mark.usefixtures("in_process")
 def test_a_checkpoint_holds_a_narrow_model(form, tmp_path):
-    """Verified by its engine in a fresh process, with refitted weights."""
+    """Verified by its engine, with refitted weights."""
     dense, writer = fetch_tiny(tmp_path, "llama"), "model.layers.1.mlp.down_proj.weight"
     plan = narrow_plan(dense, KEPT)
     weight = load_model(dense, "float32", "cpu").get_parameter(writer)[:, list(KEPT["mlp.1"])]

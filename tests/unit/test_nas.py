@@ -15,6 +15,7 @@ from blockpruner.checkpoints import nas, verification
 from blockpruner.checkpoints.nas import export_nas
 from blockpruner.core.errors import InputError
 from blockpruner.methods.registry import KINDS
+from tests.engines import with_mlx
 from tests.errors import refused
 from tests.fakes import InProcess
 from tests.plans import fetch_tiny, narrow_plan, plan_of, pruning
@@ -36,7 +37,6 @@ CASES = {
 }
 
 cases = pytest.mark.parametrize("case", CASES)
-with_mlx = pytest.mark.skipif(find_spec("mlx_lm") is None, reason="mlx_lm is not installed (extra serve)")
 
 
 def export(dense, plan, out, dtype="float32"):

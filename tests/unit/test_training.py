@@ -229,9 +229,6 @@ def plain_loss(model, teacher, row, wanted):
     loss = 0.0
     for t, target in enumerate(row[1:]):
         q, p = (torch.exp(x) / torch.exp(x).sum() for x in (z[t], dense[t]))
-        if wanted.likeliest:
-            best = p.topk(wanted.likeliest).indices
-            p, q = (torch.cat([each[best], 1 - each[best].sum(0, keepdim=True)]) for each in (p, q))
         kl = (p * torch.log(p / q)).sum()
         nll = torch.log(torch.exp(z[t]).sum()) - z[t, target]
         loss = loss + (1 - wanted.distill) * nll + wanted.distill * kl
@@ -239,13 +236,12 @@ def plain_loss(model, teacher, row, wanted):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-@pytest.mark.parametrize("likeliest", [None, 5])
 @pytest.mark.parametrize("share", [0.7, 1.0])
-def test_gradient_is_that_of_the_plain_formula(monkeypatch, family, share, likeliest):
+def test_gradient_is_that_of_the_plain_formula(monkeypatch, family, share):
     """In chunks of 7 tokens, pieces of 4 and batches of rows of unlike lengths; Gemma 2 caps its logits."""
     monkeypatch.setattr(loss, "LOGITS_BYTES", 7 * 4 * 260)
     monkeypatch.setattr(losses, "PIECE_BYTES", 1)
-    wanted, teacher = changed(distill=share, likeliest=likeliest), tiny_model(family)
+    wanted, teacher = changed(distill=share), tiny_model(family)
     models = [pruned(family).requires_grad_(), pruned(family).requires_grad_()]
     for weight in (model.get_input_embeddings().weight for model in models):
         weight.requires_grad_(False)
@@ -261,34 +257,6 @@ def test_gradient_is_that_of_the_plain_formula(monkeypatch, family, share, likel
     for (name, found), (_, plain) in zip(*(model.named_parameters() for model in models), strict=True):
         if plain.grad is not None and not name.startswith(head):
             assert (found.grad - plain.grad).norm() <= 10 * close * plain.grad.norm(), name
-
-
-def test_what_the_model_thinks_impossible_has_a_gradient():
-    """In float32: all but the two likeliest tokens have a probability of 5e-10."""
-    logits, places, p = torch.tensor([[12.0, 11.0, -10.0, -11.0, -12.0]]), torch.tensor([[0, 1]]), [0.3, 0.2]
-    log_q = logits.log_softmax(-1)
-    kl, wanted = loss._kl_of_likeliest(log_q, places, torch.tensor([p]).log())
-    exact = logits.double().requires_grad_()
-    q = exact.softmax(-1)[0]
-    plain = sum(a * torch.log(a / b) for a, b in zip([*p, 0.5], [q[0], q[1], q[2:].sum()], strict=True))
-    plain.backward()
-    assert kl.item() == pytest.approx(plain.item(), rel=1e-6)
-    assert (log_q.exp() - wanted)[0].tolist() == pytest.approx(exact.grad[0].tolist(), abs=1e-6)
-
-
-def test_a_row_that_comes_again_costs_no_second_pass_of_the_dense_model(tmp_path):
-    """Three epochs, and two rows that are validated three times."""
-    teacher, passes = tiny_model("llama"), []
-    teacher.get_decoder().register_forward_hook(lambda *_: passes.append(1))
-    recipe, rows = changed(distill=1.0, validate_every=2), CalibrationSet(ROWS.rows[:2])
-    results = {}
-    for k in (None, 5):
-        passes.clear()
-        given = {"teacher": teacher, "validation": CalibrationSet(ROWS.rows[2:])}
-        found = train(pruned(), tmp_path / str(k), recipe.model_copy(update={"likeliest": k}), rows, **given)
-        results[k] = len(passes)
-        assert found["losses"][-1] < found["losses"][0]
-    assert results[5] == 4 and results[None] > 8
 
 
 def test_steps_smaller_than_the_last_bit_are_not_lost(tmp_path):
@@ -477,9 +445,7 @@ SEVEN = CalibrationSet(ROWS.rows + tuple(row[::-1] for row in ROWS.rows[:3]))
 """Seven: in the last step of an epoch one process has a batch more than the other."""
 RECIPES = {
     "adapters": changed(epochs=2, accumulation=3),
-    "all weights": changed(
-        weights="all", epochs=2, distill=0.5, likeliest=5, accumulation=2, batch=2, validate_every=1
-    ),
+    "all weights": changed(weights="all", epochs=2, distill=0.5, accumulation=2, batch=2, validate_every=1),
 }
 
 
