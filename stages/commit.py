@@ -9,7 +9,7 @@ from blockpruner.core.progress import observer
 from blockpruner.dag import read_dag
 from blockpruner.methods.recipes import compensation
 from blockpruner.methods.registry import KINDS
-from blockpruner.search.trace import save_iterations, search_cost
+from blockpruner.search.trace import save_iterations
 from blockpruner.store.files import read_json, replace_directory, write_json
 from blockpruner.store.plans import save_plan
 from stages import DATA, run, searched, sections, target
@@ -33,7 +33,9 @@ def main(name: str) -> None:
                 save_iterations(each.tables, directory / f"{each.name}.parquet")
 
     replace_directory(DATA / "plans" / name, build)
-    write_json(DATA / "costs" / f"{name}.json", search_cost([path for each in found for path in each.tables]))
+    costs = [each.cost for each in found]
+    total = {key: round(sum(cost[key] for cost in costs), 2) for key in costs[0]} if all(costs) else {}
+    write_json(DATA / "costs" / f"{name}.json", total)
     for plan in (each.plan for each in found):
         what = KINDS[plan.kind].taken_out(plan)
         order = ", ".join(plan.order) or plan.method

@@ -55,6 +55,7 @@ took: scores whose time is known, other scores, and seconds.
 """
 
 Took = tuple[int, int, float]
+TOOK = "took.json"
 
 
 TIE_BREAK = "mha by layer, then mlp by layer, strict <"
@@ -179,13 +180,17 @@ def seed_stores(directory: Path, search: str, store: TrialStore, nll: TrialStore
     return problems
 
 
-def search_cost(tables: Sequence[Path]) -> dict[str, float]:
-    """What iterations took, for `speed.json`; empty where a table does not hold it or there is none."""
-    found = [json.loads(read_table(path, ITERATION)[1].get("took", "null")) for path in tables]
-    if not found or None in found:
+def search_cost(tables: Sequence[Path], directory: Path) -> dict[str, float]:
+    """What a search took, for `speed.json`: by its tables, or by `took.json` of a search without any. Empty where one
+    of them does not hold it."""
+    if tables:
+        found = [json.loads(read_table(path, ITERATION)[1].get("took", "null")) for path in tables]
+    else:
+        found = [read_json(directory / TOOK) if (directory / TOOK).exists() else None]
+    if None in found:
         return {}
     timed, other, seconds = map(sum, zip(*found, strict=True))
-    return {"seconds": round(seconds, 2), "trials_asked": timed + other, "trials_computed": timed}
+    return {"seconds": seconds, "trials_asked": timed + other, "trials_computed": timed}
 
 
 def save_iterations(tables: Sequence[Path], path: Path) -> None:

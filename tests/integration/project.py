@@ -95,6 +95,10 @@ def set_targets(project: Path, targets: dict[str, str], **runtime: Any) -> None:
         "runtime": {"device": "cpu", "batch_tokens": "auto", "threads": 1} | runtime,
     }
     (project / "params.yaml").write_text(yaml.safe_dump(value))
+    write_dag(project)
+
+
+def write_dag(project: Path) -> None:
     with contextlib.chdir(project):
         dag.write()
 

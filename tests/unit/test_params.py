@@ -197,10 +197,10 @@ def test_sections_have_the_searches_of_all_targets(llama):
         a={}, b={"budget": "0.3"}, c={"method": "one_shot"}, d={"method": "recommended", "budget": "7layers"}
     )
     found = resolve(run, targets.targets_of("llama2-7b"))
-    assert {name: asked.budgets for name, asked in found.score.items()} == {
+    assert {name: asked.budgets for name, asked in found.searches.items()} == {
         "floating": ("0.2", "0.3"), "one_shot": ("0.2",), "recommended": ("7layers",),
     }  # fmt: skip
-    own, other, recommended = (asked.score for asked in found.score.values())
+    own, other, recommended = (asked.score for asked in found.searches.values())
     assert own.options == {"tries": 2, "per": "parameters"} and other.acceleration is None
     assert (recommended.method, recommended.options) == ("recommended", {})
     assert set(found.sources.texts) == {"perplexity", "calibration"} and found.train is None
