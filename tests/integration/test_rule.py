@@ -45,7 +45,7 @@ def tracked():
         search = read_json(path)["search"]
         assert not search or search["seconds"] > 0, f"{path}: {search}"
         found[str(path)] = {key: value for key, value in search.items() if key != "seconds"}
-    rows = csv.DictReader(Path("data/plots/curve.csv").open())
+    rows = csv.DictReader(Path("data/plots/curve.csv").read_text().splitlines())
     timed = ("speedup_prefill", "speedup_decode", "speedup_generation", "front")  # `front` is chosen by speed, too
     found["data/plots/curve.csv"] = [{key: value for key, value in row.items() if key not in timed} for row in rows]
     for path in Path("data/manifests").rglob("*.json"):

@@ -9,8 +9,10 @@ from blockpruner.core.blocks import format_mask
 from blockpruner.core.errors import InputError
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.registry import require_budgets
+from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.settings import Score
 from blockpruner.search.trace import read_trace, search_cost, table_path, trace_directory, write_iteration
+from blockpruner.settings import Run, resolve
 from tests.builders import FakeScorer, scored, short_rows, small_config
 
 CONFIG = small_config(2)
@@ -116,6 +118,19 @@ def test_an_accelerated_search_is_one_of_its_own_and_its_tables_seed_a_store(tmp
     shutil.rmtree(tmp_path / "trials")
     again = run(tmp_path, **fast)
     assert (again.units_computed, again.trials_computed) == (0, 0)
+
+
+def test_a_metric_with_another_version_computes_its_trials_anew(tmp_path, monkeypatch):
+    """The settings that DVC compares name it, too; version 0 is in no fingerprint of before."""
+    first = run(tmp_path)
+    assert first.current.store["metric"] == "perplexity"
+    settings = Run(model={"source": "path", "path": "m"}, score={"method": "greedy"})
+    before = resolve(settings, []).texts()
+    monkeypatch.setitem(METRICS._rows, "perplexity", replace(METRICS["perplexity"], version=1))
+    other = run(tmp_path)
+    assert other.trials_computed == first.trials_computed and other.current.search != first.current.search
+    after = resolve(settings, []).texts()
+    assert {name for name in after if after[name] != before[name]} == {"score", "searches/greedy"}
 
 
 @pytest.mark.parametrize("version", ["store.trials.SCORE_VERSION", "search.trace.SEARCH_VERSION"])
