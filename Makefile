@@ -79,7 +79,8 @@ test-floors test-newest: test-%: $(LOCK)/bin/uv
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(VENV)-$*/bin/python -m pytest -n $(JOBS) $(CORE)
 
 demo: $(VENV)/.ready
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m dvc repro
+	$(BIN)/python -m blockpruner.dag
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m flows.dvc repro
 	@echo "The report: data/report/index.html"
 
 # The Prefect UI at http://127.0.0.1:4200; docs/operations.md.

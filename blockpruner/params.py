@@ -28,7 +28,7 @@ KINDS_OF_SOURCE = ("pypi", "pypi-parts", "hub", "path", "mix")
 
 def load_params(path: Path = Path("params.yaml"), text: str | None = None) -> Params:
     """Read params.yaml, or check what it is going to hold; raises InputError that names key, value and valid ones."""
-    params = read_settings(Params, _read(path, text), f"{path}: ")
+    params = read_settings(Params, read_yaml(path, text), f"{path}: ")
     run_of = cache(load_run)
     for name, target in params.targets.items():
         if target != Target(run=target.run, budget=target.budget):  # it has keys that must fit its run
@@ -55,7 +55,7 @@ def load_run(name: str, directory: Path = Path("runs"), text: str | None = None)
 
 def read_values(path: Path, text: str | None = None) -> dict[str, Any]:
     """The values of a run file, with those of each named source."""
-    found = with_sources(_read(path, text), named_sources(path.parent), f"{path}: ")
+    found = with_sources(read_yaml(path, text), named_sources(path.parent), f"{path}: ")
     if not isinstance(found, dict):
         raise InputError(f"{path} is no run file: it holds no keys", rule="yaml")
     return found
@@ -69,12 +69,12 @@ def load_sections(run: str) -> Sections:
 def named_sources(directory: Path = Path("runs")) -> Mapping[str, Any]:
     """The keys of each source by its name: ours, and those of a folder of run files."""
     own = directory / SOURCES
-    return {**_read(Path(__file__).with_name(SOURCES)), **(_read(own) if own.exists() else {})}
+    return {**read_yaml(Path(__file__).with_name(SOURCES)), **(read_yaml(own) if own.exists() else {})}
 
 
 def read_file(path: Path, model: type[T]) -> T:
     """Read a YAML file of settings; raises InputError that names file, key, value and the valid ones."""
-    return read_settings(model, _read(path), f"{path}: ")
+    return read_settings(model, read_yaml(path), f"{path}: ")
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -90,7 +90,7 @@ class _UniqueKeys(yaml.SafeLoader):
         return node
 
 
-def _read(path: Path, text: str | None = None) -> Any:
+def read_yaml(path: Path, text: str | None = None) -> Any:
     try:
         return yaml.load(path.read_text(encoding="utf-8") if text is None else text, Loader=_UniqueKeys)
     except FileNotFoundError:

@@ -32,7 +32,7 @@ from blockpruner.methods.recipes import proposals, require_reached, searches
 from blockpruner.methods.registry import KINDS, kind_of_method
 from blockpruner.methods.score import score_run
 from blockpruner.scoring.settings import Score
-from blockpruner.search.trace import Current
+from blockpruner.search.trace import Current, search_cost, trace_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -242,6 +242,8 @@ class Proposal:
     plan: Plan
     tables: Sequence[Path] = field(default=(), compare=False)
     """The iteration tables that it used, in order."""
+    cost: Mapping[str, float] = field(default_factory=dict, compare=False)
+    """What its search took, as far as it is known."""
 
 
 def commit(
@@ -267,7 +269,8 @@ def commit(
     for name in _competing(wanted, config, budget, rows):
         current = Current.load(folder / name)
         plan, tables = KINDS[current.kind].commit(folder / name, config, budget, current)
-        found.append(Proposal(name, replace(plan, **own), tables))
+        cost = search_cost(tables, trace_directory(folder / name, current, budget))
+        found.append(Proposal(name, replace(plan, **own), tables, cost))
     return found
 
 

@@ -144,9 +144,11 @@ class Sources(Frozen):
 
 
 class Scored(Frozen):
-    """A search, and how far it goes."""
+    """The searches of a method, and how far they go."""
 
     score: Score
+    metrics: dict[str, int]
+    """The versions of their metrics."""
     budgets: tuple[str, ...]
 
 
@@ -156,8 +158,10 @@ class Sections(Frozen):
     model: Model
     sources: Sources
     calibration: Calibration
-    score: dict[str, Scored]
-    """The searches by method: those of the run and those that targets name."""
+    score: Scored
+    """The run's own method, for no budget: a new target leaves it as it is."""
+    searches: dict[str, Scored]
+    """Each method, the run's own first, with the budgets of its targets."""
     judged: bool
     """Whether a method has several searches, whose proposals are judged on rows of their own."""
     compensate: Compensate
@@ -167,9 +171,11 @@ class Sections(Frozen):
     speed: Speed | None
     export: tuple[str, ...]
 
-    def text(self, section: str) -> str:
-        """The content of a section's file."""
-        return json.dumps(self.model_dump(mode="json", include={section})[section], indent=1) + "\n"
+    def texts(self) -> dict[str, str]:
+        """The content of each section's file by its name. Each method of `searches` has a file of its own."""
+        values = self.model_dump(mode="json")
+        searches = {f"searches/{method}": one for method, one in values.pop("searches").items()}
+        return {name: json.dumps(value, indent=1) + "\n" for name, value in {**values, **searches}.items()}
 
 
 def score_of(run: Run, method: str | None) -> Score:
@@ -205,13 +211,15 @@ def resolve(run: Run, targets: Sequence[Target]) -> Sections:
         score = score_of(run, method)
         if method not in RECIPES:
             score = score.model_copy(update={"options": options_of(score).model_dump()})
-        scored[method] = Scored(score=score, budgets=tuple(dict.fromkeys(wanted)))
+        metrics = {one.metric: METRICS[one.metric].version for one in searches(score).values()}
+        scored[method] = Scored(score=score, metrics=metrics, budgets=tuple(dict.fromkeys(wanted)))
     fetched, items = {role: data for role, data in texts.items() if data}, run.evaluate.zero_shot
     return Sections(
         model=run.model,
         sources=Sources(model=run.model, texts=fetched, zero_shot=ZeroShot(data=items.data, tasks=items.tasks)),
         calibration=run.calibration,
-        score=scored,
+        score=scored[run.score.method].model_copy(update={"budgets": ()}),
+        searches=scored,
         judged=any(len(searches(each.score)) > 1 for each in scored.values()),
         compensate=run.compensate,
         train=run.train,

@@ -182,7 +182,7 @@ def rows_of_study(study: Study, evidence: Path) -> list[Row]:
     asked = {}
     for target, wanted in study.targets.items():
         settings = runs[wanted.run]
-        method = wanted.method or next(iter(settings.score))
+        method = wanted.method or settings.score.score.method
         chosen = wanted.compensate or compensation(settings.compensate.method, method)
         asked[target] = wanted.model_copy(update={"method": method, "compensate": chosen})
     return read_rows(subjects, asked, evidence)

@@ -1,12 +1,13 @@
 """DVC as a flow uses it: in a locked workspace, in a process group of its own, never left behind.
 
-Decides how a dvc command is started, followed and stopped, and how dvc.lock survives a kill in the middle of a write.
-Which stages run, and when, is decided by flows.selection and flows.prune.
+Decides how a dvc command is started, followed and stopped, and how dvc.lock is written. Which stages run, and when, is
+decided by flows.selection and flows.prune.
 
-`python -m flows.dvc ARGUMENTS` is dvc itself with two signals set up, see `main`.
+`python -m flows.dvc ARGUMENTS` is dvc itself, which writes dvc.lock whole, with two signals set up, see `main`.
 """
 
 import ctypes
+import io
 import os
 import re
 import signal
@@ -17,10 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from blockpruner.core.errors import InputError
-from blockpruner.store.files import set_aside, write_text
+from blockpruner.store.files import write_text
 
 GRACE = 10.0
 """Seconds from SIGINT to SIGKILL. Prefect's runner gives the flow itself 30 s."""
@@ -29,12 +28,6 @@ FLOW_VARIABLE = "BLOCKPRUNER_DVC_PARENT"
 """Environment variable of a dvc: the process id of the flow that started it."""
 
 PR_SET_PDEATHSIG = 1
-TEMPORARY = Path(".dvc/tmp")
-LOCKFILE = Path("dvc.lock")
-COPY = TEMPORARY / "flow.dvc.lock"
-READERS = TEMPORARY / "rwlock"
-"""dvc's list of the processes that read and write outputs."""
-
 REASON = re.compile(r"error in stage [^:]*: (.*)")
 """The line in which `stages.run` names what the user can correct."""
 
@@ -56,12 +49,11 @@ def read_pipeline() -> dict[str, tuple[str, ...]]:
         return {stage.addressing: tuple(each.addressing for each in graph.successors(stage)) for stage in order}
 
 
-def stale(stages: Sequence[str], show: Callable[[str], object]) -> frozenset[str]:
+def stale(stages: Sequence[str]) -> frozenset[str]:
     """Those of the stages whose inputs, command or outputs have changed, by one `dvc status`."""
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
-    _mend(show)
     try:
         with Repo() as repo:
             return frozenset(repo.status(targets=list(stages)))
@@ -136,7 +128,6 @@ def _follow(
     arguments: Sequence[str], lock: int, show: Callable[[str], object], environment: Mapping[str, str]
 ) -> tuple[int, list[str]]:
     """Exit status and output of a dvc command, which is stopped when this process is interrupted."""
-    _mend(show)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     own = {"PATH": path, "PYTHONUNBUFFERED": "1", FLOW_VARIABLE: str(os.getpid())}
     process = subprocess.Popen(
@@ -174,31 +165,14 @@ def stop(process: subprocess.Popen[Any], interrupt: Callable[[], object], grace:
         process.wait()
 
 
-def _mend(show: Callable[[str], object]) -> None:
-    """Copy the file that dvc writes in place, or bring the copy back where a kill has cut it short.
+def dump_whole(path: str, data: Any, dumper: Callable[..., object], fs: object = None, **options: Any) -> None:
+    """Write a file of dvc as `dvc.utils.serialize` does, but a kill leaves the old file or the new one.
 
-    dvc does not start with such a file. Its list of readers needs no copy: it names processes, and none runs now.
+    dvc itself writes in place; most beginnings of a dvc.lock are valid, so stages would vanish from it unseen.
     """
-    if READERS.exists() and not _is_whole(READERS):
-        show(f"{READERS} was cut short by a kill; set aside as {set_aside(READERS)}")
-    if not LOCKFILE.exists():
-        return
-    if _is_whole(LOCKFILE):
-        write_text(COPY, LOCKFILE.read_text(encoding="utf-8"))
-    elif COPY.exists():
-        bad = set_aside(LOCKFILE)
-        write_text(LOCKFILE, COPY.read_text(encoding="utf-8"))
-        show(f"{LOCKFILE} was cut short by a kill; restored from the flow's copy (the cut one is {bad})")
-    else:
-        message = f"{LOCKFILE} was cut short by a kill; `git checkout {LOCKFILE}` brings the last committed one back"
-        raise StageError(message)
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        return isinstance(yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader), dict)
-    except (yaml.YAMLError, UnicodeDecodeError):
-        return False
+    text = io.StringIO()
+    dumper(data, text, **options)
+    write_text(Path(path), text.getvalue())
 
 
 def end_with(parent: int) -> None:
@@ -215,11 +189,14 @@ def main() -> int | None:
     On its own, dvc ends by SIGTERM and leaves its stage running. SIGINT to the group ends the stage, and dvc reports it
     as failed. SIGINT is reset because children of `nohup` and `&` inherit it as ignored.
     """
-    end_with(int(os.environ[FLOW_VARIABLE]))
+    if parent := os.environ.get(FLOW_VARIABLE):
+        end_with(int(parent))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGINT))
     from dvc.cli import main as dvc  # after the signals: it takes a while
+    from dvc.utils.serialize import _common, _yaml
 
+    _common._dump_data = _yaml._dump_data = dump_whole
     result: int | None = dvc(sys.argv[1:])
     return result
 

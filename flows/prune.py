@@ -127,7 +127,7 @@ def build(
             pipeline = dvc.read_pipeline()
             summaries = chosen.summaries(pipeline)
             needs = {stage: pipeline[stage] for stage in (*chosen.stages(pipeline), *summaries)}
-            stale = dvc.stale(list(needs), show)
+            stale = dvc.stale(list(needs))
             states = run_stages(needs, summaries, stale, lock, keep_going)
             result = outcome(states, chosen.additions)
             if keep_going or result.is_completed():

@@ -17,6 +17,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
+from blockpruner import dag
 from blockpruner.core.budgets import read_budget
 from blockpruner.core.errors import InputError, named
 from blockpruner.core.settings import Frozen
@@ -87,18 +88,26 @@ class Chosen:
     """The runs of the study's experiments, by their names in params.yaml."""
 
     def write(self) -> None:
-        """Add to params.yaml what it lacks: DVC makes its stages out of it, and no stage runs before."""
+        """Add to params.yaml what it lacks, and derive dag.yaml. DVC makes its stages out of them; none runs before."""
         if self.additions:
             write_text(PARAMS, self.text)
+        dag.write()
 
-    def stages(self, names: Iterable[str]) -> list[str]:
-        """Those of DVC's names of stages that are of a chosen model, each run before its targets; then experiments."""
-        of_models = [name.partition("@") for name in names if not name.startswith(f"{TABLES}@")]
+    def stages(self, pipeline: Mapping[str, Sequence[str]]) -> list[str]:
+        """The stages of the chosen runs, then of their targets, then experiments, each behind those that it needs."""
         items = [item for run, targets in self.targets.items() for item in (run, *targets)]
-        found = [f"{stage}@{item}" for item in items for stage, _, of in of_models if of == item]
-        for name, run in self.experiments.items():
-            found += [f"settings@{run}", f"fetch@{run}", f"experiment@{name}"]
-        return list(dict.fromkeys(found))
+        own = [name for item in (*items, *self.experiments) for name in pipeline if name.partition("@")[2] == item]
+        found = dict[str, None]()
+
+        def add(name: str) -> None:
+            for needed in pipeline.get(name, ()):
+                add(needed)
+            found.setdefault(name)
+
+        for name in own:
+            if not name.startswith(f"{TABLES}@"):
+                add(name)
+        return list(found)
 
     def summaries(self, names: Iterable[str]) -> list[str]:
         """Those over all models: the study's tables, or the report."""

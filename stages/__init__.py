@@ -1,30 +1,33 @@
 """Stages of the DAG: each reads settings and inputs, calls one library function and writes its output.
 
 Decides the places of files (see dvc.yaml) and how a stage begins and ends. A user's error ends in one line without a
-traceback. A stage whose settings changed while it ran refuses to finish. A stage that finishes leaves a record in
-data/provenance/, of the commit and the files that it began with; no stage depends on it.
+traceback, and leaves its reason in data/provenance/failed/ until the stage succeeds. A stage whose settings changed
+while it ran refuses to finish. A stage that finishes leaves a record in data/provenance/, of the commit and the files
+that it began with; no stage depends on it.
 """
 
 import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
+from blockpruner.core.settings import Runtime
+from blockpruner.dag import require_current
 from blockpruner.params import load_params, load_sections
-from blockpruner.settings import Sections, Target
+from blockpruner.settings import Scored, Sections, Target
 from blockpruner.store import provenance
-from blockpruner.store.files import no_room, write_json
+from blockpruner.store.files import no_room, read_json, write_json
 from blockpruner.store.plans import load_plan
 from blockpruner.store.provenance import file_sha256
 
 DATA = Path("data")
 CACHE = DATA / "cache"
 SETTINGS = DATA / "settings"
+FAILED = DATA / "provenance" / "failed"
 PINS = Path("runs/pins.json")
 
 T = TypeVar("T")
@@ -37,6 +40,7 @@ def run(stage: str, main: Callable[[str], object]) -> None:
     """Run a stage for an item (a run or a target; none for the report), named by hand or by DVC: `<stage>@<item>`."""
     item = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("DVC_STAGE", "").rpartition(":")[2].partition("@")[2]
     name = f"{stage} {item}".rstrip()
+    entry = f"{stage}{'@' if item else ''}{item}.json"
     started = time.monotonic()
     _GIVEN.clear()
     try:
@@ -44,17 +48,17 @@ def run(stage: str, main: Callable[[str], object]) -> None:
         digests = {str(path): file_sha256(path) for path in files}
         inputs: dict[str, Any] = {"stage": stage, "item": item, "sha256": digests}
         commit = provenance.commit()
+        require_current()
         main(item)
         inputs["settings"] = sorted({where for where, _, _ in _GIVEN})
         for where, given, again in _GIVEN:
             if again() != given:
                 raise InputError(f"{where} changed while running: run again", rule="settings-changed", key=where)
-        path = DATA / "provenance" / f"{stage}{'@' if item else ''}{item}.json"
-        provenance.record(path, inputs, commit, time.monotonic() - started)
+        provenance.record(DATA / "provenance" / entry, inputs, commit, time.monotonic() - started)
+        (FAILED / entry).unlink(missing_ok=True)
     except (InputError, OSError) as raised:
         error = raised if isinstance(raised, InputError) else no_room(raised)
-        if not error.rule.startswith("settings-"):  # which the next run mends
-            _leave_reason(stage, item, str(error))
+        write_json(FAILED / entry, {"reason": str(error)})
         print(f"error in stage {name}: {error}{_advice(error)}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:
@@ -72,37 +76,57 @@ def _advice(error: InputError) -> str:
     return "; delete it and run `dvc repro`" if error.rule == "damaged-file" and path.exists() else ""
 
 
-def _leave_reason(stage: str, item: str, reason: str) -> None:
-    """Write why a target, or each of a run, was not measured, where its evidence belongs; `tables` shows it."""
-    if stage in ("clean", "report", "tables"):
-        return
-    from blockpruner.reporting.paper.evidence import FAILED  # loads much
+def failures() -> list[str]:
+    """A line for each stage that failed when it ran last. For people: no output holds it."""
+    return [f"{path.stem} failed: {read_json(path)['reason']}" for path in sorted(FAILED.glob("*.json"))]
 
-    with suppress(InputError):
-        targets = load_params().targets
-        for name in (name for name, target in targets.items() if item in (name, target.run)):
-            write_json(DATA / "evidence" / name / FAILED, {"stage": stage, "reason": reason})
+
+def resolved(run: str, section: str) -> Sections:
+    """The settings of a run, of which one section's file is checked now and when the stage ends."""
+    path, values = SETTINGS / run / f"{section}.json", load_sections(run)
+    given = values.texts()[section]
+    if not path.exists() or path.read_text(encoding="utf-8") != given:
+        message = f"{path} is not what runs/{run}.yaml and params.yaml ask for"
+        raise InputError(f"{message}; run `dvc repro settings@{run}`", rule="settings-stale", key=section)
+    _GIVEN.append((str(path), given, lambda: load_sections(run).texts()[section]))
+    return values
 
 
 class _Read:
     """The sections of a run; a stage depends in dvc.yaml on the file of each that it reads."""
 
     def __init__(self, run: str) -> None:
-        self.run, self.values = run, load_sections(run)
+        self.run = run
 
     def __getattr__(self, section: str) -> Any:
-        path = SETTINGS / self.run / f"{section}.json"
-        given = self.values.text(section)
-        if not path.exists() or path.read_text(encoding="utf-8") != given:
-            message = f"{path} is not what runs/{self.run}.yaml and params.yaml ask for"
-            raise InputError(f"{message}; run `dvc repro settings@{self.run}`", rule="settings-stale", key=section)
-        _GIVEN.append((str(path), given, lambda: load_sections(self.run).text(section)))
-        return getattr(self.values, section)
+        return getattr(resolved(self.run, section), section)
 
 
 def sections(run: str) -> Sections:
     """The settings of a run. A section is checked against its file when it is read and when the stage ends."""
     return cast(Sections, _Read(run))
+
+
+def searched(run: str, method: str) -> Scored:
+    """The searches of one method of a run."""
+    return resolved(run, f"searches/{method}").searches[method]
+
+
+def runtime() -> Runtime:
+    """The runtime of a stage whose results the machine moves; refused on another machine than dag.yaml names."""
+    from blockpruner.model.models import set_threads  # loads torch
+
+    require_current(machine=True)
+    found = load_params().runtime
+    set_threads(found.threads)  # SliceGPT's result depends on them
+    return found
+
+
+def write_manifest(group: str, name: str, *more: Path) -> None:
+    """Write what `tables` and `report` depend on: the digests of a model's evidence, and of more that they read."""
+    files = sorted((DATA / "evidence" / name).iterdir())
+    digests = {path.relative_to(DATA).as_posix(): file_sha256(path) for path in (*files, *more)}
+    write_json(DATA / "manifests" / group / f"{name}.json", digests)
 
 
 def kept_plan(name: str) -> Plan:

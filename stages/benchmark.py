@@ -7,34 +7,23 @@ from blockpruner.core.plan import Plan
 from blockpruner.core.progress import observer
 from blockpruner.evaluation.settings import Evaluate
 from blockpruner.evaluation.suite import Checkpoint, InMemory, benchmark, headline
-from blockpruner.methods.score import taken
-from blockpruner.model.models import set_threads
 from blockpruner.params import load_params
 from blockpruner.store.files import read_json, write_json
-from stages import DATA, run, sections, target
+from stages import DATA, run, runtime, sections, write_manifest
 from stages.materialize import healed_of
 
 
 def dense_of(name: str) -> Checkpoint:
-    runtime, model = load_params().runtime, sections(name).model
-    set_threads(runtime.threads)
-    return Checkpoint(DATA / "models" / name, model.dtype, runtime.device, model.trust_remote_code)
-
-
-def search_of(name: str, run_name: str, plan: Plan) -> dict[str, float]:
-    """What the search for a target took, over all searches of its method; empty where this machine did not search."""
-    path = DATA / "provenance" / f"{run_name}-search.json"
-    if not path.exists():
-        return {}
-    searched = read_json(path)  # the run's own method comes first
-    return taken(searched.get(target(name).method or next(iter(searched), ""), {}), plan)
+    device, model = runtime().device, sections(name).model
+    return Checkpoint(DATA / "models" / name, model.dtype, device, model.trust_remote_code)
 
 
 def measure(name: str, run_name: str, subject: Checkpoint | InMemory, dense: Checkpoint, plan: Plan | None) -> None:
     settings = sections(run_name)
     asked = Evaluate(perplexity=settings.heldout, zero_shot=settings.zero_shot, speed=settings.speed)
     places = (DATA / "sources" / run_name, DATA / "evidence" / name, DATA / "evaluations")
-    search, processes = {} if plan is None else search_of(name, run_name, plan), load_params().runtime.here
+    search = {} if plan is None else read_json(DATA / "costs" / f"{name}.json")
+    processes = load_params().runtime.here
     found = benchmark(
         subject, dense, *places, plan=plan, settings=asked, observer=observer(), search=search, processes=processes
     )
@@ -47,6 +36,8 @@ def main(name: str) -> None:
     dense = dense_of(plan.run)
     subject = dense.export(place) if place.exists() else InMemory(dense, plan, pruning.rows, pruning.healed)
     measure(name, plan.run, subject, dense, plan)
+    tables = sorted((DATA / "plans" / name).glob("*.parquet"))
+    write_manifest("models", name, DATA / "compensated" / name / "compensate.json", *tables)
 
 
 if __name__ == "__main__":

@@ -7,19 +7,16 @@ from blockpruner.core.progress import observer
 from blockpruner.healing import choice
 from blockpruner.inputs.checkpoints import require_unchanged
 from blockpruner.methods.apply import Pruning
-from blockpruner.model.models import set_threads
-from blockpruner.params import load_params
 from blockpruner.store.plans import load_plan
-from stages import DATA, run, sections, target
+from stages import DATA, run, runtime, sections, target
 
 
 def pruning_of(plan: Plan, rows: pipeline.Rows) -> Pruning:
     """The model of a plan, before it is healed."""
-    runtime, model = load_params().runtime, sections(plan.run).model
-    set_threads(runtime.threads)  # SliceGPT's result depends on them
+    device, model = runtime().device, sections(plan.run).model
     place = DATA / "models" / plan.run
     require_unchanged(place)
-    return Pruning(place, plan, rows.search, model.dtype, runtime.device, model.trust_remote_code)
+    return Pruning(place, plan, rows.search, model.dtype, device, model.trust_remote_code)
 
 
 def main(name: str) -> None:

@@ -6,11 +6,11 @@ Git keeps its CSV files at data/plots, from which `dvc plots diff` draws any com
 import shutil
 
 from blockpruner.core.progress import observer
-from blockpruner.params import load_params
+from blockpruner.params import load_params, load_sections
 from blockpruner.reporting.labels import labels
 from blockpruner.reporting.report import write_report
 from blockpruner.store.files import replace_directory
-from stages import DATA, run, sections
+from stages import DATA, failures, run
 
 
 def main(_: str) -> None:
@@ -18,12 +18,14 @@ def main(_: str) -> None:
     show = observer()
     parts = ("evidence/{}/results.json", "compensated/{}/compensate.json")  # a clone has the first one by Git
     built = [name for name in params.targets if all((DATA / part.format(name)).exists() for part in parts)]
-    names = {run: labels(sections(run)) for run in dict.fromkeys(params.targets[name].run for name in built)}
+    names = {run: labels(load_sections(run)) for run in dict.fromkeys(params.targets[name].run for name in built)}
     for name in sorted(set(params.targets) - set(built)):
         show.note(f"target {name} is not here and not in the report; `dvc pull` may have it, `dvc repro` builds it")
     write_report(DATA / "report", params.report.title, built, names, DATA, params.report.plots)
     tables = (DATA / "report").glob("*.csv")
     replace_directory(DATA / "plots", lambda folder: [shutil.copy(path, folder) for path in tables])
+    for line in failures():
+        show.note(line)
     show.note(f"report: {DATA / 'report' / 'index.html'}")
 
 

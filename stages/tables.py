@@ -2,11 +2,11 @@
 
 from blockpruner.core.progress import observer
 from blockpruner.studies import write_tables
-from stages import DATA, run
+from stages import DATA, failures, run
 
 
 def main(name: str) -> None:
-    for line in write_tables(name, DATA):
+    for line in (*failures(), *write_tables(name, DATA)):
         observer().note(line)
 
 

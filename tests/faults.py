@@ -38,8 +38,8 @@ from tests.power import MODES, forked
 
 TARGETS = {"half": "2blocks"}
 RUN = {
-    "settings": "tiny", "fetch": "tiny", "calibrate": "tiny", "score": "tiny", "commit": "half", "compensate": "half",
-    "materialize": "half",
+    "settings": "tiny", "fetch": "tiny", "calibrate": "tiny", "score": "tiny-greedy", "commit": "half",
+    "compensate": "half", "materialize": "half",
 }  # fmt: skip
 """The stages up to the last one that is broken, in order, with what each is run for."""
 

@@ -32,7 +32,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from blockpruner import versions
+from blockpruner import dag, versions
 from blockpruner.core.blocks import DENSE, Mask, format_mask
 from blockpruner.core.budgets import resources_of
 from blockpruner.store.files import read_json, write_sealed_json
@@ -148,6 +148,7 @@ class World:
         params = {"runs": [name], "targets": targets, "runtime": {"device": "cpu", "threads": 1},
                   "report": {"title": "Golden", "plots": False}}  # fmt: skip
         (self.root / "params.yaml").write_text(yaml.safe_dump(params))
+        dag.write()
         settings.main(name)
         fetch.main(name)
         calibrate.main(name)
@@ -157,16 +158,17 @@ class World:
         path = self.root / "runs" / f"{name}.yaml"
         section = {"method": "greedy"} | dict(section)
         path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"score": section}))
+        dag.write()
         settings.main(name)
         with made_up_times():
-            score.main(name)
+            score.main(f"{name}-{section['method']}")
         folder = Path("data/scores") / name / section["method"] / section["method"]
         return folder / read_json(folder / "current.json")["search"]
 
     def built(self, name: str, budgets: Sequence[str] = ("2blocks",), until: Any = materialize, **own: Any) -> None:
         """Start, score, and make every target up to a stage."""
         self.start(name, budgets=budgets, **own)
-        score.main(name)
+        score.main(f"{name}-{own.get('score', {}).get('method', 'greedy')}")
         for target in (f"{name}-t{i}" for i in range(len(budgets))):
             for stage in (commit, compensate, train, materialize, benchmark):
                 with unverified():
@@ -423,6 +425,7 @@ def reported(world: World) -> Any:
     targets = {f"{name}-t{i}": {"run": name, "budget": f"{n}blocks"} for i, n in enumerate((2, 4))}
     params = yaml.safe_load(Path("params.yaml").read_text()) | {"runs": [name], "targets": targets}
     Path("params.yaml").write_text(yaml.safe_dump(params))
+    dag.write()
     settings.main(name)
     for path in Path("data/evidence").glob(f"{name}-*/speed.json"):
         found = read_json(path)

@@ -214,7 +214,7 @@ ALPACA = HubTexts(source="hub", repo="tatsu-lab/alpaca")
 
 
 class Runtime(Frozen):
-    """Where and how a model runs: for speed. No stage depends on it.
+    """Where and how a model runs: for speed.
 
     In float32 numbers differ by rounding alone. In 16 bits, device, kernel and batch size may move a loss by as much as
     two candidates differ, and so what a search chooses.

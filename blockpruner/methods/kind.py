@@ -21,6 +21,7 @@ from blockpruner.core.options import Options
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
 from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.objectives import Counts
 from blockpruner.scoring.settings import Score
 from blockpruner.scoring.work import Rows, Scorer
@@ -66,7 +67,9 @@ class Job:
 
     def store_fields(self, loss: str) -> dict[str, Any]:
         """What identifies the trial store of a loss."""
-        return store_fields(self.calibration.digest, self.material.identity, self.material.dtype, loss)
+        version = METRICS[loss].version
+        named = f"{loss}, version {version}" if version else loss
+        return store_fields(self.calibration.digest, self.material.identity, self.material.dtype, named)
 
     @contextmanager
     def stores(self, losses: Sequence[str]) -> Iterator[dict[str, TrialStore]]:

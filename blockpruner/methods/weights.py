@@ -7,6 +7,7 @@ the method's own folder.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -25,8 +26,8 @@ from blockpruner.scoring.metrics import NLL, perplexity
 from blockpruner.scoring.objectives import Counts, Objective, in_one_origin
 from blockpruner.scoring.scorers import LazyScorer
 from blockpruner.scoring.work import Rows
-from blockpruner.search.trace import Current, search_fingerprint, trace_directory
-from blockpruner.store.files import read_json, read_kept_json, write_sealed_json
+from blockpruner.search.trace import TOOK, Current, search_fingerprint, trace_directory
+from blockpruner.store.files import read_json, read_kept_json, write_json, write_sealed_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,9 +94,10 @@ def _score(name: str, options: type[Options], plan: Planner, version: int, job: 
         for text in job.budgets:
             path = trace_directory(job.folder, current, text) / "details.json"
             observer.begin(f"{name} for {text}")
-            known = read_kept_json(path, observer.note)
+            known, started = read_kept_json(path, observer.note), time.monotonic()
             found = known or find(parse_budget(text, job.resources["parameters"]))
             if known is None:
+                write_json(path.with_name(TOOK), (0, 0, round(time.monotonic() - started, 2)))
                 write_sealed_json(path, found)
             is_measured |= "nll" in found
             words = (

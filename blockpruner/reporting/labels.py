@@ -37,7 +37,7 @@ def name_of(source: Any) -> str:
 def labels(settings: Sections) -> RunLabels:
     calibration, heldout, tasks, train = settings.calibration, settings.heldout, settings.zero_shot, settings.train
     compensate, ways = settings.compensate, dict[str, str]()
-    for method, own in settings.score.items():
+    for method, own in settings.searches.items():
         kinds = dict.fromkeys(one.acceleration or "none" for one in searches(own.score).values())
         ways[method] = ", ".join(EXACT.get(kind, kind) for kind in kinds)
     return RunLabels(

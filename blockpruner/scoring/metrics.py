@@ -28,6 +28,8 @@ class Metric:
     """Computed from the hidden states of one forward pass of the model as it is, without removing the unit."""
     reference: bool = False
     """Compares with the logits of the dense model."""
+    version: int = 0
+    """Raise it when the function gives other numbers; no number of before is used again."""
 
     @property
     def compute(self) -> Callable[..., Any]:

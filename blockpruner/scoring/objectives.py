@@ -73,8 +73,16 @@ class Counts:
     tokens: int = 0
     """The tokens of what was computed; so are the seconds."""
     seconds: float = 0.0
+    spent: float = 0.0
+    """The seconds of all that was asked for, also of what was known before."""
+    timed: int = 0
+    """Masks with all rows whose seconds are known."""
     steps: tuple[tuple[int, int, float], ...] = ()
-    """After each iteration: trials computed, trials reused, seconds."""
+    """After each iteration: trials timed, other trials, seconds spent."""
+
+    @property
+    def step(self) -> tuple[int, int, float]:
+        return self.timed, self.trials_computed + self.trials_reused - self.timed, round(self.spent, 2)
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(**{name: value + getattr(other, name) for name, value in vars(self).items()})
@@ -134,7 +142,10 @@ class Objective:
         for key in keys.values():
             if key not in self._asked:
                 self._asked.add(key)
-                self.counts.trials_reused += self._store.known(key, 0, self.rows)
+                is_known, seconds = self._store.known(key, 0, self.rows), self._store.seconds
+                self.counts.trials_reused += is_known
+                self.counts.timed += is_known and key in seconds
+                self.counts.spent += seconds.get(key, 0.0)
         if missing := self._missing(keys, wanted):
             self._compute(missing, base)
         losses = {mask: tuple((self._store.get(key) or [])[:wanted]) for mask, key in keys.items()}
@@ -170,14 +181,17 @@ class Objective:
         for scored in self._scorer.run(tasks, rows):
             self._require_origin()  # batches are smaller once the device's memory ran out
             key, count = self._key(scored.mask, base), len(scored.loss)
-            self._store.put(key, scored.span, scored.loss)
             now = time.monotonic()
+            self._store.put(key, scored.span, scored.loss, now - last_done)
             done += count
             self.counts.units_computed += 1
             self.counts.rows_computed += count
-            self.counts.trials_computed += self._store.known(key, 0, self.rows)
+            is_known = self._store.known(key, 0, self.rows)
+            self.counts.trials_computed += is_known
+            self.counts.timed += is_known
             self.counts.tokens += sum(len(rows[row]) for row in scored.span)
             self.counts.seconds += now - last_done
+            self.counts.spent += now - last_done
             last_done = now
             candidate = format_mask(scored.mask - common or scored.mask) or "dense"
             self._observer.advance(done, total, f"candidate {candidate}")

@@ -7,6 +7,7 @@ trial is, the store's.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
+from operator import sub
 
 from blockpruner.core.blocks import DENSE, Mask, format_mask, removable_units
 from blockpruner.core.budgets import (
@@ -30,10 +31,12 @@ from blockpruner.scoring.work import Scorer
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.problem import Problem
 from blockpruner.search.registry import Request
+from blockpruner.search.trace import Took
 from blockpruner.store.trials import TrialStore
 
-OnIteration = Callable[[str, Iteration], object]
-"""Receives the budget that a trace is for ("" where one trace serves all) and each iteration when it is complete."""
+OnIteration = Callable[[str, Iteration, Took], object]
+"""Receives the budget that a trace is for ("" where one trace serves all), each iteration when it is complete, and what
+it took as in `Counts.steps`, less the iterations before."""
 
 
 def search(
@@ -44,7 +47,7 @@ def search(
     resources: Resources,
     budgets: Sequence[str],
     observer: Observer | None = None,
-    on_iteration: OnIteration = lambda budget, iteration: None,
+    on_iteration: OnIteration = lambda budget, iteration, took: None,
 ) -> tuple[dict[str, list[Iteration]], Counts]:
     """Search far enough for every budget. Returns the trace of each budget, or one under "" that serves every budget
     where the search is nested; and what it took. Raises InputError for a budget that cannot be reached, before anything
@@ -56,14 +59,15 @@ def search(
         if request.metric.name != NLL.name:
             nll = Objective(calibration, stores[NLL.name], scorer, seen)
         found: dict[str, list[Iteration]] = {}
-        steps: list[tuple[int, int, float]] = []
+        steps: list[Took] = []
         for budget, iterations in _Run(request, own, nll, resources, seen).traces(budgets).items():
             found[budget] = []
             for iteration in iterations:
-                on_iteration(budget, iteration)
-                found[budget].append(iteration)
                 counts = own.counts if nll is own else own.counts + nll.counts
-                steps.append((counts.trials_computed, counts.trials_reused, round(counts.seconds, 2)))
+                steps.append(counts.step)
+                timed, other, seconds = map(sub, steps[-1], steps[-2] if len(steps) > 1 else (0, 0, 0.0))
+                on_iteration(budget, iteration, (timed, other, seconds))
+                found[budget].append(iteration)
         counts = own.counts if nll is own else own.counts + nll.counts
         return found, replace(counts, iterations=len(steps), steps=tuple(steps))
 

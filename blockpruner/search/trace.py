@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,12 @@ ITERATION = pa.schema(
 - row_loss, row_nll: the losses of single rows, from the first one on, from which trial stores are seeded.
 - lazy_choice: in an audited iteration, whether this mask had been chosen before all candidates entered; else null.
 
-In 16 bits the file's metadata have the origin of the losses, as names and numbers.
+In 16 bits the file's metadata have the origin of the losses, as names and numbers. `took` there is what the iteration
+took: scores whose time is known, other scores, and seconds.
 """
+
+Took = tuple[int, int, float]
+TOOK = "took.json"
 
 
 TIE_BREAK = "mha by layer, then mlp by layer, strict <"
@@ -67,7 +72,12 @@ def table_path(directory: Path, index: int) -> Path:
     return directory / f"iteration_{index:03d}.parquet"
 
 
-def write_iteration(directory: Path, iteration: Iteration, search: str) -> None:
+def write_iteration(directory: Path, iteration: Iteration, search: str, took: Took = (0, 0, 0.0)) -> None:
+    """Write one table, with what the iteration took, once: the same one that is there stays as it is."""
+    path = table_path(directory, iteration.index)
+    with suppress(InputError):
+        if read_iteration(directory, iteration.index, search) == iteration:
+            return
     scores, nll = iteration.scores, iteration.nll
     table = pa.table(
         {
@@ -84,9 +94,9 @@ def write_iteration(directory: Path, iteration: Iteration, search: str) -> None:
         },
         schema=ITERATION,
     )
-    path = table_path(directory, iteration.index)
     facts = {"search": search, "iteration": str(iteration.index)}
     facts |= {"origin": json.dumps(dict(iteration.origin)), "environment": json.dumps(environment())}
+    facts["took"] = json.dumps(took)
     write_table(path, table, facts)
 
 
@@ -168,6 +178,19 @@ def seed_stores(directory: Path, search: str, store: TrialStore, nll: TrialStore
             if plain is not None:
                 _seed(perplexity, trial_key(plain.mask), plain)
     return problems
+
+
+def search_cost(tables: Sequence[Path], directory: Path) -> dict[str, float]:
+    """What a search took, for `speed.json`: by its tables, or by `took.json` of a search without any. Empty where one
+    of them does not hold it."""
+    if tables:
+        found = [json.loads(read_table(path, ITERATION)[1].get("took", "null")) for path in tables]
+    else:
+        found = [read_json(directory / TOOK) if (directory / TOOK).exists() else None]
+    if None in found:
+        return {}
+    timed, other, seconds = map(sum, zip(*found, strict=True))
+    return {"seconds": seconds, "trials_asked": timed + other, "trials_computed": timed}
 
 
 def save_iterations(tables: Sequence[Path], path: Path) -> None:

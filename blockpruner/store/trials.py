@@ -64,6 +64,8 @@ class TrialStore:
     """The folder of all stores; None keeps the facts in memory only."""
     problems: list[str] = field(default_factory=list)
     """One line for each file or line that was found and not trusted."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """How long each trial took, whoever computed it; none for one that an iteration table gave."""
     _facts: dict[str, list[float]] = field(default_factory=dict)
     _of: dict[str, TrialStore] = field(default_factory=dict)
     _log: Journal | None = None
@@ -114,10 +116,10 @@ class TrialStore:
         """How many trials are known, on all rows or on some."""
         return len(self._facts)
 
-    def put(self, key: str, rows: Sequence[int], loss: Iterable[float]) -> None:
-        """Record some rows of a trial; a kill after the return does not lose them."""
+    def put(self, key: str, rows: Sequence[int], loss: Iterable[float], seconds: float | None = None) -> None:
+        """Record some rows of a trial, and what they took; a kill after the return does not lose them."""
         values = [float(v) for v in loss]
-        self._remember(key, [self.rows[row] for row in rows], values)
+        self._remember(key, [self.rows[row] for row in rows], values, seconds)
         if self.root is None:
             return
         if self._log is None:
@@ -127,7 +129,7 @@ class TrialStore:
             name = f"{time.time_ns()}-{secrets.token_hex(4)}.jsonl"
             self._log = Journal(self._directory / name, header, SYNC_SECONDS)
         where = {"start": rows[0]} if list(rows) == list(range(rows[0], rows[0] + len(rows))) else {"rows": list(rows)}
-        self._log.append({"trial": key, **where, "loss": values})
+        self._log.append({"trial": key, **where, "loss": values, "seconds": seconds})
 
     def close(self) -> None:
         for store in self._of.values():
@@ -145,15 +147,17 @@ class TrialStore:
         for unit in journal.read(self.problems):
             start = unit.get("start", 0)
             numbers = unit.get("rows", range(start, start + len(unit["loss"])))
-            self._remember(unit["trial"], [rows[number] for number in numbers], unit["loss"])
+            self._remember(unit["trial"], [rows[number] for number in numbers], unit["loss"], unit.get("seconds"))
 
-    def _remember(self, key: str, rows: Sequence[str], values: Sequence[float]) -> None:
+    def _remember(self, key: str, rows: Sequence[str], values: Sequence[float], seconds: float | None) -> None:
         """Keep the values of rows by their keys; a row that stands twice in the set is known at both places."""
         known = [(at, value) for row, value in zip(rows, values, strict=True) for at in self._places.get(row, ())]
         if known:
             facts = self._facts.setdefault(key, [math.nan] * len(self.rows))
             for at, value in known:
                 facts[at] = value
+            if seconds is not None:
+                self.seconds[key] = self.seconds.get(key, 0.0) + seconds
 
 
 def require_rows(rows: int) -> None:

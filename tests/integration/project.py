@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from blockpruner import dag
 from tests import forking
 from tests.tiny import save_tiny
 
@@ -73,6 +75,7 @@ def make_project(folder: Path, targets: dict[str, str], **calibration: Any) -> P
     write_inputs(inputs)
     save_tiny(inputs / "model", tie_word_embeddings=True)
     (project / "runs" / "tiny.yaml").write_text(yaml.safe_dump(run_of(inputs, **calibration)))
+    (project / "studies").mkdir()
     set_targets(project, targets)
     (project / ".dvc").mkdir()
     (project / ".dvc" / "config").write_text("[core]\n    no_scm = True\n    analytics = false\n")
@@ -92,6 +95,12 @@ def set_targets(project: Path, targets: dict[str, str], **runtime: Any) -> None:
         "runtime": {"device": "cpu", "batch_tokens": "auto", "threads": 1} | runtime,
     }
     (project / "params.yaml").write_text(yaml.safe_dump(value))
+    write_dag(project)
+
+
+def write_dag(project: Path) -> None:
+    with contextlib.chdir(project):
+        dag.write()
 
 
 def environment() -> dict[str, str]:
@@ -128,8 +137,8 @@ def stage(project: Path, name: str, item: str = "tiny") -> subprocess.CompletedP
 
 def counts(project: Path, method: str = "greedy") -> dict[str, Any]:
     """What the stage score computed and reused of a method of one search."""
-    found: dict[str, Any] = json.loads((project / "data/provenance/tiny-search.json").read_text())
-    (result,) = found[method].values()
+    found: dict[str, Any] = json.loads((project / f"data/provenance/tiny-{method}-search.json").read_text())
+    (result,) = found.values()
     return dict(result)
 
 

@@ -9,7 +9,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
 
-from tests.integration.project import counts, dvc, make_project, set_targets
+from tests.integration.project import counts, dvc, make_project, set_targets, write_dag
 from tests.tiny import VOCABULARY, tiny_tokenizer
 
 METADATA = {
@@ -40,6 +40,7 @@ def project(tmp_path_factory):
     params = yaml.safe_load((folder / "params.yaml").read_text())
     params |= {"runs": ["tiny", "soft"], "targets": params["targets"] | {"soft-1": {"run": "soft", "budget": "0.1"}}}
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    write_dag(folder)
     dvc(folder, "repro")
     return folder
 

@@ -19,18 +19,18 @@ from blockpruner.store.files import TEMPORARY
 from blockpruner.store.locks import hold
 from stages import commit
 from tests.fakes import unverified
-from tests.integration.project import counts, dvc, environment, make_project, set_targets, stage, tables
+from tests.integration.project import counts, dvc, environment, make_project, set_targets, stage, tables, write_dag
 from tests.power import MODES, forked
 
 FULL = int(os.environ.get("BLOCKPRUNER_FULL", "17"))
 KILLS = int(os.environ.get("BLOCKPRUNER_KILLS", "3"))
 BUDGET = {"small-3": "3blocks"}
 BATCH_TOKENS = 96  # 15 row batches a sweep, for a moment to be hit in
-SCORE = [sys.executable, "-u", "-m", "stages.score", "tiny"]
+SCORE = [sys.executable, "-u", "-m", "stages.score", "tiny-greedy"]
 
 
 def succeed(project, name="score"):
-    result = stage(project, name)
+    result = stage(project, name, "tiny-greedy" if name == "score" else "tiny")
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -68,7 +68,7 @@ def test_killed_at_random_moments(project, undisturbed):
     assert total >= 15 * (9 + 7 + 6)
     for kill in range(KILLS):
         process = subprocess.Popen(
-            [sys.executable, "-m", "dvc", "repro", "--single-item", "score@tiny"],
+            [sys.executable, "-m", "dvc", "repro", "--single-item", "score@tiny-greedy"],
             cwd=project,
             env=environment(),
             stdout=subprocess.DEVNULL,
@@ -83,7 +83,7 @@ def test_killed_at_random_moments(project, undisturbed):
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     print(f"{KILLS} kills, {inside} of them inside the sweeps")
-    dvc(project, "repro", "--single-item", "score@tiny")
+    dvc(project, "repro", "--single-item", "score@tiny-greedy")
     assert inside >= KILLS // 2
     assert tables(project) == tables(undisturbed)
     assert total <= units_logged(project) <= total + KILLS
@@ -113,7 +113,7 @@ def test_a_stage_that_is_cut_before_any_of_its_writes(undisturbed, tmp_path, mon
 
 STAGES = {
     "settings": ("tiny", "settings"), "fetch": ("tiny", "models", "sources"), "calibrate": ("tiny", "calibration"),
-    "score": ("tiny", "scores"), "commit": ("lora-3", "plans"), "compensate": ("lora-3", "compensated"),
+    "score": ("tiny-greedy", "scores"), "commit": ("lora-3", "plans"), "compensate": ("lora-3", "compensated"),
     "materialize": ("lora-3", "checkpoints"),
 }  # fmt: skip
 if FULL == 1:  # not daily: they load lm-eval each time
@@ -139,6 +139,7 @@ def finished(tmp_path_factory):
     project = make_project(folder, {"lora-3": "3blocks"})
     params = project / "params.yaml"
     params.write_text(params.read_text().replace("train: true", "train: false"))
+    write_dag(project)
     for name in STAGES:
         assert forked(project, work_of(name), folder / "log")[0] == 0, (folder / "log").read_text()
     return project

@@ -65,7 +65,7 @@ def choose(project, section, budget):
 
 def scored(project, section, budget="0.2"):
     choose(project, section, budget)
-    score.main("tiny")
+    score.main(f"tiny-{section.get('method', 'greedy')}")
     return counts(project, section.get("method", "greedy"))
 
 
@@ -94,12 +94,12 @@ def test_all_methods_are_here():
 
 
 def test_metrics_are_the_same_whether_scores_are_computed_or_known(project):
-    section, path = {"method": "greedy", "metric": "kl", "acceleration": "race"}, Path("data/metrics/tiny/score.json")
+    section, path = {"method": "greedy", "metric": "kl", "acceleration": "race"}, Path("data/metrics/tiny/greedy.json")
     first = scored(project, section)
     before = json.loads(path.read_text())
     again = scored(project, section)
     assert first["trials_computed"] > again["trials_computed"] == 0
-    (figures,) = before["greedy"].values()
+    (figures,) = before.values()
     assert json.loads(path.read_text()) == before and figures.keys() - {"rivals", "kept"} == {"iterations", "trials"}
 
 
@@ -193,7 +193,7 @@ def test_a_speed_up_is_measured_once(project, monkeypatch, section):
     settings.main("tiny")
     forget_times(project)
     with pytest.raises(InputError, match=r"runtime.streaming and runtime.ray_address exclude; give budgets"):
-        score.main("tiny")
+        score.main(f"tiny-{section['method']}")
 
 
 def test_other_budgets_are_refused_before_times_are_measured(project, monkeypatch):
@@ -203,7 +203,7 @@ def test_other_budgets_are_refused_before_times_are_measured(project, monkeypatc
     set_targets(project, {"t": "1.3x", "u": "9blocks"})
     settings.main("tiny")
     with pytest.raises(InputError, match="'9blocks' cannot be reached; the largest reachable is 8blocks"):
-        score.main("tiny")
+        score.main("tiny-greedy")
 
 
 def test_a_damaged_measurement_is_set_aside(project, monkeypatch):
@@ -232,7 +232,7 @@ def test_a_changed_decision_is_not_taken(project):
         scores / "current.json": lambda: commit.main("t"),
         details: lambda: commit.main("t"),
         Path("data/plans/t/laco.json"): lambda: compensate.main("t"),
-        Path("data/models/tiny/blockpruner_source.json"): lambda: score.main("tiny"),
+        Path("data/models/tiny/blockpruner_source.json"): lambda: score.main("tiny-laco"),
     }.items():
         text = path.read_text()
         path.write_text(json.dumps(json.loads(text) | {"more": 1}))
@@ -241,5 +241,5 @@ def test_a_changed_decision_is_not_taken(project):
         path.write_text(text)
     text = details.read_text()
     details.write_text(json.dumps(json.loads(text) | {"more": 1}))
-    score.main("tiny")
+    score.main("tiny-laco")
     assert details.read_text() == text and details.with_name("details.json.bad").exists()

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from blockpruner.dag import read_dag
 from blockpruner.evaluation import suite
 from blockpruner.studies import load_study
 from flows.selection import choose_study
@@ -88,8 +89,12 @@ def make(study):
     chosen = choose_study(study)
     chosen.write()
     for run, targets in chosen.targets.items():
-        for stage in (settings, fetch, calibrate, score, baseline):
+        for stage in (settings, fetch, calibrate):
             stage.main(run)
+        for name, search in read_dag()["searches"].items():
+            if search["run"] == run:
+                score.main(name)
+        baseline.main(run)
         for target in targets:
             for stage in (commit, compensate, train, materialize, benchmark):
                 stage.main(target)

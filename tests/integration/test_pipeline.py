@@ -18,7 +18,18 @@ from blockpruner.model.models import masked
 from blockpruner.store.files import read_json
 from blockpruner.store.locks import hold
 from blockpruner.store.plans import load_plan
-from tests.integration.project import ROOT, counts, dvc, environment, make_project, module, set_targets, stage, tables
+from tests.integration.project import (
+    ROOT,
+    counts,
+    dvc,
+    environment,
+    make_project,
+    module,
+    set_targets,
+    stage,
+    tables,
+    write_dag,
+)
 from tests.tiny import full_nll
 
 
@@ -59,11 +70,12 @@ def brute_force(project, removals):
 def test_everything_runs_once_in_order(project, first):
     steps = ("commit", "compensate", "train", "materialize", "benchmark")
     own = {f"{stage}@{name}" for name in TARGETS for stage in steps}
-    shared = {"settings@tiny", "fetch@tiny", "calibrate@tiny", "score@tiny", "baseline@tiny", "report"}
+    shared = {f"{stage}@tiny" for stage in ("settings", "fetch", "calibrate", "baseline")}
+    shared |= {*(f"local@tiny-{number}" for number in range(4)), "score@tiny-greedy", "report"}
     assert sorted(ran(first)) == sorted(own | shared)
     for output in (
         "checkpoints/small-2/hf/verification.json", "evidence/small-2/results.json", "evidence/tiny-dense/results.json",
-        "report/index.html", "report/report.md", "metrics/small-2.json", "provenance/score@tiny.json",
+        "report/index.html", "report/report.md", "metrics/small-2.json", "provenance/score@tiny-greedy.json",
     ):  # fmt: skip
         assert (project / "data" / output).exists(), output
     second = dvc(project, "repro")
@@ -109,7 +121,7 @@ def test_budgets_up_down_and_back(project, first):
     set_targets(project, TARGETS | {"large-4": "4blocks"})
     output = dvc(project, "repro")
     assert sorted(ran(output)) == sorted(
-        ["settings@tiny", "score@tiny", "commit@small-2", "commit@lora-2", "report",
+        ["settings@tiny", "score@tiny-greedy", "commit@small-2", "commit@lora-2", "report",
          *(f"{stage}@large-4" for stage in ("commit", "compensate", "train", "materialize", "benchmark"))]
     )  # fmt: skip
     after = counts(project)
@@ -174,7 +186,7 @@ def force_score(project, edits):
     (path,) = (project / "data/trials").glob("*.lock")
     with hold(path, "a test", pytest.fail):
         process = subprocess.Popen(
-            [sys.executable, "-m", "dvc", "repro", "--force", "--single-item", "score@tiny"],
+            [sys.executable, "-m", "dvc", "repro", "--force", "--single-item", "score@tiny-greedy"],
             cwd=project, env=environment() | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
@@ -191,7 +203,9 @@ def test_a_stage_does_not_finish_on_settings_that_have_changed(project, first):
     """DVC then keeps the record that it had."""
     record = (project / "dvc.lock").read_text()
     output, fails = force_score(project, {"params.yaml": ("budget: 2blocks", "budget: 3blocks")})
-    line = "error in stage score tiny: data/settings/tiny/score.json changed while running: run again\n"
+    line = (
+        "error in stage score tiny-greedy: data/settings/tiny/searches/greedy.json changed while running: run again\n"
+    )
     assert fails and line in output and (project / "dvc.lock").read_text() == record
 
 
@@ -234,8 +248,10 @@ def test_a_change_of_settings_starts_what_reads_it(project, first):
     more["runs"].append("other")
     more["targets"]["more"] = {"run": "other", "budget": "1blocks", "method": "floating"}
     (project / "params.yaml").write_text(yaml.safe_dump(more))
-    assert {name.partition("@")[2] for name in stale(project)} == {"other", "more"}
+    write_dag(project)
+    assert {re.split("[@-]", name)[1] for name in stale(project)} == {"other", "more"}
     (project / "params.yaml").write_text(params)
+    write_dag(project)
     (project / "runs/other.yaml").unlink()
     assert not stale(project) and "up to date" in dvc(project, "status")
 
@@ -244,6 +260,7 @@ def test_each_stage_depends_on_the_sections_that_it_reads(project, first):
     """What the stages' records name, against dvc.yaml."""
     for name, entry in yaml.safe_load((project / "dvc.yaml").read_text())["stages"].items():
         deps = {dep.replace("${item.run}", "tiny") for dep in entry.get("do", entry)["deps"]}
+        deps = {dep.replace("${key}", "tiny").replace("${item.method}", "greedy") for dep in deps}
         records = (project / "data/provenance").glob(f"{name}@*.json")
         read = {
             where for path in records for where in read_json(path)["inputs"]["settings"] if where.startswith("data/")
@@ -265,10 +282,10 @@ def studied(project, first, tmp_path_factory):
         "bad": {"run": "tiny", "budget": "2blocks", "train": True},
     }
     shutil.copytree(ROOT / "data/paper", folder / "data/paper")
-    (folder / "studies").mkdir()
     (folder / "studies/mine.yaml").write_text(yaml.safe_dump({"title": "Mine", "runs": ["tiny"], "targets": targets}))
     params = yaml.safe_load((folder / "params.yaml").read_text()) | {"targets": targets, "studies": ["mine"]}
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    write_dag(folder)
     result = module(folder, "dvc", "repro", "--keep-going")
     assert result.returncode != 0 and "error in stage train bad: training diverged" in result.stdout + result.stderr
     return folder
@@ -290,10 +307,11 @@ def test_a_target_of_another_method(studied):
 
 
 def test_the_tables_of_a_study_name_what_failed(studied):
-    dvc(studied, "repro", "--single-item", "tables@mine")
+    output = dvc(studied, "repro", "--single-item", "tables@mine")
+    assert "train@bad failed: training diverged" in output and "not measured: bad: not measured yet" in output
     rows = {row["target"]: row for row in csv.DictReader((studied / "data/tables/mine/tables/models.csv").open())}
     assert rows.keys() == {"tiny-dense", "small-2", "others-2", "bad"}
     assert [name for name, row in rows.items() if row["reason"]] == ["bad"]
-    assert rows["bad"]["reason"].startswith("stage train failed: training diverged")
+    assert rows["bad"]["reason"] == "not measured yet"
     results = read_json(studied / "data/evidence/small-2/results.json")
     assert float(rows["small-2"]["heldout_ppl"]) == pytest.approx(results["perplexity"]["perplexity"])

@@ -241,8 +241,8 @@ def run_and_look(page, url, project, budget):
     submit(page, url)
     wait_for_end(url, project, name := f"tiny {budget}")
     found = tasks(url, name)
-    assert ("removal 1", "score@tiny") in [(name, *parent) for name, _, *parent in found]
-    assert ("score@tiny", "Completed") in found
+    assert ("removal 1", "score@tiny-greedy") in [(name, *parent) for name, _, *parent in found]
+    assert ("score@tiny-greedy", "Completed") in found
     open_run(page, url, name)
     stages = [name for name, _, *parent in found if not parent]
     page.locator("canvas").first.wait_for()
@@ -270,7 +270,7 @@ def test_v1_does_so_too_and_unfolds_a_stage(old_page, served, project):
     stages, _ = run_and_look(page, served, project, "0.15")
     open_run(page, served, "tiny 0.15")
     wait_until(lambda: len(bars(page)) == len(stages))
-    left, top, right, bottom = bars(page)[stages.index("score@tiny")]
+    left, top, right, bottom = bars(page)[stages.index("score@tiny-greedy")]
     size = bottom - top
     arrow = left + size / 2 if right - left > 2 * size else right + size / 2 + 4  # in the bar, or behind a short one
     page.locator("canvas").first.click(position={"x": arrow, "y": (top + bottom) / 2})
@@ -301,15 +301,19 @@ def test_runs_wait_for_each_other_and_are_cancelled_and_retried(old_page, served
     assert took < CANCELLED_WITHIN
     wait_until(lambda: flow_run(served, "slow 0.08")["state_name"] == "Cancelled")
     before = tasks(served, "slow 0.08")
-    assert before[-1][1:] == ("Crashed", "score@slow"), before
+    assert before[-1][1:] == ("Crashed", "score@slow-greedy"), before
 
     page.get_by_role("button", name="Retry").first.click()
     page.get_by_role("dialog").get_by_role("button", name="Retry").click()
     wait_until(lambda: flow_run(served, "slow 0.08")["state_type"] != "CANCELLED")
     wait_for_end(served, project, "slow 0.08")
     again = tasks(served, "slow 0.08")[len(before) :]
-    assert ("fetch@slow", "Cached") in again and ("score@slow", "Completed") in again
-    assert ("removal 1", "Cached", "score@slow") in again and (before[-1][0], "Completed", "score@slow") in again
+    assert ("fetch@slow", "Cached") in again and ("score@slow-greedy", "Completed") in again
+    assert ("removal 1", "Cached", "score@slow-greedy") in again and (
+        before[-1][0],
+        "Completed",
+        "score@slow-greedy",
+    ) in again
 
 
 def test_a_new_model_by_form_run_report_and_push(page, served, project):

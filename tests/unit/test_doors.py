@@ -11,7 +11,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import blockpruner
-from blockpruner import api, pipeline
+from blockpruner import api, dag, pipeline
 from blockpruner.cli import main as command
 from blockpruner.cli import pruning, talking
 from blockpruner.cli.pruning import Place
@@ -65,12 +65,14 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "runs/tiny.yaml").write_text(yaml.safe_dump(run))
     params = {"runs": ["tiny"], "targets": {"pruned": {"run": "tiny", "budget": "0.3"}}, "runtime": {"device": "cpu"}}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    dag.write()
     return tmp_path
 
 
 def stages(*names):
     for name in names:
-        import_module(f"stages.{name}").main("tiny" if name in OF_RUN else "pruned")
+        item = "tiny-recommended" if name == "score" else "tiny" if name in OF_RUN else "pruned"
+        import_module(f"stages.{name}").main(item)
 
 
 def prune_in_memory(texts=TEXTS, **given):

@@ -1,13 +1,17 @@
 """params.yaml and run files: what is valid, what is refused (by rule and key), and what stages get of it."""
 
+import hashlib
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from jsonschema import ValidationError, validate
 
-from blockpruner import versions
+from blockpruner import dag, versions
 from blockpruner.cli.values import values_of
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import LocalModel, LocalTexts, MixedTexts, read_settings
@@ -154,6 +158,47 @@ def test_the_lock_is_of_one_workspace_and_of_the_versions_of_today():
             assert getattr(versions, constant) == value, (name, constant)
 
 
+def md5(path):
+    """As DVC hashes a file, or a folder by its files."""
+    if path.is_file():
+        return hashlib.md5(path.read_bytes()).hexdigest()
+    files = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    listed = [{"md5": md5(path / name), "relpath": name} for name in files]
+    return f"{hashlib.md5(json.dumps(listed).encode()).hexdigest()}.dir"
+
+
+def test_the_lock_has_the_hashes_of_the_files_that_git_holds():
+    """Evidence that was changed or added by hand, or a lock that was copied from elsewhere."""
+    listed = subprocess.run(["git", "ls-files", "data"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    held = {str(path) for name in listed.splitlines() for path in (Path(name), *Path(name).parents)}
+    lock = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
+    outs = {out["path"]: out["md5"] for stage in lock.values() for out in stage["outs"] if out["path"] in held}
+    assert len(outs) > 100
+    assert [path for path, digest in outs.items() if md5(ROOT / path) != digest] == []
+
+
+def test_a_fresh_clone_is_up_to_date(tmp_path):
+    """As CI asks DVC; a red test asks for `dvc repro` and a commit of dvc.lock."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in (name for name in listed.splitlines() if not name.startswith(("tests/", "docs/"))):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    command = [sys.executable, "-m", "dvc", "repro", "--dry", "--allow-missing"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert found.returncode == 0 and "Running stage" not in found.stdout, found.stdout + found.stderr
+
+
+def test_the_shipped_dag_is_of_the_shipped_settings_and_pins(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    dag.require_current()
+    recorded = dag.read_dag()
+    pins = (ROOT / "Makefile").read_text() + (ROOT / "constraints/dag.txt").read_text()
+    for name in ("torch", "transformers"):
+        assert f"{name}=={recorded['machine'][name]}" in pins
+    assert f"lm-eval=={recorded['lm_eval']}" in pins
+
+
 @pytest.fixture
 def llama(tmp_path, monkeypatch):
     """Makes params.yaml of targets of one run, in the project's folder."""
@@ -197,10 +242,10 @@ def test_sections_have_the_searches_of_all_targets(llama):
         a={}, b={"budget": "0.3"}, c={"method": "one_shot"}, d={"method": "recommended", "budget": "7layers"}
     )
     found = resolve(run, targets.targets_of("llama2-7b"))
-    assert {name: asked.budgets for name, asked in found.score.items()} == {
+    assert {name: asked.budgets for name, asked in found.searches.items()} == {
         "floating": ("0.2", "0.3"), "one_shot": ("0.2",), "recommended": ("7layers",),
     }  # fmt: skip
-    own, other, recommended = (asked.score for asked in found.score.values())
+    own, other, recommended = (asked.score for asked in found.searches.values())
     assert own.options == {"tries": 2, "per": "parameters"} and other.acceleration is None
     assert (recommended.method, recommended.options) == ("recommended", {})
     assert set(found.sources.texts) == {"perplexity", "calibration"} and found.train is None

@@ -2,7 +2,6 @@
 
 import shutil
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 
@@ -10,11 +9,10 @@ from blockpruner.core.blocks import format_mask
 from blockpruner.core.errors import InputError
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.registry import require_budgets
+from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.settings import Score
-from blockpruner.search.trace import read_trace, trace_directory, write_iteration
-from blockpruner.settings import Target
-from blockpruner.store.files import write_json
-from stages import benchmark
+from blockpruner.search.trace import read_trace, search_cost, table_path, trace_directory, write_iteration
+from blockpruner.settings import Run, resolve
 from tests.builders import FakeScorer, scored, short_rows, small_config
 
 CONFIG = small_config(2)
@@ -58,19 +56,30 @@ def test_second_time_everything_is_reused(tmp_path):
     assert again.current == first.current
 
 
-def test_what_the_way_to_a_smaller_budget_took_is_told(tmp_path, monkeypatch):
-    found = run(tmp_path / "run", budgets=("1blocks", "3blocks"))
-    assert [step[:2] for step in found.steps] == [(5, 0), (8, 0), (10, 0)] and found.trials_computed == 10
-    facts = {key: value for key, value in vars(found).items() if key != "current"}
-    write_json(tmp_path / "provenance" / "tiny-search.json", {"blockpruner": {"blockpruner": facts}})
-    monkeypatch.setattr(benchmark, "DATA", tmp_path)
-    monkeypatch.setattr(benchmark, "target", lambda name: Target(run="tiny", budget="1blocks"))
-    small, whole, other = (
-        SimpleNamespace(order=range(n), nested=nested) for n, nested in ((1, True), (3, True), (1, False))
-    )
-    assert benchmark.search_of("x", "tiny", small)["trials_asked"] == 5
-    assert benchmark.search_of("x", "tiny", whole) == benchmark.search_of("x", "tiny", other)
-    assert benchmark.search_of("x", "tiny", other)["trials_asked"] == 10
+def costs(folder, current, steps):
+    """What the tables of the first steps took."""
+    directory = trace_directory(folder / "scores", current, "")
+    return search_cost([table_path(directory, number) for number in range(steps)], directory)
+
+
+def test_what_a_search_took_is_kept_beside_its_tables_and_is_never_0(tmp_path):
+    """Also of a search that was interrupted, that finds all cached, whose tables or whose trials were deleted."""
+    part = run(tmp_path, budgets=("1blocks",))
+    assert costs(tmp_path, part.current, 1)["trials_asked"] == 5
+    whole = run(tmp_path, budgets=("1blocks", "3blocks"))
+    first, last = (costs(tmp_path, whole.current, steps) for steps in (1, 3))
+    assert (first["trials_computed"], last["trials_computed"], last["trials_asked"]) == (5, 10, 10)
+    assert first == costs(tmp_path, part.current, 1) and 0 <= first["seconds"] <= last["seconds"]
+    paths = sorted((tmp_path / "scores").rglob("*.parquet"))
+    before = [path.read_bytes() for path in paths]
+    run(tmp_path, budgets=("3blocks",))
+    shutil.rmtree(tmp_path / "trials")
+    run(tmp_path, budgets=("3blocks",))
+    assert [path.read_bytes() for path in paths] == before
+    fresh = run(tmp_path / "fresh", budgets=("3blocks",))
+    shutil.rmtree(tmp_path / "fresh/scores")
+    run(tmp_path / "fresh", budgets=("3blocks",))
+    assert costs(tmp_path / "fresh", fresh.current, 3)["trials_computed"] == 10
 
 
 @pytest.mark.parametrize(
@@ -109,6 +118,19 @@ def test_an_accelerated_search_is_one_of_its_own_and_its_tables_seed_a_store(tmp
     shutil.rmtree(tmp_path / "trials")
     again = run(tmp_path, **fast)
     assert (again.units_computed, again.trials_computed) == (0, 0)
+
+
+def test_a_metric_with_another_version_computes_its_trials_anew(tmp_path, monkeypatch):
+    """The settings that DVC compares name it, too; version 0 is in no fingerprint of before."""
+    first = run(tmp_path)
+    assert first.current.store["metric"] == "perplexity"
+    settings = Run(model={"source": "path", "path": "m"}, score={"method": "greedy"})
+    before = resolve(settings, []).texts()
+    monkeypatch.setitem(METRICS._rows, "perplexity", replace(METRICS["perplexity"], version=1))
+    other = run(tmp_path)
+    assert other.trials_computed == first.trials_computed and other.current.search != first.current.search
+    after = resolve(settings, []).texts()
+    assert {name for name in after if after[name] != before[name]} == {"score", "searches/greedy"}
 
 
 @pytest.mark.parametrize("version", ["store.trials.SCORE_VERSION", "search.trace.SEARCH_VERSION"])

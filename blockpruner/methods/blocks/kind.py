@@ -24,6 +24,7 @@ from blockpruner.search.registry import SEARCHES, request
 from blockpruner.search.run import search, units_of
 from blockpruner.search.trace import (
     Current,
+    Took,
     drop_strays,
     read_trace,
     search_fingerprint,
@@ -47,8 +48,8 @@ def score(job: Job) -> tuple[Current, Counts]:
     fingerprint = search_fingerprint(job.store_fields(loss), {**asked.fields, **special})
     current = job.current("mask", fingerprint, asked.search.nested, asked.options, loss)
 
-    def keep(budget: str, iteration: Iteration) -> None:
-        write_iteration(trace_directory(job.folder, current, budget), iteration, fingerprint)
+    def keep(budget: str, iteration: Iteration, took: Took) -> None:
+        write_iteration(trace_directory(job.folder, current, budget), iteration, fingerprint, took)
 
     with job.stores(asked.losses) as stores:
         own, influence = (stores[loss], stores[NLL.name]), asked.metric.influence

@@ -14,14 +14,10 @@ from blockpruner.methods.recipes import recipe
 from blockpruner.reporting.paper.published import DENSE
 from blockpruner.reporting.results import Model, Race, RunLabels, read_items, read_results
 from blockpruner.settings import Target
-from blockpruner.store.files import read_json
 from blockpruner.store.plans import load_plan
 
 FIVE = ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
 """The tasks of the paper's average. Where all were measured, the average is theirs, whatever else was measured."""
-
-FAILED = "failed.json"
-"""What a stage leaves in the place of the evidence that it could not make: {"stage": ..., "reason": ...}."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +99,6 @@ def _measured(folder: Path, dense: Path | None) -> tuple[Measured | None, str]:
 def _read(folder: Path, dense: Path | None) -> Measured:
     """Read one model; `dense` is the folder of the model that it is compared with. Raises InputError if it has no
     results, a file is damaged, or its items are other ones than those of the dense model."""
-    if (folder / FAILED).exists():
-        failed = read_json(folder / FAILED)
-        raise InputError(f"stage {failed['stage']} failed: {failed['reason']}")
     if not (folder / "results.json").exists():
         raise InputError("not measured yet")
     facts = read_results(folder)
