@@ -2,23 +2,26 @@
 
 Adds the targets of studies/NAME.yaml to params.yaml, brings them up to date and makes the study's tables at
 data/tables/NAME. A target that fails stops no other; the tables name its reason. `--table` and `--figure` build only
-the targets that these show. `--dry-run` prints what each takes, and `--tables` makes tables, figures and pages of what
-was measured. `--check` builds the dense model and ShortGPT, and fails where their numbers are not the paper's. Which
-stages run is decided by flows.selection, and how by flows.prune.
+the targets that these show. `--dry-run` prints what each table, figure and experiment takes, and `--tables` makes
+tables, figures and pages of what was measured. `--check` builds the dense model and ShortGPT, and fails where their
+numbers are not the paper's. Which stages run is decided by flows.selection, and how by flows.prune.
 """
 
 import argparse
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from prefect import flow
 from prefect.client.schemas.objects import State
 
 from blockpruner.core.errors import InputError
+from blockpruner.params import load_run
+from blockpruner.reporting.formats import size
 from blockpruner.reporting.paper.publish import main as publish
 from blockpruner.studies import load_study, write_tables
 from flows.prune import build, run_here
-from flows.selection import PUBLISHED, choose_study, study_frame, study_items
+from flows.selection import EVIDENCE, PUBLISHED, choose_study, study_frame, study_items
 
 
 @flow(name="paper-tables", flow_run_name="{study}")
@@ -44,6 +47,31 @@ def check(study: str) -> int:
     return int(bool(faults))
 
 
+def forecast(name: str, only: Sequence[str]) -> Iterator[str]:
+    """What a study takes, as far as its files and this folder show; `only` as in `paper`."""
+    from blockpruner.reporting.paper.needs import takes
+    from blockpruner.reporting.points import Points
+
+    study = load_study(name)
+    for item, (title, models) in (study_items(name) if study.targets else {}).items():
+        if item in (only or (item,)):
+            yield f"{item}: {title}: {takes(models)}"
+    for key, one in study.experiments.items():
+        if key in (only or (key,)):
+            searches = len(one.methods) * len(one.seeds) * len(one.calibrations)
+            models = searches * len(one.budgets) * len(one.heal)
+            evidence = EVIDENCE / f"{name}-{key}"
+            measured = len(Points.read(evidence).frame) if evidence.exists() else 0
+            what = f"{', '.join(one.methods)} at {', '.join(one.budgets)}"
+            yield f"{key}: {one.run}: {what}: {models} models ({measured} measured); {searches} searches"
+    for run in study.runs:
+        model, folder = load_run(run).model, Path("data/models", run)
+        place = {"hub": "on the hub, and perhaps gated", "path": "on this machine"}.get(model.source, "in a package")
+        bytes_here = sum(file.stat().st_size for file in folder.glob("*"))
+        yield f"{run}: {model.title}, {f'fetched, {size(bytes_here)}' if bytes_here else f'not fetched, {place}'}"
+    yield "not known before the run: hours of computing, the size of a download, and whether a gate lets you in"
+
+
 def main(argv: list[str] | None = None) -> int:
     """0: up to date; 1: a target failed or a check; 2: refused, nothing changed; 130: interrupted."""
     parser = argparse.ArgumentParser(prog="python -m flows.paper", description=(__doc__ or "").split("\n\n")[1])
@@ -51,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--table", action="append", default=[], metavar="N", help="only this table, such as 2")
     parser.add_argument("--figure", action="append", default=[], metavar="N", help="only this figure, such as 7")
     parser.add_argument("--experiment", action="append", default=[], metavar="NAME", help="only this experiment")
-    parser.add_argument("--dry-run", action="store_true", help="print what each table and figure takes")
+    parser.add_argument("--dry-run", action="store_true", help="print what each table, figure and experiment takes")
     parser.add_argument("--tables", action="store_true", help="make the pages of data/evidence; nothing is measured")
     parser.add_argument("--check", action="store_true", help="compare the dense model and ShortGPT with the paper")
     given = parser.parse_args(argv)
@@ -62,12 +90,8 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(write_tables(given.study, Path("data"))))
             return publish([given.study]) if load_study(given.study).experiments else 0
         if given.dry_run:
-            from blockpruner.reporting.paper.needs import takes
-
             choose_study(given.study, only)
-            for name, (title, models) in study_items(given.study).items():
-                if name in (only or (name,)):
-                    print(f"{name}: {title}: {takes(models)}")
+            print("\n".join(forecast(given.study, only)))
             return 0
     except InputError as error:
         print(error, file=sys.stderr)
