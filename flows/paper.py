@@ -21,7 +21,7 @@ from blockpruner.reporting.formats import size
 from blockpruner.reporting.paper.publish import main as publish
 from blockpruner.studies import load_study, write_tables
 from flows.prune import build, run_here
-from flows.selection import EVIDENCE, PUBLISHED, choose_study, study_frame, study_items
+from flows.selection import EVIDENCE, PUBLISHED, Chosen, choose_study, study_frame, study_items
 
 
 @flow(name="paper-tables", flow_run_name="{study}")
@@ -47,29 +47,33 @@ def check(study: str) -> int:
     return int(bool(faults))
 
 
-def forecast(name: str, only: Sequence[str]) -> Iterator[str]:
+def forecast(chosen: Chosen, only: Sequence[str]) -> Iterator[str]:
     """What a study takes, as far as its files and this folder show; `only` as in `paper`."""
     from blockpruner.reporting.paper.needs import takes
     from blockpruner.reporting.points import Points
 
-    study = load_study(name)
-    for item, (title, models) in (study_items(name) if study.targets else {}).items():
+    study = load_study(chosen.study)
+    for item, (title, models) in (study_items(chosen.study) if study.targets else {}).items():
         if item in (only or (item,)):
             yield f"{item}: {title}: {takes(models)}"
     for key, one in study.experiments.items():
         if key in (only or (key,)):
             searches = len(one.methods) * len(one.seeds) * len(one.calibrations)
             models = searches * len(one.budgets) * len(one.heal)
-            evidence = EVIDENCE / f"{name}-{key}"
+            evidence = EVIDENCE / f"{chosen.study}-{key}"
             measured = len(Points.read(evidence).frame) if evidence.exists() else 0
             what = f"{', '.join(one.methods)} at {', '.join(one.budgets)}"
             yield f"{key}: {one.run}: {what}: {models} models ({measured} measured); {searches} searches"
-    for run in study.runs:
-        model, folder = load_run(run).model, Path("data/models", run)
-        place = {"hub": "on the hub, and perhaps gated", "path": "on this machine"}.get(model.source, "in a package")
-        bytes_here = sum(file.stat().st_size for file in folder.glob("*"))
-        yield f"{run}: {model.title}, {f'fetched, {size(bytes_here)}' if bytes_here else f'not fetched, {place}'}"
+    yield from dict.fromkeys(_model_of(run) for run in (*chosen.targets, *chosen.experiments.values()))
     yield "not known before the run: hours of computing, the size of a download, and whether a gate lets you in"
+
+
+def _model_of(run: str) -> str:
+    model, files = load_run(run).model, [*Path("data/models", run).glob("*")]
+    if files:
+        return f"model {model.title}: fetched, {size(sum(file.stat().st_size for file in files))}"
+    place = {"hub": "on the hub, perhaps gated", "path": "on this machine"}.get(model.source, "in a package")
+    return f"model {model.title}: not fetched, {place}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -90,8 +94,7 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(write_tables(given.study, Path("data"))))
             return publish([given.study]) if load_study(given.study).experiments else 0
         if given.dry_run:
-            choose_study(given.study, only)
-            print("\n".join(forecast(given.study, only)))
+            print("\n".join(forecast(choose_study(given.study, only), only)))
             return 0
     except InputError as error:
         print(error, file=sys.stderr)

@@ -180,7 +180,7 @@ def test_a_dry_run_of_a_study_of_experiments_prints_them(place, capsys):
     many, one, model, unknown = capsys.readouterr().out.splitlines()
     assert one == "one: tiny: given at 1blocks: 1 models (1 measured); 1 searches"
     assert many == "many: tiny: blockpruner, shortgpt at 0.1, 0.2: 24 models (0 measured); 6 searches"
-    assert model == "tiny: model, not fetched, on this machine" and unknown.startswith("not known before the run: ")
+    assert model == "model model: not fetched, on this machine" and unknown.startswith("not known before the run: ")
     assert paper.main(["--study", "mine", "--dry-run", "--experiment", "many"]) == 0
     assert "one:" not in capsys.readouterr().out
     assert "seed" not in Path("params.yaml").read_text(), "nothing is changed"
