@@ -29,5 +29,5 @@ EXPORT_VERSION = 12
 EVAL_VERSION = 4
 """Perplexities, task scores, sample texts and timings. Part of the key of every stored result."""
 
-REPORT_VERSION = 18
+REPORT_VERSION = 19
 """Tables, figures and pages made from results."""
