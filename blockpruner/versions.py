@@ -23,7 +23,7 @@ PLAN_VERSION = 9
 WEIGHTS_VERSION = 9
 """The weights of a pruned model: merged, sliced, compensated or trained. Part of the keys under which they are kept."""
 
-EXPORT_VERSION = 12
+EXPORT_VERSION = 13
 """The content of exported checkpoints, in every format."""
 
 EVAL_VERSION = 4

@@ -2,23 +2,26 @@
 
 Adds the targets of studies/NAME.yaml to params.yaml, brings them up to date and makes the study's tables at
 data/tables/NAME. A target that fails stops no other; the tables name its reason. `--table` and `--figure` build only
-the targets that these show. `--dry-run` prints what each takes, and `--tables` makes tables, figures and pages of what
-was measured. `--check` builds the dense model and ShortGPT, and fails where their numbers are not the paper's. Which
-stages run is decided by flows.selection, and how by flows.prune.
+the targets that these show. `--dry-run` prints what each table, figure and experiment takes, and `--tables` makes
+tables, figures and pages of what was measured. `--check` builds the dense model and ShortGPT, and fails where their
+numbers are not the paper's. Which stages run is decided by flows.selection, and how by flows.prune.
 """
 
 import argparse
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from prefect import flow
 from prefect.client.schemas.objects import State
 
 from blockpruner.core.errors import InputError
+from blockpruner.params import load_run
+from blockpruner.reporting.formats import size
 from blockpruner.reporting.paper.publish import main as publish
 from blockpruner.studies import load_study, write_tables
 from flows.prune import build, run_here
-from flows.selection import PUBLISHED, choose_study, study_frame, study_items
+from flows.selection import EVIDENCE, PUBLISHED, Chosen, choose_study, study_frame, study_items
 
 
 @flow(name="paper-tables", flow_run_name="{study}")
@@ -44,6 +47,35 @@ def check(study: str) -> int:
     return int(bool(faults))
 
 
+def forecast(chosen: Chosen, only: Sequence[str]) -> Iterator[str]:
+    """What a study takes, as far as its files and this folder show; `only` as in `paper`."""
+    from blockpruner.reporting.paper.needs import takes
+    from blockpruner.reporting.points import Points
+
+    study = load_study(chosen.study)
+    for item, (title, models) in (study_items(chosen.study) if study.targets else {}).items():
+        if item in (only or (item,)):
+            yield f"{item}: {title}: {takes(models)}"
+    for key, one in study.experiments.items():
+        if key in (only or (key,)):
+            searches = len(one.methods) * len(one.seeds) * len(one.calibrations)
+            models = searches * len(one.budgets) * len(one.heal)
+            evidence = EVIDENCE / f"{chosen.study}-{key}"
+            measured = len(Points.read(evidence).frame) if evidence.exists() else 0
+            what = f"{', '.join(one.methods)} at {', '.join(one.budgets)}"
+            yield f"{key}: {one.run}: {what}: {models} models ({measured} measured); {searches} searches"
+    yield from dict.fromkeys(_model_of(run) for run in (*chosen.targets, *chosen.experiments.values()))
+    yield "not known before the run: hours of computing, the size of a download, and whether a gate lets you in"
+
+
+def _model_of(run: str) -> str:
+    model, files = load_run(run).model, [*Path("data/models", run).glob("*")]
+    if files:
+        return f"model {model.title}: fetched, {size(sum(file.stat().st_size for file in files))}"
+    place = {"hub": "on the hub, perhaps gated", "path": "on this machine"}.get(model.source, "in a package")
+    return f"model {model.title}: not fetched, {place}"
+
+
 def main(argv: list[str] | None = None) -> int:
     """0: up to date; 1: a target failed or a check; 2: refused, nothing changed; 130: interrupted."""
     parser = argparse.ArgumentParser(prog="python -m flows.paper", description=(__doc__ or "").split("\n\n")[1])
@@ -51,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--table", action="append", default=[], metavar="N", help="only this table, such as 2")
     parser.add_argument("--figure", action="append", default=[], metavar="N", help="only this figure, such as 7")
     parser.add_argument("--experiment", action="append", default=[], metavar="NAME", help="only this experiment")
-    parser.add_argument("--dry-run", action="store_true", help="print what each table and figure takes")
+    parser.add_argument("--dry-run", action="store_true", help="print what each table, figure and experiment takes")
     parser.add_argument("--tables", action="store_true", help="make the pages of data/evidence; nothing is measured")
     parser.add_argument("--check", action="store_true", help="compare the dense model and ShortGPT with the paper")
     given = parser.parse_args(argv)
@@ -62,12 +94,7 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(write_tables(given.study, Path("data"))))
             return publish([given.study]) if load_study(given.study).experiments else 0
         if given.dry_run:
-            from blockpruner.reporting.paper.needs import takes
-
-            choose_study(given.study, only)
-            for name, (title, models) in study_items(given.study).items():
-                if name in (only or (name,)):
-                    print(f"{name}: {title}: {takes(models)}")
+            print("\n".join(forecast(choose_study(given.study, only), only)))
             return 0
     except InputError as error:
         print(error, file=sys.stderr)

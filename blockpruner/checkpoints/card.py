@@ -5,13 +5,13 @@ how to load and serve it, its limits.
 """
 
 from collections.abc import Mapping
+from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from blockpruner.checkpoints.registry import EXPORTS, engines_of
-from blockpruner.core.errors import package
 from blockpruner.core.markdown import code, plain
 from blockpruner.core.plan import Plan
 from blockpruner.evaluation.kinds import in_words
@@ -130,14 +130,23 @@ def _serving(form: str, dense: Path, module: str | None) -> str:
     if form == "hf" and (module == "modeling_slicegpt.py" or "vLLM" not in engines_of(form, dense)):
         return ""
     engine, command = EXPORTS[form].engines[-1], EXPORTS[form].commands[-1].format(path=HERE)
-    plugin = " with the plugin in `blockpruner`, and runs no code of this directory" if module else ""
-    install = f"pip install --no-deps {package()}   # in a clone of blockpruner, beside vLLM\n" if module else ""
+    plugin = " with a plugin, and runs no code of this directory" if module else ""
     return f"""
 {engine} serves it{plugin}:
 
 ```console
-{install}{command}
+{command}
 ```
+{_plugin() if module else ""}"""
+
+
+def _plugin() -> str:
+    about = metadata("blockpruner")
+    urls = dict(url.split(", ", 1) for url in about.get_all("Project-URL", ()))
+    address = f"from {urls['Source']}" if "Source" in urls else "which has no public address yet: ask its author for it"
+    return f"""
+The plugin is in the Python package `blockpruner` {about["Version"]}, {address}.
+In its folder, `pip install --no-deps .` installs it beside vLLM.
 """
 
 

@@ -218,7 +218,7 @@ def compare(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Show two checkpoints side by side: their answers, tokens per second and held-out perplexity."""
+    """Show two checkpoints side by side: their answers and held-out perplexity."""
     if prompt is None and texts is None:
         raise InputError("compare has nothing to compare by; give --prompt TEXT, --texts FILE, or both")
     from blockpruner.cli.talking import compared, side_by_side

@@ -4,7 +4,6 @@ Only our own code is run. A dense model of a known family needs none, whatever i
 """
 
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from functools import cache, partial
@@ -66,7 +65,7 @@ class Talker:
         self.model = load_model(folder, fast_dtype(own_dtype(config), device), device, has_code)
         self.tokenizer = load_tokenizer(folder)
 
-    def answer(self, turns: Sequence[str], limit: int, show: bool = False) -> tuple[str, int]:
+    def answer(self, turns: Sequence[str], limit: int, show: bool = False) -> str:
         """As `samples.answer`; `show` prints the text as it comes."""
         streamer = Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
         return answer(self.model, self.tokenizer, turns, limit, streamer)
@@ -76,7 +75,7 @@ class Talker:
         turns: list[str] = []
         for prompt in typed() if prompts is None else prompts:
             turns.append(prompt)
-            turns.append(self.answer(turns, limit, show=True)[0])
+            turns.append(self.answer(turns, limit, show=True))
 
 
 def typed() -> Iterator[str]:
@@ -95,7 +94,6 @@ class Compared:
     model: str
     """Its folder."""
     parameters: int
-    tokens_per_second: float | None = None
     answer: str | None = None
     perplexity: float | None = None
     relative: float | None = None
@@ -138,11 +136,7 @@ def compared(
         talker = Talker(folder, device)
         one = Compared(str(folder), talker.model.num_parameters())
         if prompt is not None:
-            talker.answer([prompt], 1)  # the first call of a process is slower
-            started = time.perf_counter()
-            text, tokens = talker.answer([prompt], limit)
-            speed = tokens / (time.perf_counter() - started)
-            one = replace(one, answer=text.strip(), tokens_per_second=round(speed, 1))
+            one = replace(one, answer=talker.answer([prompt], limit).strip())
         if rows is not None:
             measured = measure_perplexity(talker.model, rows.rows)
             own = measured.row_nll
@@ -183,8 +177,6 @@ def side_by_side(found: Sequence[Compared]) -> Table:
     table = Table(expand=True)
     for one in found:
         lines = [one.model, f"{one.parameters / 1e6:,.1f} M parameters"]
-        if one.tokens_per_second is not None:
-            lines.append(f"{one.tokens_per_second:.1f} tokens/s")
         if one.perplexity is not None:
             lines.append(f"held-out perplexity {number(one.perplexity)}")
         if one.relative is not None and one.interval is not None:

@@ -22,9 +22,9 @@ NEW_TOKENS = 48
 
 def answer(
     model: PreTrainedModel, tokenizer: Any, turns: Sequence[str], limit: int = NEW_TOKENS, streamer: Any = None
-) -> tuple[str, int]:
-    """Answer the last turn, greedily; return the text and its number of tokens. Turns are the user's and the model's,
-    one after the other. A model without a chat template continues the last one. Raises InputError for an empty one."""
+) -> str:
+    """Answer the last turn, greedily. Turns are the user's and the model's, one after the other. A model without a chat
+    template continues the last one. Raises InputError for an empty one."""
     told = [{"role": ("user", "assistant")[number % 2], "content": turn} for number, turn in enumerate(turns)]
     is_chat, text = bool(tokenizer.chat_template), turns[-1]
     if is_chat:
@@ -36,5 +36,4 @@ def answer(
     out = model.generate(
         ids, attention_mask=mask, max_new_tokens=limit, do_sample=False, pad_token_id=0, streamer=streamer
     )
-    new = out[0, ids.shape[1] :]
-    return tokenizer.decode(new, skip_special_tokens=True), len(new)
+    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))

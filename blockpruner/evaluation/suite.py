@@ -334,7 +334,7 @@ def samples_of(model: Evaluated, identity: Mapping[str, Any]) -> Evaluation:
     def compute(advance: Advance) -> Stored:
         samples = []
         for prompt in PROMPTS:
-            samples.append({"prompt": prompt, "text": answer(model.model, model.tokenizer, [prompt])[0].strip()})
+            samples.append({"prompt": prompt, "text": answer(model.model, model.tokenizer, [prompt]).strip()})
             advance(len(samples), len(PROMPTS))
         return Stored({"samples": samples})
 

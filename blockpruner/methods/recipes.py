@@ -38,6 +38,7 @@ OF_MIXTURES = "attentions"
 """The only search of the recommended recipe on a mixture of experts: those are for expert pruning."""
 BI, RM = "block_influence", "relative_magnitude"
 LAYERS: Mapping[str, Any] = {"method": "one_shot", "unit": "layer"}
+SHIFTED: Mapping[str, Any] = {"method": "greedy", "acceleration": "lazy+race", "unit": "shifted"}
 NEAR = 0.1
 """Layers are near a budget that they miss by no more than this share of it."""
 
@@ -50,13 +51,15 @@ RECIPES: Mapping[str, Recipe] = {
         {
             "floating": {"method": "floating", "acceleration": "lazy+race"},
             "narrow": {"method": "narrow", "acceleration": None, "metric": "perplexity"},
-            "greedy-shifted": {"method": "greedy", "acceleration": "lazy+race", "unit": "shifted"},
+            "greedy-shifted": SHIFTED,
             OF_MIXTURES: {"method": "greedy", "acceleration": "lazy+race", "candidates": "mha"},
         },
         "refit",
     ),
     # The search of arXiv 2406.10594; its calibration set is that of `sections`.
     BLOCKPRUNER: _one("BlockPruner", ("blockpruner", "ppl", "block"), method="greedy"),
+    # That of `recommended`, for engines that load whole layers alone.
+    "shifted": Recipe("shifted layers", {"greedy-shifted": SHIFTED}, "refit"),
     "slicegpt": _one("SliceGPT", ("slicegpt",), method="slicegpt"),
     "narrow": Recipe("narrower MLPs", {"narrow": {"method": "narrow", "acceleration": None}}, "refit"),
     "laco": _one("LaCo", ("laco",), method="laco"),

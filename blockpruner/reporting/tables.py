@@ -26,9 +26,8 @@ GLOSS = (
 )
 LEGEND = (
     f"Scores in % ± 1 standard error. {WORSE} {BETTER}: differs from the dense model by more than 2 standard errors of "
-    f"the paired items; unmarked: within noise. Brackets: 95 % "
-    "intervals. Speed-ups (×) are measured with dense and pruned in turns, so they need not equal the quotient of two "
-    f"columns. {GLOSS}"
+    "the paired items; unmarked: within noise. Brackets: 95 % intervals. A pruned model is timed in turns with the "
+    f"dense one, whose speed in these turns stands beside its own. {GLOSS}"
 )
 COMPARISON_LEGEND = (
     "By parameters removed. × dense and − dense (points): against the dense model, with 95 % intervals of the paired "
@@ -45,6 +44,12 @@ def _timed(of: Callable[[Option], Cell]) -> Callable[[Option], Cell]:
 def _multiple(option: Option, found: Effect) -> Number:
     """Show a multiple of what the dense model has."""
     return Number(found.value, low=found.interval.low, high=found.interval.high) if option.plan else Number(1)
+
+
+def _rate(part: str, option: Option) -> Cell:
+    """Show tokens per second, beside those of the dense model in the same turns."""
+    pruned, dense = (Number(model.rate(part)) for model in (option.race.pruned, option.race.dense))
+    return f"{pruned} (dense {dense})" if option.plan else pruned
 
 
 def _speedup(option: Option, part: str = "generation") -> Number:
@@ -98,7 +103,7 @@ def headline(reported: ReportedRun) -> Table:
         chance = mean(reported.chance[task] for task in known)
         add(P_TITLE, _confidence, chance)
     for part in PARTS:
-        add(f"{part.capitalize()}, tokens/s", _timed(lambda o, part=part: Number(o.race.pruned.rate(part))))  # type: ignore[misc]
+        add(f"{part.capitalize()}, tokens/s", _timed(partial(_rate, part)))
         add(f"{part.capitalize()}, × dense", _timed(partial(_speedup, part=part)))
     if any("latency" in target.plan.removes for target in reported.targets):
         add("Generation by the times of its blocks", _estimate)

@@ -4,6 +4,7 @@ import json
 import math
 from contextlib import nullcontext
 from dataclasses import replace
+from email.message import Message
 from itertools import combinations
 from pathlib import Path
 from statistics import mean
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import blockpruner
 from blockpruner import api
+from blockpruner.checkpoints import card as card_module
 from blockpruner.checkpoints import hf, verification, verify_llama_cpp
 from blockpruner.checkpoints.hf import export_hf
 from blockpruner.checkpoints.registry import require_exports
@@ -69,11 +71,20 @@ def test_export_is_complete_and_verified(tmp_path, dense):
     card = (tmp_path / "out/README.md").read_text()
     assert "| 3 | mlp.0 |" in card and "license_link: NOTICE.txt" in card
     assert f"{plan.parameters['pruned']:,} of {plan.parameters['dense']:,} parameters" in card
-    assert "pip install --no-deps '.' " in card and "install blockpruner" not in card
+    assert "Python package `blockpruner` 0.1.0, which has no public address yet" in card and "clone" not in card
     assert "\nvllm serve <this directory> " in card and "\n## Limits\n" in card
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert loaded.num_parameters() == plan.parameters["pruned"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_card_names_the_address_of_the_package_that_its_metadata_has(tmp_path, dense, monkeypatch):
+    about = Message()
+    for key, value in {"Version": "7.8", "Project-URL": "Source, https://example.org/it"}.items():
+        about[key] = value
+    monkeypatch.setattr(card_module, "metadata", lambda name: about)
+    text = card_module.model_card(plan_of(dense, ["mha.0"]), dense, "hf", "modeling_blockpruned.py")
+    assert "`blockpruner` 7.8, from https://example.org/it" in text
 
 
 @pytest.mark.usefixtures("in_process")

@@ -27,6 +27,7 @@ from blockpruner.reporting import points as points_module
 from blockpruner.reporting.points import Points
 from blockpruner.store.files import write_table
 from blockpruner.studies import Experiment, Heal, load_study
+from flows import paper
 from flows.selection import choose_study
 from stages import experiment, settings
 from tests.errors import refused
@@ -163,6 +164,26 @@ def test_a_study_of_experiments_asks_for_them_alone(place):
     assert list(both.experiments) == ["seed-one", "seed-two"] and yaml.safe_load(both.text)["studies"] == ["seed"]
     with refused("unknown-item"):
         choose_study("seed", ["three"])
+
+
+def test_a_dry_run_of_a_study_of_experiments_prints_them(place, capsys):
+    Path("studies").mkdir()
+    one = {"run": "tiny", "methods": {"given": {"options": {"order": ["mha.1"]}}}, "budgets": ["1blocks"]}
+    grid = {"methods": {"blockpruner": {}, "shortgpt": {}}, "budgets": ["0.1", "0.2"], "seeds": [1, 2, 3]}
+    heal = {"plain": {}, "refit": {"compensate": "refit"}}
+    experiments_ = {"one": one, "many": {"run": "tiny", **grid, "heal": heal}}
+    Path("studies/mine.yaml").write_text(yaml.safe_dump({"title": "T", "runs": ["tiny"], "experiments": experiments_}))
+    Path("params.yaml").write_text("runs: [tiny]\ntargets: {}\nstudies: []\nexperiments: {}\n")
+    place.measure(Experiment.model_validate(one))
+    shutil.copytree(place.folder / "out", "data/evidence/mine-one")
+    assert paper.main(["--study", "mine", "--dry-run"]) == 0
+    many, one, model, unknown = capsys.readouterr().out.splitlines()
+    assert one == "one: tiny: given at 1blocks: 1 models (1 measured); 1 searches"
+    assert many == "many: tiny: blockpruner, shortgpt at 0.1, 0.2: 24 models (0 measured); 6 searches"
+    assert model == "model model: not fetched, on this machine" and unknown.startswith("not known before the run: ")
+    assert paper.main(["--study", "mine", "--dry-run", "--experiment", "many"]) == 0
+    assert "one:" not in capsys.readouterr().out
+    assert "seed" not in Path("params.yaml").read_text(), "nothing is changed"
 
 
 def test_the_stage_depends_on_what_it_reads(place):

@@ -17,7 +17,7 @@ from blockpruner.core.settings import HubTexts
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.inputs.texts import write_texts
 from blockpruner.methods.healed import save_healed
-from blockpruner.methods.recipes import proposals, recipe, require_reached
+from blockpruner.methods.recipes import proposals, recipe, require_reached, searches
 from blockpruner.params import load_run
 from blockpruner.scoring.settings import Score
 from blockpruner.store.files import read_json, write_json
@@ -114,7 +114,7 @@ def test_the_proposal_that_judges_find_best_is_kept(project):
 
 
 @pytest.mark.parametrize(
-    ("budget", "searches"),
+    ("budget", "expected"),
     [
         ("0.33", ["narrow", "greedy-shifted"]),  # a layer is 0.1625
         ("0.65", ["floating"]),  # all four layers, and there are three shifted ones
@@ -125,8 +125,14 @@ def test_the_proposal_that_judges_find_best_is_kept(project):
         ("0.5kv", ["floating"]),
     ],
 )
-def test_whole_layers_compete_where_they_come_near_the_budget(budget, searches):
-    assert [*proposals(Score(method="recommended"), tiny_model("llama").config.to_dict(), budget)] == searches
+def test_whole_layers_compete_where_they_come_near_the_budget(budget, expected):
+    assert [*proposals(Score(method="recommended"), tiny_model("llama").config.to_dict(), budget)] == expected
+
+
+def test_shifted_layers_alone_are_searched_and_healed_as_the_default_does():
+    (alone,) = searches(Score(method="shifted")).values()
+    assert alone == searches(Score(method="recommended"))["greedy-shifted"]
+    assert (alone.unit, alone.acceleration, recipe("shifted").compensate) == ("shifted", "lazy+race", "refit")
 
 
 def test_a_mixture_loses_attentions_alone_unless_the_method_is_named():

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from itertools import groupby
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -529,6 +530,15 @@ def test_nothing_is_compared_with_a_time_that_is_not_known(tmp_path: Path) -> No
     assert verdict.level is Level.NOTE and recommended(found.targets) is None
     curve = _csv(data / "report" / "curve.csv")
     assert {row["speedup_generation"] for row in curve} == {""} and {row["front"] for row in curve} == {"1"}
+
+
+def test_a_speed_stands_beside_that_of_the_dense_model_in_the_same_turns(tmp_path: Path) -> None:
+    data = build(tmp_path)
+    table = rows(headline(read_runs(["tiny-a", "tiny-b"], LABELS, data)[0]))
+    for target in ("tiny-a", "tiny-b"):
+        speed = read_json(data / "evidence" / target / "speed.json")["speed"]
+        pruned, dense = (31 / median(speed[one]["decode_seconds"]["samples"]) for one in ("pruned", "dense"))
+        assert table["Decode, tokens/s"][target] == f"{pruned:.2f} (dense {dense:.2f})"
 
 
 def test_a_report_needs_no_run_that_was_not_made_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

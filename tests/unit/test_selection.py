@@ -53,7 +53,8 @@ def test_one_table_of_a_study_asks_for_its_targets_alone(project, capsys):
         choose_study(name, ["table3"])
     assert "valid: table1, table2, table4, " in str(caught.value)
     assert paper.main(["--study", name, "--table", "2", "--figure", "8", "--dry-run"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    *lines, model, _ = capsys.readouterr().out.splitlines()
+    assert model == "model meta-llama/Llama-2-7b-hf: not fetched, on the hub, perhaps gated"
     assert [line.partition(":")[0] for line in lines] == ["table2", "figure8"] and lines[1].endswith("; 1 trained")
     assert paper.main(["--study", name, "--figure", "2", "--dry-run"]) == 2
     assert Path("params.yaml").read_text() == PARAMS
