@@ -18,7 +18,7 @@ from blockpruner.core.plan import Plan
 from blockpruner.params import load_params, load_sections
 from blockpruner.settings import Sections, Target
 from blockpruner.store import provenance
-from blockpruner.store.files import no_room, write_json
+from blockpruner.store.files import explained, write_json
 from blockpruner.store.plans import load_plan
 from blockpruner.store.provenance import file_sha256
 
@@ -51,9 +51,9 @@ def run(stage: str, main: Callable[[str], object]) -> None:
                 raise InputError(f"{where} changed while running: run again", rule="settings-changed", key=where)
         path = DATA / "provenance" / f"{stage}{'@' if item else ''}{item}.json"
         provenance.record(path, inputs, commit, time.monotonic() - started)
-    except (InputError, OSError) as raised:
-        error = raised if isinstance(raised, InputError) else no_room(raised)
-        if not error.rule.startswith("settings-"):  # which the next run mends
+    except Exception as raised:
+        error = explained(raised, DATA / "provenance")
+        if not error.rule.startswith(("settings-", "unforeseen")):  # which the next run, or version, mends
             _leave_reason(stage, item, str(error))
         print(f"error in stage {name}: {error}{_advice(error)}", file=sys.stderr, flush=True)
         sys.exit(1)
