@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -20,7 +21,7 @@ from blockpruner.dag import require_current
 from blockpruner.params import load_params, load_sections
 from blockpruner.settings import Scored, Sections, Target
 from blockpruner.store import provenance
-from blockpruner.store.files import no_room, read_json, write_json
+from blockpruner.store.files import explained, read_json, write_json
 from blockpruner.store.plans import load_plan
 from blockpruner.store.provenance import file_sha256
 
@@ -56,9 +57,10 @@ def run(stage: str, main: Callable[[str], object]) -> None:
                 raise InputError(f"{where} changed while running: run again", rule="settings-changed", key=where)
         provenance.record(DATA / "provenance" / entry, inputs, commit, time.monotonic() - started)
         (FAILED / entry).unlink(missing_ok=True)
-    except (InputError, OSError) as raised:
-        error = raised if isinstance(raised, InputError) else no_room(raised)
-        write_json(FAILED / entry, {"reason": str(error)})
+    except Exception as raised:
+        error = explained(raised, DATA / "provenance")
+        with suppress(InputError, OSError):  # a full disk must not hide the reason, which is printed too
+            write_json(FAILED / entry, {"reason": str(error)})
         print(f"error in stage {name}: {error}{_advice(error)}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -25,7 +25,7 @@ from blockpruner.checkpoints import verify
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.model.classes import has_our_code
-from blockpruner.store.files import new_directory, temporary_beside, write_sealed_json
+from blockpruner.store.files import new_directory, write_sealed_json
 from blockpruner.store.manifest import REPORT_FILE, manifest
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -65,14 +65,9 @@ def write_verified(out: Path, write: Callable[[Path, Path], float], script: Modu
     with the directory and with the file for the reference, which it writes; it returns the tolerance."""
 
     def build(directory: Path) -> None:
-        folder = temporary_beside(out.with_name(f"{out.name}.reference"))
-        folder.mkdir()
-        try:
-            reference = folder / "reference.safetensors"
-            tolerance = write(directory, reference)
-            verify_checkpoint(directory, reference, tolerance, script)
-        finally:
-            shutil.rmtree(folder)
+        reference = directory.with_name("reference.safetensors")
+        tolerance = write(directory, reference)
+        verify_checkpoint(directory, reference, tolerance, script)
 
     new_directory(out, build)
 

@@ -1,14 +1,17 @@
 """The command's options, and how it ends.
 
 Results go to standard output, progress and errors to standard error. Exit codes: 0, done; 1, failed, or something that
-is needed is missing; 2, a value that the user can correct, named with the fix; 130, interrupted. The modules that do
-the work are imported when needed.
+is needed is missing; 2, a value that the user can correct, named with the fix; 130, interrupted; 129 and 143, ended by
+SIGHUP and SIGTERM. An error that nobody foresaw is one line, which names a log. The modules that do the work are
+imported when needed.
 """
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -16,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from typer import Argument, Option
+from typer.core import TyperGroup
 
 from blockpruner import __version__
 from blockpruner.cli.values import called, data_of, model_of, to_json, values_of
@@ -69,7 +73,21 @@ CALIBRATION = f"Calibration texts: {FILES}"
 UNSEEN = f"Texts that prune has not seen, to measure perplexity on: {FILES}"
 Written = Annotated[Path, Argument(metavar="DIR", help="A folder that prune or apply has written.")]
 
-app = typer.Typer(rich_markup_mode="markdown", no_args_is_help=True, pretty_exceptions_enable=False)
+UNPRINTED = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+"""What is no text: control characters, and bytes of a name that are no UTF-8."""
+
+
+class Commands(TyperGroup):
+    """The commands. Typer takes the EOFError of a damaged file for a Ctrl-D, and ends without a word on it."""
+
+    def invoke(self, context: Any) -> Any:
+        try:
+            return super().invoke(context)
+        except EOFError as error:
+            _fail(error, context.invoked_subcommand)
+
+
+app = typer.Typer(cls=Commands, rich_markup_mode="markdown", no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 def _version(asked: bool) -> None:
@@ -122,6 +140,7 @@ def prune(
     from blockpruner.cli import dry_run as forecast
     from blockpruner.cli import pruning as work
 
+    out = out and _place(out)
     source = {} if model is None else model_of(model)
     source |= _own(dtype, trust_remote_code) | _given(revision=revision)
     wanted = values_of(
@@ -141,7 +160,7 @@ def prune(
     place = work.Place(cache.expanduser().absolute(), device, stderr_observer(), ",".join(formats), runtime)
     run = place.read_run(model, wanted, computes=not dry_run)
     share = share_for(budget, place.config_of(run))
-    named = (out or Path(f"{run.model.title.rpartition('/')[2]}-{budget}")).expanduser().absolute()
+    named = out or _place(Path(f"{run.model.title.rpartition('/')[2]}-{budget}"))
     if dry_run:
         place.look(run, named)
         found = forecast.dry_run(run, place.config_of(run), share)
@@ -175,7 +194,7 @@ def apply(
         raise InputError("apply writes a checkpoint, and --out does not say where", rule="no-place", key="--out")
     place = work.Place(cache.expanduser().absolute(), device, stderr_observer(), export)
     run = place.read_run(model, {"model": _own(dtype, trust_remote_code)})
-    found = place.apply(run, plan, out.expanduser().absolute())
+    found = place.apply(run, plan, _place(out))
     _tell(found, work.words(found), as_json)
 
 
@@ -339,6 +358,14 @@ def _folder(model: str, cache: Path | None = None) -> Path:
     return place.fetch(place.read_run(model, {}))
 
 
+def _place(out: Path) -> Path:
+    """The plain path of a folder that is written; raises InputError for a name that no line and no card can hold."""
+    if UNPRINTED.search(str(out)):
+        raise InputError(f"--out {str(out)!r} has a line break or another character that is not text; choose another")
+    path = out.expanduser().absolute()
+    return path.resolve() if path.name == ".." else path.parent.resolve() / path.name
+
+
 def _tell(found: Any, words: str | Table, as_json: bool) -> None:
     """Print what was found as JSON, or in words. What is in the cells of a table is text, and no markup of rich."""
     if as_json or isinstance(words, str):
@@ -347,32 +374,32 @@ def _tell(found: Any, words: str | Table, as_json: bool) -> None:
         Console(markup=False, emoji=False).print(words)
 
 
-def _fail(error: InputError, args: Sequence[str] | None) -> NoReturn:
+def _fail(raised: Exception, name: str) -> NoReturn:
+    from blockpruner.store.files import explained  # loads much
+
     commands: Any = typer.main.get_command(app)
-    (name, *_) = sys.argv[1:] if args is None else args
     options = {option for each in commands.commands[name].params for option in each.opts}
+    error = explained(raised, cache_folder())
     words = called(str(error), error.key, options)
     if error.rule in ("missing-file", "damaged-file") and "--cache" in options:
         words += "; if it is in the folder of --cache, delete its own folder there and run again; else give a whole one"
     print(f"error: {words}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(1 if error.rule == "unforeseen" else 2)
 
 
 def main(args: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are about what is meant here
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the default leaves half a checkpoint beside its place
+    for number in (signal.SIGTERM, signal.SIGHUP):  # the default leaves half a checkpoint beside its place
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as behind nohup
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+    args = sys.argv[1:] if args is None else args
     try:
         app(args, prog_name="blockpruner")
     except SystemExit as end:
-        if end.code == 130:
-            print("interrupted; scores are kept: run the same command again", file=sys.stderr)
+        if end.code in (129, 130, 143):
+            kept = "; scores are kept: run the same command again" if args[0] == "prune" else ""
+            with suppress(OSError):  # the terminal is closed
+                print(f"interrupted{kept}", file=sys.stderr)
         raise
-    except InputError as error:
-        _fail(error, args)
-    except OSError as error:
-        from blockpruner.store.files import no_room  # loads much
-
-        _fail(no_room(error), args)
-    except ModuleNotFoundError as error:
-        words = f"this needs the package {error.name}, which is not installed: pip install {error.name}"
-        _fail(InputError(words), args)
+    except Exception as error:
+        _fail(error, args[0])

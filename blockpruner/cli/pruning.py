@@ -6,6 +6,7 @@ something must be computed.
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -40,7 +41,8 @@ from blockpruner.methods.recipes import compensation, require_reached, searches
 from blockpruner.methods.registry import KINDS
 from blockpruner.methods.score import open_material
 from blockpruner.settings import Run
-from blockpruner.store.files import read_json, set_aside
+from blockpruner.store.files import clear_left, read_json, remove_temporaries, set_aside
+from blockpruner.store.locks import hold, this_process
 from blockpruner.store.manifest import require_verified
 from blockpruner.store.plans import NUMBERS, PLAN_FILE, load_plan, plan_fields
 from blockpruner.store.provenance import fingerprint
@@ -136,14 +138,17 @@ class Place:
         rows = pipeline.calibrate(*wanted, pool, tokenizer, config, self._note, judged=judged, at_most=True)
         key = self._key(run, rows, method, base, budget)
         healed, traces = self.root / "compensated" / key, self.root / "searches" / key
-        is_kept = self._is_kept(healed, choice.PLAN, COMPENSATE_FACTS)
-        kept = replace(load_plan(healed / choice.PLAN), train=run.train is not None) if is_kept else None
-        for place in self._places(run, out).values():  # before a search
-            _is_there(place, kept)
-        if not is_kept:
-            pipeline.require_room(config, run.model.dtype, self._runtime, run.score, method, run.train, budget)
-        pipeline.require_fit(rows, run.compensate, method)
-        with open_material(dense, run.model, self._runtime, self.root, self.observer) as material:
+        with (
+            self._alone(key, "searches and fits the same"),
+            open_material(dense, run.model, self._runtime, self.root, self.observer) as material,
+        ):
+            is_kept = self._is_kept(healed, choice.PLAN, COMPENSATE_FACTS)
+            kept = replace(load_plan(healed / choice.PLAN), train=run.train is not None) if is_kept else None
+            for place in self._places(run, out).values():  # before a search
+                _is_there(place, kept)
+            if not is_kept:
+                pipeline.require_room(config, run.model.dtype, self._runtime, run.score, method, run.train, budget)
+            pipeline.require_fit(rows, run.compensate, method)
             latency = partial(pipeline.latency, material, traces, dense, run.model, run.score, self._runtime)
             counts = pipeline.score(material, rows, run.score, [budget], traces, latency)
             if not is_kept:
@@ -221,16 +226,25 @@ class Place:
             "version": WEIGHTS_VERSION,
         }  # fmt: skip
         folder = self.root / "trained" / fingerprint(facts)
-        if not self._is_kept(folder, TRAIN_FACTS):
-            states, workers = self.root / "training", self._runtime.here
-            pipeline.train(pruning, wanted, rows, states, folder, self.observer, workers)
+        with self._alone(folder.name, "trains the same"):
+            if not self._is_kept(folder, TRAIN_FACTS):
+                states, workers = self.root / "training", self._runtime.here
+                pipeline.train(pruning, wanted, rows, states, folder, self.observer, workers)
         return folder
 
+    def _alone(self, name: str, work: str) -> AbstractContextManager[int]:
+        """Hold the lock of a piece of work in the cache: of equal commands one computes, and the others wait."""
+        note = self.observer.note
+        lock = self.root / "cache/locks" / name
+        return hold(lock, this_process(), lambda holder: note(f"{holder} {work}; waiting for it"))
+
     def _is_kept(self, folder: Path, *facts: str) -> bool:
-        """Whether a folder of healed weights is whole. One that is not is set aside, and a line reports that."""
+        """Whether a folder of healed weights, whose lock is held, is whole. One that is not is set aside, and a line
+        reports that; what a killed writer left beside it is removed."""
         from blockpruner.methods.healed import FILE, has_weights
         from blockpruner.store.tensors import read_tensors
 
+        remove_temporaries(folder.parent, f".{folder.name}.*.tmp")
         if not folder.exists():
             return False
         try:
@@ -333,14 +347,18 @@ class Place:
 
     def _export(self, run: Run, pruning: "Pruning", out: Path) -> dict[str, Any]:
         words, places = "" if pruning.healed is None else pruning.healed.words, self._places(run, out)
-        files = {form: [places[form] / f"model-{name}.gguf" for name in more] for form, more in self._asked.items()}
-        missing = {form: place for form, place in places.items() if not _is_there(place, pruning.plan, words)}
-        for lacking in (file for form in files.keys() - missing.keys() for file in files[form] if not file.exists()):
-            fix = "remove that folder and run again, or choose another --out: scores are kept"
-            message = f"{lacking.parent} was written without {lacking.name}, and nothing is replaced; {fix}"
-            raise InputError(message, rule="place-not-empty", key="out", value=str(lacking.parent))
-        own = run.model.dtype if "dtype" in run.model.model_fields_set else own_dtype(self.config_of(run))
-        pipeline.export(replace(pruning, dtype=own), missing, self._asked)
+        with self._alone(fingerprint({"out": str(out)}), f"writes {out}"):
+            for place in places.values():
+                clear_left(place)
+            files = {form: [places[form] / f"model-{name}.gguf" for name in more] for form, more in self._asked.items()}
+            missing = {form: place for form, place in places.items() if not _is_there(place, pruning.plan, words)}
+            kept = [file for form in files.keys() - missing.keys() for file in files[form]]
+            for lacking in (file for file in kept if not file.exists()):
+                fix = "remove that folder and run again, or choose another --out: scores are kept"
+                message = f"{lacking.parent} was written without {lacking.name}, and nothing is replaced; {fix}"
+                raise InputError(message, rule="place-not-empty", key="out", value=str(lacking.parent))
+            own = run.model.dtype if "dtype" in run.model.model_fields_set else own_dtype(self.config_of(run))
+            pipeline.export(replace(pruning, dtype=own), missing, self._asked)
         told = {"plan": plan_fields(pruning.plan), "taken_out": KINDS[pruning.plan.kind].taken_out(pruning.plan)}
         return told | {"written": [pipeline.exported(*each) for each in places.items()]}
 

@@ -14,6 +14,7 @@ from blockpruner.methods.healed import TRAIN_FACTS, changed_weights, load_healed
 from blockpruner.model.team import ALONE, Team, together
 from blockpruner.scoring.metrics import perplexity
 from blockpruner.store.files import read_json, replace_directory, write_json
+from blockpruner.store.locks import hold, this_process
 from blockpruner.store.provenance import fingerprint
 from blockpruner.versions import WEIGHTS_VERSION
 
@@ -47,11 +48,13 @@ def write_trained(
     }
     own = states / fingerprint(facts)
     given = folder, pruning, wanted, rows, validation, own
-    if processes == 1:
-        _write(ALONE, pruning.device, observer, *given)
-    else:
-        together(processes, pruning.device, _write, observer, *given)
-    shutil.rmtree(own)
+    lock = own.with_suffix(".lock")
+    with hold(lock, this_process(), lambda holder: observer.note(f"{holder} trains the same; waiting for it")):
+        if processes == 1:
+            _write(ALONE, pruning.device, observer, *given)
+        else:
+            together(processes, pruning.device, _write, observer, *given)
+        shutil.rmtree(own)
 
 
 def _write(

@@ -158,7 +158,7 @@ def copy_files(source: Path, target: Path, patterns: Sequence[str]) -> None:
 
 def drop_code_(directory: Path, own: str | None = None) -> None:
     """Remove all code, and what asks for it (`auto_map`), from a directory in the making, except the file `own`."""
-    assert TEMPORARY.fullmatch(directory.name), f"{directory} may hold files of a user"
+    assert any(map(TEMPORARY.fullmatch, directory.parts)), f"{directory} may hold files of a user"
     for path in directory.glob("*.py"):
         if path.name != own:
             path.unlink()

@@ -12,6 +12,8 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,11 +21,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from blockpruner.core.errors import InputError, StorageError
 
-TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp", re.DOTALL)
 """The name of a temporary file or folder."""
 
 DIGEST = "sha256"
@@ -44,6 +47,8 @@ CAUSES = {
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """The errors of a place without room."""
 
+NO_MEMORY = re.compile("out of memory|can.?t allocate memory|cannot allocate memory", re.IGNORECASE)
+"""How torch and the system word that memory is used up."""
 
 SAFETENSORS = re.compile(r"os error (\d+)|Os \{ code: (\d+)")
 """How safetensors words a failed write: today, and in 0.5."""
@@ -57,11 +62,31 @@ def storage_error(path: Path, error: OSError) -> StorageError:
     return StorageError(f"cannot write {path}: {cause}. Everything finished before this is kept and will be reused.")
 
 
-def no_room(error: OSError) -> StorageError:
-    """The error for users where any write, also a library's, found no room; another error is raised as it is."""
-    if error.errno not in FULL:
-        raise error
-    return storage_error(Path(error.filename or "a file"), error)
+def explained(error: Exception, logs: Path) -> InputError:
+    """The error for users of any error: of a write that found no room, of memory that is used up, of a package that is
+    not installed. One that nobody foresaw leaves its traceback in a file in the folder `logs`, or among the temporary
+    files."""
+    words = " ".join(str(error).split())
+    if isinstance(error, InputError):
+        return error
+    if isinstance(error, OSError) and error.errno in FULL:
+        return storage_error(Path(error.filename or "a file"), error)
+    if isinstance(error, MemoryError) or NO_MEMORY.search(words):
+        fix = "choose a smaller model or shorter rows, end other programs, or use a machine with more"
+        return InputError(f"the memory is used up ({words or 'MemoryError'}); {fix}", rule="no-memory")
+    if isinstance(error, ModuleNotFoundError):
+        return InputError(f"this needs the package {error.name}, which is not installed: pip install {error.name}")
+    if isinstance(error, ImportError) and "pip install" in words:
+        return InputError(words)
+    for folder in (logs, Path(tempfile.gettempdir())):
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor, log = tempfile.mkstemp(".log", "error-", folder)
+            with open(descriptor, "w", encoding="utf-8", errors="replace") as file:
+                file.writelines(traceback.format_exception(error))
+            break
+    told = f"{type(error).__name__}: {words}; the traceback is in {log}; please report both"
+    return InputError(told, rule="unforeseen")
 
 
 @contextmanager
@@ -236,16 +261,58 @@ def require_free(path: Path) -> None:
 
 def new_directory(path: Path, build: Callable[[Path], object]) -> None:
     """Let `build` fill a temporary directory, then give it the name `path`; on failure there is nothing new, and on
-    return all of it is on disk. Raises InputError if something is at `path`, or has come while `build` ran; it is left
-    as it is."""
+    return all of it is on disk. What `build` writes beside the directory is gone in the end. Raises InputError if
+    something is at `path`, or has come while `build` ran; it is left as it is."""
     require_free(path)
     path = path.resolve()
-    with _built(path, build) as temporary:
+    with _workshop(path) as workshop, _built(path, build, workshop / "new") as temporary:
         try:
             temporary.rename(path)
         except OSError:
             require_free(path)
             raise
+
+
+def clear_left(path: Path) -> None:
+    """Remove what a killed `new_directory` has left beside `path`; what another process is making there stays."""
+    path = path.resolve()
+    if any(left.exists() for left in _workshop_of(path)):
+        with suppress(InputError), _workshop(path):
+            pass
+
+
+def _workshop_of(path: Path) -> tuple[Path, Path]:
+    """The temporary folder in which a process makes `path`, and its lock."""
+    key = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
+    folder = path.with_name(f".{path.name}.{key}.tmp")
+    return folder, folder.with_suffix(".lock")
+
+
+@contextmanager
+def _workshop(path: Path) -> Iterator[Path]:
+    """Within, a temporary folder beside `path` is this process's alone; what a killed one has left in it is gone.
+    Raises InputError if a living process has it."""
+    folder, file = _workshop_of(path)
+    lock = FileLock(file, fallback_to_soft=False)
+    try:
+        with writing(path, alone=True):
+            make_folder(path.parent)
+        lock.acquire(blocking=False)
+    except Timeout:
+        message = f"another process is writing {path}; wait for it, or choose another folder"
+        raise InputError(message, rule="place-not-empty", value=str(path)) from None
+    except OSError:  # a file system without locks, where nobody can tell what is left by whom
+        folder = temporary_beside(path)
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        with writing(path, alone=True):
+            folder.mkdir()
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock.is_locked:
+            file.unlink()  # who opened it meanwhile sees that it has no name, and makes another
+            lock.release()
 
 
 def replace_directory(path: Path, build: Callable[[Path], object]) -> None:
@@ -254,7 +321,7 @@ def replace_directory(path: Path, build: Callable[[Path], object]) -> None:
     one."""
     replaced = temporary_beside(path)
     try:
-        with _built(path, build) as temporary:
+        with _built(path, build, temporary_beside(path)) as temporary:
             with suppress(FileNotFoundError):
                 os.replace(path, replaced)
             try:
@@ -267,9 +334,8 @@ def replace_directory(path: Path, build: Callable[[Path], object]) -> None:
 
 
 @contextmanager
-def _built(path: Path, build: Callable[[Path], object]) -> Iterator[Path]:
+def _built(path: Path, build: Callable[[Path], object], temporary: Path) -> Iterator[Path]:
     """Within, a temporary directory is filled and on disk; what is left of it at the end is removed."""
-    temporary = temporary_beside(path)
     try:
         with writing(path):
             with writing(path, alone=True):
@@ -291,9 +357,9 @@ def let_others_read(directory: Path) -> None:
         path.chmod(directory.stat().st_mode & 0o666)
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Remove what killed writers left in a folder that no other process writes to."""
-    for path in list(folder.rglob(".*.tmp")):
+def remove_temporaries(folder: Path, pattern: str = "**/.*.tmp") -> None:
+    """Remove what killed writers left in a folder, where no other process writes what has the pattern."""
+    for path in list(folder.glob(pattern)):
         if TEMPORARY.fullmatch(path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 

@@ -154,19 +154,99 @@ def test_a_folder_is_kept_and_never_replaced_by_another_plan(model, place, say):
     ]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.usefixtures("in_process")
-def test_a_command_that_is_told_to_end_leaves_no_half_checkpoint(model, place, say, monkeypatch):
+def test_a_command_that_is_told_to_end_leaves_no_half_checkpoint(model, place, say, monkeypatch, number):
     def stop(path):
         if ".out." in str(path):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(files, "sync", stop)
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the test fails, and does not end, without a handler
+    before = signal.signal(number, signal.default_int_handler)  # the test fails, and does not end, without a handler
     try:
-        code, *_ = say(*prune(model, "--out", "new/out"))
+        code, _, err = say(*prune(model, "--out", "new/out"))
     finally:
-        signal.signal(signal.SIGTERM, before)
-    assert code == 143 and not [*(place / "new").iterdir()]
+        signal.signal(number, before)
+    assert code == 128 + number and not [*(place / "new").iterdir()]
+    assert err.splitlines()[-1] == "interrupted; scores are kept: run the same command again"
+
+
+def test_a_command_goes_on_behind_nohup(place, say):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert say("--version")[0] == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_the_next_start_removes_what_a_killed_one_left(model, place, say, monkeypatch):
+    def die(path):
+        if ".out." in str(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "sync", die)
+        if not (child := os.fork()):
+            command.main([str(arg) for arg in prune(model, "--out", "new/out")])
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    left = [path for path in (place / "new").rglob("*") if path.is_file()]
+    assert {"model.safetensors", "reference.safetensors"} <= {path.name for path in left}
+    assert say(*prune(model, "--out", "new/out"))[0] == 0
+    assert [path.name for path in (place / "new").iterdir()] == ["out"]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_place_goes_by_its_plain_path_and_a_name_of_two_lines_is_refused(model, place, say):
+    assert say(*prune(model, "--out", "absent/../out"))[0] == 0
+    assert (place / "out/config.json").exists() and not (place / "absent").exists()
+    for name in ("a\nb", "a\x1bb", "a\udcffb"):
+        code, _, err = say(*prune("no-model", "--out", name))
+        assert code == 2 and len(err.splitlines()) == 1 and repr(name) in err, err
+
+
+def failing(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (EOFError("Ran out of input"), 1, "EOFError: Ran out of input; the traceback is in "),
+        (KeyError("words"), 1, "KeyError: 'words'; the traceback is in "),
+        (OSError("odd"), 1, "OSError: odd; the traceback is in "),
+        (ImportError("the Trainer requires accelerate>=1.1.0:\nPlease run `pip install 'accelerate>=1.1.0'`"), 2,
+         "the Trainer requires accelerate>=1.1.0: Please run `pip install 'accelerate>=1.1.0'`"),
+        (ImportError("cannot import name 'a' from 'b'"), 1, "ImportError: cannot import name 'a' from 'b'; the traceb"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), 2,
+         "the memory is used up (DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes)"),
+        (MemoryError(), 2, "the memory is used up (MemoryError)"),
+    ],
+)  # fmt: skip
+def test_whatever_fails_ends_in_one_line_and_the_path_of_a_log(place, say, monkeypatch, error, code, words):
+    monkeypatch.setattr(Place, "read_run", failing(error))
+    found, _, err = say(*prune("model"))
+    assert found == code and len(err.splitlines()) == 1 and err.startswith(f"error: {words}"), err
+    if code == 1:
+        log = Path(re.search(r"is in (.*\.log);", err)[1])
+        assert log.parent == place / "cache/blockpruner" and "in fail" in log.read_text()
+
+
+def test_a_log_goes_elsewhere_where_the_cache_cannot_be_written(place, say, monkeypatch):
+    (place / "cache").touch()
+    monkeypatch.setattr(Place, "read_run", failing(KeyError("words")))
+    log = Path(re.search(r"is in (.*\.log);", say(*prune("model"))[2])[1])
+    assert "in fail" in log.read_text()
+    log.unlink()
+
+
+def test_only_a_command_that_keeps_scores_promises_them(place, say, monkeypatch):
+    monkeypatch.setattr(talking, "Talker", failing(KeyboardInterrupt()))
+    assert say("chat", place, "--prompt", "x")[::2] == (130, "interrupted\n")
 
 
 def test_formats_go_by_the_names_of_engines_too(place):

@@ -11,7 +11,9 @@ from threading import Event
 import pytest
 
 from blockpruner.core.errors import StorageError
+from blockpruner.store.files import clear_left, new_directory
 from blockpruner.store.locks import hold
+from tests.errors import refused
 
 
 def refuse(holder):
@@ -79,3 +81,28 @@ def test_a_killed_holder_leaves_no_lock_and_its_child_keeps_it(tmp_path):
     subprocess.run(["kill", "-9", str(child)], check=True)
     with hold(path, "me", lambda holder: None):
         assert path.read_text() == "me\n"
+
+
+def test_what_another_process_is_making_stays(tmp_path):
+    """The second is refused before it builds, and neither it nor `clear_left` removes what the first has made."""
+
+    def second(folder):
+        raise AssertionError("built twice")
+
+    def first(folder):
+        (folder / "weights").touch()
+        clear_left(tmp_path / "out")
+        with refused("place-not-empty"):
+            new_directory(tmp_path / "out", second)
+
+    new_directory(tmp_path / "out", first)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "weights"]
+
+
+def test_a_folder_without_locks_is_written_and_named_otherwise(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    new_directory(tmp_path / "out", lambda folder: (folder / "weights").touch())
+    assert (tmp_path / "out/weights").exists()
