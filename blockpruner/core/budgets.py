@@ -17,7 +17,7 @@ from blockpruner.core.blocks import BlockId, Mask
 from blockpruner.core.errors import InputError, UnreachableError
 from blockpruner.core.families import Config, Costs, count_kv_cache, count_parameters
 
-WRITTEN = re.compile(r"(?P<number>\d*\.?\d+)(?P<unit>blocks|layers|kv|x|)", re.ASCII)
+WRITTEN = re.compile(r"(?=.{,32}$)(?P<number>\d*\.?\d+)(?P<unit>blocks|layers|kv|x|)", re.ASCII)
 
 LEFT = re.compile(r"(?P<number>\d*\.?\d+)(?P<unit>[MB])", re.ASCII)
 

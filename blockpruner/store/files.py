@@ -138,15 +138,17 @@ def write_sealed_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path, sealed: bool = False) -> Any:
-    """Read a JSON file. Where it has a digest, which it must if it is `sealed`, it is checked and left out. Raises
-    InputError if the file is missing, no JSON, or not what was written."""
+    """Read a JSON object. Where it has a digest, which it must if it is `sealed`, it is checked and left out. Raises
+    InputError if the file is missing, no JSON object, or not what was written."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise _missing(path) from None
     except (ValueError, RecursionError) as error:
         raise damaged(path, f"is not valid JSON ({error})") from error
-    digest = value.pop(DIGEST, None) if isinstance(value, dict) else None
+    if not isinstance(value, dict):
+        raise damaged(path, f"is no JSON object, but a {type(value).__name__}")
+    digest = value.pop(DIGEST, None)
     if (sealed or digest is not None) and digest != _json_digest(value):
         raise damaged(path)
     return value
@@ -296,6 +298,16 @@ def remove_temporaries(folder: Path) -> None:
     for path in list(folder.rglob(".*.tmp")):
         if TEMPORARY.fullmatch(path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def require_inside(path: Path, folder: Path) -> None:
+    """Refuse a link out of a model's folder, whose content would be copied and published. The hub's own cache is
+    excepted: its folder `snapshots` links to its folder `blobs`."""
+    home, target = folder.resolve(), path.resolve()
+    is_snapshot = home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"
+    if not is_snapshot and not target.is_relative_to(home):
+        message = f"{path} is a link out of its folder, to {target}; put the file itself there, or remove the link"
+        raise InputError(message, rule="link-outside", value=str(path))
 
 
 def link_or_copy(source: Path, target: Path) -> None:

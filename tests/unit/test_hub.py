@@ -27,7 +27,7 @@ def checkpoint(tmp_path):
     plan = plan_of(tiny_model().config.to_dict(), ["mha.1", "mlp.2"])
     (folder / "README.md").write_text(model_card(plan, dense, "hf", "modeling_blockpruned.py"))
     (folder / "config.json").write_text("{}")
-    write_sealed_json(folder / "verification.json", {"ok": True, "manifest": manifest(folder)})
+    write_sealed_json(folder / "verification.json", {"ok": True, "engine": "nobody", "manifest": manifest(folder)})
     return folder
 
 
@@ -77,7 +77,10 @@ def test_a_card_without_the_bases_licence_stays_here(checkpoint, monkeypatch):
     ("report", "words"),
     [
         (None, "is not a verified checkpoint; give a folder that"),
-        ({"ok": None, "unchecked": "xllamacpp is not installed"}, "was not verified .xllamacpp is not installed."),
+        (
+            {"ok": None, "engine": "xllamacpp", "unchecked": "xllamacpp is not installed"},
+            "was not verified .xllamacpp is not installed.",
+        ),
     ],
 )
 def test_what_is_not_verified_stays_here(checkpoint, monkeypatch, report, words):
