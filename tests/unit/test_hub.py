@@ -91,3 +91,25 @@ def test_what_is_not_verified_stays_here(checkpoint, monkeypatch, report, words)
     with pytest.raises(InputError, match=words):
         push(checkpoint, "me/small", True, LICENCE, "mine-0.2")
     assert hub.calls == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "notes.txt"])
+def test_a_link_out_of_the_checkpoint_stays_here(checkpoint, monkeypatch, name):
+    hub = PushHub(monkeypatch)
+    (checkpoint.parent / "secret").write_text("PRIVATE KEY")
+    (checkpoint / name).unlink(missing_ok=True)
+    (checkpoint / name).symlink_to("../secret")
+    report = {"ok": True, "engine": "nobody", "manifest": manifest(checkpoint)}
+    write_sealed_json(checkpoint / "verification.json", report)
+    with pytest.raises(InputError, match=f"{name} is a link out of its folder"):
+        push(checkpoint, "me/small", True, {}, "mine-0.2")
+    assert hub.calls == []
+
+
+@pytest.mark.parametrize("card", [b"---\n\xff\n---\n", b"---\nlicense: !!python/object/apply:os.system [ls]\n---\n"])
+def test_a_card_that_is_no_yaml_is_refused_by_name(checkpoint, monkeypatch, card):
+    hub = PushHub(monkeypatch)
+    (checkpoint / "README.md").write_bytes(card)
+    with pytest.raises(InputError, match="README.md: its metadata are no valid YAML"):
+        push(checkpoint, "me/small", True, LICENCE, "mine-0.2")
+    assert hub.calls == []
