@@ -235,7 +235,7 @@ def test_num_rows_are_the_first_rows_of_all_texts_joined():
 
 def test_of_a_huge_text_only_the_beginning_is_tokenized():
     """Tokenizing 27 MB for 16 rows of 32 tokens took more than a minute."""
-    text, sizes = " ".join(f"word {i}" for i in range(40_000)), []
+    text, sizes = " ".join(f"word {i}" for i in range(10_000)), []
     wanted = Calibration(data=DATA, num_rows=5, seq_len=16, split="all", score="all")
 
     def tokenize(texts, **options):
