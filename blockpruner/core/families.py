@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from blockpruner.core.blocks import BlockId, BlockKind, Mask, all_blocks
 from blockpruner.core.errors import InputError
@@ -23,15 +23,13 @@ Config = Mapping[str, Any]
 Size = Annotated[int, Field(ge=1, le=2**31)] | None
 
 
-class Fields(BaseModel):
+class Fields(BaseModel, strict=True):
     """The fields of any config.json that are read here, where it has them."""
 
-    model_config = ConfigDict(strict=True, protected_namespaces=())
     model_type: str
     vocab_size: Size = None
     hidden_size: Size = None
     num_hidden_layers: Annotated[int, Field(ge=1, le=10_000)] | None = None
-    num_attention_heads: Size = None
     max_position_embeddings: Size = None
     quantization_config: Mapping[str, Any] | None = None
 
@@ -381,4 +379,4 @@ def require_supported(config: Config) -> None:
         count_parameters(config), count_kv_cache(config)
     except Exception as error:  # of a family's formula, for values that it does not expect
         message = f"config.json lacks what parameters are counted from, or has it otherwise ({error!r}); fetch it again"
-        raise InputError(message, rule="settings", key="model") from error
+        raise InputError(message) from error

@@ -20,7 +20,7 @@ from pydantic import BaseModel
 
 from blockpruner.core.errors import InputError, extra
 from blockpruner.core.families import Fields, require_supported
-from blockpruner.core.settings import HubModel, LocalModel, Model, PypiModel, PypiPartsModel, read_settings
+from blockpruner.core.settings import HubModel, LocalModel, Model, PypiModel, PypiPartsModel
 from blockpruner.inputs.hub import hub_error, pinned_revision
 from blockpruner.inputs.packages import package_file, read_member
 from blockpruner.inputs.vision import take_text_, text_config
@@ -28,6 +28,7 @@ from blockpruner.store.files import (
     TEMPORARY,
     let_others_read,
     link_or_copy,
+    read_checked,
     read_json,
     replace_directory,
     require_inside,
@@ -133,9 +134,7 @@ def fetch_config(model: HubModel | LocalModel, pins: Path) -> dict[str, Any]:
 
 def read_fields(folder: Path) -> dict[str, Any]:
     """The config.json of any checkpoint; raises InputError for values that no model has."""
-    config: dict[str, Any] = read_json(folder / "config.json")
-    read_settings(Fields, config, f"{folder / 'config.json'}: ")
-    return config
+    return read_checked(folder / "config.json", Fields)
 
 
 def checkpoint_identity(directory: Path) -> str:
@@ -257,7 +256,7 @@ def _build_checkpoint(model: Model, directory: Path, cache: Path, note: Callable
             "refs/pr/<number>)"
         )
     for index in directory.glob("*.safetensors.index.json"):
-        read_settings(WeightsIndex, read_json(index), f"{index.name}: ")
+        read_checked(index, WeightsIndex)
     for index in directory.glob("*.safetensors.index.json"):
         if absent := {name for name in read_json(index)["weight_map"].values() if not (directory / name).is_file()}:
             raise InputError(f"the model lacks {', '.join(sorted(absent))}, which {index.name} names; fetch it whole")

@@ -11,13 +11,12 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
-from blockpruner.core.settings import Hub, MixedTexts, Texts, input_error
+from blockpruner.core.settings import Hub, MixedTexts, Texts, read_settings
 from blockpruner.methods.registry import KINDS
 from blockpruner.model.models import replace_parameters_
 from blockpruner.store.files import DIGEST, damaged, read_json
@@ -52,10 +51,7 @@ def kept_facts(checkpoint: Path) -> Healed | None:
     path = checkpoint / HEALED_FILE
     if not path.exists():
         return None
-    try:
-        return TypeAdapter(Healed).validate_python({"path": path, "of": "", "digest": "", **read_json(path)})
-    except ValidationError as error:
-        raise input_error(error, f"{path}: ") from error
+    return read_settings(Healed, {"path": path, "of": "", "digest": "", **read_json(path)}, f"{path}: ")
 
 
 def save_healed(

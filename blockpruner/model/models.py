@@ -79,9 +79,9 @@ def require_plain(model: nn.Module) -> None:
         )  # fmt: skip
     require_supported(model.config.to_dict())
     require_float64(model)
-    if len(dtypes := {module.weight.dtype for module in model.modules() if isinstance(module, nn.Linear)}) > 1:
-        message = f"the model's weights are of several dtypes ({', '.join(map(str, dtypes))})"
-        raise InputError(f"{message}; convert it: model.to({model.dtype})", rule="several-dtypes", key="model")
+    if len({module.weight.dtype for module in model.modules() if isinstance(module, nn.Linear)}) > 1:
+        message = "the model's layers are of several dtypes; convert it first, as in model.to(torch.bfloat16)"
+        raise InputError(message, rule="several-dtypes", key="model")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise InputError(
             "some of the model's weights are offloaded, and pruning needs all in memory; load it without device_map, "

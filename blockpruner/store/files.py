@@ -19,9 +19,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import BaseModel
 from safetensors import SafetensorError
 
 from blockpruner.core.errors import InputError, StorageError
+from blockpruner.core.settings import read_settings
 
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 """The name of a temporary file or folder."""
@@ -151,6 +153,13 @@ def read_json(path: Path, sealed: bool = False) -> Any:
     digest = value.pop(DIGEST, None)
     if (sealed or digest is not None) and digest != _json_digest(value):
         raise damaged(path)
+    return value
+
+
+def read_checked(path: Path, schema: type[BaseModel], sealed: bool = False) -> dict[str, Any]:
+    """Read a JSON object that a stranger may have written; raises InputError as `read_json`, and unless it fits."""
+    value: dict[str, Any] = read_json(path, sealed)
+    read_settings(schema, value, f"{path}: ")
     return value
 
 
@@ -304,8 +313,7 @@ def require_inside(path: Path, folder: Path) -> None:
     """Refuse a link out of a model's folder, whose content would be copied and published. The hub's own cache is
     excepted: its folder `snapshots` links to its folder `blobs`."""
     home, target = folder.resolve(), path.resolve()
-    is_snapshot = home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"
-    if not is_snapshot and not target.is_relative_to(home):
+    if target.parent != home.parent.parent / "blobs" and not target.is_relative_to(home):
         message = f"{path} is a link out of its folder, to {target}; put the file itself there, or remove the link"
         raise InputError(message, rule="link-outside", value=str(path))
 

@@ -16,8 +16,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import read_settings
-from blockpruner.store.files import read_json, write_sealed_json
+from blockpruner.store.files import read_checked, read_json, write_sealed_json
 from blockpruner.store.provenance import file_sha256
 
 SOURCE_FILE = "blockpruner_source.json"
@@ -109,10 +108,7 @@ class Report(BaseModel):
 
 def read_report(directory: Path) -> dict[str, Any]:
     """An engine's report on an export; raises InputError for anything else."""
-    path = directory / REPORT_FILE
-    report: dict[str, Any] = read_json(path, sealed=True)
-    read_settings(Report, report, f"{path}: ")
-    return report
+    return read_checked(directory / REPORT_FILE, Report, sealed=True)
 
 
 def require_verified(directory: Path) -> dict[str, str]:

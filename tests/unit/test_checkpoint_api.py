@@ -366,7 +366,7 @@ def mixed(model):
     [
         (quantized, "quantized-model", "in bfloat16"), (adapted, "adapted-model", "merge_and_unload"),
         (with_adapter, "adapted-model", "merge_and_unload"), (offloaded, "offloaded-model", "device_map"),
-        (mixed, "several-dtypes", "model.to(torch.float32)"),
+        (mixed, "several-dtypes", "model.to(torch.bfloat16)"),
     ],
 )  # fmt: skip
 def test_a_model_that_is_not_plain_is_refused_with_the_fix(changed, rule, fix, monkeypatch):
