@@ -20,7 +20,7 @@ from blockpruner.checks import check_run
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer, stderr_observer
-from blockpruner.core.settings import read_settings
+from blockpruner.core.settings import Runtime, read_settings
 from blockpruner.evaluation.perplexity import HeldOutPerplexity, held_out, measure_perplexity
 from blockpruner.evaluation.settings import Perplexity
 from blockpruner.healing.choice import keep
@@ -33,7 +33,7 @@ from blockpruner.methods.healed import FILE, Healed, find_healed, set_weights_
 from blockpruner.methods.kind import Material
 from blockpruner.methods.recipes import OWN_ROWS, RECIPES, RECOMMENDED, compensation, searches, sections
 from blockpruner.methods.registry import KINDS, kind_of_method
-from blockpruner.model.models import require_float64, require_plain, resolve_device
+from blockpruner.model.models import evaluating, require_float64, require_plain, resolve_device
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.metrics import METRICS, Metric
 from blockpruner.scoring.stability import Stability
@@ -233,6 +233,7 @@ def prune(
         drawn = {"seq_len": min(seq_len, model.config.max_position_embeddings or seq_len), "num_rows": num_rows}
         source = {"source": "path", "path": IN_MEMORY}
         own: dict[str, Any] = {"calibration": drawn, "score": changed, "compensate": compensate, "train": train}
+        read_settings(Runtime, {"batch_tokens": batch_tokens})
         run = read_settings(Run, {"model": source} | sections(name, data=source, **own))
         check_run(run)
         recipe = run.train and run.train.fitted(model.config.max_position_embeddings)
@@ -242,9 +243,9 @@ def prune(
             raise InputError(message, rule="method-of-weights", key="method", value=name)
         if device != "auto" or model.device.type == "cpu":
             model.to(resolve_device(device))
-        model.eval()
+        stack.enter_context(evaluating(model))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        wanted = budget if isinstance(budget, str) else f"{budget:.12f}".rstrip("0")
+        wanted = f"{budget:.12f}".rstrip("0") if isinstance(budget, int | float) else str(budget)
         shown, scores = observer or stderr_observer(), None if cache is None else Path(cache)
         config, origin = model.config.to_dict(), model.name_or_path
         base = _Base(model.config.to_json_string(use_diff=False), origin, _folder_of(model))
@@ -306,7 +307,8 @@ def evaluate(
     wanted = read_settings(Perplexity, {"seq_len": seq_len, "max_rows": max_rows, "packing": packing})
     rows = held_out(tokenizer, texts, wanted).rows
     require_embedded(rows, tokenizer, model.config.to_dict())
-    return measure_perplexity(model.eval(), rows)
+    with evaluating(model):
+        return measure_perplexity(model, rows)
 
 
 def _name(function: Callable[..., Any]) -> str:
@@ -314,11 +316,15 @@ def _name(function: Callable[..., Any]) -> str:
 
 
 def _identity(model: PreTrainedModel) -> str:
-    """The identity of a model in memory: its config and the values of its weights."""
+    """The identity of a model in memory: its config, its weights, and all other tensors and numbers in its modules."""
     config = {name: value for name, value in model.config.to_dict().items() if name not in NO_CONTENT}
-    tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    weights = {name: sha256(tensor_bytes(tensor)).hexdigest() for name, tensor in tensors.items()}
-    return fingerprint({"config": config, "weights": weights})
+    tensors = {**model.state_dict(), **dict(model.named_buffers())}
+    weights = {name: sha256(tensor_bytes(tensor.detach().cpu())).hexdigest() for name, tensor in tensors.items()}
+    numbers = {
+        name: {key: value for key, value in vars(module).items() if isinstance(value, int | float)}
+        for name, module in model.named_modules()
+    }
+    return fingerprint({"config": config, "weights": weights, "numbers": numbers})
 
 
 def _folder_of(model: PreTrainedModel) -> Path | None:

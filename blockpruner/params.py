@@ -77,8 +77,24 @@ def read_file(path: Path, model: type[T]) -> T:
     return read_settings(model, read_yaml(path), f"{path}: ")
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which no mapping has a key twice; PyYAML would take the last one."""
+MOST_VALUES = 100_000
+"""The most values of a YAML file, where an alias counts as all that it names. Nine times nine aliases, nine levels
+deep, would fill any memory."""
+
+
+class Loader(yaml.SafeLoader):
+    """YAML in which no mapping has a key twice, of which PyYAML would take the last one, and of limited size."""
+
+    def get_single_node(self) -> Any:
+        root = super().get_single_node()
+        nodes = [root]
+        for node in nodes:
+            value = getattr(node, "value", node)  # a mapping's are pairs of nodes
+            if isinstance(value, list | tuple):
+                nodes.extend(value)
+            if len(nodes) > MOST_VALUES:
+                raise yaml.MarkedYAMLError(problem="its aliases repeat too much; write it without them")
+        return root
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
@@ -92,13 +108,13 @@ class _UniqueKeys(yaml.SafeLoader):
 
 def read_yaml(path: Path, text: str | None = None) -> Any:
     try:
-        return yaml.load(path.read_text(encoding="utf-8") if text is None else text, Loader=_UniqueKeys)
+        return yaml.load(path.read_text(encoding="utf-8") if text is None else text, Loader=Loader)
     except FileNotFoundError:
         where = "" if path.is_absolute() else "; run in the project folder"
         raise InputError(f"{path} does not exist{where}", rule="no-file", value=path) from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}", rule="no-file", value=path) from error
-    except (yaml.YAMLError, ValueError) as error:  # also bytes that are no UTF-8, and numbers and dates that are none
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also bytes that are no UTF-8, and no dates
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}", rule="yaml") from error
 
 

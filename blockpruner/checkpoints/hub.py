@@ -10,25 +10,23 @@ from typing import Any
 
 from blockpruner.checkpoints.card import HERE
 from blockpruner.core.errors import InputError
-from blockpruner.inputs.checkpoints import checkpoint_identity, licence_of
+from blockpruner.inputs.checkpoints import card_fields, checkpoint_identity, licence_of
 from blockpruner.inputs.hub import hub_error
-from blockpruner.store.files import read_json
-from blockpruner.store.manifest import CARD_FILE, REPORT_FILE, SOURCE_FILE, require_verified
+from blockpruner.store.files import require_inside
+from blockpruner.store.manifest import CARD_FILE, REPORT_FILE, SOURCE_FILE, read_report, require_verified
 from blockpruner.store.plans import PLAN_FILE, load_plan
 
 
 def files_to_push(checkpoint: Path, licence: Mapping[str, Any]) -> list[str]:
     """The files of a checkpoint directory that may be uploaded, sorted; raises InputError if it was not verified, has
     changed since, or its card names no licence though the base has this one."""
-    from huggingface_hub import ModelCard
-
     report = checkpoint / REPORT_FILE
     if not report.exists():
         raise InputError(
             f"{checkpoint} is not a verified checkpoint; give a folder that `blockpruner prune`, or the stage "
             "materialize, has written"
         )
-    found = read_json(report)
+    found = read_report(checkpoint)
     if found["ok"] is not True:
         raise InputError(
             f"{checkpoint} was not verified ({found.get('unchecked', 'the engine disagreed')}); install the engine and "
@@ -37,8 +35,9 @@ def files_to_push(checkpoint: Path, licence: Mapping[str, Any]) -> list[str]:
     if not (checkpoint / CARD_FILE).is_file():
         raise InputError(f"{checkpoint} has no {CARD_FILE}, the model card; put one there, or export again")
     files = require_verified(checkpoint)
-    card = ModelCard.load(checkpoint / CARD_FILE)
-    if licence and not card.data.license:
+    for name in (*files, REPORT_FILE, CARD_FILE):
+        require_inside(checkpoint / name, checkpoint)
+    if not card_fields(checkpoint).get("license") and licence:
         raise InputError(
             f"{checkpoint / CARD_FILE} has no license, and the base model's is {licence['license']}: add it to the "
             "card, or export again"

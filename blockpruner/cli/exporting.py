@@ -9,7 +9,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import metadata_load
 
 from blockpruner import pipeline
 from blockpruner.checkpoints.registry import require_exports, require_families, require_packages
@@ -17,13 +16,21 @@ from blockpruner.cli.pruning import Place, own_dtype, read_plan
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import FAMILIES
 from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.inputs.checkpoints import GENERATION_FILE, LICENCE_FILES, TOKENIZER_FILES, copy_files, licence_beside
+from blockpruner.inputs.checkpoints import (
+    GENERATION_FILE,
+    LICENCE_FILES,
+    TOKENIZER_FILES,
+    card_fields,
+    copy_files,
+    licence_beside,
+    read_fields,
+)
 from blockpruner.methods.apply import Made
-from blockpruner.methods.healed import HEALED_FILE, Healed
+from blockpruner.methods.healed import Healed, kept_facts
 from blockpruner.methods.registry import KINDS
 from blockpruner.model.classes import has_our_code, model_class
 from blockpruner.model.models import load_model
-from blockpruner.store.files import read_json, require_free, write_json
+from blockpruner.store.files import require_free, write_json
 from blockpruner.store.manifest import CARD_FILE, SOURCE_FILE, require_verified
 from blockpruner.store.plans import plan_fields
 
@@ -39,7 +46,7 @@ def export(folder: Path, place: Place) -> dict[str, Any]:
     plan = read_plan(folder)[1]
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is no hf checkpoint; give the one that it was made of", rule="no-format")
-    config = read_json(folder / "config.json")
+    config = read_fields(folder)
     require_verified(folder)
     family, dtype = str(config["model_type"]).removesuffix("_blockpruned"), own_dtype(config)
     forms = place.checked_formats()
@@ -70,12 +77,11 @@ def export(folder: Path, place: Place) -> dict[str, Any]:
 def _stand_in(folder: Path, dense: Path) -> Healed | None:
     """Write what a card names of the base; returns what the checkpoint keeps of its healing."""
     card = folder / CARD_FILE
-    front = (metadata_load(card) if card.exists() else None) or {}
+    front = card_fields(folder)
     found = BASE.search(card.read_text(encoding="utf-8")) if card.exists() else None
     base = front.get("base_model") or (found[1] if found else folder.name)
+    if not isinstance(base, str):
+        raise InputError(f"{card}: base_model is {base!r}; valid: one name", rule="settings", value=base)
     source = {"source": "hub", "repo": base} if "base_model" in front else {"source": "path", "path": base}
     write_json(dense / SOURCE_FILE, {"source": source, "licence": licence_beside(folder)})
-    if not (folder / HEALED_FILE).exists():
-        return None
-    facts = read_json(folder / HEALED_FILE)
-    return Healed(Path(), "", facts["words"], tuple(facts["datasets"]), "", facts["perplexity"])
+    return kept_facts(folder)

@@ -10,7 +10,8 @@ from blockpruner.cli.pruning import read_plan
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.evaluation.kinds import in_words
-from blockpruner.methods.healed import HEALED_FILE
+from blockpruner.inputs.checkpoints import read_fields
+from blockpruner.methods.healed import kept_facts
 from blockpruner.methods.registry import KINDS
 from blockpruner.reporting.findings import UNLIKE, Finding, Level
 from blockpruner.reporting.formats import number, parameters, percent, size, times
@@ -18,8 +19,8 @@ from blockpruner.reporting.pages import Facts, Findings, Page, Section, to_html
 from blockpruner.reporting.plots import removed_map
 from blockpruner.reporting.report import INTRO, starts
 from blockpruner.reporting.table import Column, Number, Table
-from blockpruner.store.files import read_json, write_text
-from blockpruner.store.manifest import REPORT_FILE, require_verified
+from blockpruner.store.files import write_text
+from blockpruner.store.manifest import REPORT_FILE, read_report, require_verified
 
 
 def write_page_of(checkpoint: Path, out: Path) -> None:
@@ -29,11 +30,11 @@ def write_page_of(checkpoint: Path, out: Path) -> None:
         raise InputError(f"{checkpoint} has no {REPORT_FILE}; give a folder that prune or apply has written")
     files = require_verified(checkpoint)
     weights = sum((checkpoint / name).stat().st_size for name in files if name.endswith((".safetensors", ".gguf")))
-    healed = read_json(checkpoint / HEALED_FILE) if (checkpoint / HEALED_FILE).is_file() else {}
-    verified = read_json(checkpoint / REPORT_FILE)
-    findings = Findings(tuple(_findings(plan, verified, checkpoint, bool(healed.get("perplexity")))))
+    healed, verified = kept_facts(checkpoint), read_report(checkpoint)
+    perplexity = healed.perplexity if healed else {}
+    findings = Findings(tuple(_findings(plan, verified, checkpoint, bool(perplexity))))
     pairs, _ = in_words(plan.kinds or {})
-    tables = [_healing(healed["perplexity"])] if healed.get("perplexity") else []
+    tables = [_healing(perplexity)] if perplexity else []
     lost = [Facts("Perplexity by kind of text, after compensation", pairs)] if pairs else []
     steps = KINDS[plan.kind].steps(plan) or "No block is removed as a whole."
     removed = removed_map(plan.target, plan) if plan.gone else steps
@@ -44,11 +45,11 @@ def write_page_of(checkpoint: Path, out: Path) -> None:
         "Calibration": "not done here: the plan was applied",
     }
     if healed:
-        facts["After pruning"] = healed["words"].replace("`", "")  # Markdown, for the card
+        facts["After pruning"] = healed.words.replace("`", "")  # Markdown, for the card
     if plan.calibration["rows"] is not None:
         facts["Calibration"] = f"{plan.calibration['rows']:,} rows, {plan.calibration['tokens']:,} tokens"
     form = {"mlx_lm": "mlx", "xllamacpp": "gguf"}.get(verified["engine"], "hf")
-    if form == "mlx" and read_json(checkpoint / "config.json")["model_type"] == "nemotron-nas":
+    if form == "mlx" and read_fields(checkpoint)["model_type"] == "nemotron-nas":
         form = "nas"
     beside = {other: checkpoint.with_name(f"{checkpoint.name}-{other}") for other in EXPORTS if form == "hf" != other}
     places = {form: checkpoint} | {other: path for other, path in beside.items() if (path / REPORT_FILE).is_file()}

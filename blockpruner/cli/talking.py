@@ -24,6 +24,7 @@ from blockpruner.evaluation.samples import answer
 from blockpruner.evaluation.settings import Perplexity, ZeroShot
 from blockpruner.evaluation.tasks import check_tasks, fetch_tasks
 from blockpruner.inputs.calibration import require_embedded
+from blockpruner.inputs.checkpoints import read_fields
 from blockpruner.inputs.texts import load_texts
 from blockpruner.inputs.tokenizers import conversation, load_tokenizer
 from blockpruner.model.classes import has_our_code
@@ -32,7 +33,6 @@ from blockpruner.model.rates import fast_dtype
 from blockpruner.reporting.formats import number, printable
 from blockpruner.reporting.statistics import losses_by_kind, perplexity_ratio
 from blockpruner.reporting.table import Number
-from blockpruner.store.files import read_json
 from blockpruner.store.manifest import REPORT_FILE, require_verified
 
 
@@ -45,8 +45,8 @@ def config_of(folder: Path) -> Config:
         raise InputError(f"{str(folder)!r} has no config.json; give a checkpoint's folder, as prune writes it")
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"{str(folder)!r} has no safetensors; give the folder of format hf, as prune writes it")
-    config: Config = read_json(folder / "config.json")
-    if config.get("model_type") == "nemotron-nas":
+    config = read_fields(folder)
+    if config["model_type"] == "nemotron-nas":
         raise InputError(f"{str(folder)!r} is of format nas, which transformers does not load; give the hf folder")
     return config
 

@@ -85,12 +85,14 @@ def values_of(
 
 
 def _set(text: str) -> dict[str, Any]:
+    from blockpruner.params import Loader
+
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise InputError(f"--set {text!r} is not KEY=VALUE; an example: --set calibration.split=all", rule="set-form")
     try:
-        found: Any = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        found: Any = yaml.load(value, Loader=Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"--set {text!r}: the value is not valid YAML", rule="yaml", key=key, value=value) from error
     for part in reversed(key.strip().split(".")):
         found = {part: found}

@@ -17,7 +17,7 @@ from blockpruner.core.blocks import BlockId, Mask
 from blockpruner.core.errors import InputError, UnreachableError
 from blockpruner.core.families import Config, Costs, count_kv_cache, count_parameters
 
-WRITTEN = re.compile(r"(?P<number>\d*\.?\d+)(?P<unit>blocks|layers|kv|x|)", re.ASCII)
+WRITTEN = re.compile(r"(?=.{,32}$)(?P<number>\d*\.?\d+)(?P<unit>blocks|layers|kv|x|)", re.ASCII)
 
 LEFT = re.compile(r"(?P<number>\d*\.?\d+)(?P<unit>[MB])", re.ASCII)
 
@@ -27,6 +27,7 @@ def share_for(text: str, config: Config) -> str:
     InputError for a size that the model does not exceed."""
     match, total = LEFT.fullmatch(text), count_parameters(config).total
     if match is None:
+        read_budget(text)
         return text
     share = 1 - float(match["number"]) * {"M": 1e6, "B": 1e9}[match["unit"]] / total
     if not 0 < round(share, 4) < 1:
@@ -49,8 +50,8 @@ def read_budget(text: str) -> tuple[float, str]:
             return number, unit
     raise InputError(
         f'budget {text!r} is not valid; give a share of all parameters between 0 and 1 ("0.22"), a number of blocks '
-        '("17blocks") or of whole layers ("7layers"), a share of the KV cache ("0.30kv"), or a speed-up of generation '
-        'above 1 ("1.25x")'
+        '("17blocks") or of whole layers ("7layers"), a share of the KV cache ("0.30kv"), a speed-up of generation '
+        'above 1 ("1.25x"), or in a command what is left ("7B", "120M" parameters)'
     )
 
 

@@ -8,13 +8,30 @@ family. Parameters are counted from the config alone, without torch.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
 
 from blockpruner.core.blocks import BlockId, BlockKind, Mask, all_blocks
 from blockpruner.core.errors import InputError
 from blockpruner.core.registry import Registry
+from blockpruner.core.settings import read_settings
 
 Config = Mapping[str, Any]
+
+
+Size = Annotated[int, Field(ge=1, le=2**31)] | None
+
+
+class Fields(BaseModel, strict=True):
+    """The fields of any config.json that are read here, where it has them."""
+
+    model_type: str
+    vocab_size: Size = None
+    hidden_size: Size = None
+    num_hidden_layers: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    max_position_embeddings: Size = None
+    quantization_config: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -347,8 +364,10 @@ FAMILIES: Registry[Family] = Registry(
 
 
 def require_supported(config: Config) -> None:
-    """Refuse the config of a model that cannot be pruned: of no known family, or quantized; raises InputError."""
-    FAMILIES[config["model_type"]]
+    """Refuse the config of a model that cannot be pruned: of no known family, quantized, or without the numbers that
+    parameters are counted from; raises InputError."""
+    FAMILIES[str(config.get("model_type"))]
+    read_settings(Fields, config, "config.json: ")
     if packed := config.get("quantization_config"):
         method = packed.get("quant_method", "by an unknown method")
         raise InputError(
@@ -356,3 +375,8 @@ def require_supported(config: Config) -> None:
             "quantized, in bfloat16, and quantize the result",
             rule="quantized-model", key="model", value=method,
         )  # fmt: skip
+    try:
+        count_parameters(config), count_kv_cache(config)
+    except Exception as error:  # of a family's formula, for values that it does not expect
+        message = f"config.json lacks what parameters are counted from, or has it otherwise ({error!r}); fetch it again"
+        raise InputError(message) from error

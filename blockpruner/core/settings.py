@@ -12,7 +12,7 @@ from collections.abc import Container, Mapping
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from blockpruner.core.errors import InputError
 
@@ -263,7 +263,7 @@ def merged(values: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]
     return found
 
 
-T = TypeVar("T", bound=BaseModel)
+T = TypeVar("T")
 
 
 def read_settings(model: type[T], values: Any, where: str = "", section: str = "") -> T:
@@ -271,7 +271,7 @@ def read_settings(model: type[T], values: Any, where: str = "", section: str = "
     `where` ("params.yaml: ") begins a line, and `section` ("score.options.") a key, where the values are not a whole
     file. The error's key and value are the first mistake's."""
     try:
-        return model.model_validate(values)
+        return TypeAdapter(model).validate_python(values)
     except ValidationError as error:
         raise input_error(error, where, section) from error
 

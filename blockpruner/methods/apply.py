@@ -111,7 +111,7 @@ class Made(Pruning):
 
     def load_for_export(self) -> PreTrainedModel:
         """A copy on the CPU, which the export may change."""
-        return copy.deepcopy(self.model).cpu().requires_grad_(False)
+        return copy.deepcopy(self.model).cpu().requires_grad_(False).eval()
 
     def prune_(self, dense: PreTrainedModel, note: Note = lambda reduced: None) -> PreTrainedModel:
         note(dense)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
-from blockpruner.core.settings import Hub, MixedTexts, Texts
+from blockpruner.core.settings import Hub, MixedTexts, Texts, read_settings
 from blockpruner.methods.registry import KINDS
 from blockpruner.model.models import replace_parameters_
 from blockpruner.store.files import DIGEST, damaged, read_json
@@ -44,6 +44,14 @@ class Healed:
     """The digest of the weights and of their description."""
     perplexity: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """By what was done: that of rows held out from it, `before` and `after`, and `dense` where it was measured."""
+
+
+def kept_facts(checkpoint: Path) -> Healed | None:
+    """What a checkpoint keeps of its healing, without the weights; raises InputError for other facts."""
+    path = checkpoint / HEALED_FILE
+    if not path.exists():
+        return None
+    return read_settings(Healed, {"path": path, "of": "", "digest": "", **read_json(path)}, f"{path}: ")
 
 
 def save_healed(

@@ -5,6 +5,7 @@ Decides how a removed block is expressed in a live transformers model. The code 
 """
 
 import copy
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -77,12 +78,27 @@ def require_plain(model: nn.Module) -> None:
         )  # fmt: skip
     require_supported(model.config.to_dict())
     require_float64(model)
+    if len({module.weight.dtype for module in model.modules() if isinstance(module, nn.Linear)}) > 1:
+        message = "the model's layers are of several dtypes; convert it first, as in model.to(torch.bfloat16)"
+        raise InputError(message, rule="several-dtypes", key="model")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise InputError(
             "some of the model's weights are offloaded, and pruning needs all in memory; load it without device_map, "
             "or use `blockpruner prune --streaming`, which scores one layer at a time",
             rule="offloaded-model", key="model",
         )  # fmt: skip
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within, a model is in evaluation mode; at the end each module is in its own again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def require_float64(model: PreTrainedModel) -> None:
@@ -148,6 +164,11 @@ def load_model(
         if "conversion" not in str(error):  # parts of a weight that do not add up to it
             raise
         raise InputError(f"{mismatch}(experts that are missing or of other shapes); {repair}") from error
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # transformers takes config.json, and an adapter's beside it, for its own
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+        raise InputError(f"the model in {directory} cannot be loaded ({reason}); {repair}") from error
     problems = [
         f"{name.replace('_', ' ')}: {', '.join(sorted(str(key) for key in report[name])[:5])}"
         for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")

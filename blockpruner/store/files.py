@@ -22,9 +22,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
+from pydantic import BaseModel
 from safetensors import SafetensorError
 
 from blockpruner.core.errors import InputError, StorageError
+from blockpruner.core.settings import read_settings
 
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp", re.DOTALL)
 """The name of a temporary file or folder."""
@@ -163,17 +165,26 @@ def write_sealed_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path, sealed: bool = False) -> Any:
-    """Read a JSON file. Where it has a digest, which it must if it is `sealed`, it is checked and left out. Raises
-    InputError if the file is missing, no JSON, or not what was written."""
+    """Read a JSON object. Where it has a digest, which it must if it is `sealed`, it is checked and left out. Raises
+    InputError if the file is missing, no JSON object, or not what was written."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise _missing(path) from None
     except (ValueError, RecursionError) as error:
         raise damaged(path, f"is not valid JSON ({error})") from error
-    digest = value.pop(DIGEST, None) if isinstance(value, dict) else None
+    if not isinstance(value, dict):
+        raise damaged(path, f"is no JSON object, but a {type(value).__name__}")
+    digest = value.pop(DIGEST, None)
     if (sealed or digest is not None) and digest != _json_digest(value):
         raise damaged(path)
+    return value
+
+
+def read_checked(path: Path, schema: type[BaseModel], sealed: bool = False) -> dict[str, Any]:
+    """Read a JSON object that a stranger may have written; raises InputError as `read_json`, and unless it fits."""
+    value: dict[str, Any] = read_json(path, sealed)
+    read_settings(schema, value, f"{path}: ")
     return value
 
 
@@ -362,6 +373,15 @@ def remove_temporaries(folder: Path, pattern: str = "**/.*.tmp") -> None:
     for path in list(folder.glob(pattern)):
         if TEMPORARY.fullmatch(path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def require_inside(path: Path, folder: Path) -> None:
+    """Refuse a link out of a model's folder, whose content would be copied and published. The hub's own cache is
+    excepted: its folder `snapshots` links to its folder `blobs`."""
+    home, target = folder.resolve(), path.resolve()
+    if target.parent != home.parent.parent / "blobs" and not target.is_relative_to(home):
+        message = f"{path} is a link out of its folder, to {target}; put the file itself there, or remove the link"
+        raise InputError(message, rule="link-outside", value=str(path))
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -13,8 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from blockpruner.core.errors import InputError
-from blockpruner.store.files import read_json
+from blockpruner.store.files import read_checked
 from blockpruner.store.provenance import file_sha256
 
 SOURCE_FILE = "blockpruner_source.json"
@@ -51,7 +53,7 @@ def _weights_sha256(path: Path) -> str:
 def content_sha256(path: Path) -> str:
     """SHA-256 of a file; of a config: of its fields, whatever their layout, without the version of transformers."""
     if path.name.endswith("config.json"):
-        with suppress(ValueError):  # it is no JSON
+        with suppress(ValueError, RecursionError):  # it is no JSON
             fields = _without_version(json.loads(path.read_text(encoding="utf-8")))
             return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     return _weights_sha256(path) if path.suffix == ".safetensors" else file_sha256(path)
@@ -85,10 +87,24 @@ def _digest(files: Manifest, names: Iterable[str]) -> str:
     return hashlib.sha256("".join(f"{name}:{files[name]}\n" for name in sorted(names)).encode()).hexdigest()
 
 
+class Report(BaseModel):
+    """What readers need of an engine's report."""
+
+    ok: bool | None
+    engine: str
+    unchecked: str = ""
+    manifest: dict[str, str]
+
+
+def read_report(directory: Path) -> dict[str, Any]:
+    """An engine's report on an export; raises InputError for anything else."""
+    return read_checked(directory / REPORT_FILE, Report, sealed=True)
+
+
 def require_verified(directory: Path) -> dict[str, str]:
     """The manifest of an export; raises InputError unless its files are those that were verified."""
     files = manifest(directory)
-    known = read_json(directory / REPORT_FILE, sealed=True)["manifest"]
+    known = read_report(directory)["manifest"]
     changed = sorted(name for name in known.keys() | files.keys() if known.get(name) != files.get(name))
     if changed:
         raise InputError(

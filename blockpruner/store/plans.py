@@ -59,8 +59,9 @@ def load_plan(path: Path) -> Plan:
     for name, keys in NUMBERS.items():
         for key in keys:
             value = getattr(plan, name).get(key, "missing")
-            if not (isinstance(value, int | float) or (value is None and name == "calibration")):
-                raise InputError(f"{where}{name}.{key} is {value!r}; valid: a number", rule="settings", key=name)
+            is_number = isinstance(value, int | float) and (value > 0 or name == "blocks")
+            if not (is_number or (value is None and name == "calibration")):
+                raise InputError(f"{where}{name}.{key} is {value!r}; valid: above 0", rule="settings", key=name)
     for kind, own in (plan.kinds or {}).items():
         if own.keys() != {"dense", "after"} or not all(0 < value < math.inf for value in own.values()):
             message = f"{where}kinds.{kind} is {own}; valid: dense and after, above 0"

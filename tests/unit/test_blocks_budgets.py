@@ -206,6 +206,9 @@ def test_packing_keeps_the_order_in_the_fewest_layers():
 def test_the_size_that_is_left_is_the_share_that_goes():
     assert share_for("5.2566B", LLAMA2_7B) == share_for("5256.6M", LLAMA2_7B) == "0.2199"  # as the paper counts it
     assert share_for("0.30kv", LLAMA2_7B) == "0.30kv"
+    for text in ("9" * 400, "0." + "1" * 400, "x"):  # would become the name of a folder
+        with pytest.raises(InputError, match="is not valid; give"):
+            share_for(text, LLAMA2_7B)
     for text in ("7B", "0M"):
         with pytest.raises(InputError, match=f"'{text}' is what is left; give less than the model's 6,738.4M"):
             share_for(text, LLAMA2_7B)

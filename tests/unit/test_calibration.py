@@ -233,6 +233,27 @@ def test_num_rows_are_the_first_rows_of_all_texts_joined():
         Calibration(data=DATA, num_rows=5)
 
 
+def test_of_a_huge_text_only_the_beginning_is_tokenized():
+    """Tokenizing 27 MB for 16 rows of 32 tokens took more than a minute."""
+    text, sizes = " ".join(f"word {i}" for i in range(10_000)), []
+    wanted = Calibration(data=DATA, num_rows=5, seq_len=16, split="all", score="all")
+
+    def tokenize(texts, **options):
+        sizes.append(len(texts[0]))
+        return tiny_tokenizer()(texts, **options)
+
+    def sparse(texts, **options):
+        """A token is 40 characters, so that the beginning is too few of them."""
+        rows = [[1 + i % 200 for i in range(len(text) // 40)] for text in ([texts] if texts == "a" else texts)]
+        return {"input_ids": rows[0] if texts == "a" else rows}
+
+    ids = tiny_tokenizer()(text)["input_ids"]
+    assert fill_rows([text], tokenize, wanted, 5).rows == tuple(tuple(ids[16 * k : 16 * k + 16]) for k in range(5))
+    assert max(sizes) < 2000
+    ids = sparse([text])["input_ids"][0]
+    assert fill_rows([text], sparse, wanted, 5).rows == tuple(tuple(ids[16 * k : 16 * k + 16]) for k in range(5))
+
+
 def test_the_alpaca_template_makes_no_text_share_a_paragraph():
     texts = [ALPACA_WITHOUT_INPUT.format(instruction=f"Say {i}.", output=f"{i} " * 40) for i in range(5)]
     assert sharing(texts, texts[:2]) == set(texts[:2])

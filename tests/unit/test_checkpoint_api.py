@@ -285,6 +285,9 @@ def test_of_the_searches_that_can_meet_a_budget_one_is_kept():
     [
         ({"budget": 22.0}, ""),
         ({"budget": "1.2x"}, ""),
+        ({"budget": None}, ""),
+        ({"budget": [0.1]}, ""),
+        ({"batch_tokens": 0}, "settings"),
         ({"method": "laco"}, "method-of-weights"),
         ({"metric": lambda logits, targets, dense: 0, "cache": "kept"}, "cache-of-function"),
         ({"texts": "one string"}, "texts-one-string"),
@@ -296,6 +299,49 @@ def test_of_the_searches_that_can_meet_a_budget_one_is_kept():
 def test_prune_refuses_what_it_cannot(changes, rule):
     with refused(rule):
         blockpruner.prune(tiny_model(), tiny_tokenizer(), **{"texts": TEXTS, "budget": 0.2, "seq_len": 32} | changes)
+
+
+def test_a_model_stays_in_its_mode_and_an_export_of_it_is_verified(tmp_path, monkeypatch):
+    monkeypatch.setattr(verification, "subprocess", InProcess)
+    given = {"texts": TEXTS, "seq_len": 32, "method": "greedy", "observer": SilentObserver()}
+    model, fresh = tiny_model(dtype=torch.float32, attention_dropout=0.5), tiny_model(dtype=torch.float32)
+    model.train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    with pytest.raises(InputError, match="cannot be reached"):
+        blockpruner.prune(model, tiny_tokenizer(), budget="999blocks", **given)
+    assert [module.training for module in model.modules()] == modes
+    pruned = blockpruner.prune(model, tiny_tokenizer(), budget="1blocks", **given)
+    assert pruned.plan.removed == blockpruner.prune(fresh, tiny_tokenizer(), budget="1blocks", **given).plan.removed
+    assert model.training and not model.model.layers[0].training
+    blockpruner.evaluate(model, tiny_tokenizer(), TEXTS, seq_len=32)
+    assert model.training and not model.model.layers[0].training
+    pruned.save(tmp_path / "out")
+
+
+def slower(model):
+    model.model.rotary_emb.inv_freq.mul_(0.1)
+
+
+def sharper(model):
+    model.model.layers[0].self_attn.scaling = 0.9
+
+
+@pytest.mark.parametrize("change", [slower, sharper])
+def test_a_model_that_computes_otherwise_has_no_scores_of_another(tmp_path, change):
+    """What differs is neither in its config nor in its weights."""
+
+    def perplexity(**more):
+        model = tiny_model()
+        if more.pop("changed"):
+            change(model)
+        given = {"texts": TEXTS, "seq_len": 32, "method": "greedy", "observer": SilentObserver()} | more
+        return blockpruner.prune(model, tiny_tokenizer(), budget="1blocks", **given).plan.calibration[
+            "dense_perplexity"
+        ]
+
+    plain = perplexity(changed=False, cache=tmp_path)
+    assert perplexity(changed=True, cache=tmp_path) == perplexity(changed=True) != plain
 
 
 def best_pair(problem, options):
@@ -323,11 +369,17 @@ def offloaded(model):
     return cpu_offload(model)
 
 
+def mixed(model):
+    model.model.layers[1].mlp.to(torch.bfloat16)
+    return model
+
+
 @pytest.mark.parametrize(
     ("changed", "rule", "fix"),
     [
         (quantized, "quantized-model", "in bfloat16"), (adapted, "adapted-model", "merge_and_unload"),
         (with_adapter, "adapted-model", "merge_and_unload"), (offloaded, "offloaded-model", "device_map"),
+        (mixed, "several-dtypes", "model.to(torch.bfloat16)"),
     ],
 )  # fmt: skip
 def test_a_model_that_is_not_plain_is_refused_with_the_fix(changed, rule, fix, monkeypatch):

@@ -41,6 +41,7 @@ from blockpruner.model.models import load_model, masked, prune_
 from blockpruner.reporting.formats import number
 from blockpruner.store import files
 from blockpruner.store.files import read_json, write_sealed_json
+from blockpruner.store.manifest import manifest
 from blockpruner.store.plans import load_plan, save_plan
 from tests.fakes import Hub, PushHub
 from tests.plans import plan_of
@@ -625,7 +626,11 @@ def test_every_setting_has_a_way_in(model, say, asked):
         (("--budget", "0.0000001M"), "'0.0000001M' is what is left; give less than the model's", ""),
         (("--config", "absent.yaml"), "absent.yaml does not exist", ""),
         (("--set", "calibration.score=response"), "calibration.score: response", "--set calibration.score="),
-        (("--method", "recommended", "--unit", "block"), "method: recommended, which also removes units of shifted", "--unit"),
+        (
+            ("--method", "recommended", "--unit", "block"),
+            "method: recommended, which also removes units of shift",
+            "--unit",
+        ),
         (("--method", "shortgpt", "--unit", "block"), "method: shortgpt, which removes units of layer", "--unit"),
     ],
 )
@@ -725,6 +730,52 @@ def test_help_loads_no_torch_and_every_command_explains_itself(say):
         assert "Usage" in say(name, "--help")[1]
     assert say("--version")[1].strip() == command.__version__
     assert say("prune")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("config.json", "[]", "config.json is no JSON object"),
+        ("config.json", '{"model_type": null}', "model_type: Input should be a valid string"),
+        ("adapter_config.json", '{"peft_type": "LORA", "base_model_name_or_path": "x"}', "cannot be loaded"),
+        ("chat_template.jinja", "{{ ''.__class__.__mro__ }}", "chat template refuses the turns"),
+        ("model.safetensors", None, "cannot be loaded"),
+    ],
+)
+def test_a_strangers_folder_is_refused_in_one_line(model, place, say, name, content, words):
+    shutil.copytree(model, place / "odd")
+    if content is None:  # a shard without an index
+        (place / "odd" / name).rename(place / "odd/model-00001-of-00002.safetensors")
+    else:
+        (place / "odd" / name).write_text(content)
+    code, _, err = say("chat", "odd", "--prompt", "hi", "--max-new-tokens", 1)
+    assert code == 2 and words in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_strangers_checkpoint_is_refused_in_one_line(model, place, say):
+    done(say(*prune(model, "--out", "out", "--json")))
+    plan = read_json(place / "out/blockpruner_plan.json")
+
+    def refusal(command, name, content):
+        """What a command answers where everything is verified, and one file is odd."""
+        shutil.rmtree(place / "odd", ignore_errors=True)
+        shutil.copytree(place / "out", place / "odd")
+        path = place / "odd" / name
+        path.write_text(content) if isinstance(content, str) else write_sealed_json(path, content)
+        report = read_json(place / "out/verification.json")
+        write_sealed_json(place / "odd/verification.json", report | {"manifest": manifest(place / "odd")})
+        code, _, err = say(*command.split())
+        assert code == 2
+        return err.strip().splitlines()[-1]
+
+    no_dense = plan | {"calibration": plan["calibration"] | {"dense_perplexity": 0}}
+    assert "calibration.dense_perplexity is 0" in refusal("report odd", "blockpruner_plan.json", no_dense)
+    assert "words: Field required" in refusal("report odd", "blockpruner_healed.json", '{"datasets": []}')
+    assert "no JSON object" in refusal("export odd nas", "blockpruner_healed.json", "[]")
+    assert "model_type: Field required" in refusal("export odd nas", "config.json", "{}")
+    assert "base_model is ['a']" in refusal("export odd nas", "README.md", "---\nbase_model: [a]\n---\n")
+    assert "no valid YAML" in refusal("export odd nas", "README.md", "---\nlicense: !!python/name:os.system\n---\n")
 
 
 def test_chat_and_compare(model, place, say, monkeypatch):

@@ -1,6 +1,11 @@
 """Files made by hypothesis, whole, damaged, malicious: each gives what was put in, or an InputError."""
 
+import gzip
+import hashlib
+import json
+import math
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,14 +16,22 @@ from hypothesis import strategies as st
 
 import stages
 from blockpruner.core.errors import InputError
+from blockpruner.core.settings import LocalModel
 from blockpruner.evaluation import benchmarks
 from blockpruner.evaluation.store import ITEMS, ResultsStore, Stored
 from blockpruner.evaluation.tasks import tables_from_folder
 from blockpruner.inputs.calibration import CALIBRATION, CalibrationSet
+from blockpruner.inputs.checkpoints import cached_checkpoint, card_fields, copy_files, fetch_config, licence_beside
 from blockpruner.inputs.texts import TEXTS, parse_texts
+from blockpruner.methods.healed import kept_facts
+from blockpruner.params import read_values
 from blockpruner.search.trace import ITERATION
-from blockpruner.store.files import read_json, read_kept_json, read_table, write_sealed_json, write_table
+from blockpruner.store.files import DIGEST, read_json, read_kept_json, read_table, write_sealed_json, write_table
+from blockpruner.store.manifest import read_report
+from blockpruner.store.plans import load_plan, plan_fields
 from blockpruner.store.trials import TrialStore
+from tests.plans import plan_of
+from tests.tiny import tiny_model
 
 many = settings(
     suppress_health_check=[*settings.default.suppress_health_check, HealthCheck.function_scoped_fixture],
@@ -55,10 +68,10 @@ def refused_or(name, read, *arguments):
 # --- texts and items ----------------------------------------------------------------------------------------------
 
 
-@given(content=st.binary(max_size=200), form=st.sampled_from(["alpaca", "text", "wikipedia"]))
+@given(content=st.binary(max_size=200), form=st.sampled_from(["alpaca", "text", "wikipedia", "questions"]))
 @many
 def test_bytes_that_are_no_texts_are_refused(content, form):
-    for name in ("x.json", "x.jsonl", "x.parquet", "x.txt"):
+    for name in ("x.json", "x.jsonl", "x.jsonl.gz", "x.parquet", "x.txt"):
         found = refused_or(name, parse_texts, content, name, form, str)
         assert found is None or all(isinstance(text, str) for text in found)
 
@@ -218,6 +231,121 @@ def test_a_damaged_log_gives_no_other_loss(changes, keep, tmp_path):
         assert all(again.get(key) in (None, put[key]) for key in put)
         for aside in log.parent.glob("*.bad*"):
             aside.unlink()
+
+
+# --- what strangers wrote ---
+
+CONFIG = tiny_model(dtype=None, layers=2).config.to_dict() | {"auto_map": {"AutoConfig": "code.Config"}}
+PLAN = plan_of(CONFIG, ["mha.1"])
+REPORT = {"ok": True, "engine": "transformers", "manifest": {"config.json": "0" * 64}}
+HEALED = {
+    "words": "fitted",
+    "datasets": ["someone/texts"],
+    "perplexity": {"refit": {"dense": 2.0, "before": 4.0, "after": 3.0}},
+}
+INDEX = {"metadata": {"total_size": 1}, "weight_map": {"model.norm.weight": "model.safetensors"}}
+CARD = {"license": "mit", "base_model": "someone/model", "tags": ["pruned"]}
+RUN = {"model": {"source": "hub", "repo": "someone/model"}, "calibration": {"seq_len": 64, "num_samples": 8}}
+QUESTIONS = [{"doc": {"story": "Once."}}, {"doc": {"query": "1 + 1?", "solution": "2."}}]
+RECORDS = [{"text": "a cat", "kind": "tales", "share": 0.5}, {"text": "ein Hund: äöü"}]
+
+
+def lines(records):
+    return "\n".join(json.dumps(record) for record in records).encode()
+
+
+def sealed(value):
+    """As a stranger would seal it: with the right digest."""
+    if not isinstance(value, dict):
+        return plain(value)
+    content = json.loads(json.dumps(value))
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return plain({**content, DIGEST: digest})
+
+
+def plain(value):
+    return json.dumps(value).encode()
+
+
+def card(value):
+    return f"---\n{json.dumps(value)}\n---\n# A model\n".encode()
+
+
+def fetched(folder):
+    return cached_checkpoint(LocalModel(source="path", path=str(folder)), folder.parent / "cache", folder / "pins")
+
+
+def copied(folder):
+    copy_files(folder, folder.parent, ("generation_config.json",))
+
+
+def sizes(folder):
+    return fetch_config(LocalModel(source="path", path=str(folder)), folder / "pins")
+
+
+READERS = {
+    "config.json": (CONFIG, plain, sizes),
+    "generation_config.json": ({"max_length": 20, "auto_map": {}}, plain, copied),
+    "model.safetensors.index.json": (INDEX, plain, fetched),
+    "blockpruner_healed.json": (HEALED, plain, kept_facts),
+    "verification.json": (REPORT, sealed, read_report),
+    "blockpruner_plan.json": (plan_fields(PLAN), sealed, lambda folder: load_plan(folder / "blockpruner_plan.json")),
+    "README.md": (CARD, card, lambda folder: (licence_beside(folder), card_fields(folder))),
+    "run.yaml": (RUN, plain, lambda folder: read_values(folder / "run.yaml")),
+}
+"""By file: its content, how that is written, and what reads it in a folder. The records of texts are apart."""
+
+ODD = (None, True, 0, -1, 10**9, 10**400, 1e309, math.nan, "", "x", "\ud83d", [], [1], {}, {"a": []}, [[]] * 3)
+MISSING = "missing"
+
+
+def changed(value, path, odd):
+    """The value with something odd in place of a part, or without it."""
+    if not path or not isinstance(value, dict | list) or not value:
+        return odd
+    keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+    key = keys[path[0] % len(keys)]
+    copy = value.copy()
+    if len(path) == 1 and odd is MISSING:
+        del copy[key]
+    else:
+        copy[key] = changed(value[key], path[1:], odd)
+    return copy
+
+
+@pytest.mark.parametrize("name", READERS)
+@given(path=st.lists(st.integers(0, 99), max_size=3), odd=st.sampled_from((*ODD, MISSING)), flip=flips, keep=shares)
+@many
+def test_a_strangers_file_is_refused_or_read(name, path, odd, flip, keep, tmp_path, monkeypatch):
+    """Never a traceback, or a loop over 10^9 layers."""
+    value, write, read = READERS[name]
+    folder = tmp_path / "model"
+    folder.mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    for file, other in READERS.items():
+        (folder / file).write_bytes(other[1](other[0]))
+    (folder / "model.safetensors").touch()
+    read(folder)
+    whole = write(value)
+    for content in (flipped(whole, flip), whole[: len(whole) * keep // 101], write(changed(value, path, odd))):
+        (folder / name).write_bytes(content)
+        with suppress(InputError):
+            read(folder)
+
+
+@pytest.mark.parametrize(("form", "records"), [("text", RECORDS), ("questions", QUESTIONS)])
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz"])
+@given(path=st.lists(st.integers(0, 99), max_size=3), odd=st.sampled_from((*ODD, MISSING)), flip=flips, keep=shares)
+@many
+def test_records_are_refused_by_file_or_are_texts(name, form, records, path, odd, flip, keep):
+    def write(value):
+        content = lines(value) if isinstance(value, list) else plain(value)
+        return gzip.compress(content) if name.endswith("gz") else content
+
+    whole = write(records)
+    for content in (flipped(whole, flip), whole[: len(whole) * keep // 101], write(changed(records, path, odd))):
+        found = refused_or(name, parse_texts, content, name, form, str)
+        assert found is None or "".join(found).encode() is not None
 
 
 # --- advice ---

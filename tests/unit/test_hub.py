@@ -27,7 +27,7 @@ def checkpoint(tmp_path):
     plan = plan_of(tiny_model().config.to_dict(), ["mha.1", "mlp.2"])
     (folder / "README.md").write_text(model_card(plan, dense, "hf", "modeling_blockpruned.py"))
     (folder / "config.json").write_text("{}")
-    write_sealed_json(folder / "verification.json", {"ok": True, "manifest": manifest(folder)})
+    write_sealed_json(folder / "verification.json", {"ok": True, "engine": "nobody", "manifest": manifest(folder)})
     return folder
 
 
@@ -77,7 +77,10 @@ def test_a_card_without_the_bases_licence_stays_here(checkpoint, monkeypatch):
     ("report", "words"),
     [
         (None, "is not a verified checkpoint; give a folder that"),
-        ({"ok": None, "unchecked": "xllamacpp is not installed"}, "was not verified .xllamacpp is not installed."),
+        (
+            {"ok": None, "engine": "xllamacpp", "unchecked": "xllamacpp is not installed"},
+            "was not verified .xllamacpp is not installed.",
+        ),
     ],
 )
 def test_what_is_not_verified_stays_here(checkpoint, monkeypatch, report, words):
@@ -86,5 +89,27 @@ def test_what_is_not_verified_stays_here(checkpoint, monkeypatch, report, words)
     if report:
         write_sealed_json(checkpoint / "verification.json", report | {"manifest": {}})
     with pytest.raises(InputError, match=words):
+        push(checkpoint, "me/small", True, LICENCE, "mine-0.2")
+    assert hub.calls == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "notes.txt"])
+def test_a_link_out_of_the_checkpoint_stays_here(checkpoint, monkeypatch, name):
+    hub = PushHub(monkeypatch)
+    (checkpoint.parent / "secret").write_text("PRIVATE KEY")
+    (checkpoint / name).unlink(missing_ok=True)
+    (checkpoint / name).symlink_to("../secret")
+    report = {"ok": True, "engine": "nobody", "manifest": manifest(checkpoint)}
+    write_sealed_json(checkpoint / "verification.json", report)
+    with pytest.raises(InputError, match=f"{name} is a link out of its folder"):
+        push(checkpoint, "me/small", True, {}, "mine-0.2")
+    assert hub.calls == []
+
+
+@pytest.mark.parametrize("card", [b"---\n\xff\n---\n", b"---\nlicense: !!python/object/apply:os.system [ls]\n---\n"])
+def test_a_card_that_is_no_yaml_is_refused_by_name(checkpoint, monkeypatch, card):
+    hub = PushHub(monkeypatch)
+    (checkpoint / "README.md").write_bytes(card)
+    with pytest.raises(InputError, match="README.md: its metadata are no valid YAML"):
         push(checkpoint, "me/small", True, LICENCE, "mine-0.2")
     assert hub.calls == []

@@ -19,7 +19,7 @@ from blockpruner.evaluation.settings import Evaluate, ZeroShot
 from blockpruner.healing.settings import Train
 from blockpruner.inputs.settings import Calibration
 from blockpruner.methods.recipes import sections
-from blockpruner.params import NO_RUNS, load_params, load_run, named_sources, run_schema, with_sources
+from blockpruner.params import NO_RUNS, load_params, load_run, named_sources, read_values, run_schema, with_sources
 from blockpruner.scoring.settings import Score
 from blockpruner.settings import Run, Sections, resolve
 from tests.errors import refused
@@ -321,10 +321,32 @@ def test_a_run_name_that_is_no_short_word_is_refused(name, rule):
         load_run(name, ROOT / "runs")
 
 
+LEVELS = (b"%c: &%c [%s]\n" % (i + 1, i + 1, b",".join([b"*%c" % i] * 9)) for i in range(97, 106))
+BOMB = b"a: &a [{x: 1}]\n" + b"".join(LEVELS)
+"""Nine aliases of nine aliases, nine deep."""
+
+
+def test_aliases_may_be_used(tmp_path):
+    (tmp_path / "run.yaml").write_text("a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: [*a, *a]")
+    assert read_values(tmp_path / "run.yaml") == {"a": {"x": 1}, "b": {"x": 1, "y": 2}, "c": [{"x": 1}, {"x": 1}]}
+
+
+@pytest.mark.parametrize("value", ["&a [*a]", 500 * "[" + 500 * "]", "9" * 5000])
+def test_a_set_value_that_no_run_file_may_hold(value):
+    with refused("yaml"):
+        values_of(
+            None, [f"score.options={value}"], {}, None, data=None, calibration={}, score={}, compensate=None, train=None
+        )
+
+
 @pytest.mark.parametrize(
     "content",
-    [b"runs: [a\n", b"runs: [\xff]", b"runs: 2026-13-40", b"runs: [a]\ntargets: {}\nruns: [b]", b"x: {a: 1, a: 2}"],
-)
+    [
+        b"runs: [a\n", b"runs: [\xff]", b"runs: 2026-13-40", b"runs: [a]\ntargets: {}\nruns: [b]",
+        b"x: {a: 1, a: 2}", b"runs: " + 500 * b"[" + 500 * b"]", b"runs: &all [*all]", BOMB,
+        BOMB.replace(b" [", b" {<<: [").replace(b"]", b"]}"),
+    ],
+)  # fmt: skip
 def test_a_file_that_is_no_yaml(tmp_path, content):
     path = tmp_path / "params.yaml"
     path.write_bytes(content)

@@ -25,13 +25,14 @@ from blockpruner.inputs import packages
 from blockpruner.inputs.checkpoints import (
     cached_checkpoint,
     checkpoint_identity,
+    copy_files,
     fetch_checkpoint,
     licence_of,
     require_unchanged,
 )
 from blockpruner.inputs.hub import pinned_revision
 from blockpruner.inputs.packages import package_file, read_member
-from blockpruner.inputs.texts import TextKind, kind_of, load_texts, parse_texts, read_texts, write_texts
+from blockpruner.inputs.texts import TextKind, kind_of, listed, load_texts, parse_texts, read_texts, write_texts
 from blockpruner.model.models import load_model
 from blockpruner.reporting.labels import origin
 from blockpruner.store import manifest as store_manifest
@@ -336,6 +337,43 @@ def test_only_files_of_a_checkpoint_are_copied(tmp_path):
     assert not (out / "model.safetensors").samefile(folder / "model.safetensors")
 
 
+def test_a_link_to_a_users_other_files_is_not_followed(tmp_path):
+    """Clones and archives hold links; what they lead to would be copied beside the weights, and published."""
+    folder = save_tiny(tmp_path / "mine")
+    (tmp_path / "secret").write_text("PRIVATE KEY")
+    (folder / "LICENSE-key").symlink_to(tmp_path / "secret")
+    with refused("link-outside") as caught:
+        fetch(folder, tmp_path / "out")
+    assert "LICENSE-key is a link out of its folder" in str(caught.value) and not (tmp_path / "out").exists()
+    (tmp_path / "copy").mkdir()
+    with refused("link-outside"):
+        copy_files(folder, tmp_path / "copy", ("LICENSE*",))
+    assert not any((tmp_path / "copy").iterdir())
+    (folder / "LICENSE-key").unlink()
+    (folder / "terms").write_text("terms")
+    (folder / "LICENSE").symlink_to("terms")
+    (folder / "model.safetensors").rename(tmp_path / "big.safetensors")
+    (folder / "model.safetensors").symlink_to(tmp_path / "big.safetensors")  # read as tensors alone
+    assert (fetch(folder, tmp_path / "out") / "LICENSE").read_text() == "terms"
+
+
+def test_the_links_of_the_hubs_cache_are_followed_and_no_others(tmp_path):
+    folder = tmp_path / "models--me--mine/snapshots/1"
+    save_tiny(folder)
+    blobs = folder.parents[1] / "blobs"
+    blobs.mkdir()
+    for path in [*folder.iterdir()]:
+        path.rename(blobs / path.name)
+        path.symlink_to(f"../../blobs/{path.name}")
+    assert (fetch(folder, tmp_path / "out") / "config.json").is_file()
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys/id").write_text("PRIVATE KEY")
+    (blobs / "more").symlink_to(tmp_path / "keys")
+    (folder / "LICENSE").symlink_to("../../blobs/more/id")
+    with refused("link-outside"):
+        fetch(folder, tmp_path / "other")
+
+
 def pickle_weights(folder):
     (folder / "model.safetensors").unlink()
     torch.save(tiny_model().state_dict(), folder / "pytorch_model.bin")
@@ -360,7 +398,10 @@ def weights_outside(folder):
             "'mamba' is unknown; valid: llama, .*gpt_neox",
         ),
         (lambda folder: (folder / "config.json").unlink(), "does not exist or has no config.json"),
-        (weights_outside, r"model.safetensors.index.json names '../outside.safetensors', which is no file of the model's own"),
+        (
+            weights_outside,
+            r"model.safetensors.index.json names '../outside.safetensors', which is no file of the model",
+        ),
     ],
     ids=["pickled weights", "unsupported family", "no config", "weights outside"],
 )
@@ -437,3 +478,22 @@ def test_questions_are_problems_with_solutions_and_stories_once(tmp_path):
     ]
     packed = gzip.compress("\n".join(json.dumps({"doc": doc}) for doc in docs).encode())
     assert parse_texts(packed, "x.jsonl.gz", "questions", str) == ["Problem: 1 + 1?\nSolution: 2.", "Once."]
+
+
+def test_texts_that_cannot_be_used_are_refused_by_file_and_record(monkeypatch):
+    good = [json.dumps({"text": f"words {i}"}) for i in range(400)]
+    with pytest.raises(InputError, match="x.jsonl, record 1, holds half of a character"):
+        parse_texts("\n".join([good[0], r'{"text": "a cut emoji \ud83d"}']).encode(), "x.jsonl", "text", str)
+    with pytest.raises(InputError, match="texts, record 1, holds half of a character"):
+        listed(["words", "a cut emoji \ud83d"], str)
+    packed = bytearray(gzip.compress("\n".join(good).encode()))
+    with pytest.raises(InputError, match="x.jsonl.gz is truncated"):
+        parse_texts(bytes(packed[:-20]), "x.jsonl.gz", "text", str)
+    packed[len(packed) // 2] ^= 255
+    with pytest.raises(InputError, match="x.jsonl.gz is truncated, damaged"):
+        parse_texts(bytes(packed), "x.jsonl.gz", "text", str)
+    monkeypatch.setattr("blockpruner.inputs.texts.MOST_UNPACKED", 2**20, raising=False)
+    with pytest.raises(InputError, match="x.jsonl.gz unpacks to more than 1 MiB; unpack it yourself: gunzip"):
+        parse_texts(gzip.compress(b" " * (2**20 + 1)), "x.jsonl.gz", "text", str)
+    with pytest.raises(InputError, match="x.jsonl, record 0, has no texts"):
+        parse_texts(good[0].encode(), "x.jsonl", "questions", str)
