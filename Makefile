@@ -1,5 +1,6 @@
 # `make demo`: set up, then run the whole pipeline on a real model. `make test`: set up with the tools of development, then
-# all checks and tests. `make quick`: the same checks and a few tests, two minutes.
+# all checks and tests; SHARD=1/3 is the first third of the tests. `make smoke`: the same checks and the tests of one
+# model family, two minutes; a change that passes it can still be wrong.
 # `make serve`: the Prefect UI, to start and watch all of it. `make test-ui`: the same, driven by a browser.
 # `make constraints`: renew the pins that setup installs. `make test-floors`, `make test-newest`: other versions.
 # `make test-slow`: a real model in vLLM on the CPU, which gets an environment of its own (3.4 GB), and the longest tests.
@@ -20,7 +21,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: setup constraints demo serve check quick test test-floors test-newest test-slow families test-ui docs schema golden clean
+.PHONY: setup constraints demo serve check smoke test test-floors test-newest test-slow families test-ui docs schema golden clean
 
 setup: $(VENV)/.ready-dev
 
@@ -68,8 +69,8 @@ $(LOCK)/bin/uv:
 CORE := tests/test_golden.py tests/contract tests/unit/test_engine.py tests/unit/test_searches.py tests/unit/test_suite.py \
 	tests/unit/test_zero_shot.py tests/unit/test_training.py tests/unit/test_tables_trials.py tests/unit/test_damage.py \
 	tests/unit/test_cli.py
-# Scores, searches, numbers and the contract of one family.
-QUICK := tests/test_golden.py tests/contract tests/unit/test_engine.py tests/unit/test_searches.py \
+# Scores, searches, numbers and the contract of one family: about 1 in 45 tests.
+SMOKE := tests/test_golden.py tests/contract tests/unit/test_engine.py tests/unit/test_searches.py \
 	-k 'llama or greedy or budget'
 test-floors: RESOLUTION := lowest-direct
 test-newest: RESOLUTION := highest
@@ -98,11 +99,12 @@ check: setup
 PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH" \
 	$(BIN)/python -m pytest -n $(JOBS)
 
+SHARD ?= 1/1
 test: check
-	$(PYTEST)
+	$(PYTEST) --shard $(SHARD)
 
-quick: check
-	$(PYTEST) $(QUICK)
+smoke: check
+	$(PYTEST) $(SMOKE)
 
 test-slow: setup $(SLOW_VENV)/.ready $(QUANT_VENV)/.ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m dvc repro fetch@smollm2

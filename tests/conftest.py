@@ -28,6 +28,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 from tests import forking
 from tests.fake_devices import SETUP, start_gradients
+from tests.shards import in_shard
 
 torch.set_num_threads(1)
 settings.register_profile("explore", deadline=None, derandomize=False, suppress_health_check=[HealthCheck.too_slow])
@@ -63,6 +64,10 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", default="1/1", metavar="I/N", help="run the I-th of N parts of the tests")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """No test sees a GPU, nor do its child processes, unless asked by `-m gpu`."""
     if forking.VARIABLE not in os.environ:
@@ -80,6 +85,19 @@ def _shares_fixtures(path: str) -> bool:
     return 'scope="module"' in Path(path).read_text()
 
 
+def _scope(config: pytest.Config, nodeid: str) -> str:
+    """The tests that run together: those of a file that shares fixtures, else a test alone."""
+    path = nodeid.split("::")[0]
+    return path if _shares_fixtures(str(config.rootpath / path)) else nodeid
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    runs = in_shard([_scope(config, item.nodeid) for item in items], config.getoption("shard"))
+    config.hook.pytest_deselected(items=[item for item, here in zip(items, runs, strict=True) if not here])
+    items[:] = [item for item, here in zip(items, runs, strict=True) if here]
+
+
 class _Scheduling(LoadScopeScheduling):
     """Tests of a file that shares fixtures run in one worker, and all others anywhere.
 
@@ -87,8 +105,7 @@ class _Scheduling(LoadScopeScheduling):
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        path = nodeid.split("::")[0]
-        return path if _shares_fixtures(str(self.config.rootpath / path)) else nodeid
+        return _scope(self.config, nodeid)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Scheduling:

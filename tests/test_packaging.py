@@ -11,8 +11,12 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
+import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from tests.shards import in_shard
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -144,8 +148,34 @@ def test_the_demo_needs_no_more_than_its_extra_and_nothing_that_windows_lacks():
     assert not import_all(DAG, ["blockpruner", "stages", "flows"], NOT_WINDOWS)
 
 
+def workflow():
+    return yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())
+
+
+def test_a_pull_request_runs_all_tests_on_the_oldest_and_the_newest_python():
+    job = workflow()["jobs"]["test"]
+    shards, pythons = (job["strategy"]["matrix"][name] for name in ("shard", "python"))
+    assert "if" not in job and True in workflow()  # YAML reads the key `on` as true
+    assert "pull_request" in workflow()[True]
+    assert job["steps"][-1]["run"] == "make test SHARD=${{ matrix.shard }}"
+    assert shards == [f"{number}/{len(shards)}" for number in range(1, len(shards) + 1)]
+    said = [text.rpartition(" ")[2] for text in PROJECT["classifiers"] if ":: Python :: 3." in text]
+    assert pythons == [said[0], said[-1]] and PROJECT["requires-python"] == f">={said[0]}"
+
+
+def test_each_test_is_in_one_shard_and_a_file_that_shares_fixtures_is_whole():
+    scopes = ["a::1", "b", "b", "a::2", "c::1", "b", "c::2", "c::3"]
+    parts = [in_shard(scopes, f"{number}/3") for number in (1, 2, 3)]
+    assert [sum(runs) for runs in zip(*parts, strict=True)] == [1] * 8
+    assert [sum(part) for part in parts] == [2, 4, 2]
+    assert len({tuple(part[place] for part in parts) for place in (1, 2, 5)}) == 1
+    for wrong in ("0/3", "4/3", "3", "1/0"):
+        with pytest.raises(pytest.UsageError, match=f"--shard {wrong} is not one of 1/N to N/N"):
+            in_shard(scopes, wrong)
+
+
 def test_the_public_workflow_makes_targets_that_the_makefile_has():
-    text = (ROOT / ".github" / "workflows" / "tests.yml").read_text()
-    asked = set(re.findall(r'"([a-z-]+)"[,\]]', text))
+    jobs = workflow()["jobs"]
+    asked = {"test", *jobs["nightly"]["strategy"]["matrix"]["target"]}
     there = set(re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split())
-    assert {"quick", "test", "test-slow"} <= asked <= there
+    assert {"test", "test-slow"} <= asked <= there

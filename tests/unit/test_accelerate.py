@@ -1,6 +1,7 @@
 """Lazy evaluation and racing: what they leave out, that the choice stands, that a store's content changes nothing."""
 
 import math
+from functools import cache
 from itertools import combinations
 
 import numpy as np
@@ -37,8 +38,9 @@ class World(FakeScorer):
         self.cost = dict(zip(UNITS, random.permutation(np.geomspace(0.01, 3.0, len(UNITS))), strict=True))
         self.noise = {unit: random.normal(0, noise, ROWS) for unit in UNITS}
         self.interaction = interaction
+        self.rows_of = cache(self.draw)
 
-    def rows_of(self, mask):
+    def draw(self, mask):
         layers = [block.layer for block in mask]
         both = sum(layers.count(layer) == 2 for layer in set(layers))
         losses = np.full(ROWS, 2.0 + self.interaction * both)

@@ -10,10 +10,11 @@ from blockpruner.checkpoints import gguf
 from blockpruner.checkpoints.verification import reference_outputs
 from blockpruner.checkpoints.verify_llama_cpp import ask
 from blockpruner.checkpoints.vocabulary import vocabulary
+from tests.engines import with_llama_cpp
 from tests.tiny import tiny_model
-from tests.unit.test_gguf import engine, plain
+from tests.unit.test_gguf import plain
 
-pytestmark = engine
+pytestmark = with_llama_cpp
 
 
 def error(path, monkeypatch, family, layers, architecture):
