@@ -5,7 +5,7 @@ settings: the machine and its packages. A flow writes the file before it starts 
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 
 from blockpruner.core.errors import InputError
-from blockpruner.core.settings import Runtime
+from blockpruner.core.settings import Local, Runtime
 from blockpruner.params import load_params, load_run, read_yaml
-from blockpruner.settings import resolve
+from blockpruner.settings import Sources, resolve
 from blockpruner.store.files import write_text
 from blockpruner.store.trials import SIXTEEN_BITS
 from blockpruner.studies import load_study
@@ -27,58 +27,49 @@ HEAD = f"# Derived from params.yaml, runs/, studies/ and the machine. `{COMMAND}
 
 def here(runtime: Runtime) -> dict[str, Any]:
     """The machine and its packages, as far as they move results beyond rounding in 32 bits, and speeds."""
-    packages = {name: version(name).partition("+")[0] for name in ("torch", "transformers", "lm_eval")}
-    harness = packages.pop("lm_eval")
     machine = {"device": device_name(runtime.device), "threads": runtime.threads, "attention": runtime.attention}
-    return {"machine": machine | packages, "lm_eval": harness}
+    packages = {name: version(name).partition("+")[0] for name in ("torch", "transformers", "lm_eval")}
+    return {"lm_eval": packages.pop("lm_eval"), "machine": machine | packages}
 
 
 def device_name(device: str) -> str:
     """The device that a run of this machine uses, such as "cpu" or "NVIDIA H100 80GB HBM3"."""
     if device == "cpu":
         return device
-    import torch
-
+    from blockpruner.model import accelerator  # loads torch
     from blockpruner.model.models import resolve_device
 
-    found = resolve_device(device)
-    return torch.cuda.get_device_name(found) if found.type == "cuda" else found.type
+    return accelerator.name(resolve_device(device))
 
 
 def derived(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """The content of the file. The machine and packages are those `recorded`."""
     params = load_params()
-    searches = dict[str, Any]()
-    pruned = dict[str, Any]()
-    local = dict[str, Any]()
-    fetched = dict[str, Any]()
+    found: dict[str, Any] = {"searches": {}, "pruned": {}, "local": {}, "fetched": {}, "tables": {}}
     for name in params.runs:
         run = load_run(name)
         settings = resolve(run, params.targets_of(name))
         # In 16 bits a search is of one device; in 32 bits its trials are the same everywhere.
         machine = {"machine": dict(recorded["machine"])} if run.model.dtype in SIXTEEN_BITS else {}
         for method in settings.searches:
-            searches[f"{name}-{method}"] = {"run": name, "method": method, **machine}
-        paths = sorted(set(local_paths(settings.sources.model_dump(mode="json"))))
-        local |= {f"{name}-{number}": {"run": name, "path": path} for number, path in enumerate(paths)}
-        fetched[name] = {"local": f"data/local/{name}" if paths else f"data/settings/{name}/sources.json"}
-        for key, target in params.targets.items():
-            if target.run == name:
-                pruned[key] = {"run": name, "method": target.method or run.score.method}
-    folders = {name: name if load_study(name).experiments else "models" for name in params.studies}
-    tables = {name: {"manifests": f"data/manifests/{folder}"} for name, folder in folders.items()}
-    found = {"searches": searches, "pruned": pruned, "local": local, "fetched": fetched, "tables": tables}
-    return {**found, "machine": recorded["machine"], "lm_eval": recorded["lm_eval"]}
+            found["searches"][f"{name}-{method}"] = {"run": name, "method": method, **machine}
+        paths = local_paths(settings.sources)
+        for number, path in enumerate(paths):
+            found["local"][f"{name}-{number}"] = {"run": name, "path": path}
+        found["fetched"][name] = {"local": f"data/local/{name}" if paths else f"data/settings/{name}/sources.json"}
+    for name, target in params.targets.items():
+        method = target.method or load_run(target.run).score.method
+        found["pruned"][name] = {"run": target.run, "method": method}
+    for name in params.studies:
+        folder = name if load_study(name).experiments else "models"
+        found["tables"][name] = {"manifests": f"data/manifests/{folder}"}
+    return {**found, **recorded}
 
 
-def local_paths(values: Any) -> Iterator[str]:
-    """The paths that sources name, at any depth."""
-    if isinstance(values, dict):
-        if values.get("source") == "path":
-            yield values["path"]
-        values = list(values.values())
-    for value in values if isinstance(values, list) else ():
-        yield from local_paths(value)
+def local_paths(sources: Sources) -> list[str]:
+    named = [sources.model, sources.zero_shot.data, *sources.texts.values()]
+    parts = [part for one in named for part in getattr(one, "of", (one,))]
+    return sorted({part.path for part in parts if isinstance(part, Local)})
 
 
 def read_dag() -> dict[str, Any]:
@@ -94,7 +85,8 @@ def require_current(machine: bool = False) -> None:
     """Refuse a file that is stale: of other settings, or also of another machine or other packages, whose results would
     pass for those of this one."""
     recorded = read_dag()
-    now = derived(here(load_params().runtime) if machine else recorded)
+    kept = {key: recorded.get(key) for key in ("lm_eval", "machine")}
+    now = derived(here(load_params().runtime) if machine else kept)
     stale = [key for key, value in now.items() if recorded.get(key) != value]
     if stale:
         message = f"{FILE}: {', '.join(stale)} not as params.yaml, runs/, studies/ and this machine have it"

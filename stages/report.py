@@ -10,7 +10,7 @@ from blockpruner.params import load_params, load_sections
 from blockpruner.reporting.labels import labels
 from blockpruner.reporting.report import write_report
 from blockpruner.store.files import replace_directory
-from stages import DATA, failures, run
+from stages import DATA, run
 
 
 def main(_: str) -> None:
@@ -24,8 +24,6 @@ def main(_: str) -> None:
     write_report(DATA / "report", params.report.title, built, names, DATA, params.report.plots)
     tables = (DATA / "report").glob("*.csv")
     replace_directory(DATA / "plots", lambda folder: [shutil.copy(path, folder) for path in tables])
-    for line in failures():
-        show.note(line)
     show.note(f"report: {DATA / 'report' / 'index.html'}")
 
 

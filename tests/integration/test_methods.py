@@ -193,7 +193,7 @@ def test_a_speed_up_is_measured_once(project, monkeypatch, section):
     settings.main("tiny")
     forget_times(project)
     with pytest.raises(InputError, match=r"runtime.streaming and runtime.ray_address exclude; give budgets"):
-        score.main(f"tiny-{section['method']}")
+        score.main(f"tiny-{section.get('method', 'greedy')}")
 
 
 def test_other_budgets_are_refused_before_times_are_measured(project, monkeypatch):

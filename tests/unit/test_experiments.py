@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import stages
-from blockpruner import experiments
+from blockpruner import dag, experiments
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.progress import SilentObserver
 from blockpruner.core.settings import Runtime
@@ -154,11 +154,9 @@ def test_a_study_of_experiments_asks_for_them_alone(place):
     Path("params.yaml").write_text("runs: [tiny]\ntargets: {}\nstudies: []\nexperiments: {}\n")
     assert set(load_study("seed").experiments) == {"one", "two"}
     chosen = choose_study("seed", ["two"])
-    names = [f"{stage}@tiny" for stage in ("settings", "fetch", "score")] + [
-        "experiment@seed-two",
-        "experiment@seed-one",
-    ]
-    assert chosen.stages(names) == ["settings@tiny", "fetch@tiny", "experiment@seed-two"]
+    pipeline = {"settings@tiny": (), "fetch@tiny": ("settings@tiny",), "score@tiny-shortgpt": ("fetch@tiny",)}
+    pipeline |= {f"experiment@seed-{name}": ("settings@tiny", "fetch@tiny") for name in ("two", "one")}
+    assert chosen.stages(pipeline) == ["settings@tiny", "fetch@tiny", "experiment@seed-two"]
     assert yaml.safe_load(chosen.text)["experiments"] == {"seed-two": {"study": "seed", "name": "two", "run": "tiny"}}
     both = choose_study("seed")
     assert list(both.experiments) == ["seed-one", "seed-two"] and yaml.safe_load(both.text)["studies"] == ["seed"]
@@ -194,6 +192,7 @@ def test_the_stage_depends_on_what_it_reads(place):
     named = {"mine-one": {"study": "mine", "name": "one", "run": "tiny"}}
     params = {"runs": ["tiny"], "targets": {}, "experiments": named, "runtime": {"device": "cpu", "threads": 1}}
     Path("params.yaml").write_text(yaml.safe_dump(params))
+    dag.write()
     for source, role in ((Path("dense"), "models"), (Path("sources"), "sources")):
         Path("data", role).mkdir(parents=True)
         source.rename(Path("data", role, "tiny"))
