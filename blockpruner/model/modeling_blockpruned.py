@@ -216,13 +216,12 @@ class BlockPrunedConfigMixin:
         self._tell_peft()
         holes = {"attention": self.layers_without_mha, "mlp": self.layers_without_mlp}
         fields = super().to_dict() | {"auto_map": dict(type(self).auto_map)}
-        widths, found = self.mlp_widths or [], {}
-        for i in range(self.num_hidden_layers):
-            skipped = [name for name, layers in holes.items() if i in layers]
-            is_narrow = i < len(widths) and widths[i] != fields["intermediate_size"]
-            own = ({"skip": skipped} if skipped else {}) | ({"intermediate_size": widths[i]} if is_narrow else {})
-            found |= {str(i): own} if own else {}
-        fields["per_layer_config"] = found
+        layers = {i: {"intermediate_size": width} for i, width in enumerate(self.mlp_widths or ())}
+        layers = {i: own for i, own in layers.items() if own["intermediate_size"] != fields["intermediate_size"]}
+        for name, removed in holes.items():
+            for i in removed:
+                layers.setdefault(i, {}).setdefault("skip", []).append(name)
+        fields["per_layer_config"] = {str(i): layers[i] for i in sorted(layers)}
         fields.pop("_whole", None)
         return fields
 
