@@ -6,9 +6,9 @@ that attention kernels, generation and caches are the family's.
 
 Config fields beside the base family's (layers are those kept, numbered from 0):
     layers_without_mha, layers_without_mlp: indices of layers whose branch was removed;
-    mlp_widths: the width of each layer's MLP; None: all have `intermediate_size`;
     source_layers: the layer of the dense model that each kept layer was; None: no layer was dropped;
-    per_layer_config: the same holes in transformers' own words; it reads them, and no released model class uses them.
+    per_layer_config: the same holes in transformers' own words, and each MLP that is narrower than `intermediate_size`;
+        transformers reads them, and no released model class uses them.
 
 Of a model's outputs, `hidden_states` has the embedding and then each kept layer's output. `attentions` and the cache
 have an entry for each attention that is left, in order: entry k belongs to the k-th layer not in `layers_without_mha`.
@@ -137,9 +137,9 @@ def remove_blocks_(layers: nn.ModuleList, mha: set[int], mlp: set[int], branches
                 setattr(layers[index], norm, unchanged)
 
 
-def narrow_mlps_(layers: nn.ModuleList, config, module: str) -> None:
+def narrow_mlps_(layers: nn.ModuleList, widths, config, module: str) -> None:
     """Replace the MLPs that are not as wide as the family's by narrower ones."""
-    for layer, width in zip(layers, config.mlp_widths or (), strict=False):
+    for layer, width in zip(layers, widths or (), strict=False):
         if width != config.intermediate_size:
             narrow, kind = copy.copy(config), type(getattr(layer, module))
             narrow.intermediate_size = width
@@ -172,8 +172,20 @@ class BlockPrunedConfigMixin:
 
     layers_without_mha: list[int] = field(default_factory=list)
     layers_without_mlp: list[int] = field(default_factory=list)
-    mlp_widths: list[int] | None = None
     source_layers: list[int] | None = None
+
+    allow_global_per_layer_attribute_access = True  # `intermediate_size` is the width of all other MLPs
+
+    @property
+    def mlp_widths(self):
+        """The width of each layer's MLP; None: all have `intermediate_size`."""
+        if "intermediate_size" not in (self.per_layer_attributes or ()):
+            return None
+        return [layer.intermediate_size for layer in self.per_layer_config]
+
+    @mlp_widths.setter
+    def mlp_widths(self, widths):
+        self.per_layer_config = {layer: {"intermediate_size": width} for layer, width in enumerate(widths)}
 
     def cache_config(self):
         """This config as a cache must see it: one layer for each attention. What is written to it is written here."""
@@ -203,9 +215,13 @@ class BlockPrunedConfigMixin:
     def to_dict(self):
         self._tell_peft()
         holes = {"attention": self.layers_without_mha, "mlp": self.layers_without_mlp}
-        skipped = {i: [name for name, layers in holes.items() if i in layers] for i in range(self.num_hidden_layers)}
         fields = super().to_dict() | {"auto_map": dict(type(self).auto_map)}
-        fields["per_layer_config"] = {str(i): {"skip": names} for i, names in skipped.items() if names}
+        layers = {i: {"intermediate_size": width} for i, width in enumerate(self.mlp_widths or ())}
+        layers = {i: own for i, own in layers.items() if own["intermediate_size"] != fields["intermediate_size"]}
+        for name, removed in holes.items():
+            for i in removed:
+                layers.setdefault(i, {}).setdefault("skip", []).append(name)
+        fields["per_layer_config"] = {str(i): layers[i] for i in sorted(layers)}
         fields.pop("_whole", None)
         return fields
 
@@ -225,9 +241,12 @@ class BlockPrunedMixin:
     layer_branches: Branches
 
     def __init__(self, config):
-        super().__init__(config)
+        widths, spec = config.mlp_widths, config.__dict__.pop("_heterogeneity_spec", None)
+        super().__init__(config)  # the family's own code reads one width
         layers = self.base_model.get_submodule(self.decoder_layers.partition(".")[2])
-        narrow_mlps_(layers, config, self.layer_branches[1][0])
+        narrow_mlps_(layers, widths, config, self.layer_branches[1][0])
+        if spec is not None:
+            config._heterogeneity_spec = spec
         remove_blocks_(layers, set(config.layers_without_mha), set(config.layers_without_mlp), self.layer_branches)
         number_attentions_(layers, module=self.layer_branches[0][0])
 

@@ -29,6 +29,10 @@ class BlockPrunedConfig:
         require_format(fields)
         family = str(fields["model_type"]).removesuffix(PRUNED)
         kept = {name: value for name, value in fields.items() if name not in ("auto_map", "per_layer_config")}
+        width = fields.get("intermediate_size")
+        own = {int(layer): each.get("intermediate_size", width) for layer, each in fields["per_layer_config"].items()}
+        if {*own.values()} - {width}:
+            kept["mlp_widths"] = [own.get(layer, width) for layer in range(fields["num_hidden_layers"])]
         return CONFIG_MAPPING[family].from_dict(kept | {"model_type": family}, **kwargs)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from blockpruner.checkpoints.hf import export_hf
 from blockpruner.checkpoints.nas import export_nas
@@ -80,6 +80,11 @@ def test_a_narrow_model_is_the_dense_one_with_zeros(variant, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", trust_remote_code=True, dtype=torch.float64)
     assert torch.equal(loaded(IDS).logits, pruned(IDS).logits)
     assert loaded.config.mlp_widths == [48, 17, 48, 3]
+    fields = json.loads((tmp_path / "pruned/config.json").read_text())
+    own = fields["per_layer_config"]
+    assert own == {"1": {"intermediate_size": 17}, "3": {"intermediate_size": 3}} and "mlp_widths" not in fields
+    base = CONFIG_MAPPING[config["model_type"]].from_dict({**config, "per_layer_config": own})
+    assert [layer.intermediate_size for layer in base.per_layer_config] == [48, 17, 48, 3], "as transformers reads it"
     with pytest.raises(InputError, match="prune its dense model by more"):
         FAMILIES[loaded.config.model_type]
     assert loaded.num_parameters() == pruned.num_parameters() == narrow_plan(config, KEPT).parameters["pruned"]

@@ -211,6 +211,17 @@ def test_removed_blocks_add_nothing_and_are_nowhere(registry, around, mlp):
     torch.testing.assert_close(pruned(x), whole(x))
 
 
+def test_widths_are_those_of_transformers_own_form():
+    fields = {"model_type": "llama_blockpruned", "num_hidden_layers": 4, "intermediate_size": 8}
+    layers = {
+        "1": {"intermediate_size": 3},
+        "2": {"skip": ["mlp"]},
+        "3": {"skip": ["attention"], "intermediate_size": 5},
+    }
+    config = vllm_plugin.BlockPrunedConfig.from_dict({**fields, "per_layer_config": layers})
+    assert config.mlp_widths == [8, 3, 8, 5] and config.intermediate_size == 8
+
+
 def test_each_mlp_is_made_while_the_config_has_its_width(registry, monkeypatch):
     seen, vllm_config, made = [], asked([], []), Mixture.__init__
     config = vllm_config.model_config.hf_config
