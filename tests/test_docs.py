@@ -88,3 +88,14 @@ def test_a_command_has_the_options_that_the_page_gives_it(page, line):
         command = group.get_command(click.Context(group), name)
         assert command is not None
         command.make_context(name, args)  # parses, and runs nothing
+
+
+def test_every_test_that_the_table_of_attackers_names_is_there():
+    """`file::test` names a file, `::test` one of the file before."""
+    root = Path(__file__).parents[1]
+    named = re.findall(r"`([\w/]*(?:\.py)?)::(\w+)`", (root / "SECURITY.md").read_text(encoding="utf-8"))
+    assert len(named) > 10
+    path = root
+    for file, test in named:
+        path = root / "tests" / file if file else path
+        assert f"def {test}(" in path.read_text(encoding="utf-8"), (file, test)

@@ -228,6 +228,7 @@ def failing(error):
     ],
 )  # fmt: skip
 def test_whatever_fails_ends_in_one_line_and_the_path_of_a_log(place, say, monkeypatch, error, code, words):
+    (place / "cache/blockpruner").mkdir(parents=True)
     monkeypatch.setattr(Place, "read_run", failing(error))
     found, _, err = say(*prune("model"))
     assert found == code and len(err.splitlines()) == 1 and err.startswith(f"error: {words}"), err
