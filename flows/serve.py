@@ -71,9 +71,12 @@ class ReportHandler(SimpleHTTPRequestHandler):
         return None
 
     def translate_path(self, path: str) -> str:
-        """Find files in PAGES only."""
-        found = super().translate_path(path)
-        return found if Path(found).relative_to(self.directory).parts[:1] in [(name,) for name in PAGES] else ""
+        """Find files in PAGES only, also behind links."""
+        found, root = super().translate_path(path), Path(self.directory).resolve()
+        if "\0" in found:  # no file has such a name, and none can be looked for
+            return ""
+        target = Path(found).resolve()
+        return found if any(target.is_relative_to(root / name) for name in PAGES) else ""
 
     def list_directory(self, path: str | os.PathLike[str]) -> None:
         self.send_error(404)
@@ -103,6 +106,7 @@ def prefect_server(port: int, secret: str) -> Iterator[subprocess.Popen[bytes]]:
     log.parent.mkdir(parents=True, exist_ok=True)
     settings = {
         "PREFECT_SERVER_API_AUTH_STRING": secret,
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://{HOST}:{port},http://localhost:{port}",
         "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",  # a run that waits for the one before it is not late
     }
     with open(log, "wb") as output:
@@ -113,6 +117,7 @@ def prefect_server(port: int, secret: str) -> Iterator[subprocess.Popen[bytes]]:
             stdout=output,
             stderr=output,
             start_new_session=True,
+            umask=0o077,
             preexec_fn=partial(end_with, os.getpid()),
         )
     try:

@@ -1,7 +1,7 @@
 """The password of the Prefect server that `make serve` starts, and whether a server takes it.
 
-Whoever uses a Prefect server can run code as the user who started it, so every request needs a password. When the
-server starts and ends is decided by flows.serve.
+Whoever uses a Prefect server can run code as the user who started it, so every request for data needs a
+password. When the server starts and ends is decided by flows.serve.
 """
 
 import secrets

@@ -200,3 +200,14 @@ def test_the_page_says_how_the_study_accelerates_its_searches():
     run = yaml.safe_load((ROOT / "runs/smollm2-seed.yaml").read_text())
     section = (ROOT / "docs/methods.md").read_text().partition("## How methods are compared")[2].partition("\n## ")[0]
     assert f"`{run['score']['acceleration']}`" in section
+
+
+def test_every_test_that_the_table_of_attackers_names_is_there():
+    """`file::test` names a file, `::test` one of the file before."""
+    root = Path(__file__).parents[1]
+    named = re.findall(r"`([\w/]*(?:\.py)?)::(\w+)`", (root / "SECURITY.md").read_text(encoding="utf-8"))
+    assert len(named) > 10
+    path = root
+    for file, test in named:
+        path = root / "tests" / file if file else path
+        assert f"def {test}(" in path.read_text(encoding="utf-8"), (file, test)

@@ -362,8 +362,7 @@ def _place(out: Path) -> Path:
     """The plain path of a folder that is written; raises InputError for a name that no line and no card can hold."""
     if UNPRINTED.search(str(out)):
         raise InputError(f"--out {str(out)!r} has a line break or another character that is not text; choose another")
-    path = out.expanduser().absolute()
-    return path.resolve() if path.name == ".." else path.parent.resolve() / path.name
+    return out.expanduser().resolve()
 
 
 def _tell(found: Any, words: str | Table, as_json: bool) -> None:

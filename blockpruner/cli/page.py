@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from blockpruner.checkpoints.card import HEALED
@@ -89,7 +90,8 @@ def _findings(plan: Plan, verified: dict[str, Any], place: Path, is_healed: bool
     )
     if warning := in_words(plan.kinds or {})[1]:
         yield Finding(Level.WARNING, "uneven", UNLIKE, warning)
-    text = f"blockpruner compare MODEL {place} --texts FILE does that, and blockpruner eval {place} asks benchmarks."
+    path = quote(str(place))
+    text = f"blockpruner compare MODEL {path} --texts FILE does that, and blockpruner eval {path} asks benchmarks."
     yield Finding(Level.ADVICE, "measure", "Measure it on texts that the search has not seen", text)
     yield Finding(
         Level.RESULT if verified["ok"] else Level.WARNING,

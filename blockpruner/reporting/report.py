@@ -5,6 +5,7 @@ For each run: the verdict and its numbers, what the search saw, how to use the r
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 
 from blockpruner.checkpoints.registry import EXPORTS, engines_of
 from blockpruner.core.plan import Plan
@@ -91,7 +92,7 @@ def starts(form: str, plan: Plan, place: Path) -> list[tuple[str, str]]:
     if KINDS[plan.kind].exports == frozenset({"hf"}):  # a model class of its own, which only transformers loads
         able = able[:1]
     engines = zip(EXPORTS[form].engines, EXPORTS[form].commands, strict=False)
-    return [(name, text.format(path=place)) for name, text in engines if name in able]
+    return [(name, text.format(path=quote(str(place)))) for name, text in engines if name in able]
 
 
 def _evidence(reported: ReportedRun, shown: Option, draw: bool) -> Section:

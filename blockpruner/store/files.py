@@ -80,12 +80,11 @@ def explained(error: Exception, logs: Path) -> InputError:
         return InputError(f"this needs the package {error.name}, which is not installed: pip install {error.name}")
     if isinstance(error, ImportError) and "pip install" in words:
         return InputError(words)
-    for folder in (logs, Path(tempfile.gettempdir())):
+    log = "no file, since none can be written"
+    for folder in (logs, tempfile.gettempdir()):
         with suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            descriptor, log = tempfile.mkstemp(".log", "error-", folder)
-            with open(descriptor, "w", encoding="utf-8", errors="replace") as file:
-                file.writelines(traceback.format_exception(error))
+            log = tempfile.mkstemp(".log", "error-", folder)[1]
+            Path(log).write_text("".join(traceback.format_exception(error)), errors="replace")
             break
     told = f"{type(error).__name__}: {words}; the traceback is in {log}; please report both"
     return InputError(told, rule="unforeseen")
@@ -286,24 +285,17 @@ def new_directory(path: Path, build: Callable[[Path], object]) -> None:
 
 def clear_left(path: Path) -> None:
     """Remove what a killed `new_directory` has left beside `path`; what another process is making there stays."""
-    path = path.resolve()
-    if any(left.exists() for left in _workshop_of(path)):
-        with suppress(InputError), _workshop(path):
-            pass
-
-
-def _workshop_of(path: Path) -> tuple[Path, Path]:
-    """The temporary folder in which a process makes `path`, and its lock."""
-    key = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
-    folder = path.with_name(f".{path.name}.{key}.tmp")
-    return folder, folder.with_suffix(".lock")
+    with suppress(InputError), _workshop(path.resolve()):
+        pass
 
 
 @contextmanager
 def _workshop(path: Path) -> Iterator[Path]:
     """Within, a temporary folder beside `path` is this process's alone; what a killed one has left in it is gone.
     Raises InputError if a living process has it."""
-    folder, file = _workshop_of(path)
+    key = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
+    folder = path.with_name(f".{path.name}.{key}.tmp")
+    file = folder.with_suffix(".lock")
     lock = FileLock(file, fallback_to_soft=False)
     try:
         with writing(path, alone=True):

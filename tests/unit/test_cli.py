@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from html import unescape
 from importlib import metadata
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -229,6 +230,7 @@ def failing(error):
     ],
 )  # fmt: skip
 def test_whatever_fails_ends_in_one_line_and_the_path_of_a_log(place, say, monkeypatch, error, code, words):
+    (place / "cache/blockpruner").mkdir(parents=True)
     monkeypatch.setattr(Place, "read_run", failing(error))
     found, _, err = say(*prune("model"))
     assert found == code and len(err.splitlines()) == 1 and err.startswith(f"error: {words}"), err
@@ -937,17 +939,19 @@ def test_code_of_others_is_not_run_and_not_needed_for_a_known_family(place, say)
 
 @pytest.mark.usefixtures("in_process")
 def test_the_report_is_one_file_that_tells_what_the_plan_holds(model, place, say):
-    done(say(*prune(model, "--out", "out", "--json")))
-    code, out, err = say("report", "out")
+    folder = place / "an out"
+    done(say(*prune(model, "--out", folder, "--json")))
+    code, out, err = say("report", folder)
     assert code == 0, err
-    page = Path(out.strip()).read_text()
-    plan = load_plan(place / "out/blockpruner_plan.json")
-    assert page.count("data:image/svg") == 1 and "blockpruner compare MODEL" in page
+    page = unescape(Path(out.strip()).read_text())
+    plan = load_plan(folder / "blockpruner_plan.json")
+    assert page.count("data:image/svg") == 1 and f"blockpruner compare MODEL '{folder}'" in page
+    assert f"blockpruner chat '{folder}'" in page
     assert "Verified by transformers" in page
     assert f"{100 * plan.ratio:.1f} % of the parameters removed" in page
     assert f"{plan.calibration['perplexity']:,.0f}" in page
-    (place / "out/config.json").write_text("{}")
-    code, _, err = say("report", "out")
+    (folder / "config.json").write_text("{}")
+    code, _, err = say("report", folder)
     assert code == 2 and "is not what was verified: config.json changed" in err
 
 

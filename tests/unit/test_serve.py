@@ -13,6 +13,7 @@ from prefect.settings import (
     PREFECT_HOME,
     PREFECT_SERVER_API_AUTH_STRING,
     PREFECT_SERVER_API_PORT,
+    Settings,
     temporary_settings,
 )
 from prefect.utilities.schema_tools import is_valid_schema
@@ -115,5 +116,30 @@ def test_report_pages_follow_the_files_and_nothing_else_is_served(tmp_path, monk
             with socket.create_connection(("127.0.0.1", port)) as raw:  # httpx would tidy the path up
                 raw.sendall(f"GET /{path} HTTP/1.0\r\n\r\n".encode())
                 assert raw.recv(100).split()[1] == b"404", path
+        Path("data/report/linked").symlink_to(Path("secret").absolute())
+        Path("data/tables/two").symlink_to(Path("data/models").absolute())
+        Path("data/report/own").symlink_to("index.html")
+        assert httpx.get(f"{url}/report/own").text == "data/report"
+        for path in ("report/linked", "tables/two/index.html", "report/%00"):
+            assert httpx.get(f"{url}/{path}").status_code == 404, path
         for host, status in (("elsewhere.example:4201", 400), ("127.0.0.1", 200), ("LocalHost:1", 200)):
             assert httpx.get(f"{url}/report/", headers={"Host": host}).status_code == status
+
+
+def test_the_server_is_for_its_own_page_and_its_files_for_this_user(settings, port, tmp_path, monkeypatch):
+    """A program stands in for Python, which would take half a minute to start Prefect."""
+    program, origins = tmp_path / "program", tmp_path / "origins"
+    program.write_text(
+        f"#!/bin/sh\ntouch {tmp_path}/prefect.db\n"
+        f'echo "$PREFECT_SERVER_CORS_ALLOWED_ORIGINS" > {origins}.new && mv {origins}.new {origins}\nexec sleep 60\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(serve.sys, "executable", str(program))
+    monkeypatch.setattr(serve, "status", lambda url: 200 if origins.exists() else None)
+    with serve.prefect_server(port, "me:secret"):
+        pass
+    assert (tmp_path / "prefect.db").stat().st_mode & 0o077 == 0
+    allowed = origins.read_text().strip()
+    assert allowed == f"http://127.0.0.1:{port},http://localhost:{port}"
+    monkeypatch.setenv("PREFECT_SERVER_CORS_ALLOWED_ORIGINS", allowed)
+    assert Settings().server.api.cors_allowed_origins == allowed, "Prefect reads this name"
