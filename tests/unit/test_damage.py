@@ -27,7 +27,7 @@ from blockpruner.methods.healed import kept_facts
 from blockpruner.params import read_values
 from blockpruner.search.trace import ITERATION
 from blockpruner.store.files import DIGEST, read_json, read_kept_json, read_table, write_sealed_json, write_table
-from blockpruner.store.manifest import read_report
+from blockpruner.store.manifest import require_verified
 from blockpruner.store.plans import load_plan, plan_fields
 from blockpruner.store.trials import TrialStore
 from tests.plans import plan_of
@@ -288,7 +288,7 @@ READERS = {
     "generation_config.json": ({"max_length": 20, "auto_map": {}}, plain, copied),
     "model.safetensors.index.json": (INDEX, plain, fetched),
     "blockpruner_healed.json": (HEALED, plain, kept_facts),
-    "verification.json": (REPORT, sealed, read_report),
+    "verification.json": (REPORT, sealed, require_verified),
     "blockpruner_plan.json": (plan_fields(PLAN), sealed, lambda folder: load_plan(folder / "blockpruner_plan.json")),
     "README.md": (CARD, card, lambda folder: (licence_beside(folder), card_fields(folder))),
     "run.yaml": (RUN, plain, lambda folder: read_values(folder / "run.yaml")),
