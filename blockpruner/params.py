@@ -90,8 +90,7 @@ class Loader(yaml.SafeLoader):
         nodes = [root]
         for node in nodes:
             value = getattr(node, "value", node)  # a mapping's are pairs of nodes
-            if isinstance(value, list | tuple):
-                nodes.extend(value)
+            nodes += value if isinstance(value, list | tuple) else ()
             if len(nodes) > MOST_VALUES:
                 raise yaml.MarkedYAMLError(problem="its aliases repeat too much; write it without them")
         return root

@@ -12,8 +12,8 @@ from blockpruner.checkpoints.card import HERE
 from blockpruner.core.errors import InputError
 from blockpruner.inputs.checkpoints import card_fields, checkpoint_identity, licence_of
 from blockpruner.inputs.hub import hub_error
-from blockpruner.store.files import require_inside
-from blockpruner.store.manifest import CARD_FILE, REPORT_FILE, SOURCE_FILE, read_report, require_verified
+from blockpruner.store.files import read_json, require_inside
+from blockpruner.store.manifest import CARD_FILE, REPORT_FILE, SOURCE_FILE, require_verified
 from blockpruner.store.plans import PLAN_FILE, load_plan
 
 
@@ -26,8 +26,8 @@ def files_to_push(checkpoint: Path, licence: Mapping[str, Any]) -> list[str]:
             f"{checkpoint} is not a verified checkpoint; give a folder that `blockpruner prune`, or the stage "
             "materialize, has written"
         )
-    found = read_report(checkpoint)
-    if found["ok"] is not True:
+    found = read_json(report)
+    if found.get("ok") is not True:
         raise InputError(
             f"{checkpoint} was not verified ({found.get('unchecked', 'the engine disagreed')}); install the engine and "
             "export it again"

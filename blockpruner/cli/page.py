@@ -20,8 +20,8 @@ from blockpruner.reporting.pages import Facts, Findings, Page, Section, to_html
 from blockpruner.reporting.plots import removed_map
 from blockpruner.reporting.report import INTRO, starts
 from blockpruner.reporting.table import Column, Number, Table
-from blockpruner.store.files import write_text
-from blockpruner.store.manifest import REPORT_FILE, read_report, require_verified
+from blockpruner.store.files import read_json, write_text
+from blockpruner.store.manifest import REPORT_FILE, require_verified
 
 
 def write_page_of(checkpoint: Path, out: Path) -> None:
@@ -31,7 +31,7 @@ def write_page_of(checkpoint: Path, out: Path) -> None:
         raise InputError(f"{checkpoint} has no {REPORT_FILE}; give a folder that prune or apply has written")
     files = require_verified(checkpoint)
     weights = sum((checkpoint / name).stat().st_size for name in files if name.endswith((".safetensors", ".gguf")))
-    healed, verified = kept_facts(checkpoint), read_report(checkpoint)
+    healed, verified = kept_facts(checkpoint), read_json(checkpoint / REPORT_FILE)
     perplexity = healed.perplexity if healed else {}
     findings = Findings(tuple(_findings(plan, verified, checkpoint, bool(perplexity))))
     pairs, _ = in_words(plan.kinds or {})

@@ -33,7 +33,6 @@ from blockpruner.store.files import (
     replace_directory,
     require_inside,
     set_aside,
-    temporary_beside,
     write_atomic,
     write_json,
     write_sealed_json,
@@ -43,6 +42,7 @@ from blockpruner.store.manifest import (
     CARD_FILE,
     SOURCE_FILE,
     digests,
+    fields_sha256,
     manifest,
     model_identity,
     weights_identity,
@@ -148,13 +148,10 @@ def checkpoint_weights(directory: Path) -> str:
 
 def identity_of(folder: Path) -> str:
     """The identity that a folder's checkpoint has once it is fetched without its code."""
-    with tempfile.TemporaryDirectory() as place:
-        own = temporary_beside(Path(place) / "model")
-        own.mkdir()
-        for path in _matching(folder, MODEL_FILES):
-            (own / path.name).symlink_to(path.resolve())
-        drop_code_(own)
-        return model_identity(manifest(own))
+    config = read_json(folder / "config.json")
+    config.pop("auto_map", None)
+    files = digests({path.name: path for path in _matching(folder, MODEL_FILES)})
+    return model_identity({**files, "config.json": fields_sha256(config)})
 
 
 def licence_of(directory: Path) -> dict[str, Any]:

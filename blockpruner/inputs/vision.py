@@ -43,11 +43,7 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     from transformers import AutoConfig
 
-    family = FAMILIES[known]
-    try:
-        fields = AutoConfig.for_model(**given).to_dict()
-    except Exception as error:  # of transformers, for values that it does not expect
-        raise InputError(f"config.json: text_config is no {own} model's: {error}", rule="settings") from error
+    fields, family = AutoConfig.for_model(**given).to_dict(), FAMILIES[known]
     if known != own:
         rotary = {key: value for key, value in fields["rope_parameters"].items() if not key.startswith("mrope")}
         names = AutoConfig.for_model(known).to_dict().keys()

@@ -5,7 +5,6 @@ Decides how a removed block is expressed in a live transformers model. The code 
 """
 
 import copy
-import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -164,11 +163,10 @@ def load_model(
         if "conversion" not in str(error):  # parts of a weight that do not add up to it
             raise
         raise InputError(f"{mismatch}(experts that are missing or of other shapes); {repair}") from error
-    except (InputError, MemoryError):
+    except InputError:
         raise
     except Exception as error:  # transformers takes config.json, and an adapter's beside it, for its own
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
-        raise InputError(f"the model in {directory} cannot be loaded ({reason}); {repair}") from error
+        raise InputError(f"the model in {directory} cannot be loaded ({error!r}); {repair}") from error
     problems = [
         f"{name.replace('_', ' ')}: {', '.join(sorted(str(key) for key in report[name])[:5])}"
         for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")

@@ -54,9 +54,14 @@ def content_sha256(path: Path) -> str:
     """SHA-256 of a file; of a config: of its fields, whatever their layout, without the version of transformers."""
     if path.name.endswith("config.json"):
         with suppress(ValueError, RecursionError):  # it is no JSON
-            fields = _without_version(json.loads(path.read_text(encoding="utf-8")))
-            return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+            return fields_sha256(json.loads(path.read_text(encoding="utf-8")))
     return _weights_sha256(path) if path.suffix == ".safetensors" else file_sha256(path)
+
+
+def fields_sha256(config: Any) -> str:
+    """As `content_sha256`, of a config's fields."""
+    content = json.dumps(_without_version(config), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _without_version(value: Any) -> Any:
@@ -87,7 +92,7 @@ def _digest(files: Manifest, names: Iterable[str]) -> str:
     return hashlib.sha256("".join(f"{name}:{files[name]}\n" for name in sorted(names)).encode()).hexdigest()
 
 
-class Report(BaseModel):
+class EngineReport(BaseModel):
     """What readers need of an engine's report."""
 
     ok: bool | None
@@ -96,15 +101,10 @@ class Report(BaseModel):
     manifest: dict[str, str]
 
 
-def read_report(directory: Path) -> dict[str, Any]:
-    """An engine's report on an export; raises InputError for anything else."""
-    return read_checked(directory / REPORT_FILE, Report, sealed=True)
-
-
 def require_verified(directory: Path) -> dict[str, str]:
     """The manifest of an export; raises InputError unless its files are those that were verified."""
     files = manifest(directory)
-    known = read_report(directory)["manifest"]
+    known = read_checked(directory / REPORT_FILE, EngineReport, sealed=True)["manifest"]
     changed = sorted(name for name in known.keys() | files.keys() if known.get(name) != files.get(name))
     if changed:
         raise InputError(

@@ -26,8 +26,16 @@ from blockpruner.inputs.texts import TEXTS, parse_texts
 from blockpruner.methods.healed import kept_facts
 from blockpruner.params import read_values
 from blockpruner.search.trace import ITERATION
-from blockpruner.store.files import DIGEST, read_json, read_kept_json, read_table, write_sealed_json, write_table
-from blockpruner.store.manifest import read_report
+from blockpruner.store.files import (
+    DIGEST,
+    read_checked,
+    read_json,
+    read_kept_json,
+    read_table,
+    write_sealed_json,
+    write_table,
+)
+from blockpruner.store.manifest import EngineReport
 from blockpruner.store.plans import load_plan, plan_fields
 from blockpruner.store.trials import TrialStore
 from tests.plans import plan_of
@@ -283,12 +291,16 @@ def sizes(folder):
     return fetch_config(LocalModel(source="path", path=str(folder)), folder / "pins")
 
 
+def verification(folder):
+    return read_checked(folder / "verification.json", EngineReport, sealed=True)
+
+
 READERS = {
     "config.json": (CONFIG, plain, sizes),
     "generation_config.json": ({"max_length": 20, "auto_map": {}}, plain, copied),
     "model.safetensors.index.json": (INDEX, plain, fetched),
     "blockpruner_healed.json": (HEALED, plain, kept_facts),
-    "verification.json": (REPORT, sealed, read_report),
+    "verification.json": (REPORT, sealed, verification),
     "blockpruner_plan.json": (plan_fields(PLAN), sealed, lambda folder: load_plan(folder / "blockpruner_plan.json")),
     "README.md": (CARD, card, lambda folder: (licence_beside(folder), card_fields(folder))),
     "run.yaml": (RUN, plain, lambda folder: read_values(folder / "run.yaml")),
