@@ -544,7 +544,11 @@ def test_every_setting_has_a_way_in(model, say, asked):
         (("--budget", "0.0000001M"), "'0.0000001M' is what is left; give less than the model's", ""),
         (("--config", "absent.yaml"), "absent.yaml does not exist", ""),
         (("--set", "calibration.score=response"), "calibration.score: response", "--set calibration.score="),
-        (("--method", "recommended", "--unit", "block"), "method: recommended, which also removes units of shifted", "--unit"),
+        (
+            ("--method", "recommended", "--unit", "block"),
+            "method: recommended, which also removes units of shifted",
+            "--unit",
+        ),
         (("--method", "shortgpt", "--unit", "block"), "method: shortgpt, which removes units of layer", "--unit"),
     ],
 )
