@@ -42,7 +42,7 @@ from blockpruner.methods.score import open_material
 from blockpruner.settings import Run
 from blockpruner.store.files import read_json, set_aside
 from blockpruner.store.manifest import require_verified
-from blockpruner.store.plans import NUMBERS, PLAN_FILE, load_plan, plan_fields
+from blockpruner.store.plans import PLAN_FILE, load_plan, plan_fields, unmeasured
 from blockpruner.store.provenance import fingerprint
 from blockpruner.versions import PLAN_VERSION, SCORE_VERSION, SEARCH_VERSION, WEIGHTS_VERSION
 
@@ -259,9 +259,9 @@ class Place:
             self.observer.note(f"{words} ({healing})")
             plan = replace(plan, compensate="none", train=False)
         run, dense = self.fetch_base(run, file, plan)
-        unknown = dict.fromkeys(NUMBERS["calibration"])  # what its author has measured, nobody has measured here
+        plan = unmeasured(plan)  # what its author has measured, nobody has measured here
         shares = {name: share for name, share in plan.removes.items() if name != "latency"}
-        plan = replace(plan, calibration=unknown, kinds=None, removes=shares, weights=checkpoint_weights(dense))
+        plan = replace(plan, removes=shares, weights=checkpoint_weights(dense))
         return self._export(run, self._pruning(run, dense, replace(plan, target=out.name), CalibrationSet(())), out)
 
     def fetch(self, run: Run) -> Path:
