@@ -233,8 +233,8 @@ def prune(
             stack.enter_context(METRICS.added(measure))
         name = search.name if search else str(method)
         changed = {"candidates": candidates, "options": options or {}, "metric": measure.name}
-        changed |= {} if unit is None else {"unit": unit}
-        changed |= {} if acceleration is None else {"acceleration": acceleration}
+        optional = {"unit": unit, "acceleration": acceleration}
+        changed |= {name: value for name, value in optional.items() if value is not None}
         drawn = {"seq_len": min(seq_len, model.config.max_position_embeddings or seq_len), "num_rows": num_rows}
         source = {"source": "path", "path": IN_MEMORY}
         own: dict[str, Any] = {"calibration": drawn, "score": changed, "compensate": compensate, "train": train}

@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from typer import Argument, Option
+from typer.core import TyperGroup
 
 from blockpruner import __version__
 from blockpruner.cli.values import called, data_of, model_of, to_json, values_of
@@ -68,7 +69,16 @@ CALIBRATION = f"Calibration texts: {FILES}"
 UNSEEN = f"Texts that prune has not seen, to measure perplexity on: {FILES}"
 Written = Annotated[Path, Argument(metavar="DIR", help="A folder that prune or apply has written.")]
 
-app = typer.Typer(rich_markup_mode="markdown", no_args_is_help=True, pretty_exceptions_enable=False)
+
+class Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EOFError as error:  # Click would take it for Ctrl-D, and end in "Aborted." alone
+            raise InputError("a file is cut short", rule="damaged-file") from error
+
+
+app = typer.Typer(cls=Commands, rich_markup_mode="markdown", no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 def _version(asked: bool) -> None:

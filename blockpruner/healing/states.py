@@ -7,6 +7,7 @@ be taken where the last one is damaged. What else is in a state is decided by th
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from blockpruner.core.errors import InputError
@@ -73,15 +74,12 @@ def _states(states: Path) -> dict[int, Path]:
 def _is_whole(state: Path, note: Callable[[str], object]) -> bool:
     if not (state / SEAL).exists():  # a kill came before its end
         return False
-    try:
-        known, files = read_json(state / SEAL, sealed=True)["manifest"], manifest(state)
+    with suppress(InputError):
+        files = manifest(state)
         del files[SEAL]
-        if files == known:
+        if files == read_json(state / SEAL, sealed=True)["manifest"]:
             return True
-        problem = f"{state} is damaged"
-    except InputError as error:
-        problem = str(error)
-    note(f"warning: {problem}; set aside as {set_aside(state).name}, and training continues from an earlier state")
+    note(f"warning: {state} is damaged: set aside as {set_aside(state).name}, and an earlier state is taken")
     return False
 
 
