@@ -26,8 +26,8 @@ def _check_unit(score: Score) -> None:
     units = {search.unit for search in searches(score).values()}
     if "unit" in score.model_fields_set and units != {score.unit}:
         raise InputError(
-            f"score.unit: {score.unit} does not fit method: {score.method}, whose units are {', '.join(sorted(units))}; "
-            "leave the unit out, or name a search, as in method: greedy",
+            f"score.unit: {score.unit} does not fit method: {score.method}, whose units are "
+            f"{', '.join(sorted(units))}; leave the unit out, or name a search, as in method: greedy",
             rule="unit-of-recipe", key="score.unit", value=score.unit,
         )  # fmt: skip
 
