@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
@@ -29,7 +29,7 @@ from blockpruner.inputs.checkpoints import GENERATION_FILE, LICENCE_FILES, copy_
 from blockpruner.inputs.texts import listed
 from blockpruner.inputs.tokenizers import conversation
 from blockpruner.methods.apply import Loaded, Made
-from blockpruner.methods.healed import FILE, Healed, find_healed, set_weights_
+from blockpruner.methods.healed import FILE, Healed, find_healed, parameter_digests, set_weights_
 from blockpruner.methods.kind import Material
 from blockpruner.methods.recipes import OWN_ROWS, RECIPES, RECOMMENDED, compensation, searches, sections
 from blockpruner.methods.registry import KINDS, kind_of_method
@@ -43,6 +43,7 @@ from blockpruner.search.trace import Current, read_trace, trace_directory
 from blockpruner.settings import Run
 from blockpruner.store.files import write_json, write_text
 from blockpruner.store.manifest import CARD_FILE, SOURCE_FILE
+from blockpruner.store.plans import unmeasured
 from blockpruner.store.provenance import fingerprint
 from blockpruner.store.tensors import read_tensors, tensor_bytes
 
@@ -115,6 +116,8 @@ class Pruned:
     """What was done to the weights that stay, in words, and perplexities of rows held out from it; None for nothing."""
     base: _Base
     """What exports take over from the dense model beside its weights."""
+    digests: Mapping[str, str] = field(repr=False)
+    """SHA-256 of each weight as `prune` left it. What is saved of other weights has no number in its card."""
 
     @property
     def taken_out(self) -> str:
@@ -143,11 +146,13 @@ class Pruned:
         require_exports(formats, KINDS[self.plan.kind], dtype)
         with tempfile.TemporaryDirectory() as own:
             dense, name = Path(own), Path(folder).absolute().name
-            plan = replace(self.plan, target=name, base=self.base.identity)
+            plan, healed = replace(self.plan, target=name, base=self.base.identity), self.healed
+            if parameter_digests(self.model) != self.digests:
+                plan, healed = unmeasured(plan), _changed(healed)
             self.base.write(dense, self.tokenizer)
             if (generation := self.model.generation_config) is not None:
                 write_text(dense / GENERATION_FILE, generation.to_json_string())
-            made = Made(dense, plan, CalibrationSet(()), dtype, "cpu", healed=self.healed, model=self.model)
+            made = Made(dense, plan, CalibrationSet(()), dtype, "cpu", healed=healed, model=self.model)
             pipeline.export(made, places)
         return places
 
@@ -228,8 +233,8 @@ def prune(
             stack.enter_context(METRICS.added(measure))
         name = search.name if search else str(method)
         changed = {"candidates": candidates, "options": options or {}, "metric": measure.name}
-        changed |= {} if unit is None else {"unit": unit}
-        changed |= {} if acceleration is None else {"acceleration": acceleration}
+        optional = {"unit": unit, "acceleration": acceleration}
+        changed |= {name: value for name, value in optional.items() if value is not None}
         drawn = {"seq_len": min(seq_len, model.config.max_position_embeddings or seq_len), "num_rows": num_rows}
         source = {"source": "path", "path": IN_MEMORY}
         own: dict[str, Any] = {"calibration": drawn, "score": changed, "compensate": compensate, "train": train}
@@ -278,7 +283,7 @@ def prune(
             weights = read_tensors(place / "trained" / FILE)[0]
         pruned = KINDS[plan.kind].apply_(model, plan, ())
         set_weights_(pruned, weights)
-        return Pruned(pruned, tokenizer, plan, tuple(trace), firm, healed.facts, told, base)
+        return Pruned(pruned, tokenizer, plan, tuple(trace), firm, healed.facts, told, base, parameter_digests(pruned))
 
 
 def evaluate(
@@ -313,6 +318,13 @@ def evaluate(
 
 def _name(function: Callable[..., Any]) -> str:
     return str(getattr(function, "__name__", type(function).__name__))
+
+
+def _changed(healed: Healed | None) -> Healed:
+    """What a card says of weights that their owner has changed since, as by training."""
+    changed = healed or Healed(Path(), "", "", (), "")
+    before = f"{healed.words}, " if healed else ""
+    return replace(changed, words=f"{before}then changed, after which nothing was measured", perplexity={})
 
 
 def _identity(model: PreTrainedModel) -> str:

@@ -25,11 +25,9 @@ def _check_unit(score: Score) -> None:
     """Refuse a unit that the user names and a search of the recipe replaces; raises InputError."""
     units = {search.unit for search in searches(score).values()}
     if "unit" in score.model_fields_set and units != {score.unit}:
-        also = "also " if score.unit in units else ""
-        others = ", ".join(sorted(units - {score.unit}))
         raise InputError(
-            f"score.unit: {score.unit} does not fit method: {score.method}, which {also}removes units of {others}; "
-            "leave the unit out, or name a search, as in method: greedy",
+            f"score.unit: {score.unit} does not fit method: {score.method}, whose units are "
+            f"{', '.join(sorted(units))}; leave the unit out, or name a search, as in method: greedy",
             rule="unit-of-recipe", key="score.unit", value=score.unit,
         )  # fmt: skip
 

@@ -44,7 +44,7 @@ from blockpruner.settings import Run
 from blockpruner.store.files import clear_left, read_json, remove_temporaries, set_aside
 from blockpruner.store.locks import hold, this_process
 from blockpruner.store.manifest import require_verified
-from blockpruner.store.plans import NUMBERS, PLAN_FILE, load_plan, plan_fields
+from blockpruner.store.plans import PLAN_FILE, load_plan, plan_fields, unmeasured
 from blockpruner.store.provenance import fingerprint
 from blockpruner.versions import PLAN_VERSION, SCORE_VERSION, SEARCH_VERSION, WEIGHTS_VERSION
 
@@ -273,9 +273,9 @@ class Place:
             self.observer.note(f"{words} ({healing})")
             plan = replace(plan, compensate="none", train=False)
         run, dense = self.fetch_base(run, file, plan)
-        unknown = dict.fromkeys(NUMBERS["calibration"])  # what its author has measured, nobody has measured here
+        plan = unmeasured(plan)  # what its author has measured, nobody has measured here
         shares = {name: share for name, share in plan.removes.items() if name != "latency"}
-        plan = replace(plan, calibration=unknown, kinds=None, removes=shares, weights=checkpoint_weights(dense))
+        plan = replace(plan, removes=shares, weights=checkpoint_weights(dense))
         return self._export(run, self._pruning(run, dense, replace(plan, target=out.name), CalibrationSet(())), out)
 
     def fetch(self, run: Run) -> Path:

@@ -7,7 +7,8 @@ from pathlib import Path
 from blockpruner.core.progress import Observer
 from blockpruner.evaluation.perplexity import measure_perplexity
 from blockpruner.healing.settings import Train
-from blockpruner.healing.trainer import BEST, train_
+from blockpruner.healing.states import BEST
+from blockpruner.healing.trainer import train_
 from blockpruner.inputs.calibration import CalibrationSet, check_context
 from blockpruner.methods.apply import Pruning, pruned_copy
 from blockpruner.methods.healed import TRAIN_FACTS, changed_weights, load_healed_, parameter_digests, save_healed

@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
@@ -31,15 +29,14 @@ from blockpruner.core.errors import NonFiniteLossError
 from blockpruner.core.progress import Observer
 from blockpruner.healing.loss import TrainingLoss
 from blockpruner.healing.settings import Train
+from blockpruner.healing.states import BEST, drop_old_states, last_state, seal_state
 from blockpruner.healing.weights import TrainedWeights, trained_weights_
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model import accelerator
 from blockpruner.model.models import decoder_layers
 from blockpruner.model.team import ALONE, Team
-from blockpruner.store.files import write_atomic, writing
-
-BEST = "best.safetensors"
-"""The file of the best weights so far, beside the checkpoints."""
+from blockpruner.store.files import writing
+from blockpruner.store.tensors import read_tensors, write_tensors
 
 SECONDS, SHARE = 60.0, 50
 """The least time between two checkpoints, and how many times that of writing one it is."""
@@ -66,7 +63,7 @@ def train_(
         teacher: the dense model, used if the recipe has `distill`. Where adapters are trained, it may share tensors
             with `model`; in the end, when it has done its work, the adapters are merged into these.
         validation: rows that are not trained on. The state that is best on them is kept, be it the one before training.
-        states: folder of the checkpoints of this very training, from which a killed one goes on. The last one is left.
+        states: folder of the states of this very training, from which a killed one goes on. The last two are left.
             Each process of a team has its own.
         team: the processes that train together, each with the same model, teacher and rows on its device.
 
@@ -84,10 +81,10 @@ def train_(
         start = {} if validation is None else trainer.evaluate()
         trainer.rehearse()
         before = {name: master.detach().clone().cpu() for name, master in weights.state_dict().items()}
-        last = _last_checkpoint(states, team)
+        last = last_state(states, team, observer.note)
         observer.begin("train")
-        trainer.add_callback(_Watch(observer, last, weights, states / BEST, start.get("eval_loss", math.inf), team))
-        trainer.train(resume_from_checkpoint=last)
+        trainer.add_callback(_Watch(observer, last, weights, states, start.get("eval_loss", math.inf), team))
+        trainer.train(resume_from_checkpoint=last and str(last))
     log = trainer.state.log_history
     losses = [entry["loss"] for entry in log if "loss" in entry]
     curve = [
@@ -96,11 +93,12 @@ def train_(
         if "eval_loss" in each
     ]
     step = min(curve, key=lambda each: each["loss"])["step"] if curve else len(losses)
-    if curve and step:  # on a GPU, steps that are taken again may lead elsewhere: what counts is in the file
-        with safe_open(states / BEST, "pt") as file:
-            step = int(file.metadata()["step"])
     if curve:
-        weights.load_state_dict(load_file(states / BEST) if step else before)
+        best_weights = before
+        if step:  # on a GPU, steps that are taken again may lead elsewhere: what counts is in the file
+            best_weights, facts = read_tensors(states / BEST)
+            step = int(facts["step"])
+        weights.load_state_dict(best_weights)
     weights.show_()
     weights.end_()
     if dtype is torch.float16:
@@ -142,7 +140,7 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             data_seed=recipe.seed, learning_rate=recipe.learning_rate, lr_scheduler_type=recipe.schedule,
             warmup_steps=round(recipe.warmup * steps), optim="adamw_torch" if is_cpu else "adamw_torch_fused",
             eval_strategy="no" if validation is None else "steps", eval_steps=recipe.validate_every,
-            save_strategy="no", save_total_limit=min(2, self.team.count),  # of a team, one may be a step behind
+            save_strategy="no",  # `_Watch` asks for states
             logging_steps=1, logging_nan_inf_filter=False, remove_unused_columns=False,
             disable_tqdm=True, report_to="none", dataloader_pin_memory=False,
             use_cpu=True,  # the weights stay where they are; it would move them, or copy them to all GPUs
@@ -270,9 +268,9 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     """Reports progress, keeps the best weights, and has states saved from time to time, and the last one validated."""
 
     def __init__(
-        self, observer: Observer, last: str | None, weights: TrainedWeights, best: Path, least: float, team: Team
+        self, observer: Observer, last: Path | None, weights: TrainedWeights, states: Path, least: float, team: Team
     ) -> None:
-        self.observer, self.last, self.weights, self.best, self.least = observer, last, weights, best, least
+        self.observer, self.last, self.weights, self.states, self.least = observer, last, weights, states, least
         self.team = team
         self.first, self.began, self.next = 0, 0.0, time.monotonic() + SECONDS
 
@@ -285,6 +283,8 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.began, is_last = time.monotonic(), state.global_step == state.max_steps
         control.should_save = is_last or self.team.agree(self.team.rank == 0 and self.began >= self.next) > 0
+        if control.should_save:
+            drop_old_states(self.states)
         if is_last:
             control.should_evaluate = args.eval_strategy != "no"
 
@@ -292,10 +292,10 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         self.began = time.monotonic()
         if metrics["eval_loss"] < self.least:
             self.least = metrics["eval_loss"]
-            kept = {name: master.detach().contiguous() for name, master in self.weights.state_dict().items()}
-            write_atomic(self.best, lambda path: save_file(kept, path, {"step": str(state.global_step)}))
+            write_tensors(self.states / BEST, self.weights.state_dict(), {"step": str(state.global_step)})
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        seal_state(self.states, state.global_step)
         self.next = time.monotonic() + max(SECONDS, SHARE * (time.monotonic() - self.began))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
@@ -307,15 +307,6 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
 def _batch(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     return {"ids": ids, "lengths": torch.tensor([len(row) for row in rows])}
-
-
-def _last_checkpoint(states: Path, team: Team) -> str | None:
-    """The last checkpoint that every process has written to its end: the file of the Trainer's state comes last, and
-    ends so."""
-    ends = states.glob("checkpoint-*/trainer_state.json")
-    found = {int(path.parent.name.split("-")[1]) for path in ends if path.read_bytes().endswith(b"\n}\n")}
-    last = max(team.common(found), default=None)
-    return None if last is None else str(states / f"checkpoint-{last}")
 
 
 def _cast_(model: PreTrainedModel, dtype: torch.dtype) -> None:

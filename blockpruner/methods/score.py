@@ -36,19 +36,20 @@ if TYPE_CHECKING:
 def open_material(
     checkpoint: Path, model: Model, runtime: Runtime, trials: Path, observer: Observer
 ) -> Iterator[Material]:
-    """A fetched checkpoint as methods use it. Torch is loaded only when something must be computed. Raises InputError if
-    its files are not those that were fetched."""
-    require_unchanged(checkpoint)
+    """A fetched checkpoint as methods use it. Torch is loaded only when something must be computed, which raises
+    InputError if the files are not those that were fetched."""
 
     @cache
     def dense() -> PreTrainedModel:
         from blockpruner.model.models import set_threads
         from blockpruner.scoring.large.visiting import load_for_fit
 
+        require_unchanged(checkpoint)
         set_threads(runtime.threads)
         return load_for_fit(checkpoint, model.dtype, runtime.device, model.trust_remote_code, runtime.attention)
 
     def scorer() -> Any:
+        require_unchanged(checkpoint)
         trusted, note, advance = model.trust_remote_code, observer.note, observer.advance
         return make_scorer(checkpoint, model.dtype, runtime, trust_remote_code=trusted, note=note, advance=advance)
 

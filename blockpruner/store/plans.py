@@ -5,7 +5,7 @@ A plan may come from a stranger. Whether it fits a model is decided where it is 
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,11 @@ NUMBERS = {
     "calibration": ("rows", "tokens", "dense_perplexity", "perplexity"),
 }
 """Keys of a plan's mappings that every plan has: numbers, in the last mapping also null."""
+
+
+def unmeasured(plan: Plan) -> Plan:
+    """The plan without the perplexities of a model that has other weights."""
+    return replace(plan, calibration=dict.fromkeys(NUMBERS["calibration"]), kinds=None)
 
 
 def plan_fields(plan: Plan) -> dict[str, Any]:

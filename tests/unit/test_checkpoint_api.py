@@ -24,6 +24,8 @@ from blockpruner.checkpoints import card as card_module
 from blockpruner.checkpoints import hf, verification, verify_llama_cpp
 from blockpruner.checkpoints.hf import export_hf
 from blockpruner.checkpoints.registry import require_exports
+from blockpruner.cli import exporting
+from blockpruner.cli import pruning as pruning_module
 from blockpruner.core.blocks import DENSE, all_blocks
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import count_parameters
@@ -481,6 +483,27 @@ def test_formats_are_written_of_a_model_in_memory_and_verified(tmp_path, compens
     monkeypatch.setattr(verify_llama_cpp, "ENGINE", "no_such_engine")
     (place,) = compensated.save_pretrained(tmp_path / "more", ["gguf"]).values()
     assert (place / "model-F16.gguf").exists(), "though the model's weights require gradients"
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_card_gives_no_number_of_weights_that_were_changed_since(tmp_path, compensated):
+    """As by training of the user's own; other formats that are made of the checkpoint later say the same."""
+    numbers = [compensated.plan.calibration["perplexity"], *compensated.compensation["perplexity"].values()]
+    with torch.no_grad():
+        compensated.model.model.norm.weight.mul_(1.5)
+    compensated.save(tmp_path / "out")
+    place = pruning_module.Place(tmp_path / "cache", "cpu", SilentObserver(), "nas")
+    exporting.export(tmp_path / "out", place)
+    plan = load_plan(tmp_path / "out/blockpruner_plan.json")
+    assert plan.calibration["perplexity"] is None and plan.kinds is None and plan.removed == ("mlp.0",)
+    for folder in ("out", "out-nas"):
+        card = (tmp_path / folder / "README.md").read_text()
+        assert (
+            "compensated without training (refit" in card and "then changed, after which nothing was measured" in card
+        )
+        assert not [number for number in numbers if f"{number:.3f}" in card] and "model-index" not in card
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert torch.equal(again.model.norm.weight, compensated.model.model.norm.weight)
 
 
 def files_in(folder):

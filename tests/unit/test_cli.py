@@ -630,10 +630,10 @@ def test_every_setting_has_a_way_in(model, say, asked):
         (("--set", "calibration.score=response"), "calibration.score: response", "--set calibration.score="),
         (
             ("--method", "recommended", "--unit", "block"),
-            "method: recommended, which also removes units of shift",
+            "method: recommended, whose units are block, shifted",
             "--unit",
         ),
-        (("--method", "shortgpt", "--unit", "block"), "method: shortgpt, which removes units of layer", "--unit"),
+        (("--method", "shortgpt", "--unit", "block"), "method: shortgpt, whose units are layer", "--unit"),
     ],
 )
 def test_what_is_refused_is_named_as_the_command_calls_it(model, place, say, more, words, here):
@@ -660,6 +660,18 @@ def test_no_command_uses_a_damaged_checkpoint_of_ours(model, place, say):
     for use in uses:
         code, out, err = say(*use)
         assert (code, out) == (2, "") and "out is not what was verified: model.safetensors changed" in err, use
+
+
+def test_the_end_of_a_file_is_not_taken_for_the_end_of_typing(model, place, say, monkeypatch):
+    """As torch and gzip report a file that is cut short."""
+
+    def load(*_):
+        raise EOFError("Ran out of input")
+
+    monkeypatch.setattr(talking, "load_model", load)
+    code, _, err = say("eval", model, "--tasks", "piqa", "--items", items(place))
+    assert code == 2 and "Aborted" not in err
+    assert err.splitlines()[-1].startswith("error: a file is cut short; if it is in the folder of --cache, delete")
 
 
 @pytest.mark.usefixtures("place")
@@ -908,10 +920,14 @@ def test_a_note_names_a_key_as_the_command_does(place, say, monkeypatch):
     assert code == 2 and "set calibration.split: all" in err and "(here: --set calibration.split=VALUE)" in err
 
 
-def test_eval_prints_what_the_benchmarks_of_the_library_score(model, place, say):
+def items(place):
     (place / "items").mkdir()
     pq.write_table(tables_of("piqa")["validation"], place / "items/piqa_validation.parquet")
-    given = ("eval", model, "--tasks", "piqa", "--items", "items")
+    return "items"
+
+
+def test_eval_prints_what_the_benchmarks_of_the_library_score(model, place, say):
+    given = ("eval", model, "--tasks", "piqa", "--items", items(place))
     found = done(say(*given, "--json"))
     expected = zero_shot.evaluate(load_model(model, "float32"), tiny_tokenizer(), "piqa", write_tasks(place / "tasks"))
     assert found == {"piqa": expected.scores}

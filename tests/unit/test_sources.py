@@ -400,7 +400,7 @@ def weights_outside(folder):
         (lambda folder: (folder / "config.json").unlink(), "does not exist or has no config.json"),
         (
             weights_outside,
-            r"model.safetensors.index.json names '../outside.safetensors', which is no file of the model",
+            r"model.safetensors.index.json names '../outside.safetensors', which is no file of the model's own",
         ),
     ],
     ids=["pickled weights", "unsupported family", "no config", "weights outside"],

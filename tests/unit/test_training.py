@@ -20,6 +20,7 @@ from blockpruner.healing import loss, trainer
 from blockpruner.healing.loss import TrainingLoss
 from blockpruner.healing.rows import training_rows
 from blockpruner.healing.settings import Train
+from blockpruner.healing.states import BEST, drop_old_states, last_state, seal_state
 from blockpruner.healing.train import write_trained
 from blockpruner.healing.trainer import train_
 from blockpruner.inputs.calibration import CalibrationSet
@@ -27,7 +28,9 @@ from blockpruner.model.models import decoder_layers, prune_
 from blockpruner.model.narrow import narrow_
 from blockpruner.model.team import ALONE, together
 from blockpruner.scoring import losses
+from blockpruner.store.files import write_atomic
 from tests.plans import fetch_tiny, plan_of, pruning
+from tests.power import forked
 from tests.tiny import GRID, full_nll, tiny_model, tiny_tokenizer, tolerance
 
 MASK = parse_mask("mha.0,mlp.1,mha.2,mlp.2")  # an MLP-only layer, an attention-only layer, a layer that is gone
@@ -374,6 +377,89 @@ def test_a_killed_run_ends_in_the_same_weights(tmp_path, monkeypatch, dtype, cha
     assert {path.name for path in tmp_path.iterdir()} == {"killed", "undisturbed"}
     for name, weight in weights_of(model).items():
         assert torch.equal(weight, weights_of(undisturbed)[name]), name
+
+
+STATE_FILES = (
+    "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.bin",
+    "seal.json", "best.safetensors",
+)  # fmt: skip
+DISTURBED = changed(epochs=3, batch=1, accumulation=2, validate_every=2)
+
+
+@pytest.fixture(scope="module")
+def disturbed(tmp_path_factory):
+    """The facts and weights of a training of six steps, and its last two states, as a kill at its end leaves them."""
+    states, model = tmp_path_factory.mktemp("disturbed"), pruned()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "SECONDS", 0.0)
+        patch.setattr(trainer, "SHARE", 0)
+        facts = train(model, states, DISTURBED, validation=ROWS)
+    return facts, weights_of(model), states
+
+
+def flip(content):
+    """A bit of the last byte that is not zero: an archive's padding counts, too."""
+    place = len(content.rstrip(b"\0")) - 1
+    return content[:place] + bytes([content[place] ^ 64]) + content[place + 1 :]
+
+
+def empty(content):
+    """As a cut of power may leave a file that nobody has synced."""
+    return b""
+
+
+@pytest.mark.parametrize(
+    ("names", "damage"),
+    [*(((name,), how) for name in STATE_FILES for how in (flip, empty)), (("*.pt", "*.json"), flip)],
+)
+def test_a_damaged_state_is_set_aside_and_the_weights_are_the_same(tmp_path, disturbed, names, damage):
+    """One file of the newer one of two states; or several files of both, so that training begins anew."""
+    facts, weights, killed = disturbed
+    states, watch, model = shutil.copytree(killed, tmp_path / "states"), Watch(), pruned()
+    _, newest = sorted(states.glob("checkpoint-*"))
+    for name in names:
+        for path in [newest / name] if len(names) == 1 else [*states.rglob(name)]:
+            path.write_bytes(damage(path.read_bytes()))
+    assert train(model, states, DISTURBED, validation=ROWS, observer=watch) == facts
+    assert all(torch.equal(weight, weights[name]) for name, weight in weights_of(model).items())
+    assert f"{newest.name}.bad" in watch.notes[0]
+    assert watch.steps == (1 if len(names) == 1 else 6)  # from the state after five steps, or from none
+
+
+def write_states(folder, sealed):
+    """Two states, as the Trainer writes them; `sealed` names the last one that was promised to be on disk."""
+    for step in (1, 2):
+        drop_old_states(folder)
+        write_atomic(folder / BEST, lambda path, step=step: path.write_bytes(b"best %d" % step))
+        (folder / f"checkpoint-{step}").mkdir()
+        for name in ("optimizer.pt", "trainer_state.json"):
+            (folder / f"checkpoint-{step}" / name).write_bytes(b"%d" % step * 100)
+        seal_state(folder, step)
+        sealed.write_text(str(step))
+
+
+@pytest.mark.parametrize("mode", ["lost", "reordered"])
+def test_a_sealed_state_outlives_a_cut_of_power_before_any_write(tmp_path, mode):
+    folder, sealed, notes = tmp_path / "states", tmp_path / "sealed", []
+    for cut in count(1):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        sealed.write_text("0")
+        code, _ = forked(folder, lambda: write_states(folder, sealed), tmp_path / "log", cut, mode)
+        found, least = last_state(folder, ALONE, notes.append), int(sealed.read_text())
+        step = 0 if found is None else int(found.name.partition("-")[2])
+        assert step in (least, least + 1), f"write {cut}"
+        if found is not None:
+            content = {path.name: path.read_bytes() for path in found.iterdir() if path.name != "seal.json"}
+            assert content == {
+                "optimizer.pt": b"%d" % step * 100,
+                "trainer_state.json": b"%d" % step * 100,
+                BEST: b"best %d" % step,
+            }
+            assert (folder / BEST).read_bytes() == content[BEST]
+        if code == 0:
+            break
+    assert cut > 20 and step == 2 and not notes
 
 
 @contextmanager
