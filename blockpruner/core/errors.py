@@ -36,10 +36,16 @@ class MissingPackageError(InputError, ImportError):
     """A package that only some uses need is not installed; names the extra that installs it."""
 
 
+def package(extra: str = "") -> str:
+    """What pip must be given in a clone to install this package: the name on PyPI may be anybody's."""
+    return f"'.[{extra}]'" if extra else "'.'"
+
+
 def missing(name: str, extra: str) -> MissingPackageError:
-    where = f"'.[{extra}]'" if extra else "'.'"  # of the clone: the name on PyPI may be anybody's
-    message = f"this needs the package {name}, which is not installed: in a clone of blockpruner, pip install {where}"
-    return MissingPackageError(message)
+    return MissingPackageError(
+        f"this needs the package {name}, which is not installed: in a clone of blockpruner, pip install "
+        f"{package(extra)}"
+    )
 
 
 @contextmanager
