@@ -63,7 +63,7 @@ def derived(recorded: Mapping[str, Any]) -> dict[str, Any]:
     for name in params.studies:
         folder = name if load_study(name).experiments else "models"
         found["tables"][name] = {"manifests": f"data/manifests/{folder}"}
-    return {**found, **recorded}
+    return {**recorded, **found}
 
 
 def local_paths(sources: Sources) -> list[str]:
