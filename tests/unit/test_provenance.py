@@ -52,3 +52,21 @@ def test_a_record_is_of_the_commit_and_the_files_that_a_stage_began_with(
     stages.run("report", lambda item: (params.write_text("after"), commits.append("after")))
     found = read_json(Path("data/provenance/report.json"))
     assert (found["commit"], found["inputs"]["sha256"]) == ("before", {"params.yaml": digest})
+
+
+def test_a_fault_of_a_stage_is_one_line_and_a_log_beside_its_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["stages.score", "tiny"])
+    (tmp_path / "data/provenance").mkdir(parents=True)
+
+    def main(item: str) -> None:
+        raise KeyError(item)
+
+    with pytest.raises(SystemExit) as end:
+        stages.run("score", main)
+    (log,) = (tmp_path / "data/provenance").glob("*.log")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 1 and line.startswith("error in stage score tiny: KeyError: 'tiny'") and log.name in line
+    assert "in main" in log.read_text() and not (tmp_path / "data/evidence").exists()
