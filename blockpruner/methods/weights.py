@@ -97,7 +97,7 @@ def _score(name: str, options: type[Options], plan: Planner, version: int, job: 
             known, started = read_kept_json(path, observer.note), time.monotonic()
             found = known or find(parse_budget(text, job.resources["parameters"]))
             if known is None:
-                write_json(path.with_name(TOOK), (0, 0, round(time.monotonic() - started, 2)))
+                write_json(path.with_name(TOOK), {"took": [0, 0, round(time.monotonic() - started, 2)]})
                 write_sealed_json(path, found)
             is_measured |= "nll" in found
             words = (

@@ -186,7 +186,7 @@ def search_cost(tables: Sequence[Path], directory: Path) -> dict[str, float]:
     if tables:
         found = [json.loads(read_table(path, ITERATION)[1].get("took", "null")) for path in tables]
     else:
-        found = [read_json(directory / TOOK) if (directory / TOOK).exists() else None]
+        found = [read_json(directory / TOOK)["took"] if (directory / TOOK).exists() else None]
     if None in found:
         return {}
     timed, other, seconds = map(sum, zip(*found, strict=True))
