@@ -7,7 +7,7 @@ from functools import partial
 
 from blockpruner import pipeline
 from blockpruner.core.progress import observer
-from blockpruner.dag import read_dag
+from blockpruner.dag import read_dag, require_current
 from blockpruner.methods.recipes import compensation
 from blockpruner.methods.score import headline, open_material
 from blockpruner.params import load_params
@@ -18,6 +18,7 @@ from stages import DATA, run, searched, sections
 
 def main(name: str) -> None:
     entry, runtime, watch = read_dag()["searches"][name], load_params().runtime, observer()
+    require_current(machine="machine" in entry)  # in 16 bits the search is of one machine
     run_name, method = entry["run"], entry["method"]
     asked, model, checkpoint = searched(run_name, method), sections(run_name).model, DATA / "models" / run_name
     rows = pipeline.Rows.load(DATA / "calibration" / run_name, "search", "fit", "judge")

@@ -119,14 +119,15 @@ def missing(command):
         return missing_of_module(*words[1:])
     if program == "make":
         rules = re.findall(r"^([\w -]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        return set(words) - {target for rule in rules for target in rule.split()}
+        targets = {word for word in words if not re.match(r"[A-Z]+=", word)}  # not settings of variables
+        return targets - {target for rule in rules for target in rule.split()}
     try:
         parsed = get_main_parser().parse_args(words)
     except DvcParserError:
         return {command}
     dag = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    names = {"", "<run>", *params["runs"], *params["targets"]}
+    names = {"", "<run>", "<run>-<method>", *params["runs"], *params["targets"]}
     stages = [target.partition("@") for target in getattr(parsed, "targets", None) or ()]
     keys = [key.split(".") for key in getattr(parsed, "set_param", None) or ()]
     unknown = {stage for stage, _, name in stages if stage not in dag or name not in names}

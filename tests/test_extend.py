@@ -24,7 +24,9 @@ from blockpruner.studies import load_study, write_tables
 from tests.tiny import VOCABULARY, save_tiny, tiny_model, tiny_tokenizer
 
 PAGE = Path(__file__).parents[1] / "docs" / "extend.md"
-EXAMPLES = dict(re.findall(r"\n## (.*?)\n.*?```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL))
+EXAMPLES = dict(
+    re.findall(r"\n## ([^\n]*)\n(?:(?!\n## ).)*?```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+)
 TEXTS = [f"sentence {number} of a small calibration set, with some words" for number in range(6)]
 
 

@@ -65,7 +65,7 @@ SETTINGS = {
 PAPER, VERSION, MODEL = "the number of a paper", "a version", "a model's name"
 SETTINGS |= {
     "CHANGELOG.md": {"arXiv 2406.10594": PAPER, "ERNIE 4.5": MODEL, "a card of 80 GB": "a card that is sold"},
-    "CONTRIBUTING.md": {"Python 3.11": VERSION, "an environment of 3.4 GB": "what a download takes"},
+    "CONTRIBUTING.md": {"Python 3.11": VERSION, "3.13": VERSION, "an environment of 3.4 GB": "what a download takes"},
     "SECURITY.md": {},
     "benchmarks/README.md": {},
     "docs/README.md": {},
@@ -85,7 +85,7 @@ SETTINGS |= {
         "3.00 %, blocks of 1.00 % and 2.01 %": "arithmetic on the shape of a model",
         "factors below 1.2 at 10 %, and below 1.65 at 20 and 30 %": "a rule of the study",
     },
-    "docs/operations.md": {"after 10 seconds": "a time limit"},
+    "docs/operations.md": {"after 10 seconds": "a time limit", "256 MiB": "a limit"},
     "docs/paper.md": {"more than a point, or 1 %": "the rule of a check"},
     "docs/performance.md": {},
     "docs/quality.md": {},

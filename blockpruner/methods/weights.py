@@ -27,7 +27,7 @@ from blockpruner.scoring.objectives import Counts, Objective, in_one_origin
 from blockpruner.scoring.scorers import LazyScorer
 from blockpruner.scoring.work import Rows
 from blockpruner.search.trace import TOOK, Current, search_fingerprint, trace_directory
-from blockpruner.store.files import read_json, read_kept_json, write_json, write_sealed_json
+from blockpruner.store.files import read_json, read_kept_json, write_sealed_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -97,7 +97,7 @@ def _score(name: str, options: type[Options], plan: Planner, version: int, job: 
             known, started = read_kept_json(path, observer.note), time.monotonic()
             found = known or find(parse_budget(text, job.resources["parameters"]))
             if known is None:
-                write_json(path.with_name(TOOK), {"took": [0, 0, round(time.monotonic() - started, 2)]})
+                write_sealed_json(path.with_name(TOOK), {"took": [0, 0, round(time.monotonic() - started, 2)]})
                 write_sealed_json(path, found)
             is_measured |= "nll" in found
             words = (

@@ -50,11 +50,13 @@ ITERATION = pa.schema(
 - row_loss, row_nll: the losses of single rows, from the first one on, from which trial stores are seeded.
 - lazy_choice: in an audited iteration, whether this mask had been chosen before all candidates entered; else null.
 
-In 16 bits the file's metadata have the origin of the losses, as names and numbers. `took` there is what the iteration
-took: scores whose time is known, other scores, and seconds.
+In 16 bits the file's metadata have the origin of the losses, as names and numbers. What the iteration took lies beside
+the table, in a file of its own, so that the same search writes the same tables.
 """
 
 Took = tuple[int, int, float]
+"""Scores whose time is known, other scores, and seconds."""
+
 TOOK = "took.json"
 
 
@@ -73,11 +75,20 @@ def table_path(directory: Path, index: int) -> Path:
 
 
 def write_iteration(directory: Path, iteration: Iteration, search: str, took: Took = (0, 0, 0.0)) -> None:
-    """Write one table, with what the iteration took, once: the same one that is there stays as it is."""
+    """Write one table, and beside it what the iteration took; each stays as it is where it is there and whole."""
     path = table_path(directory, iteration.index)
+    is_written = False
     with suppress(InputError):
-        if read_iteration(directory, iteration.index, search) == iteration:
-            return
+        is_written = read_iteration(directory, iteration.index, search) == iteration
+    if not is_written:
+        _write_table(path, iteration, search)
+    try:
+        read_json(path.with_suffix(".json"), sealed=True)
+    except InputError:
+        write_sealed_json(path.with_suffix(".json"), {"took": took})
+
+
+def _write_table(path: Path, iteration: Iteration, search: str) -> None:
     scores, nll = iteration.scores, iteration.nll
     table = pa.table(
         {
@@ -96,7 +107,6 @@ def write_iteration(directory: Path, iteration: Iteration, search: str, took: To
     )
     facts = {"search": search, "iteration": str(iteration.index)}
     facts |= {"origin": json.dumps(dict(iteration.origin)), "environment": json.dumps(environment())}
-    facts["took"] = json.dumps(took)
     write_table(path, table, facts)
 
 
@@ -181,15 +191,12 @@ def seed_stores(directory: Path, search: str, store: TrialStore, nll: TrialStore
 
 
 def search_cost(tables: Sequence[Path], directory: Path) -> dict[str, float]:
-    """What a search took, for `speed.json`: by its tables, or by `took.json` of a search without any. Empty where one
-    of them does not hold it."""
-    if tables:
-        found = [json.loads(read_table(path, ITERATION)[1].get("took", "null")) for path in tables]
-    else:
-        found = [read_json(directory / TOOK)["took"] if (directory / TOOK).exists() else None]
-    if None in found:
+    """What a search took, for `speed.json`: by the files beside its tables, or by `took.json` of a search without any.
+    Empty where one of them is missing."""
+    paths = [path.with_suffix(".json") for path in tables] or [directory / TOOK]
+    if not all(path.exists() for path in paths):
         return {}
-    timed, other, seconds = map(sum, zip(*found, strict=True))
+    timed, other, seconds = map(sum, zip(*(read_json(path, sealed=True)["took"] for path in paths), strict=True))
     return {"seconds": seconds, "trials_asked": timed + other, "trials_computed": timed}
 
 

@@ -76,6 +76,8 @@ def explained(error: Exception, logs: Path) -> InputError:
     if isinstance(error, MemoryError) or NO_MEMORY.search(words):
         fix = "choose a smaller model or shorter rows, end other programs, or use a machine with more"
         return InputError(f"the memory is used up ({words or 'MemoryError'}); {fix}", rule="no-memory")
+    if isinstance(error, EOFError):
+        return InputError("a file is cut short", rule="damaged-file")
     if isinstance(error, ModuleNotFoundError):
         return InputError(f"this needs the package {error.name}, which is not installed: pip install {error.name}")
     if isinstance(error, ImportError) and "pip install" in words:

@@ -59,6 +59,7 @@ def test_a_fault_of_a_stage_is_one_line_and_a_log_beside_its_record(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["stages.score", "tiny"])
+    monkeypatch.setattr(stages, "require_current", lambda: None)
     (tmp_path / "data/provenance").mkdir(parents=True)
 
     def main(item: str) -> None:

@@ -101,7 +101,9 @@ def evaluate(root, observer, checkpoint="pruned", subject=None, processes=1, **c
 
 def call_verified(checkpoint):
     """As after a verification that found no difference."""
-    write_sealed_json(checkpoint / "verification.json", {"ok": True, "manifest": manifest(checkpoint)})
+    write_sealed_json(
+        checkpoint / "verification.json", {"ok": True, "engine": "transformers", "manifest": manifest(checkpoint)}
+    )
 
 
 def no_model(*args, **kwargs):
