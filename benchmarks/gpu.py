@@ -42,7 +42,7 @@ from blockpruner.model.models import decoder_layers, prune_, resolve_device, sha
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.walk import runs, steps_of
 from blockpruner.scoring.work import Rows, Task
-from blockpruner.store.files import read_json, write_json
+from blockpruner.store.files import write_json
 from blockpruner.store.provenance import commit, environment
 
 NO_DEVICE = "no accelerator: rehearsal at tiny shapes"
@@ -251,18 +251,6 @@ def training(s: Setting) -> Iterator[Facts]:
     yield {"first loss": losses[0], "last loss": losses[-1], "peak memory, GiB": peak(s)}
 
 
-def export(s: Setting) -> Iterator[Facts]:
-    """Checkpoints of four layers in 16 bits, written and verified in a fresh process; a difference raises."""
-    options: dict[str, Any] = {"seq_len": s.length, "method": "one_shot", "metric": "block_influence"}
-    for dtype in (torch.bfloat16, torch.float16):
-        model = s.model(4).to(dtype)
-        result = prune(model, byte_tokenizer(), texts(s), "2blocks", device=str(s.device), **options)
-        with tempfile.TemporaryDirectory() as folder:
-            seconds, places = clocked(s.device, partial(result.save_pretrained, Path(folder) / "out"))
-            report = read_json(places["hf"] / "verification.json")
-        yield {f"{dtype}: seconds": seconds, f"{dtype}: max logit difference": report["max_logit_difference"]}
-
-
 def generation(s: Setting) -> Iterator[Facts]:
     """The dense model and a pruned one over the same tensors."""
     dense = s.model()
@@ -285,7 +273,7 @@ def generation(s: Setting) -> Iterator[Facts]:
 
 
 PARTS: Mapping[str, Callable[[Setting], Iterator[Facts]]] = {
-    part.__name__: part for part in (machine, iteration, training, export, recommended, generation)
+    part.__name__: part for part in (machine, iteration, training, recommended, generation)
 }
 
 

@@ -7,7 +7,7 @@ from benchmarks import gpu
 from blockpruner.store.files import read_json
 
 CPU = torch.device("cpu")
-CHECKS = {"machine": 0, "iteration": 0, "training": 0, "export": 0, "recommended": 1, "generation": 3}
+CHECKS = {"machine": 0, "iteration": 0, "training": 0, "recommended": 1, "generation": 3}
 """How many checks a part of the rehearsal has."""
 
 
