@@ -144,8 +144,9 @@ def test_the_lock_is_of_one_workspace_and_of_the_versions_of_today():
     seed = yaml.safe_load((ROOT / "studies/seed.yaml").read_text())
     study = seed["experiments"]
     measured = {path.name for path in (ROOT / "data/evidence").glob("seed-*")}
+    searches = yaml.safe_load((ROOT / "dag.yaml").read_text())["searches"]
     asked = {name.partition("@")[2] for name in lock}
-    assert asked <= {*shipped.runs, *shipped.targets, "", *seed["runs"], *measured} and measured <= asked
+    assert asked <= {*shipped.runs, *shipped.targets, *searches, "", *seed["runs"], *measured} and measured <= asked
     for name in measured:
         key = name.removeprefix("seed-")
         params = lock[f"experiment@{name}"]["params"]["studies/seed.yaml"]
