@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import gc
 import importlib
+import inspect
 import json
 import os
 import random
@@ -37,7 +38,8 @@ LOADED = (
     "torch", "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto",
     "transformers.generation.utils", "pyarrow.dataset", "pyarrow.parquet", "scipy.stats", "scipy.special", "datasets",
     "lm_eval.evaluator", "lm_eval.models.huggingface", "lm_eval.tasks", "peft", "matplotlib.pyplot",
-    "pydantic", "yaml", "dvc.cli", "dvc.repo", "dvc.commands.repro", "dvc.commands.status",
+    "pydantic.types", "pydantic.json_schema", "rich.console", "rich.progress", "yaml",
+    "dvc.cli", "dvc.repo", "dvc.commands.repro", "dvc.commands.status",
 )  # fmt: skip
 STARTS = Path(__file__).with_name("starts")
 PYTHON = """#!{python} -IS
@@ -81,7 +83,8 @@ def ready() -> None:
         python.write_text(PYTHON.format(python=sys.executable, starts=str(STARTS)))
         python.chmod(0o755)
         environment = os.environ | {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
-        command = [sys.executable, __file__, str(place)]
+        models = [name for name in sys.modules if name.startswith("transformers.models.")]
+        command = [sys.executable, __file__, str(place), *models]
         with open(place.with_suffix(".log"), "w") as log:
             streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
             server = subprocess.Popen(command, env=environment, **streams)
@@ -220,8 +223,9 @@ def work(job: dict[str, Any], path: list[str]) -> NoReturn:
 if __name__ == "__main__":
     path = [each for each in sys.path[1:] if each != str(STARTS)]
     variables = frozen(dict(os.environ))  # some libraries set theirs
-    for name in LOADED:
+    for name in (*LOADED, *sys.argv[2:]):
         importlib.import_module(name)
+    inspect.getmodule(sys._getframe(), "absent")  # keeps the file of every module, for which pydantic asks
     assert len([*Path("/proc/self/task").iterdir()]) == 1, "a process of several threads cannot be forked"
     gc.collect()
     gc.freeze()

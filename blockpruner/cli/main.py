@@ -377,7 +377,7 @@ def _fail(raised: Exception, name: str) -> NoReturn:
     from blockpruner.store.files import explained  # loads much
 
     commands: Any = typer.main.get_command(app)
-    options = {option for each in commands.commands[name].params for option in each.opts}
+    options = {option for each in commands.commands.get(name, commands).params for option in each.opts}
     error = explained(raised, cache_folder())
     words = called(str(error), error.key, options)
     if error.rule in ("missing-file", "damaged-file") and "--cache" in options:
@@ -396,9 +396,9 @@ def main(args: Sequence[str] | None = None) -> None:
         app(args, prog_name="blockpruner")
     except SystemExit as end:
         if end.code in (129, 130, 143):
-            kept = "; scores are kept: run the same command again" if args[0] == "prune" else ""
+            kept = "; scores are kept: run the same command again" if "prune" in args[:1] else ""
             with suppress(OSError):  # the terminal is closed
                 print(f"interrupted{kept}", file=sys.stderr)
         raise
     except Exception as error:
-        _fail(error, args[0])
+        _fail(error, "".join(args[:1]))

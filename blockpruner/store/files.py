@@ -34,7 +34,7 @@ TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp", re.DOTALL)
 DIGEST = "sha256"
 """The key of a table's metadata, and of a sealed JSON object, that holds the digest of the content."""
 
-DENIED = "permission denied; make the folder writable for this user or choose another place"
+DENIED = "permission denied; give this user the right to it or choose another place"
 UNLOCKED = "no file can be locked there; choose a place on another file system"
 CAUSES = {
     errno.ENOSPC: "no space left on the device; free some and run again",
@@ -65,14 +65,14 @@ def storage_error(path: Path, error: OSError) -> StorageError:
 
 
 def explained(error: Exception, logs: Path) -> InputError:
-    """The error for users of any error: of a write that found no room, of memory that is used up, of a package that is
+    """The error for users of any error: of a place that cannot be used, of memory that is used up, of a package that is
     not installed. One that nobody foresaw leaves its traceback in a file in the folder `logs`, or among the temporary
     files."""
     words = " ".join(str(error).split())
     if isinstance(error, InputError):
         return error
-    if isinstance(error, OSError) and error.errno in FULL:
-        return storage_error(Path(error.filename or "a file"), error)
+    if isinstance(error, OSError) and error.errno in CAUSES:
+        return StorageError(f"cannot use {error.filename or 'a file'}: {CAUSES[error.errno]}; what is finished is kept")
     if isinstance(error, MemoryError) or NO_MEMORY.search(words):
         fix = "choose a smaller model or shorter rows, end other programs, or use a machine with more"
         return InputError(f"the memory is used up ({words or 'MemoryError'}); {fix}", rule="no-memory")

@@ -68,7 +68,7 @@ def make_project(folder: Path, targets: dict[str, str], **calibration: Any) -> P
     begins with "lora"; no git, DVC without SCM."""
     project, inputs = folder / "project", folder / "inputs"
     for name in ("blockpruner", "stages", "flows"):
-        shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, project / name)
     (project / "runs").mkdir()
     for name in ("dvc.yaml", ".dvcignore", "runs/schema.json", "runs/sources.yaml"):
         shutil.copy(ROOT / name, project / name)

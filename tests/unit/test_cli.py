@@ -1,5 +1,6 @@
 """The command `blockpruner`, on tiny models."""
 
+import errno
 import json
 import math
 import os
@@ -221,6 +222,7 @@ def failing(error):
         (EOFError("Ran out of input"), 2, "a file is cut short; if it is in the folder of --cache, delete its own"),
         (KeyError("words"), 1, "KeyError: 'words'; the traceback is in "),
         (OSError("odd"), 1, "OSError: odd; the traceback is in "),
+        (PermissionError(errno.EACCES, "no", "t.txt"), 2, "cannot use t.txt: permission denied; give this user"),
         (ImportError("the Trainer requires accelerate>=1.1.0:\nPlease run `pip install 'accelerate>=1.1.0'`"), 2,
          "the Trainer requires accelerate>=1.1.0: Please run `pip install 'accelerate>=1.1.0'`"),
         (ImportError("cannot import name 'a' from 'b'"), 1, "ImportError: cannot import name 'a' from 'b'; the traceb"),
