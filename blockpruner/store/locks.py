@@ -1,7 +1,7 @@
 """Locks that name their holder.
 
 filelock holds a file beside the one with the name. The kernel frees it when the last process that has it open ends, so
-no lock is ever stale, and no lock file is deleted.
+no lock is ever stale, and none of these files is deleted.
 """
 
 import os
