@@ -68,7 +68,8 @@ def make_project(folder: Path, targets: dict[str, str], **calibration: Any) -> P
     begins with "lora"; no git, DVC without SCM."""
     project, inputs = folder / "project", folder / "inputs"
     for name in ("blockpruner", "stages", "flows"):
-        shutil.copytree(ROOT / name, project / name)
+        half_written = shutil.ignore_patterns("*.pyc.*")  # by another worker
+        shutil.copytree(ROOT / name, project / name, ignore=half_written)
     (project / "runs").mkdir()
     for name in ("dvc.yaml", ".dvcignore", "runs/schema.json", "runs/sources.yaml"):
         shutil.copy(ROOT / name, project / name)
