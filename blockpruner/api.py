@@ -20,18 +20,19 @@ from blockpruner.checks import check_run
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer, stderr_observer
-from blockpruner.core.settings import Runtime, read_settings
+from blockpruner.core.settings import MixedTexts, Runtime, Texts, read_settings
 from blockpruner.evaluation.perplexity import HeldOutPerplexity, held_out, measure_perplexity
 from blockpruner.evaluation.settings import Perplexity
 from blockpruner.healing.choice import keep
 from blockpruner.inputs.calibration import CalibrationSet, require_embedded
 from blockpruner.inputs.checkpoints import GENERATION_FILE, LICENCE_FILES, copy_files, identity_of, licence_beside
-from blockpruner.inputs.texts import listed
+from blockpruner.inputs.sources import cache_folder, named_sources, shipped_texts, with_sources
+from blockpruner.inputs.texts import MixedText, TextKind, judging_texts, kind_of, listed, load_texts
 from blockpruner.inputs.tokenizers import conversation
 from blockpruner.methods.apply import Loaded, Made
 from blockpruner.methods.healed import FILE, Healed, find_healed, parameter_digests, set_weights_
 from blockpruner.methods.kind import Material
-from blockpruner.methods.recipes import OWN_ROWS, RECIPES, RECOMMENDED, compensation, searches, sections
+from blockpruner.methods.recipes import RECIPES, RECOMMENDED, compensation, is_judged, searches, sections
 from blockpruner.methods.registry import KINDS, kind_of_method
 from blockpruner.model.models import evaluating, require_float64, require_plain, resolve_device
 from blockpruner.scoring.engine import Engine
@@ -48,6 +49,8 @@ from blockpruner.store.provenance import fingerprint
 from blockpruner.store.tensors import read_tensors, tensor_bytes
 
 IN_MEMORY = "in memory"
+OWN = TextKind("your texts", 1.0)
+"""Texts in memory that are of no kind."""
 NO_CONTENT = ("_name_or_path", "transformers_version")
 """Fields of a config that say where a model came from."""
 
@@ -111,7 +114,8 @@ class Pruned:
     """For every step, which other candidates the texts cannot tell from the chosen one (`rivals`), and how often
     resampled rows choose the same (`kept`). None where a step rests on no losses or on a price, or on a single row."""
     compensation: Mapping[str, Any]
-    """What compensation did, and the perplexities on held-out rows before and after; empty without."""
+    """What compensation did, the perplexities on held-out rows before and after, and what judged models lost; empty
+    without either."""
     healed: Healed | None
     """What was done to the weights that stay, in words, and perplexities of rows held out from it; None for nothing."""
     base: _Base
@@ -177,8 +181,10 @@ def prune(
     texts: Sequence[str],
     budget: float | str,
     *,
-    seq_len: int = 2048,
-    num_rows: int = OWN_ROWS,
+    only_texts: bool = False,
+    max_loss: float | None = None,
+    seq_len: int | None = None,
+    num_rows: int | None = None,
     method: str | Search | Callable[..., Any] = RECOMMENDED,
     unit: str | None = None,
     candidates: str = "all",
@@ -192,16 +198,20 @@ def prune(
     device: str = "auto",
     observer: Observer | None = None,
 ) -> Pruned:
-    """Remove the channels of MLPs, layers or blocks that cost the least on `texts`, in place.
+    """Remove the channels of MLPs, layers or blocks of which no kind of text loses much, in place, and fit the weights
+    that stay.
 
     Args:
         model: a transformers causal LM of a supported family. It is changed.
-        texts: calibration texts, from which all rows are drawn; a list, or a `datasets.Dataset` with a column
-            `text`, or `messages` of chats.
+        texts: your texts, half of those that decide; the other half are ours, of packages that are downloaded once. A
+            list, or a `datasets.Dataset` with a column `text`, or `messages` of chats.
         budget: the share of all parameters to remove, in (0, 1); or a budget as in params.yaml ("17blocks", "0.30kv").
             The nearest reachable one is taken.
-        seq_len: tokens in a calibration row; shortened to the model's context.
-        num_rows: the most calibration rows.
+        only_texts: whether your texts alone decide. A method of the paper always takes them alone.
+        max_loss: the most that a kind of text may lose; 1.5 is 1.5 times the dense model's perplexity.
+        seq_len: tokens in a calibration row, by default 256; shortened to the model's context. A method of the paper
+            has 2,048.
+        num_rows: the most calibration rows, by default 64, and 16 for a method of the paper.
         method: the name of a recipe or of a search (docs/methods.md); a row of your own (docs/extend.md); or a function
             of (problem, options) that yields iterations, whose last choice is taken. Methods that change weights need a
             run file.
@@ -215,10 +225,11 @@ def prune(
 
     Raises:
         InputError: unsupported family; a model that is quantized, offloaded, on MPS or has adapters; no calibration
-            row, a budget that cannot be met, settings that do not fit.
+            row, a budget that cannot be met, settings that do not fit; texts of ours that cannot be downloaded; a
+            kind of text that loses more than `max_loss`, and the model is as it was.
     """
     require_plain(model)
-    texts = listed(texts, partial(conversation, lambda: tokenizer))
+    own_texts = listed(texts, partial(conversation, lambda: tokenizer))
     search, measure = _search(method), _metric(metric)
     if callable(metric) and cache is not None:
         message = "cache keeps scores by a metric's name, and a function may change; give a row, or no cache"
@@ -235,12 +246,16 @@ def prune(
         changed = {"candidates": candidates, "options": options or {}, "metric": measure.name}
         optional = {"unit": unit, "acceleration": acceleration}
         changed |= {name: value for name, value in optional.items() if value is not None}
-        drawn = {"seq_len": min(seq_len, model.config.max_position_embeddings or seq_len), "num_rows": num_rows}
+        sizes = {"seq_len": seq_len, "num_rows": num_rows}
+        drawn = {name: value for name, value in sizes.items() if value is not None}
         source = {"source": "path", "path": IN_MEMORY}
         own: dict[str, Any] = {"calibration": drawn, "score": changed, "compensate": compensate, "train": train}
         read_settings(Runtime, {"batch_tokens": batch_tokens})
-        run = read_settings(Run, {"model": source} | sections(name, data=source, **own))
+        values = {"model": source} | sections(name, data=source, only_texts=only_texts, **own)
+        run = read_settings(Run, with_sources(values, named_sources()))
         check_run(run)
+        length = min(run.calibration.seq_len, model.config.max_position_embeddings or run.calibration.seq_len)
+        run = run.model_copy(update={"calibration": run.calibration.model_copy(update={"seq_len": length})})
         recipe = run.train and run.train.fitted(model.config.max_position_embeddings)
         if not all(kind_of_method(one.method).is_part for one in searches(run.score).values()):
             name, advice = run.score.method, "use a run file and the stages"
@@ -255,7 +270,8 @@ def prune(
         config, origin = model.config.to_dict(), model.name_or_path
         base = _Base(model.config.to_json_string(use_diff=False), origin, _folder_of(model))
         chosen = compensation(run.compensate.method, run.score.method)
-        judged, pool = len(searches(run.score)) > 1, pipeline.Pool(texts, train=texts)
+        judged = is_judged(run.score.method, chosen) or max_loss is not None
+        pool = _pool(run.calibration.data, own_texts, judged, tokenizer, shown)
         rows = pipeline.calibrate(
             run.calibration, run.compensate, recipe, pool, tokenizer, config, shown.note, judged=judged, at_most=True
         )
@@ -266,6 +282,7 @@ def prune(
         pipeline.score(material, rows, run.score, [wanted], folder)
         found = pipeline.commit(folder, run.score, config, wanted, rows, target="", run="", compensate=chosen)
         healed = pipeline.heal(lambda: model, found, rows, shown)
+        pipeline.require_kept(healed.plan, max_loss)
         current = Current.load(folder / healed.name)
         trace = read_trace(trace_directory(folder / healed.name, current, wanted), current.search)
         firm = stabilities(trace, str(current.score.options.get("per", "none")))
@@ -314,6 +331,25 @@ def evaluate(
     require_embedded(rows, tokenizer, model.config.to_dict())
     with evaluating(model):
         return measure_perplexity(model, rows)
+
+
+def _pool(data: Texts, own: Sequence[str], judged: bool, tokenizer: Any, observer: Observer) -> pipeline.Pool:
+    """The texts of a run, of which those in memory are `own`; ours are beside them if `data` is a mix. If it is
+    `judged`, also the texts that judge."""
+    named = [text if kind_of(text) else MixedText(text, OWN) for text in own]
+    if not judged and not isinstance(data, MixedTexts):
+        return pipeline.Pool(named, train=named)
+    kept = cache_folder()
+    template = partial(conversation, lambda: tokenizer)
+    try:
+        ours = load_texts(shipped_texts(), kept / "cache", kept / "pins.json", template)
+    except InputError as error:
+        if isinstance(data, MixedTexts):
+            raise InputError(f"{error}; or do without (only_texts=True)", rule=error.rule) from error
+        observer.note(f"warning: what other kinds of text lose is not judged: {error}")
+        ours = []
+    texts = [*named, *ours] if isinstance(data, MixedTexts) else named
+    return pipeline.Pool(texts, train=texts, judge=judging_texts(ours) if judged else ())
 
 
 def _name(function: Callable[..., Any]) -> str:

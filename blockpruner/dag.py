@@ -14,7 +14,8 @@ import yaml
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Local, Runtime
-from blockpruner.params import load_params, load_run, read_yaml
+from blockpruner.inputs.sources import read_yaml
+from blockpruner.params import load_params, load_run
 from blockpruner.settings import Sources, resolve
 from blockpruner.store.files import write_text
 from blockpruner.store.trials import SIXTEEN_BITS

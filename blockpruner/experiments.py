@@ -105,7 +105,7 @@ class Bench:
         """The rows of a draw; `kind` is the only kind of text that the search sees. Fits see all kinds."""
         own = [text for text in self.texts["calibration"] if kind is None or getattr(kind_of(text), "name", "") == kind]
         fit = self.texts.get("compensate", self.texts["calibration"])
-        pool = pipeline.Pool(own, fit, self.texts.get("train"), self.heldout.documents)
+        pool = pipeline.Pool(own, fit, self.texts.get("train"), evaluated=self.heldout.documents)
         compensate = self.run.compensate.model_copy(update={"seed": calibration.seed})
         config = read_json(self.dense.directory / "config.json")
         given = calibration, compensate, train, pool, self.dense.tokenizer, config, self.observer.note

@@ -21,12 +21,13 @@ from blockpruner.core.families import Config
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
 from blockpruner.core.settings import Model, Runtime
+from blockpruner.evaluation.kinds import Loss
 from blockpruner.evaluation.settings import Perplexity
 from blockpruner.healing.settings import Compensate, Train
 from blockpruner.inputs.calibration import CalibrationSet, draw, draw_rows, require_embedded, sharing
 from blockpruner.inputs.checkpoints import checkpoint_identity, checkpoint_weights
 from blockpruner.inputs.settings import Calibration
-from blockpruner.inputs.texts import by_kind
+from blockpruner.inputs.texts import TextKind, by_kind
 from blockpruner.methods.kind import Material
 from blockpruner.methods.recipes import proposals, require_reached, searches
 from blockpruner.methods.registry import KINDS, kind_of_method
@@ -43,7 +44,10 @@ if TYPE_CHECKING:
 NONE = CalibrationSet(())
 
 JUDGING = 8
-"""At most one text of so many is set aside to judge between proposals."""
+"""At most one text of so many is set aside to judge."""
+
+JUDGING_ROWS, JUDGING_TOKENS = 12, 128
+"""Rows of each kind of text that judge, and their tokens."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class Pool:
     fit: Sequence[str] | None = None
     """Texts of the compensation; None: those of the search."""
     train: Sequence[str] | None = None
+    judge: Sequence[str] = ()
+    """Texts of kinds that judge beside those of the fit. A kind that the fit has, too, is judged by its own texts."""
     evaluated: Sequence[str] = ()
     """Texts on which models are evaluated."""
 
@@ -70,7 +76,8 @@ class Rows:
     tuning: CalibrationSet = NONE
     """The rows on which the strength of a fit is chosen."""
     judge: CalibrationSet = NONE
-    """The rows that choose between proposals. Neither search nor fit nor training has seen their texts."""
+    """The rows that choose between proposals and accept a fit, kind after kind. Neither search nor fit nor training has
+    seen their texts."""
     train: CalibrationSet = NONE
     validation: CalibrationSet = NONE
     """The rows that choose the best state of training."""
@@ -98,7 +105,7 @@ def calibrate(
     judged: bool,
     at_most: bool = False,
 ) -> Rows:
-    """Draw every row of a run, if it is `judged` also those that judge between proposals; `note` receives what was left
+    """Draw every row of a run, if it is `judged` also those that judge; `note` receives what was left
     out. Raises InputError that names how many texts there are, where these are too few; with `at_most` fewer rows than
     are asked for will do."""
     from blockpruner.healing.rows import compensation_rows, training_rows
@@ -107,7 +114,7 @@ def calibrate(
     texts = pool.fit if pool.fit is not None else pool.search
     judge, reserved = NONE, set[str]()
     if judged:
-        judge, documents = _set_aside(compensate, texts, tokenizer, context, pool.evaluated, note)
+        judge, documents = _set_aside(compensate, texts, pool, tokenizer, context, note)
         reserved = documents | sharing({*texts, *pool.search, *(pool.train or ())}, documents)
     search = draw_rows(pool.search, tokenizer, wanted, pool.evaluated, note, at_most=at_most, reserved=reserved)
     try:
@@ -156,39 +163,56 @@ def require_fit(rows: Rows, wanted: Compensate, method: str) -> None:
         raise InputError(f"{message}; give more texts, or compensate: none", rule="too-few-rows", key="compensate")
 
 
+def require_kept(plan: Plan, max_loss: float | None) -> None:
+    """Refuse a model of which a kind of text has lost more than `max_loss`, before it is written."""
+    if max_loss is None or not plan.kinds or (loss := Loss.of(plan.kinds)).worst <= max_loss:
+        return
+    message = f"{loss}: more than --max-loss {max_loss:g}, so nothing is written; all work is kept"
+    fix = f"run again with --max-loss {math.ceil(100 * loss.worst) / 100:.2f}, or a smaller budget"
+    raise InputError(f"{message}: {fix}", rule="too-much-lost", key="max_loss", value=max_loss)
+
+
 def _set_aside(
     wanted: Compensate,
     texts: Sequence[str],
+    pool: Pool,
     tokenizer: Any,
     context: int,
-    evaluated: Sequence[str],
     note: Callable[[str], object],
 ) -> tuple[CalibrationSet, set[str]]:
-    """The rows that judge, and the texts in them, which nothing else may see. Of each kind they are the last ones of
-    the order in which texts are drawn, so that first draws stay."""
+    """The rows that judge, so many of each kind, and the texts in them, which nothing else may see. Of a kind that is
+    fitted they are the last texts of the order in which texts are drawn, so that first draws stay."""
     from blockpruner.evaluation.perplexity import held_out
 
-    known = sharing(texts, evaluated)
+    known = sharing({*texts, *pool.judge}, pool.evaluated)
     order = by_kind(text for text in draw(texts, None, "all", wanted.seed) if text not in known)
-    shares = {kind: kind.share if kind else 1.0 for kind in order}
-    rows, documents, kinds = list[tuple[int, ...]](), set[str](), list[str]()
+    given, others = dict[str, list[str]](), dict[str, list[str]]()
     for kind, own in order.items():
-        most = math.ceil(wanted.held_out(wanted.num_rows) * shares[kind] / sum(shares.values()))
-        asked = Perplexity(seq_len=min(wanted.seq_len, context), max_rows=most, packing="documents")
+        given.setdefault(_name(kind), []).extend(own[len(own) - len(own) // JUDGING :])
+    for kind, own in by_kind(pool.judge).items():
+        if _name(kind) not in given:
+            others[_name(kind)] = own
+    asked = Perplexity(seq_len=min(JUDGING_TOKENS, wanted.seq_len, context), max_rows=JUDGING_ROWS, packing="documents")
+    rows, documents, kinds = list[tuple[int, ...]](), set[str](), list[str]()
+    for name, own in {**given, **others}.items():
         try:
-            found = held_out(tokenizer, own[len(own) - len(own) // JUDGING :], asked)
+            found = held_out(tokenizer, [str(text) for text in own if text not in known], asked)
         except InputError:
             continue
         rows += found.rows
         documents.update(found.documents)
-        kinds += [kind.name] * len(found.rows) if kind else []
+        kinds += [name] * len(found.rows)
     if not rows:
         few = f"{len(texts)} texts are too few to set some aside that judge between searches"
         note(f"warning: {few}: only the first search of the recipe is made")
-    elif lacking := [kind.name for kind in order if kind and kind.name not in kinds]:
+    elif lacking := [name for name in given if name not in kinds]:
         few = ", ".join(lacking)
         note(f"warning: too few texts of {few} to set some aside: what they lose is not judged; give more")
     return CalibrationSet(tuple(rows), kinds=tuple(kinds)), documents
+
+
+def _name(kind: TextKind | None) -> str:
+    return kind.name if kind else "texts"
 
 
 def score(

@@ -16,7 +16,8 @@ from blockpruner.core.settings import NAME, Frozen, Model, Runtime, Texts, read_
 from blockpruner.evaluation.settings import Evaluate, Perplexity, Speed, ZeroShot
 from blockpruner.healing.settings import Compensate, CompensationMethod, Train
 from blockpruner.inputs.settings import Calibration
-from blockpruner.methods.recipes import RECIPES, recipe, searches
+from blockpruner.inputs.sources import shipped_texts
+from blockpruner.methods.recipes import RECIPES, compensation, is_judged, recipe, searches
 from blockpruner.methods.registry import kind_of_method, options_of
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.settings import Score
@@ -139,7 +140,7 @@ class Sources(Frozen):
 
     model: Model
     texts: dict[str, Texts]
-    """The texts, by their use: perplexity, calibration, compensate, train."""
+    """The texts, by their use: perplexity, calibration, compensate, train, judge."""
     zero_shot: ZeroShot
 
 
@@ -163,7 +164,7 @@ class Sections(Frozen):
     searches: dict[str, Scored]
     """Each method, the run's own first, with the budgets of its targets."""
     judged: bool
-    """Whether a method has several searches, whose proposals are judged on rows of their own."""
+    """Whether models are judged on rows of their own, as `recipes.is_judged`."""
     compensate: Compensate
     train: Train | None
     heldout: Perplexity
@@ -213,6 +214,11 @@ def resolve(run: Run, targets: Sequence[Target]) -> Sections:
             score = score.model_copy(update={"options": options_of(score).model_dump()})
         metrics = {one.metric: METRICS[one.metric].version for one in searches(score).values()}
         scored[method] = Scored(score=score, metrics=metrics, budgets=tuple(dict.fromkeys(wanted)))
+    pruned = {(run.score.method, run.compensate.method)}
+    pruned |= {(each.method or run.score.method, each.compensate or run.compensate.method) for each in targets}
+    judged = any(is_judged(method, compensation(own, method)) for method, own in pruned)
+    if judged:
+        texts["judge"] = shipped_texts()
     fetched, items = {role: data for role, data in texts.items() if data}, run.evaluate.zero_shot
     return Sections(
         model=run.model,
@@ -220,7 +226,7 @@ def resolve(run: Run, targets: Sequence[Target]) -> Sections:
         calibration=run.calibration,
         score=scored[run.score.method].model_copy(update={"budgets": ()}),
         searches=scored,
-        judged=any(len(searches(each.score)) > 1 for each in scored.values()),
+        judged=judged,
         compensate=run.compensate,
         train=run.train,
         heldout=run.evaluate.perplexity,

@@ -175,7 +175,8 @@ def rows_of_study(study: Study, evidence: Path) -> list[Row]:
 
     runs, subjects = {}, []
     for run in study.runs:
-        runs[run] = settings = resolve(load_run(run), [one for one in study.targets.values() if one.run == run])
+        own = [one for one in study.targets.values() if one.run == run]
+        runs[run] = settings = resolve(load_run(run), own)
         name, drawn = MODELS.get(getattr(settings.model, "repo", "")), settings.calibration
         samples = None if drawn.num_rows else drawn.num_samples
         subjects.append(Subject(run, labels(settings), name, origin(drawn.data), samples))

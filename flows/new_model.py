@@ -14,8 +14,9 @@ from pydantic import Field
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Frozen, merged, source_of
+from blockpruner.inputs.sources import named_sources
 from blockpruner.methods.recipes import RECOMMENDED, sections
-from blockpruner.params import load_run, named_sources
+from blockpruner.params import load_run
 from blockpruner.store.files import write_text
 from flows.prune import build
 from flows.selection import BUDGETS, Chosen, Selection, choose

@@ -4,7 +4,7 @@ validation."""
 from blockpruner import pipeline
 from blockpruner.core.progress import observer
 from blockpruner.inputs.calibration import check_context
-from blockpruner.inputs.texts import read_texts
+from blockpruner.inputs.texts import judging_texts, read_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.store.files import read_json
 from stages import DATA, run, sections
@@ -19,7 +19,8 @@ def main(name: str) -> None:
     tokenizer = load_tokenizer(checkpoint, settings.model.trust_remote_code)
     texts = {path.stem: read_texts(path) for path in sources.glob("*.parquet")}
     evaluated = held_out(tokenizer, texts["perplexity"], settings.heldout).documents
-    pool = pipeline.Pool(texts["calibration"], texts.get("compensate"), texts.get("train"), evaluated)
+    judge = judging_texts(texts["judge"]) if settings.judged else ()
+    pool = pipeline.Pool(texts["calibration"], texts.get("compensate"), texts.get("train"), judge, evaluated)
     sections_ = (wanted, settings.compensate, settings.train)
     rows = pipeline.calibrate(*sections_, pool, tokenizer, config, note, judged=settings.judged)
     rows.save(DATA / "calibration" / name, wanted.data.source)

@@ -29,7 +29,9 @@ from xdist.scheduler import LoadScopeScheduling
 from tests import forking
 from tests.fake_devices import SETUP, start_gradients
 from tests.shards import in_shard
+from tests.shipped import replace_shipped
 
+replace_shipped(Path(tempfile.mkdtemp(prefix="blockpruner-tests-")))
 torch.set_num_threads(1)
 settings.register_profile("explore", deadline=None, derandomize=False, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("all", settings.get_profile("explore"), derandomize=True)
@@ -45,6 +47,15 @@ def true_starts() -> Iterator[None]:
     """Stages and dvc are not forked from a process that has loaded torch."""
     with forking.true_starts():
         yield
+
+
+@pytest.fixture
+def real_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our own texts are those that are downloaded."""
+    from blockpruner.inputs import sources
+    from tests.shipped import REAL
+
+    monkeypatch.setattr(sources, "OURS", REAL)
 
 
 @pytest.fixture

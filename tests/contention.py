@@ -29,6 +29,7 @@ from blockpruner.checkpoints import hf, verification
 from blockpruner.cli import main
 from blockpruner.healing import choice, train, trainer
 from tests.fakes import InProcess
+from tests.shipped import replace_shipped
 from tests.tiny import save_tiny
 
 torch.set_num_threads(1)
@@ -126,5 +127,6 @@ def contend(rounds: int = 200, seed: int = 0) -> dict[str, Any]:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
+        replace_shipped(Path("shipped").absolute())
         print(json.dumps(contend(*map(int, sys.argv[1:]))))
         os.chdir("/")

@@ -12,8 +12,8 @@ from blockpruner.cli.pruning import Place
 from blockpruner.core.blocks import BlockKind, parse_mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import SilentObserver
+from blockpruner.inputs.sources import named_sources
 from blockpruner.model.models import decoder_layers, load_model
-from blockpruner.params import named_sources
 from blockpruner.store.files import read_json, write_sealed_json
 from blockpruner.store.manifest import manifest
 from blockpruner.store.plans import load_plan, save_plan

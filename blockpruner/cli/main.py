@@ -28,11 +28,8 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.progress import stderr_observer
 from blockpruner.core.settings import read_settings
 from blockpruner.evaluation.settings import Perplexity, ZeroShot
+from blockpruner.inputs.sources import cache_folder
 from blockpruner.methods.recipes import RECOMMENDED
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blockpruner"
 
 
 def value(metavar: str, text: str, default: str | bool = True, **more: Any) -> Any:
@@ -57,8 +54,8 @@ Spoken = Annotated[str, Argument(metavar="MODEL", help="A checkpoint's folder, o
 Limit = Annotated[int, value("N", "The most tokens of an answer.", min=1)]
 
 BUDGETS = "Share of all parameters to remove; or 17blocks, 7layers, 0.3kv, 1.25x; or what is left: 7B, 120M."
-SAMPLES = "with --texts, enough for 16 rows; else 64"
-SEQ_LEN = "2048 with --texts, else 256; at most the context"
+SAMPLES = "enough for 64 rows"
+SEQ_LEN = "256; at most the context"
 UNITS = "What a step removes: block, layer, shifted. For blocks alone, name a search: --method greedy --unit block."
 ACCELERATIONS = "none (exact), lazy, race, lazy+race."
 COMPENSATIONS = "Fit the weights that stay: refit, none."
@@ -69,7 +66,9 @@ TRAIN = (
 )
 TASKS = ",".join(ZeroShot().tasks)
 FILES = ".jsonl, .json or .parquet records with a text, or a .txt file."
-CALIBRATION = f"Calibration texts: {FILES}"
+CALIBRATION = f"Your texts, half of those that decide; the other half are ours. {FILES}"
+ONLY_TEXTS = "Let your texts alone decide what is removed, and how the rest is fitted."
+MAX_LOSS = "End without a checkpoint if a kind of text loses more: 1.5 is 1.5 times the dense model's perplexity."
 UNSEEN = f"Texts that prune has not seen, to measure perplexity on: {FILES}"
 Written = Annotated[Path, Argument(metavar="DIR", help="A folder that prune or apply has written.")]
 
@@ -115,8 +114,10 @@ def prune(
         Option("--set", metavar="KEY=VALUE", help="Any key of a run file or of runtime, as in calibration.split=all."),
     ] = None,
     revision: Annotated[str | None, value("NAME", "The model's commit, branch or tag on the hub.", "main")] = None,
-    texts: Annotated[Path | None, value("FILE", CALIBRATION, "five kinds from Python packages")] = None,
-    dataset: Annotated[str | None, value("REPO[:SPLIT]", "Calibration texts: a data set of the hub.")] = None,
+    texts: Annotated[Path | None, value("FILE", CALIBRATION, "ours alone, eight kinds")] = None,
+    dataset: Annotated[str | None, value("REPO[:SPLIT]", "The same from a data set of the hub.")] = None,
+    only_texts: Annotated[bool, Option("--only-texts", help=ONLY_TEXTS)] = False,
+    max_loss: Annotated[float | None, value("TIMES", MAX_LOSS, "no limit", min=1.0)] = None,
     num_samples: Annotated[int | None, value("N", "Texts that are drawn.", SAMPLES, min=1)] = None,
     seq_len: Annotated[int | None, value("N", "Tokens in a row.", SEQ_LEN, min=2)] = None,
     method: Annotated[str | None, value("NAME", METHODS, RECOMMENDED)] = None,
@@ -148,6 +149,7 @@ def prune(
         set_ or (),
         {"model": source, "runtime": _given(workers=workers, executor=workers and "ray", streaming=streaming or None)},
         method,
+        only_texts,
         data=data_of(texts, dataset),
         calibration=_given(num_samples=num_samples, seq_len=seq_len),
         score=_given(unit=unit, metric=metric, acceleration=acceleration),
@@ -166,7 +168,7 @@ def prune(
         found = forecast.dry_run(run, place.config_of(run), share)
         _tell(found, forecast.in_words(found), as_json)
     else:
-        found = place.prune(run, share, named)
+        found = place.prune(run, share, named, max_loss)
         _tell(found, work.words(found), as_json)
 
 
@@ -336,7 +338,8 @@ def doctor(cache: Annotated[Path, CACHE], as_json: AsJson = False) -> None:
 @app.command()
 def schema() -> None:
     """Print the JSON schema of run files, for editors and checkers."""
-    from blockpruner.params import named_sources, run_schema
+    from blockpruner.inputs.sources import named_sources
+    from blockpruner.params import run_schema
 
     print(to_json(run_schema(named_sources()), indent=1, sort_keys=True))
 

@@ -5,7 +5,7 @@ something must be computed.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -21,7 +21,7 @@ from blockpruner.core.families import FAMILIES, Config, count_parameters
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
 from blockpruner.core.settings import HubModel, LocalModel, LocalTexts, Model, Runtime, Texts, merged, read_settings
-from blockpruner.evaluation.kinds import in_words
+from blockpruner.evaluation.kinds import Loss, in_words
 from blockpruner.evaluation.settings import Perplexity
 from blockpruner.healing.settings import Train
 from blockpruner.inputs.calibration import CalibrationSet, check_context
@@ -34,10 +34,11 @@ from blockpruner.inputs.checkpoints import (
 )
 from blockpruner.inputs.hub import COMMIT, HubError, pinned_revision
 from blockpruner.inputs.settings import Calibration
-from blockpruner.inputs.texts import load_texts
+from blockpruner.inputs.sources import shipped_texts
+from blockpruner.inputs.texts import judging_texts, load_texts
 from blockpruner.inputs.tokenizers import conversation, load_tokenizer
 from blockpruner.methods.blocks.kind import require_of
-from blockpruner.methods.recipes import compensation, require_reached, searches
+from blockpruner.methods.recipes import DRAWN, compensation, is_judged, require_reached
 from blockpruner.methods.registry import KINDS
 from blockpruner.methods.score import open_material
 from blockpruner.settings import Run
@@ -125,16 +126,18 @@ class Place:
             require_quantizations(quantizations)
         return self._asked
 
-    def prune(self, run: Run, budget: str, out: Path) -> dict[str, Any]:
-        """Every step of the pipeline, as far as it was not done before."""
+    def prune(self, run: Run, budget: str, out: Path, max_loss: float | None = None) -> dict[str, Any]:
+        """Every step of the pipeline, as far as it was not done before. Raises InputError before the export if a kind
+        of text loses more than `max_loss`."""
         from blockpruner.healing import choice
         from blockpruner.methods.healed import COMPENSATE_FACTS
 
         config, method = self.config_of(run), compensation(run.compensate.method, run.score.method)
         require_reached(run.score, config, budget)
-        pool, dense = self._pool(run), self.fetch(run)
+        judged = is_judged(run.score.method, method) or max_loss is not None
+        pool, dense = self._pool(run, judged), self.fetch(run)
         tokenizer, base = load_tokenizer(dense, run.model.trust_remote_code), checkpoint_identity(dense)
-        judged, wanted = len(searches(run.score)) > 1, (run.calibration, run.compensate, run.train)
+        wanted = run.calibration, run.compensate, run.train
         rows = pipeline.calibrate(*wanted, pool, tokenizer, config, self._note, judged=judged, at_most=True)
         key = self._key(run, rows, method, base, budget)
         healed, traces = self.root / "compensated" / key, self.root / "searches" / key
@@ -160,6 +163,7 @@ class Place:
                 data = run.compensate.data or run.calibration.data
                 choice.keep(healed, best, self._pruning(run, dense, best.plan, rows.search), data)
         pruning = self._healed(run, dense, replace(load_plan(healed / choice.PLAN), target=out.name), rows, [healed])
+        pipeline.require_kept(pruning.plan, max_loss)
         facts = read_json(healed / COMPENSATE_FACTS)
         told = {"compensated": facts["perplexity"]} if "perplexity" in facts else {}
         if run.train is not None:
@@ -184,8 +188,9 @@ class Place:
             if not (place / PLAN_FILE).is_file():
                 _is_there(place, None)
 
-    def _pool(self, run: Run) -> pipeline.Pool:
-        """The texts of a run. The held-out ones count where a run file names them."""
+    def _pool(self, run: Run, judged: bool) -> pipeline.Pool:
+        """The texts of a run, if it is `judged` also those that judge. The held-out ones count where a run file names
+        them."""
         tokenizer = cache(lambda: load_tokenizer(self.fetch(run), run.model.trust_remote_code))
 
         @cache
@@ -194,12 +199,21 @@ class Place:
             return None if data is None else load_texts(data, self.root / "cache", self.pins, written)
 
         heldout, texts = run.evaluate.perplexity, load(run.calibration.data)
-        pool = pipeline.Pool(texts or (), load(run.compensate.data), load(run.train and run.train.data))
+        judge = judging_texts(self._shipped(load)) if judged else ()
+        pool = pipeline.Pool(texts or (), load(run.compensate.data), load(run.train and run.train.data), judge)
         if "data" not in heldout.model_fields_set:
             return pool
         from blockpruner.evaluation.perplexity import held_out
 
         return replace(pool, evaluated=held_out(tokenizer(), load(heldout.data) or (), heldout).documents)
+
+    def _shipped(self, load: Callable[[Texts], Sequence[str] | None]) -> Sequence[str]:
+        """Our own texts; none, and a note, where they cannot be fetched and nothing but the judging asks for them."""
+        try:
+            return load(shipped_texts()) or ()
+        except InputError as error:
+            self.observer.note(f"warning: what other kinds of text lose is not judged: {error}")
+            return ()
 
     def _key(self, run: Run, rows: pipeline.Rows, method: str, base: str, budget: str) -> str:
         """What decides the compensated model."""
@@ -368,7 +382,8 @@ T = TypeVar("T", Calibration, Perplexity)
 
 def fitted(given: T, config: Config, key: str) -> T:
     """The same, its rows as long as the model's context at most; raises InputError if longer ones were asked for."""
-    if "seq_len" in given.model_fields_set and given.packing != "per_sample":  # of which it is only the most
+    is_most = given.packing == "per_sample" or given.seq_len == DRAWN["seq_len"]  # and not what the user asks for
+    if "seq_len" in given.model_fields_set and not is_most:
         check_context(given.seq_len, dict(config), key)
     length = min(given.seq_len, config.get("max_position_embeddings") or given.seq_len)
     return given.model_copy(update={"seq_len": length})
@@ -444,10 +459,9 @@ def words(found: Mapping[str, Any]) -> str:
         lines.append(f"{name}: perplexity of texts set aside {told['before']:.2f} -> {told['after']:.2f}{dense}")
     if not found.get("perplexity") and not plan["train"] and plan["compensate"] == "none":
         lines.append("no weight was fitted again: --compensate refit makes up for part of the loss")
-    elif found.get("perplexity"):
-        lines.append("this is of texts like those given; other kinds lose more: blockpruner compare shows it")
-    kinds, warning = in_words(plan.get("kinds", {}))
+    kinds, warning = in_words(plan.get("kinds") or {})
     lines += [f"perplexity of texts set aside, {kind}: {lost}" for kind, lost in kinds]
+    lines += [f"texts set aside: {Loss.of(plan['kinds'])}"] if kinds else []
     lines += [f"warning: {warning}"] if warning else []
     for each in found["written"]:
         checked = "checked in a fresh process of {}" if each["verified"] else "unchecked: {} is not installed here"

@@ -14,7 +14,7 @@ import yaml
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import HUB, merged, source_of
-from blockpruner.methods.recipes import RECOMMENDED, completed, sections, training
+from blockpruner.methods.recipes import RECOMMENDED, completed, mixed, sections, training
 
 OPTIONS = {
     key: f"--{key.rpartition('.')[2].replace('_', '-')}"
@@ -51,7 +51,12 @@ def model_of(text: str) -> dict[str, Any]:
 
 
 def values_of(
-    config: Path | None, sets: Sequence[str], others: Mapping[str, Any], method: str | None, **given: Any
+    config: Path | None,
+    sets: Sequence[str],
+    others: Mapping[str, Any],
+    method: str | None,
+    only_texts: bool = False,
+    **given: Any,
 ) -> dict[str, Any]:
     """Sections of a run file, and `runtime`.
 
@@ -60,17 +65,19 @@ def values_of(
         sets: texts KEY=VALUE, the key dotted and the value as in YAML.
         others: values of sections that are no argument of `methods.recipes.sections`, as the rest is.
     """
-    from blockpruner.params import named_sources, read_values, with_sources
+    from blockpruner.inputs.sources import named_sources, with_sources
+    from blockpruner.params import read_values
 
     if config is None:
-        found = sections(method or RECOMMENDED, **given)
+        found = sections(method or RECOMMENDED, only_texts=only_texts, **given)
     else:
         score = given["score"] | ({"method": method} if method else {})
         compensate = {"method": given["compensate"]} if given["compensate"] else {}
         more = {"calibration": given["calibration"], "score": score, "compensate": compensate}
         found = merged(read_values(config.expanduser()), {key: value for key, value in more.items() if value})
-        own = {} if given["data"] is None else {"data": given["data"]}
-        found = merged(completed(found, given["data"]), {"calibration": own} if own else {})
+        name = str((found.get("score") or {}).get("method") or RECOMMENDED)
+        own = {} if given["data"] is None else {"data": mixed(given["data"], name, only_texts)}
+        found = merged(completed(found, given["data"], only_texts), {"calibration": own} if own else {})
         if given["train"]:
             texts = found.get("train") or found.get("calibration") or {}
             found["train"] = training(given["train"]) | {key: texts[key] for key in ("data",) if key in texts} | own
@@ -85,7 +92,7 @@ def values_of(
 
 
 def _set(text: str) -> dict[str, Any]:
-    from blockpruner.params import Loader
+    from blockpruner.inputs.sources import Loader
 
     key, equals, value = text.partition("=")
     if not equals or not key:

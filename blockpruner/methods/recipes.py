@@ -12,6 +12,7 @@ from blockpruner.core.blocks import removable_units
 from blockpruner.core.budgets import read_budget
 from blockpruner.core.errors import InputError, UnreachableError
 from blockpruner.core.families import FAMILIES, Config, count_parameters
+from blockpruner.inputs.sources import SHIPPED
 from blockpruner.scoring.settings import Score
 
 
@@ -168,14 +169,31 @@ def compensation(own: str | None, method: str) -> str:
     return own or recipe(method).compensate
 
 
-MIXED: Mapping[str, Any] = {
-    "data": {"source": "general"}, "split": "all", "packing": "per_sample", "num_samples": 64, "seq_len": 256,
-}  # fmt: skip
-"""Calibration without texts of one's own: five kinds, as much of each. Each text is a row from its beginning, and of
-instructions the responses are scored. The name is one of blockpruner/sources.yaml, as in a run file."""
+def is_judged(method: str, compensate: str) -> bool:
+    """Whether a model is judged on texts that nothing else has seen: all but those of the paper's methods as they
+    are."""
+    return compensate != "none" or not recipe(method).published
 
-OWN_ROWS = 16
-"""Calibration rows of texts of one's own: about as many as the paper's 256 samples fill."""
+
+OWN_TEXTS = ("path", "hub")
+"""Sources that are texts of one's own."""
+
+DRAWN: Mapping[str, Any] = {"split": "all", "num_rows": 64, "seq_len": 256}
+"""Calibration but for methods of the paper: joined rows, and of instructions only the responses are scored."""
+
+PAPERS: Mapping[str, Any] = {"split": "all", "num_rows": 16}
+"""Calibration of the paper's methods on texts of one's own: about as many rows as the paper's 256 samples fill."""
+
+
+def mixed(data: Mapping[str, Any] | None, method: str, only_texts: bool) -> dict[str, Any]:
+    """The source of calibration texts: ours, or as much of them as of texts of one's own. These are alone where that is
+    wanted, and for a method of the paper."""
+    if data is None:
+        return {"source": SHIPPED}
+    if only_texts or recipe(method).published or data.get("source") not in OWN_TEXTS:
+        return dict(data)
+    return {"source": "mix", "of": [dict(data), {"source": SHIPPED}]}
+
 
 TRAINING: Mapping[str, Mapping[str, Any]] = {
     "all": {"weights": "all", "learning_rate": 3e-4},  # both measured once, the results are not kept
@@ -204,21 +222,22 @@ def sections(
     data: Mapping[str, Any] | None = None,
     calibration: Mapping[str, Any],
     score: Mapping[str, Any],
+    only_texts: bool = False,
     compensate: str | None = None,
     train: str | None = None,
 ) -> dict[str, Any]:
     """Sections of a run file in a few words, as the command, the API and the form ask for them. Sources may be named.
 
-    `data` is the source of texts of one's own; without, a method of the paper has the paper's calibration set, and any
-    other has `MIXED`. The others are what differs from the defaults and from the recipe, and a recipe of training.
+    `data` is the source of texts of one's own, beside which ours are drawn (`mixed`). A method of the paper has the
+    paper's calibration set, or these texts alone. The others are what differs from the defaults and from the recipe,
+    and a recipe of training.
     """
-    drawn = dict(calibration)
-    if data is not None:
-        rows = {} if "num_samples" in drawn else {"num_rows": OWN_ROWS}
-        drawn = {"data": data, "split": "all", **rows, **drawn}
-    elif not recipe(method).published:
-        kept = ("data", "split") if "num_rows" in drawn else MIXED
-        drawn = {**{key: MIXED[key] for key in kept}, **drawn}
+    drawn, is_papers = dict(calibration), bool(recipe(method).published)
+    if data is not None or not is_papers:
+        rows = dict(PAPERS if is_papers else DRAWN)
+        if "num_samples" in drawn or drawn.get("packing") == "per_sample":
+            del rows["num_rows"]
+        drawn = {"data": mixed(data, method, only_texts), **rows, **drawn}
     found: dict[str, Any] = {"calibration": drawn, "score": {"method": method, **score}}
     if compensate is not None:
         found["compensate"] = {"method": compensate}
@@ -227,11 +246,15 @@ def sections(
     return found
 
 
-def completed(values: Mapping[str, Any], data: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The values of a run file. If it names no texts, they are those of `data`, or those that belong to its method."""
+def completed(
+    values: Mapping[str, Any], data: Mapping[str, Any] | None = None, only_texts: bool = False
+) -> dict[str, Any]:
+    """The values of a run file. If it names no texts, they are those of `data` and ours (see `mixed`), or those that
+    belong to its method."""
     drawn, score = values.get("calibration", {}), values.get("score")
     if not isinstance(drawn, Mapping) or "data" in drawn:
         return dict(values)
     method = score.get("method") if isinstance(score, Mapping) else None
-    own = sections(method if method in names() else RECOMMENDED, data=data, calibration=drawn, score={})
+    known = method if method in names() else RECOMMENDED
+    own = sections(known, data=data, only_texts=only_texts, calibration=drawn, score={})
     return {**values, "calibration": own["calibration"]}

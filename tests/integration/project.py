@@ -18,7 +18,9 @@ import pyarrow.parquet as pq
 import yaml
 
 from blockpruner import dag
+from blockpruner.inputs.sources import SHIPPED
 from tests import forking
+from tests.shipped import write_shipped
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +75,8 @@ def make_project(folder: Path, targets: dict[str, str], **calibration: Any) -> P
     (project / "runs").mkdir()
     for name in ("dvc.yaml", ".dvcignore", "runs/schema.json", "runs/sources.yaml"):
         shutil.copy(ROOT / name, project / name)
+    with (project / "runs/sources.yaml").open("a") as file:
+        file.write(yaml.safe_dump({SHIPPED: write_shipped(inputs / "shipped")}))
     write_inputs(inputs)
     save_tiny(inputs / "model", tie_word_embeddings=True)
     (project / "runs" / "tiny.yaml").write_text(yaml.safe_dump(run_of(inputs, **calibration)))

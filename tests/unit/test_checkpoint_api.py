@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from transformers import AutoModelForCausalLM
 
 import blockpruner
-from blockpruner import api
+from blockpruner import api, pipeline
 from blockpruner.checkpoints import card as card_module
 from blockpruner.checkpoints import hf, verification, verify_llama_cpp
 from blockpruner.checkpoints.hf import export_hf
@@ -30,12 +30,12 @@ from blockpruner.core.blocks import DENSE, all_blocks
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import count_parameters
 from blockpruner.core.progress import SilentObserver
+from blockpruner.evaluation.kinds import Loss, best_loss
 from blockpruner.healing import choice
-from blockpruner.healing.rows import compensation_rows, training_rows
-from blockpruner.healing.settings import Compensate, Train
+from blockpruner.healing.rows import compensation_rows
+from blockpruner.healing.settings import Compensate
 from blockpruner.inputs.calibration import draw, pack_rows
 from blockpruner.inputs.settings import Calibration
-from blockpruner.methods.recipes import training
 from blockpruner.methods.registry import KINDS
 from blockpruner.model.models import masked
 from blockpruner.search.iteration import Iteration
@@ -209,7 +209,8 @@ def test_prune_goes_on_from_the_trials_of_a_call_that_was_killed(tmp_path):
         prune(tiny_model(), cache=tmp_path, observer=Killed())
     resumed, rest = prune(tiny_model(), cache=tmp_path)
     assert resumed == whole and 0 < rest < passes
-    assert prune(tiny_model(), cache=tmp_path) == (whole, 0)
+    again, judged = prune(tiny_model(), cache=tmp_path)
+    assert again == whole and judged < rest, "nothing is searched again"
     other = tiny_model()
     other.model.norm.weight.mul_(1.5)
     assert prune(other, cache=tmp_path)[1] == passes
@@ -218,6 +219,7 @@ def test_prune_goes_on_from_the_trials_of_a_call_that_was_killed(tmp_path):
 def test_a_compensated_model_has_the_perplexity_that_it_reports():
     """On a block where it happens to help a random model."""
     settings = {"seq_len": 16, "method": "given", "options": {"order": ["mlp.0"]}, "compensate": "refit"}
+    settings |= {"only_texts": True}
     pruned = blockpruner.prune(tiny_model(), tiny_tokenizer(), TEXTS, budget="1blocks", **settings)
     _, tuning = compensation_rows(TEXTS, tiny_tokenizer(), Compensate(), (), 128)
     perplexity = pruned.compensation["perplexity"]
@@ -228,16 +230,19 @@ def test_a_compensated_model_has_the_perplexity_that_it_reports():
 
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("train", ["lora", "all"])
-def test_a_trained_model_is_nearer_to_the_dense_one(tmp_path, train):
+def test_a_trained_model_is_nearer_to_the_dense_one(tmp_path, monkeypatch, train):
     """On rows that training did not see, and so it is saved."""
     tokenizer = tiny_tokenizer()
     settings = {"seq_len": 16, "method": "given", "options": {"order": ["mlp.0"]}, "compensate": "refit"}
     settings |= {"train": train, "cache": tmp_path / "cache"}
+    calibrate, found = pipeline.calibrate, []
+    monkeypatch.setattr(
+        pipeline, "calibrate", lambda *given, **more: found.append(calibrate(*given, **more)) or found[-1]
+    )
     pruned = blockpruner.prune(tiny_model(dtype=torch.float32), tokenizer, MANY, "1blocks", **settings)
     told = pruned.healed.perplexity
     assert set(told) == {"refit", "training"} and told["training"]["after"] < told["training"]["before"]
-    recipe = Train(**training(train)).fitted(128)
-    validation = training_rows(MANY, tokenizer, recipe, at_most=True)[1].rows
+    validation = found[0].validation.rows
     for model, name in ((pruned.model, "after"), (tiny_model(dtype=torch.float32), "dense")):
         nll = mean(full_nll(model, row) for row in validation)
         assert math.exp(nll) == pytest.approx(told["training"][name], rel=1e-4)
@@ -263,7 +268,8 @@ def test_proposals_far_behind_after_a_quarter_of_the_rows_are_not_fitted_to_all(
     for behind in (1.0, math.inf):
         monkeypatch.setattr(choice, "BEHIND", behind)
         facts = blockpruner.prune(tiny_model(), tiny_tokenizer(), MANY, 0.3, seq_len=16).compensation
-        heat, left = facts["heat"], names if behind == math.inf else {min(facts["heat"], key=facts["heat"].get)}
+        heat = {name: one["worst"] for name, one in facts["heat"].items()}
+        left = names if behind == math.inf else {min(heat, key=heat.get)}
         assert heat.keys() == names and facts["judged"].keys() == left
         (some, few), (rest, rows) = asked[-2:]
         assert (some, rest) == (names, left) and few == -(-rows // 4) < rows
@@ -274,12 +280,13 @@ def test_of_the_searches_that_can_meet_a_budget_one_is_kept():
         return blockpruner.prune(tiny_model(), tiny_tokenizer(), MANY, budget, seq_len=16, **given)
 
     best = kept(0.3)
-    judged, steps = best.compensation["judged"], {"greedy-shifted": 2, "narrow": 0}
-    assert judged.keys() == steps.keys() and len(best.plan.order) == steps[min(judged, key=judged.get)]
+    judged, steps = best.compensation["heat"] | best.compensation["judged"], {"greedy-shifted": 2, "narrow": 0}
+    losses = {name: Loss({"": one["worst"]}) for name, one in best.compensation["judged"].items()}
+    assert judged.keys() == steps.keys() and len(best.plan.order) == steps[best_loss(losses)]
     for few in (kept(0.05), kept(0.25)):  # no layers come near those
-        assert few.compensation["judged"].keys() == {"floating", "narrow"}
+        assert (few.compensation["heat"] | few.compensation["judged"]).keys() == {"floating", "narrow"}
     for alone in (kept(0.1, candidates="mha"), kept("2layers")):
-        assert alone.plan.method == "floating" and "judged" not in alone.compensation
+        assert alone.plan.method == "floating" and alone.compensation["judged"].keys() == {"floating"}
 
 
 @pytest.mark.parametrize(
@@ -293,7 +300,8 @@ def test_of_the_searches_that_can_meet_a_budget_one_is_kept():
         ({"method": "laco"}, "method-of-weights"),
         ({"metric": lambda logits, targets, dense: 0, "cache": "kept"}, "cache-of-function"),
         ({"texts": "one string"}, "texts-one-string"),
-        ({"texts": TEXTS[:1]}, "too-few-rows"),
+        ({"texts": TEXTS[:1], "only_texts": True}, "too-few-rows"),
+        ({"max_loss": 0.1}, "too-much-lost"),
         ({"train": "some"}, "unknown-training"),
         ({"unit": "block"}, "unit-of-recipe"),
     ],
@@ -408,7 +416,9 @@ def test_a_model_spread_over_the_cpu_by_accelerate_is_pruned(tmp_path):
 
 def test_a_function_may_search_and_progress_shows_by_itself(capsys):
     reference = tiny_model()
-    pruned = blockpruner.prune(tiny_model(), tiny_tokenizer(), TEXTS, "2blocks", seq_len=32, method=best_pair)
+    pruned = blockpruner.prune(
+        tiny_model(), tiny_tokenizer(), TEXTS, "2blocks", seq_len=32, method=best_pair, only_texts=True
+    )
     assert "best so far" in capsys.readouterr().err
     rows = pack_rows(draw(TEXTS, None, "all", Calibration().seed), tiny_tokenizer(), 32, "joined").rows
 
@@ -453,6 +463,7 @@ def compensated(tmp_path):
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
     model = AutoModelForCausalLM.from_pretrained(folder)
     settings = {"seq_len": 16, "method": "given", "options": {"order": ["mlp.0"]}, "compensate": "refit"}
+    settings |= {"only_texts": True}
     pruned = blockpruner.prune(model, tiny_tokenizer(), MANY, "1blocks", **settings)
     assert pruned.compensation["share"]
     return pruned

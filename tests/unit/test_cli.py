@@ -441,6 +441,7 @@ def test_training_begins_at_the_compensated_weights(model, place, say, monkeypat
         return {name: (other, facts) for name, (_, facts) in fit(model, *given).items()}
 
     before = []
+    monkeypatch.setattr(choice, "accepted", lambda found, row_nll, *_: (found, row_nll))
     for wanted in (fit, another):
         monkeypatch.setattr(choice, "compensate", wanted)
         monkeypatch.setenv("XDG_CACHE_HOME", str(place / wanted.__name__))
@@ -462,6 +463,7 @@ def test_healed_weights_that_are_gone_are_made_again(model, place, say, monkeypa
         return {name: (other, facts | {"share": 1.0}) for name, (_, facts) in fit(model, *given).items()}
 
     monkeypatch.setattr(choice, "compensate", helping)
+    monkeypatch.setattr(choice, "accepted", lambda found, row_nll, *_: (found, row_nll))
     done(say(*args))
     whole = load_file(place / "out/model.safetensors")
     for lost in (
@@ -597,7 +599,8 @@ def test_every_setting_has_a_way_in(model, say, asked):
     given = ("prune", model, "--budget", 0.3, "--dataset")
     assert say(*given, "someone/texts:test")[0] == say(*given, "someone/texts")[0] == 130
     for (_, one), split in zip(asked[-2:], ("test", "train"), strict=True):
-        assert (one.calibration.data.repo, one.calibration.data.split) == ("someone/texts", split)
+        own = one.calibration.data.of[0]
+        assert (own.repo, own.split) == ("someone/texts", split)
         assert one.calibration.split == "all"
     Path("mine.yaml").write_text(
         f"model: {{source: path, path: {model}}}\ncalibration: {{data: {{source: path, path: t.txt}}, num_samples: 5}}"
@@ -713,7 +716,8 @@ def test_chat_records_go_through_the_template(place, say, monkeypatch):
     monkeypatch.setattr(pipeline, "calibrate", lambda *given, **_: found.append(given[3]) or 1 / 0)
     with pytest.raises(SystemExit):
         command.main(["prune", "chatty", "--budget", "0.3", "--texts", "chat.jsonl"])
-    assert found[0].search == [f"[user] say {i} [assistant] {f'{i} ' * 9} " for i in range(40)], "and one BOS in a row"
+    own = [text for text in found[0].search if text.kind.name == "chat.jsonl"]
+    assert own == [f"[user] say {i} [assistant] {f'{i} ' * 9} " for i in range(40)], "and one BOS in a row"
     tiny_tokenizer().save_pretrained(place / "chatty")
     (place / "chatty/chat_template.jinja").unlink(missing_ok=True)
     code, _, err = say("prune", "chatty", "--budget", 0.3, "--texts", "chat.jsonl", "--cache", "other")
@@ -890,7 +894,7 @@ def test_the_loss_of_each_kind_of_text_is_told_wherever_the_model_is_shown(model
     judge = found[0].judge
     pruned = AutoModelForCausalLM.from_pretrained(place / "out", trust_remote_code=True)
     models = {"dense": load_model(model, "float32"), "after": pruned}
-    assert told.keys() == {*judge.kinds} == {"a", "b"}
+    assert told.keys() == {*judge.kinds} == {"a", "b", "tales", "code", "Python's library"}
     for kind, facts in told.items():
         rows = [row for row, own in zip(judge.rows, judge.kinds, strict=True) if own == kind]
         expected = {key: math.exp(mean(full_nll(each, row) for row in rows)) for key, each in models.items()}

@@ -15,15 +15,15 @@ from blockpruner import api, dag, pipeline
 from blockpruner.cli import main as command
 from blockpruner.cli import pruning, talking
 from blockpruner.cli.pruning import Place
-from blockpruner.core.errors import InputError
 from blockpruner.core.progress import SilentObserver
 from blockpruner.evaluation import perplexity
 from blockpruner.healing import rows as healing_rows
-from blockpruner.inputs import calibration, texts
+from blockpruner.inputs import calibration, sources, texts
 from blockpruner.inputs.texts import ALPACA_WITHOUT_INPUT
 from blockpruner.params import load_run
 from blockpruner.store.plans import load_plan
 from flows.new_model import NewModel
+from tests import shipped
 from tests.tiny import bos_tokenizer, save_tiny, tiny_tokenizer
 
 
@@ -38,6 +38,8 @@ PRUNE = ("prune", "tiny", "--budget", "0.3", "--texts", "t.jsonl", "--seq-len", 
 STAGES = ("settings", "fetch", "calibrate", "score", "commit", "compensate", "train", "materialize")
 OF_RUN = STAGES[:4]
 CONTEXT = 64
+MIX = [{"source": "path", "path": "t.jsonl"}, {"source": "wide"}]
+"""Texts of one's own, and as much of ours."""
 
 
 def write_texts(path, texts):
@@ -54,7 +56,7 @@ def place(tmp_path, monkeypatch):
     write_texts(tmp_path / "heldout.jsonl", [f"other words {i} " * 9 for i in range(20)])
     run = {
         "model": {"source": "path", "path": "tiny", "dtype": "float32"},
-        "calibration": {"data": {"source": "path", "path": "t.jsonl"}, "split": "all", "num_rows": 16, "seq_len": 64},
+        "calibration": {"data": {"source": "mix", "of": MIX}, "split": "all", "num_rows": 64, "seq_len": 64},
         "score": {"method": "recommended"},
         "evaluate": {
             "perplexity": {"data": {"source": "path", "path": "heldout.jsonl"}, "seq_len": 64, "max_rows": 8},
@@ -115,6 +117,7 @@ def test_every_door_makes_the_same_model_of_the_same_words(place, monkeypatch):
         for section in ("score", "compensate", "train"):
             assert getattr(run, section) == getattr(asked[0], section)
         absolute = {"data": asked[0].calibration.data}
+        assert run.calibration.data.title == asked[0].calibration.data.title
         assert run.calibration.model_copy(update=absolute) == asked[0].calibration
 
 
@@ -160,6 +163,9 @@ def gemma(place, monkeypatch):
         "code.utf8": "\n\n\n".join(parts[3]),
         "tiny.utf8": "<|endoftext|>\n".join(parts[4]),
     }
+    five = yaml.safe_load(shipped.REAL.read_text()) | {"wide": {"source": "general"}}
+    (place / "five.yaml").write_text(yaml.safe_dump(five))
+    monkeypatch.setattr(sources, "OURS", place / "five.yaml")
     monkeypatch.setattr(texts, "package_file", lambda *given: None)
     monkeypatch.setattr(texts, "read_member", lambda archive, file: files[Path(file).name].encode())
     monkeypatch.setattr(pruning, "load_texts", load)
@@ -198,7 +204,8 @@ def test_without_texts_every_family_can_read_the_rows_and_responses_are_scored(g
     assert judge and not judge & set().union(*rows.values()), "set aside before the search draws"
     scored = decoded([token for token in row if token >= 0] for row in found[0].search.rows)
     assert {int(number) // 24 for number in re.findall(r"doc(\d{3})", scored)} == {*range(5)}, "all kinds of text"
-    assert {*found[0].judge.kinds} == {"encyclopaedia", "instructions", "web", "program text", "stories"}
+    kinds = {"encyclopaedia", "instructions", "web", "program text", "stories"}
+    assert {*found[0].judge.kinds} == {*kinds, "Python's library"}
     assert "Response" not in scored and not any("BOS" in note for note in noted)
     paper = ("--method", "blockpruner", "--seq-len", "64", "--num-samples", "4")
     with pytest.raises(RecordedError):
@@ -226,7 +233,11 @@ def test_held_out_rows_begin_with_bos_in_every_door(gemma, monkeypatch):
     assert all({row[0] for row in rows} == {257} and len(rows) > 1 for rows in seen)
 
 
-DOORS = [(by_command, set()), (by_stages, set(range(19))), (prune_in_memory, set())]
+def in_memory():
+    prune_in_memory(TEXTS[:32])  # so few that a fit would see all
+
+
+DOORS = [(by_command, set()), (by_stages, set(range(19))), (in_memory, set())]
 
 
 @pytest.mark.parametrize("ignored", [False, True])
@@ -252,9 +263,7 @@ def test_no_row_that_judges_or_is_evaluated_is_seen_elsewhere(place, monkeypatch
     judge, others = documents.pop("judge"), set().union(*documents.values())
     keys = rows.pop("judge").row_keys
     assert (
-        judge
-        and documents.keys() >= {"search", "fit", "tuning"}
-        and ("train" in documents) is (door is not prune_in_memory)
+        judge and documents.keys() >= {"search", "fit", "tuning"} and ("train" in documents) is (door is not in_memory)
     )
     assert not evaluated & (judge | others)
     assert bool(judge & others) is ignored
@@ -286,21 +295,19 @@ def test_what_must_be_apart_has_no_row_and_no_text_in_common(place):
     for name, other in apart:
         assert seen[name] and not {*seen[name]} & {*seen[other]}, (name, other)
         assert not {*rows[name]} & {*rows[other]}, (name, other)
-    assert evaluated.kinds == found.judge.kinds == ("a", "b", "c")
+    assert evaluated.kinds == ("a", "b", "c")
+    assert list(dict.fromkeys(found.judge.kinds)) == ["a", "b", "c", "tales", "code", "Python's library"]
     for name in ("search", "fit", "tuning", "train", "validation"):
         shares = [sum(int(number) % 3 == i for number in seen[name]) / len(seen[name]) for i in range(3)]
         assert all(abs(share - (i + 1) / 6) < 0.15 for i, share in enumerate(shares)), (name, shares)
 
 
-def test_with_too_few_texts_to_judge_the_first_search_is_made_alone(place):
+def test_texts_too_few_to_set_some_aside_are_named_and_others_judge(place):
     class Notes(SilentObserver):
         def note(self, message):
             notes.append(message)
 
     notes = []
     model = AutoModelForCausalLM.from_pretrained("tiny")
-    found = blockpruner.prune(model, tiny_tokenizer(), TEXTS[:5], 0.3, seq_len=64, observer=Notes())
-    assert found.plan.kind == "narrow" and "judged" not in found.compensation
-    assert any("too few to set some aside" in note for note in notes)
-    with pytest.raises(InputError):
-        prune_in_memory(TEXTS[:1])
+    found = blockpruner.prune(model, tiny_tokenizer(), TEXTS[:5], 0.3, seq_len=64, only_texts=True, observer=Notes())
+    assert "your texts" not in found.plan.kinds and any("too few texts of your texts" in note for note in notes)

@@ -18,8 +18,9 @@ from blockpruner.core.settings import LocalModel, LocalTexts, MixedTexts, read_s
 from blockpruner.evaluation.settings import Evaluate, ZeroShot
 from blockpruner.healing.settings import Train
 from blockpruner.inputs.settings import Calibration
+from blockpruner.inputs.sources import named_sources, with_sources
 from blockpruner.methods.recipes import sections
-from blockpruner.params import NO_RUNS, load_params, load_run, named_sources, read_values, run_schema, with_sources
+from blockpruner.params import NO_RUNS, load_params, load_run, read_values, run_schema
 from blockpruner.scoring.settings import Score
 from blockpruner.settings import Run, Sections, resolve
 from tests.errors import refused
@@ -98,8 +99,8 @@ def test_a_run_file_has_the_recipe_of_the_command_and_the_texts_that_belong_to_i
     for score, calibration in (
         ("", drawn),
         ("score: {method: narrow}", drawn),
-        ("score: {metric: js}\ncalibration: {num_samples: 8}", drawn | {"num_samples": 8}),
-        ("calibration: {num_rows: 5}", {"data": drawn["data"], "split": "all", "num_rows": 5}),
+        ("score: {metric: js}\ncalibration: {num_samples: 8}", drawn | {"num_samples": 8, "num_rows": None}),
+        ("calibration: {num_rows: 5}", drawn | {"num_rows": 5}),
         ("score: {method: shortgpt}\ncalibration: {seed: 7}", {"seed": 7}),
     ):
         (tmp_path / "r.yaml").write_text(f"model: {{source: path, path: m}}\n{score}\n")
@@ -190,6 +191,7 @@ def test_a_fresh_clone_is_up_to_date(tmp_path):
     assert found.returncode == 0 and "Running stage" not in found.stdout, found.stdout + found.stderr
 
 
+@pytest.mark.usefixtures("real_texts")
 def test_the_shipped_dag_is_of_the_shipped_settings_and_pins(monkeypatch):
     monkeypatch.chdir(ROOT)
     dag.require_current()
@@ -249,7 +251,7 @@ def test_sections_have_the_searches_of_all_targets(llama):
     own, other, recommended = (asked.score for asked in found.searches.values())
     assert own.options == {"tries": 2, "per": "parameters"} and other.acceleration is None
     assert (recommended.method, recommended.options) == ("recommended", {})
-    assert set(found.sources.texts) == {"perplexity", "calibration"} and found.train is None
+    assert set(found.sources.texts) == {"perplexity", "calibration", "judge"} and found.train is None
     assert Sections.model_validate_json(found.model_dump_json()) == found
 
 

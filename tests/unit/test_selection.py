@@ -13,7 +13,7 @@ from prefect.states import Completed, Failed
 
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import source_of
-from blockpruner.params import named_sources
+from blockpruner.inputs.sources import named_sources
 from flows import dvc, paper
 from flows import prune as prune_module
 from flows.dvc import require_remotes

