@@ -260,6 +260,10 @@ def test_no_row_that_judges_or_is_evaluated_is_seen_elsewhere(place, monkeypatch
     rows = {name: part for name, part in vars(found[0]).items() if part.rows}
     decoded = {name: tiny_tokenizer().decode([t for row in part.rows for t in row]) for name, part in rows.items()}
     documents = {name: set(map(int, re.findall(r"doc(\d{3})", text))) for name, text in decoded.items()}
+    ours = {name: set(re.findall(r"(?:tales|code) \d+", text)) for name, text in decoded.items()}
+    if not ignored:
+        assert ours["judge"] and ours["fit"] and not ours["judge"] & (ours["search"] | ours["fit"] | ours["tuning"])
+    assert {*rows["judge"].kinds} >= {"tales", "code", "Python's library"}
     judge, others = documents.pop("judge"), set().union(*documents.values())
     keys = rows.pop("judge").row_keys
     assert (
