@@ -282,7 +282,6 @@ def prune(
         pipeline.score(material, rows, run.score, [wanted], folder)
         found = pipeline.commit(folder, run.score, config, wanted, rows, target="", run="", compensate=chosen)
         healed = pipeline.heal(lambda: model, found, rows, shown)
-        pipeline.require_kept(healed.plan, max_loss)
         current = Current.load(folder / healed.name)
         trace = read_trace(trace_directory(folder / healed.name, current, wanted), current.search)
         firm = stabilities(trace, str(current.score.options.get("per", "none")))
@@ -298,6 +297,8 @@ def prune(
             pipeline.train(made, recipe, rows, (scores or place) / "training", place / "trained", shown)
             told = find_healed([place / "trained"], made.identity)
             weights = read_tensors(place / "trained" / FILE)[0]
+            plan = told.plan(plan) if told else plan
+        pipeline.require_kept(plan, max_loss)
         pruned = KINDS[plan.kind].apply_(model, plan, ())
         set_weights_(pruned, weights)
         return Pruned(pruned, tokenizer, plan, tuple(trace), firm, healed.facts, told, base, parameter_digests(pruned))

@@ -314,7 +314,7 @@ def train(
     from blockpruner.healing.train import write_trained
 
     validation = rows.validation if rows.validation.rows else None
-    write_trained(out, pruning, wanted, rows.train, validation, states, observer, processes)
+    write_trained(out, pruning, wanted, rows.train, validation, states, observer, processes, rows.judge)
 
 
 def export(

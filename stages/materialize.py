@@ -15,7 +15,8 @@ def healed_of(name: str, *stages: str) -> Pruning:
     """The model of a target, with the weights of the first of these stages that has healed it."""
     plan = kept_plan(name)
     pruning = pruning_of(plan, pipeline.Rows.load(DATA / "calibration" / plan.run, "search"))
-    return replace(pruning, healed=find_healed([DATA / stage / name for stage in stages], pruning.identity))
+    healed = find_healed([DATA / stage / name for stage in stages], pruning.identity)
+    return replace(pruning, healed=healed, plan=healed.plan(plan) if healed else plan)
 
 
 def main(name: str) -> None:

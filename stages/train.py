@@ -14,7 +14,7 @@ def main(name: str) -> None:
         return
     from stages.materialize import healed_of  # loads torch
 
-    rows = pipeline.Rows.load(DATA / "calibration" / plan.run, "search", "train", "validation")
+    rows = pipeline.Rows.load(DATA / "calibration" / plan.run, "search", "judge", "train", "validation")
     wanted = sections(plan.run).train
     assert wanted is not None  # load_params has checked it
     pruning, states = healed_of(name, "compensated"), DATA / "adapters"

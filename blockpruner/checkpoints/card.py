@@ -95,9 +95,9 @@ def _kinds(plan: Plan) -> str:
     pairs, warning = in_words(plan.kinds or {})
     if not pairs:
         return ""
-    lines, when = "\n".join(f"- {plain(kind)}: {lost}" for kind, lost in pairs), ", before training" * plan.train
+    lines = "\n".join(f"- {plain(kind)}: {lost}" for kind, lost in pairs)
     more = f"\n{plain(warning)}\n" if warning else ""
-    return f"\nPerplexity by kind of text, of rows that were set aside{when}:\n\n{lines}\n{more}"
+    return f"\nPerplexity by kind of text, of rows that were set aside:\n\n{lines}\n{more}"
 
 
 def _perplexity(plan: Plan) -> str:

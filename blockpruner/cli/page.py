@@ -36,7 +36,7 @@ def write_page_of(checkpoint: Path, out: Path) -> None:
     findings = Findings(tuple(_findings(plan, verified, checkpoint, bool(perplexity))))
     pairs, _ = in_words(plan.kinds or {})
     tables = [_healing(perplexity)] if perplexity else []
-    lost = [Facts("Perplexity by kind of text, after compensation", pairs)] if pairs else []
+    lost = [Facts("Perplexity by kind of text, of texts set aside", pairs)] if pairs else []
     steps = KINDS[plan.kind].steps(plan) or "No block is removed as a whole."
     removed = removed_map(plan.target, plan) if plan.gone else steps
     facts = {

@@ -20,7 +20,17 @@ from blockpruner.core.errors import InputError, named
 from blockpruner.core.families import FAMILIES, Config, count_parameters
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
-from blockpruner.core.settings import HubModel, LocalModel, LocalTexts, Model, Runtime, Texts, merged, read_settings
+from blockpruner.core.settings import (
+    HubModel,
+    LocalModel,
+    LocalTexts,
+    MixedTexts,
+    Model,
+    Runtime,
+    Texts,
+    merged,
+    read_settings,
+)
 from blockpruner.evaluation.kinds import Loss, in_words
 from blockpruner.evaluation.settings import Perplexity
 from blockpruner.healing.settings import Train
@@ -35,7 +45,7 @@ from blockpruner.inputs.checkpoints import (
 from blockpruner.inputs.hub import COMMIT, HubError, pinned_revision
 from blockpruner.inputs.settings import Calibration
 from blockpruner.inputs.sources import shipped_texts
-from blockpruner.inputs.texts import judging_texts, load_texts
+from blockpruner.inputs.texts import by_kind, judging_texts, load_texts
 from blockpruner.inputs.tokenizers import conversation, load_tokenizer
 from blockpruner.methods.blocks.kind import require_of
 from blockpruner.methods.recipes import DRAWN, compensation, is_judged, require_reached
@@ -163,7 +173,6 @@ class Place:
                 data = run.compensate.data or run.calibration.data
                 choice.keep(healed, best, self._pruning(run, dense, best.plan, rows.search), data)
         pruning = self._healed(run, dense, replace(load_plan(healed / choice.PLAN), target=out.name), rows, [healed])
-        pipeline.require_kept(pruning.plan, max_loss)
         facts = read_json(healed / COMPENSATE_FACTS)
         told = {"compensated": facts["perplexity"]} if "perplexity" in facts else {}
         if run.train is not None:
@@ -173,7 +182,10 @@ class Place:
             assert pruning.healed is not None
             if "training" in pruning.healed.perplexity:
                 told["trained"] = pruning.healed.perplexity["training"]
-        return self._export(run, pruning, out) | {"search": counts, "perplexity": told}
+        pipeline.require_kept(pruning.plan, max_loss)
+        is_mixed = isinstance(run.calibration.data, MixedTexts)
+        own = [] if is_mixed else [kind.name for kind in by_kind(pool.search) if kind]
+        return self._export(run, pruning, out) | {"search": counts, "perplexity": told, "only_kinds": own}
 
     def _note(self, message: str) -> None:
         """A line, with this command's names for the keys in it."""
@@ -181,7 +193,8 @@ class Place:
 
     def look(self, run: Run, out: Path) -> None:
         """Raise InputError for what a dry run can see: bad texts on this machine, or a place that is taken."""
-        for data in (run.calibration.data, run.compensate.data, run.train and run.train.data):
+        given = (run.calibration.data, run.compensate.data, run.train and run.train.data)
+        for data in (one for each in given for one in (each.of if isinstance(each, MixedTexts) else (each,))):
             if isinstance(data, LocalTexts):
                 load_texts(data, self.root / "cache", self.pins, lambda messages: "")
         for place in self._places(run, out).values():
@@ -228,7 +241,8 @@ class Place:
         from blockpruner.methods.healed import find_healed
 
         pruning = self._pruning(run, dense, plan, rows.search)
-        return replace(pruning, healed=find_healed(folders, pruning.identity))
+        healed = find_healed(folders, pruning.identity)
+        return replace(pruning, healed=healed, plan=healed.plan(plan) if healed else plan)
 
     def _train(self, wanted: Train, pruning: "Pruning", rows: pipeline.Rows) -> Path:
         """The folder of trained weights; a killed training continues."""
@@ -237,7 +251,7 @@ class Place:
         facts = {
             "of": pruning.identity, "since": pruning.healed and pruning.healed.digest,
             "rows": [rows.train.digest, rows.validation.digest], "recipe": wanted.model_dump(mode="json"),
-            "version": WEIGHTS_VERSION,
+            "version": WEIGHTS_VERSION, "judge": rows.judge.digest,
         }  # fmt: skip
         folder = self.root / "trained" / fingerprint(facts)
         with self._alone(folder.name, "trains the same"):
@@ -459,11 +473,15 @@ def words(found: Mapping[str, Any]) -> str:
         lines.append(f"{name}: perplexity of texts set aside {told['before']:.2f} -> {told['after']:.2f}{dense}")
     if not found.get("perplexity") and not plan["train"] and plan["compensate"] == "none":
         lines.append("no weight was fitted again: --compensate refit makes up for part of the loss")
-    kinds, warning = in_words(plan.get("kinds") or {})
+    plan_kinds, only = plan.get("kinds") or {}, found.get("only_kinds", ())
+    kinds, warning = in_words(plan_kinds)
     lines += [f"perplexity of texts set aside, {kind}: {lost}" for kind, lost in kinds]
-    lines += [f"texts set aside: {Loss.of(plan['kinds'])}"] if kinds else []
     lines += [f"warning: {warning}"] if warning else []
     for each in found["written"]:
         checked = "checked in a fresh process of {}" if each["verified"] else "unchecked: {} is not installed here"
         lines.append(f"{each['path']}: for {', '.join(each['for'])}, {checked.format(each['verified_by'])}")
+    own, others = ({k: v for k, v in plan_kinds.items() if (k in only) is wanted} for wanted in (True, False))
+    if own and others:
+        lost = f"they lost {Loss.of(own).mean:.2f} times, other texts {Loss.of(others).mean:.2f} times on average"
+        lines.append(f"only your texts decided: {lost}; without --only-texts, ours are half of those that decide")
     return "\n".join(lines)

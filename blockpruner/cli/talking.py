@@ -18,7 +18,7 @@ from transformers import TextStreamer
 from blockpruner.cli.pruning import fitted, own_dtype
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import FAMILIES, Config
-from blockpruner.evaluation.kinds import uneven
+from blockpruner.evaluation.kinds import ALL, Loss, uneven
 from blockpruner.evaluation.perplexity import HeldOut, held_out, measure_perplexity
 from blockpruner.evaluation.samples import answer
 from blockpruner.evaluation.settings import Perplexity, ZeroShot
@@ -184,7 +184,10 @@ def side_by_side(found: Sequence[Compared]) -> Table:
         for kind, own in one.kinds.items():
             times = "" if one.relative is None else f", {_times(own['relative'], own['interval'])}"
             lines.append(f"{kind}: {number(own['perplexity'])}{times}")
-        if warning := uneven({kind: own["relative"] for kind, own in one.kinds.items()}):
+        ratios = {kind: own["relative"] for kind, own in one.kinds.items()}
+        if len(ratios) > 1 and one.relative is not None:
+            lines.append(f"{ALL}: {Loss(ratios)}")
+        if warning := uneven(ratios):
             lines.append(f"warning: {warning}")
         table.add_column(Text(printable("\n".join(lines))), ratio=1)
     if found[0].answer is not None:

@@ -17,6 +17,9 @@ LOST = (
     "The kind {!r} lost most: its perplexity is {:.2f} times the dense model's, {:.2f} times the mean of all kinds. "
     "If the model is for it, raise its share among the texts, or give more of it."
 )
+ALL = "all kinds"
+"""What the line on all kinds is called."""
+
 TIE = 1.02
 """Of models whose worst kinds lost about as much, within 2 %, the one with the lower mean is better."""
 
@@ -71,9 +74,10 @@ def perplexities(row_nll: Sequence[float], kinds: Sequence[str]) -> dict[str, fl
 
 
 def in_words(found: Mapping[str, Mapping[str, float]]) -> tuple[tuple[tuple[str, str], ...], str]:
-    """What each kind lost, from its perplexities `dense` and `after`; and the warning of `uneven`."""
+    """What each kind lost, from its perplexities `dense` and `after`, and all of them; and the warning of `uneven`."""
     loss, words = Loss.of(found), "{dense:,.2f} dense, {after:,.2f} after, {ratio:.2f} times"
-    return tuple((kind, words.format(**own, ratio=loss.kinds[kind])) for kind, own in found.items()), uneven(loss.kinds)
+    lost = [(kind, words.format(**own, ratio=loss.kinds[kind])) for kind, own in found.items()]
+    return tuple([*lost, (ALL, str(loss))] if len(lost) > 1 else lost), uneven(loss.kinds)
 
 
 def uneven(ratios: Mapping[str, float]) -> str:

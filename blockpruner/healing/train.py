@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from blockpruner.core.progress import Observer
+from blockpruner.evaluation.kinds import perplexities
 from blockpruner.evaluation.perplexity import measure_perplexity
 from blockpruner.healing.settings import Train
 from blockpruner.healing.states import BEST
@@ -19,6 +20,7 @@ from blockpruner.store.locks import hold, this_process
 from blockpruner.store.provenance import fingerprint
 from blockpruner.versions import WEIGHTS_VERSION
 
+NONE = CalibrationSet(())
 NOT_IN_KEY = {"data", "num_samples", "num_rows", "seq_len", "validation"}
 """The settings that do not decide the weights, given the rows."""
 
@@ -32,10 +34,12 @@ def write_trained(
     states: Path,
     observer: Observer,
     processes: int = 1,
+    judge: CalibrationSet = NONE,
 ) -> None:
     """Train the model of a plan, from its healed weights on: the weights that are not what the plan makes of them, and
-    facts, at `folder`. A folder of `states` for each model, rows and recipe, from which a killed training goes on, is
-    gone in the end. So many `processes` of this machine share out the batches of a step."""
+    facts, at `folder`. What kinds of text lose is measured anew on the rows that `judge`. A folder of `states` for each
+    model, rows and recipe, from which a killed training goes on, is gone in the end. So many `processes` of this
+    machine share out the batches of a step."""
     check_context(wanted.seq_len, read_json(pruning.dense / "config.json"), "train.seq_len")
     processes = min(processes, wanted.accumulation)
     facts = {
@@ -48,7 +52,7 @@ def write_trained(
         "recipe": wanted.model_dump(mode="json", exclude=NOT_IN_KEY),
     }
     own = states / fingerprint(facts)
-    given = folder, pruning, wanted, rows, validation, own
+    given = folder, pruning, wanted, rows, validation, judge, own
     lock = own.with_suffix(".lock")
     with hold(lock, this_process(), lambda holder: observer.note(f"{holder} trains the same; waiting for it")):
         if processes == 1:
@@ -67,6 +71,7 @@ def _write(
     wanted: Train,
     rows: CalibrationSet,
     validation: CalibrationSet | None,
+    judge: CalibrationSet,
     states: Path,
 ) -> None:
     """The work of one process; the first one writes."""
@@ -90,12 +95,18 @@ def _write(
     if by_step := {each["step"]: perplexity(each["nll"]) for each in facts["validations"]}:
         told |= {"before": by_step[0], "after": by_step[facts["step"]]}
 
+    kinds = dict[str, dict[str, float]]()
+    if plan.kinds and judge.rows:
+        row_nll = measure_perplexity(model, judge.rows).row_nll
+        for kind, after in perplexities(row_nll, judge.kinds).items():
+            kinds[kind] = {"dense": plan.kinds[kind]["dense"], "after": after}
+
     def build(directory: Path) -> None:
         words = f"then trained ({wanted.title}) on {len(rows.rows):,} rows of `{wanted.data.title}`"
         words = f"{words}, {rows.tokens:,} tokens"
         weights = changed_weights(model, before, plan)
         held_out = {"training": told} if told else {}
-        save_healed(directory, weights, pruning.identity, words, wanted.data, healed, held_out)
+        save_healed(directory, weights, pruning.identity, words, wanted.data, healed, held_out, kinds)
         drawn = {"enabled": True, **wanted.model_dump(), "rows": len(rows.rows), "tokens": rows.tokens}
         write_json(directory / TRAIN_FACTS, drawn | facts)
 

@@ -6,7 +6,7 @@ how they get into it. How weights are healed is decided in `healing`.
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -44,6 +44,12 @@ class Healed:
     """The digest of the weights and of their description."""
     perplexity: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """By what was done: that of rows held out from it, `before` and `after`, and `dense` where it was measured."""
+    kinds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """By kind of text, where it was measured after the last step: as in a plan."""
+
+    def plan(self, plan: Plan) -> Plan:
+        """The plan with what was measured last."""
+        return replace(plan, kinds=self.kinds) if self.kinds else plan
 
 
 def kept_facts(checkpoint: Path) -> Healed | None:
@@ -62,14 +68,16 @@ def save_healed(
     data: Texts,
     since: Healed | None = None,
     perplexity: Mapping[str, Mapping[str, float]] | None = None,
+    kinds: Mapping[str, Mapping[str, float]] | None = None,
 ) -> None:
-    """Write the file of `weights` in `folder`; `of`, `words` and `perplexity` are as in `Healed`, `data` is the source
-    of the texts that decided the weights, and `since` what had been done before."""
+    """Write the file of `weights` in `folder`; `of`, `words`, `perplexity` and `kinds` are as in `Healed`, `data` is
+    the source of the texts that decided the weights, and `since` what had been done before."""
     sources = data.of if isinstance(data, MixedTexts) else (data,)
     datasets = (*(since.datasets if since else ()), *(one.repo for one in sources if isinstance(one, Hub)))
     words = f"{since.words}, {words}" if since else words
     told = json.dumps({**(since.perplexity if since else {}), **(perplexity or {})})
     facts = {"of": of, "words": words, "datasets": json.dumps(list(dict.fromkeys(datasets))), "perplexity": told}
+    facts["kinds"] = json.dumps(dict(kinds or {}))
     write_tensors(folder / FILE, weights, facts)
 
 
@@ -98,7 +106,7 @@ def find_healed(folders: Iterable[Path], of: str) -> Healed | None:
     if facts.get("of") != of:
         raise damaged(path, "belongs to another model, plan or calibration than this target's")
     datasets, told = tuple(json.loads(facts["datasets"])), json.loads(facts.get("perplexity", "{}"))
-    return Healed(path, of, facts["words"], datasets, facts[DIGEST], told)
+    return Healed(path, of, facts["words"], datasets, facts[DIGEST], told, json.loads(facts.get("kinds", "{}")))
 
 
 def load_healed_(model: PreTrainedModel, path: Path, shared: bool = False) -> None:

@@ -12,6 +12,7 @@ from pandas import DataFrame
 
 from blockpruner.core.blocks import format_mask
 from blockpruner.core.budgets import speedup
+from blockpruner.evaluation.kinds import Loss
 from blockpruner.reporting.findings import paired, paired_confidence, recommended
 from blockpruner.reporting.formats import parameters, percent, size, times
 from blockpruner.reporting.inputs import ReportedRun
@@ -96,6 +97,9 @@ def headline(reported: ReportedRun) -> Table:
     for kind in reported.dense.by_kind:
         add(f"Perplexity of {kind}", partial(of_kind, kind))
         add(f"Perplexity of {kind}, × dense", partial(of_kind_x, kind))
+    if any(target.plan.kinds for target in reported.targets):
+        add("Texts set aside: mean of kinds", lambda o: times(loss.mean) if (loss := _loss(o)) else None)
+        add("Texts set aside: worst kind", lambda o: _worst(loss) if (loss := _loss(o)) else None)
     for task, chance in reported.chance.items():
         add(f"{task}, %", partial(accuracy, task=task), chance)
     add("Average, %", accuracy, mean(reported.chance.values()))
@@ -113,6 +117,15 @@ def headline(reported: ReportedRun) -> Table:
     strong = frozenset(i for i, row in enumerate(rows) if row[0] in ("Held-out perplexity", "Average, %"))
     columns = (Column("measure", ""), Column("chance", "chance"), *(Column(o.name, o.name) for o in reported.options))
     return Table(f"{reported.run}-headline", "Dense against pruned", columns, tuple(rows), (LEGEND,), strong)
+
+
+def _loss(option: Option) -> Loss | None:
+    """What the model lost by the texts that judged it."""
+    return Loss.of(option.plan.kinds) if option.plan and option.plan.kinds else None
+
+
+def _worst(loss: Loss) -> str:
+    return f"{times(loss.worst)}, {loss.worst_kind}"
 
 
 def _estimate(option: Option) -> Cell:
