@@ -5,10 +5,10 @@ again, and DVC runs the stages that depend on the constant. tests/test_golden.py
 version, and names the constant to raise.
 """
 
-FETCH_VERSION = 5
+FETCH_VERSION = 6
 """Texts, benchmark items and checkpoints as they are fetched: what is read, kept, converted and recorded."""
 
-CALIBRATION_VERSION = 6
+CALIBRATION_VERSION = 7
 """Calibration rows: which samples are drawn, how they are packed, which tokens are scored."""
 
 SCORE_VERSION = 3
@@ -20,7 +20,7 @@ SEARCH_VERSION = 5
 PLAN_VERSION = 9
 """Which prefix of a search meets a budget, LaCo's merges, widths of MLPs and SliceGPT's, and what a plan holds."""
 
-WEIGHTS_VERSION = 9
+WEIGHTS_VERSION = 10
 """The weights of a pruned model: merged, sliced, compensated or trained. Part of the keys under which they are kept."""
 
 EXPORT_VERSION = 13
@@ -29,5 +29,5 @@ EXPORT_VERSION = 13
 EVAL_VERSION = 4
 """Perplexities, task scores, sample texts and timings. Part of the key of every stored result."""
 
-REPORT_VERSION = 19
+REPORT_VERSION = 20
 """Tables, figures and pages made from results."""

@@ -35,6 +35,7 @@ from safetensors.torch import load_file, save_file
 from blockpruner import dag, versions
 from blockpruner.core.blocks import DENSE, Mask, format_mask
 from blockpruner.core.budgets import resources_of
+from blockpruner.inputs import texts
 from blockpruner.store.files import read_json, write_sealed_json
 from stages import (
     baseline,
@@ -52,6 +53,7 @@ from stages import (
 from tests.builders import FakeScorer, searched, short_rows, small_config
 from tests.fakes import made_up_times, unverified
 from tests.integration.project import sentence
+from tests.shipped import replace_shipped
 from tests.tiny import VARIANTS, VARIANTS_DAILY, tiny_model, tiny_tokenizer, tolerance
 
 FOLDER = Path(__file__).with_suffix("")
@@ -113,6 +115,8 @@ class World:
         (root / "inputs/heldout.txt").write_text("\n\n".join(sentence(i) for i in range(60)))
         for file, items in ITEMS.items():
             pq.write_table(pa.Table.from_pylist(items), root / f"inputs/{file}.parquet")
+        replace_shipped(root / "inputs/shipped")
+        texts.pieces_of_library = lambda: [sentence(i) for i in range(60, 120)]  # not of the running Python
 
     def model(self, variant: str, **config: Any) -> Path:
         """A checkpoint of a tiny model, in float64."""
