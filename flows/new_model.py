@@ -33,7 +33,7 @@ class NewModel(Frozen):
     model: str = Field(description=f"The dense model: {WHERE}.")
     budgets: tuple[str, ...] = Field(min_length=1, description=f"How far to prune: {BUDGETS}.")
     texts: str | None = Field(
-        default=None, description=f"What the blocks are scored on: {WHERE}. None: five kinds from Python packages."
+        default=None, description=f"Your texts, half of those that decide: {WHERE}. None: ours alone, eight kinds."
     )
     heldout: str | None = Field(
         default=None, description=f"What perplexity is measured on: {WHERE}. None: WikiText-2 from the hub."
