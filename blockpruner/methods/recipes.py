@@ -170,9 +170,8 @@ def compensation(own: str | None, method: str) -> str:
 
 
 def is_judged(method: str, compensate: str) -> bool:
-    """Whether a model is judged on texts that nothing else has seen: all but those of the paper's methods as they
-    are."""
-    return compensate != "none" or not recipe(method).published
+    """Whether models are judged on texts that nothing else has seen: where proposals compete, or weights are fitted."""
+    return compensate != "none" or len(recipe(method).searches) > 1
 
 
 OWN_TEXTS = ("path", "hub")
