@@ -455,7 +455,7 @@ def _is_there(place: Path, plan: Plan | None, words: str | None = None) -> bool:
     held = load_plan(file) if file.is_file() else None
     card = place / "README.md"
     other = words is not None and card.exists() and words not in card.read_text(encoding="utf-8")
-    if held is None or plan is None or other or replace(held, target=plan.target) != plan:
+    if held is None or plan is None or other or replace(held, target=plan.target, kinds=plan.kinds) != plan:
         message = f"--out {place} is not empty and holds something else; choose another folder, or remove it"
         raise InputError(message, rule="place-not-empty", key="out", value=str(place))
     require_verified(place)
