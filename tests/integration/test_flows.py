@@ -342,11 +342,12 @@ def test_a_new_model_is_written_made_and_pushed(project, server, tmp_path, monke
     pushed = [run for run in ask(server, "task_runs") if run["name"] == "push to team"]
     assert [run["run_count"] for run in pushed] == [3]
     assert post(server, "flow_runs/filter", sort="EXPECTED_START_TIME_DESC")[0]["name"] == "mine 2blocks train"
+    texts = {"source": "mix", "of": [{"source": "path", "path": "texts.txt"}, {"source": "wide"}]}
     assert yaml.safe_load(Path("runs/mine.yaml").read_text()) == {
         "model": {"source": "path", "path": "models/mine"},
         "score": {"method": "recommended", "unit": "layer"},
-        "calibration": {"data": {"source": "path", "path": "texts.txt"}, "split": "all", "num_rows": 16},
-        "train": training("all") | {"data": {"source": "path", "path": "texts.txt"}},
+        "calibration": {"data": texts, "split": "all", "num_rows": 64, "seq_len": 256},
+        "train": training("all") | {"data": texts},
         "evaluate": {"perplexity": {"data": {"source": "wikitext-2"}}, "zero_shot": {"limit": 7}},
     }
     subprocess.run([*remote, "modify", "team", "url", str(tmp_path / "remote")], check=True)

@@ -91,7 +91,7 @@ def test_the_sdist_holds_the_library_and_nothing_of_anybodys_data(built):
     ours = {path.relative_to(ROOT) for path in (ROOT / "blockpruner").rglob("*.py")}
     extra = {name for name in names if name.parts[0] == "blockpruner"} - ours
     assert ours <= set(names)
-    assert {name.name for name in extra} == {"py.typed", "page.html", "page.md", "sources.yaml"}
+    assert {name.name for name in extra} == {"py.typed", "page.html", "page.md", "packages.txt", "sources.yaml"}
 
 
 def test_the_wheel_holds_the_library_its_licence_and_its_types(built):
