@@ -14,8 +14,8 @@ CALIBRATION_VERSION = 7
 SCORE_VERSION = 3
 """Losses of masks and influences of units. Part of the fingerprint of a trial store."""
 
-SEARCH_VERSION = 5
-"""What a search decides from the same trials. Part of the fingerprint of a search."""
+SEARCH_VERSION = 6
+"""What a search decides from the same trials, and the searches of a recipe. Part of the fingerprint of a search."""
 
 PLAN_VERSION = 9
 """Which prefix of a search meets a budget, LaCo's merges, widths of MLPs and SliceGPT's, and what a plan holds."""

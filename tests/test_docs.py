@@ -171,7 +171,7 @@ def test_a_wrong_command_would_be_seen(command):
 
 
 def test_each_short_description_names_what_the_default_removes():
-    assert {"narrow", "greedy-shifted"} < RECIPES[RECOMMENDED].searches.keys()  # channels of MLPs, and layers
+    assert {"narrow", "layers"} < RECIPES[RECOMMENDED].searches.keys()  # channels of MLPs, and layers
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     descriptions = {
         "README.md": (ROOT / "README.md").read_text().split("\n\n")[1],

@@ -11,6 +11,7 @@ from blockpruner.healing.memory import step_bytes
 from blockpruner.methods.recipes import compensation, proposals, require_reached
 from blockpruner.methods.registry import kind_of_method
 from blockpruner.reporting.formats import size
+from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.work import BYTES
 from blockpruner.settings import Run
 
@@ -24,7 +25,7 @@ def dry_run(run: Run, config: Config, budget: str) -> dict[str, Any]:
     masks = {
         name: len(removable_units(layers, score.unit, score.candidates))
         for name, score in proposals(run.score, config, budget).items()
-        if kind_of_method(score.method).removes_blocks
+        if kind_of_method(score.method).removes_blocks and not METRICS[score.metric].influence
     }
     others = [f"none ({name})" for name in proposals(run.score, config, budget) if name not in masks]
     compensate = compensation(run.compensate.method, run.score.method)

@@ -44,22 +44,21 @@ NEAR = 0.1
 """Layers are near a budget that they miss by no more than this share of it."""
 
 RECIPES: Mapping[str, Recipe] = {
-    # Narrower MLPs win or are level, and shifted layers win over whole ones or are level (docs/results.md). Floating
-    # search is for budgets that shifted layers, whose wide holes a refit fills better than many small ones, do not come
-    # near.
+    # Narrower MLPs win or are level (docs/methods.md). The layers are those that one pass finds: a search finds none
+    # that are better after a refit, and takes longer than all the rest. Floating search is for what neither can reach.
     RECOMMENDED: Recipe(
         "recommended",
         {
             "floating": {"method": "floating", "acceleration": "lazy+race"},
             "narrow": {"method": "narrow", "acceleration": None, "metric": "perplexity"},
-            "greedy-shifted": SHIFTED,
+            "layers": {**LAYERS, "acceleration": None, "metric": f"{RM}_frobenius"},
             OF_MIXTURES: {"method": "greedy", "acceleration": "lazy+race", "candidates": "mha"},
         },
         "refit",
     ),
     # The search of arXiv 2406.10594; its calibration set is that of `sections`.
     BLOCKPRUNER: _one("BlockPruner", ("blockpruner", "ppl", "block"), method="greedy"),
-    # That of `recommended`, for engines that load whole layers alone.
+    # For engines that load whole layers alone.
     "shifted": Recipe("shifted layers", {"greedy-shifted": SHIFTED}, "refit"),
     "slicegpt": _one("SliceGPT", ("slicegpt",), method="slicegpt"),
     "narrow": Recipe("narrower MLPs", {"narrow": {"method": "narrow", "acceleration": None}}, "refit"),
@@ -119,9 +118,9 @@ def searches(score: Score) -> dict[str, Score]:
 
 
 def proposals(score: Score, config: Config, budget: str) -> dict[str, Score]:
-    """The searches whose results compete for a budget: that of shifted layers or, where these do not come near it, the
-    first one; and narrower MLPs where they reach it. The first one alone searches for a budget that is not a share of
-    all parameters, or that cannot be met at all, which it refuses with words. See also `OF_MIXTURES`."""
+    """The searches whose results compete for a budget: narrower MLPs where they reach it, and layers where they come
+    near it. Without either the first one searches, as for a budget that is not a share of all parameters, or that
+    cannot be met at all, which it refuses with words. See also `OF_MIXTURES`."""
     from blockpruner.methods.registry import kind_of_method, require_budgets
 
     found = searches(score)
@@ -147,7 +146,7 @@ def proposals(score: Score, config: Config, budget: str) -> dict[str, Score]:
 
     layers = [name for name in others if kind_of_method(found[name].method).removes_blocks]
     able = [name for name in others if unit == "" and (is_near if name in layers else is_reached)(found[name])]
-    return {name: found[name] for name in (*able, *(() if {*able} & {*layers} else (first,)))}
+    return {name: found[name] for name in able or (first,)}
 
 
 def require_reached(score: Score, config: Config, budget: str) -> None:

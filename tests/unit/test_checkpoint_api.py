@@ -263,7 +263,7 @@ def test_proposals_far_behind_after_a_quarter_of_the_rows_are_not_fitted_to_all(
 
     monkeypatch.setattr(choice, "compensate", lambda *given, is_last: compensate(*given, is_last))
     monkeypatch.setattr(choice, "ENOUGH", 2)
-    names = {"narrow", "greedy-shifted"}
+    names = {"narrow", "layers"}
     for behind in (1.0, math.inf):
         monkeypatch.setattr(choice, "BEHIND", behind)
         facts = blockpruner.prune(tiny_model(), tiny_tokenizer(), MANY, 0.3, seq_len=16).compensation
@@ -279,11 +279,11 @@ def test_of_the_searches_that_can_meet_a_budget_one_is_kept():
         return blockpruner.prune(tiny_model(), tiny_tokenizer(), MANY, budget, seq_len=16, **given)
 
     best = kept(0.3)
-    judged, steps = best.compensation["heat"] | best.compensation["judged"], {"greedy-shifted": 2, "narrow": 0}
+    judged, steps = best.compensation["heat"] | best.compensation["judged"], {"layers": 2, "narrow": 0}
     losses = {name: Loss({"": one["worst"]}) for name, one in best.compensation["judged"].items()}
     assert judged.keys() == steps.keys() and len(best.plan.order) == steps[best_loss(losses)]
     for few in (kept(0.05), kept(0.25)):  # no layers come near those
-        assert (few.compensation["heat"] | few.compensation["judged"]).keys() == {"floating", "narrow"}
+        assert (few.compensation["heat"] | few.compensation["judged"]).keys() == {"narrow"}
     for alone in (kept(0.1, candidates="mha"), kept("2layers")):
         assert alone.plan.method == "floating" and alone.compensation["judged"].keys() == {"floating"}
 

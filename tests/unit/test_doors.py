@@ -105,7 +105,7 @@ def test_every_door_makes_the_same_model_of_the_same_words(place, monkeypatch):
     assert (place / "by-file/model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
     found = prune_in_memory()
     assert found.plan.removed == same_plan(exported, "tiny").removed
-    assert (found.compensation["heat"] | found.compensation["judged"]).keys() == {"greedy-shifted", "narrow"}
+    assert (found.compensation["heat"] | found.compensation["judged"]).keys() == {"layers", "narrow"}
     fit = pipeline.Rows.load(place / "data/calibration/tiny").fit.rows
     assert load_plan(place / "data/plans/pruned/narrow.json").calibration["rows"] == len(fit), "not the search's rows"
     found.save(str(place / "memory"))

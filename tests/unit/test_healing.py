@@ -119,10 +119,10 @@ def test_the_proposal_that_judges_find_best_is_kept(project):
 @pytest.mark.parametrize(
     ("budget", "expected"),
     [
-        ("0.33", ["narrow", "greedy-shifted"]),  # a layer is 0.1625
-        ("0.65", ["floating"]),  # all four layers, and there are three shifted ones
-        ("0.25", ["narrow", "floating"]),
-        ("0.05", ["narrow", "floating"]),
+        ("0.33", ["narrow", "layers"]),  # a layer is 0.1625
+        ("0.65", ["layers"]),  # all four
+        ("0.25", ["narrow"]),
+        ("0.05", ["narrow"]),
         ("0.99", ["floating"]),
         ("4blocks", ["floating"]),
         ("0.5kv", ["floating"]),
@@ -132,9 +132,11 @@ def test_whole_layers_compete_where_they_come_near_the_budget(budget, expected):
     assert [*proposals(Score(method="recommended"), tiny_model("llama").config.to_dict(), budget)] == expected
 
 
-def test_shifted_layers_alone_are_searched_and_healed_as_the_default_does():
+def test_the_default_takes_the_layers_of_one_pass_and_shifted_ones_are_searched():
     (alone,) = searches(Score(method="shifted")).values()
-    assert alone == searches(Score(method="recommended"))["greedy-shifted"]
+    layers = searches(Score(method="recommended"))["layers"]
+    (one_pass,) = searches(Score(method="relative-magnitude-frobenius")).values()
+    assert layers == one_pass
     assert (alone.unit, alone.acceleration, recipe("shifted").compensate) == ("shifted", "lazy+race", "refit")
 
 
