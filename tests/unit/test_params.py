@@ -139,7 +139,7 @@ def test_shipped_params_are_valid():
     assert methods == [(None, "0.10"), ("blockpruner", "0.10")] and shipped.studies == ()
 
 
-STUDY = {"FETCH_VERSION": 5, "CALIBRATION_VERSION": 6, "WEIGHTS_VERSION": 9}
+STUDY = {"FETCH_VERSION": 5, "CALIBRATION_VERSION": 6, "SEARCH_VERSION": 5, "WEIGHTS_VERSION": 9}
 """The versions by which the study was measured, where they are not those of today. The default and the settings have
 changed since, so that DVC measures the study anew where it is asked for it; docs/results.md says so."""
 
