@@ -635,7 +635,7 @@ def test_every_setting_has_a_way_in(model, say, asked):
         (("--set", "calibration.score=response"), "calibration.score: response", "--set calibration.score="),
         (
             ("--method", "recommended", "--unit", "block"),
-            "method: recommended, whose units are block, shifted",
+            "method: recommended, whose units are block, layer",
             "--unit",
         ),
         (("--method", "shortgpt", "--unit", "block"), "method: shortgpt, whose units are layer", "--unit"),
