@@ -4,6 +4,7 @@
 
 FOLDER keeps a checkpoint's losses (losses.jsonl), one line a cell and draw; a kill loses one. The tables are printed
 from what is there. A cell is a command with a name, as `CELLS` has it. Draws differ by the seeds of all texts.
+Each checkpoint also answers five plain questions (`QUESTIONS`); `--answers` prints those of the first draws.
 
 Held-out: Python of five libraries and of this project, mathematics (MATH), dialogue (tool calls), WikiText-2, stories
 and news (CoQA). Each kind has 16 rows of 512 tokens, each of documents of its own. No source of them is in the default
@@ -28,6 +29,7 @@ import pyarrow.parquet as pq
 import torch
 from pydantic import TypeAdapter
 from scipy import stats
+from transformers import AutoTokenizer, PreTrainedModel
 
 from blockpruner.core.settings import Model, Texts
 from blockpruner.evaluation.kinds import Loss
@@ -62,6 +64,13 @@ LIBRARIES = {  # five libraries of which no line is in the default texts
     "SQLAlchemy==2.0.36": "fddbe92b4760c6f5d48162aef14824add991aeda8ddadb3c31d56eb15ca69f8e",
     "Twisted==24.11.0": "fe403076c71f04d5d2d789a755b687c5637ec3bcd3b2b8252d76f2ba65f54261",
 }
+QUESTIONS = (
+    "What is the capital of France?",
+    "How many days are in a week?",
+    "What color is the sky on a clear day?",
+    "Who wrote Romeo and Juliet?",
+    "What is the opposite of hot?",
+)
 ROWS = Perplexity(seq_len=512, max_rows=16, packing="documents")
 
 
@@ -95,10 +104,18 @@ def never_fitted() -> dict[str, list[str]]:
     }
 
 
-def losses(folder: Path, rows: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, list[float]]:
-    """The NLL of each row, by kind, of a checkpoint; our own code in it is that of this clone."""
+def measured(folder: Path, rows: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Any]:
+    """The NLL of each row by kind, and the answers, of a checkpoint; our own code in it is that of this clone."""
     model = load_model(folder, "float32", "cpu", trust_remote_code=True)
-    return {kind: list(measure_perplexity(model, own, batch=4).row_nll) for kind, own in rows.items()}
+    nll = {kind: list(measure_perplexity(model, own, batch=4).row_nll) for kind, own in rows.items()}
+    return {"nll": nll, "answers": [answer(model, AutoTokenizer.from_pretrained(folder), one) for one in QUESTIONS]}
+
+
+def answer(model: PreTrainedModel, tokenizer: Any, question: str) -> str:
+    """The first line of the greedy answer of at most 24 tokens."""
+    given = tokenizer(f"Question: {question}\nAnswer:", return_tensors="pt")
+    tokens = model.generate(**given, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    return str(tokenizer.decode(tokens[0, given.input_ids.shape[1] :], skip_special_tokens=True)).strip().split("\n")[0]
 
 
 def pruned(model: Path, cell: Sequence[str], draw: int, rows: Mapping[str, Any], keep: Path) -> dict[str, Any]:
@@ -111,7 +128,7 @@ def pruned(model: Path, cell: Sequence[str], draw: int, rows: Mapping[str, Any],
         command = [str(texts) if word == "own.jsonl" else word for word in command]
         told = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
         plan = told["plan"]
-        return {"method": plan["method"], "judged": plan.get("kinds", {}), "nll": losses(out, rows)}
+        return {"method": plan["method"], "judged": plan.get("kinds", {}), **measured(out, rows)}
 
 
 def summary(found: Sequence[Mapping[str, Any]], dense: Mapping[str, Sequence[float]]) -> tuple[str, str]:
@@ -144,6 +161,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--cells", default=",".join(CELLS))
     parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--answers", action="store_true")
     given = parser.parse_args()
     if "BLOCKPRUNER_DATA" not in os.environ:
         sys.exit("BLOCKPRUNER_DATA is not set: the folder that holds wikitext2_raw_test.parquet")
@@ -168,7 +186,7 @@ def main() -> None:
         tokenizer = load_tokenizer(place)
         rows = {kind: held_out(tokenizer, own_texts, ROWS).rows for kind, own_texts in texts.items()}
         if not done(name, "dense", 0):
-            add(model=name, cell="dense", draw=0, nll=losses(place, rows))
+            add(model=name, cell="dense", draw=0, **measured(place, rows))
         for draw in range(given.draws):
             for cell in given.cells.split(","):
                 if not done(name, cell, draw):
@@ -183,6 +201,11 @@ def main() -> None:
                 mean, worst = summary(found, dense["nll"])
                 methods = ", ".join(dict.fromkeys(one["method"] for one in found))
                 print(f"| {name} | {cell} | {len(found)} | {mean} | {worst} | {methods} |")
+    for name in given.models.split(",") if given.answers else ():
+        for cell in ("dense", *given.cells.split(",")):
+            found = done(name, cell, 0)
+            for question, said in zip(QUESTIONS, found["answers"] if found else (), strict=False):
+                print(f"{name}, {cell}: {question} {said}")
 
 
 if __name__ == "__main__":
