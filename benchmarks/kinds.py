@@ -71,6 +71,8 @@ QUESTIONS = (
     "Who wrote Romeo and Juliet?",
     "What is the opposite of hot?",
 )
+AS_STORED = ("--dtype", "bfloat16")
+"""As the command computes a bfloat16 checkpoint on this processor; the packages hold these models widened."""
 ROWS = Perplexity(seq_len=512, max_rows=16, packing="documents")
 
 
@@ -106,7 +108,7 @@ def never_fitted() -> dict[str, list[str]]:
 
 def measured(folder: Path, rows: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Any]:
     """The NLL of each row by kind, and the answers, of a checkpoint; our own code in it is that of this clone."""
-    model = load_model(folder, "float32", "cpu", trust_remote_code=True)
+    model = load_model(folder, "bfloat16", "cpu", trust_remote_code=True)
     nll = {kind: list(measure_perplexity(model, own, batch=4).row_nll) for kind, own in rows.items()}
     return {"nll": nll, "answers": [answer(model, AutoTokenizer.from_pretrained(folder), one) for one in QUESTIONS]}
 
@@ -123,7 +125,19 @@ def pruned(model: Path, cell: Sequence[str], draw: int, rows: Mapping[str, Any],
     with TemporaryDirectory(dir=keep) as directory:
         out = Path(directory, "out")
         seeds = [f"--set={section}.seed={42 + draw}" for section in ("calibration", "compensate")]
-        command = [sys.executable, "-m", "blockpruner", "prune", str(model), *cell, *seeds, "--out", str(out), "--json"]
+        command = [
+            sys.executable,
+            "-m",
+            "blockpruner",
+            "prune",
+            str(model),
+            *cell,
+            *seeds,
+            *AS_STORED,
+            "--out",
+            str(out),
+            "--json",
+        ]
         texts = keep / "own.jsonl"
         command = [str(texts) if word == "own.jsonl" else word for word in command]
         told = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
