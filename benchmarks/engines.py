@@ -1,8 +1,9 @@
-"""Speed of pruned models in two engines, in turns: `python -m benchmarks.engines MODEL OUT NAME=BLOCKS...`.
+"""Speed of pruned models in two engines, in turns: `python -m benchmarks.engines MODEL OUT
+NAME=BLOCKS...`.
 
-NAME=mha.3,mlp.7 is a model; the dense one is there always. transformers decodes one sequence after a short prompt, and
-eight after 2,048 tokens each, where the KV cache counts; llama.cpp decodes one sequence from an F16 file. OUT is a CSV
-file of ratios to the dense model with 95 % intervals.
+NAME=mha.3,mlp.7 is a model; the dense one is there always. transformers decodes one sequence after
+a short prompt, and eight after 2,048 tokens each, where the KV cache counts; llama.cpp decodes one
+sequence from an F16 file. OUT is a CSV file of ratios to the dense model with 95 % intervals.
 """
 
 import argparse
@@ -28,7 +29,10 @@ from blockpruner.reporting.paper.tables import interval
 from blockpruner.reporting.statistics import ratio_of_medians
 from blockpruner.store.files import write_text
 
-SHORT, LONG = Speed(prompt_tokens=128, new_tokens=64), Speed(prompt_tokens=2048, new_tokens=24, batch=8)
+SHORT, LONG = (
+    Speed(prompt_tokens=128, new_tokens=64),
+    Speed(prompt_tokens=2048, new_tokens=24, batch=8),
+)
 REPEATS = {"transformers": 10, "transformers_kv": 4, "llama_cpp": 12}
 
 
@@ -48,30 +52,48 @@ def llama_cpp(paths: Mapping[str, Path], tokens: int, repeats: int) -> dict[str,
     prompt = list(range(1000, 1128))
     for repeat, name in turns(list(servers), repeats):
         answer = servers[name].post(
-            "/completion", prompt=prompt, n_predict=tokens, ignore_eos=True, temperature=0, cache_prompt=False
+            "/completion",
+            prompt=prompt,
+            n_predict=tokens,
+            ignore_eos=True,
+            temperature=0,
+            cache_prompt=False,
         )
         if repeat:
             found[name].append(answer["timings"]["predicted_ms"] / 1000)
     return found
 
 
-def transformers(models: Mapping[str, PreTrainedModel], settings: Speed, repeats: int) -> dict[str, list[float]]:
+def transformers(
+    models: Mapping[str, PreTrainedModel], settings: Speed, repeats: int
+) -> dict[str, list[float]]:
     told, settings = observer(), settings.model_copy(update={"repeats": repeats})
-    timed = measure_speed(models, settings, lambda done, total: told.advance(done, total, "generations"))
+    timed = measure_speed(
+        models, settings, lambda done, total: told.advance(done, total, "generations")
+    )
     return {name: speed.decode_seconds.samples for name, speed in timed.items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.engines", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.engines", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("masks", nargs="+", metavar="NAME=BLOCKS")
     given = parser.parse_args()
-    masks = {name: parse_mask(blocks) for name, _, blocks in (text.partition("=") for text in given.masks)}
+    masks = {
+        name: parse_mask(blocks)
+        for name, _, blocks in (text.partition("=") for text in given.masks)
+    }
     dense = load_model(given.model, "bfloat16", "cpu")
-    models = {"dense": dense} | {n: prune_(load_model(given.model, "bfloat16", "cpu"), m) for n, m in masks.items()}
+    models = {"dense": dense} | {
+        n: prune_(load_model(given.model, "bfloat16", "cpu"), m) for n, m in masks.items()
+    }
     with tempfile.TemporaryDirectory() as folder:
-        decoded = llama_cpp(files(models, given.model, Path(folder)), SHORT.new_tokens, REPEATS["llama_cpp"])
+        decoded = llama_cpp(
+            files(models, given.model, Path(folder)), SHORT.new_tokens, REPEATS["llama_cpp"]
+        )
     seconds = {
         "transformers": transformers(models, SHORT, REPEATS["transformers"]),
         "transformers_kv": transformers(models, LONG, REPEATS["transformers_kv"]),

@@ -1,13 +1,16 @@
-"""What a GPU shows: that `blockpruner prune` and training run there, and how fast, each with its baseline from the run.
+"""What a GPU shows: that `blockpruner prune` and training run there, and how fast, each with its
+baseline from the run.
 
-    python -m benchmarks.gpu [--shape llama3-8b] [--memory 24] [--out data/benchmarks/gpu.json] [part ...]
+    python -m benchmarks.gpu [--shape llama3-8b] [--memory 24]
+        [--out data/benchmarks/gpu.json] [part ...]
 
-It needs no network and no checkpoint: models have the widths of the shape and random, seeded weights. A large card is
-held to `--memory` GiB, as a small one. Without an accelerator all parts are rehearsed at tiny shapes.
+It needs no network and no checkpoint: models have the widths of the shape and random, seeded
+weights. A large card is held to `--memory` GiB, as a small one. Without an accelerator all parts
+are rehearsed at tiny shapes.
 
-A part yields facts, and each is in the file as soon as it is known. Keys are words with units, since they are printed
-as they are. The parts that say most come first, and one that fails does not stop the others. Prints what
-the file holds; exits with 1 if a part failed.
+A part yields facts, and each is in the file as soon as it is known. Keys are words with units,
+since they are printed as they are. The parts that say most come first, and one that fails does not
+stop the others. Prints what the file holds; exits with 1 if a part failed.
 """
 
 import argparse
@@ -51,16 +54,36 @@ GIB = 2**30
 Facts = Mapping[str, Any]
 
 MODELS: Mapping[str, Config] = {
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "vocab_size": 500},
-    "llama2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-                  "num_key_value_heads": 32, "vocab_size": 32000},
-    "llama3-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-                  "num_key_value_heads": 8, "vocab_size": 128256},
-}  # fmt: skip
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 500,
+    },
+    "llama2-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+    },
+    "llama3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+}
 
 
-def random_model(shape: str, dtype: torch.dtype, device: str = "cpu", **changes: Any) -> PreTrainedModel:
+def random_model(
+    shape: str, dtype: torch.dtype, device: str = "cpu", **changes: Any
+) -> PreTrainedModel:
     """A Llama of a named shape on `device`, weights uniform with a deviation of 0.02, norms 1."""
     config = LlamaConfig(**{"max_position_embeddings": 4096, **MODELS[shape], **changes})
     torch.manual_seed(0)
@@ -79,9 +102,10 @@ def random_rows(vocabulary: int, rows: int, length: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of the parts of a forward pass, for a batch of rows. A product of [m, k] and [k, n] counts 2mkn. Attention
-    counts all T x T scores, as a kernel that masks computes them. Biases, norms, rotary embedding, softmax and residual
-    adds are left out, as usual. A test compares with torch's counter."""
+    """FLOPs of the parts of a forward pass, for a batch of rows. A product of [m, k] and [k, n]
+    counts 2mkn. Attention counts all T x T scores, as a kernel that masks computes them. Biases,
+    norms, rotary embedding, softmax and residual adds are left out, as usual. A test compares with
+    torch's counter."""
 
     blocks: Mapping[BlockId, int]
     """One run of each block, in the order of a forward pass."""
@@ -96,19 +120,30 @@ class Flops:
         tokens, hidden = rows * length, int(config["hidden_size"])
         head, attention = 2 * hidden * int(config["vocab_size"]), 4 * length * heads * width
         blocks = {  # the parameters of a block are those of its matrices and its norm
-            block: tokens * (2 * (parameters[block] - hidden) + (attention if block.kind is BlockKind.MHA else 0))
+            block: (
+                tokens
+                * (
+                    2 * (parameters[block] - hidden)
+                    + (attention if block.kind is BlockKind.MHA else 0)
+                )
+            )
             for (block,) in steps_of(int(config["num_hidden_layers"]), parallel=False)
         }
         return cls(blocks, rows * (length - 1) * head, tokens * head)
 
     def naive(self, masks: Sequence[Mask]) -> int:
         """One full forward pass for each mask, with logits of every token."""
-        passes = sum(cost for mask in masks for block, cost in self.blocks.items() if block not in mask)
+        passes = sum(
+            cost for mask in masks for block, cost in self.blocks.items() if block not in mask
+        )
         return passes + len(masks) * self.full_head
 
     def exact(self, masks: Sequence[Mask]) -> int:
         ran = runs([(block,) for block in self.blocks], masks)
-        return sum(self.blocks[block] for _, blocks in ran for block in blocks) + len(masks) * self.head
+        return (
+            sum(self.blocks[block] for _, blocks in ran for block in blocks)
+            + len(masks) * self.head
+        )
 
 
 @dataclass(frozen=True)
@@ -167,7 +202,10 @@ def machine(s: Setting) -> Iterator[Facts]:
         x = torch.randn(size, size, device=s.device).to(dtype)
         seconds = min(clocked(s.device, partial(torch.mm, x, x))[0] for _ in range(5))
         yield {f"products in {dtype}, TFLOP/s": 2 * size**3 / seconds / 1e12}
-    here, there = torch.zeros(count, dtype=torch.uint8), torch.zeros(count, dtype=torch.uint8, device=s.device)
+    here, there = (
+        torch.zeros(count, dtype=torch.uint8),
+        torch.zeros(count, dtype=torch.uint8, device=s.device),
+    )
     for name, host in (("pageable", here), ("pinned", here.pin_memory() if s.is_real else here)):
         for way, target, source in (("to the card", there, host), ("from the card", host, there)):
             seconds = min(clocked(s.device, partial(target.copy_, source))[0] for _ in range(3))
@@ -185,15 +223,22 @@ def iteration(s: Setting) -> Iterator[Facts]:
     seconds, _ = clocked(s.device, partial(scored, engine, rows, masks))
     exact = flops.exact(masks)
     yield {
-        "masks": len(masks), "rows": s.rows, "tokens of each": s.length, "exact iteration, s": seconds,
-        "gain over full passes, bound by FLOPs": flops.naive(masks) / exact, "PFLOP": exact / 1e15,
-        "TFLOP/s": exact / seconds / 1e12, "peak memory, GiB": peak(s),
-    }  # fmt: skip
+        "masks": len(masks),
+        "rows": s.rows,
+        "tokens of each": s.length,
+        "exact iteration, s": seconds,
+        "gain over full passes, bound by FLOPs": flops.naive(masks) / exact,
+        "PFLOP": exact / 1e15,
+        "TFLOP/s": exact / seconds / 1e12,
+        "peak memory, GiB": peak(s),
+    }
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet, 3)}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={byte: i for i, byte in enumerate(alphabet, 3)}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
@@ -214,25 +259,42 @@ class Phases(SilentObserver):
     def begin(self, phase: str, overall: float | None = None) -> None:
         self._begun = (phase.partition(",")[0], time.perf_counter())
 
-    def end(self, summary: str, table: Sequence[Mapping[str, Any]] = (), cached: bool = False) -> None:
+    def end(
+        self, summary: str, table: Sequence[Mapping[str, Any]] = (), cached: bool = False
+    ) -> None:
         phase, began = self._begun
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
 
 
 def recommended(s: Setting) -> Iterator[Facts]:
-    """What `blockpruner prune` does by default: widths, searches, refits, and the choice among them."""
+    """What `blockpruner prune` does by default: widths, searches, refits, and the choice among
+    them."""
     model, phases = s.model(), Phases()
-    for number, weight in enumerate(model.parameters()):  # blocks that matter differently, as in a trained model
+    # blocks that matter differently, as in a trained model
+    for number, weight in enumerate(model.parameters()):
         if weight.dim() == 2 and weight.shape[0] == model.config.hidden_size:
             weight.mul_(0.1 + number * 7 % 11 / 10)
     peak(s, reset=True)
-    options: dict[str, Any] = {"seq_len": s.length, "num_rows": s.rows, "device": str(s.device), "observer": phases}
+    options: dict[str, Any] = {
+        "seq_len": s.length,
+        "num_rows": s.rows,
+        "device": str(s.device),
+        "observer": phases,
+    }
     budget = "0.1" if s.is_real else "0.2"
-    seconds, result = clocked(s.device, partial(prune, model, byte_tokenizer(), texts(s), budget, **options))
+    seconds, result = clocked(
+        s.device, partial(prune, model, byte_tokenizer(), texts(s), budget, **options)
+    )
     yield {"layers": len(decoder_layers(model)), "removed": result.plan.ratio, "seconds": seconds}
-    yield {f"{phase}, s": spent for phase, spent in phases.seconds.items()} | {"peak memory, GiB": peak(s)}
+    yield {f"{phase}, s": spent for phase, spent in phases.seconds.items()} | {
+        "peak memory, GiB": peak(s)
+    }
     perplexity = result.compensation["perplexity"]
-    yield at_most("held-out perplexity, refitted relative to pruned", perplexity["after"] / perplexity["before"], 1)
+    yield at_most(
+        "held-out perplexity, refitted relative to pruned",
+        perplexity["after"] / perplexity["before"],
+        1,
+    )
 
 
 def training(s: Setting) -> Iterator[Facts]:
@@ -241,10 +303,21 @@ def training(s: Setting) -> Iterator[Facts]:
     layers = len(decoder_layers(dense))
     student = prune_(shared_copy(dense), frozenset({BlockId(BlockKind.MLP, layers // 2)}))
     rows = CalibrationSet(s.data(20, min(512, s.length)))
-    recipe = Train(data={"source": "path", "path": "random"}, distill=1.0, batch=2, accumulation=1, learning_rate=1e-3)
+    recipe = Train(
+        data={"source": "path", "path": "random"},
+        distill=1.0,
+        batch=2,
+        accumulation=1,
+        learning_rate=1e-3,
+    )
     peak(s, reset=True)
     with tempfile.TemporaryDirectory() as folder:
-        rest = {"teacher": dense, "validation": None, "states": Path(folder), "observer": SilentObserver()}
+        rest = {
+            "teacher": dense,
+            "validation": None,
+            "states": Path(folder),
+            "observer": SilentObserver(),
+        }
         seconds, facts = clocked(s.device, partial(train_, student, rows, recipe, **rest))
     losses = facts["losses"]
     yield {"tokens of a step": 2 * len(rows.rows[0]), "seconds of a step": seconds / len(losses)}
@@ -279,11 +352,17 @@ PARTS: Mapping[str, Callable[[Setting], Iterator[Facts]]] = {
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m benchmarks.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; all, if none is given")
+    parser.add_argument(
+        "parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; all, if none is given"
+    )
     parser.add_argument("--shape", choices=tuple(MODELS), default="llama3-8b")
-    parser.add_argument("--memory", type=float, default=24.0, help="GiB of the card that may be used")
+    parser.add_argument(
+        "--memory", type=float, default=24.0, help="GiB of the card that may be used"
+    )
     parser.add_argument("--out", type=Path, default=Path("data/benchmarks/gpu.json"))
     given = parser.parse_args(arguments)
     if unknown := set(given.parts) - PARTS.keys():
@@ -294,10 +373,18 @@ def main(arguments: Sequence[str]) -> int:
         s = Setting("tiny", device, rows=2, length=32)
     if s.is_real:
         room = min(int(given.memory * GIB), accelerator.total_memory(s.device))
-        torch.get_device_module(s.device).set_per_process_memory_fraction(room / accelerator.total_memory(s.device))
+        torch.get_device_module(s.device).set_per_process_memory_fraction(
+            room / accelerator.total_memory(s.device)
+        )
         accelerator.total_memory = lambda device: room
-        accelerator.free_memory = lambda device: room - torch.get_device_module(device).memory_allocated(device)
-    place = {"shape": s.shape, "device": accelerator.name(s.device) if s.is_real else NO_DEVICE, "commit": commit()}
+        accelerator.free_memory = lambda device: (
+            room - torch.get_device_module(device).memory_allocated(device)
+        )
+    place = {
+        "shape": s.shape,
+        "device": accelerator.name(s.device) if s.is_real else NO_DEVICE,
+        "commit": commit(),
+    }
     place["memory"] = f"{given.memory:g} GiB"
     kept: dict[str, Any] = {"where": place | environment(), "parts": {}}
     print(json.dumps(kept["where"], indent=1), flush=True)

@@ -1,14 +1,17 @@
-"""What the default costs on kinds of text that it never fitted, by the command itself: the table of docs/results.md.
+"""What the default costs on kinds of text that it never fitted, by the command itself: the table of
+docs/results.md.
 
-    BLOCKPRUNER_DATA=... python -m benchmarks.kinds FOLDER [--models smollm2,qwen,gemma] [--cells NAME,...]
+    BLOCKPRUNER_DATA=... python -m benchmarks.kinds FOLDER
+        [--models smollm2,qwen,gemma] [--cells NAME,...]
 
-FOLDER keeps a checkpoint's losses (losses.jsonl), one line a cell and draw; a kill loses one. The tables are printed
-from what is there. A cell is a command with a name, as `CELLS` has it. Draws differ by the seeds of all texts.
-Each checkpoint also answers five plain questions (`QUESTIONS`); `--answers` prints those of the first draws.
+FOLDER keeps a checkpoint's losses (losses.jsonl), one line a cell and draw; a kill loses one. The
+tables are printed from what is there. A cell is a command with a name, as `CELLS` has it. Draws
+differ by the seeds of all texts. Each checkpoint also answers five plain questions (`QUESTIONS`);
+`--answers` prints those of the first draws.
 
-Held-out: Python of five libraries and of this project, mathematics (MATH), dialogue (tool calls), WikiText-2, stories
-and news (CoQA). Each kind has 16 rows of 512 tokens, each of documents of its own. No source of them is in the default
-texts.
+Held-out: Python of five libraries and of this project, mathematics (MATH), dialogue (tool calls),
+WikiText-2, stories and news (CoQA). Each kind has 16 rows of 512 tokens, each of documents of its
+own. No source of them is in the default texts.
 """
 
 import argparse
@@ -72,13 +75,16 @@ QUESTIONS = (
     "What is the opposite of hot?",
 )
 AS_STORED = ("--dtype", "bfloat16")
-"""As the command computes a bfloat16 checkpoint on this processor; the packages hold these models widened."""
+"""As the command computes a bfloat16 checkpoint on this processor; the packages hold these models
+widened."""
 ROWS = Perplexity(seq_len=512, max_rows=16, packing="documents")
 
 
 def source(name: str) -> list[str]:
     """The texts of a source by its name."""
-    found: Texts = TypeAdapter(Texts).validate_python(with_sources({"source": name}, named_sources()))
+    found: Texts = TypeAdapter(Texts).validate_python(
+        with_sources({"source": name}, named_sources())
+    )
     return load_texts(found, cache_folder() / "cache", cache_folder() / "pins.json", str)
 
 
@@ -90,8 +96,12 @@ def never_fitted() -> dict[str, list[str]]:
         texts = sorted(found.decode(errors="ignore") for found in files if len(found) > 3000)
         libraries += Random(0).sample(texts, 12)
     data = Path(os.environ["BLOCKPRUNER_DATA"])
-    wikitext = "".join(pq.read_table(data / "wikitext2_raw_test.parquet").column("text").to_pylist())
-    archive = package_file("llamafactory==0.9.5", named_sources()["instructions"]["sha256"], cache_folder() / "cache")
+    wikitext = "".join(
+        pq.read_table(data / "wikitext2_raw_test.parquet").column("text").to_pylist()
+    )
+    archive = package_file(
+        "llamafactory==0.9.5", named_sources()["instructions"]["sha256"], cache_folder() / "cache"
+    )
     with tarfile.open(archive) as files:
         file = files.extractfile("llamafactory-0.9.5/data/glaive_toolcall_en_demo.json")
         assert file is not None
@@ -100,27 +110,47 @@ def never_fitted() -> dict[str, list[str]]:
         "Python of libraries": libraries,
         "this project": [path.read_text() for path in sorted(Path("blockpruner").rglob("*.py"))],
         "mathematics": source("mathematics"),
-        "dialogue": ["\n\n".join(turn["value"] for turn in call["conversations"]) for call in calls],
-        "WikiText-2": [text for text in wikitext.split("\n = ") if not text.startswith("=") and len(text) > 2000],
+        "dialogue": [
+            "\n\n".join(turn["value"] for turn in call["conversations"]) for call in calls
+        ],
+        "WikiText-2": [
+            text
+            for text in wikitext.split("\n = ")
+            if not text.startswith("=") and len(text) > 2000
+        ],
         "stories": source("stories-and-news"),
     }
 
 
 def measured(folder: Path, rows: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Any]:
-    """The NLL of each row by kind, and the answers, of a checkpoint; our own code in it is that of this clone."""
+    """The NLL of each row by kind, and the answers, of a checkpoint; our own code in it is that of
+    this clone."""
     model = load_model(folder, "bfloat16", "cpu", trust_remote_code=True)
-    nll = {kind: list(measure_perplexity(model, own, batch=4).row_nll) for kind, own in rows.items()}
-    return {"nll": nll, "answers": [answer(model, AutoTokenizer.from_pretrained(folder), one) for one in QUESTIONS]}
+    nll = {
+        kind: list(measure_perplexity(model, own, batch=4).row_nll) for kind, own in rows.items()
+    }
+    return {
+        "nll": nll,
+        "answers": [answer(model, AutoTokenizer.from_pretrained(folder), one) for one in QUESTIONS],
+    }
 
 
 def answer(model: PreTrainedModel, tokenizer: Any, question: str) -> str:
     """The first line of the greedy answer of at most 24 tokens."""
     given = tokenizer(f"Question: {question}\nAnswer:", return_tensors="pt")
-    tokens = model.generate(**given, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-    return str(tokenizer.decode(tokens[0, given.input_ids.shape[1] :], skip_special_tokens=True)).strip().split("\n")[0]
+    tokens = model.generate(
+        **given, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id
+    )
+    return (
+        str(tokenizer.decode(tokens[0, given.input_ids.shape[1] :], skip_special_tokens=True))
+        .strip()
+        .split("\n")[0]
+    )
 
 
-def pruned(model: Path, cell: Sequence[str], draw: int, rows: Mapping[str, Any], keep: Path) -> dict[str, Any]:
+def pruned(
+    model: Path, cell: Sequence[str], draw: int, rows: Mapping[str, Any], keep: Path
+) -> dict[str, Any]:
     """Run the command, and measure what it wrote."""
     with TemporaryDirectory(dir=keep) as directory:
         out = Path(directory, "out")
@@ -145,12 +175,15 @@ def pruned(model: Path, cell: Sequence[str], draw: int, rows: Mapping[str, Any],
         return {"method": plan["method"], "judged": plan.get("kinds", {}), **measured(out, rows)}
 
 
-def summary(found: Sequence[Mapping[str, Any]], dense: Mapping[str, Sequence[float]]) -> tuple[str, str]:
+def summary(
+    found: Sequence[Mapping[str, Any]], dense: Mapping[str, Sequence[float]]
+) -> tuple[str, str]:
     """Mean and worst over kinds, with t intervals over draws."""
     means, worsts, names = list[float](), list[float](), list[str]()
     for one in found:
         ratios = {
-            kind: math.exp(float(np.mean(np.array(nll) - np.array(dense[kind])))) for kind, nll in one["nll"].items()
+            kind: math.exp(float(np.mean(np.array(nll) - np.array(dense[kind]))))
+            for kind, nll in one["nll"].items()
         }
         loss = Loss(ratios)
         means.append(loss.mean)
@@ -170,7 +203,9 @@ def interval(values: Sequence[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--cells", default=",".join(CELLS))
@@ -183,11 +218,22 @@ def main() -> None:
     log = given.folder / "losses.jsonl"
     known = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     texts, own = never_fitted(), given.folder / "own.jsonl"
-    own.write_text("".join(json.dumps({"text": text}) + "\n" for text in source("encyclopaedia") if len(text) > 400))
+    own.write_text(
+        "".join(
+            json.dumps({"text": text}) + "\n" for text in source("encyclopaedia") if len(text) > 400
+        )
+    )
     torch.set_num_threads(os.cpu_count() or 1)
 
     def done(model: str, cell: str, draw: int) -> dict[str, Any] | None:
-        return next((one for one in known if [one["model"], one["cell"], one["draw"]] == [model, cell, draw]), None)
+        return next(
+            (
+                one
+                for one in known
+                if [one["model"], one["cell"], one["draw"]] == [model, cell, draw]
+            ),
+            None,
+        )
 
     def add(**fields: Any) -> None:
         known.append(fields)
@@ -195,10 +241,16 @@ def main() -> None:
             file.write(json.dumps(fields) + "\n")
 
     for name in given.models.split(","):
-        wanted = TypeAdapter(Model).validate_python(with_sources({"source": MODELS[name]}, named_sources()))
-        place = cached_checkpoint(wanted, cache_folder() / "cache", cache_folder() / "pins.json", print)
+        wanted = TypeAdapter(Model).validate_python(
+            with_sources({"source": MODELS[name]}, named_sources())
+        )
+        place = cached_checkpoint(
+            wanted, cache_folder() / "cache", cache_folder() / "pins.json", print
+        )
         tokenizer = load_tokenizer(place)
-        rows = {kind: held_out(tokenizer, own_texts, ROWS).rows for kind, own_texts in texts.items()}
+        rows = {
+            kind: held_out(tokenizer, own_texts, ROWS).rows for kind, own_texts in texts.items()
+        }
         if not done(name, "dense", 0):
             add(model=name, cell="dense", draw=0, **measured(place, rows))
         for draw in range(given.draws):
@@ -206,7 +258,10 @@ def main() -> None:
                 if not done(name, cell, draw):
                     found = pruned(place, CELLS[cell], draw, rows, given.folder)
                     add(model=name, cell=cell, draw=draw, **found)
-    print("| model | cell | draws | mean, × dense | worst kind, × dense | took |\n|---|---|---:|---:|---:|---|")
+    print(
+        "| model | cell | draws | mean, × dense | worst kind, × dense | took"
+        " |\n|---|---|---:|---:|---:|---|"
+    )
     for name in given.models.split(","):
         dense = done(name, "dense", 0)
         for cell in given.cells.split(","):

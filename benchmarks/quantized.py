@@ -1,9 +1,11 @@
-"""What pruning is worth after quantization: `python -m benchmarks.quantized OUT TEXT DENSE NAME=PRUNED...`.
+"""What pruning is worth after quantization: `python -m benchmarks.quantized OUT TEXT DENSE
+NAME=PRUNED...`.
 
-DENSE and PRUNED are folders of checkpoints that llama.cpp can hold. Each becomes a GGUF file in 16 bits and one in each
-of its quantizations; `llama-quantize` and `llama-perplexity` of llama.cpp have to be on PATH. OUT is a CSV file: bytes,
-perplexity of the plain text file TEXT in windows of 512 tokens, of which the later half is scored, and speed of
-decoding one sequence, all against the dense model in 16 bits, with 95 % intervals (paired windows, repeats in turns).
+DENSE and PRUNED are folders of checkpoints that llama.cpp can hold. Each becomes a GGUF file in 16
+bits and one in each of its quantizations; `llama-quantize` and `llama-perplexity` of llama.cpp have
+to be on PATH. OUT is a CSV file: bytes, perplexity of the plain text file TEXT in windows of 512
+tokens, of which the later half is scored, and speed of decoding one sequence, all against the dense
+model in 16 bits, with 95 % intervals (paired windows, repeats in turns).
 """
 
 import argparse
@@ -38,21 +40,29 @@ def losses(path: Path, text: Path) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quantized", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quantized", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("text", type=Path)
     parser.add_argument("dense", type=Path)
     parser.add_argument("pruned", nargs="+", metavar="NAME=FOLDER")
     given = parser.parse_args()
-    folders = {"dense": given.dense} | {n: Path(f) for n, _, f in (text.partition("=") for text in given.pruned)}
+    folders = {"dense": given.dense} | {
+        n: Path(f) for n, _, f in (text.partition("=") for text in given.pruned)
+    }
     with tempfile.TemporaryDirectory() as place:
         paths: dict[tuple[str, str], Path] = {}
         for name, folder in folders.items():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16").requires_grad_(False)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16").requires_grad_(
+                False
+            )
             paths[name, "F16"] = plain = files({name: model}, folder, Path(place))[name]
             for quantization in QUANTIZATIONS:
                 paths[name, quantization] = path = plain.with_suffix(f".{quantization}")
-                subprocess.run(["llama-quantize", plain, path, quantization], check=True, capture_output=True)
+                subprocess.run(
+                    ["llama-quantize", plain, path, quantization], check=True, capture_output=True
+                )
         read, told = dict[tuple[str, str], list[float]](), observer()
         told.begin("perplexity")
         for key, path in paths.items():
@@ -62,8 +72,14 @@ def main() -> None:
         named = {" ".join(key): path for key, path in paths.items()}
         seconds, lines = llama_cpp(named, SHORT.new_tokens, REPEATS["llama_cpp"]), []
         for key, path in paths.items():
-            rises = [after - before for before, after in zip(read["dense", "F16"], read[key], strict=True)]
-            rise, speed = average({"": rises}), ratio_of_medians(seconds["dense F16"], seconds[" ".join(key)])
+            rises = [
+                after - before
+                for before, after in zip(read["dense", "F16"], read[key], strict=True)
+            ]
+            rise, speed = (
+                average({"": rises}),
+                ratio_of_medians(seconds["dense F16"], seconds[" ".join(key)]),
+            )
             line = {"model": key[0], "precision": key[1], "bytes": path.stat().st_size}
             times = {name: math.exp(nats) for name, nats in interval("perplexity_x", rise).items()}
             lines.append(line | times | interval("decode_x", speed))

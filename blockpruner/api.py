@@ -25,14 +25,27 @@ from blockpruner.evaluation.perplexity import HeldOutPerplexity, held_out, measu
 from blockpruner.evaluation.settings import Perplexity
 from blockpruner.healing.choice import keep
 from blockpruner.inputs.calibration import CalibrationSet, require_embedded
-from blockpruner.inputs.checkpoints import GENERATION_FILE, LICENCE_FILES, copy_files, identity_of, licence_beside
+from blockpruner.inputs.checkpoints import (
+    GENERATION_FILE,
+    LICENCE_FILES,
+    copy_files,
+    identity_of,
+    licence_beside,
+)
 from blockpruner.inputs.sources import cache_folder, named_sources, shipped_texts, with_sources
 from blockpruner.inputs.texts import MixedText, TextKind, judging_texts, kind_of, listed, load_texts
 from blockpruner.inputs.tokenizers import conversation
 from blockpruner.methods.apply import Loaded, Made
 from blockpruner.methods.healed import FILE, Healed, find_healed, parameter_digests, set_weights_
 from blockpruner.methods.kind import Material
-from blockpruner.methods.recipes import RECIPES, RECOMMENDED, compensation, is_judged, searches, sections
+from blockpruner.methods.recipes import (
+    RECIPES,
+    RECOMMENDED,
+    compensation,
+    is_judged,
+    searches,
+    sections,
+)
 from blockpruner.methods.registry import KINDS, kind_of_method
 from blockpruner.model.models import evaluating, require_float64, require_plain, resolve_device
 from blockpruner.scoring.engine import Engine
@@ -107,21 +120,25 @@ class Pruned:
     """The argument, pruned in place."""
     tokenizer: Any
     plan: Plan
-    """What was removed, and the size of what is left. `order` is empty where channels are removed and no blocks."""
+    """What was removed, and the size of what is left. `order` is empty where channels are removed
+    and no blocks."""
     steps: tuple[Iteration, ...]
     """The scores of every step of the search."""
     stability: tuple[Stability | None, ...]
-    """For every step, which other candidates the texts cannot tell from the chosen one (`rivals`), and how often
-    resampled rows choose the same (`kept`). None where a step rests on no losses or on a price, or on a single row."""
+    """For every step, which other candidates the texts cannot tell from the chosen one (`rivals`),
+    and how often resampled rows choose the same (`kept`). None where a step rests on no losses or
+    on a price, or on a single row."""
     compensation: Mapping[str, Any]
-    """What compensation did, the perplexities on held-out rows before and after, and what judged models lost; empty
-    without either."""
+    """What compensation did, the perplexities on held-out rows before and after, and what judged
+    models lost; empty without either."""
     healed: Healed | None
-    """What was done to the weights that stay, in words, and perplexities of rows held out from it; None for nothing."""
+    """What was done to the weights that stay, in words, and perplexities of rows held out from it;
+    None for nothing."""
     base: _Base
     """What exports take over from the dense model beside its weights."""
     digests: Mapping[str, str] = field(repr=False)
-    """SHA-256 of each weight as `prune` left it. What is saved of other weights has no number in its card."""
+    """SHA-256 of each weight as `prune` left it. What is saved of other weights has no number in
+    its card."""
 
     @property
     def taken_out(self) -> str:
@@ -129,23 +146,31 @@ class Pruned:
         return KINDS[self.plan.kind].taken_out(self.plan)
 
     def evaluate(self, texts: Sequence[str], **settings: Any) -> HeldOutPerplexity:
-        """The perplexity on texts that `prune` has not seen; the settings are those of `blockpruner.evaluate`."""
+        """The perplexity on texts that `prune` has not seen; the settings are those of
+        `blockpruner.evaluate`."""
         return evaluate(self.model, self.tokenizer, texts, **settings)
 
-    def save_pretrained(self, folder: str | Path, formats: Sequence[str] = ("hf",)) -> dict[str, Path]:
-        """Write verified checkpoints, `hf` at the folder and another format at FOLDER-FORMAT; returns the places.
+    def save_pretrained(
+        self, folder: str | Path, formats: Sequence[str] = ("hf",)
+    ) -> dict[str, Path]:
+        """Write verified checkpoints, `hf` at the folder and another format at FOLDER-FORMAT;
+        returns the places.
 
-        A fresh process compares each with this model. A copy of the model is in memory meanwhile. transformers loads
-        `hf` without blockpruner (`trust_remote_code=True`); `blockpruner report` and `push` take the folder.
+        A fresh process compares each with this model. A copy of the model is in memory meanwhile.
+        transformers loads `hf` without blockpruner (`trust_remote_code=True`); `blockpruner report`
+        and `push` take the folder.
 
         Args:
             formats: as in `export` of a run file.
 
         Raises:
-            InputError: an unknown format, one that cannot hold the model, or a place that is not empty; before anything
-                is written, except where only the writing shows it.
+            InputError: an unknown format, one that cannot hold the model, or a place that is not
+                empty; before anything is written, except where only the writing shows it.
         """
-        places = {form: Path(f"{folder}{'' if form == 'hf' else f'-{form}'}").absolute() for form in formats}
+        places = {
+            form: Path(f"{folder}{'' if form == 'hf' else f'-{form}'}").absolute()
+            for form in formats
+        }
         dtype = str(self.model.dtype).removeprefix("torch.")
         require_exports(formats, KINDS[self.plan.kind], dtype)
         with tempfile.TemporaryDirectory() as own:
@@ -156,18 +181,21 @@ class Pruned:
             self.base.write(dense, self.tokenizer)
             if (generation := self.model.generation_config) is not None:
                 write_text(dense / GENERATION_FILE, generation.to_json_string())
-            made = Made(dense, plan, CalibrationSet(()), dtype, "cpu", healed=healed, model=self.model)
+            made = Made(
+                dense, plan, CalibrationSet(()), dtype, "cpu", healed=healed, model=self.model
+            )
             pipeline.export(made, places)
         return places
 
     save = save_pretrained
 
     def push_to_hub(self, repo: str, private: bool = True, format: str = "hf") -> str:
-        """Export, and upload what was verified to a repository, which is made if it is not there; returns the address.
+        """Export, and upload what was verified to a repository, which is made if it is not there;
+        returns the address.
 
         Raises:
-            InputError: as `save_pretrained`; or the format's engine is not installed, the repository is there and not
-                as private as was asked, or the hub refuses.
+            InputError: as `save_pretrained`; or the format's engine is not installed, the
+                repository is there and not as private as was asked, or the hub refuses.
         """
         with tempfile.TemporaryDirectory() as folder:
             name = repo.rpartition("/")[2]
@@ -198,44 +226,57 @@ def prune(
     device: str = "auto",
     observer: Observer | None = None,
 ) -> Pruned:
-    """Remove the channels of MLPs, layers or blocks of which no kind of text loses much, in place, and fit the weights
-    that stay.
+    """Remove the channels of MLPs, layers or blocks of which no kind of text loses much, in place,
+    and fit the weights that stay.
 
     Args:
         model: a transformers causal LM of a supported family. It is changed.
-        texts: your texts, half of those that decide; the other half are ours, of packages that are downloaded once. A
-            list, or a `datasets.Dataset` with a column `text`, or `messages` of chats.
-        budget: the share of all parameters to remove, in (0, 1); or a budget as in params.yaml ("17blocks", "0.30kv").
-            The nearest reachable one is taken.
+        texts: your texts, half of those that decide; the other half are ours, of packages that are
+            downloaded once. A list, or a `datasets.Dataset` with a column `text`, or `messages` of
+            chats.
+        budget: the share of all parameters to remove, in (0, 1); or a budget as in params.yaml
+            ("17blocks", "0.30kv"). The nearest reachable one is taken.
         only_texts: whether your texts alone decide. A method of the paper always takes them alone.
-        max_loss: the most that a kind of text may lose; 1.5 is 1.5 times the dense model's perplexity.
-        seq_len: tokens in a calibration row, by default 256; shortened to the model's context. A method of the paper
-            has 2,048.
+        max_loss: the most that a kind of text may lose; 1.5 is 1.5 times the dense model's
+            perplexity.
+        seq_len: tokens in a calibration row, by default 256; shortened to the model's context. A
+            method of the paper has 2,048.
         num_rows: the most calibration rows, by default 64, and 16 for a method of the paper.
-        method: the name of a recipe or of a search (docs/methods.md); a row of your own (docs/extend.md); or a function
-            of (problem, options) that yields iterations, whose last choice is taken. Methods that change weights need a
-            run file.
-        metric: a name, a row of your own, or a function of (logits, targets, the dense model's logits).
-        unit, candidates, options: as in a run file's `score` section; None leaves the unit to the method.
+        method: the name of a recipe or of a search (docs/methods.md); a row of your own
+            (docs/extend.md); or a function of (problem, options) that yields iterations, whose last
+            choice is taken. Methods that change weights need a run file.
+        metric: a name, a row of your own, or a function of (logits, targets, the dense model's
+            logits).
+        unit, candidates, options: as in a run file's `score` section; None leaves the unit to the
+            method.
         acceleration, compensate: in place of the method's own (docs/methods.md).
-        train: "lora" or "all" trains the result towards the dense model's predictions, on the texts.
-        cache: a folder that keeps every score, so that a call that was killed continues where it was.
+        train: "lora" or "all" trains the result towards the dense model's predictions, on the
+            texts.
+        cache: a folder that keeps every score, so that a call that was killed continues where it
+            was.
         device: auto (a model on the CPU moves to the GPU if there is one), cpu, cuda or cuda:N.
-        observer: shows progress; by default on standard error. `core.progress.SilentObserver()` shows nothing.
+        observer: shows progress; by default on standard error. `core.progress.SilentObserver()`
+            shows nothing.
 
     Raises:
-        InputError: unsupported family; a model that is quantized, offloaded, on MPS or has adapters; no calibration
-            row, a budget that cannot be met, settings that do not fit; texts of ours that cannot be downloaded; a
-            kind of text that loses more than `max_loss`, and the model is as it was.
+        InputError: unsupported family; a model that is quantized, offloaded, on MPS or has
+            adapters; no calibration row, a budget that cannot be met, settings that do not fit;
+            texts of ours that cannot be downloaded; a kind of text that loses more than `max_loss`,
+            and the model is as it was.
     """
     require_plain(model)
     own_texts = listed(texts, partial(conversation, lambda: tokenizer))
     search, measure = _search(method), _metric(metric)
     if callable(metric) and cache is not None:
-        message = "cache keeps scores by a metric's name, and a function may change; give a row, or no cache"
+        message = (
+            "cache keeps scores by a metric's name, and a function may change; give a row, or no"
+            " cache"
+        )
         raise InputError(message, rule="cache-of-function", key="cache")
     if search is not None and search.name in RECIPES:
-        message = f"a search of your own is called {search.name!r}, as a recipe is; give it another name"
+        message = (
+            f"a search of your own is called {search.name!r}, as a recipe is; give it another name"
+        )
         raise InputError(message, rule="name-of-recipe", key="method", value=search.name)
     with ExitStack() as stack:
         if search is not None:
@@ -249,13 +290,22 @@ def prune(
         sizes = {"seq_len": seq_len, "num_rows": num_rows}
         drawn = {name: value for name, value in sizes.items() if value is not None}
         source = {"source": "path", "path": IN_MEMORY}
-        own: dict[str, Any] = {"calibration": drawn, "score": changed, "compensate": compensate, "train": train}
+        own: dict[str, Any] = {
+            "calibration": drawn,
+            "score": changed,
+            "compensate": compensate,
+            "train": train,
+        }
         read_settings(Runtime, {"batch_tokens": batch_tokens})
         values = {"model": source} | sections(name, data=source, only_texts=only_texts, **own)
         run = read_settings(Run, with_sources(values, named_sources()))
         check_run(run)
-        length = min(run.calibration.seq_len, model.config.max_position_embeddings or run.calibration.seq_len)
-        run = run.model_copy(update={"calibration": run.calibration.model_copy(update={"seq_len": length})})
+        length = min(
+            run.calibration.seq_len, model.config.max_position_embeddings or run.calibration.seq_len
+        )
+        run = run.model_copy(
+            update={"calibration": run.calibration.model_copy(update={"seq_len": length})}
+        )
         recipe = run.train and run.train.fitted(model.config.max_position_embeddings)
         if not all(kind_of_method(one.method).is_part for one in searches(run.score).values()):
             name, advice = run.score.method, "use a run file and the stages"
@@ -273,20 +323,39 @@ def prune(
         judged = is_judged(run.score.method, chosen) or max_loss is not None
         pool = _pool(run.calibration.data, own_texts, judged, tokenizer, shown)
         rows = pipeline.calibrate(
-            run.calibration, run.compensate, recipe, pool, tokenizer, config, shown.note, judged=judged, at_most=True
+            run.calibration,
+            run.compensate,
+            recipe,
+            pool,
+            tokenizer,
+            config,
+            shown.note,
+            judged=judged,
+            at_most=True,
         )
         pipeline.require_fit(rows, run.compensate, chosen)
         identity = IN_MEMORY if cache is None else _identity(model)
         dtype = str(model.dtype).removeprefix("torch.")
-        material = Material(identity, dtype, config, scores, Engine(model, batch_tokens), lambda: model, shown)
+        material = Material(
+            identity, dtype, config, scores, Engine(model, batch_tokens), lambda: model, shown
+        )
         pipeline.score(material, rows, run.score, [wanted], folder)
-        found = pipeline.commit(folder, run.score, config, wanted, rows, target="", run="", compensate=chosen)
+        found = pipeline.commit(
+            folder, run.score, config, wanted, rows, target="", run="", compensate=chosen
+        )
         healed = pipeline.heal(lambda: model, found, rows, shown)
         current = Current.load(folder / healed.name)
         trace = read_trace(trace_directory(folder / healed.name, current, wanted), current.search)
         firm = stabilities(trace, str(current.score.options.get("per", "none")))
-        plan, weights, data = replace(healed.plan, train=recipe is not None), healed.weights, run.calibration.data
-        told, learns = healed.healed(data), [weight for weight in model.parameters() if weight.requires_grad]
+        plan, weights, data = (
+            replace(healed.plan, train=recipe is not None),
+            healed.weights,
+            run.calibration.data,
+        )
+        told, learns = (
+            healed.healed(data),
+            [weight for weight in model.parameters() if weight.requires_grad],
+        )
         if recipe is not None:
             place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             write_text(place / "config.json", base.config)
@@ -294,14 +363,26 @@ def prune(
             made = Loaded(place, plan, rows.search, dtype, device, model=model, base=identity)
             keep(place / "compensated", healed, made, data)
             made = replace(made, healed=find_healed([place / "compensated"], made.identity))
-            pipeline.train(made, recipe, rows, (scores or place) / "training", place / "trained", shown)
+            pipeline.train(
+                made, recipe, rows, (scores or place) / "training", place / "trained", shown
+            )
             told = find_healed([place / "trained"], made.identity)
             weights = read_tensors(place / "trained" / FILE)[0]
             plan = told.plan(plan) if told else plan
         pipeline.require_kept(plan, max_loss)
         pruned = KINDS[plan.kind].apply_(model, plan, ())
         set_weights_(pruned, weights)
-        return Pruned(pruned, tokenizer, plan, tuple(trace), firm, healed.facts, told, base, parameter_digests(pruned))
+        return Pruned(
+            pruned,
+            tokenizer,
+            plan,
+            tuple(trace),
+            firm,
+            healed.facts,
+            told,
+            base,
+            parameter_digests(pruned),
+        )
 
 
 def evaluate(
@@ -314,7 +395,8 @@ def evaluate(
 ) -> HeldOutPerplexity:
     """The perplexity of a model, dense or pruned, on texts.
 
-    `reporting.statistics.perplexity_ratio(a.row_nll, b.row_nll)` compares two models on the same texts.
+    `reporting.statistics.perplexity_ratio(a.row_nll, b.row_nll)` compares two models on the same
+    texts.
 
     Args:
         seq_len: tokens in a row; shortened to the model's context.
@@ -327,16 +409,20 @@ def evaluate(
     require_float64(model)
     texts = listed(texts, partial(conversation, lambda: tokenizer))
     seq_len = min(seq_len, model.config.max_position_embeddings or seq_len)
-    wanted = read_settings(Perplexity, {"seq_len": seq_len, "max_rows": max_rows, "packing": packing})
+    wanted = read_settings(
+        Perplexity, {"seq_len": seq_len, "max_rows": max_rows, "packing": packing}
+    )
     rows = held_out(tokenizer, texts, wanted).rows
     require_embedded(rows, tokenizer, model.config.to_dict())
     with evaluating(model):
         return measure_perplexity(model, rows)
 
 
-def _pool(data: Texts, own: Sequence[str], judged: bool, tokenizer: Any, observer: Observer) -> pipeline.Pool:
-    """The texts of a run, of which those in memory are `own`; ours are beside them if `data` is a mix. If it is
-    `judged`, also the texts that judge."""
+def _pool(
+    data: Texts, own: Sequence[str], judged: bool, tokenizer: Any, observer: Observer
+) -> pipeline.Pool:
+    """The texts of a run, of which those in memory are `own`; ours are beside them if `data` is a
+    mix. If it is `judged`, also the texts that judge."""
     named = [text if kind_of(text) else MixedText(text, OWN) for text in own]
     if not judged and not isinstance(data, MixedTexts):
         return pipeline.Pool(named, train=named)
@@ -346,7 +432,9 @@ def _pool(data: Texts, own: Sequence[str], judged: bool, tokenizer: Any, observe
         ours = load_texts(shipped_texts(), kept / "cache", kept / "pins.json", template)
     except InputError as error:
         if isinstance(data, MixedTexts):
-            raise InputError(f"{error}; or do without (only_texts=True)", rule=error.rule) from error
+            raise InputError(
+                f"{error}; or do without (only_texts=True)", rule=error.rule
+            ) from error
         observer.note(f"warning: what other kinds of text lose is not judged: {error}")
         ours = []
     texts = [*named, *ours] if isinstance(data, MixedTexts) else named
@@ -361,14 +449,22 @@ def _changed(healed: Healed | None) -> Healed:
     """What a card says of weights that their owner has changed since, as by training."""
     changed = healed or Healed(Path(), "", "", (), "")
     before = f"{healed.words}, " if healed else ""
-    return replace(changed, words=f"{before}then changed, after which nothing was measured", perplexity={})
+    return replace(
+        changed, words=f"{before}then changed, after which nothing was measured", perplexity={}
+    )
 
 
 def _identity(model: PreTrainedModel) -> str:
-    """The identity of a model in memory: its config, its weights, and all other tensors and numbers in its modules."""
-    config = {name: value for name, value in model.config.to_dict().items() if name not in NO_CONTENT}
+    """The identity of a model in memory: its config, its weights, and all other tensors and numbers
+    in its modules."""
+    config = {
+        name: value for name, value in model.config.to_dict().items() if name not in NO_CONTENT
+    }
     tensors = {**model.state_dict(), **dict(model.named_buffers())}
-    weights = {name: sha256(tensor_bytes(tensor.detach().cpu())).hexdigest() for name, tensor in tensors.items()}
+    weights = {
+        name: sha256(tensor_bytes(tensor.detach().cpu())).hexdigest()
+        for name, tensor in tensors.items()
+    }
     numbers = {
         name: {key: value for key, value in vars(module).items() if isinstance(value, int | float)}
         for name, module in model.named_modules()
@@ -377,7 +473,8 @@ def _identity(model: PreTrainedModel) -> str:
 
 
 def _folder_of(model: PreTrainedModel) -> Path | None:
-    """The folder that a model was loaded from, for the hub that in its cache, if the files still have its weights."""
+    """The folder that a model was loaded from, for the hub that in its cache, if the files still
+    have its weights."""
     from huggingface_hub import try_to_load_from_cache
 
     place, state, found = model.name_or_path, model.state_dict(), False

@@ -1,7 +1,9 @@
-"""dag.yaml: what dvc.yaml makes its stages of beyond params.yaml. `python -m blockpruner.dag` writes it.
+"""dag.yaml: what dvc.yaml makes its stages of beyond params.yaml. `python -m blockpruner.dag`
+writes it.
 
-DVC cannot work out which searches the targets need, which local paths a run names, and what moves results besides the
-settings: the machine and its packages. A flow writes the file before it starts stages; a stage refuses a stale one.
+DVC cannot work out which searches the targets need, which local paths a run names, and what moves
+results besides the settings: the machine and its packages. A flow writes the file before it starts
+stages; a stage refuses a stale one.
 """
 
 import sys
@@ -27,9 +29,16 @@ HEAD = f"# Derived from params.yaml, runs/, studies/ and the machine. `{COMMAND}
 
 
 def here(runtime: Runtime) -> dict[str, Any]:
-    """The machine and its packages, as far as they move results beyond rounding in 32 bits, and speeds."""
-    machine = {"device": device_name(runtime.device), "threads": runtime.threads, "attention": runtime.attention}
-    packages = {name: version(name).partition("+")[0] for name in ("torch", "transformers", "lm_eval")}
+    """The machine and its packages, as far as they move results beyond rounding in 32 bits, and
+    speeds."""
+    machine = {
+        "device": device_name(runtime.device),
+        "threads": runtime.threads,
+        "attention": runtime.attention,
+    }
+    packages = {
+        name: version(name).partition("+")[0] for name in ("torch", "transformers", "lm_eval")
+    }
     return {"lm_eval": packages.pop("lm_eval"), "machine": machine | packages}
 
 
@@ -57,7 +66,9 @@ def derived(recorded: Mapping[str, Any]) -> dict[str, Any]:
         paths = local_paths(settings.sources)
         for number, path in enumerate(paths):
             found["local"][f"{name}-{number}"] = {"run": name, "path": path}
-        found["fetched"][name] = {"local": f"data/local/{name}" if paths else f"data/settings/{name}/sources.json"}
+        found["fetched"][name] = {
+            "local": f"data/local/{name}" if paths else f"data/settings/{name}/sources.json"
+        }
     for name, target in params.targets.items():
         method = target.method or load_run(target.run).score.method
         found["pruned"][name] = {"run": target.run, "method": method}
@@ -83,15 +94,20 @@ def write() -> None:
 
 
 def require_current(machine: bool = False) -> None:
-    """Refuse a file that is stale: of other settings, or also of another machine or other packages, whose results would
-    pass for those of this one."""
+    """Refuse a file that is stale: of other settings, or also of another machine or other packages,
+    whose results would pass for those of this one."""
     recorded = read_dag()
     kept = {key: recorded.get(key) for key in ("lm_eval", "machine")}
     now = derived(here(load_params().runtime) if machine else kept)
     stale = [key for key, value in now.items() if recorded.get(key) != value]
     if stale:
-        message = f"{FILE}: {', '.join(stale)} not as params.yaml, runs/, studies/ and this machine have it"
-        raise InputError(f"{message}; run `{COMMAND}`, then again", rule="dag-stale", key=stale[0], value=FILE)
+        message = (
+            f"{FILE}: {', '.join(stale)} not as params.yaml, runs/, studies/ and this machine"
+            " have it"
+        )
+        raise InputError(
+            f"{message}; run `{COMMAND}`, then again", rule="dag-stale", key=stale[0], value=FILE
+        )
 
 
 if __name__ == "__main__":

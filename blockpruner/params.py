@@ -21,11 +21,13 @@ NO_RUNS = frozenset({"sources"})
 
 
 def load_params(path: Path = Path("params.yaml"), text: str | None = None) -> Params:
-    """Read params.yaml, or check what it is going to hold; raises InputError that names key, value and valid ones."""
+    """Read params.yaml, or check what it is going to hold; raises InputError that names key, value
+    and valid ones."""
     params = read_settings(Params, read_yaml(path, text), f"{path}: ")
     run_of = cache(load_run)
     for name, target in params.targets.items():
-        if target != Target(run=target.run, budget=target.budget):  # it has keys that must fit its run
+        # it has keys that must fit its run
+        if target != Target(run=target.run, budget=target.budget):
             with named(f"{path}: target {name!r}: "):
                 check_target(run_of(target.run), target)
     return params
@@ -34,14 +36,21 @@ def load_params(path: Path = Path("params.yaml"), text: str | None = None) -> Pa
 def load_run(name: str, directory: Path = Path("runs"), text: str | None = None) -> Run:
     """Read runs/<name>.yaml, or check the `text` that it is going to hold."""
     if name in NO_RUNS or not NAME.fullmatch(name):
-        message = f"run name {name!r} is not valid: at most 100 letters, digits, '_' and '-', and none of "
+        message = (
+            f"run name {name!r} is not valid: at most 100 letters, digits, '_' and '-', and"
+            " none of "
+        )
         raise InputError(message + ", ".join(sorted(NO_RUNS)), rule="run-name", value=name)
     path = directory / f"{name}.yaml"
     if text is None and not path.exists():
-        known = ", ".join(sorted({file.stem for file in directory.glob("*.yaml")} - NO_RUNS)) or "none"
+        known = (
+            ", ".join(sorted({file.stem for file in directory.glob("*.yaml")} - NO_RUNS)) or "none"
+        )
         message = f"run {name!r} is unknown: {path} does not exist; existing runs: {known}"
         raise InputError(message, rule="unknown-run", value=name)
-    run = read_settings(Run, with_sources(completed(read_values(path, text)), named_sources(directory)), f"{path}: ")
+    run = read_settings(
+        Run, with_sources(completed(read_values(path, text)), named_sources(directory)), f"{path}: "
+    )
     with named(f"{path}: "):
         check_run(run)
     return run
@@ -61,7 +70,8 @@ def load_sections(run: str) -> Sections:
 
 
 def read_file(path: Path, model: type[T]) -> T:
-    """Read a YAML file of settings; raises InputError that names file, key, value and the valid ones."""
+    """Read a YAML file of settings; raises InputError that names file, key, value and the valid
+    ones."""
     return read_settings(model, read_yaml(path), f"{path}: ")
 
 
@@ -77,9 +87,13 @@ def run_schema(named: Collection[str]) -> dict[str, Any]:
     score = found["$defs"]["Score"]
     score["properties"]["method"]["enum"] = names()
     paper = ", ".join(name for name, one in RECIPES.items() if one.published)
-    found["properties"]["calibration"] |= {  # also on the file that says when stages read settings anew
+    found["properties"][
+        "calibration"
+    ] |= {  # also on the file that says when stages read settings anew
         "default": completed({})["calibration"],
-        "description": f"Without `data`, its default. For these methods it is the paper's set: {paper}.",
+        "description": (
+            f"Without `data`, its default. For these methods it is the paper's set: {paper}."
+        ),
     }
     score["allOf"] = [  # the options of each method
         {

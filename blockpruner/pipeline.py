@@ -2,10 +2,10 @@
 
     calibrate -> score -> commit -> heal -> train -> export
 
-Decides what a step is made of, and what is kept apart: texts on which models are evaluated or judged are seen by no
-search, no fit and no training. Where files are kept and what is shown is decided by the doors: stages, command, API,
-form. Torch is loaded by the steps that compute. What stages alone do is elsewhere: `evaluation.suite` measures, and
-`reporting.report` writes the page.
+Decides what a step is made of, and what is kept apart: texts on which models are evaluated or
+judged are seen by no search, no fit and no training. Where files are kept and what is shown is
+decided by the doors: stages, command, API, form. Torch is loaded by the steps that compute. What
+stages alone do is elsewhere: `evaluation.suite` measures, and `reporting.report` writes the page.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ from blockpruner.core.settings import Model, Runtime
 from blockpruner.evaluation.kinds import Loss
 from blockpruner.evaluation.settings import Perplexity
 from blockpruner.healing.settings import Compensate, Train
-from blockpruner.inputs.calibration import CalibrationSet, draw, draw_rows, require_embedded, sharing
+from blockpruner.inputs.calibration import (
+    CalibrationSet,
+    draw,
+    draw_rows,
+    require_embedded,
+    sharing,
+)
 from blockpruner.inputs.checkpoints import checkpoint_identity, checkpoint_weights
 from blockpruner.inputs.settings import Calibration
 from blockpruner.inputs.texts import TextKind, by_kind
@@ -60,7 +66,8 @@ class Pool:
     """Texts of the compensation; None: those of the search."""
     train: Sequence[str] | None = None
     judge: Sequence[str] = ()
-    """Texts of kinds that judge beside those of the fit. A kind that the fit has, too, is judged by its own texts."""
+    """Texts of kinds that judge beside those of the fit. A kind that the fit has, too, is judged by
+    its own texts."""
     evaluated: Sequence[str] = ()
     """Texts on which models are evaluated."""
 
@@ -76,8 +83,8 @@ class Rows:
     tuning: CalibrationSet = NONE
     """The rows on which the strength of a fit is chosen."""
     judge: CalibrationSet = NONE
-    """The rows that choose between proposals and accept a fit, kind after kind. Neither search nor fit nor training has
-    seen their texts."""
+    """The rows that choose between proposals and accept a fit, kind after kind. Neither search nor
+    fit nor training has seen their texts."""
     train: CalibrationSet = NONE
     validation: CalibrationSet = NONE
     """The rows that choose the best state of training."""
@@ -105,9 +112,9 @@ def calibrate(
     judged: bool,
     at_most: bool = False,
 ) -> Rows:
-    """Draw every row of a run, if it is `judged` also those that judge; `note` receives what was left
-    out. Raises InputError that names how many texts there are, where these are too few; with `at_most` fewer rows than
-    are asked for will do."""
+    """Draw every row of a run, if it is `judged` also those that judge; `note` receives what was
+    left out. Raises InputError that names how many texts there are, where these are too few; with
+    `at_most` fewer rows than are asked for will do."""
     from blockpruner.healing.rows import compensation_rows, training_rows
 
     context = config.get("max_position_embeddings") or compensate.seq_len
@@ -116,9 +123,13 @@ def calibrate(
     if judged:
         judge, documents = _set_aside(compensate, texts, pool, tokenizer, context, note)
         reserved = documents | sharing({*texts, *pool.search, *(pool.train or ())}, documents)
-    search = draw_rows(pool.search, tokenizer, wanted, pool.evaluated, note, at_most=at_most, reserved=reserved)
+    search = draw_rows(
+        pool.search, tokenizer, wanted, pool.evaluated, note, at_most=at_most, reserved=reserved
+    )
     try:
-        fit, tuning = compensation_rows(texts, tokenizer, compensate, pool.evaluated, context, reserved, note)
+        fit, tuning = compensation_rows(
+            texts, tokenizer, compensate, pool.evaluated, context, reserved, note
+        )
     except InputError:  # no row comes out, which `heal` refuses where something is compensated
         fit = tuning = NONE
     rows = Rows(search, fit, tuning, judge)
@@ -132,39 +143,57 @@ def calibrate(
 
 
 def require_room(
-    config: Config, dtype: str, runtime: Runtime, wanted: Score, compensate: str, train: Train | None, budget: str
+    config: Config,
+    dtype: str,
+    runtime: Runtime,
+    wanted: Score,
+    compensate: str,
+    train: Train | None,
+    budget: str,
 ) -> None:
-    """Refuse, before a search, a run that a GPU has not the memory for. Devices of workers, and a model that is split
-    over several, are not counted."""
+    """Refuse, before a search, a run that a GPU has not the memory for. Devices of workers, and a
+    model that is split over several, are not counted."""
     from blockpruner.healing.memory import step_bytes
     from blockpruner.model import accelerator
     from blockpruner.model.models import resolve_device
 
     if runtime.device == "split" or runtime.executor != "local":
         return
-    place, needs = resolve_device(runtime.device), step_bytes(config, dtype, wanted, compensate, train, budget)
+    place, needs = (
+        resolve_device(runtime.device),
+        step_bytes(config, dtype, wanted, compensate, train, budget),
+    )
     if runtime.streaming:
         del needs["search"]
     room = math.inf if place.type == "cpu" else accelerator.total_memory(place)
     for step in (step for step, size in needs.items() if size > room):
         fix = {"search": "score with streaming", "refit": "leave it out (compensate none)"}
         raise InputError(
-            f"{step} takes {needs[step] / 2**30:.1f} GiB of memory at least, and {place} has {room / 2**30:.1f}; "
-            f"{fix.get(step, 'train adapters (lora)')}, or choose a larger device or the CPU",
-            rule="too-large", key="device", value=str(place),
-        )  # fmt: skip
+            f"{step} takes {needs[step] / 2**30:.1f} GiB of memory at least, and {place} has"
+            f" {room / 2**30:.1f}; {fix.get(step, 'train adapters (lora)')}, or choose a larger"
+            " device or the CPU",
+            rule="too-large",
+            key="device",
+            value=str(place),
+        )
 
 
 def require_fit(rows: Rows, wanted: Compensate, method: str) -> None:
-    """Refuse, before a search, a compensation with too few rows to fit to some and to check on others."""
+    """Refuse, before a search, a compensation with too few rows to fit to some and to check on
+    others."""
     if method != "none" and not rows.fit.rows:
         how = f"is fitted to rows of {wanted.seq_len} tokens and checked on others"
         message = f"compensate {method} {how}, and the texts fill {len(rows.tuning.rows)}"
-        raise InputError(f"{message}; give more texts, or compensate: none", rule="too-few-rows", key="compensate")
+        raise InputError(
+            f"{message}; give more texts, or compensate: none",
+            rule="too-few-rows",
+            key="compensate",
+        )
 
 
 def require_kept(plan: Plan, max_loss: float | None) -> None:
-    """Refuse a model of which a kind of text has lost more than `max_loss`, before it is written."""
+    """Refuse a model of which a kind of text has lost more than `max_loss`, before it is
+    written."""
     if max_loss is None or not plan.kinds or (loss := Loss.of(plan.kinds)).worst <= max_loss:
         return
     message = f"{loss}: more than --max-loss {max_loss:g}, so nothing is written; all work is kept"
@@ -180,8 +209,9 @@ def _set_aside(
     context: int,
     note: Callable[[str], object],
 ) -> tuple[CalibrationSet, set[str]]:
-    """The rows that judge, so many of each kind, and the texts in them, which nothing else may see. Of a kind that is
-    fitted they are the last texts of the order in which texts are drawn, so that first draws stay."""
+    """The rows that judge, so many of each kind, and the texts in them, which nothing else may see.
+    Of a kind that is fitted they are the last texts of the order in which texts are drawn, so that
+    first draws stay."""
     from blockpruner.evaluation.perplexity import held_out
 
     known = sharing({*texts, *pool.judge}, pool.evaluated)
@@ -192,7 +222,11 @@ def _set_aside(
     for kind, own in by_kind(pool.judge).items():
         if _name(kind) not in given:
             others[_name(kind)] = own
-    asked = Perplexity(seq_len=min(JUDGING_TOKENS, wanted.seq_len, context), max_rows=JUDGING_ROWS, packing="documents")
+    asked = Perplexity(
+        seq_len=min(JUDGING_TOKENS, wanted.seq_len, context),
+        max_rows=JUDGING_ROWS,
+        packing="documents",
+    )
     rows, documents, kinds = list[tuple[int, ...]](), set[str](), list[str]()
     for name, own in {**given, **others}.items():
         try:
@@ -207,7 +241,10 @@ def _set_aside(
         note(f"warning: {few}: only the first search of the recipe is made")
     elif lacking := [name for name in given if name not in kinds]:
         few = ", ".join(lacking)
-        note(f"warning: too few texts of {few} to set some aside: what they lose is not judged; give more")
+        note(
+            f"warning: too few texts of {few} to set some aside: what they lose is not judged; give"
+            " more"
+        )
     return CalibrationSet(tuple(rows), kinds=tuple(kinds)), documents
 
 
@@ -223,9 +260,10 @@ def score(
     folder: Path,
     latency: Callable[[], Mapping[str, Any]] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Search far enough for the budgets, by every search of the recipe; each leaves its tables at `folder`/<its name>.
-    Takes `latency` and returns by search what `methods.score.score_run` takes and returns. Raises InputError for
-    settings or budgets that cannot be met, before anything is computed."""
+    """Search far enough for the budgets, by every search of the recipe; each leaves its tables at
+    `folder`/<its name>. Takes `latency` and returns by search what `methods.score.score_run` takes
+    and returns. Raises InputError for settings or budgets that cannot be met, before anything is
+    computed."""
     far: dict[str, list[str]] = {}
     for budget in budgets:
         require_reached(wanted, material.config, budget)
@@ -236,7 +274,11 @@ def score(
         if len(far) > 1:
             material.observer.note(f"search {number} of {len(far)}: {name}")
         section = searches(wanted)[name]
-        seen = rows.fit if kind_of_method(section.method).of_fit and len(rows.fit.rows) > 1 else rows.search
+        seen = (
+            rows.fit
+            if kind_of_method(section.method).of_fit and len(rows.fit.rows) > 1
+            else rows.search
+        )
         found[name] = score_run(material, seen, section, own, folder / name, latency)
     return found
 
@@ -244,12 +286,14 @@ def score(
 def latency(
     material: Material, folder: Path, dense: Path, model: Model, wanted: Score, runtime: Runtime
 ) -> Mapping[str, Any]:
-    """What generation and each block takes, as `score` asks for it: kept at `folder`, and for all runs beside the
-    trials."""
+    """What generation and each block takes, as `score` asks for it: kept at `folder`, and for all
+    runs beside the trials."""
     from blockpruner.evaluation.latency import kept_latency
 
     assert material.trials is not None
-    return kept_latency(folder, material.trials, dense, model, wanted.latency, runtime, material.observer)
+    return kept_latency(
+        folder, material.trials, dense, model, wanted.latency, runtime, material.observer
+    )
 
 
 def _competing(wanted: Score, config: Config, budget: str, rows: Rows) -> list[str]:
@@ -283,9 +327,10 @@ def commit(
     train: bool = False,
     dense: Path | None = None,
 ) -> list[Proposal]:
-    """What each search of the recipe removes for a budget, from the folder as `score` left it; one proposal, or several
-    that `heal` judges. The plans name the dense model by its content, where it is kept at `dense`. Raises InputError if
-    the budget cannot be met, or a file of a search is missing or damaged."""
+    """What each search of the recipe removes for a budget, from the folder as `score` left it; one
+    proposal, or several that `heal` judges. The plans name the dense model by its content, where it
+    is kept at `dense`. Raises InputError if the budget cannot be met, or a file of a search is
+    missing or damaged."""
     own: dict[str, Any] = {"target": target, "run": run, "compensate": compensate, "train": train}
     if dense is not None:
         own |= {"base": checkpoint_identity(dense), "weights": checkpoint_weights(dense)}
@@ -298,8 +343,11 @@ def commit(
     return found
 
 
-def heal(dense: Callable[[], PreTrainedModel], found: Sequence[Proposal], rows: Rows, observer: Observer) -> Healing:
-    """Compensate each proposal as its plan says, and keep the best by the rows that judge; see `choice.choose`."""
+def heal(
+    dense: Callable[[], PreTrainedModel], found: Sequence[Proposal], rows: Rows, observer: Observer
+) -> Healing:
+    """Compensate each proposal as its plan says, and keep the best by the rows that judge; see
+    `choice.choose`."""
     from blockpruner.healing.choice import choose
 
     plans = {each.name: each.plan for each in found}
@@ -307,22 +355,34 @@ def heal(dense: Callable[[], PreTrainedModel], found: Sequence[Proposal], rows: 
 
 
 def train(
-    pruning: Pruning, wanted: Train, rows: Rows, states: Path, out: Path, observer: Observer, processes: int = 1
+    pruning: Pruning,
+    wanted: Train,
+    rows: Rows,
+    states: Path,
+    out: Path,
+    observer: Observer,
+    processes: int = 1,
 ) -> None:
-    """Train the model of a plan, from its compensated weights on: its weights and facts at `out`. A killed training
-    continues from its `states`; so many processes of this machine train together."""
+    """Train the model of a plan, from its compensated weights on: its weights and facts at `out`. A
+    killed training continues from its `states`; so many processes of this machine train
+    together."""
     from blockpruner.healing.train import write_trained
 
     validation = rows.validation if rows.validation.rows else None
-    write_trained(out, pruning, wanted, rows.train, validation, states, observer, processes, rows.judge)
+    write_trained(
+        out, pruning, wanted, rows.train, validation, states, observer, processes, rows.judge
+    )
 
 
 def export(
-    pruning: Pruning, places: Mapping[str, Path], quantizations: Mapping[str, Sequence[str]] | None = None
+    pruning: Pruning,
+    places: Mapping[str, Path],
+    quantizations: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """Write verified checkpoints of a plan's model, a new folder for each format; `quantizations` has by format to what
-    more files of it are quantized. Raises InputError if something is at one of the places, before anything is written;
-    or if a format cannot hold the model, and nothing is left at that place."""
+    """Write verified checkpoints of a plan's model, a new folder for each format; `quantizations`
+    has by format to what more files of it are quantized. Raises InputError if something is at one
+    of the places, before anything is written; or if a format cannot hold the model, and nothing is
+    left at that place."""
     from blockpruner.checkpoints.registry import EXPORTS
     from blockpruner.store.files import require_free
 
@@ -335,7 +395,8 @@ def export(
 
 
 def exported(form: str, place: Path) -> dict[str, Any]:
-    """Facts on a checkpoint: format, path, `for` (the engines that load it), verified, verified_by."""
+    """Facts on a checkpoint: format, path, `for` (the engines that load it), verified,
+    verified_by."""
     from blockpruner.checkpoints.registry import engines_of
     from blockpruner.store.files import read_json
     from blockpruner.store.manifest import REPORT_FILE
@@ -343,4 +404,7 @@ def exported(form: str, place: Path) -> dict[str, Any]:
     report, engines = place / REPORT_FILE, engines_of(form, place)
     seen = read_json(report) if report.exists() else {}  # a format of another package may have none
     facts = {"format": form, "path": str(place), "for": engines}
-    return facts | {"verified": bool(seen.get("ok")), "verified_by": seen.get("engine", ", ".join(engines))}
+    return facts | {
+        "verified": bool(seen.get("ok")),
+        "verified_by": seen.get("engine", ", ".join(engines)),
+    }

@@ -4,20 +4,23 @@
 
 MODEL is a folder or a hub name, TEXTS a plain text file with blank lines between texts.
 
-A decoder layer has two residual blocks, `x = x + MHA(norm(x))` and `x = x + MLP(norm(x))`. The algorithm (arXiv
-2406.10594, Algorithm 1) removes them one at a time:
+A decoder layer has two residual blocks, `x = x + MHA(norm(x))` and `x = x + MLP(norm(x))`. The
+algorithm (arXiv 2406.10594, Algorithm 1) removes them one at a time:
 
 1. Draw calibration rows.
 2. For each block that is left: measure the perplexity of the model without it.
 3. Remove the block whose absence leaves the lowest perplexity. Repeat from 2.
-4. Cut the removed blocks out of the model, so that their weights and their part of the KV cache are gone.
-5. Refit (ours, not in the paper): fit the output projections that are left to the dense model, by least squares.
+4. Cut the removed blocks out of the model, so that their weights and their part of the KV cache are
+   gone.
+5. Refit (ours, not in the paper): fit the output projections that are left to the dense model, by
+   least squares.
 
-The product computes the same and is fast: `scoring.walk` shares the common beginning of the candidates of step 2,
-`scoring.accelerate` leaves candidates out, `store.trials` keeps every score on disk, and `healing` runs step 5 for many
-models at once. The tests compare it with this file to 1e-10 in float64. This file is for models whose layers have
-`self_attn.o_proj` and `mlp.down_proj`, with a norm before each and none behind: Llama, Mistral, Qwen2, Qwen3. A refit's
-rows must fit into a sliding window, where attention has one.
+The product computes the same and is fast: `scoring.walk` shares the common beginning of the
+candidates of step 2, `scoring.accelerate` leaves candidates out, `store.trials` keeps every score
+on disk, and `healing` runs step 5 for many models at once. The tests compare it with this file to
+1e-10 in float64. This file is for models whose layers have `self_attn.o_proj` and `mlp.down_proj`,
+with a norm before each and none behind: Llama, Mistral, Qwen2, Qwen3. A refit's rows must fit into
+a sliding window, where attention has one.
 """
 
 import argparse
@@ -36,7 +39,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 Block = tuple[str, int]
-"""A block by its kind and layer: ("mha", 3) is the attention of layer 3, ("mlp", 3) its feed-forward part."""
+"""A block by its kind and layer: ("mha", 3) is the attention of layer 3, ("mlp", 3) its
+feed-forward part."""
 
 MODULE_OF_KIND = {"mha": "self_attn", "mlp": "mlp"}
 NORM_OF_KIND = {"mha": "input_layernorm", "mlp": "post_attention_layernorm"}
@@ -48,21 +52,26 @@ STEP_SIZES = (1.0, 0.75, 0.5, 0.0)
 """The shares of a refit's weight change that are tried in the end."""
 
 
-# --- 1. Calibration rows ---------------------------------------------------------------------------------------------
+# --- 1. Calibration rows
 
 
-def draw_rows(texts: Sequence[str], tokenizer: Any, count: int, seq_len: int, seed: int = 42) -> Tensor:
-    """Draw texts in random order, join them, and cut them into `count` rows of `seq_len` tokens, [count, seq_len]."""
+def draw_rows(
+    texts: Sequence[str], tokenizer: Any, count: int, seq_len: int, seed: int = 42
+) -> Tensor:
+    """Draw texts in random order, join them, and cut them into `count` rows of `seq_len` tokens,
+    [count, seq_len]."""
     shuffled = list(texts)
     random.Random(seed).shuffle(shuffled)
     token_ids = tokenizer("\n\n".join(shuffled))["input_ids"]
     available = len(token_ids) // seq_len
     if available < count:
-        raise ValueError(f"the texts fill {available} rows of {seq_len} tokens, not {count}: give more texts")
+        raise ValueError(
+            f"the texts fill {available} rows of {seq_len} tokens, not {count}: give more texts"
+        )
     return torch.tensor(token_ids[: count * seq_len]).reshape(count, seq_len)
 
 
-# --- 2. Score every block --------------------------------------------------------------------------------------------
+# --- 2. Score every block
 
 
 def all_blocks(model: PreTrainedModel) -> list[Block]:
@@ -84,7 +93,8 @@ def output_projection(model: PreTrainedModel, block: Block) -> nn.Linear:
 
 @contextmanager
 def masked(model: PreTrainedModel, removed: Iterable[Block]) -> Iterator[None]:
-    """Let some blocks add zero to the residual stream inside the `with`: x + 0 is the model without the block."""
+    """Let some blocks add zero to the residual stream inside the `with`: x + 0 is the model without
+    the block."""
 
     def return_zeros(module: nn.Module, inputs: Any, output: Any) -> Any:
         if isinstance(output, tuple):  # attention also returns its weights
@@ -105,7 +115,9 @@ def mean_nll(model: PreTrainedModel, rows: Tensor) -> float:
     row_means = []
     for row in rows:
         logits = model(input_ids=row[None], use_cache=False).logits[0, :-1]
-        log_probabilities = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+        log_probabilities = torch.log_softmax(
+            logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1
+        )
         token_nll = -log_probabilities.gather(-1, row[1:, None])
         row_means.append(float(token_nll.double().mean()))
     return math.fsum(row_means) / len(row_means)
@@ -116,8 +128,11 @@ def perplexity(model: PreTrainedModel, rows: Tensor) -> float:
     return math.exp(mean_nll(model, rows))
 
 
-def score_blocks(model: PreTrainedModel, rows: Tensor, removed: Sequence[Block]) -> dict[Block, float]:
-    """The perplexity without each block that is left, beside the blocks that are already removed (paper, Section 3.2).
+def score_blocks(
+    model: PreTrainedModel, rows: Tensor, removed: Sequence[Block]
+) -> dict[Block, float]:
+    """The perplexity without each block that is left, beside the blocks that are already removed
+    (paper, Section 3.2).
 
     A step with n blocks left costs n passes over all rows.
     """
@@ -129,7 +144,7 @@ def score_blocks(model: PreTrainedModel, rows: Tensor, removed: Sequence[Block])
     return perplexity_without
 
 
-# --- 3. Remove the least important block, and repeat -----------------------------------------------------------------
+# --- 3. Remove the least important block, and repeat
 
 
 def search(model: PreTrainedModel, rows: Tensor, count: int) -> list[Block]:
@@ -140,7 +155,11 @@ def search(model: PreTrainedModel, rows: Tensor, count: int) -> list[Block]:
         # The block whose absence hurts least is the least important one.
         least_important = min(scores, key=scores.__getitem__)
         removed.append(least_important)
-        print(f"{step}: removed {block_name(least_important)}, perplexity {scores[least_important]:.4f}", flush=True)
+        print(
+            f"{step}: removed {block_name(least_important)}, perplexity"
+            f" {scores[least_important]:.4f}",
+            flush=True,
+        )
     return removed
 
 
@@ -149,11 +168,12 @@ def block_name(block: Block) -> str:
     return f"{block[0]}.{block[1]}"
 
 
-# --- 4. Cut the blocks out -------------------------------------------------------------------------------------------
+# --- 4. Cut the blocks out
 
 
 class RemovedAttention(nn.Module):
-    """In place of a removed attention: adds nothing, and has no weights and no part of the KV cache."""
+    """In place of a removed attention: adds nothing, and has no weights and no part of the KV
+    cache."""
 
     def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
         return torch.zeros_like(hidden_states), None
@@ -169,24 +189,27 @@ class RemovedMLP(nn.Module):
 def cut_(model: PreTrainedModel, removed: Iterable[Block]) -> None:
     """Take blocks and the norms before them out of the model, in place.
 
-    The attentions that are left are numbered anew from 0. The KV cache has a place for each number, and a place that
-    nobody fills would make cached decoding silently wrong.
+    The attentions that are left are numbered anew from 0. The KV cache has a place for each number,
+    and a place that nobody fills would make cached decoding silently wrong.
     """
     for kind, index in removed:
         layer = model.model.layers[index]
         setattr(layer, MODULE_OF_KIND[kind], RemovedAttention() if kind == "mha" else RemovedMLP())
         setattr(layer, NORM_OF_KIND[kind], nn.Identity())
     attentions = [layer.self_attn for layer in model.model.layers]
-    kept_attentions = [attention for attention in attentions if not isinstance(attention, RemovedAttention)]
+    kept_attentions = [
+        attention for attention in attentions if not isinstance(attention, RemovedAttention)
+    ]
     for cache_index, attention in enumerate(kept_attentions):
         attention.layer_idx = cache_index
 
 
-# --- 5. Refit --------------------------------------------------------------------------------------------------------
+# --- 5. Refit
 
 
 def block_input(model: PreTrainedModel, block: Block, hidden: Tensor) -> Tensor:
-    """What the output projection of a block reads, [B, T, p], where the block reads the stream `hidden` [B, T, d]."""
+    """What the output projection of a block reads, [B, T, p], where the block reads the stream
+    `hidden` [B, T, d]."""
     features: list[Tensor] = []
     projection = output_projection(model, block)
     hook = projection.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0]))
@@ -204,7 +227,9 @@ def block_output(model: PreTrainedModel, block: Block, hidden: Tensor) -> Tensor
         return cast(Tensor, module(normed))
     seq_len = hidden.shape[1]
     positions = torch.arange(seq_len, device=hidden.device)[None]
-    causal_mask = torch.full((seq_len, seq_len), -math.inf, dtype=hidden.dtype, device=hidden.device).triu(1)
+    causal_mask = torch.full(
+        (seq_len, seq_len), -math.inf, dtype=hidden.dtype, device=hidden.device
+    ).triu(1)
     attention_output, _ = module(
         hidden_states=normed,
         position_embeddings=model.model.rotary_emb(hidden, positions),
@@ -214,27 +239,34 @@ def block_output(model: PreTrainedModel, block: Block, hidden: Tensor) -> Tensor
 
 
 def ridge_solution(features: Tensor, residuals: Tensor, penalty: float) -> Tensor:
-    """The D [p, d] that minimises |X D - R|^2 + penalty * mean(diag(X^T X)) * |D|^2, for X [N, p] and R [N, d]."""
+    """The D [p, d] that minimises |X D - R|^2 + penalty * mean(diag(X^T X)) * |D|^2, for X [N, p]
+    and R [N, d]."""
     gram = features.T @ features
     ridge = penalty * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
     return cast(Tensor, torch.linalg.solve(gram + ridge, features.T @ residuals))
 
 
 @torch.no_grad()
-def refit_(model: PreTrainedModel, removed: Sequence[Block], fit_rows: Tensor, validation_rows: Tensor) -> float:
-    """Fit the output projections of a model without some blocks to the model with them, in place; the blocks stay in.
+def refit_(
+    model: PreTrainedModel, removed: Sequence[Block], fit_rows: Tensor, validation_rows: Tensor
+) -> float:
+    """Fit the output projections of a model without some blocks to the model with them, in place;
+    the blocks stay in.
 
-    The residual stream of the pruned model lacks what the removed blocks added. From the last block before the first
-    removed one on, each block's output projection is fitted by least squares: the pruned stream behind the block, and
-    behind the removed blocks that follow it, should be the dense one. Later fits read the stream that earlier fits have
-    left, so they also repair what those could not.
+    The residual stream of the pruned model lacks what the removed blocks added. From the last block
+    before the first removed one on, each block's output projection is fitted by least squares: the
+    pruned stream behind the block, and behind the removed blocks that follow it, should be the
+    dense one. Later fits read the stream that earlier fits have left, so they also repair what
+    those could not.
 
-    Returns the share of the change that is kept: the one with the lowest perplexity on `validation_rows`, 0 if no
-    change helps there.
+    Returns the share of the change that is kept: the one with the lowest perplexity on
+    `validation_rows`, 0 if no change helps there.
     """
     rows = torch.cat([fit_rows, validation_rows])
     is_fit_row = torch.arange(len(rows)) < len(fit_rows)
-    in_order = [(kind, layer) for layer in range(len(model.model.layers)) for kind in ("mha", "mlp")]
+    in_order = [
+        (kind, layer) for layer in range(len(model.model.layers)) for kind in ("mha", "mlp")
+    ]
     first_removed = min(map(in_order.index, removed))
     dense = pruned = model.model.embed_tokens(rows)
     old_weights: dict[Block, Tensor] = {}
@@ -243,7 +275,8 @@ def refit_(model: PreTrainedModel, removed: Sequence[Block], fit_rows: Tensor, v
         following = in_order[position + 1 :]
         if block not in removed:
             span_after = removed_span(following, removed)
-            # The dense stream passes the block before its weights change; the removed span behind it, too.
+            # The dense stream passes the block before its weights change; the removed span behind
+            # it, too.
             target = dense
             for passed in (block, *span_after):
                 target = target + block_output(model, passed, target)
@@ -272,14 +305,20 @@ def removed_span(following: Sequence[Block], removed: Sequence[Block]) -> list[B
     return span
 
 
-def fitted_weight(model: PreTrainedModel, block: Block, pruned: Tensor, target: Tensor, is_fit_row: Tensor) -> Tensor:
-    """The output projection [d, p] that brings the pruned stream behind the block nearest to `target` [B, T, d]."""
-    # Each token counts by its relative error. The first token of a row is a thousand times as long in many models, and
-    # would decide alone.
+def fitted_weight(
+    model: PreTrainedModel, block: Block, pruned: Tensor, target: Tensor, is_fit_row: Tensor
+) -> Tensor:
+    """The output projection [d, p] that brings the pruned stream behind the block nearest to
+    `target` [B, T, d]."""
+    # Each token counts by its relative error. The first token of a row is a thousand times as long
+    # in many models, and would decide alone.
     scale = 1 / target.norm(dim=-1, keepdim=True)
     features = block_input(model, block, pruned) * scale
     residuals = (target - pruned - block_output(model, block, pruned)) * scale
-    fit_features, fit_residuals = features[is_fit_row].flatten(0, 1), residuals[is_fit_row].flatten(0, 1)
+    fit_features, fit_residuals = (
+        features[is_fit_row].flatten(0, 1),
+        residuals[is_fit_row].flatten(0, 1),
+    )
     validation_features = features[~is_fit_row].flatten(0, 1)
     validation_residuals = residuals[~is_fit_row].flatten(0, 1)
     best_change, least_error = (
@@ -301,14 +340,18 @@ def keep_best_step_(
     new_weights: dict[Block, Tensor],
     validation_rows: Tensor,
 ) -> float:
-    """Scale the weight change by the step with the lowest perplexity on the validation rows; returns the step.
+    """Scale the weight change by the step with the lowest perplexity on the validation rows;
+    returns the step.
 
-    Least squares can overshoot on rows that it has not seen, so the full step is not always the best one.
+    Least squares can overshoot on rows that it has not seen, so the full step is not always the
+    best one.
     """
 
     def set_step_(step: float) -> None:
         for block, new_weight in new_weights.items():
-            output_projection(model, block).weight.copy_(torch.lerp(old_weights[block], new_weight, step))
+            output_projection(model, block).weight.copy_(
+                torch.lerp(old_weights[block], new_weight, step)
+            )
 
     perplexity_by_step = {}
     for step in STEP_SIZES:
@@ -320,11 +363,12 @@ def keep_best_step_(
     return best_step
 
 
-# --- Files -----------------------------------------------------------------------------------------------------------
+# --- Files
 
 
 def save(model: PreTrainedModel, removed: Sequence[Block], folder: Path) -> None:
-    """Write the config, the weights that are left, and the names of the removed blocks. `load` reads them."""
+    """Write the config, the weights that are left, and the names of the removed blocks. `load`
+    reads them."""
     folder.mkdir(parents=True)
     model.config.save_pretrained(folder)
     weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
@@ -360,7 +404,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     texts = re.split(r"\n\s*\n", options.texts.read_text())
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model).eval()
-    # Half of the rows choose blocks. The others are for the refit: three quarters are fitted, the rest decides.
+    # Half of the rows choose blocks. The others are for the refit: three quarters are fitted, the
+    # rest decides.
     rows = draw_rows(texts, tokenizer, 2 * options.rows, options.seq_len)
     search_rows, refit_rows = rows[: options.rows], rows[options.rows :]
     validation_rows = refit_rows[3 * options.rows // 4 :]
@@ -369,7 +414,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     step = refit_(model, removed, refit_rows[: 3 * options.rows // 4], validation_rows)
     cut_(model, removed)
     pruned_perplexity = perplexity(model, validation_rows)
-    print(f"refit by {step:.0%}; validation perplexity {dense_perplexity:.2f} -> {pruned_perplexity:.2f}")
+    print(
+        f"refit by {step:.0%}; validation perplexity {dense_perplexity:.2f} ->"
+        f" {pruned_perplexity:.2f}"
+    )
     if options.out:
         save(model, removed, options.out)
         tokenizer.save_pretrained(options.out)

@@ -1,6 +1,7 @@
 """Settings: params.yaml and runs/<name>.yaml as frozen values.
 
-Decides how the sections of a run fit together. What a section holds is decided in its room; files are read by `params`.
+Decides how the sections of a run fit together. What a section holds is decided in its room; files
+are read by `params`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from blockpruner.search.registry import SEARCHES
 
 
 class Run(Frozen):
-    """One model, calibration set, search and evaluation: runs/<name>.yaml. All but the model has defaults."""
+    """One model, calibration set, search and evaluation: runs/<name>.yaml. All but the model has
+    defaults."""
 
     model: Model
     calibration: Calibration = Calibration()
@@ -35,14 +37,17 @@ class Run(Frozen):
     train: Train | None = None
     """The training of targets with `train: true`; `{}` is the paper's recipe."""
     export: tuple[str, ...] = ("hf",)
-    """Formats of the checkpoint: hf (transformers, vLLM), and nas or mlx (mlx-lm), gguf (llama.cpp). []: the model is
-    measured in memory and not written."""
+    """Formats of the checkpoint: hf (transformers, vLLM), and nas or mlx (mlx-lm), gguf
+    (llama.cpp). []: the model is measured in memory and not written."""
 
     @field_validator("export")
     @classmethod
     def _exports(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if value and "hf" not in value:
-            message = f"export: {list(value)} lacks hf, the format that is benchmarked; add it, or export nothing"
+            message = (
+                f"export: {list(value)} lacks hf, the format that is benchmarked; add it, or export"
+                " nothing"
+            )
             raise ValueError(message)
         if len(set(value)) != len(value):
             raise ValueError(f"export: {list(value)} names the same format twice; keep one")
@@ -57,7 +62,8 @@ class Target(Frozen):
     budget: str
     """How far to prune: a share of all parameters, "17blocks", "7layers", "0.3kv", "1.25x"."""
     method: str | None = None
-    """A recipe or a method, in place of the run's `score.method`; of the run's `score` it keeps what is measured."""
+    """A recipe or a method, in place of the run's `score.method`; of the run's `score` it keeps
+    what is measured."""
     compensate: CompensationMethod | None = None
     """The compensation, in place of the run's `compensate.method`."""
     train: bool = False
@@ -107,27 +113,48 @@ class Params(Frozen):
         for name in (*self.runs, *self.targets, *self.experiments):
             if not NAME.fullmatch(name):
                 why = "a run name is the file runs/<name>.yaml, a target name a folder under data/"
-                raise ValueError(f"name {name!r} is not valid: at most 100 letters, digits, '_' and '-' ({why})")
+                raise ValueError(
+                    f"name {name!r} is not valid: at most 100 letters, digits, '_' and '-' ({why})"
+                )
         if len(set(self.runs)) != len(self.runs):
             raise ValueError(f"runs {list(self.runs)} name the same run twice; keep one")
         meanings: dict[tuple[object, ...], str] = {}
         for name, target in self.targets.items():
             if target.run not in self.runs:
                 valid = ", ".join(self.runs)
-                raise ValueError(f"target {name!r} is of run {target.run!r}, which is not in runs; valid: {valid}")
-            if name in {*self.experiments, *(f"{run}{of}" for run in self.runs for of in ("", "-dense", "-search"))}:
-                message = f"target name {name!r} is taken by a run, its baseline or an experiment; choose another"
+                raise ValueError(
+                    f"target {name!r} is of run {target.run!r}, which is not in runs; valid:"
+                    f" {valid}"
+                )
+            if name in {
+                *self.experiments,
+                *(f"{run}{of}" for run in self.runs for of in ("", "-dense", "-search")),
+            }:
+                message = (
+                    f"target name {name!r} is taken by a run, its baseline or an experiment; choose"
+                    " another"
+                )
                 raise ValueError(message)
-            meaning = (target.run, read_budget(target.budget), target.method, target.compensate, target.train)
+            meaning = (
+                target.run,
+                read_budget(target.budget),
+                target.method,
+                target.compensate,
+                target.train,
+            )
             if meaning in meanings:
                 same = f"run {target.run}, budget {target.budget}"
-                raise ValueError(f"targets {meanings[meaning]!r} and {name!r} mean the same ({same}); remove one")
+                raise ValueError(
+                    f"targets {meanings[meaning]!r} and {name!r} mean the same ({same}); remove one"
+                )
             meanings[meaning] = name
         return self
 
     def target(self, name: str) -> Target:
         if name not in self.targets:
-            message = f"target {name!r} is not in params.yaml; valid: {', '.join(self.targets) or 'none'}"
+            message = (
+                f"target {name!r} is not in params.yaml; valid: {', '.join(self.targets) or 'none'}"
+            )
             raise InputError(message, rule="unknown-target", value=name)
         return self.targets[name]
 
@@ -173,16 +200,22 @@ class Sections(Frozen):
     export: tuple[str, ...]
 
     def texts(self) -> dict[str, str]:
-        """The content of each section's file by its name. Each method of `searches` has a file of its own."""
+        """The content of each section's file by its name. Each method of `searches` has a file of
+        its own."""
         values = self.model_dump(mode="json")
         searches = {f"searches/{method}": one for method, one in values.pop("searches").items()}
-        return {name: json.dumps(value, indent=1) + "\n" for name, value in {**values, **searches}.items()}
+        return {
+            name: json.dumps(value, indent=1) + "\n"
+            for name, value in {**values, **searches}.items()
+        }
 
 
 def score_of(run: Run, method: str | None) -> Score:
-    """The `score` section of a target that names a method, or none; raises InputError for an unknown one.
+    """The `score` section of a target that names a method, or none; raises InputError for an
+    unknown one.
 
-    It keeps the metric and the lengths of timings of the run's own section, and the acceleration where it takes one.
+    It keeps the metric and the lengths of timings of the run's own section, and the acceleration
+    where it takes one.
     """
     if method is None or method == run.score.method:
         return run.score
@@ -215,14 +248,19 @@ def resolve(run: Run, targets: Sequence[Target]) -> Sections:
         metrics = {one.metric: METRICS[one.metric].version for one in searches(score).values()}
         scored[method] = Scored(score=score, metrics=metrics, budgets=tuple(dict.fromkeys(wanted)))
     pruned = {(run.score.method, run.compensate.method)}
-    pruned |= {(each.method or run.score.method, each.compensate or run.compensate.method) for each in targets}
+    pruned |= {
+        (each.method or run.score.method, each.compensate or run.compensate.method)
+        for each in targets
+    }
     judged = any(is_judged(method, compensation(own, method)) for method, own in pruned)
     if judged:
         texts["judge"] = shipped_texts()
     fetched, items = {role: data for role, data in texts.items() if data}, run.evaluate.zero_shot
     return Sections(
         model=run.model,
-        sources=Sources(model=run.model, texts=fetched, zero_shot=ZeroShot(data=items.data, tasks=items.tasks)),
+        sources=Sources(
+            model=run.model, texts=fetched, zero_shot=ZeroShot(data=items.data, tasks=items.tasks)
+        ),
         calibration=run.calibration,
         score=scored[run.score.method].model_copy(update={"budgets": ()}),
         searches=scored,

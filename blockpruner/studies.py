@@ -1,7 +1,8 @@
-"""studies/*.yaml, read and checked: lists of ordinary targets, whose results are tabulated together.
+"""studies/*.yaml, read and checked: lists of ordinary targets, whose results are tabulated
+together.
 
-Decides which targets a study has and what they are called. Everything about a model, its calibration and its evaluation
-is decided by the run files that it names.
+Decides which targets a study has and what they are called. Everything about a model, its
+calibration and its evaluation is decided by the run files that it names.
 """
 
 from __future__ import annotations
@@ -55,19 +56,21 @@ class Heal(Frozen):
 
 
 class Experiment(Frozen):
-    """Pruned models of one run that differ in their calibration, search, size and healing. They are measured on the
-    run's held-out rows in one process, and none is written."""
+    """Pruned models of one run that differ in their calibration, search, size and healing. They are
+    measured on the run's held-out rows in one process, and none is written."""
 
     run: str
     """Name of runs/<name>.yaml."""
     methods: dict[str, dict[str, Any]] = Field(min_length=1)
-    """By a name each: what differs from the run's `score`. Without a method, the name is that of a recipe or search."""
+    """By a name each: what differs from the run's `score`. Without a method, the name is that of a
+    recipe or search."""
     budgets: tuple[str, ...] = Field(min_length=1)
     """How far to prune, as in a target."""
     seeds: tuple[int, ...] = (42,)
     """Draws of calibration and compensation."""
     calibrations: dict[str, dict[str, Any]] = Field(default={"": {}})
-    """By a name each: what differs from the run's `calibration`; `kind` is the only kind of text that is drawn."""
+    """By a name each: what differs from the run's `calibration`; `kind` is the only kind of text
+    that is drawn."""
     heal: dict[str, Heal] = Field(default={"plain": Heal()})
     tasks: bool = False
     """Whether the run's zero-shot tasks are measured, too."""
@@ -87,21 +90,26 @@ class Study(Frozen):
     experiments: dict[str, Experiment] = Field(default_factory=dict)
     """By name: what is measured without targets."""
     compared: tuple[str, ...] = ()
-    """The methods of experiments that are compared at 10, 20 and 30 %, between the sizes measured, in the order of the
-    tables; others have a table of their own. Empty: all methods are tabulated at the sizes measured."""
+    """The methods of experiments that are compared at 10, 20 and 30 %, between the sizes measured,
+    in the order of the tables; others have a table of their own. Empty: all methods are tabulated
+    at the sizes measured."""
 
 
 def score_of_method(run: Run, name: str, fields: Mapping[str, Any]) -> Score:
-    """The `score` section of one of an experiment's methods; raises InputError if it is not valid."""
+    """The `score` section of one of an experiment's methods; raises InputError if it is not
+    valid."""
     base = score_of(run, fields.get("method", name))
-    score = read_settings(Score, {**base.model_dump(exclude_defaults=True), "method": base.method, **fields})
+    score = read_settings(
+        Score, {**base.model_dump(exclude_defaults=True), "method": base.method, **fields}
+    )
     for one in searches(score).values():
         check_score(one)
     return score
 
 
 def target_name(run: str, method: str, budget: str, compensate: str | None, train: bool) -> str:
-    """Name a target, for instance smollm2-floating-b20-refit-train; no dot, which DVC reads as nesting."""
+    """Name a target, for instance smollm2-floating-b20-refit-train; no dot, which DVC reads as
+    nesting."""
     value, unit = read_budget(budget)
     size = f"b{100 * value:g}{unit}" if unit in ("", "kv") else budget
     parts = [run, method, size, compensate, "train" if train else ""]
@@ -109,27 +117,36 @@ def target_name(run: str, method: str, budget: str, compensate: str | None, trai
 
 
 def targets_of(study: Study) -> dict[str, Target]:
-    """List all targets of a study by name; raises InputError for a run, method or budget that is none, or two targets
-    of one name that differ."""
+    """List all targets of a study by name; raises InputError for a run, method or budget that is
+    none, or two targets of one name that differ."""
     found: dict[str, Target] = {}
     cells = [
-        (target_name(run, method, budget, compensate if compensate != "none" else None, grid.train),
-         Target(run=run, budget=budget, method=method, compensate=compensate, train=grid.train))
+        (
+            target_name(
+                run, method, budget, compensate if compensate != "none" else None, grid.train
+            ),
+            Target(run=run, budget=budget, method=method, compensate=compensate, train=grid.train),
+        )
         for grid in study.grids
         for run, method, budget, compensate in product(
             grid.runs or study.runs, grid.methods, grid.budgets, grid.compensate
         )
-    ]  # fmt: skip
+    ]
     for name, target in (*cells, *study.targets.items()):
         if target.run not in study.runs:
             raise InputError(
-                f"target {name!r} is of run {target.run!r}, which is not in runs; valid: {', '.join(study.runs)}",
-                rule="unknown-run", key="runs", value=target.run,
-            )  # fmt: skip
+                f"target {name!r} is of run {target.run!r}, which is not in runs; valid:"
+                f" {', '.join(study.runs)}",
+                rule="unknown-run",
+                key="runs",
+                value=target.run,
+            )
         if target.method is not None:
             recipe(target.method)
         if found.setdefault(name, target) != target:
-            raise InputError(f"two targets are called {name!r}; rename one", rule="same-name", value=name)
+            raise InputError(
+                f"two targets are called {name!r}; rename one", rule="same-name", value=name
+            )
     return found
 
 
@@ -138,28 +155,35 @@ def study_names(folder: Path = FOLDER) -> list[str]:
 
 
 def load_study(name: str, folder: Path = FOLDER) -> Study:
-    """Read studies/<name>.yaml; its `targets` are all of them, those of its grids included. Raises InputError if there
-    is no such file, or a key or value is not valid."""
+    """Read studies/<name>.yaml; its `targets` are all of them, those of its grids included. Raises
+    InputError if there is no such file, or a key or value is not valid."""
     path = folder / f"{name}.yaml"
     if not NAME.fullmatch(name) or not path.exists():
         known = ", ".join(study_names(folder)) or "none"
         raise InputError(
             f"study {name!r} is unknown: {path} does not exist; existing studies: {known}",
-            rule="unknown-study", key="studies", value=name,
-        )  # fmt: skip
+            rule="unknown-study",
+            key="studies",
+            value=name,
+        )
     study = read_file(path, Study)
     with named(f"{path}: "):
         return study.model_copy(update={"targets": targets_of(study), "grids": ()})
 
 
-def points_of_study(study: Study, name: str, evidence: Path) -> dict[str, tuple[str, list[str], Points]]:
-    """By run: what its model is called, what its results hold for, and the points of its experiments so far."""
+def points_of_study(
+    study: Study, name: str, evidence: Path
+) -> dict[str, tuple[str, list[str], Points]]:
+    """By run: what its model is called, what its results hold for, and the points of its
+    experiments so far."""
     from blockpruner.reporting.labels import labels, name_of
     from blockpruner.reporting.points import Points
 
     found = {}
     for run in study.runs:
-        folders = [evidence / f"{name}-{key}" for key, one in study.experiments.items() if one.run == run]
+        folders = [
+            evidence / f"{name}-{key}" for key, one in study.experiments.items() if one.run == run
+        ]
         if known := [Points.read(folder) for folder in folders if folder.exists()]:
             settings = resolve(load_run(run), [])
             points = replace(Points.joined(known), compared=study.compared)
@@ -190,8 +214,8 @@ def rows_of_study(study: Study, evidence: Path) -> list[Row]:
 
 
 def write_tables(name: str, data: Path) -> list[str]:
-    """Make the tables and figures of a study of what data/evidence holds, at data/tables/<name>; the lines say where
-    they are, and what was not measured."""
+    """Make the tables and figures of a study of what data/evidence holds, at data/tables/<name>;
+    the lines say where they are, and what was not measured."""
     from blockpruner.reporting.answers.page import write_answers
     from blockpruner.reporting.paper.page import write_study
 

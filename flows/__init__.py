@@ -1,7 +1,9 @@
-"""The pipeline as a Prefect flow: `python -m flows.prune`. The library and the stages know nothing of it.
+"""The pipeline as a Prefect flow: `python -m flows.prune`. The library and the stages know nothing
+of it.
 
-Prefect and DVC read these variables when they are imported. Neither sends usage reports. A flow waits longer than
-Prefect's 20 s for the server that Prefect starts for it; on a busy machine those are too few.
+Prefect and DVC read these variables when they are imported. Neither sends usage reports. A flow
+waits longer than Prefect's 20 s for the server that Prefect starts for it; on a busy machine those
+are too few.
 """
 
 import os

@@ -1,9 +1,10 @@
 """DVC as a flow uses it: in a locked workspace, in a process group of its own, never left behind.
 
-Decides how a dvc command is started, followed and stopped, and how dvc.lock is written. Which stages run, and when, is
-decided by flows.selection and flows.prune.
+Decides how a dvc command is started, followed and stopped, and how dvc.lock is written. Which
+stages run, and when, is decided by flows.selection and flows.prune.
 
-`python -m flows.dvc ARGUMENTS` is dvc itself, which writes dvc.lock whole, with two signals set up, see `main`.
+`python -m flows.dvc ARGUMENTS` is dvc itself, which writes dvc.lock whole, with two signals set up,
+see `main`.
 """
 
 import ctypes
@@ -45,8 +46,12 @@ def read_pipeline() -> dict[str, tuple[str, ...]]:
 
     with Repo() as repo:
         graph = repo.index.graph
-        order = networkx.dfs_postorder_nodes(graph)  # an edge leads from a stage to one that it depends on
-        return {stage.addressing: tuple(each.addressing for each in graph.successors(stage)) for stage in order}
+        # an edge leads from a stage to one that it depends on
+        order = networkx.dfs_postorder_nodes(graph)
+        return {
+            stage.addressing: tuple(each.addressing for each in graph.successors(stage))
+            for stage in order
+        }
 
 
 def stale(stages: Sequence[str]) -> frozenset[str]:
@@ -61,19 +66,33 @@ def stale(stages: Sequence[str]) -> frozenset[str]:
         raise StageError(f"dvc status failed: {error}") from error
 
 
-def repro(stage: str, lock: int, show: Callable[[str], object], environment: Mapping[str, str] | None = None) -> bool:
-    """Run `dvc repro --single-item` on one stage; False if nothing changed, True if it ran or has earlier outputs back.
+def repro(
+    stage: str,
+    lock: int,
+    show: Callable[[str], object],
+    environment: Mapping[str, str] | None = None,
+) -> bool:
+    """Run `dvc repro --single-item` on one stage; False if nothing changed, True if it ran or has
+    earlier outputs back.
 
     Args:
-        lock: the workspace's. dvc holds it, too: after a killed flow, its last stage ends before a new flow.
+        lock: the workspace's. dvc holds it, too: after a killed flow, its last stage ends before a
+            new flow.
         show: gets every line of output once, as it comes.
     """
     code, lines = _follow(["repro", "--single-item", stage], lock, show, environment or {})
     if code != 0:
         reasons = [found[1] for found in map(REASON.match, lines) if found]
-        why = f": {reasons[-1]}" if reasons else f" (dvc ended with {code}); its output names the reason"
+        why = (
+            f": {reasons[-1]}"
+            if reasons
+            else f" (dvc ended with {code}); its output names the reason"
+        )
         raise StageError(f"stage {stage} failed{why}")
-    return any(line.startswith((f"Running stage '{stage}'", f"Stage '{stage}' is cached")) for line in lines)
+    return any(
+        line.startswith((f"Running stage '{stage}'", f"Stage '{stage}' is cached"))
+        for line in lines
+    )
 
 
 def require_remotes(push: str | None, share: str | None) -> None:
@@ -84,7 +103,9 @@ def require_remotes(push: str | None, share: str | None) -> None:
         known = sorted(repo.config["remote"])
     if push is not None and push not in known:
         message = f"push {push!r} is no remote of DVC; existing: {', '.join(known) or 'none'}"
-        raise InputError(f"{message}; `dvc remote add` adds one", rule="no-remote", key="push", value=push)
+        raise InputError(
+            f"{message}; `dvc remote add` adds one", rule="no-remote", key="push", value=push
+        )
     ask = ["git", "ls-remote", "--heads", str(share)]
     if share is not None and subprocess.run(ask, capture_output=True, check=False).returncode != 0:
         message = f"share {share!r} is no remote of Git that answers; see `git remote -v`"
@@ -98,9 +119,15 @@ def push(remote: str, stages: Sequence[str], lock: int, show: Callable[[str], ob
 
 
 def share(
-    remote: str, name: str, to: str | None, stages: Sequence[str], lock: int, show: Callable[[str], object]
+    remote: str,
+    name: str,
+    to: str | None,
+    stages: Sequence[str],
+    lock: int,
+    show: Callable[[str], object],
 ) -> None:
-    """Save settings and results as an experiment of DVC, and send it with the files that its dvc.lock names.
+    """Save settings and results as an experiment of DVC, and send it with the files that its
+    dvc.lock names.
 
     Args:
         remote: of Git; gets the experiment's commit.
@@ -111,13 +138,20 @@ def share(
     # results and run files that Git does not know yet; its other new files are nobody's business
     asked = ["git", "ls-files", "-z", "--others", "--exclude-standard", "data", "runs", "studies"]
     new = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
-    options = ["--force", "--name", name, *(argument for path in new for argument in ("--include-untracked", path))]
+    options = [
+        "--force",
+        "--name",
+        name,
+        *(argument for path in new for argument in ("--include-untracked", path)),
+    ]
     what, cache = f"share by the remote {remote!r}", ("--remote", to) if to else ()
     _send(["exp", "save", *options, *stages], what, lock, show)
     _send(["exp", "push", "--force", *cache, remote, name], what, lock, show)
 
 
-def _send(arguments: Sequence[str], what: str, lock: int, show: Callable[[str], object], hint: str = "") -> None:
+def _send(
+    arguments: Sequence[str], what: str, lock: int, show: Callable[[str], object], hint: str = ""
+) -> None:
     code, lines = _follow(arguments, lock, show, {})
     if code != 0:
         why = next((line for line in reversed(lines) if "ERROR" in line), f"dvc ended with {code}")
@@ -125,9 +159,13 @@ def _send(arguments: Sequence[str], what: str, lock: int, show: Callable[[str], 
 
 
 def _follow(
-    arguments: Sequence[str], lock: int, show: Callable[[str], object], environment: Mapping[str, str]
+    arguments: Sequence[str],
+    lock: int,
+    show: Callable[[str], object],
+    environment: Mapping[str, str],
 ) -> tuple[int, list[str]]:
-    """Exit status and output of a dvc command, which is stopped when this process is interrupted."""
+    """Exit status and output of a dvc command, which is stopped when this process is
+    interrupted."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     own = {"PATH": path, "PYTHONUNBUFFERED": "1", FLOW_VARIABLE: str(os.getpid())}
     process = subprocess.Popen(
@@ -154,7 +192,8 @@ def _follow(
 
 
 def stop(process: subprocess.Popen[Any], interrupt: Callable[[], object], grace: float) -> None:
-    """Interrupt a process, and kill what is left of its group after so many seconds, or a second interruption."""
+    """Interrupt a process, and kill what is left of its group after so many seconds, or a second
+    interruption."""
     try:
         with suppress(ProcessLookupError, subprocess.TimeoutExpired):
             interrupt()
@@ -165,10 +204,14 @@ def stop(process: subprocess.Popen[Any], interrupt: Callable[[], object], grace:
         process.wait()
 
 
-def dump_whole(path: str, data: Any, dumper: Callable[..., object], fs: object = None, **options: Any) -> None:
-    """Write a file of dvc as `dvc.utils.serialize` does, but a kill leaves the old file or the new one.
+def dump_whole(
+    path: str, data: Any, dumper: Callable[..., object], fs: object = None, **options: Any
+) -> None:
+    """Write a file of dvc as `dvc.utils.serialize` does, but a kill leaves the old file or the new
+    one.
 
-    dvc itself writes in place; most beginnings of a dvc.lock are valid, so stages would vanish from it unseen.
+    dvc itself writes in place; most beginnings of a dvc.lock are valid, so stages would vanish from
+    it unseen.
     """
     text = io.StringIO()
     dumper(data, text, **options)
@@ -186,8 +229,9 @@ def end_with(parent: int) -> None:
 def main() -> int | None:
     """Run dvc, which interrupts its process group on SIGTERM, and gets SIGTERM when the flow ends.
 
-    On its own, dvc ends by SIGTERM and leaves its stage running. SIGINT to the group ends the stage, and dvc reports it
-    as failed. SIGINT is reset because children of `nohup` and `&` inherit it as ignored.
+    On its own, dvc ends by SIGTERM and leaves its stage running. SIGINT to the group ends the
+    stage, and dvc reports it as failed. SIGINT is reset because children of `nohup` and `&` inherit
+    it as ignored.
     """
     if parent := os.environ.get(FLOW_VARIABLE):
         end_with(int(parent))

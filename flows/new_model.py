@@ -1,7 +1,8 @@
 """A new model from a form of the UI: its run file is written, and it is made.
 
-Decides what the form asks for, and what no form may ask for (a place outside the workspace, code of a model's
-repository). What a run file may hold is decided by blockpruner.params, and how a model is made by flows.prune.
+Decides what the form asks for, and what no form may ask for (a place outside the workspace, code of
+a model's repository). What a run file may hold is decided by blockpruner.params, and how a model is
+made by flows.prune.
 """
 
 from pathlib import Path
@@ -23,7 +24,10 @@ from flows.selection import BUDGETS, Chosen, Selection, choose
 
 RUNS = Path("runs")
 HEAD = "# yaml-language-server: $schema=schema.json\n# Written by the form of a new model.\n"
-WHERE = "a folder or file of the workspace, a name on the hub (NAME@REVISION), or a name in a sources.yaml"
+WHERE = (
+    "a folder or file of the workspace, a name on the hub (NAME@REVISION), or a name in a"
+    " sources.yaml"
+)
 
 
 class NewModel(Frozen):
@@ -33,19 +37,28 @@ class NewModel(Frozen):
     model: str = Field(description=f"The dense model: {WHERE}.")
     budgets: tuple[str, ...] = Field(min_length=1, description=f"How far to prune: {BUDGETS}.")
     texts: str | None = Field(
-        default=None, description=f"Your texts, half of those that decide: {WHERE}. None: ours alone, eight kinds."
+        default=None,
+        description=(
+            f"Your texts, half of those that decide: {WHERE}. None: ours alone, eight kinds."
+        ),
     )
     heldout: str | None = Field(
-        default=None, description=f"What perplexity is measured on: {WHERE}. None: WikiText-2 from the hub."
+        default=None,
+        description=f"What perplexity is measured on: {WHERE}. None: WikiText-2 from the hub.",
     )
     method: str = Field(
-        default=RECOMMENDED, description=f"{RECOMMENDED}, blockpruner (the paper's), or a search of docs/methods.md."
+        default=RECOMMENDED,
+        description=f"{RECOMMENDED}, blockpruner (the paper's), or a search of docs/methods.md.",
     )
-    train: bool = Field(default=False, description="Whether all weights are then distilled, on the texts above.")
+    train: bool = Field(
+        default=False, description="Whether all weights are then distilled, on the texts above."
+    )
     more: dict[str, Any] = Field(
         default={},
-        description='Any other keys of the run file (docs/methods.md), such as {"compensate": {"num_rows": 512}}. They '
-        "replace what the form says.",
+        description=(
+            'Any other keys of the run file (docs/methods.md), such as {"compensate": {"num_rows":'
+            " 512}}. They replace what the form says."
+        ),
     )
     push: str | None = Field(default=None, description=Selection.model_fields["push"].description)
     share: str | None = Field(default=None, description=Selection.model_fields["share"].description)
@@ -57,7 +70,9 @@ class NewModel(Frozen):
     def text(self) -> str:
         named = named_sources(RUNS)
         data = None if self.texts is None else source_of(self.texts, named)
-        own = sections(self.method, data=data, calibration={}, score={}, train="all" if self.train else None)
+        own = sections(
+            self.method, data=data, calibration={}, score={}, train="all" if self.train else None
+        )
         values = {"model": source_of(self.model, named), **own}
         if self.heldout is not None:
             values["evaluate"] = {"perplexity": {"data": source_of(self.heldout, named)}}
@@ -74,9 +89,17 @@ def require_inside(values: Any) -> None:
     for key, value in values.items() if isinstance(values, dict) else ():
         require_inside(value)
         if key == "trust_remote_code" and value is not False:
-            raise InputError("trust_remote_code: a form cannot allow it; write a run file by hand", rule="form-trust")
-        if key == "path" and not Path(str(value)).expanduser().resolve().is_relative_to(Path.cwd().resolve()):
-            message = f"path {value!r} leads out of the workspace; put a copy inside, or write a run file by hand"
+            raise InputError(
+                "trust_remote_code: a form cannot allow it; write a run file by hand",
+                rule="form-trust",
+            )
+        if key == "path" and not Path(str(value)).expanduser().resolve().is_relative_to(
+            Path.cwd().resolve()
+        ):
+            message = (
+                f"path {value!r} leads out of the workspace; put a copy inside, or write a run file"
+                " by hand"
+            )
             raise InputError(message, rule="form-path")
 
 
@@ -87,7 +110,9 @@ def add(form: NewModel) -> Chosen:
     file = RUNS / f"{form.name}.yaml"
     is_new = not file.exists()
     if not is_new and load_run(form.name, RUNS) != run:
-        raise InputError(f"{file} is there and has other settings; choose another name", rule="run-taken")
+        raise InputError(
+            f"{file} is there and has other settings; choose another name", rule="run-taken"
+        )
     if is_new:
         write_text(file, text)
     try:

@@ -1,7 +1,8 @@
 """A stage's progress in Prefect: every phase as a task run nested under the stage's.
 
-Prefect hears of a phase when it begins and when it ends; what comes between is in the stage's log. When the server does
-not take it, the console alone goes on. flows.phases takes 2 to 3 s to import, which the first phase does.
+Prefect hears of a phase when it begins and when it ends; what comes between is in the stage's log.
+When the server does not take it, the console alone goes on. flows.phases takes 2 to 3 s to import,
+which the first phase does.
 """
 
 import os
@@ -15,7 +16,8 @@ TASK_VARIABLE = "BLOCKPRUNER_PREFECT_PARENT"
 
 
 class PrefectObserver(ConsoleObserver):
-    """The console, and the server at PREFECT_API_URL if there is one and a flow started this stage."""
+    """The console, and the server at PREFECT_API_URL if there is one and a flow started this
+    stage."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +35,9 @@ class PrefectObserver(ConsoleObserver):
 
         self._send(send)
 
-    def end(self, summary: str, table: Sequence[Mapping[str, Any]] = (), cached: bool = False) -> None:
+    def end(
+        self, summary: str, table: Sequence[Mapping[str, Any]] = (), cached: bool = False
+    ) -> None:
         super().end(summary, table, cached)
         self._send(lambda: self._phase.end(summary, [dict(row) for row in table], cached))
 
@@ -44,4 +48,6 @@ class PrefectObserver(ConsoleObserver):
             call()
         except Exception as error:  # the computation goes on, whatever is wrong with the server
             self._sending = False
-            self.note(f"the progress does not reach Prefect any more ({error!r}); the stage goes on")
+            self.note(
+                f"the progress does not reach Prefect any more ({error!r}); the stage goes on"
+            )

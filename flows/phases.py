@@ -1,10 +1,11 @@
 """Phases of a stage in Prefect: task runs nested under the stage's.
 
-Decides what Prefect is shown of a phase: a task run, and its results as a table. Its state is Cached if nothing was
-computed, and Crashed if the stage ended in the middle.
+Decides what Prefect is shown of a phase: a task run, and its results as a table. Its state is
+Cached if nothing was computed, and Crashed if the stage ended in the middle.
 
-Uses Prefect's client, not its task engine: a phase is two events, not a function. The engine reports states through a
-background service, and that keeps the process waiting at its end when the server has gone.
+Uses Prefect's client, not its task engine: a phase is two events, not a function. The engine
+reports states through a background service, and that keeps the process waiting at its end when the
+server has gone.
 """
 
 import math
@@ -36,10 +37,13 @@ def artifact_key(text: str) -> str:
 class Phase:
     """One phase. It begins when it is made, and ends once.
 
-    The V1 UI unfolds phases under their stage. V2 does not, so an arrow leads from each phase to the next.
+    The V1 UI unfolds phases under their stage. V2 does not, so an arrow leads from each phase to
+    the next.
     """
 
-    def __init__(self, flow_run: str, parent: str, stage: str, name: str, before: "Phase | None") -> None:
+    def __init__(
+        self, flow_run: str, parent: str, stage: str, name: str, before: "Phase | None"
+    ) -> None:
         self._flow_run, self._stage, self._name = UUID(flow_run), stage, name
         inputs: Any = {"__parents__": [TaskRunResult(id=UUID(parent))]}
         if before is not None:
@@ -47,14 +51,19 @@ class Phase:
         with _client() as client:
             task = Task(artifact_key, name=name)
             key = str(uuid4())
-            run = client.create_task_run(task, self._flow_run, dynamic_key=key, name=name, task_inputs=inputs)
+            run = client.create_task_run(
+                task, self._flow_run, dynamic_key=key, name=name, task_inputs=inputs
+            )
             client.set_task_run_state(run.id, Running())
         self._id: UUID = run.id
 
     def end(self, summary: str, table: Sequence[dict[str, Any]], cached: bool) -> None:
         with _client() as client:
             if table:  # JSON has no infinity
-                rows = [{key: str(cell) if cell == math.inf else cell for key, cell in row.items()} for row in table]
+                rows = [
+                    {key: str(cell) if cell == math.inf else cell for key, cell in row.items()}
+                    for row in table
+                ]
                 artifact = ArtifactCreate(
                     key=artifact_key(f"{self._stage}-table"),
                     type="table",
@@ -64,7 +73,9 @@ class Phase:
                     task_run_id=self._id,
                 )
                 # client.create_artifact would do the same and start the service described above
-                client.request("POST", "/artifacts/", json=artifact.model_dump(mode="json", exclude_unset=True))
+                client.request(
+                    "POST", "/artifacts/", json=artifact.model_dump(mode="json", exclude_unset=True)
+                )
             name = "Cached" if cached else "Completed"
             client.set_task_run_state(self._id, Completed(name=name, message=summary))
 
@@ -80,4 +91,6 @@ def close(flow_run: str, parent: str) -> None:
     with get_client(sync_client=True) as client:
         for run in client.read_task_runs(flow_run_filter=of_flow, task_run_filter=is_open):
             if TaskRunResult(id=UUID(parent)) in run.task_inputs.get("__parents__", []):
-                client.set_task_run_state(run.id, Crashed(message="the stage ended in this phase"), force=True)
+                client.set_task_run_state(
+                    run.id, Crashed(message="the stage ended in this phase"), force=True
+                )

@@ -1,13 +1,15 @@
 """`python -m flows.prune [OPTIONS]`: the pipeline as a flow.
 
-Without options everything in params.yaml is brought up to date. `--run` takes only that run (added to params.yaml if
-missing); `--budget` takes only that target of each run (added as `<run>-<budget>`), which `--compensate` and `--train`
-heal. With `--keep-going` a failure does not stop other models. `--push` sends what was made to a DVC remote, `--share`
-also the settings, as an experiment, to a Git remote.
+Without options everything in params.yaml is brought up to date. `--run` takes only that run (added
+to params.yaml if missing); `--budget` takes only that target of each run (added as
+`<run>-<budget>`), which `--compensate` and `--train` heal. With `--keep-going` a failure does not
+stop other models. `--push` sends what was made to a DVC remote, `--share` also the settings, as an
+experiment, to a Git remote.
 
-Decides what Prefect sees: one task for each DVC stage, the state Cached for what had not changed, and the results as
-artifacts. What has to run again is decided by DVC, how it is run by flows.dvc, what by flows.selection. Without a
-server at PREFECT_API_URL, Prefect starts one of its own, which takes 10 to 20 s.
+Decides what Prefect sees: one task for each DVC stage, the state Cached for what had not changed,
+and the results as artifacts. What has to run again is decided by DVC, how it is run by flows.dvc,
+what by flows.selection. Without a server at PREFECT_API_URL, Prefect starts one of its own, which
+takes 10 to 20 s.
 """
 
 import argparse
@@ -42,8 +44,8 @@ from flows.server import require_access
 
 METRICS, REPORT = Path("data/metrics"), Path("data/report")
 PAGES_VARIABLE = "BLOCKPRUNER_REPORT_PAGES"
-"""Environment variable, set by flows.serve: the URL at which a browser finds the reports below data/. A page of the UI
-may not link to a file."""
+"""Environment variable, set by flows.serve: the URL at which a browser finds the reports below
+data/. A page of the UI may not link to a file."""
 
 LEFT_OUT = "Left out"
 """The name of a stage's state if one that it needs has failed."""
@@ -51,7 +53,11 @@ LEFT_OUT = "Left out"
 
 DELAYS = [10.0, 120.0]
 """Seconds before a second and a third try of what fails at the network."""
-SENDING: dict[str, Any] = {"cache_policy": NO_CACHE, "retries": len(DELAYS), "retry_delay_seconds": DELAYS}
+SENDING: dict[str, Any] = {
+    "cache_policy": NO_CACHE,
+    "retries": len(DELAYS),
+    "retry_delay_seconds": DELAYS,
+}
 
 
 def is_of_network(_task: object, _run: object, state: State[Any]) -> bool:
@@ -60,10 +66,15 @@ def is_of_network(_task: object, _run: object, state: State[Any]) -> bool:
     return stage.startswith("stage fetch@") and "network" in why
 
 
-@task(cache_policy=NO_CACHE, retries=len(DELAYS), retry_delay_seconds=DELAYS, retry_condition_fn=is_of_network)
+@task(
+    cache_policy=NO_CACHE,
+    retries=len(DELAYS),
+    retry_delay_seconds=DELAYS,
+    retry_condition_fn=is_of_network,
+)
 def run_stage(stage: str, lock: int, start: bool) -> State[None]:
-    """One DVC stage, its output in the task's log. DVC is the cache; it is not started where the stage is known to be
-    up to date (`start` is False)."""
+    """One DVC stage, its output in the task's log. DVC is the cache; it is not started where the
+    stage is known to be up to date (`start` is False)."""
     cached: State[None] = Completed(name="Cached", message="nothing has changed")
     if not start:
         return cached
@@ -113,9 +124,13 @@ def prune(selection: Selection = EVERYTHING) -> State[None]:
 
 
 def build(
-    check: Callable[[], Chosen], keep_going: bool = False, push: str | None = None, share: str | None = None
+    check: Callable[[], Chosen],
+    keep_going: bool = False,
+    push: str | None = None,
+    share: str | None = None,
 ) -> State[None]:
-    """Make what `check` chooses, show it, push it to a remote of DVC and share it by one of Git; None: by none."""
+    """Make what `check` chooses, show it, push it to a remote of DVC and share it by one of Git;
+    None: by none."""
     show = get_run_logger().info
     try:
         with workspace(f"flow run {flow_run.name}, {this_process()}") as lock:
@@ -123,7 +138,10 @@ def build(
             dvc.require_remotes(push, share)
             chosen.write()
             if chosen.additions:
-                show(f"params.yaml: added {', '.join(chosen.additions)}; commit it with dvc.lock to keep them")
+                show(
+                    f"params.yaml: added {', '.join(chosen.additions)}; commit it with dvc.lock to"
+                    " keep them"
+                )
             pipeline = dvc.read_pipeline()
             summaries = chosen.summaries(pipeline)
             needs = {stage: pipeline[stage] for stage in (*chosen.stages(pipeline), *summaries)}
@@ -132,7 +150,13 @@ def build(
             result = outcome(states, chosen.additions)
             if keep_going or result.is_completed():
                 publish(chosen, states)
-            send = partial(share_outputs, share, push) if share else partial(push_outputs, push) if push else None
+            send = (
+                partial(share_outputs, share, push)
+                if share
+                else partial(push_outputs, push)
+                if push
+                else None
+            )
             if send is not None and result.is_completed():
                 sent: State[Any] = send(list(needs), lock, return_state=True)
                 return result if sent.is_completed() else outcome({"sent": sent})
@@ -144,14 +168,19 @@ def build(
 
 
 def run_stages(
-    needs: Mapping[str, Sequence[str]], summaries: Sequence[str], stale: Collection[str], lock: int, keep_going: bool
+    needs: Mapping[str, Sequence[str]],
+    summaries: Sequence[str],
+    stale: Collection[str],
+    lock: int,
+    keep_going: bool,
 ) -> dict[str, State[Any]]:
     """Run stages in the order of `needs`; their states.
 
     Args:
         needs: the stages, each with those that it depends on.
         summaries: the stages over all models, which run if one of these is there.
-        stale: the stages that DVC finds changed. What depends on a stage that ran may have changed, too; DVC is asked.
+        stale: the stages that DVC finds changed. What depends on a stage that ran may have changed,
+            too; DVC is asked.
     """
     states: dict[str, State[Any]] = {}
     behind: dict[str, set[str]] = {}  # all stages that one depends on
@@ -174,17 +203,26 @@ def run_stages(
 
 def outcome(states: Mapping[str, State[Any]], additions: Sequence[str] = ()) -> State[None]:
     """The state of a flow whose stages have these, and which has added this to params.yaml."""
-    failed = [state for state in states.values() if not state.is_completed() and state.name != LEFT_OUT]
+    failed = [
+        state for state in states.values() if not state.is_completed() and state.name != LEFT_OUT
+    ]
     if not failed:
         cached = sum(state.name == "Cached" for state in states.values())
-        return Completed(message=f"{len(states)} stages: {len(states) - cached} run, {cached} cached")
+        return Completed(
+            message=f"{len(states)} stages: {len(states) - cached} run, {cached} cached"
+        )
     words = "; ".join(str(state.message) for state in failed)
-    new = f". New in params.yaml: {', '.join(additions)}; delete there what cannot be made" if additions else ""
+    new = (
+        f". New in params.yaml: {', '.join(additions)}; delete there what cannot be made"
+        if additions
+        else ""
+    )
     return Failed(message=f"{words}. Finished stages are kept: run again to go on{new}")
 
 
 def publish(chosen: Chosen, states: Mapping[str, State[Any]]) -> None:
-    """Show the results as artifacts of the flow run: one table of all models, and the report or the study's tables."""
+    """Show the results as artifacts of the flow run: one table of all models, and the report or the
+    study's tables."""
     if rows := results(chosen, states):
         create_table_artifact(rows, "results", "Dense against pruned")
     folder = Path("data/tables") / chosen.study if chosen.study else REPORT
@@ -202,34 +240,47 @@ def results(chosen: Chosen, states: Mapping[str, State[Any]]) -> list[dict[str, 
             metrics = METRICS / f"{f'{run}-dense' if item == run else item}.json"
             found = read_json(metrics) if metrics.exists() and not failed else {}
             if found or failed:
-                rows.append({"model": metrics.stem, **found, "why": failed[0].message if failed else ""})
+                rows.append(
+                    {"model": metrics.stem, **found, "why": failed[0].message if failed else ""}
+                )
     keys = dict.fromkeys(key for row in rows for key in row)
-    return [{key: row.get(key) for key in (*(key for key in keys if key != "why"), "why")} for row in rows]
+    return [
+        {key: row.get(key) for key in (*(key for key in keys if key != "why"), "why")}
+        for row in rows
+    ]
 
 
 def with_links(report: Path) -> str:
-    """A report's Markdown behind a link to its page; its pictures are links, too, where pages are served."""
+    """A report's Markdown behind a link to its page; its pictures are links, too, where pages are
+    served."""
     text, pages = report.read_text(encoding="utf-8"), os.environ.get(PAGES_VARIABLE)
     if not pages:
-        return f"The page: `{report.with_name('index.html')}`\n\n" + re.sub(r"!\[.*?\]\(.*?\)", "", text)
+        return f"The page: `{report.with_name('index.html')}`\n\n" + re.sub(
+            r"!\[.*?\]\(.*?\)", "", text
+        )
     at = f"{pages}/{report.parent.relative_to('data').as_posix()}/"
     return f"[The page]({at}index.html)\n\n" + re.sub(r"(!\[.*?\]\()", rf"\1{at}", text)
 
 
 def run_here(check: Callable[[], object], start: Callable[[], State[Any]]) -> int:
-    """Run a flow from the command line; `check` refuses what the flow would refuse, before a server is started."""
+    """Run a flow from the command line; `check` refuses what the flow would refuse, before a server
+    is started."""
     try:
         check()
         with workspace(this_process()):
             if url := get_current_settings().api.url:
                 require_access(url)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the default skips the end of Prefect's own server
+        # the default skips the end of Prefect's own server
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         state = start()
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
     except httpx.HTTPError as error:
-        print(f"the Prefect server went away ({error}); finished stages are kept: run again to go on", file=sys.stderr)
+        print(
+            f"the Prefect server went away ({error}); finished stages are kept: run again to go on",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("interrupted; finished work is kept: run again to go on", file=sys.stderr)
@@ -240,15 +291,34 @@ def run_here(check: Callable[[], object], start: Callable[[], State[Any]]) -> in
 
 def main(argv: list[str] | None = None) -> int:
     """0: up to date; 1: a stage failed; 2: refused, params.yaml is as it was; 130: interrupted."""
-    parser = argparse.ArgumentParser(prog="python -m flows.prune", description=(__doc__ or "").split("\n\n")[1])
-    parser.add_argument("--run", dest="runs", action="append", default=[], metavar="NAME", help="a run: runs/NAME.yaml")
-    parser.add_argument("--budget", dest="budgets", action="append", default=[], metavar="B", help=BUDGETS)
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.prune", description=(__doc__ or "").split("\n\n")[1]
+    )
+    parser.add_argument(
+        "--run",
+        dest="runs",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a run: runs/NAME.yaml",
+    )
+    parser.add_argument(
+        "--budget", dest="budgets", action="append", default=[], metavar="B", help=BUDGETS
+    )
     methods = get_args(CompensationMethod)
-    parser.add_argument("--compensate", choices=methods, help="for the targets of --budget; else as their run says")
+    parser.add_argument(
+        "--compensate", choices=methods, help="for the targets of --budget; else as their run says"
+    )
     parser.add_argument("--train", action="store_true", help="train the targets of --budget")
-    parser.add_argument("--keep-going", action="store_true", help="go on with other models after a failure")
-    parser.add_argument("--push", metavar="REMOTE", help="a remote of DVC, which gets what was made")
-    parser.add_argument("--share", metavar="REMOTE", help="a remote of Git, which gets it as an experiment of DVC")
+    parser.add_argument(
+        "--keep-going", action="store_true", help="go on with other models after a failure"
+    )
+    parser.add_argument(
+        "--push", metavar="REMOTE", help="a remote of DVC, which gets what was made"
+    )
+    parser.add_argument(
+        "--share", metavar="REMOTE", help="a remote of Git, which gets it as an experiment of DVC"
+    )
     selection = Selection.model_validate(vars(parser.parse_args(argv)))
     return run_here(lambda: choose(selection), lambda: prune(selection, return_state=True))
 

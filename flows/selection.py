@@ -1,8 +1,9 @@
-"""What a flow is asked to do: runs, budgets or a study, the change of params.yaml they need, the stages to run.
+"""What a flow is asked to do: runs, budgets or a study, the change of params.yaml they need, the
+stages to run.
 
-Decides the form that the UI shows, the names of added targets and how params.yaml is edited. What a value may be is
-decided by blockpruner.params, which checks the new content before it is written. How far a model can be pruned is
-decided by the stage score.
+Decides the form that the UI shows, the names of added targets and how params.yaml is edited. What a
+value may be is decided by blockpruner.params, which checks the new content before it is written.
+How far a model can be pruned is decided by the stage score.
 """
 
 import io
@@ -45,21 +46,27 @@ class Selection(Frozen):
     """Names of the files in runs/; added to params.yaml if missing there. None: all its runs."""
     budgets: tuple[str, ...] = Field(
         default=(),
-        description=f"How far to prune: {BUDGETS}. Each is added as a target of each run. None: the runs' targets in "
-        "params.yaml.",
+        description=(
+            f"How far to prune: {BUDGETS}. Each is added as a target of each run. None: the runs'"
+            " targets in params.yaml."
+        ),
     )
     compensate: CompensationMethod | None = None
-    """How the weights of these targets make up for what is gone, without training. None: as their run's file says."""
+    """How the weights of these targets make up for what is gone, without training. None: as their
+    run's file says."""
     train: bool = False
     """Whether these targets are trained, by the train section of their run's file."""
     keep_going: bool = False
     """Go on with other runs and targets after a failure. What needs the failed is left."""
     push: str | None = None
-    """A remote of DVC (`dvc remote list`), which gets what was made when all is done. None: no push."""
+    """A remote of DVC (`dvc remote list`), which gets what was made when all is done. None: no
+    push."""
     share: str | None = Field(
         default=None,
-        description="A remote of Git, which gets settings and results as an experiment when all is done (`dvc exp pull`"
-        "); the remote of `push`, or DVC's default one, gets the files.",
+        description=(
+            "A remote of Git, which gets settings and results as an experiment when all is done"
+            " (`dvc exp pull`); the remote of `push`, or DVC's default one, gets the files."
+        ),
     )
 
     @property
@@ -88,15 +95,22 @@ class Chosen:
     """The runs of the study's experiments, by their names in params.yaml."""
 
     def write(self) -> None:
-        """Add to params.yaml what it lacks, and derive dag.yaml. DVC makes its stages out of them; none runs before."""
+        """Add to params.yaml what it lacks, and derive dag.yaml. DVC makes its stages out of them;
+        none runs before."""
         if self.additions:
             write_text(PARAMS, self.text)
         dag.write()
 
     def stages(self, pipeline: Mapping[str, Sequence[str]]) -> list[str]:
-        """The stages of the chosen runs, then of their targets, then experiments, each behind those that it needs."""
+        """The stages of the chosen runs, then of their targets, then experiments, each behind those
+        that it needs."""
         items = [item for run, targets in self.targets.items() for item in (run, *targets)]
-        own = [name for item in (*items, *self.experiments) for name in pipeline if name.partition("@")[2] == item]
+        own = [
+            name
+            for item in (*items, *self.experiments)
+            for name in pipeline
+            if name.partition("@")[2] == item
+        ]
         found = dict[str, None]()
 
         def add(name: str) -> None:
@@ -111,7 +125,11 @@ class Chosen:
 
     def summaries(self, names: Iterable[str]) -> list[str]:
         """Those over all models: the study's tables, or the report."""
-        return [name for name in names if (name == f"{TABLES}@{self.study}" if self.study else "@" not in name)]
+        return [
+            name
+            for name in names
+            if (name == f"{TABLES}@{self.study}" if self.study else "@" not in name)
+        ]
 
 
 def choose(selection: Selection) -> Chosen:
@@ -142,8 +160,9 @@ def choose(selection: Selection) -> Chosen:
 
 
 def choose_study(name: str, only: Sequence[str] = ()) -> Chosen:
-    """Check the targets of studies/<name>.yaml as `choose` does; a target's name has one meaning. `only` names tables
-    and figures, such as table2, for which alone targets are built, and experiments."""
+    """Check the targets of studies/<name>.yaml as `choose` does; a target's name has one meaning.
+    `only` names tables and figures, such as table2, for which alone targets are built, and
+    experiments."""
     study, params = load_study(name), load_params(PARAMS)
     targets, experiments = dict(study.targets), dict(study.experiments)
     if only:
@@ -151,22 +170,31 @@ def choose_study(name: str, only: Sequence[str] = ()) -> Chosen:
         for item in only:
             if item not in (*items, *experiments):
                 valid = ", ".join([*items, *experiments])
-                raise InputError(f"study {name} has no {item}; valid: {valid}", rule="unknown-item", value=item)
+                raise InputError(
+                    f"study {name} has no {item}; valid: {valid}", rule="unknown-item", value=item
+                )
         shown = {target for item in only if item in items for target in items[item][1]["target"]}
         targets = {key: target for key, target in targets.items() if key in shown}
         experiments = {key: one for key, one in experiments.items() if key in only}
-    wanted = {key: target.model_dump(mode="json", exclude_defaults=True) for key, target in targets.items()}
+    wanted = {
+        key: target.model_dump(mode="json", exclude_defaults=True)
+        for key, target in targets.items()
+    }
     of_runs = {run: _targets_of(run, targets) for run in study.runs}
     if only or experiments:
         of_runs = {run: own for run, own in of_runs.items() if own}
-    return _chosen(params, of_runs, wanted, name, {key: one.run for key, one in experiments.items()})
+    return _chosen(
+        params, of_runs, wanted, name, {key: one.run for key, one in experiments.items()}
+    )
 
 
 def study_items(name: str) -> dict[str, tuple[str, "DataFrame"]]:
     """The tables and figures of a study, each with its title and the models that it shows."""
     from blockpruner.reporting.paper.needs import items_of  # loads much
 
-    return items_of(study_frame(name), {run: load_run(run) for run in load_study(name).runs}, PUBLISHED)
+    return items_of(
+        study_frame(name), {run: load_run(run) for run in load_study(name).runs}, PUBLISHED
+    )
 
 
 def study_frame(name: str) -> "DataFrame":
@@ -186,15 +214,22 @@ def _chosen(
     study: str,
     experiments: Mapping[str, str],
 ) -> Chosen:
-    """Add to params.yaml what it lacks of runs, targets, a study and its experiments; comments and quotes stay."""
+    """Add to params.yaml what it lacks of runs, targets, a study and its experiments; comments and
+    quotes stay."""
     text, buffer = PARAMS.read_text(encoding="utf-8"), io.StringIO()
     editor = YAML()
     editor.preserve_quotes = True
     editor.width = 4096
-    editor.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
+    editor.representer.add_representer(
+        type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
     document = editor.load(text)
     new = {
-        "run": [run for run in dict.fromkeys([*targets, *experiments.values()]) if run not in params.runs],
+        "run": [
+            run
+            for run in dict.fromkeys([*targets, *experiments.values()])
+            if run not in params.runs
+        ],
         "target": [name for name in wanted if name not in params.targets],
         "study": [study] if study and study not in params.studies else [],
         "experiment": [name for name in experiments if f"{study}-{name}" not in params.experiments],
@@ -209,7 +244,10 @@ def _chosen(
         there = params.targets.get(name, Target(**target))
         if there != Target(**target):
             own = there.model_dump(mode="json", exclude_defaults=True)
-            message = f"{PARAMS}: target {name!r} exists as {own}; rename it, since {target} needs this name"
+            message = (
+                f"{PARAMS}: target {name!r} exists as {own}; rename it, since {target} needs this"
+                " name"
+            )
             raise InputError(message, rule="target-taken", key=f"targets.{name}")
         if name in new["target"]:
             value = CommentedMap(target | {"budget": DoubleQuotedScalarString(target["budget"])})
@@ -221,4 +259,10 @@ def _chosen(
         text = buffer.getvalue()
     with named(f"{PARAMS} is unchanged: "):
         load_params(PARAMS, text)
-    return Chosen(targets, text, additions, study, {f"{study}-{name}": run for name, run in experiments.items()})
+    return Chosen(
+        targets,
+        text,
+        additions,
+        study,
+        {f"{study}-{name}": run for name, run in experiments.items()},
+    )

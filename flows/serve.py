@@ -1,10 +1,12 @@
 """`make serve` (`python -m flows.serve`): the pipeline in a browser, on this machine only.
 
-Starts the Prefect server, unless PREFECT_API_URL names one; a runner, which starts FLOWS when the UI asks for one, one
-at a time; and the pages of the reports, one port above the server's. Ctrl-C ends all of it.
+Starts the Prefect server, unless PREFECT_API_URL names one; a runner, which starts FLOWS when the
+UI asks for one, one at a time; and the pages of the reports, one port above the server's. Ctrl-C
+ends all of it.
 
-Decides what is served, and how it ends. Prefect's settings decide the server's port (PREFECT_SERVER_API_PORT), where
-its files are (PREFECT_HOME) and which database it has (PREFECT_SERVER_DATABASE_CONNECTION_URL).
+Decides what is served, and how it ends. Prefect's settings decide the server's port
+(PREFECT_SERVER_API_PORT), where its files are (PREFECT_HOME) and which database it has
+(PREFECT_SERVER_DATABASE_CONNECTION_URL).
 """
 
 import logging
@@ -23,7 +25,12 @@ from threading import Thread
 from typing import Any
 
 from prefect import serve
-from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, get_current_settings, temporary_settings
+from prefect.settings import (
+    PREFECT_API_AUTH_STRING,
+    PREFECT_API_URL,
+    get_current_settings,
+    temporary_settings,
+)
 from prefect.types.entrypoint import EntrypointType
 
 from blockpruner.core.errors import InputError
@@ -39,13 +46,17 @@ PAGES = ("report", "tables")
 """The folders of data/ that are served."""
 
 START, END = 300.0, 10.0
-"""Seconds that the server gets to start, most of them to make its database, and to end before SIGKILL."""
+"""Seconds that the server gets to start, most of them to make its database, and to end before
+SIGKILL."""
 
 
 def deployments() -> list[Any]:
     """One for each of FLOWS, under the flow's name. The flow itself checks what a form holds."""
     module = EntrypointType.MODULE_PATH
-    return [flow.to_deployment(flow.name, enforce_parameter_schema=False, entrypoint_type=module) for flow in FLOWS]
+    return [
+        flow.to_deployment(flow.name, enforce_parameter_schema=False, entrypoint_type=module)
+        for flow in FLOWS
+    ]
 
 
 def require_free(port: int) -> None:
@@ -55,7 +66,10 @@ def require_free(port: int) -> None:
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            words = f"port {port} of {HOST} cannot be used ({error.strerror}); it may be another `make serve`"
+            words = (
+                f"port {port} of {HOST} cannot be used ({error.strerror}); it may be another `make"
+                " serve`"
+            )
             free = "set PREFECT_SERVER_API_PORT to a free port with a free one above it"
             raise InputError(f"{words}; stop that, or {free}", rule="port-taken") from None
 
@@ -64,7 +78,8 @@ class ReportHandler(SimpleHTTPRequestHandler):
     """The files of the reports, for pages of this machine."""
 
     def send_head(self) -> Any:
-        """Answer to this machine's own names only: a page of another name that leads here gets nothing."""
+        """Answer to this machine's own names only: a page of another name that leads here gets
+        nothing."""
         if (self.headers["Host"] or HOST).partition(":")[0].lower() in (HOST, "localhost"):
             return super().send_head()
         self.send_error(400, "Invalid host header")
@@ -88,7 +103,9 @@ class ReportHandler(SimpleHTTPRequestHandler):
 @contextmanager
 def report_pages(port: int) -> Iterator[None]:
     """Serve the folders of reports; the stages that write them may come later."""
-    with ThreadingHTTPServer((HOST, port), partial(ReportHandler, directory=str(Path("data").absolute()))) as server:
+    with ThreadingHTTPServer(
+        (HOST, port), partial(ReportHandler, directory=str(Path("data").absolute()))
+    ) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         try:
             yield
@@ -98,20 +115,33 @@ def report_pages(port: int) -> Iterator[None]:
 
 @contextmanager
 def prefect_server(port: int, secret: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Prefect's server, answering whoever has the password; its output goes to server.log in PREFECT_HOME.
+    """Prefect's server, answering whoever has the password; its output goes to server.log in
+    PREFECT_HOME.
 
-    It is in a session of its own, which Ctrl-C does not reach, and ends with the block, or with this process.
+    It is in a session of its own, which Ctrl-C does not reach, and ends with the block, or with
+    this process.
     """
     log = get_current_settings().home / "server.log"
     log.parent.mkdir(parents=True, exist_ok=True)
+    # a run that waits for the one before it is not late
     settings = {
         "PREFECT_SERVER_API_AUTH_STRING": secret,
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://{HOST}:{port},http://localhost:{port}",
-        "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",  # a run that waits for the one before it is not late
+        "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": ("false"),
     }
     with open(log, "wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)],
+            [
+                sys.executable,
+                "-m",
+                "prefect",
+                "server",
+                "start",
+                "--host",
+                HOST,
+                "--port",
+                str(port),
+            ],
             env={**os.environ, **settings},
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -124,8 +154,12 @@ def prefect_server(port: int, secret: str) -> Iterator[subprocess.Popen[bytes]]:
         end = time.monotonic() + START
         while status(f"http://{HOST}:{port}/api") is None:
             if process.poll() is not None or time.monotonic() > end:
-                last = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-10:])
-                raise InputError(f"the Prefect server did not start; {log} ends with:\n{last}", rule="no-server")
+                last = "\n".join(
+                    log.read_text(encoding="utf-8", errors="replace").splitlines()[-10:]
+                )
+                raise InputError(
+                    f"the Prefect server did not start; {log} ends with:\n{last}", rule="no-server"
+                )
             time.sleep(0.2)
         yield process
     finally:
@@ -134,9 +168,11 @@ def prefect_server(port: int, secret: str) -> Iterator[subprocess.Popen[bytes]]:
 
 def main() -> int:
     """0: ended by Ctrl-C or SIGTERM; 2: refused."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the runner has a handler, which ends its flow
+    # until the runner has a handler, which ends its flow
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    logging.getLogger("prefect.runner").setLevel(logging.WARNING)  # else a line at every look while a run waits
+    # else a line at every look while a run waits
+    logging.getLogger("prefect.runner").setLevel(logging.WARNING)
     try:
         settings = get_current_settings()
         port, given = settings.server.api.port, settings.api.url
@@ -145,15 +181,26 @@ def main() -> int:
                 require_free(each)
             secret, hint = password()
             url, pages = given or f"http://{HOST}:{port}/api", f"http://{HOST}:{port + 1}"
-            stack.enter_context(temporary_settings({PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: secret}))
+            stack.enter_context(
+                temporary_settings({PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: secret})
+            )
             if not given:
                 stack.enter_context(prefect_server(port, secret))
             require_access(url)
             stack.enter_context(report_pages(port + 1))
             print(f"The Prefect server: {url.removesuffix('/api')}\nIt asks for {hint}")
-            print(f"The report, once there is one: {pages}/report/index.html\nCtrl-C ends all.", flush=True)
+            print(
+                f"The report, once there is one: {pages}/report/index.html\nCtrl-C ends all.",
+                flush=True,
+            )
             os.environ[PAGES_VARIABLE] = pages
-            serve(*deployments(), limit=1, pause_on_shutdown=False, print_starting_message=False, query_seconds=2)
+            serve(
+                *deployments(),
+                limit=1,
+                pause_on_shutdown=False,
+                print_starting_message=False,
+                query_seconds=2,
+            )
             return 0
     except InputError as error:
         print(error, file=sys.stderr)

@@ -1,7 +1,7 @@
 """The password of the Prefect server that `make serve` starts, and whether a server takes it.
 
-Whoever uses a Prefect server can run code as the user who started it, so every request for data needs a
-password. When the server starts and ends is decided by flows.serve.
+Whoever uses a Prefect server can run code as the user who started it, so every request for data
+needs a password. When the server starts and ends is decided by flows.serve.
 """
 
 import secrets
@@ -19,14 +19,17 @@ def password_file() -> Path:
 
 
 def password() -> tuple[str, str]:
-    """The password of the environment, else the one that is kept, else a new one; and where it is, in words."""
+    """The password of the environment, else the one that is kept, else a new one; and where it is,
+    in words."""
     settings = get_current_settings()
     if given := settings.server.api.auth_string or settings.api.auth_string:
         return given.get_secret_value(), "the password of PREFECT_SERVER_API_AUTH_STRING"
     path = password_file()
     if path.exists() and (kept := path.read_text(encoding="utf-8").strip()):
         return kept, f"the password in {path}"
-    drawn = f"me:{secrets.token_hex(16)}"  # as clients of HTTP write it: a user, which is nobody here, and a password
+    drawn = (  # as clients of HTTP write it: a user, which is nobody here, and a password
+        f"me:{secrets.token_hex(16)}"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch(mode=0o600)
     path.write_text(f"{drawn}\n", encoding="utf-8")
@@ -34,7 +37,8 @@ def password() -> tuple[str, str]:
 
 
 def status(url: str) -> int | None:
-    """The status of the server's answer to a request with the password of the settings; None: no answer."""
+    """The status of the server's answer to a request with the password of the settings; None: no
+    answer."""
     with temporary_settings({PREFECT_API_URL: url}):
         try:
             with get_client(sync_client=True) as client:
@@ -50,6 +54,11 @@ def require_access(url: str) -> None:
     found = status(url)
     if found != 200:
         what = "wants another password" if found == 401 else "does not answer"
-        start = 'start it with `make serve` and export PREFECT_API_AUTH_STRING="$(cat .prefect/password)"'
+        start = (
+            'start it with `make serve` and export PREFECT_API_AUTH_STRING="$(cat'
+            ' .prefect/password)"'
+        )
         message = f"the Prefect server at {url} (PREFECT_API_URL) {what}; {start}"
-        raise InputError(f"{message}, or unset PREFECT_API_URL to run without one", rule="no-server")
+        raise InputError(
+            f"{message}, or unset PREFECT_API_URL to run without one", rule="no-server"
+        )

@@ -1,9 +1,11 @@
-"""Stages of the DAG: each reads settings and inputs, calls one library function and writes its output.
+"""Stages of the DAG: each reads settings and inputs, calls one library function and writes its
+output.
 
-Decides the places of files (see dvc.yaml) and how a stage begins and ends. A user's error ends in one line without a
-traceback, and leaves its reason in data/provenance/failed/ until the stage succeeds. A stage whose settings changed
-while it ran refuses to finish. A stage that finishes leaves a record in data/provenance/, of the commit and the files
-that it began with; no stage depends on it.
+Decides the places of files (see dvc.yaml) and how a stage begins and ends. A user's error ends in
+one line without a traceback, and leaves its reason in data/provenance/failed/ until the stage
+succeeds. A stage whose settings changed while it ran refuses to finish. A stage that finishes
+leaves a record in data/provenance/, of the commit and the files that it began with; no stage
+depends on it.
 """
 
 import os
@@ -34,18 +36,28 @@ PINS = Path("runs/pins.json")
 T = TypeVar("T")
 
 _GIVEN: list[tuple[str, Any, Callable[[], Any]]] = []
-"""The settings that the running stage has read: where they are from, what they were, and how they are read again."""
+"""The settings that the running stage has read: where they are from, what they were, and how they
+are read again."""
 
 
 def run(stage: str, main: Callable[[str], object]) -> None:
-    """Run a stage for an item (a run or a target; none for the report), named by hand or by DVC: `<stage>@<item>`."""
-    item = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("DVC_STAGE", "").rpartition(":")[2].partition("@")[2]
+    """Run a stage for an item (a run or a target; none for the report), named by hand or by DVC:
+    `<stage>@<item>`."""
+    item = (
+        sys.argv[1]
+        if len(sys.argv) > 1
+        else os.environ.get("DVC_STAGE", "").rpartition(":")[2].partition("@")[2]
+    )
     name = f"{stage} {item}".rstrip()
     entry = f"{stage}{'@' if item else ''}{item}.json"
     started = time.monotonic()
     _GIVEN.clear()
     try:
-        files = [path for path in (Path("params.yaml"), *sorted(Path("runs").glob("*.yaml"))) if path.exists()]
+        files = [
+            path
+            for path in (Path("params.yaml"), *sorted(Path("runs").glob("*.yaml")))
+            if path.exists()
+        ]
         digests = {str(path): file_sha256(path) for path in files}
         inputs: dict[str, Any] = {"stage": stage, "item": item, "sha256": digests}
         commit = provenance.commit()
@@ -54,17 +66,23 @@ def run(stage: str, main: Callable[[str], object]) -> None:
         inputs["settings"] = sorted({where for where, _, _ in _GIVEN})
         for where, given, again in _GIVEN:
             if again() != given:
-                raise InputError(f"{where} changed while running: run again", rule="settings-changed", key=where)
+                raise InputError(
+                    f"{where} changed while running: run again", rule="settings-changed", key=where
+                )
         provenance.record(DATA / "provenance" / entry, inputs, commit, time.monotonic() - started)
         (FAILED / entry).unlink(missing_ok=True)
     except Exception as raised:
         error = explained(raised, DATA / "provenance")
-        with suppress(InputError, OSError):  # a full disk must not hide the reason, which is printed too
+        # a full disk must not hide the reason, which is printed too
+        with suppress(InputError, OSError):
             write_json(FAILED / entry, {"reason": str(error)})
         print(f"error in stage {name}: {error}{_advice(error)}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        print(f"stage {name} interrupted; what is finished is kept: run again to go on", file=sys.stderr)
+        print(
+            f"stage {name} interrupted; what is finished is kept: run again to go on",
+            file=sys.stderr,
+        )
         sys.exit(130)
 
 
@@ -75,12 +93,16 @@ def _advice(error: InputError) -> str:
         return ""
     if error.rule == "missing-file":
         return "; run `dvc repro`, which makes it"
-    return "; delete it and run `dvc repro`" if error.rule == "damaged-file" and path.exists() else ""
+    return (
+        "; delete it and run `dvc repro`" if error.rule == "damaged-file" and path.exists() else ""
+    )
 
 
 def failures() -> list[str]:
     """A line for each stage that failed when it ran last. For people: no output holds it."""
-    return [f"{path.stem} failed: {read_json(path)['reason']}" for path in sorted(FAILED.glob("*.json"))]
+    return [
+        f"{path.stem} failed: {read_json(path)['reason']}" for path in sorted(FAILED.glob("*.json"))
+    ]
 
 
 def resolved(run: str, section: str) -> Sections:
@@ -89,7 +111,9 @@ def resolved(run: str, section: str) -> Sections:
     given = values.texts()[section]
     if not path.exists() or path.read_text(encoding="utf-8") != given:
         message = f"{path} is not what runs/{run}.yaml and params.yaml ask for"
-        raise InputError(f"{message}; run `dvc repro settings@{run}`", rule="settings-stale", key=section)
+        raise InputError(
+            f"{message}; run `dvc repro settings@{run}`", rule="settings-stale", key=section
+        )
     _GIVEN.append((str(path), given, lambda: load_sections(run).texts()[section]))
     return values
 
@@ -105,7 +129,8 @@ class _Read:
 
 
 def sections(run: str) -> Sections:
-    """The settings of a run. A section is checked against its file when it is read and when the stage ends."""
+    """The settings of a run. A section is checked against its file when it is read and when the
+    stage ends."""
     return cast(Sections, _Read(run))
 
 
@@ -115,7 +140,8 @@ def searched(run: str, method: str) -> Scored:
 
 
 def runtime() -> Runtime:
-    """The runtime of a stage whose results the machine moves; refused on another machine than dag.yaml names."""
+    """The runtime of a stage whose results the machine moves; refused on another machine than
+    dag.yaml names."""
     from blockpruner.model.models import set_threads  # loads torch
 
     require_current(machine=True)
@@ -125,7 +151,8 @@ def runtime() -> Runtime:
 
 
 def write_manifest(group: str, name: str, *more: Path) -> None:
-    """Write what `tables` and `report` depend on: the digests of a model's evidence, and of more that they read."""
+    """Write what `tables` and `report` depend on: the digests of a model's evidence, and of more
+    that they read."""
     files = sorted((DATA / "evidence" / name).iterdir())
     digests = {path.relative_to(DATA).as_posix(): file_sha256(path) for path in (*files, *more)}
     write_json(DATA / "manifests" / group / f"{name}.json", digests)

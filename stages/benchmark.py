@@ -1,4 +1,5 @@
-"""benchmark <target>: perplexity, zero-shot tasks and speed of a pruned model, at data/evidence/<target>.
+"""benchmark <target>: perplexity, zero-shot tasks and speed of a pruned model, at
+data/evidence/<target>.
 
 The model is the checkpoint that transformers loads; without one it is made in memory.
 """
@@ -18,14 +19,25 @@ def dense_of(name: str) -> Checkpoint:
     return Checkpoint(DATA / "models" / name, model.dtype, device, model.trust_remote_code)
 
 
-def measure(name: str, run_name: str, subject: Checkpoint | InMemory, dense: Checkpoint, plan: Plan | None) -> None:
+def measure(
+    name: str, run_name: str, subject: Checkpoint | InMemory, dense: Checkpoint, plan: Plan | None
+) -> None:
     settings = sections(run_name)
-    asked = Evaluate(perplexity=settings.heldout, zero_shot=settings.zero_shot, speed=settings.speed)
+    asked = Evaluate(
+        perplexity=settings.heldout, zero_shot=settings.zero_shot, speed=settings.speed
+    )
     places = (DATA / "sources" / run_name, DATA / "evidence" / name, DATA / "evaluations")
     search = {} if plan is None else read_json(DATA / "costs" / f"{name}.json")
     processes = load_params().runtime.here
     found = benchmark(
-        subject, dense, *places, plan=plan, settings=asked, observer=observer(), search=search, processes=processes
+        subject,
+        dense,
+        *places,
+        plan=plan,
+        settings=asked,
+        observer=observer(),
+        search=search,
+        processes=processes,
     )
     write_json(DATA / "metrics" / f"{name}.json", headline(found, plan))
 
@@ -34,7 +46,11 @@ def main(name: str) -> None:
     pruning = healed_of(name, "trained", "compensated")
     plan, place = pruning.plan, DATA / "checkpoints" / name / "hf"
     dense = dense_of(plan.run)
-    subject = dense.export(place) if place.exists() else InMemory(dense, plan, pruning.rows, pruning.healed)
+    subject = (
+        dense.export(place)
+        if place.exists()
+        else InMemory(dense, plan, pruning.rows, pruning.healed)
+    )
     measure(name, plan.run, subject, dense, plan)
     tables = sorted((DATA / "plans" / name).glob("*.parquet"))
     write_manifest("models", name, DATA / "compensated" / name / "compensate.json", *tables)

@@ -1,5 +1,6 @@
-"""commit <target>: the plans that meet its budget, one a search, with the iteration tables they used, at
-data/plans/<target>; and what these tables took, at data/costs/<target>.json, which changes no plan."""
+"""commit <target>: the plans that meet its budget, one a search, with the iteration tables they
+used, at data/plans/<target>; and what these tables took, at data/costs/<target>.json, which changes
+no plan."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,12 @@ def main(name: str) -> None:
     scores, asked = DATA / "scores" / wanted.run / method, searched(wanted.run, method).score
     rows = pipeline.Rows.load(DATA / "calibration" / wanted.run, "search", "judge")
     healing = wanted.compensate or compensation(settings.compensate.method, method)
-    own: dict[str, Any] = {"target": name, "run": wanted.run, "compensate": healing, "train": wanted.train}
+    own: dict[str, Any] = {
+        "target": name,
+        "run": wanted.run,
+        "compensate": healing,
+        "train": wanted.train,
+    }
     found = pipeline.commit(scores, asked, config, wanted.budget, rows, dense=dense, **own)
 
     def build(directory: Path) -> None:
@@ -34,12 +40,16 @@ def main(name: str) -> None:
 
     replace_directory(DATA / "plans" / name, build)
     costs = [each.cost for each in found]
-    total = {key: round(sum(cost[key] for cost in costs), 2) for key in costs[0]} if all(costs) else {}
+    total = (
+        {key: round(sum(cost[key] for cost in costs), 2) for key in costs[0]} if all(costs) else {}
+    )
     write_json(DATA / "costs" / f"{name}.json", total)
     for plan in (each.plan for each in found):
         what = KINDS[plan.kind].taken_out(plan)
         order = ", ".join(plan.order) or plan.method
-        observer().note(f"{name}: {what} ({order}); ratio {plan.ratio:.4f} for budget {wanted.budget}")
+        observer().note(
+            f"{name}: {what} ({order}); ratio {plan.ratio:.4f} for budget {wanted.budget}"
+        )
 
 
 if __name__ == "__main__":

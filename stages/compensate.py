@@ -1,5 +1,5 @@
-"""compensate <target>: the plan that is kept, and weights that make up for what is gone without training, at
-data/compensated/<target>."""
+"""compensate <target>: the plan that is kept, and weights that make up for what is gone without
+training, at data/compensated/<target>."""
 
 from blockpruner import pipeline
 from blockpruner.core.plan import Plan

@@ -1,4 +1,5 @@
-"""experiment <study>-<name>: what an experiment of a study measured, at data/evidence/<study>-<name>/points.parquet."""
+"""experiment <study>-<name>: what an experiment of a study measured, at
+data/evidence/<study>-<name>/points.parquet."""
 
 from blockpruner.core.progress import observer
 from blockpruner.evaluation.settings import Evaluate
@@ -15,10 +16,14 @@ from stages.benchmark import dense_of
 def main(name: str) -> None:
     params = load_params()
     asked = params.experiments[name]
-    wanted = given(f"studies/{asked.study}.yaml", lambda: load_study(asked.study).experiments[asked.name])
+    wanted = given(
+        f"studies/{asked.study}.yaml", lambda: load_study(asked.study).experiments[asked.name]
+    )
     own = sections(asked.run)
     evaluate = Evaluate(perplexity=own.heldout, zero_shot=own.zero_shot, speed=None)
-    settings = Run(model=own.model, calibration=own.calibration, score=own.score.score, evaluate=evaluate)
+    settings = Run(
+        model=own.model, calibration=own.calibration, score=own.score.score, evaluate=evaluate
+    )
     settings = settings.model_copy(update={"compensate": own.compensate, "train": own.train})
     dense, sources = dense_of(asked.run), DATA / "sources" / asked.run
     found = measured(wanted, settings, dense, sources, DATA, runtime(), observer())

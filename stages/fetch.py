@@ -1,4 +1,5 @@
-"""fetch <run>: model, calibration and held-out texts and benchmark items, at data/models and data/sources."""
+"""fetch <run>: model, calibration and held-out texts and benchmark items, at data/models and
+data/sources."""
 
 from functools import cache, partial
 from pathlib import Path
@@ -17,7 +18,9 @@ def main(name: str) -> None:
     check_tasks(wanted.zero_shot)
     model = DATA / "models" / name
     fetch_checkpoint(wanted.model, model, CACHE, PINS, note)
-    template = partial(conversation, cache(lambda: load_tokenizer(model, wanted.model.trust_remote_code)))
+    template = partial(
+        conversation, cache(lambda: load_tokenizer(model, wanted.model.trust_remote_code))
+    )
 
     def build(directory: Path) -> None:
         for role, data in wanted.texts.items():

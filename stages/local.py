@@ -1,4 +1,5 @@
-"""local <run>-<number>: the digests of a file or folder that a run names by path, at data/local/<run>/.
+"""local <run>-<number>: the digests of a file or folder that a run names by path, at
+data/local/<run>/.
 
 What is fetched of it depends on them, so a text or model that was changed is fetched again.
 """

@@ -1,4 +1,5 @@
-"""materialize <target>: checkpoints without the removed weights, verified, at data/checkpoints/<target>/<format>."""
+"""materialize <target>: checkpoints without the removed weights, verified, at
+data/checkpoints/<target>/<format>."""
 
 from dataclasses import replace
 
@@ -22,7 +23,9 @@ def healed_of(name: str, *stages: str) -> Pruning:
 def main(name: str) -> None:
     pruning, out = healed_of(name, "trained", "compensated"), DATA / "checkpoints" / name
     forms = sections(pruning.plan.run).export
-    replace_directory(out, lambda folder: pipeline.export(pruning, {form: folder / form for form in forms}))
+    replace_directory(
+        out, lambda folder: pipeline.export(pruning, {form: folder / form for form in forms})
+    )
     for form in forms:
         seen = pipeline.exported(form, out / form)
         checked = f"checked by {seen['verified_by']}" if seen["verified"] else "unchecked"

@@ -1,4 +1,5 @@
-"""settings <run>: its sections with every default filled in, at data/settings/<run>/<section>.json."""
+"""settings <run>: its sections with every default filled in, at
+data/settings/<run>/<section>.json."""
 
 from blockpruner.params import load_sections
 from blockpruner.store.files import write_text

@@ -34,9 +34,13 @@ from blockpruner.store.trials import Origin, TrialStore
 def small_config(layers: int) -> Config:
     """Enough of a Llama's config to count its parameters."""
     return {
-        "model_type": "llama", "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": layers,
-        "num_attention_heads": 2, "vocab_size": 16,
-    }  # fmt: skip
+        "model_type": "llama",
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "vocab_size": 16,
+    }
 
 
 def short_rows(count: int) -> CalibrationSet:
@@ -50,9 +54,12 @@ def by_text(loss: str, base: Mask, mask: Mask, row: int) -> float:
 
 
 class FakeScorer:
-    """A scorer without a model. It keeps what it was asked for: (loss, base, mask, row), in order."""
+    """A scorer without a model. It keeps what it was asked for: (loss, base, mask, row), in
+    order."""
 
-    def __init__(self, loss: Callable[[str, Mask, Mask, int], float] = by_text, one_row: bool = False) -> None:
+    def __init__(
+        self, loss: Callable[[str, Mask, Mask, int], float] = by_text, one_row: bool = False
+    ) -> None:
         """Args:
         loss: of a loss's name, what was removed before, a mask, and a row.
         one_row: batches are of one row; otherwise of all rows.
@@ -68,7 +75,9 @@ class FakeScorer:
             for mask in task.masks:
                 asked = [(task.metric.name, task.base, mask, row) for row in task.span]
                 self.asked += asked
-                yield ScoredRows(mask, task.span, tuple(self._loss(*question) for question in asked))
+                yield ScoredRows(
+                    mask, task.span, tuple(self._loss(*question) for question in asked)
+                )
 
     def origin(self) -> Origin:
         return {"device": "none", "batch_tokens": 8}
@@ -123,7 +132,9 @@ def material_of(
     dense: Callable[[], PreTrainedModel] | None = None,
     observer: Observer | None = None,
 ) -> Material:
-    return Material(identity, dtype, config, folder / "trials", scorer, dense, observer or SilentObserver())
+    return Material(
+        identity, dtype, config, folder / "trials", scorer, dense, observer or SilentObserver()
+    )
 
 
 MATERIAL = ("identity", "dtype", "dense", "observer")
@@ -145,14 +156,18 @@ def scored(
         times: the measured latency.
         score: keys of a `score` section, and of `MATERIAL`.
     """
-    material = material_of(folder, scorer, config, **{key: score.pop(key) for key in MATERIAL if key in score})
+    material = material_of(
+        folder, scorer, config, **{key: score.pop(key) for key in MATERIAL if key in score}
+    )
     latency = None if times is None else lambda: times
     asked = read_settings(Score, {"method": "greedy", **score})
     counts = score_run(material, rows, asked, budgets, folder / "scores", latency)
     return SimpleNamespace(**counts, current=Current.load(folder / "scores"))
 
 
-def speed_facts(seconds: Mapping[str, Sequence[float]], cache: int, memory: int, **setting: Any) -> dict[str, Any]:
+def speed_facts(
+    seconds: Mapping[str, Sequence[float]], cache: int, memory: int, **setting: Any
+) -> dict[str, Any]:
     """What a measurement of speed leaves of one model, from the seconds of each repeat by part."""
     timings = {f"{part}_seconds": Timing(median(s), tuple(s)) for part, s in seconds.items()}
     sizes = {"kv_cache_bytes": cache, "peak_memory_bytes": memory}

@@ -1,4 +1,5 @@
-"""Tests run beside each other: one torch thread each, no hub, nothing that depends on how fast the machine is.
+"""Tests run beside each other: one torch thread each, no hub, nothing that depends on how fast the
+machine is.
 
 Property tests draw the same 40 examples where the same modules are imported, and 100 in
 `make test-slow`; `pytest --hypothesis-profile=explore` draws others.
@@ -19,7 +20,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 os.environ["GIT_CONFIG_GLOBAL"] = os.devnull
-os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="blockpruner-tests-")  # else all processes copy into one
+# else all processes copy into one
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="blockpruner-tests-")
 
 import pytest
 import torch
@@ -33,7 +35,9 @@ from tests.shipped import replace_shipped
 
 replace_shipped(Path(tempfile.mkdtemp(prefix="blockpruner-tests-")))
 torch.set_num_threads(1)
-settings.register_profile("explore", deadline=None, derandomize=False, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "explore", deadline=None, derandomize=False, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.register_profile("all", settings.get_profile("explore"), derandomize=True)
 settings.register_profile("same", settings.get_profile("all"), max_examples=40)
 settings.load_profile("same")
@@ -76,7 +80,9 @@ def two_threads() -> Iterator[None]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--shard", default="1/1", metavar="I/N", help="run the I-th of N parts of the tests")
+    parser.addoption(
+        "--shard", default="1/1", metavar="I/N", help="run the I-th of N parts of the tests"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -105,7 +111,9 @@ def _scope(config: pytest.Config, nodeid: str) -> str:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     runs = in_shard([_scope(config, item.nodeid) for item in items], config.getoption("shard"))
-    config.hook.pytest_deselected(items=[item for item, here in zip(items, runs, strict=True) if not here])
+    config.hook.pytest_deselected(
+        items=[item for item, here in zip(items, runs, strict=True) if not here]
+    )
     items[:] = [item for item, here in zip(items, runs, strict=True) if here]
 
 

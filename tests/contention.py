@@ -1,10 +1,13 @@
-"""Equal commands that start at random moments on one cache: `python -m tests.contention [ROUNDS [SEED]]`.
+"""Equal commands that start at random moments on one cache: `python -m tests.contention [ROUNDS
+[SEED]]`.
 
-In each round some processes run the same `prune --train all`, at the same `--out` or at their own. Prints one JSON
-object: how many commands ended with which exit code, how many checkpoints have the bytes of a command that ran alone,
-what a round computed at most, how many waited, and what is left beside OUT.
+In each round some processes run the same `prune --train all`, at the same `--out` or at their own.
+Prints one JSON object: how many commands ended with which exit code, how many checkpoints have the
+bytes of a command that ran alone, what a round computed at most, how many waited, and what is left
+beside OUT.
 
-The processes are forks of this one, which never trains itself: a fork of a process with autograd's threads cannot.
+The processes are forks of this one, which never trains itself: a fork of a process with autograd's
+threads cannot.
 """
 
 import json
@@ -34,7 +37,18 @@ from tests.tiny import save_tiny
 
 torch.set_num_threads(1)
 TEXTS = "\n".join(f"{i} little words and {i * i} more of them" for i in range(300))
-COMMAND = ("prune", "tiny", "--budget", "0.2", "--texts", "texts.txt", "--seq-len", "16", "--method", "floating")
+COMMAND = (
+    "prune",
+    "tiny",
+    "--budget",
+    "0.2",
+    "--texts",
+    "texts.txt",
+    "--seq-len",
+    "16",
+    "--method",
+    "floating",
+)
 COMMAND += ("--compensate", "refit", "--train", "all", "--set", "train.num_rows=40")
 WRITTEN = {"README.md", "blockpruner_plan.json", "verification.json"}
 """Files of a checkpoint that hold its own name or the time."""
@@ -61,7 +75,10 @@ def start(cache: Path, out: Path, log: Path) -> int:
         errors = os.open(f"{log}.{os.getpid()}", os.O_WRONLY | os.O_CREAT)
         os.dup2(errors, 1)
         os.dup2(errors, 2)
-        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+        sys.stdout, sys.stderr = (
+            open(number, "w", buffering=1, closefd=False)  # noqa: SIM115
+            for number in (1, 2)
+        )
         verification.subprocess = InProcess
         trainer.SECONDS = trainer.SHARE = 0  # each step leaves a state
         for module, name in ((choice, "choose"), (train, "train_"), (hf, "save_pruned")):

@@ -1,4 +1,5 @@
-"""Marks of tests that need another engine. Where it is not installed they are skipped, and pytest prints the reason."""
+"""Marks of tests that need another engine. Where it is not installed they are skipped, and pytest
+prints the reason."""
 
 from importlib.util import find_spec
 

@@ -9,8 +9,12 @@ from blockpruner.core.errors import InputError
 
 
 @contextmanager
-def refused(rule: str, kind: type[InputError] = InputError) -> Iterator[pytest.ExceptionInfo[InputError]]:
+def refused(
+    rule: str, kind: type[InputError] = InputError
+) -> Iterator[pytest.ExceptionInfo[InputError]]:
     """Within, an InputError of this rule is raised; the caught error is yielded."""
     with pytest.raises(kind) as caught:
         yield caught
-    assert caught.value.rule == rule, f"another rule was broken: {caught.value.rule!r}, {caught.value}"
+    assert caught.value.rule == rule, (
+        f"another rule was broken: {caught.value.rule!r}, {caught.value}"
+    )

@@ -1,11 +1,12 @@
 """Two devices that do not exist, "gpu:0" and "gpu:1", whose tensors have real values.
 
-A tensor there wraps one of the CPU, which computes. Unlike that one it has a device of its own: an operation over two
-devices raises, as CUDA's do. And it takes memory there: a device counts the bytes of storages that live and the most
-that ever lived, and raises torch's own error when an operation would go beyond its limit.
+A tensor there wraps one of the CPU, which computes. Unlike that one it has a device of its own: an
+operation over two devices raises, as CUDA's do. And it takes memory there: a device counts the
+bytes of storages that live and the most that ever lived, and raises torch's own error when an
+operation would go beyond its limit.
 
-A stream of its own (`Stream`) is as late as a device may be: a copy that need not block is made when an event behind it
-is waited for, from what its source holds then.
+A stream of its own (`Stream`) is as late as a device may be: a copy that need not block is made
+when an event behind it is waited for, from what its source holds then.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 SETUP = vars(backend_registration).get("_setup_privateuseone_for_python_backend")
-"""None: this torch is too old to have devices that are written in Python, and no test can use them."""
+"""None: this torch is too old to have devices that are written in Python, and no test can use
+them."""
 
 TOTAL = 2**40
 """Bytes of a device, unless it is given a limit."""
@@ -188,15 +190,19 @@ class Wrapped(torch.Tensor):
         return self.held.tolist()
 
     def numpy(self, **kwargs: Any) -> Any:
-        raise TypeError("can't convert a made-up device's tensor to numpy; copy it to the CPU first")
+        raise TypeError(
+            "can't convert a made-up device's tensor to numpy; copy it to the CPU first"
+        )
 
     def __repr__(self, **kwargs: Any) -> str:
         return f"Wrapped({self.held!r}, {self.device})"
 
 
 COPIES = {
-    torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default, torch.ops.aten.set_.source_Storage,
-}  # fmt: skip
+    torch.ops.aten._to_copy.default,
+    torch.ops.aten.copy_.default,
+    torch.ops.aten.set_.source_Storage,
+}
 """What may have tensors of several devices."""
 
 
@@ -207,17 +213,26 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
     asked = None if asked is None else torch.device(asked)
     if not wrapped and (asked is None or asked.type != "gpu"):
         return func(*args, **kwargs)
-    if func._can_decompose():  # under inference_mode torch hands over whole what else comes in parts
+    # under inference_mode torch hands over whole what else comes in parts
+    if func._can_decompose():
         with _Mode():
             return func.decompose(*args, **kwargs)
     devices = {leaf.device for leaf in wrapped}
     if func not in COPIES:
-        plain = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not isinstance(leaf, Wrapped)]
+        plain = [
+            leaf
+            for leaf in leaves
+            if isinstance(leaf, torch.Tensor) and not isinstance(leaf, Wrapped)
+        ]
         # a number may come from the CPU, and so may an index
-        devices |= {leaf.device for leaf in plain if leaf.dim() and not func.__name__.startswith("index.")}
+        devices |= {
+            leaf.device for leaf in plain if leaf.dim() and not func.__name__.startswith("index.")
+        }
         if len(devices) > 1:
             names = " and ".join(sorted(map(str, devices)))
-            raise RuntimeError(f"Expected all tensors to be on the same device, but found {names} in {func}")
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but found {names} in {func}"
+            )
     inner = [leaf.held if isinstance(leaf, Wrapped) else leaf for leaf in leaves]
     inner_args, inner_kwargs = tree_unflatten(inner, spec)
     if "device" in inner_kwargs and asked is not None:
@@ -257,7 +272,10 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.tensor, torch.as_tensor) and torch.device(kwargs.get("device") or "cpu").type == "gpu":
+        if (
+            func in (torch.tensor, torch.as_tensor)
+            and torch.device(kwargs.get("device") or "cpu").type == "gpu"
+        ):
             return func(*args, **{**kwargs, "device": "cpu"}).to(kwargs["device"])
         return func(*args, **kwargs)
 
@@ -269,8 +287,8 @@ def _register() -> None:
 
 
 def start_gradients() -> None:
-    """Have torch start its gradients' threads while the devices are there: it does so once, at the first backward pass
-    of a process, and for devices that come later there is none."""
+    """Have torch start its gradients' threads while the devices are there: it does so once, at the
+    first backward pass of a process, and for devices that come later there is none."""
     with fake_devices():
         torch.ones(1, requires_grad=True).backward()
 

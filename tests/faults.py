@@ -1,16 +1,21 @@
-"""What is lost when a stage breaks, and whether a second run ends in the same outputs: a matrix, measured.
+"""What is lost when a stage breaks, and whether a second run ends in the same outputs: a matrix,
+measured.
 
-    unshare --mount python -m tests.faults [word ...]     nine cells a stage; those whose names hold all the words
-    python -m tests.faults every [word ...]               a cut before every write, one row a stage and mode
+    unshare --mount python -m tests.faults [word ...]     nine cells a stage; those whose names hold
+    all the words python -m tests.faults every [word ...]               a cut before every write,
+    one row a stage and mode
 
-The stages of a tiny random model run once undisturbed; the project is kept as it was before `score` and `materialize`.
-A cell copies that, breaks the stage once, runs it again, and compares its outputs with the undisturbed ones:
+The stages of a tiny random model run once undisturbed; the project is kept as it was before `score`
+and `materialize`. A cell copies that, breaks the stage once, runs it again, and compares its
+outputs with the undisturbed ones:
 
-- `killed`, `lost`, `reordered` (`tests.power`): the stage dies, or power is cut, before one of its writes.
-- `disk full`: the project is on a small file system with room for a share of what the stage writes. It is mounted, so
-  this needs root and a mount namespace.
+- `killed`, `lost`, `reordered` (`tests.power`): the stage dies, or power is cut, before one of its
+  writes.
+- `disk full`: the project is on a small file system with room for a share of what the stage writes.
+  It is mounted, so this needs root and a mount namespace.
 
-Stages run in forks; `every` verifies checkpoints within them. Prints Markdown; exits with 1 if a cell is not good.
+Stages run in forks; `every` verifies checkpoints within them. Prints Markdown; exits with 1 if a
+cell is not good.
 """
 
 from __future__ import annotations
@@ -38,9 +43,14 @@ from tests.power import MODES, forked
 
 TARGETS = {"half": "2blocks"}
 RUN = {
-    "settings": "tiny", "fetch": "tiny", "calibrate": "tiny", "score": "tiny-greedy", "commit": "half",
-    "compensate": "half", "materialize": "half",
-}  # fmt: skip
+    "settings": "tiny",
+    "fetch": "tiny",
+    "calibrate": "tiny",
+    "score": "tiny-greedy",
+    "commit": "half",
+    "compensate": "half",
+    "materialize": "half",
+}
 """The stages up to the last one that is broken, in order, with what each is run for."""
 
 OUTPUTS = {"score": "scores", "materialize": "checkpoints"}
@@ -64,11 +74,16 @@ def work_of(stage: str) -> Callable[[], None]:
 
 
 def content(project: Path, stage: str) -> dict[str, bytes]:
-    """The files of a stage's output, without temporary ones: DVC empties the folder before a stage runs."""
+    """The files of a stage's output, without temporary ones: DVC empties the folder before a stage
+    runs."""
     folder = project / "data" / OUTPUTS[stage]
-    files = {path: path.relative_to(folder).parts for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {
+        path: path.relative_to(folder).parts for path in sorted(folder.rglob("*")) if path.is_file()
+    }
     return {
-        "/".join(parts): path.read_bytes() for path, parts in files.items() if not any(map(TEMPORARY.fullmatch, parts))
+        "/".join(parts): path.read_bytes()
+        for path, parts in files.items()
+        if not any(map(TEMPORARY.fullmatch, parts))
     }
 
 
@@ -79,7 +94,8 @@ def units(project: Path) -> int:
 
 
 class Undisturbed:
-    """The project before and after each stage, in a folder, and how many writes each stage makes."""
+    """The project before and after each stage, in a folder, and how many writes each stage
+    makes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -129,7 +145,8 @@ def cut_before(undisturbed: Undisturbed, stage: str, mode: str, write: int) -> d
 
 
 def full(undisturbed: Undisturbed, stage: str, share: float) -> dict[str, Any]:
-    """The stage runs on a tmpfs that has room for a share of what it writes; then there is room again."""
+    """The stage runs on a tmpfs that has room for a share of what it writes; then there is room
+    again."""
     grows = pages(undisturbed.after(stage)) - pages(undisturbed.before(stage))
     with undisturbed.copied(stage) as origin:
         small, log = origin.with_name("small"), origin.parent / "log"
@@ -144,7 +161,10 @@ def full(undisturbed: Undisturbed, stage: str, share: float) -> dict[str, Any]:
             said = log.read_text()
             filler.unlink()
             facts = afterwards(undisturbed, project, stage, said)
-            return facts | {"broken": code == 1 and "no space left" in said.lower(), "how": f"{room >> 10} KiB free"}
+            return facts | {
+                "broken": code == 1 and "no space left" in said.lower(),
+                "how": f"{room >> 10} KiB free",
+            }
         finally:
             subprocess.run(["umount", "--lazy", small], check=True)
 
@@ -179,19 +199,29 @@ def cells() -> dict[str, Callable[[Undisturbed], dict[str, Any]]]:
     for stage in OUTPUTS:
         for mode in MODES:
             for words, share in (("in the middle", 0.5), ("near the end", 0.9)):
-                found[f"{stage}, {mode}, {words}"] = partial(cut, stage=stage, mode=mode, share=share)
+                found[f"{stage}, {mode}, {words}"] = partial(
+                    cut, stage=stage, mode=mode, share=share
+                )
         for share in SHARES:
-            found[f"{stage}, disk full, room for {share:.0%}"] = partial(full, stage=stage, share=share)
+            found[f"{stage}, disk full, room for {share:.0%}"] = partial(
+                full, stage=stage, share=share
+            )
     return found
 
 
 def every(undisturbed: Undisturbed, stage: str, mode: str) -> dict[str, Any]:
     """The stage is cut before each of its writes in turn; the facts are those of the worst cut."""
-    found = [cut_before(undisturbed, stage, mode, write + 1) for write in range(undisturbed.writes[stage])]
-    found = [facts for facts in found if not facts["ended"]]  # the number of syncs depends on the time
+    found = [
+        cut_before(undisturbed, stage, mode, write + 1)
+        for write in range(undisturbed.writes[stage])
+    ]
+    # the number of syncs depends on the time
+    found = [facts for facts in found if not facts["ended"]]
     bad = [facts for facts in found if not is_good(facts)]
     worst = bad[0] if bad else max(found, key=lambda facts: facts["twice"])
-    return worst | {"how": f"{len(found)} cuts, {len(bad)} bad" + (f", the first {worst['how']}" if bad else "")}
+    return worst | {
+        "how": f"{len(found)} cuts, {len(bad)} bad" + (f", the first {worst['how']}" if bad else "")
+    }
 
 
 def is_good(facts: dict[str, Any]) -> bool:
@@ -202,21 +232,33 @@ def main(words: list[str]) -> int:
     if words[:1] == ["every"]:
         words, found = (
             words[1:],
-            {f"{s}, {m}, every write": partial(every, stage=s, mode=m) for s in OUTPUTS for m in MODES},
+            {
+                f"{s}, {m}, every write": partial(every, stage=s, mode=m)
+                for s in OUTPUTS
+                for m in MODES
+            },
         )
         verified: AbstractContextManager[Any] = patch.object(verification, "subprocess", InProcess)
     else:
         found, verified = cells(), nullcontext()
     wanted = {name: cell for name, cell in found.items() if all(word in name for word in words)}
     good = []
-    print("| stage | fault | where | how | units kept | computed twice | good | what a person sees |")
+    print(
+        "| stage | fault | where | how | units kept | computed twice | good | what a person sees |"
+    )
     print("|---|---|---|---|---:|---:|---|---|")
     with verified, tempfile.TemporaryDirectory() as folder:
         undisturbed = Undisturbed(Path(folder))
         for name, cell in wanted.items():
             facts = cell(undisturbed)
             good.append(is_good(facts))
-            shown = (facts["how"], facts["kept"], str(facts["twice"]), "yes" if good[-1] else "**NO**", facts["said"])
+            shown = (
+                facts["how"],
+                facts["kept"],
+                str(facts["twice"]),
+                "yes" if good[-1] else "**NO**",
+                facts["said"],
+            )
             print(f"| {' | '.join((*name.split(', '), *shown))} |", flush=True)
     return int(not all(good))
 

@@ -1,10 +1,12 @@
-"""A server that forks stages and dvc from a process in which torch is loaded: a start takes milliseconds, not seconds.
+"""A server that forks stages and dvc from a process in which torch is loaded: a start takes
+milliseconds, not seconds.
 
-`ready()` starts one server for all workers of a session. Since then tests/starts/sitecustomize.py hands `python -m dvc`
-and `python -m stages.<name>` over to it, with their arguments, folder, environment and streams; a forked stage verifies
-its exports in forked processes, too. A child imports blockpruner itself, from the folder that it works in. Processes
-start as usual within `true_starts()`, and where variables that libraries read when they are loaded differ. What is not
-as usual: all children have one hash seed, and objects are not destroyed at the end.
+`ready()` starts one server for all workers of a session. Since then tests/starts/sitecustomize.py
+hands `python -m dvc` and `python -m stages.<name>` over to it, with their arguments, folder,
+environment and streams; a forked stage verifies its exports in forked processes, too. A child
+imports blockpruner itself, from the folder that it works in. Processes start as usual within
+`true_starts()`, and where variables that libraries read when they are loaded differ. What is not as
+usual: all children have one hash seed, and objects are not destroyed at the end.
 """
 
 from __future__ import annotations
@@ -35,12 +37,30 @@ VARIABLE = "BLOCKPRUNER_TESTS_FORK"
 """The environment variable that holds the server's socket."""
 
 LOADED = (
-    "torch", "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto",
-    "transformers.generation.utils", "pyarrow.dataset", "pyarrow.parquet", "scipy.stats", "scipy.special", "datasets",
-    "lm_eval.evaluator", "lm_eval.models.huggingface", "lm_eval.tasks", "peft", "matplotlib.pyplot",
-    "pydantic.types", "pydantic.json_schema", "rich.console", "rich.progress", "yaml",
-    "dvc.cli", "dvc.repo", "dvc.commands.repro", "dvc.commands.status",
-)  # fmt: skip
+    "torch",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.auto.modeling_auto",
+    "transformers.generation.utils",
+    "pyarrow.dataset",
+    "pyarrow.parquet",
+    "scipy.stats",
+    "scipy.special",
+    "datasets",
+    "lm_eval.evaluator",
+    "lm_eval.models.huggingface",
+    "lm_eval.tasks",
+    "peft",
+    "matplotlib.pyplot",
+    "pydantic.types",
+    "pydantic.json_schema",
+    "rich.console",
+    "rich.progress",
+    "yaml",
+    "dvc.cli",
+    "dvc.repo",
+    "dvc.commands.repro",
+    "dvc.commands.status",
+)
 STARTS = Path(__file__).with_name("starts")
 PYTHON = """#!{python} -IS
 import os, sys
@@ -64,7 +84,8 @@ FROZEN = (
 
 
 def folder() -> Path:
-    """Make the folder of a session's server, which ends with this process, and name it to later processes."""
+    """Make the folder of a session's server, which ends with this process, and name it to later
+    processes."""
     found = Path(tempfile.mkdtemp(prefix="blockpruner-fork-", suffix=f"-{os.getpid()}"))
     os.environ[VARIABLE] = str(found / "socket")
     return found
@@ -110,7 +131,8 @@ def frozen(environment: dict[str, str]) -> dict[str, str]:
 
 
 def serve(place: Path, variables: dict[str, str]) -> dict[str, Any]:
-    """Fork a child for every process that connects, until the process that made the socket's folder is gone.
+    """Fork a child for every process that connects, until the process that made the socket's folder
+    is gone.
 
     Returns:
         The job, in a child. Its streams are those of the process that connected.
@@ -146,7 +168,8 @@ def serve(place: Path, variables: dict[str, str]) -> dict[str, Any]:
 
 
 def keep(child: int, connection: socket.socket) -> NoReturn:
-    """Pass signals on to a child, kill it when the process that asked for it was killed, and report its end."""
+    """Pass signals on to a child, kill it when the process that asked for it was killed, and report
+    its end."""
     with contextlib.suppress(PermissionError):  # it did so itself
         os.setpgid(child, child)
     handle = os.pidfd_open(child)
@@ -171,7 +194,8 @@ def work(job: dict[str, Any], path: list[str]) -> NoReturn:
     Args:
         path: where Python finds installed packages.
     """
-    os.setpgid(0, 0)  # a signal for the group of the process that asked reaches that process, which passes it on
+    # a signal for the group of the process that asked reaches that process, which passes it on
+    os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.default_int_handler if job["interrupt"] else signal.SIG_IGN)
     os.getppid = lambda: job["parent"]
     os.chdir(job["folder"])
@@ -225,8 +249,11 @@ if __name__ == "__main__":
     variables = frozen(dict(os.environ))  # some libraries set theirs
     for name in (*LOADED, *sys.argv[2:]):
         importlib.import_module(name)
-    inspect.getmodule(sys._getframe(), "absent")  # keeps the file of every module, for which pydantic asks
-    assert len([*Path("/proc/self/task").iterdir()]) == 1, "a process of several threads cannot be forked"
+    # keeps the file of every module, for which pydantic asks
+    inspect.getmodule(sys._getframe(), "absent")
+    assert len([*Path("/proc/self/task").iterdir()]) == 1, (
+        "a process of several threads cannot be forked"
+    )
     gc.collect()
     gc.freeze()
     work(serve(Path(sys.argv[1]), variables), path)

@@ -1,8 +1,9 @@
 """Golden numbers: every kind of result on tiny models, as the stages write it.
 
-tests/golden/<CONSTANT>.json holds the numbers that a constant of blockpruner/versions.py covers, with the versions that
-they were made with; tests/test_golden.py compares. `python -m tests.golden --write` renews the files. It refuses a
-number that moved while the versions that cover it did not, unless the entry is taken out of its file by hand first.
+tests/golden/<CONSTANT>.json holds the numbers that a constant of blockpruner/versions.py covers,
+with the versions that they were made with; tests/test_golden.py compares. `python -m tests.golden
+--write` renews the files. It refuses a number that moved while the versions that cover it did not,
+unless the entry is taken out of its file by hand first.
 
 Weights are multiples of 2^-10, so that checkpoints have the same numbers on every machine.
 """
@@ -59,21 +60,48 @@ from tests.tiny import VARIANTS, VARIANTS_DAILY, tiny_model, tiny_tokenizer, tol
 FOLDER = Path(__file__).with_suffix("")
 TEXTS = {"source": "path", "path": "inputs/texts.parquet", "format": "text"}
 MIX = {"source": "mix", "of": [TEXTS, TEXTS | {"kind": "twice", "share": 2}]}
-CALIBRATION = {"data": TEXTS, "num_samples": 10, "seq_len": 24, "packing": "joined", "split": "all", "seed": 42}
+CALIBRATION = {
+    "data": TEXTS,
+    "num_samples": 10,
+    "seq_len": 24,
+    "packing": "joined",
+    "split": "all",
+    "seed": 42,
+}
 TIMED = {"prompt_tokens": 4, "new_tokens": 2, "repeats": 1, "batch": 1}
 KINDS = ("piqa", "mmlu_marketing", "lambada_openai", "gsm8k")
 """Benchmarks of every kind: choices, letters, a word, an answer that is generated."""
 
 ITEMS: dict[str, list[dict[str, Any]]] = {
     "piqa_validation": [
-        {"goal": "Dry a wet book.", "sol1": "Press it between towels.", "sol2": "Put it in the bath.", "label": 0},
-        {"goal": "Open a jar", "sol1": "Hit it with a feather", "sol2": "Run hot water over its lid", "label": 1},
+        {
+            "goal": "Dry a wet book.",
+            "sol1": "Press it between towels.",
+            "sol2": "Put it in the bath.",
+            "label": 0,
+        },
+        {
+            "goal": "Open a jar",
+            "sol1": "Hit it with a feather",
+            "sol2": "Run hot water over its lid",
+            "label": 1,
+        },
         {"goal": "Cool tea:", "sol1": "wait", "sol2": "boil it", "label": 0},
         {"goal": "Find north", "sol1": "look at a shoe", "sol2": "look at a compass", "label": 1},
     ],
     "mmlu_marketing_test": [
-        {"question": "A brand is", "subject": "", "choices": ["a name", "a price", "a shop", "a tax"], "answer": 0},
-        {"question": "Price is", "subject": "", "choices": ["an A", "a P", "a C", "a K"], "answer": 1},
+        {
+            "question": "A brand is",
+            "subject": "",
+            "choices": ["a name", "a price", "a shop", "a tax"],
+            "answer": 0,
+        },
+        {
+            "question": "Price is",
+            "subject": "",
+            "choices": ["an A", "a P", "a C", "a K"],
+            "answer": 1,
+        },
     ],
     "lambada_openai_test": [{"text": "The cat sat on the mat"}, {"text": "Up and down"}],
     "gsm8k_test": [
@@ -84,14 +112,25 @@ ITEMS: dict[str, list[dict[str, Any]]] = {
 """By the name of their file."""
 
 EVALUATE = {
-    "perplexity": {"data": {"source": "path", "path": "inputs/heldout.txt"}, "seq_len": 64, "max_rows": 2},
+    "perplexity": {
+        "data": {"source": "path", "path": "inputs/heldout.txt"},
+        "seq_len": 64,
+        "max_rows": 2,
+    },
     "zero_shot": {"data": {"source": "path", "path": "inputs"}, "tasks": [*KINDS], "limit": 2},
     "speed": TIMED,
 }
 CHAIN = (
-    "FETCH_VERSION", "CALIBRATION_VERSION", "SCORE_VERSION", "SEARCH_VERSION", "PLAN_VERSION", "WEIGHTS_VERSION",
-    "EXPORT_VERSION", "EVAL_VERSION", "REPORT_VERSION",
-)  # fmt: skip
+    "FETCH_VERSION",
+    "CALIBRATION_VERSION",
+    "SCORE_VERSION",
+    "SEARCH_VERSION",
+    "PLAN_VERSION",
+    "WEIGHTS_VERSION",
+    "EXPORT_VERSION",
+    "EVAL_VERSION",
+    "REPORT_VERSION",
+)
 """The constants, in the order in which results are made of each other."""
 
 
@@ -111,12 +150,15 @@ class World:
         self.root = root
         (root / "inputs").mkdir()
         (root / "runs").mkdir()
-        pq.write_table(pa.table({"text": [sentence(i) for i in range(60)]}), root / "inputs/texts.parquet")
+        pq.write_table(
+            pa.table({"text": [sentence(i) for i in range(60)]}), root / "inputs/texts.parquet"
+        )
         (root / "inputs/heldout.txt").write_text("\n\n".join(sentence(i) for i in range(60)))
         for file, items in ITEMS.items():
             pq.write_table(pa.Table.from_pylist(items), root / f"inputs/{file}.parquet")
         replace_shipped(root / "inputs/shipped")
-        texts.pieces_of_library = lambda: [sentence(i) for i in range(60, 120)]  # not of the running Python
+        # not of the running Python
+        texts.pieces_of_library = lambda: [sentence(i) for i in range(60, 120)]
 
     def model(self, variant: str, **config: Any) -> Path:
         """A checkpoint of a tiny model, in float64."""
@@ -138,19 +180,31 @@ class World:
         dtype: str = "float64",
         **own: Any,
     ) -> None:
-        """Write a run file and params.yaml, then fetch and calibrate. Targets: <name>-t0, <name>-t1, ..., by budget."""
+        """Write a run file and params.yaml, then fetch and calibrate. Targets: <name>-t0,
+        <name>-t1, ..., by budget."""
         sections = {
-            "model": {"source": "path", "path": str(self.model(variant).relative_to(self.root)), "dtype": dtype},
-            "calibration": CALIBRATION, "score": {}, "evaluate": EVALUATE, "train": None,
-        } | own  # fmt: skip
+            "model": {
+                "source": "path",
+                "path": str(self.model(variant).relative_to(self.root)),
+                "dtype": dtype,
+            },
+            "calibration": CALIBRATION,
+            "score": {},
+            "evaluate": EVALUATE,
+            "train": None,
+        } | own
         sections["score"] = {"method": "greedy"} | sections["score"]
         (self.root / "runs" / f"{name}.yaml").write_text(yaml.safe_dump(sections))
         targets = {
             f"{name}-t{i}": {"run": name, "budget": budget, "train": bool(sections["train"])}
             for i, budget in enumerate(budgets)
         }
-        params = {"runs": [name], "targets": targets, "runtime": {"device": "cpu", "threads": 1},
-                  "report": {"title": "Golden", "plots": False}}  # fmt: skip
+        params = {
+            "runs": [name],
+            "targets": targets,
+            "runtime": {"device": "cpu", "threads": 1},
+            "report": {"title": "Golden", "plots": False},
+        }
         (self.root / "params.yaml").write_text(yaml.safe_dump(params))
         dag.write()
         settings.main(name)
@@ -169,7 +223,9 @@ class World:
         folder = Path("data/scores") / name / section["method"] / section["method"]
         return folder / read_json(folder / "current.json")["search"]
 
-    def built(self, name: str, budgets: Sequence[str] = ("2blocks",), until: Any = materialize, **own: Any) -> None:
+    def built(
+        self, name: str, budgets: Sequence[str] = ("2blocks",), until: Any = materialize, **own: Any
+    ) -> None:
         """Start, score, and make every target up to a stage."""
         self.start(name, budgets=budgets, **own)
         score.main(f"{name}-{own.get('score', {}).get('method', 'greedy')}")
@@ -217,8 +273,13 @@ def mark(values: torch.Tensor) -> float:
 
 def weights_of(folder: Path) -> dict[str, Any]:
     """Dtype, shape and mark of every tensor."""
-    found = {k: w for path in sorted(folder.glob("*.safetensors")) for k, w in load_file(path).items()}
-    return {k: [str(w.dtype).removeprefix("torch."), *w.shape, mark(w)] for k, w in sorted(found.items())}
+    found = {
+        k: w for path in sorted(folder.glob("*.safetensors")) for k, w in load_file(path).items()
+    }
+    return {
+        k: [str(w.dtype).removeprefix("torch."), *w.shape, mark(w)]
+        for k, w in sorted(found.items())
+    }
 
 
 def norms_of(file: Path) -> dict[str, float]:
@@ -237,18 +298,30 @@ def fetched(world: World) -> Any:
     ]
     inputs = world.root / "inputs"
     (inputs / "alpaca.json").write_text(json.dumps(records))
-    (inputs / "lines.jsonl").write_text("\n".join(json.dumps({"text": sentence(i)}) for i in range(5)))
+    (inputs / "lines.jsonl").write_text(
+        "\n".join(json.dumps({"text": sentence(i)}) for i in range(5))
+    )
     (inputs / "wiki.utf8").write_text(documents)
     (inputs / "plain.txt").write_text("One text.\n\nStill the same one.")
-    forms = {"alpaca.json": "alpaca", "lines.jsonl": "text", "wiki.utf8": "wikipedia", "plain.txt": "text"}
+    forms = {
+        "alpaca.json": "alpaca",
+        "lines.jsonl": "text",
+        "wiki.utf8": "wikipedia",
+        "plain.txt": "text",
+    }
     found = {}
     for file, form in forms.items():
         data = {"source": "path", "path": f"inputs/{file}", "format": form}
         perplexity = EVALUATE["perplexity"] | {"data": data, "seq_len": 8}
         world.start("fetched", evaluate=EVALUATE | {"perplexity": perplexity})
-        found[file] = pq.read_table("data/sources/fetched/perplexity.parquet").column("text").to_pylist()
+        found[file] = (
+            pq.read_table("data/sources/fetched/perplexity.parquet").column("text").to_pylist()
+        )
     tasks = Path("data/sources/fetched/tasks")
-    items = {str(path.relative_to(tasks)): pq.read_table(path).to_pylist() for path in sorted(tasks.rglob("*.parquet"))}
+    items = {
+        str(path.relative_to(tasks)): pq.read_table(path).to_pylist()
+        for path in sorted(tasks.rglob("*.parquet"))
+    }
     return found | {"items": items}
 
 
@@ -259,11 +332,15 @@ def converted(world: World) -> Any:
     weights = load_file(own / "model.safetensors")
     for layer in range(4):
         names = [f"model.layers.{layer}.self_attn.{name}_proj.weight" for name in "qkv"]
-        weights[f"model.layers.{layer}.self_attn.W_pack.weight"] = torch.cat([weights.pop(name) for name in names])
+        weights[f"model.layers.{layer}.self_attn.W_pack.weight"] = torch.cat(
+            [weights.pop(name) for name in names]
+        )
     save_file(weights, own / "model.safetensors", metadata={"format": "pt"})
     config = read_json(own / "config.json") | {"model_type": "baichuan", "z_loss_weight": 0}
     (own / "config.json").write_text(json.dumps(config))
-    world.start("baichuan", model={"source": "path", "path": "inputs/own-layout", "dtype": "float64"})
+    world.start(
+        "baichuan", model={"source": "path", "path": "inputs/own-layout", "dtype": "float64"}
+    )
     return weights_of(Path("data/models/baichuan"))
 
 
@@ -278,19 +355,23 @@ LOSSES = FEW | {"kl": "greedy", "js": "greedy", "relative_magnitude": "one_shot"
 
 
 def losses(world: World, variant: str) -> Any:
-    """Losses of the masks of two greedy steps, of those of the first step by divergences, influences of all units."""
+    """Losses of the masks of two greedy steps, of those of the first step by divergences,
+    influences of all units."""
     name, found = f"losses-{variant.replace(' ', '-')}", {}
     world.start(name, variant)
     for metric, method in (LOSSES if variant in VARIANTS_DAILY else FEW).items():
         for unit in ("block", "layer") if method == "one_shot" else ("block",):
             folder = world.scored(name, {"method": method, "metric": metric, "unit": unit})
             steps = list(traces(folder).values())[: 2 if metric == "perplexity" else 1]
-            found[f"{metric} of {unit}s"] = {",".join(row["removed"]): row["loss"] for step in steps for row in step}
+            found[f"{metric} of {unit}s"] = {
+                ",".join(row["removed"]): row["loss"] for step in steps for row in step
+            }
     return found
 
 
 def search(world: World, section: Mapping[str, Any]) -> Any:
-    """What each iteration chose, and how much it computed: masks, rows, and the sum of their losses."""
+    """What each iteration chose, and how much it computed: masks, rows, and the sum of their
+    losses."""
     world.start("search", budgets=["0.2"])
     found = {}
     for path, trace in traces(world.scored("search", section)).items():
@@ -320,11 +401,13 @@ def drawn(name: str, low: float, high: float) -> float:
 
 
 def made_up_search(world: World, acceleration: str) -> Any:
-    """Which of 40 made-up blocks a greedy search removes, and how many it scores on how many rows. A tiny model has
-    fewer blocks than a lazy step always scores."""
+    """Which of 40 made-up blocks a greedy search removes, and how many it scores on how many rows.
+    A tiny model has fewer blocks than a lazy step always scores."""
     rows, config = short_rows(16), small_config(20)
     given = {"method": "greedy", "acceleration": acceleration}
-    trace = searched(FakeScorer(made_up_losses), rows, ["14blocks"], resources_of(config), **given).of("14blocks")
+    trace = searched(
+        FakeScorer(made_up_losses), rows, ["14blocks"], resources_of(config), **given
+    ).of("14blocks")
     return [
         {
             "chosen": format_mask(step.added[step.chosen] or DENSE),
@@ -351,24 +434,45 @@ def plans(world: World, section: Mapping[str, Any], budgets: Sequence[str]) -> A
         commit.main(f"plans-t{i}")
         plan = read_json(next(Path(f"data/plans/plans-t{i}").glob("*.json")))
         del plan["format"]
-        found[budget] = {key: value for key, value in plan.items() if not re.search("[0-9a-f]{16}", json.dumps(value))}
+        found[budget] = {
+            key: value
+            for key, value in plan.items()
+            if not re.search("[0-9a-f]{16}", json.dumps(value))
+        }
     return found
 
 
-OURS = ("architectures", "auto_map", "dtype", "layer_types", "layers_without_mha", "layers_without_mlp",
-        "mlp_only_layers", "model_type", "num_hidden_layers", "tie_word_embeddings")  # fmt: skip
+OURS = (
+    "architectures",
+    "auto_map",
+    "dtype",
+    "layer_types",
+    "layers_without_mha",
+    "layers_without_mlp",
+    "mlp_only_layers",
+    "model_type",
+    "num_hidden_layers",
+    "tie_word_embeddings",
+)
 """Of a config, what an export decides."""
 
 
 def checkpoint(world: World, form: str, section: Mapping[str, Any], variant: str = "llama") -> Any:
     """What an export holds: names of files, config, and every tensor."""
     world.built(
-        "export", ["4blocks"], variant=variant, dtype="float32", score=section, export=["hf", *({form} - {"hf"})]
+        "export",
+        ["4blocks"],
+        variant=variant,
+        dtype="float32",
+        score=section,
+        export=["hf", *({form} - {"hf"})],
     )
     folder = Path("data/checkpoints/export-t0") / form
     found: dict[str, Any] = {"files": sorted(path.name for path in folder.iterdir())}
     if form == "gguf":  # the importance matrix is of sums that another processor rounds otherwise
-        return found | {path.name: gguf_content(path) for path in sorted(folder.glob("model-*.gguf"))}
+        return found | {
+            path.name: gguf_content(path) for path in sorted(folder.glob("model-*.gguf"))
+        }
     config = read_json(folder / "config.json")
     if form != "nas":  # which is all ours; others have what transformers of the day writes
         config = {key: config[key] for key in OURS if key in config}
@@ -380,7 +484,9 @@ def gguf_content(path: Path) -> Any:
 
     reader = GGUFReader(path)
     fields = {
-        name: mark(torch.cat([torch.tensor(part.tolist()).flatten().double() for part in field.parts]))
+        name: mark(
+            torch.cat([torch.tensor(part.tolist()).flatten().double() for part in field.parts])
+        )
         for name, field in reader.fields.items()
     }
     tensors = {
@@ -392,7 +498,11 @@ def gguf_content(path: Path) -> Any:
 
 def compensated(world: World) -> Any:
     """Perplexities before and after, and norms of the weights that come out of it."""
-    given = {"method": "given", "options": {"order": ["mlp.2"]}}  # whose absence a refit makes good for
+    # whose absence a refit makes good for
+    given = {
+        "method": "given",
+        "options": {"order": ["mlp.2"]},
+    }
     settings = {"method": "refit", "num_rows": 24, "seq_len": 32, "validation": 0.25}
     world.built("compensated", ["1blocks"], compensate, score=given, compensate=settings)
     folder = Path("data/compensated/compensated-t0")
@@ -403,7 +513,14 @@ def compensated(world: World) -> Any:
 
 def trained(world: World) -> Any:
     """Losses of training, and norms of the weights that come out of it."""
-    recipe = {"data": TEXTS, "num_samples": 8, "seq_len": 32, "rank": 4, "learning_rate": 0.01, "epochs": 2}
+    recipe = {
+        "data": TEXTS,
+        "num_samples": 8,
+        "seq_len": 32,
+        "rank": 4,
+        "learning_rate": 0.01,
+        "epochs": 2,
+    }
     world.built("trained", until=train, train=recipe)
     found = read_json(Path("data/trained/trained-t0/train.json"))
     norms = norms_of(Path("data/trained/trained-t0/weights.safetensors"))
@@ -413,13 +530,28 @@ def trained(world: World) -> Any:
 def evaluated(world: World, what: str) -> Any:
     """Held-out perplexity, scores of tasks and of every item, and sample texts."""
     folder = Path("data/evidence") / f"{world.evaluated}-{what}"
-    found, items = read_json(folder / "results.json"), pq.read_table(folder / "items.parquet").to_pylist()
+    found, items = (
+        read_json(folder / "results.json"),
+        pq.read_table(folder / "items.parquet").to_pylist(),
+    )
     lines: dict[str, list[Any]] = {}
     for item in items:
-        line = [item["loglikelihoods"], *(item.get(key) for key in ("acc", "acc_norm", "exact_match", "response"))]
+        line = [
+            item["loglikelihoods"],
+            *(item.get(key) for key in ("acc", "acc_norm", "exact_match", "response")),
+        ]
         lines.setdefault(item["task"], []).append(line)
     del found["perplexity"]["row_nll"]
-    keys = ("parameters", "weight_bytes", "perplexity", "tasks", "average", "chance", "samples", "formats")
+    keys = (
+        "parameters",
+        "weight_bytes",
+        "perplexity",
+        "tasks",
+        "average",
+        "chance",
+        "samples",
+        "formats",
+    )
     return {key: found[key] for key in keys if key in found} | {"items": lines}
 
 
@@ -439,7 +571,9 @@ def reported(world: World) -> Any:
     shown = [cell.strip() for line in lines if line[:1] == "|" for cell in line.split("|")]
     return {
         **{path.name: cells(path) for path in sorted(Path("data/report").glob("*.csv"))},
-        "cells": [cell for cell in shown if re.search(r"\d", cell) and not re.search("[a-z]", cell)],
+        "cells": [
+            cell for cell in shown if re.search(r"\d", cell) and not re.search("[a-z]", cell)
+        ],
     }
 
 
@@ -449,9 +583,15 @@ def _fixed(value: Any, seconds: float = 1.25) -> Any:
         return [_fixed(part, seconds) for part in value]
     if not isinstance(value, dict):
         return seconds if isinstance(value, float) else value
-    found = {key: _fixed(part, {"dense": 1.0, "pruned": 0.8}.get(key, seconds)) for key, part in value.items()}
+    found = {
+        key: _fixed(part, {"dense": 1.0, "pruned": 0.8}.get(key, seconds))
+        for key, part in value.items()
+    }
     for key in (key for key in value if key.endswith("_tokens_per_second")):
-        found[key] = round(value[key] * value[key.replace("tokens_per_second", "seconds")]["median"]) / seconds
+        found[key] = (
+            round(value[key] * value[key.replace("tokens_per_second", "seconds")]["median"])
+            / seconds
+        )
     return found
 
 
@@ -462,20 +602,30 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "greedy, MHA only": {"candidates": "mha"},
     "greedy, kl": {"metric": "kl"},
     "greedy, block_influence": {"metric": "block_influence"},
-    **{f"greedy per {price}": {"options": {"per": price}} for price in ("parameters", "kv", "latency")},
+    **{
+        f"greedy per {price}": {"options": {"per": price}}
+        for price in ("parameters", "kv", "latency")
+    },
     **{f"greedy, {name}": {"acceleration": name} for name in ("lazy", "race", "lazy+race")},
     "one_shot": {"method": "one_shot"},
     "one_shot, layers": {"method": "one_shot", "unit": "layer", "metric": "block_influence"},
     "random": {"method": "random"},
     "given": {"method": "given", "options": {"order": ["mha.2", "mlp.1", "mha.0,mlp.0"]}},
     "floating": {"method": "floating", "options": {"tries": 4}},
-    "floating, lazy+race": {"method": "floating", "options": {"tries": 4}, "acceleration": "lazy+race"},
+    "floating, lazy+race": {
+        "method": "floating",
+        "options": {"tries": 4},
+        "acceleration": "lazy+race",
+    },
 }
 PLANS: dict[str, tuple[Mapping[str, Any], tuple[str, ...]]] = {
     "greedy": (BLOCKS, ("0.2", "0.35", "3blocks", "0.25kv", "1.2x")),
     "layers": ({"unit": "layer"}, ("0.2", "2layers", "0.5kv")),
     "laco": ({"method": "laco", "options": {"count": 2}}, ("0.2", "1layers", "0.25kv")),
-    "laco of the paper": ({"method": "laco", "options": {"count": 2, "variant": "paper"}}, ("1layers", "2layers")),
+    "laco of the paper": (
+        {"method": "laco", "options": {"count": 2, "variant": "paper"}},
+        ("1layers", "2layers"),
+    ),
     "slicegpt": ({"method": "slicegpt"}, ("0.2",)),
     "narrow": ({"method": "narrow"}, ("0.1",)),
 }
@@ -489,38 +639,52 @@ EXPORTS: dict[str, tuple[Any, ...]] = {
 
 
 def loose(variant: str) -> float:
-    """The tolerance of losses on another processor: the weights of experts are a softmax in float32."""
+    """The tolerance of losses on another processor: the weights of experts are a softmax in
+    float32."""
     return 1e-6 if variant.startswith(("mixtral", "qwen3_moe")) else max(1e-8, tolerance(variant))
 
 
 ENTRIES: dict[str, dict[str, Entry]] = {
     "FETCH_VERSION": {"texts and items": Entry(fetched), "converted checkpoints": Entry(converted)},
     "CALIBRATION_VERSION": {
-        f"{packing}, split {split}": Entry(partial(rows, packing=packing, split=split, num_samples=6))
+        f"{packing}, split {split}": Entry(
+            partial(rows, packing=packing, split=split, num_samples=6)
+        )
         for packing in ("joined", "per_sample")
         for split in ("paper", "all")
     }
     | {"a mix": Entry(partial(rows, data=MIX, num_samples=6))},
-    "SCORE_VERSION": {variant: Entry(partial(losses, variant=variant), loose(variant)) for variant in VARIANTS},
+    "SCORE_VERSION": {
+        variant: Entry(partial(losses, variant=variant), loose(variant)) for variant in VARIANTS
+    },
     "SEARCH_VERSION": {
-        name: Entry(partial(search, section={"method": "greedy"} | section)) for name, section in SEARCHES.items()
+        name: Entry(partial(search, section={"method": "greedy"} | section))
+        for name, section in SEARCHES.items()
     }
     | {
-        f"greedy, {name}, 40 units": Entry(partial(made_up_search, acceleration=name)) for name in ("lazy", "lazy+race")
+        f"greedy, {name}, 40 units": Entry(partial(made_up_search, acceleration=name))
+        for name in ("lazy", "lazy+race")
     },
     "PLAN_VERSION": {
-        **{name: Entry(partial(plans, section=section, budgets=budgets)) for name, (section, budgets) in PLANS.items()},
+        **{
+            name: Entry(partial(plans, section=section, budgets=budgets))
+            for name, (section, budgets) in PLANS.items()
+        },
     },
     "WEIGHTS_VERSION": {
         "slicegpt": Entry(slicegpt),
         "refit": Entry(compensated, 1e-6),
         "trained": Entry(trained, 1e-6),
     },
-    "EXPORT_VERSION": {name: Entry(lambda world, how=how: checkpoint(world, *how)) for name, how in EXPORTS.items()},
+    "EXPORT_VERSION": {
+        name: Entry(lambda world, how=how: checkpoint(world, *how)) for name, how in EXPORTS.items()
+    },
     # lm-eval adds log-likelihoods in float32
-    "EVAL_VERSION": {what: Entry(partial(evaluated, what=what), 1e-5) for what in ("dense", "t0", "t1")},
+    "EVAL_VERSION": {
+        what: Entry(partial(evaluated, what=what), 1e-5) for what in ("dense", "t0", "t1")
+    },
     "REPORT_VERSION": {"report": Entry(reported, 1e-5)},
-}  # fmt: skip
+}
 """By the constant to raise when the numbers move."""
 
 # The files
@@ -554,7 +718,9 @@ def moved(golden: Any, now: Any, tolerance: float, where: tuple[str, ...] = ()) 
     """What differs, each difference in a line."""
     if isinstance(golden, dict) and isinstance(now, dict):
         for key in golden.keys() | now.keys():
-            yield from moved(golden.get(key, "nothing"), now.get(key, "nothing"), tolerance, (*where, key))
+            yield from moved(
+                golden.get(key, "nothing"), now.get(key, "nothing"), tolerance, (*where, key)
+            )
     elif isinstance(golden, list) and isinstance(now, list) and len(golden) == len(now):
         for index, (old, new) in enumerate(zip(golden, now, strict=True)):
             yield from moved(old, new, tolerance, (*where, str(index)))
@@ -580,15 +746,23 @@ def problem(constant: str, name: str, now: Any, file: Mapping[str, Any]) -> str:
         return ""
     more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
     return (
-        f"{name} moved: {'; '.join(lines[:3])}{more}, and {constant} is still {current()[constant]}: raise "
-        f"{constant} in blockpruner/versions.py and run `python -m tests.golden --write`, or undo the change"
+        f"{name} moved: {'; '.join(lines[:3])}{more}, and {constant} is still"
+        f" {current()[constant]}: raise {constant} in blockpruner/versions.py and run `python -m"
+        " tests.golden --write`, or undo the change"
     )
 
 
-def renew(constant: str, now: Mapping[str, Any], file: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """A file's new content, and the numbers that moved without a version: those stay as they are."""
+def renew(
+    constant: str, now: Mapping[str, Any], file: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """A file's new content, and the numbers that moved without a version: those stay as they
+    are."""
     is_raised = covering(constant) != file["versions"]
-    same = {} if is_raised else {name: file["numbers"][name] for name in now if name in file["numbers"]}
+    same = (
+        {}
+        if is_raised
+        else {name: file["numbers"][name] for name in now if name in file["numbers"]}
+    )
     refused = [text for name in same if (text := problem(constant, name, now[name], file))]
     return {"versions": covering(constant), "numbers": {**now, **same}}, refused
 

@@ -11,12 +11,36 @@ from blockpruner.evaluation.benchmarks import ACCURACIES, BENCHMARKS
 
 
 def command_line(checkpoint, task_dir, tasks, out, *options):
-    """Score a checkpoint without our package; returns lm-eval's results by task, and its items by task."""
-    code = "import sys; sys.modules['blockpruner'] = None; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
-    command = [sys.executable, "-c", code, "--model", "hf", "--tasks", ",".join(tasks), "--device", "cpu", *options]
-    command += ["--model_args", f"pretrained={checkpoint},trust_remote_code=True", "--batch_size", "8"]
+    """Score a checkpoint without our package; returns lm-eval's results by task, and its items by
+    task."""
+    code = (
+        "import sys; sys.modules['blockpruner'] = None; from lm_eval.__main__ import cli_evaluate;"
+        " cli_evaluate()"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "--model",
+        "hf",
+        "--tasks",
+        ",".join(tasks),
+        "--device",
+        "cpu",
+        *options,
+    ]
+    command += [
+        "--model_args",
+        f"pretrained={checkpoint},trust_remote_code=True",
+        "--batch_size",
+        "8",
+    ]
     command += ["--include_path", str(task_dir), "--log_samples", "--output_path", str(out)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(out / "modules"), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(out / "modules"),
+        "OMP_NUM_THREADS": "1",
+    }
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr
     (path,) = out.rglob("results_*.json")

@@ -1,4 +1,5 @@
-"""Oracles of the engine (numpy's numbers from whole forward passes), and engines that are watched or cramped."""
+"""Oracles of the engine (numpy's numbers from whole forward passes), and engines that are watched
+or cramped."""
 
 import weakref
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ LAYERS = 3
 MASKS = [
     parse_mask(text)
     for text in ("", "mha.0", "mlp.2", "mha.1,mlp.0", "mha.1,mlp.1", "mha.0,mha.1,mlp.1,mlp.2")
-] + [frozenset(all_blocks(LAYERS))]  # fmt: skip
+] + [frozenset(all_blocks(LAYERS))]
 model_of = cache(tiny_model)
 
 
@@ -73,13 +74,16 @@ class LiveBytes(TorchDispatchMode):
 
 
 class CrampedEngine(Engine):
-    """Runs out of memory where a batch has more than `rows` rows or `tokens` tokens to a row, but for those times
-    that `luck` says (True: it fits); keeps the walks, with those masks that each of them finished. Masks go one by one.
+    """Runs out of memory where a batch has more than `rows` rows or `tokens` tokens to a row, but
+    for those times that `luck` says (True: it fits); keeps the walks, with those masks that each of
+    them finished. Masks go one by one.
 
     Garbage is not collected: it takes 50 ms where torch is loaded, at each of hundreds of failures.
     """
 
-    def __init__(self, *args, rows: int = 1000, tokens: int = 1000, luck: Sequence[bool] = ()) -> None:
+    def __init__(
+        self, *args, rows: int = 1000, tokens: int = 1000, luck: Sequence[bool] = ()
+    ) -> None:
         super().__init__(*args)
         self.rows, self.tokens, self.luck = rows, tokens, iter(luck)
         self.walks: list[tuple[Task, list[Mask]]] = []
@@ -104,7 +108,9 @@ class CrampedEngine(Engine):
 
     def _allocate(self, rows: int, tokens: int, *rest: int) -> None:
         if (rows > self.rows or tokens > self.tokens) and not next(self.luck, False):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has too little.")
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has too little."
+            )
 
     def _block(self, block, hidden, *rest):
         self._allocate(*hidden.shape)
@@ -166,16 +172,22 @@ def other_model(variant):
 
 def values_of(engine, rows, metric, masks=MASKS, base=DENSE):
     metric = METRICS[metric] if isinstance(metric, str) else metric
-    tasks = [Task(span, tuple(masks), metric, base) for span in engine.row_batches(rows, range(len(rows)))]
+    tasks = [
+        Task(span, tuple(masks), metric, base)
+        for span in engine.row_batches(rows, range(len(rows)))
+    ]
     units = list(engine.run(tasks, rows))
-    found = {(unit.mask, unit.span[i]): value for unit in units for i, value in enumerate(unit.loss)}
+    found = {
+        (unit.mask, unit.span[i]): value for unit in units for i, value in enumerate(unit.loss)
+    }
     assert len(found) == sum(len(unit.loss) for unit in units) == len(masks) * len(rows)
     return found
 
 
 def recorded(model, base, tokens):
-    """What hooks see in the model without `base`: for each unit, a block or a layer, the state that it reads and the
-    one with what it adds, [T, H] each; from the model's own layers, not its `output_hidden_states`."""
+    """What hooks see in the model without `base`: for each unit, a block or a layer, the state that
+    it reads and the one with what it adds, [T, H] each; from the model's own layers, not its
+    `output_hidden_states`."""
     row, layers = model_family(model), decoder_layers(model)
     seen = {}
 
@@ -197,7 +209,11 @@ def recorded(model, base, tokens):
                 branch = row.branch(block.kind)
                 module, _ = branch.names(layer)
                 for part, end in ((branch.norm or module, 0), (branch.post or module, 1)):
-                    handles.append(getattr(layer, part).register_forward_hook(keep((block, end)), with_kwargs=True))
+                    handles.append(
+                        getattr(layer, part).register_forward_hook(
+                            keep((block, end)), with_kwargs=True
+                        )
+                    )
         with torch.no_grad():
             model(input_ids=ids, use_cache=False)
     for handle in handles:
@@ -219,7 +235,9 @@ def recorded(model, base, tokens):
 def influence(name, x, y):
     """From its formula: x is read, y = x + f goes on."""
     if name == "block_influence":
-        return 1 - np.mean((x * y).sum(-1) / (np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)))
+        return 1 - np.mean(
+            (x * y).sum(-1) / (np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1))
+        )
     if name == "relative_magnitude":
         return np.mean(np.linalg.norm(y - x, axis=-1) / np.linalg.norm(y, axis=-1))
     return np.sqrt(((y - x) ** 2).sum() / (y**2).sum())
@@ -229,12 +247,19 @@ def states_of(model, base, tokens):
     """What each layer reads, and what the last one leaves, [T, H] each."""
     seen, layers = [], decoder_layers(model)
     hooks = [
-        layer.register_forward_pre_hook(lambda _, args: seen.append(args[0][0].numpy()) if args else None)
+        layer.register_forward_pre_hook(
+            lambda _, args: seen.append(args[0][0].numpy()) if args else None
+        )
         for layer in layers
     ]
-    hooks.append(layers[-1].register_forward_hook(lambda _, args, out: seen.append(first_of(out)[0].numpy())))
+    hooks.append(
+        layers[-1].register_forward_hook(lambda _, args, out: seen.append(first_of(out)[0].numpy()))
+    )
     with masked(model, base), torch.no_grad():
-        model(input_ids=torch.tensor([[token if token >= 0 else ~token for token in tokens]]), use_cache=False)
+        model(
+            input_ids=torch.tensor([[token if token >= 0 else ~token for token in tokens]]),
+            use_cache=False,
+        )
     for hook in hooks:
         hook.remove()
     assert len(seen) == len(layers) + 1

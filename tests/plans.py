@@ -1,4 +1,5 @@
-"""Plans without a search, healed weights without healing, and fetched tiny checkpoints to export them from."""
+"""Plans without a search, healed weights without healing, and fetched tiny checkpoints to export
+them from."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ def plan_of(config: Mapping[str, Any] | Path, order: Sequence[str], /, **changes
     if isinstance(config, Path):
         config = read_json(config / "config.json")
     units = [parse_mask(unit) for unit in order]
-    current = Current("mask", "s", True, Score(method="greedy"), store={}, calibration={"rows": 3, "tokens": 30})
+    current = Current(
+        "mask", "s", True, Score(method="greedy"), store={}, calibration={"rows": 3, "tokens": 30}
+    )
     budget = f"{sum(map(len, units))}blocks"
     plan = choose(units, [2.0] * (len(units) + 1), config, budget, current)
     return replace(plan, **{"target": "t", "run": "r"} | changes)
@@ -48,15 +51,29 @@ def narrow_plan(config: Mapping[str, Any] | Path, kept: Mapping[str, Sequence[in
     if isinstance(config, Path):
         config = read_json(config / "config.json")
     width = int(config["intermediate_size"])
-    details = {"channels": {name: format_channels(channels, width) for name, channels in kept.items()}, "cost": 0.5}
+    details = {
+        "channels": {name: format_channels(channels, width) for name, channels in kept.items()},
+        "cost": 0.5,
+    }
     gone = sum(width - len(channels) for channels in kept.values())
     pruned = count_parameters(config).total - gone * channel_parameters(config)
-    current = Current("narrow", "s", False, Score(method="narrow"), store={}, calibration={"rows": 3, "tokens": 30})
-    plan = make_plan(current, "0.1", config, perplexities=(2.0, None), pruned=pruned, details=details)
+    current = Current(
+        "narrow",
+        "s",
+        False,
+        Score(method="narrow"),
+        store={},
+        calibration={"rows": 3, "tokens": 30},
+    )
+    plan = make_plan(
+        current, "0.1", config, perplexities=(2.0, None), pruned=pruned, details=details
+    )
     return replace(plan, target="t", run="r")
 
 
-def pruning(dense: Path, plan: Plan, dtype: str = "float32", rows: Rows = (), **more: Any) -> Pruning:
+def pruning(
+    dense: Path, plan: Plan, dtype: str = "float32", rows: Rows = (), **more: Any
+) -> Pruning:
     return Pruning(dense, plan, CalibrationSet(tuple(rows)), dtype, "cpu", **more)
 
 
@@ -67,9 +84,13 @@ def fetch(source: Path, out: Path, **settings: Any) -> Path:
     return out
 
 
-def fetch_tiny(folder: Path, family: str = "llama", layers: int = 4, dtype: str = "float32", **config: Any) -> Path:
+def fetch_tiny(
+    folder: Path, family: str = "llama", layers: int = 4, dtype: str = "float32", **config: Any
+) -> Path:
     """A fetched tiny checkpoint at <folder>/model."""
-    return fetch(save_tiny(folder / "mine", family, layers, **config), folder / "model", dtype=dtype)
+    return fetch(
+        save_tiny(folder / "mine", family, layers, **config), folder / "model", dtype=dtype
+    )
 
 
 def save_pruned(model: PreTrainedModel, directory: Path) -> None:
@@ -92,5 +113,9 @@ def healed_of(dense: Path, plan: Plan, folder: Path, weights: Mapping[str, Tenso
 def with_weights(dense: Path, out: Path, weights: Mapping[str, Tensor]) -> Path:
     """A copy of a checkpoint directory with other weights."""
     shutil.copytree(dense, out)
-    save_file(load_file(dense / "model.safetensors") | weights, out / "model.safetensors", {"format": "pt"})
+    save_file(
+        load_file(dense / "model.safetensors") | weights,
+        out / "model.safetensors",
+        {"format": "pt"},
+    )
     return out

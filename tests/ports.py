@@ -5,8 +5,8 @@ import socket
 
 
 def free_port() -> int:
-    """On loopback; outside of the range that the system gives to connections and to port 0, from which a process of
-    another test could take it meanwhile, and of Ray's workers'."""
+    """On loopback; outside of the range that the system gives to connections and to port 0, from
+    which a process of another test could take it meanwhile, and of Ray's workers'."""
     for port in random.sample(range(20_000, 32_000), 100):
         with socket.socket() as probe:
             try:

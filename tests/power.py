@@ -1,15 +1,16 @@
 """What a disk holds after a kill or a cut of power, before any write of a piece of work.
 
-Decides what a write is (a sync, a rename, a link, a new folder) and which of the writes before the cut survive. The
-work runs in a forked child. Files are looked at when they are synced, so writes in C++ are seen as well.
+Decides what a write is (a sync, a rename, a link, a new folder) and which of the writes before the
+cut survive. The work runs in a forked child. Files are looked at when they are synced, so writes in
+C++ are seen as well.
 
 - `killed`: the process dies, and all that it has written stays.
-- `lost`: power is cut. The disk has what was synced and nothing else: files as at their last sync, folders with the
-  names of theirs. No file system may keep less.
-- `full`: the disk is full from this write on, which fails, as does every later one. A file that is opened to be written
-  counts as a write, too.
-- `reordered`: power is cut. The disk has all names, but of content only what was synced, and half of a new file that
-  never was. File systems that write names before data do this.
+- `lost`: power is cut. The disk has what was synced and nothing else: files as at their last sync,
+  folders with the names of theirs. No file system may keep less.
+- `full`: the disk is full from this write on, which fails, as does every later one. A file that is
+  opened to be written counts as a write, too.
+- `reordered`: power is cut. The disk has all names, but of content only what was synced, and half
+  of a new file that never was. File systems that write names before data do this.
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ Image = dict[str, bytes | None]
 """Content by path; None for a folder."""
 
 
-def forked(folder: Path, work: Callable[[], object], log: Path, cut: int = 0, mode: str = "killed") -> tuple[int, int]:
-    """Do the work in a child process within a folder; power is cut before one of its writes, and the folder is then
-    what the disk holds.
+def forked(
+    folder: Path, work: Callable[[], object], log: Path, cut: int = 0, mode: str = "killed"
+) -> tuple[int, int]:
+    """Do the work in a child process within a folder; power is cut before one of its writes, and
+    the folder is then what the disk holds.
 
     Args:
         log: gets the output.
@@ -57,7 +60,10 @@ def forked(folder: Path, work: Callable[[], object], log: Path, cut: int = 0, mo
                     stream.flush()
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
-            sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115 (the fork's own)
+            sys.stdout, sys.stderr = (
+                open(number, "w", buffering=1, closefd=False)  # noqa: SIM115 (the fork's own)
+                for number in (1, 2)
+            )
             recorder = Recorder(folder, cut, mode, notes)
             work()
             code = 0
@@ -88,7 +94,8 @@ class Recorder:
         self.folder, self.cut, self.mode, self.notes, self.writes = str(folder), cut, mode, notes, 0
         self.process = os.getpid()
         self.names: dict[int, dict[str, tuple[int, bool]]] = {}
-        """Of each folder, by inode, at its last sync: the inode of each name, and whether it is a folder."""
+        """Of each folder, by inode, at its last sync: the inode of each name, and whether it is a
+        folder."""
         self.content: dict[int, bytes] = {}
         """Of each file, by inode, at its last sync."""
         self.held: dict[int, int] = {}
@@ -109,13 +116,17 @@ class Recorder:
             os.close(self.held[inode])
         self.held[inode] = descriptor
         try:
-            self.names[inode] = {each.name: (each.inode(), each.is_dir()) for each in os.scandir(descriptor)}
+            self.names[inode] = {
+                each.name: (each.inode(), each.is_dir()) for each in os.scandir(descriptor)
+            }
         except NotADirectoryError:
             self.content[inode] = Path(path).read_bytes()
 
     def counted(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def write(*arguments: Any, **options: Any) -> Any:
-            if os.getpid() != self.process or not self.is_within(arguments[name in ("replace", "rename", "link")]):
+            if os.getpid() != self.process or not self.is_within(
+                arguments[name in ("replace", "rename", "link")]
+            ):
                 return original(*arguments, **options)
             if name == "open" and not set("wax+") & set((*arguments, options.get("mode", "r"))[1]):
                 return original(*arguments, **options)
@@ -134,15 +145,24 @@ class Recorder:
         return write
 
     def is_within(self, place: Any) -> bool:
-        """Whether a path or an open file is in the folder: caches of libraries elsewhere do not count."""
-        path = Path(f"/proc/self/fd/{place}").readlink() if isinstance(place, int) else Path.cwd() / place
+        """Whether a path or an open file is in the folder: caches of libraries elsewhere do not
+        count."""
+        path = (
+            Path(f"/proc/self/fd/{place}").readlink()
+            if isinstance(place, int)
+            else Path.cwd() / place
+        )
         return str(path).startswith(self.folder)
 
     def note(self, image: Image | None) -> None:
         self.notes.write_bytes(pickle.dumps((self.writes, image)))
 
     def image(self) -> Iterator[tuple[str, bytes | None]]:
-        return self.promised(self.folder, Path(self.folder).stat().st_ino) if self.mode == "lost" else self.named()
+        return (
+            self.promised(self.folder, Path(self.folder).stat().st_ino)
+            if self.mode == "lost"
+            else self.named()
+        )
 
     def promised(self, path: str, inode: int) -> Iterator[tuple[str, bytes | None]]:
         """What was synced of a folder; a name may be on disk before its content."""

@@ -26,6 +26,10 @@ def processes_in(folder):
     found = set()
     for entry in Path("/proc").iterdir():
         with suppress(OSError):  # it has ended meanwhile
-            if entry.name.isdecimal() and (entry / "cwd").readlink() == folder and alive(entry.name):
+            if (
+                entry.name.isdecimal()
+                and (entry / "cwd").readlink() == folder
+                and alive(entry.name)
+            ):
                 found.add(int(entry.name))
     return found

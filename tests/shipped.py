@@ -1,4 +1,5 @@
-"""Our own texts as tests have them: two small kinds in files. The real ones are downloaded from a package index."""
+"""Our own texts as tests have them: two small kinds in files. The real ones are downloaded from a
+package index."""
 
 import json
 from pathlib import Path
@@ -10,8 +11,22 @@ from blockpruner.inputs import sources
 
 REAL = sources.OURS
 WORDS = (
-    "the", "a", "cat", "dog", "runs", "sits", "on", "under", "red", "blue", "house", "tree", "was", "very", "small",
-)  # fmt: skip
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "runs",
+    "sits",
+    "on",
+    "under",
+    "red",
+    "blue",
+    "house",
+    "tree",
+    "was",
+    "very",
+    "small",
+)
 
 
 def texts_of(kind: str, count: int = 48) -> list[str]:
@@ -33,6 +48,8 @@ def write_shipped(folder: Path) -> dict[str, object]:
 def replace_shipped(folder: Path) -> None:
     """Let this process have these texts."""
     own = folder / sources.SOURCES
-    values = yaml.safe_load(REAL.read_text(encoding="utf-8")) | {sources.SHIPPED: write_shipped(folder)}
+    values = yaml.safe_load(REAL.read_text(encoding="utf-8")) | {
+        sources.SHIPPED: write_shipped(folder)
+    }
     own.write_text(yaml.safe_dump(values))
     sources.OURS = own

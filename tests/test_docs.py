@@ -1,4 +1,5 @@
-"""The pages: no dead link, no dead anchor, no page that nothing lists, and no command that is not one."""
+"""The pages: no dead link, no dead anchor, no page that nothing lists, and no command that is not
+one."""
 
 import re
 import shlex
@@ -34,7 +35,8 @@ def prose(page):
 
 
 def anchors(page):
-    """As forges name headings: small letters, without punctuation, blanks as hyphens, a number where one is there."""
+    """As forges name headings: small letters, without punctuation, blanks as hyphens, a number
+    where one is there."""
     found = []
     for title in re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE):
         plain = re.sub(r"\[(.*?)\]\(.*?\)", r"\1", title).lower()
@@ -69,7 +71,9 @@ def test_every_page_is_listed():
     index = ROOT / "docs/README.md"
     linked = {(index.parent / target).resolve() for target in LINK.findall(prose(index))}
     assert {page for page in LISTED if page != index} <= linked
-    nav = re.findall(r"\S+\.md", yaml.safe_dump(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
+    nav = re.findall(
+        r"\S+\.md", yaml.safe_dump(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    )
     assert set(names(LISTED)) <= set(nav) <= set(names(PAGES)) and len(nav) == len(set(nav))
 
 
@@ -77,7 +81,9 @@ def commands():
     """Every call of our command in a code block, with the page."""
     for page in PAGES:
         for block in re.findall(
-            r"^ *```console\n(.*?)^ *```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+            r"^ *```console\n(.*?)^ *```$",
+            page.read_text(encoding="utf-8"),
+            re.DOTALL | re.MULTILINE,
         ):
             for line in block.replace("\\\n", " ").splitlines():
                 if line.strip().startswith("blockpruner "):
@@ -113,13 +119,15 @@ def project_commands(text):
 
 
 def missing(command):
-    """What a command names that is not there: a module, an option of one of ours, a target, a stage or a run."""
+    """What a command names that is not there: a module, an option of one of ours, a target, a stage
+    or a run."""
     program, *words = shlex.split(command.removeprefix(".venv/bin/"))
     if program == "python":
         return missing_of_module(*words[1:])
     if program == "make":
         rules = re.findall(r"^([\w -]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        targets = {word for word in words if not re.match(r"[A-Z]+=", word)}  # not settings of variables
+        # not settings of variables
+        targets = {word for word in words if not re.match(r"[A-Z]+=", word)}
         return targets - {target for rule in rules for target in rule.split()}
     try:
         parsed = get_main_parser().parse_args(words)
@@ -145,7 +153,9 @@ def missing_of_module(module, *words):
     return {option for option in options if f'"{option}"' not in code}
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "benchmarks/README.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "benchmarks/README.md"], ids=lambda page: page.name
+)
 def test_what_a_command_of_a_page_names_is_there(page):
     commands = sorted(set(project_commands(page.read_text(encoding="utf-8"))))
     assert {command: missing(command) for command in commands if missing(command)} == {}
@@ -171,7 +181,9 @@ def test_a_wrong_command_would_be_seen(command):
 
 
 def test_each_short_description_names_what_the_default_removes():
-    assert {"narrow", "layers"} < RECIPES[RECOMMENDED].searches.keys()  # channels of MLPs, and layers
+    assert {"narrow", "layers"} < RECIPES[
+        RECOMMENDED
+    ].searches.keys()  # channels of MLPs, and layers
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     descriptions = {
         "README.md": (ROOT / "README.md").read_text().split("\n\n")[1],
@@ -181,7 +193,9 @@ def test_each_short_description_names_what_the_default_removes():
         "help(blockpruner)": blockpruner.__doc__,
         "help(blockpruner.prune)": blockpruner.prune.__doc__.split("Args:")[0],
     }
-    assert [name for name, text in descriptions.items() if not ("channels" in text and "layers" in text)] == []
+    assert [
+        name for name, text in descriptions.items() if not ("channels" in text and "layers" in text)
+    ] == []
 
 
 def test_the_page_describes_every_column_of_a_score_table():
@@ -194,19 +208,28 @@ def test_the_page_gives_the_rows_that_the_study_gives_to_slicegpt():
     study = yaml.safe_load((ROOT / "studies/seed.yaml").read_text())["experiments"]["slicegpt"]
     run = yaml.safe_load((ROOT / f"runs/{study['run']}.yaml").read_text())["calibration"]
     rows, tokens = study["calibrations"][""]["num_rows"], run["seq_len"]
-    assert f"SliceGPT on {rows} rows of {tokens} tokens" in " ".join((ROOT / "docs/methods.md").read_text().split())
+    assert f"SliceGPT on {rows} rows of {tokens} tokens" in " ".join(
+        (ROOT / "docs/methods.md").read_text().split()
+    )
 
 
 def test_the_page_says_how_the_study_accelerates_its_searches():
     run = yaml.safe_load((ROOT / "runs/smollm2-seed.yaml").read_text())
-    section = (ROOT / "docs/methods.md").read_text().partition("## How methods are compared")[2].partition("\n## ")[0]
+    section = (
+        (ROOT / "docs/methods.md")
+        .read_text()
+        .partition("## How methods are compared")[2]
+        .partition("\n## ")[0]
+    )
     assert f"`{run['score']['acceleration']}`" in section
 
 
 def test_every_test_that_the_table_of_attackers_names_is_there():
     """`file::test` names a file, `::test` one of the file before."""
     root = Path(__file__).parents[1]
-    named = re.findall(r"`([\w/]*(?:\.py)?)::(\w+)`", (root / "SECURITY.md").read_text(encoding="utf-8"))
+    named = re.findall(
+        r"`([\w/]*(?:\.py)?)::(\w+)`", (root / "SECURITY.md").read_text(encoding="utf-8")
+    )
     assert len(named) > 10
     path = root
     for file, test in named:

@@ -25,7 +25,11 @@ from tests.tiny import VOCABULARY, save_tiny, tiny_model, tiny_tokenizer
 
 PAGE = Path(__file__).parents[1] / "docs" / "extend.md"
 EXAMPLES = dict(
-    re.findall(r"\n## ([^\n]*)\n(?:(?!\n## ).)*?```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    re.findall(
+        r"\n## ([^\n]*)\n(?:(?!\n## ).)*?```python\n(.*?)```",
+        PAGE.read_text(encoding="utf-8"),
+        flags=re.DOTALL,
+    )
 )
 TEXTS = [f"sentence {number} of a small calibration set, with some words" for number in range(6)]
 
@@ -54,7 +58,9 @@ def test_a_search():
     assert [unit.partition(".")[0] for unit in plan.order] == ["mlp", "mha", "mlp"]
 
 
-def test_a_study_has_every_method_at_the_sizes_that_it_measured_in_one_table_and_figure(tmp_path, monkeypatch):
+def test_a_study_has_every_method_at_the_sizes_that_it_measured_in_one_table_and_figure(
+    tmp_path, monkeypatch
+):
     """The page's study, with made-up points: rises are known, and so is each cell."""
     text = re.search(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1]
     (tmp_path / "studies").mkdir()
@@ -70,13 +76,35 @@ def test_a_study_has_every_method_at_the_sizes_that_it_measured_in_one_table_and
         ("turns", "refit"): 1.3,
     }
     base = {"plan": "mha.0", "mha": 1, "mlp": 0, "items": "{}", "calibration": ""}
-    rows = [{**base, "method": "dense", "heal": "", "seed": 0, "budget": "", "ratio": 0.0, "nll": [2.0] * 4}]
-    for seed, method, budget, heal in product(asked.seeds, asked.methods, asked.budgets, asked.heal):
+    rows = [
+        {
+            **base,
+            "method": "dense",
+            "heal": "",
+            "seed": 0,
+            "budget": "",
+            "ratio": 0.0,
+            "nll": [2.0] * 4,
+        }
+    ]
+    for seed, method, budget, heal in product(
+        asked.seeds, asked.methods, asked.budgets, asked.heal
+    ):
         rise = math.log(factors[method, heal]) * float(budget) / 0.04
-        own = {"method": method, "heal": heal, "seed": seed, "budget": budget, "ratio": float(budget) + 0.003}
+        own = {
+            "method": method,
+            "heal": heal,
+            "seed": seed,
+            "budget": budget,
+            "ratio": float(budget) + 0.003,
+        }
         rows.append({**base, **own, "nll": [2.0 + rise] * 4})
     about = {"kinds": json.dumps(texts), "digest": "d"}
-    write_table(tmp_path / "data/evidence/mine-one/points.parquet", pa.Table.from_pylist(rows, schema=POINTS), about)
+    write_table(
+        tmp_path / "data/evidence/mine-one/points.parquet",
+        pa.Table.from_pylist(rows, schema=POINTS),
+        about,
+    )
     render, labels = curves.plots.render, dict[str, set[str]]()
 
     def rendered(name, caption, size, fill):
@@ -88,7 +116,11 @@ def test_a_study_has_every_method_at_the_sizes_that_it_measured_in_one_table_and
     write_tables("mine", tmp_path / "data")
     (table,) = (tmp_path / "data/tables/mine/tables").glob("*sizes.csv")
     found = pd.read_csv(table)
-    assert len(found) == 8 and set(found["removed_pct"].round(6)) == {4.3, 8.3} and set(found["draws"]) == {3}
+    assert (
+        len(found) == 8
+        and set(found["removed_pct"].round(6)) == {4.3, 8.3}
+        and set(found["draws"]) == {3}
+    )
     cells = found.set_index(["method", "healing", "removed_pct"])["heldout_x"]
     titles = {"blockpruner": "BlockPruner", "turns": "turns"}
     for (method, heal), factor in factors.items():
@@ -102,9 +134,16 @@ def test_a_family(tmp_path, monkeypatch):
     monkeypatch.setattr(FAMILIES, "_rows", dict(FAMILIES))
     torch.manual_seed(0)
     config = GemmaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=128, initializer_range=0.5,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        initializer_range=0.5,
+    )
     gemma = GemmaForCausalLM(config).eval().requires_grad_(False)
     pruned = run("A model family", gemma=gemma, folder=tmp_path)["pruned"]
     assert len(parse_mask(",".join(pruned.plan.removed))) == 3
@@ -144,7 +183,11 @@ def test_the_notebook(tmp_path, monkeypatch, capsys):
         if cell["cell_type"] == "code":
             exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
     said = capsys.readouterr().out
-    assert f"{names['pruned'].plan.ratio:.2%} removed" in said and "95 % interval" in said and "rivals" in said
+    assert (
+        f"{names['pruned'].plan.ratio:.2%} removed" in said
+        and "95 % interval" in said
+        and "rivals" in said
+    )
     assert said.endswith("True True\n")
     drawn = [dot for line in names["axes"].get_lines() for dot in line.get_xdata()]
     assert sorted(drawn) == sorted([*range(6)] * 2)

@@ -13,7 +13,9 @@ def world(tmp_path_factory):
     return World(tmp_path_factory.mktemp("golden"))
 
 
-@pytest.mark.parametrize(("constant", "name"), [(c, name) for c, names in ENTRIES.items() for name in names])
+@pytest.mark.parametrize(
+    ("constant", "name"), [(c, name) for c, names in ENTRIES.items() for name in names]
+)
 def test_numbers_are_golden(world, constant, name):
     if reason := problem(constant, name, measure(world, constant, name), kept(constant)):
         pytest.fail(reason, pytrace=False)
@@ -39,7 +41,10 @@ def reversed_rows(world, monkeypatch):
 def test_a_number_that_moves_names_its_version_and_is_not_written(reversed_rows):
     file = kept(OWN)
     reason = problem(OWN, NAME, reversed_rows, file)
-    assert reason.startswith(f"{NAME} moved: 0 / ") and f"and {OWN} is still {current()[OWN]}: raise {OWN} in" in reason
+    assert (
+        reason.startswith(f"{NAME} moved: 0 / ")
+        and f"and {OWN} is still {current()[OWN]}: raise {OWN} in" in reason
+    )
     content, refused = renew(OWN, file["numbers"] | {NAME: reversed_rows}, file)
     assert content == file and refused == [reason]
 

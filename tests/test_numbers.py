@@ -9,7 +9,8 @@ A result in the text of a page stands in one of three markers, each ended by `<!
     <!-- not kept: one check of three layers -->1.41 against 1.49<!-- / -->
         no file holds it. The words say why; they are for editors.
 
-`<!-- table: ... -->` blocks are filled as values are. Settings, such as a budget of 10 %, are no results.
+`<!-- table: ... -->` blocks are filled as values are. Settings, such as a budget of 10 %, are no
+results.
 """
 
 import fnmatch
@@ -45,10 +46,14 @@ SETTINGS = {
     },
     "docs/results.md": {
         "a factor of 1.5 is 0.41 nats": "a definition",
-        "factors below 1.2 at 10 %, and below 1.65 at 20 and 30 %": "the limits of verdicts of one draw",
+        "factors below 1.2 at 10 %, and below 1.65 at 20 and 30 %": (
+            "the limits of verdicts of one draw"
+        ),
         "factors of 1.2 (10 %) or 1.65 (20 and 30 %)": "the same",
         "the limit of 1.2": "the same",
-        "10 % of all parameters are 13 % of the blocks' on SmolLM2, 18 % on Qwen, and 27 % on Gemma": "sizes of models",
+        "10 % of all parameters are 13 % of the blocks' on SmolLM2, 18 % on Qwen, and 27 % on Gemma": (
+            "sizes of models"
+        ),
         "which is 54 % of its blocks": "sizes of models",
         "guessing: 35 %": "what the numbers of answers give",
         "at 11.8 % the KV cache": "the size of a model",
@@ -64,8 +69,16 @@ SETTINGS = {
 
 PAPER, VERSION, MODEL = "the number of a paper", "a version", "a model's name"
 SETTINGS |= {
-    "CHANGELOG.md": {"arXiv 2406.10594": PAPER, "ERNIE 4.5": MODEL, "a card of 80 GB": "a card that is sold"},
-    "CONTRIBUTING.md": {"Python 3.11": VERSION, "3.13": VERSION, "an environment of 3.4 GB": "what a download takes"},
+    "CHANGELOG.md": {
+        "arXiv 2406.10594": PAPER,
+        "ERNIE 4.5": MODEL,
+        "a card of 80 GB": "a card that is sold",
+    },
+    "CONTRIBUTING.md": {
+        "Python 3.11": VERSION,
+        "3.13": VERSION,
+        "an environment of 3.4 GB": "what a download takes",
+    },
     "SECURITY.md": {},
     "benchmarks/README.md": {},
     "docs/README.md": {},
@@ -74,10 +87,17 @@ SETTINGS |= {
     "docs/extend.md": {},
     "docs/faq.md": {},
     "docs/glossary.md": {},
-    "docs/large-models.md": {"a card of 80 GB": "a card that is sold", "A card of 24 GB": "a card that is sold"},
+    "docs/large-models.md": {
+        "a card of 80 GB": "a card that is sold",
+        "A card of 24 GB": "a card that is sold",
+    },
     "docs/methods.md": {
-        **dict.fromkeys(("2406.10594", "2402.09025", "2403.03853", "2405.18218", "2312.09299"), PAPER),
-        **dict.fromkeys(("2402.11187", "2401.15024", "2410.14649", "2406.15786", "2302.04089"), PAPER),
+        **dict.fromkeys(
+            ("2406.10594", "2402.09025", "2403.03853", "2405.18218", "2312.09299"), PAPER
+        ),
+        **dict.fromkeys(
+            ("2402.11187", "2401.15024", "2410.14649", "2406.15786", "2302.04089"), PAPER
+        ),
         "lost more than 1.2 times the mean": "the rule of a warning",
         "of two within 2 % of each other": "a rule of the choice",
         "75, 50, 25 and 0 % of its change": "what is tried",
@@ -112,7 +132,8 @@ INLINE = re.compile(r"`[^`]*`|\]\([^)]*\)|<!--.*?-->", re.DOTALL)
 NUMBER = r"(?<![\w.])(?<!\w-)\d[\d,]*"
 UNITS = r"(?:MB|GB|GiB|MiB|tok/s|ms|seconds?|minutes?|hours?|days?|points?|times)\b"
 RESULT = re.compile(
-    rf"{NUMBER}\.\d+(?![\w.]*\w)(?:\s?%)?"  # a decimal fraction, unless it is of a name (0.5B) or a version (1.2.3)
+    # a decimal fraction, unless it is of a name (0.5B) or a version (1.2.3)
+    rf"{NUMBER}\.\d+(?![\w.]*\w)(?:\s?%)?"
     rf"|{NUMBER} to \d[\d,]*\s%"  # a range of percents
     rf"|{NUMBER}\s?(?:%|per\scent)"
     rf"|{NUMBER}\s{UNITS}"
@@ -127,11 +148,17 @@ def unmarked(text, phrases=()):
     for phrase in phrases:
         text = text.replace(phrase, " ")
     results = [found[0] for found in RESULT.finditer(text)]
-    return [result for result in results if result.removesuffix("%").strip() not in SET_PERCENTS or "%" not in result]
+    return [
+        result
+        for result in results
+        if result.removesuffix("%").strip() not in SET_PERCENTS or "%" not in result
+    ]
 
 
 def test_every_page_is_checked():
-    kept = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    kept = subprocess.run(
+        ["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert set(kept.split()) == {*PAGES, "blockpruner/reporting/page.md"}  # a template
 
 
@@ -148,7 +175,9 @@ def test_the_settings_of_a_page_stand_in_it(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_git_keeps_each_file_that_a_number_is_from(page):
-    kept = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    kept = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\n")
     text = (ROOT / page).read_text(encoding="utf-8")
     named = {file for found in FROM.finditer(text) for file in found["files"].split()}
     assert [pattern for pattern in sorted(named) if not fnmatch.filter(kept, pattern)] == []
@@ -156,9 +185,10 @@ def test_git_keeps_each_file_that_a_number_is_from(page):
 
 def test_results_are_distinguished_from_settings():
     text = (
-        "Qwen2.5-Coder-0.5B and SmolLM2-135M at 10 and 20 %, 95 % brackets; `--budget 0.15` [a](b-1.5.md)\n"
-        "costs 1.33, 37 %, 20 to 50 %, 9 times, 106 MB or 7\nminutes; <!-- value: t; a=1; b -->2.03<!-- / -->,\n"
-        "<!-- from: docs/a.csv -->1.18<!-- / --> and <!-- not kept: one check -->1.41<!-- / -->"
+        "Qwen2.5-Coder-0.5B and SmolLM2-135M at 10 and 20 %, 95 % brackets; `--budget 0.15`"
+        " [a](b-1.5.md)\ncosts 1.33, 37 %, 20 to 50 %, 9 times, 106 MB or 7\nminutes; <!-- value:"
+        " t; a=1; b -->2.03<!-- / -->,\n<!-- from: docs/a.csv -->1.18<!-- / --> and <!-- not kept:"
+        " one check -->1.41<!-- / -->"
     )
     assert unmarked(text) == ["1.33", "37 %", "20 to 50 %", "9 times", "106 MB", "7 minutes"]
     assert unmarked(text, ["costs 1.33, 37 %"]) == ["20 to 50 %", "9 times", "106 MB", "7 minutes"]
@@ -180,7 +210,8 @@ def of_models(name, **where):
 
 
 def worst(regrets):
-    """The largest of three models' regrets, by method; methods that not all models have are left out."""
+    """The largest of three models' regrets, by method; methods that not all models have are left
+    out."""
     return pd.concat(regrets, axis=1).dropna().max(axis=1)
 
 
@@ -191,23 +222,29 @@ def span(values, form):
 def healed_share(model, *sizes):
     """Which share of the loss a refit takes away, in percent."""
     frame = results(f"{model}-sizes")
-    shares = [1 - np.log(frame[f"refit_{size}_pct_x"]) / np.log(frame[f"plain_{size}_pct_x"]) for size in sizes]
+    shares = [
+        1 - np.log(frame[f"refit_{size}_pct_x"]) / np.log(frame[f"plain_{size}_pct_x"])
+        for size in sizes
+    ]
     return span(np.concatenate(shares), lambda share: f"{100 * share:.0f}") + " %"
 
 
 def twice(model):
     """How many times the loss at 10 % that at 20 % is."""
     frame = results(f"{model}-sizes")
-    return span(np.log(frame["refit_20_pct_x"]) / np.log(frame["refit_10_pct_x"]), "{:.1f}".format) + " times"
+    return (
+        span(np.log(frame["refit_20_pct_x"]) / np.log(frame["refit_10_pct_x"]), "{:.1f}".format)
+        + " times"
+    )
 
 
 def by_mean():
     x = [frame["refit_10_pct_x"] for frame in of_models("sizes")]
     regret = worst([each / each.min() for each in x])
     return (
-        "{narrower MLPs:.2f}, shifted layers {greedy shifted layers:.2f}, BlockPruner {BlockPruner:.2f}, greedy layers "
-        "{greedy layers:.2f}, Relative Magnitude {Relative Magnitude:.2f} (Frobenius "
-        "{Relative Magnitude, Frobenius:.2f}), ShortGPT {ShortGPT:.2f}"
+        "{narrower MLPs:.2f}, shifted layers {greedy shifted layers:.2f}, BlockPruner"
+        " {BlockPruner:.2f}, greedy layers {greedy layers:.2f}, Relative Magnitude {Relative"
+        " Magnitude:.2f} (Frobenius {Relative Magnitude, Frobenius:.2f}), ShortGPT {ShortGPT:.2f}"
     ).format_map(regret)
 
 
@@ -216,8 +253,8 @@ def by_worst_kind():
     x = [frame[kinds].max(axis=1) for frame in of_models("texts-10", healing="refit")]
     regret = worst([each / each.min() for each in x])
     return (
-        "{greedy shifted layers:.2f}, BlockPruner {BlockPruner:.2f}, channels {narrower MLPs:.2f}, greedy layers "
-        "{greedy layers:.2f}"
+        "{greedy shifted layers:.2f}, BlockPruner {BlockPruner:.2f}, channels {narrower MLPs:.2f},"
+        " greedy layers {greedy layers:.2f}"
     ).format_map(regret)
 
 
@@ -229,9 +266,15 @@ def other_kinds():
 
 def single_attentions():
     """The five single attentions that cost least, in the table of masks."""
-    nll = pd.read_parquet(ROOT / "data/evidence/searches.parquet").set_index("mask")["nll"].map(np.mean)
+    nll = (
+        pd.read_parquet(ROOT / "data/evidence/searches.parquet")
+        .set_index("mask")["nll"]
+        .map(np.mean)
+    )
     singles = nll[nll.index.str.fullmatch(r"mha\.\d+")]
-    *most, last = [f"{np.exp(x):.3f} ({mask})" for mask, x in (singles - nll[""]).nsmallest(5).items()]
+    *most, last = [
+        f"{np.exp(x):.3f} ({mask})" for mask, x in (singles - nll[""]).nsmallest(5).items()
+    ]
     return f"{', '.join(most)} and {last}"
 
 
@@ -250,12 +293,17 @@ DERIVED = [
 
 @pytest.mark.parametrize(("page", "compute"), DERIVED)
 def test_a_number_that_is_computed_from_files_is_right(page, compute):
-    marked = [" ".join(found["text"].split()) for found in FROM.finditer((ROOT / page).read_text(encoding="utf-8"))]
+    marked = [
+        " ".join(found["text"].split())
+        for found in FROM.finditer((ROOT / page).read_text(encoding="utf-8"))
+    ]
     assert compute() in marked
 
 
 def test_the_study_counts_the_experiments_that_never_ran():
-    declared = yaml.safe_load((ROOT / "studies/seed.yaml").read_text(encoding="utf-8"))["experiments"]
+    declared = yaml.safe_load((ROOT / "studies/seed.yaml").read_text(encoding="utf-8"))[
+        "experiments"
+    ]
     missing = [name for name in declared if not (ROOT / f"data/evidence/seed-{name}").exists()]
     page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     assert f"{len(missing)} of {len(declared)} in `studies/seed.yaml`" in page

@@ -1,6 +1,8 @@
-"""What is installed by which name: the library without extras, each extra, the DAG; and what is imported of it.
+"""What is installed by which name: the library without extras, each extra, the DAG; and what is
+imported of it.
 
-The oracle is the metadata of the installed packages: what a package requires, and which modules it brings.
+The oracle is the metadata of the installed packages: what a package requires, and which modules it
+brings.
 """
 
 import json
@@ -27,7 +29,17 @@ ENGINES = {"verify_mlx.py", "verify_llama_cpp.py", "vllm_models.py", "mlx_blockp
 NO_MODULES = {"__init__.py", "__main__.py", *ENGINES}
 """What is not imported by its name."""
 
-NOT_WINDOWS = ["fork", "killpg", "getuid", "getpgid", "setsid", "preadv", "posix_fadvise", "posix_fallocate", "statvfs"]
+NOT_WINDOWS = [
+    "fork",
+    "killpg",
+    "getuid",
+    "getpgid",
+    "setsid",
+    "preadv",
+    "posix_fadvise",
+    "posix_fallocate",
+    "statvfs",
+]
 IMPORT_ALL = """
 import builtins, sys, types
 from blockpruner.core.errors import MissingPackageError
@@ -59,7 +71,9 @@ def closure(requirements):
         requirement = queue.pop()
         name = canonicalize_name(requirement.name)
         for extra in ("", *requirement.extras):
-            if (name, extra) in seen or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            if (name, extra) in seen or (
+                requirement.marker and not requirement.marker.evaluate({"extra": ""})
+            ):
                 continue
             seen.add((name, extra))
             found.add(name)
@@ -72,27 +86,36 @@ def closure(requirements):
                 continue
             for need in needs:
                 if need.marker is None or need.marker.evaluate({"extra": extra}):
-                    queue.append(Requirement(f"{need.name}[{','.join(need.extras)}]" if need.extras else need.name))
+                    queue.append(
+                        Requirement(
+                            f"{need.name}[{','.join(need.extras)}]" if need.extras else need.name
+                        )
+                    )
     return found - {"blockpruner"}
 
 
 BASE = closure(PROJECT["dependencies"])
 DAG = BASE | closure(EXTRAS["dag"])
 MODULES = {
-    module: {canonicalize_name(name) for name in names} for module, names in metadata.packages_distributions().items()
+    module: {canonicalize_name(name) for name in names}
+    for module, names in metadata.packages_distributions().items()
 }
 
 
 def outside(installed):
     """The modules of this environment that those packages do not bring."""
     ours = {"blockpruner", "stages", "flows", "tests", "benchmarks"}
-    return sorted(module for module, names in MODULES.items() if not names & installed and module not in ours)
+    return sorted(
+        module for module, names in MODULES.items() if not names & installed and module not in ours
+    )
 
 
 def import_all(installed, roots, absent=()):
     """What modules of these folders say when they are imported and nothing else is installed."""
     paths = sorted(path.relative_to(ROOT) for root in roots for path in (ROOT / root).rglob("*.py"))
-    modules = [".".join(path.with_suffix("").parts) for path in paths if path.name not in NO_MODULES]
+    modules = [
+        ".".join(path.with_suffix("").parts) for path in paths if path.name not in NO_MODULES
+    ]
     assert len(modules) > 100
     arguments = map(" ".join, (outside(installed), absent, modules))
     command = [sys.executable, "-c", IMPORT_ALL, *arguments]
@@ -104,13 +127,20 @@ def import_all(installed, roots, absent=()):
 def test_the_library_is_small():
     assert not BASE & (DAG_ALONE | {"ray", "matplotlib", "lm-eval", "peft", "gguf", "pytest"})
     assert DAG >= DAG_ALONE and not DAG & {"pytest", "ruff", "mypy", "ray", "mlx-lm", "xllamacpp"}
-    assert set(closure(["blockpruner[serve]"])) == closure(["blockpruner[gguf]"]) | closure(["blockpruner[mlx]"])
+    assert set(closure(["blockpruner[serve]"])) == closure(["blockpruner[gguf]"]) | closure(
+        ["blockpruner[mlx]"]
+    )
 
 
 def test_the_library_alone_trains_all_weights():
-    """What transformers' Trainer needs beside torch comes with the package; adapters need an extra."""
+    """What transformers' Trainer needs beside torch comes with the package; adapters need an
+    extra."""
     extras = map(Requirement, metadata.requires("transformers"))
-    needs = next(need for need in extras if need.name == "accelerate" and need.marker.evaluate({"extra": "torch"}))
+    needs = next(
+        need
+        for need in extras
+        if need.name == "accelerate" and need.marker.evaluate({"extra": "torch"})
+    )
     floors = {need.name: need.specifier for need in map(Requirement, PROJECT["dependencies"])}
     assert str(floors["accelerate"]) == str(needs.specifier)
 
@@ -118,7 +148,8 @@ def test_the_library_alone_trains_all_weights():
 def test_the_demo_is_pinned_apart_from_the_tools_of_development():
     demo, more = (pinned(ROOT / name) for name in ("constraints/dag.txt", "constraints/dev.txt"))
     needed = closure([*EXTRAS["dev"], *EXTRAS["ray"]])
-    assert not demo & more and demo & (needed - DAG) <= {"setuptools"}  # which builds our own package
+    # which builds our own package
+    assert not demo & more and demo & (needed - DAG) <= {"setuptools"}
     from_torch = ("torch", "nvidia", "cuda", "triton")  # which pins what its build needs
     assert not [name for name in DAG - demo if not name.startswith(from_torch)]
     assert not [name for name in needed - demo - more if not name.startswith(from_torch)]
@@ -131,7 +162,9 @@ def pinned(path):
 def test_committed_metrics_hold_no_timings_and_nothing_of_what_was_known_before():
     for path in (ROOT / "data/metrics").rglob("*.json"):
         keys = json.loads(path.read_text()).keys()
-        assert keys and not [key for key in keys if re.search("second|speed|per_|computed|reused|tokens", key)], path
+        assert keys and not [
+            key for key in keys if re.search("second|speed|per_|computed|reused|tokens", key)
+        ], path
 
 
 def test_every_module_is_imported_without_extras_or_names_one():
@@ -140,7 +173,9 @@ def test_every_module_is_imported_without_extras_or_names_one():
     assert {"blockpruner.reporting.plots", "blockpruner.evaluation.zero_shot"} <= names
     assert not names & {"blockpruner.api", "blockpruner.cli.pruning", "blockpruner.healing.trainer"}
     for line in said:
-        package, extra = re.search(r"needs the package (\S+), which .* pip install '\.\[(\w+)\]'$", line).groups()
+        package, extra = re.search(
+            r"needs the package (\S+), which .* pip install '\.\[(\w+)\]'$", line
+        ).groups()
         assert MODULES[package.partition(".")[0]] & closure(EXTRAS[extra])
 
 
@@ -177,5 +212,7 @@ def test_each_test_is_in_one_shard_and_a_file_that_shares_fixtures_is_whole():
 def test_the_public_workflow_makes_targets_that_the_makefile_has():
     jobs = workflow()["jobs"]
     asked = {"test", *jobs["nightly"]["strategy"]["matrix"]["target"]}
-    there = set(re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split())
+    there = set(
+        re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    )
     assert {"test", "test-slow"} <= asked <= there

@@ -1,4 +1,5 @@
-"""A search, a metric, an export, a family and a method that changes weights, as a package of others would add them."""
+"""A search, a metric, an export, a family and a method that changes weights, as a package of others
+would add them."""
 
 import json
 import math
@@ -23,7 +24,9 @@ class DepthOptions(Options):
 
 def from_behind(problem, options):
     """Remove what is nearest to the head, whatever it costs, but score it."""
-    order = sorted(problem.units, key=lambda unit: -max(block.layer for block in unit))[:: options.step]
+    order = sorted(problem.units, key=lambda unit: -max(block.layer for block in unit))[
+        :: options.step
+    ]
     for index in range(len(order)):
         base = [DENSE] if index == 0 else []
         scores = problem.ask([*base, DENSE.union(*order[: index + 1])])
@@ -53,8 +56,12 @@ ROWS = (
     Export("shapes", "a file of shapes", ("nothing",), shapes),
     Family("gemma", "Gemma", optional_bias, gated_mlp, defaults={"tie_word_embeddings": True}),
     weights_kind(
-        "quiet", "quiet MLPs", apply_=quiet_, plan=lambda options, job: lambda budget: {"first": 2},
+        "quiet",
+        "quiet MLPs",
+        apply_=quiet_,
+        plan=lambda options, job: lambda budget: {"first": 2},
         left=lambda details, config: Left(pruned=count_parameters(config).total),
-        words=lambda plan, unit: "quiet MLPs at the top", taken_out=lambda plan: "nothing but sound",
+        words=lambda plan, unit: "quiet MLPs at the top",
+        taken_out=lambda plan: "nothing but sound",
     ),
-)  # fmt: skip
+)

@@ -1,7 +1,7 @@
 """The model card of a checkpoint: README.md, from its plan.
 
-Decides what a finder of the directory reads: the base model, its licence, what was done to it, with which data, scores,
-how to load and serve it, its limits.
+Decides what a finder of the directory reads: the base model, its licence, what was done to it, with
+which data, scores, how to load and serve it, its limits.
 """
 
 from collections.abc import Mapping
@@ -33,15 +33,18 @@ LIBRARIES = {"hf": "transformers", "nas": "mlx", "mlx": "mlx", "gguf": "gguf"}
 LIMITS = """
 ## Limits
 
-What was removed held knowledge and skills of the base model. Other languages, long contexts, safety and bias were not
-measured. Compare it with its base on texts of your own.
+What was removed held knowledge and skills of the base model. Other languages, long contexts, safety
+and bias were not measured. Compare it with its base on texts of your own.
 """
 
 
 def base_of(dense: Path) -> tuple[str, bool]:
     """The name of a fetched model, and whether it is a repository of the hub."""
     source: dict[str, Any] = read_json(dense / SOURCE_FILE)["source"]
-    return source.get("repo") or source.get("package") or Path(source.get("path", "")).name, "repo" in source
+    return (
+        source.get("repo") or source.get("package") or Path(source.get("path", "")).name,
+        "repo" in source,
+    )
 
 
 def model_card(
@@ -53,8 +56,9 @@ def model_card(
     note: str = "",
     loading: str | None = None,
 ) -> str:
-    """README.md of a checkpoint. `dense` is the base model's directory, `module` the modelling file in the checkpoint,
-    `note` a remark about the format, and `loading` tells how to load it; None: with transformers."""
+    """README.md of a checkpoint. `dense` is the base model's directory, `module` the modelling file
+    in the checkpoint, `note` a remark about the format, and `loading` tells how to load it; None:
+    with transformers."""
     base, is_hub = base_of(dense)
     front: dict[str, Any] = {"library_name": LIBRARIES[form], "pipeline_tag": "text-generation"}
     front |= {"tags": ["blockpruner", "pruned"]} | licence_of(dense)
@@ -63,16 +67,20 @@ def model_card(
     told = healed.perplexity if healed else {}
     front |= {"model-index": [{"name": plan.target, "results": _results(told)}]} if told else {}
     since = healed.words if healed else "not retrained"
+    sizes = f"{plan.parameters['pruned']:,} of {plan.parameters['dense']:,} parameters"
+    loading = _loading(module) if loading is None else loading
+    told_parts = f"{_perplexity(plan)}{_healing(told)}{_kinds(plan)}{note}"
     return f"""---
 {yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
 
 # {plain(plan.target)}
 
-{code(base)} {KINDS[plan.kind].card(plan)}: {plan.parameters["pruned"]:,} of {plan.parameters["dense"]:,} parameters
-({plan.ratio:.2%} removed), made by [BlockPruner](https://arxiv.org/abs/2406.10594)'s workflow and {since}.
+{code(base)} {KINDS[plan.kind].card(plan)}: {sizes}
+({plan.ratio:.2%} removed), made by [BlockPruner](https://arxiv.org/abs/2406.10594)'s workflow and
+{since}.
 
-{_perplexity(plan)}{_healing(told)}{_kinds(plan)}{note}
-{_loading(module) if loading is None else loading}{_serving(form, dense, module)}{LIMITS}{_steps(plan)}"""
+{told_parts}
+{loading}{_serving(form, dense, module)}{LIMITS}{_steps(plan)}"""
 
 
 def _results(told: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
@@ -86,7 +94,10 @@ def _results(told: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
 def _healing(told: Mapping[str, Mapping[str, float]]) -> str:
     if not told:
         return ""
-    rows = [(name, *(f"{found[key]:.3f}" if key in found else "–" for key in HEALED)) for name, found in told.items()]
+    rows = [
+        (name, *(f"{found[key]:.3f}" if key in found else "–" for key in HEALED))
+        for name, found in told.items()
+    ]
     lines = "\n".join(f"| rows held out from {' | '.join(row)} |" for row in rows)
     return f"\n| perplexity | {' | '.join(HEALED)} |\n|---|---:|---:|---:|\n{lines}\n"
 
@@ -104,7 +115,8 @@ def _perplexity(plan: Plan) -> str:
     calibration = plan.calibration
     if calibration["perplexity"] is None:
         return ""
-    return f"""Perplexity on the calibration set ({calibration["rows"]} rows, {calibration["tokens"]:,} tokens):
+    size = f"{calibration['rows']} rows, {calibration['tokens']:,} tokens"
+    return f"""Perplexity on the calibration set ({size}):
 {calibration["dense_perplexity"]:.3f} before, {calibration["perplexity"]:.3f} after pruning.
 """
 
@@ -120,8 +132,8 @@ tokenizer = AutoTokenizer.from_pretrained("{HERE}"{no})
 """
     if module:
         text += f"""
-`trust_remote_code` runs the file `{module}` beside this card and no other; it needs transformers 5.15 or newer and
-nothing else. The tokenizer needs no code: `False` keeps transformers from asking.
+`trust_remote_code` runs the file `{module}` beside this card and no other; it needs transformers
+5.15 or newer and nothing else. The tokenizer needs no code: `False` keeps transformers from asking.
 """
     return text
 
@@ -143,7 +155,11 @@ def _serving(form: str, dense: Path, module: str | None) -> str:
 def _plugin() -> str:
     about = metadata("blockpruner")
     urls = dict(url.split(", ", 1) for url in about.get_all("Project-URL", ()))
-    address = f"from {urls['Source']}" if "Source" in urls else "which has no public address yet: ask its author for it"
+    address = (
+        f"from {urls['Source']}"
+        if "Source" in urls
+        else "which has no public address yet: ask its author for it"
+    )
     return f"""
 The plugin is in the Python package `blockpruner` {about["Version"]}, {address}.
 In its folder, `pip install --no-deps .` installs it beside vLLM.

@@ -1,8 +1,10 @@
-"""The `gguf` export: files for llama.cpp in 16 and in 8 bits, and what llama.cpp's own program quantizes further.
+"""The `gguf` export: files for llama.cpp in 16 and in 8 bits, and what llama.cpp's own program
+quantizes further.
 
-Decides architecture, names and order of the tensors, and what is refused. If every layer is whole, the architecture is
-the family's own; else it is `deci`, whose layers may lack an attention. A layer without MLP gets one of zeros: where
-`feed_forward_length` is 0, llama.cpp skips the layer's attention, too.
+Decides architecture, names and order of the tensors, and what is refused. If every layer is whole,
+the architecture is the family's own; else it is `deci`, whose layers may lack an attention. A layer
+without MLP gets one of zeros: where `feed_forward_length` is 0, llama.cpp skips the layer's
+attention, too.
 """
 
 import shutil
@@ -34,7 +36,14 @@ from blockpruner.model.classes import read_config
 from blockpruner.model.models import model_family
 
 with extra("gguf"):
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType, quants
+    from gguf import (
+        GGML_QUANT_SIZES,
+        GGMLQuantizationType,
+        GGUFWriter,
+        LlamaFileType,
+        RopeScalingType,
+        quants,
+    )
 
 WHOLE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
 """By family: llama.cpp's architecture of a model whose layers are all whole."""
@@ -50,8 +59,8 @@ NAMES = {
 }
 
 TOLERANCE = 1e-3
-"""Root mean square error of log probabilities, relative to the largest logit, that is always accepted. SmolLM2-135M in
-16 bits has 1.3e-4, dense or pruned, and 2e-2 where something is wrong."""
+"""Root mean square error of log probabilities, relative to the largest logit, that is always
+accepted. SmolLM2-135M in 16 bits has 1.3e-4, dense or pruned, and 2e-2 where something is wrong."""
 
 STUB = 32
 """Width of an MLP of zeros: one block of llama.cpp's quantizations."""
@@ -60,21 +69,21 @@ TEXT = """It's 1984, and we'll pay $3.50 for 1234567 items (that's 12%!).
     def f(x):\treturn {"a": x ** 2}  # indented
 
 Zażółć gęślą jaźń, ça va? Ещё раз: 你好，世界 🙂👩‍💻 ½ co-op's   end  """
-"""Contractions, digits, runs of blanks, several scripts: what tokenizers split differently. It has no adjacent capitals
-beyond ASCII: llama.cpp and Mistral's tokenizers split them differently."""
+"""Contractions, digits, runs of blanks, several scripts: what tokenizers split differently. It has
+no adjacent capitals beyond ASCII: llama.cpp and Mistral's tokenizers split them differently."""
 
 LOADING = """```sh
 llama-cli -m model-Q8_0.gguf
 ```
 
-`model-F16.gguf` is the same in 16 bits, from which `llama-quantize model-F16.gguf model-Q4_K_M.gguf Q4_K_M` makes
-smaller ones.
+`model-F16.gguf` is the same in 16 bits, from which
+`llama-quantize model-F16.gguf model-Q4_K_M.gguf Q4_K_M` makes smaller ones.
 """
 
 
 def export_gguf(pruning: Pruning, out: Path, quantizations: Sequence[str] = ()) -> None:
-    """Write the pruned model as GGUF files; `quantizations` are more files, by llama.cpp's names, for instance Q4_K_M
-    (`require_quantizations`)."""
+    """Write the pruned model as GGUF files; `quantizations` are more files, by llama.cpp's names,
+    for instance Q4_K_M (`require_quantizations`)."""
     plan, dense, trusted = pruning.plan, pruning.dense, pruning.trust_remote_code
     config = read_config(dense, trusted).to_dict()
     require_fit("gguf", config, plan)
@@ -103,14 +112,21 @@ def export_gguf(pruning: Pruning, out: Path, quantizations: Sequence[str] = ()) 
 
 def require_quantizations(names: Sequence[str]) -> None:
     """Raise InputError for a quantization that llama.cpp has not, or if its program is not here."""
-    valid = [kind.name.removeprefix("MOSTLY_") for kind in LlamaFileType if kind.name.startswith("MOSTLY_")]
+    valid = [
+        kind.name.removeprefix("MOSTLY_")
+        for kind in LlamaFileType
+        if kind.name.startswith("MOSTLY_")
+    ]
     for name in names:
         if name not in valid:
-            raise InputError(f"export gguf:{name}: the quantization is unknown; valid: {', '.join(valid)}")
+            raise InputError(
+                f"export gguf:{name}: the quantization is unknown; valid: {', '.join(valid)}"
+            )
         if shutil.which(QUANTIZER) is None:
             raise InputError(
-                f"export gguf:{name} needs llama.cpp's program {QUANTIZER}, which is not on PATH; install llama.cpp "
-                "(https://github.com/ggml-org/llama.cpp), or export gguf, whose model-F16.gguf it reads later"
+                f"export gguf:{name} needs llama.cpp's program {QUANTIZER}, which is not on PATH;"
+                " install llama.cpp (https://github.com/ggml-org/llama.cpp), or export gguf, whose"
+                " model-F16.gguf it reads later"
             )
 
 
@@ -118,15 +134,20 @@ def _quantize(directory: Path, name: str) -> None:
     command = [QUANTIZER, "model-F16.gguf", target := f"model-{name}.gguf", name]
     options: dict[str, Any] = {"text": True, "errors": "replace"}  # it prints tokens
     with limited(QUANTIZER, directory) as seconds:
-        result = subprocess.run(command, cwd=directory, capture_output=True, check=False, timeout=seconds, **options)
+        result = subprocess.run(
+            command, cwd=directory, capture_output=True, check=False, timeout=seconds, **options
+        )
     if result.returncode or not (directory / target).is_file():
         said = result.stderr.strip().rpartition("\n")[2] or f"exit code {result.returncode}"
-        raise InputError(f"export gguf:{name}: {QUANTIZER} failed: {said}. Choose another quantization, or export gguf")
+        raise InputError(
+            f"export gguf:{name}: {QUANTIZER} failed: {said}. Choose another quantization, or"
+            " export gguf"
+        )
 
 
 def facts(tokenizer: Any, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What is compared apart from logits: the tokens [T] of a text that ends with a special one, and the bytes that an
-    attention caches for each token."""
+    """What is compared apart from logits: the tokens [T] of a text that ends with a special one,
+    and the bytes that an attention caches for each token."""
     text, (_, kv_heads, head) = TEXT + (tokenizer.eos_token or ""), attention_heads(config)
     return {
         "text": torch.tensor(list(text.encode()), dtype=torch.uint8),
@@ -136,8 +157,8 @@ def facts(tokenizer: Any, config: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def write(model: PreTrainedModel, words: Mapping[str, Any], precision: str, path: Path) -> None:
-    """Write a pruned model as one file. Norms and biases stay in 32 bits; a matrix whose rows are no multiple of the
-    quantization's block stays in 16."""
+    """Write a pruned model as one file. Norms and biases stay in 32 bits; a matrix whose rows are
+    no multiple of the quantization's block stays in 16."""
     parts = pack_model(model)
     architecture = WHOLE[model_family(model).model_type] if parts.is_whole else "deci"
 
@@ -154,17 +175,23 @@ def write(model: PreTrainedModel, words: Mapping[str, Any], precision: str, path
         getattr(writer, f"add_{name}")(*(value if isinstance(value, tuple) else (value,)))
     for name, tensor in tensors(model, parts, architecture):
         block, size = GGML_QUANT_SIZES[kind(tensor)]
-        writer.add_tensor_info(name, tensor.shape, None, tensor.numel() // block * size, kind(tensor))
+        writer.add_tensor_info(
+            name, tensor.shape, None, tensor.numel() // block * size, kind(tensor)
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for _, tensor in tensors(model, parts, architecture):  # once more: the whole model is never held twice
+    # once more: the whole model is never held twice
+    for _, tensor in tensors(model, parts, architecture):
         writer.write_tensor_data(quants.quantize(tensor.float().cpu().numpy(), kind(tensor)))
     writer.close()
 
 
-def hyperparameters(config: Mapping[str, Any], parts: PackedModel, architecture: str) -> dict[str, Any]:
-    """By the name of the `GGUFWriter.add_*` that takes each. `deci` has numbers of heads and widths for each layer."""
+def hyperparameters(
+    config: Mapping[str, Any], parts: PackedModel, architecture: str
+) -> dict[str, Any]:
+    """By the name of the `GGUFWriter.add_*` that takes each. `deci` has numbers of heads and widths
+    for each layer."""
     (heads, kv_heads, head), rope = attention_heads(config), config["rope_parameters"]
     counts: dict[str, Any] = {
         "head_count": [heads if mha else 0 for mha, _ in parts.layers],
@@ -173,7 +200,10 @@ def hyperparameters(config: Mapping[str, Any], parts: PackedModel, architecture:
     }
     if architecture != "deci":
         counts = {name: values[0] for name, values in counts.items()}
-    scaling = {"rope_scaling_type": RopeScalingType.LINEAR, "rope_scaling_factor": rope.get("factor")}
+    scaling = {
+        "rope_scaling_type": RopeScalingType.LINEAR,
+        "rope_scaling_factor": rope.get("factor"),
+    }
     return {
         "block_count": len(parts.layers),
         "context_length": config["max_position_embeddings"],
@@ -187,7 +217,9 @@ def hyperparameters(config: Mapping[str, Any], parts: PackedModel, architecture:
     }
 
 
-def tensors(model: PreTrainedModel, parts: PackedModel, architecture: str) -> Iterator[tuple[str, Tensor]]:
+def tensors(
+    model: PreTrainedModel, parts: PackedModel, architecture: str
+) -> Iterator[tuple[str, Tensor]]:
     """Names and weights in llama.cpp's form."""
     family, config = model_family(model), model.config
     query_heads, kv_heads, head = attention_heads(config.to_dict())
@@ -199,9 +231,14 @@ def tensors(model: PreTrainedModel, parts: PackedModel, architecture: str) -> It
     rope = config.rope_parameters
     if rope["rope_type"] == "llama3":
         plain = rope["rope_theta"] ** -(torch.arange(0, head, 2) / head)
-        yield "rope_freqs.weight", plain / ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]
+        yield (
+            "rope_freqs.weight",
+            plain / ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0],
+        )
     for n, layer in enumerate(parts.layers):
-        for source, branch, norm in zip(layer, (family.mha, family.mlp), ("attn_norm", "ffn_norm"), strict=True):
+        for source, branch, norm in zip(
+            layer, (family.mha, family.mlp), ("attn_norm", "ffn_norm"), strict=True
+        ):
             if source is None:
                 continue
             yield f"blk.{n}.{norm}.weight", getattr(source, str(branch.norm)).weight
@@ -218,6 +255,7 @@ def tensors(model: PreTrainedModel, parts: PackedModel, architecture: str) -> It
 
 
 def _interleaved(weight: Tensor, heads: int) -> Tensor:
-    """Rows of queries or keys [heads x d, ...] in the order of llama.cpp's `llama` and `deci`. The two numbers that a
-    rotation mixes are neighbours there; in transformers they are half a head apart."""
+    """Rows of queries or keys [heads x d, ...] in the order of llama.cpp's `llama` and `deci`. The
+    two numbers that a rotation mixes are neighbours there; in transformers they are half a head
+    apart."""
     return weight.view(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)

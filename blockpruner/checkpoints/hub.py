@@ -1,7 +1,7 @@
 """A checkpoint directory as a repository of the Hugging Face hub.
 
-Decides what may be uploaded: the files that a fresh process has verified, with a licence where the base has one, to a
-repository that is as private as was asked. The user chooses when, and the name.
+Decides what may be uploaded: the files that a fresh process has verified, with a licence where the
+base has one, to a repository that is as private as was asked. The user chooses when, and the name.
 """
 
 from collections.abc import Mapping
@@ -18,29 +18,31 @@ from blockpruner.store.plans import PLAN_FILE, load_plan
 
 
 def files_to_push(checkpoint: Path, licence: Mapping[str, Any]) -> list[str]:
-    """The files of a checkpoint directory that may be uploaded, sorted; raises InputError if it was not verified, has
-    changed since, or its card names no licence though the base has this one."""
+    """The files of a checkpoint directory that may be uploaded, sorted; raises InputError if it was
+    not verified, has changed since, or its card names no licence though the base has this one."""
     report = checkpoint / REPORT_FILE
     if not report.exists():
         raise InputError(
-            f"{checkpoint} is not a verified checkpoint; give a folder that `blockpruner prune`, or the stage "
-            "materialize, has written"
+            f"{checkpoint} is not a verified checkpoint; give a folder that `blockpruner prune`, or"
+            " the stage materialize, has written"
         )
     found = read_json(report)
     if found.get("ok") is not True:
         raise InputError(
-            f"{checkpoint} was not verified ({found.get('unchecked', 'the engine disagreed')}); install the engine and "
-            "export it again"
+            f"{checkpoint} was not verified ({found.get('unchecked', 'the engine disagreed')});"
+            " install the engine and export it again"
         )
     if not (checkpoint / CARD_FILE).is_file():
-        raise InputError(f"{checkpoint} has no {CARD_FILE}, the model card; put one there, or export again")
+        raise InputError(
+            f"{checkpoint} has no {CARD_FILE}, the model card; put one there, or export again"
+        )
     files = require_verified(checkpoint)
     for name in (*files, REPORT_FILE, CARD_FILE):
         require_inside(checkpoint / name, checkpoint)
     if not card_fields(checkpoint).get("license") and licence:
         raise InputError(
-            f"{checkpoint / CARD_FILE} has no license, and the base model's is {licence['license']}: add it to the "
-            "card, or export again"
+            f"{checkpoint / CARD_FILE} has no license, and the base model's is"
+            f" {licence['license']}: add it to the card, or export again"
         )
     return sorted([*files, REPORT_FILE, CARD_FILE])
 
@@ -55,9 +57,9 @@ def base_licence(checkpoint: Path, cache: Path) -> dict[str, Any]:
 
 
 def push(checkpoint: Path, repo: str, private: bool, licence: Mapping[str, Any], name: str) -> str:
-    """Upload a checkpoint directory in one commit, its card with the repository's name; returns the address. A
-    repository that does not exist is made. Raises InputError as `files_to_push` does, if the repository is there and
-    not as private as was asked, or the hub refuses."""
+    """Upload a checkpoint directory in one commit, its card with the repository's name; returns the
+    address. A repository that does not exist is made. Raises InputError as `files_to_push` does, if
+    the repository is there and not as private as was asked, or the hub refuses."""
     from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 
     files, api = files_to_push(checkpoint, licence), HfApi()
@@ -66,16 +68,21 @@ def push(checkpoint: Path, repo: str, private: bool, licence: Mapping[str, Any],
         api.create_repo(repo, private=private, exist_ok=True)
         if api.model_info(repo).private is not private:
             raise InputError(
-                f"repository {repo!r} is there and {'public' if private else 'private'}, and push.private is "
-                f"{str(private).lower()}; nothing was uploaded: change one of them, or push to another repository"
+                f"repository {repo!r} is there and {'public' if private else 'private'}, and"
+                f" push.private is {str(private).lower()}; nothing was uploaded: change one of"
+                " them, or push to another repository"
             )
         card = (checkpoint / CARD_FILE).read_text(encoding="utf-8")
         card = card.replace(f"-m {HERE}/model-Q8_0.gguf", f"-hf {repo}:Q8_0").replace(HERE, repo)
         contents = {file: str(checkpoint / file) for file in files} | {CARD_FILE: card.encode()}
         operations = [CommitOperationAdd(file, content) for file, content in contents.items()]
-        commit = api.create_commit(repo, operations, commit_message=f"{name}: pruned with blockpruner")
+        commit = api.create_commit(
+            repo, operations, commit_message=f"{name}: pruned with blockpruner"
+        )
     except InputError:
         raise
     except Exception as error:  # as in `inputs.hub`
-        raise hub_error(repo, error, "check the name, the network, and that your token may write there") from error
+        raise hub_error(
+            repo, error, "check the name, the network, and that your token may write there"
+        ) from error
     return str(commit.commit_url)

@@ -1,7 +1,8 @@
-"""The `mlx` export: the weights of the `hf` export for mlx-lm, whose own model of the family runs with holes.
+"""The `mlx` export: the weights of the `hf` export for mlx-lm, whose own model of the family runs
+with holes.
 
-Decides which models mlx-lm computes as transformers does. The folder holds `mlx_blockpruned.py`, which mlx-lm runs with
-`--trust-remote-code`.
+Decides which models mlx-lm computes as transformers does. The folder holds `mlx_blockpruned.py`,
+which mlx-lm runs with `--trust-remote-code`.
 """
 
 import shutil
@@ -42,19 +43,31 @@ def export_mlx(pruning: Pruning, out: Path) -> None:
     kind, window = config["model_type"], config.get("sliding_window")
     if kind in WINDOWED or (window or 0) >= config["max_position_embeddings"]:
         window = None
-    limits: dict[str, tuple[Any, Sequence[Any]]] = {"model_type": (kind, MLX), "sliding_window": (window, (None,))}
+    limits: dict[str, tuple[Any, Sequence[Any]]] = {
+        "model_type": (kind, MLX),
+        "sliding_window": (window, (None,)),
+    }
     if kind in ROTATED:
         limits["rope_type"] = (None, (None,))
     require_fit("mlx", config, pruning.plan, **limits, hidden_act=(None, (None,)))
 
     def write(directory: Path, reference: Path) -> float:
         model = pruning.load_for_export()
-        pruned = pruning.prune_(model, lambda reduced: save_file(reference_outputs(reduced, pruning.plan), reference))
+        pruned = pruning.prune_(
+            model, lambda reduced: save_file(reference_outputs(reduced, pruning.plan), reference)
+        )
         if remark(pruned, pruning.dense):
-            message = "export mlx: the layers that are left attend in another order than mlx-lm counts; leave mlx out"
+            message = (
+                "export mlx: the layers that are left attend in another order than mlx-lm counts;"
+                " leave mlx out"
+            )
             raise InputError(message, rule="export-limits", key="export", value="mlx")
         save_pruned(pruned, directory)
-        loading = LOADING.format("") if code_file(pruned) is None else LOADING.format(" --trust-remote-code") + TRUSTED
+        loading = (
+            LOADING.format("")
+            if code_file(pruned) is None
+            else LOADING.format(" --trust-remote-code") + TRUSTED
+        )
         for path in directory.glob("*.py"):
             path.unlink()
             shutil.copyfile(MLX_CODE, directory / MLX_CODE.name)
@@ -62,7 +75,8 @@ def export_mlx(pruning: Pruning, out: Path) -> None:
             del fields["auto_map"]
             write_json(directory / "config.json", fields | {"model_file": MLX_CODE.name})
         save_other_files(pruning, directory, "mlx", loading=loading)
-        # mlx-lm rounds the factor of Gemma's embedding to bfloat16, as a bfloat16 model does, whatever the dtype
+        # mlx-lm rounds the factor of Gemma's embedding to bfloat16, as a bfloat16 model does,
+        # whatever the dtype
         scale = torch.tensor(float(config["hidden_size"])).sqrt()
         is_rounded = kind == "gemma3_text" and scale.bfloat16() != scale
         return TOLERANCE_ROUNDED if is_rounded else TOLERANCE

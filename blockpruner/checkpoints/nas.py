@@ -1,7 +1,8 @@
 """The `nas` export: a DeciLM (`nemotron-nas`) directory, whose layers may lack a block, for mlx-lm.
 
-Decides how a pruned model is written in that format, and which models fit it. The directory also holds the files of the
-hf export, and `verification.json` from mlx-lm in a fresh process. A directory that failed does not exist.
+Decides how a pruned model is written in that format, and which models fit it. The directory also
+holds the files of the hf export, and `verification.json` from mlx-lm in a fresh process. A
+directory that failed does not exist.
 """
 
 import shutil
@@ -28,20 +29,32 @@ from blockpruner.model.models import model_family
 from blockpruner.store.files import let_others_read, write_json
 
 TOLERANCE, TOLERANCE_ROUNDED = 5e-4, 0.15
-"""Largest logit difference between mlx-lm and the masked model, both in float32, relative to the largest logit; the
-second is for files with rounded weights (an embedding folded in 16 bits). Seen on SmolLM2-135M: at most
-1.2e-4, and medians of 0.01 to 0.04 if rounded."""
+"""Largest logit difference between mlx-lm and the masked model, both in float32, relative to the
+largest logit; the second is for files with rounded weights (an embedding folded in 16 bits). Seen
+on SmolLM2-135M: at most 1.2e-4, and medians of 0.01 to 0.04 if rounded."""
 
 CODE = Path(configuration_decilm.__file__)
-"""The config's class, for vLLM and others that take configs from transformers; mlx-lm needs none."""
+"""The config's class, for vLLM and others that take configs from transformers; mlx-lm needs
+none."""
 
 MULTIPLE = 256
-"""The width of an MLP must be a multiple of it: readers compute the width from `ffn_mult` and round up."""
+"""The width of an MLP must be a multiple of it: readers compute the width from `ffn_mult` and round
+up."""
 
 FIELDS = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "hidden_act",
-    "max_position_embeddings", "initializer_range", "rms_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id",
-)  # fmt: skip
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
 """What the config takes over from the family's config."""
 
 
@@ -50,12 +63,16 @@ def export_nas(pruning: Pruning, out: Path) -> None:
     config = read_config(dense, pruning.trust_remote_code)
     width = config.hidden_size // config.num_attention_heads
     head = getattr(config, "head_dim", None) or width
-    require_fit("nas", config.to_dict(), plan, dtype=(pruning.dtype, NARROW), head_dim=(head, (width,)))
+    require_fit(
+        "nas", config.to_dict(), plan, dtype=(pruning.dtype, NARROW), head_dim=(head, (width,))
+    )
     narrow = getattr(torch, pruning.dtype)
 
     def write(directory: Path, reference: Path) -> float:
         model = pruning.load_for_export()
-        pruned = pruning.prune_(model, lambda reduced: save_file(reference_outputs(reduced, plan), reference))
+        pruned = pruning.prune_(
+            model, lambda reduced: save_file(reference_outputs(reduced, plan), reference)
+        )
         blocks = pack_model(pruned)
         wide = nas_weights(pruned, blocks)
         weights = {name: weight.to(narrow) for name, weight in wide.items()}
@@ -99,10 +116,14 @@ def nas_config(model: PreTrainedModel, blocks: PackedModel) -> dict[str, Any]:
 
 
 def nas_weights(model: PreTrainedModel, blocks: PackedModel) -> dict[str, Tensor]:
-    """The weights by their names in the file. MLPs are padded to a multiple of 256 with zeros, which add nothing. With
-    `attention_bias`, readers expect a bias of the output projection too. Qwen2 has none: it is zero."""
+    """The weights by their names in the file. MLPs are padded to a multiple of 256 with zeros,
+    which add nothing. With `attention_bias`, readers expect a bias of the output projection too.
+    Qwen2 has none: it is zero."""
     family = model_family(model)
-    result = {"model.embed_tokens.weight": blocks.embedding, "model.norm.weight": model.model.norm.weight}
+    result = {
+        "model.embed_tokens.weight": blocks.embedding,
+        "model.norm.weight": model.model.norm.weight,
+    }
     if blocks.head is not None:
         result["lm_head.weight"] = blocks.head
     for number, (layers, width) in enumerate(zip(blocks.layers, blocks.widths, strict=True)):
@@ -111,7 +132,9 @@ def nas_weights(model: PreTrainedModel, blocks: PackedModel) -> dict[str, Tensor
                 continue
             for name in (branch.module, *branch.norms):
                 for key, weight in getattr(layer, name).state_dict().items():
-                    result[f"model.layers.{number}.{name}.{key}"] = _padded(key, weight, _missing(width))
+                    result[f"model.layers.{number}.{name}.{key}"] = _padded(
+                        key, weight, _missing(width)
+                    )
         if layers[0] is not None and _has_bias(model):
             name = f"model.layers.{number}.self_attn.o_proj.bias"
             result.setdefault(name, model.model.norm.weight.new_zeros(model.config.hidden_size))
@@ -120,11 +143,15 @@ def nas_weights(model: PreTrainedModel, blocks: PackedModel) -> dict[str, Tensor
 
 def _block(layer: object, **size: float) -> dict[str, Any]:
     """The config of a block, which no layer may hold."""
-    return {"no_op": layer is None, "replace_with_linear": False} | (dict.fromkeys(size) if layer is None else size)
+    return {"no_op": layer is None, "replace_with_linear": False} | (
+        dict.fromkeys(size) if layer is None else size
+    )
 
 
 def _has_bias(model: PreTrainedModel) -> bool:
-    return model_family(model).model_type == "qwen2" or bool(getattr(model.config, "attention_bias", False))
+    return model_family(model).model_type == "qwen2" or bool(
+        getattr(model.config, "attention_bias", False)
+    )
 
 
 def _missing(width: int) -> int:
@@ -143,15 +170,16 @@ def _padded(key: str, weight: Tensor, missing: int) -> Tensor:
 def _loading(plan: Plan, held: int) -> str:
     pruned = plan.parameters["pruned"]
     more = f"""
-The files hold {held:,} parameters, {held - pruned:,} more than the model has: zeros where the format wants them (MLP
-widths that are a multiple of {MULTIPLE}, biases), and a head of its own where leading MLPs are folded into the
-embedding.
+The files hold {held:,} parameters, {held - pruned:,} more than the model has: zeros where the
+format wants them (MLP widths that are a multiple of {MULTIPLE}, biases), and a head of its own
+where leading MLPs are folded into the embedding.
 """
     return f"""The format is DeciLM's (`nemotron-nas`), whose layers may lack a block.
 
 ```sh
 mlx_lm.generate --model <this directory> --prompt "..."
-vllm serve <this directory> --trust-remote-code   # reads `{CODE.name}` beside this card, and needs no plugin
+# reads `{CODE.name}` beside this card, and needs no plugin
+vllm serve <this directory> --trust-remote-code
 ```
 
 transformers has no model for it; the `hf` export of the same plan has.

@@ -1,7 +1,8 @@
 """The vocabulary of a GGUF file, `tokenizer.*`, from a tokenizer of transformers.
 
-Decides which tokenizers llama.cpp can imitate. llama.cpp has named ways of its own to split text into words: a
-tokenizer has one of them, or is refused. The export also compares token ids with llama.cpp's.
+Decides which tokenizers llama.cpp can imitate. llama.cpp has named ways of its own to split text
+into words: a tokenizer has one of them, or is refused. The export also compares token ids with
+llama.cpp's.
 """
 
 import json
@@ -15,7 +16,9 @@ from blockpruner.core.errors import InputError, extra
 with extra("gguf"):
     from gguf import TokenType
 
-WORDS = "|".join((r"[^\r\n\p{L}\p{N}]?\p{L}+", "%s", r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"))
+WORDS = "|".join(
+    (r"[^\r\n\p{L}\p{N}]?\p{L}+", "%s", r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+)
 CONTRACTED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|" + WORDS
 CASED = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
@@ -30,13 +33,15 @@ SPLITS: dict[tuple[tuple[str, ...], bool], str] = {
     ((CONTRACTED % r"\p{N}", "bytes"), False): "qwen2",
     ((CASED, "bytes"), True): "tekken",
 }
-"""llama.cpp's name for a byte-level BPE, by how it splits text (`_splits`) and whether whole words skip the merges."""
+"""llama.cpp's name for a byte-level BPE, by how it splits text (`_splits`) and whether whole words
+skip the merges."""
 
 
 def vocabulary(tokenizer: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A tokenizer's part of a GGUF file, by the name of the `GGUFWriter.add_*` that takes it; raises InputError if
-    llama.cpp has no equal of the tokenizer. Rows of the embedding without a token get one, up to the `vocab_size` of
-    the model's config, which names the special tokens that the tokenizer does not name."""
+    """A tokenizer's part of a GGUF file, by the name of the `GGUFWriter.add_*` that takes it;
+    raises InputError if llama.cpp has no equal of the tokenizer. Rows of the embedding without a
+    token get one, up to the `vocab_size` of the model's config, which names the special tokens that
+    the tokenizer does not name."""
     if not tokenizer.is_fast:
         raise _refusal(f"is a {type(tokenizer).__name__}, which has no tokenizer.json")
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -52,7 +57,9 @@ def vocabulary(tokenizer: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     }
     if not is_bytes:
         ranks = _ranks(model)
-        result["token_scores"] = [-float(ranks.get(token, len(ranks))) for token in result["token_list"]]
+        result["token_scores"] = [
+            -float(ranks.get(token, len(ranks))) for token in result["token_list"]
+        ]
     return result | _special(tokenizer, config)
 
 
@@ -61,13 +68,16 @@ def _byte_level(parts: Mapping[str, Any]) -> dict[str, Any]:
     known = SPLITS.get((splits, bool(parts["model"].get("ignore_merges", False))))
     normalizer = (parts["normalizer"] or {"type": "NFC"})["type"]
     if known is None or normalizer != "NFC":
-        raise _refusal(f"splits text in a way unknown here: {' then '.join(splits)} after {normalizer}")
+        raise _refusal(
+            f"splits text in a way unknown here: {' then '.join(splits)} after {normalizer}"
+        )
     merges = [" ".join(pair) for pair in parts["model"]["merges"]]
     return {"tokenizer_model": "gpt2", "tokenizer_pre": known, "token_merges": merges}
 
 
 def _splits(step: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """A pre_tokenizer of tokenizer.json in short: regular expressions, "digits", GPT-2's "words", "bytes"."""
+    """A pre_tokenizer of tokenizer.json in short: regular expressions, "digits", GPT-2's "words",
+    "bytes"."""
     if step is None:
         return ()
     match step:
@@ -77,7 +87,12 @@ def _splits(step: Mapping[str, Any] | None) -> tuple[str, ...]:
             return ("digits",)
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": use_regex}:
             return ("words",) if use_regex else ("bytes",)
-        case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}:
+        case {
+            "type": "Split",
+            "pattern": {"Regex": pattern},
+            "behavior": "Isolated",
+            "invert": False,
+        }:
             return (pattern,)
     return (json.dumps(step),)
 
@@ -87,17 +102,23 @@ def _sentencepiece(parts: Mapping[str, Any]) -> dict[str, Any]:
     spaced = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     prefixed = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, spaced]}
     match parts:
-        case {"normalizer": None, "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "split": False} as step}:
+        case {
+            "normalizer": None,
+            "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "split": False} as step,
+        }:
             prefix = step["prepend_scheme"] != "never"
         case {"pre_tokenizer": None, "normalizer": normalizer} if normalizer in (prefixed, spaced):
             prefix = normalizer == prefixed
         case _:
-            raise _refusal(f"has normalizer {parts['normalizer']} and pre_tokenizer {parts['pre_tokenizer']}")
+            raise _refusal(
+                f"has normalizer {parts['normalizer']} and pre_tokenizer {parts['pre_tokenizer']}"
+            )
     return {"tokenizer_model": "llama", "tokenizer_pre": "default", "add_space_prefix": prefix}
 
 
 def _ranks(model: Mapping[str, Any]) -> dict[str, int]:
-    """The place of each token in the order of merges. llama.cpp merges by it, whatever the token's halves are."""
+    """The place of each token in the order of merges. llama.cpp merges by it, whatever the token's
+    halves are."""
     ranks: dict[str, int] = {}
     order = [ranks.setdefault("".join(pair), len(ranks)) for pair in model["merges"]]
     halves = {
@@ -141,12 +162,14 @@ def _special(tokenizer: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     for before, after in product((False, True), repeat=2):
         if ids == bos * before + plain + eos * after:
             return result | {"add_bos_token": before, "add_eos_token": after}
-    raise _refusal(f"puts other tokens than its first and last around a text: 'a' is {ids}, by itself {plain}")
+    raise _refusal(
+        f"puts other tokens than its first and last around a text: 'a' is {ids}, by itself {plain}"
+    )
 
 
 def _refusal(reason: str) -> InputError:
     return InputError(
-        f"export gguf: the tokenizer {reason}, and llama.cpp would split text differently; supported: byte-level "
-        f"BPE that splits as {', '.join(sorted(SPLITS.values()))} do, and BPE with byte_fallback as Llama 2's. "
-        "Use export: [hf]"
+        f"export gguf: the tokenizer {reason}, and llama.cpp would split text differently;"
+        f" supported: byte-level BPE that splits as {', '.join(sorted(SPLITS.values()))} do, and"
+        " BPE with byte_fallback as Llama 2's. Use export: [hf]"
     )

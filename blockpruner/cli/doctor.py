@@ -1,4 +1,5 @@
-"""`blockpruner doctor`: what this machine has for the command, and how to get what is missing. No host is contacted."""
+"""`blockpruner doctor`: what this machine has for the command, and how to get what is missing. No
+host is contacted."""
 
 import os
 import platform
@@ -60,14 +61,20 @@ def look(cache: Path) -> Iterator[Checkup]:
     for name, row in sorted(rows.items()):
         if row.marker is None or name in OPTIONAL:
             yield _package(row)
-    rates = ", ".join(f"{dtype} {product_rate(dtype) / 1e9:.0f}" for dtype in ("float32", "bfloat16", "float16"))
+    rates = ", ".join(
+        f"{dtype} {product_rate(dtype) / 1e9:.0f}" for dtype in ("float32", "bfloat16", "float16")
+    )
     yield Checkup("CPU", f"{machine()}, {torch.get_num_threads()} threads; GFLOP/s: {rates}")
     devices = accelerator.devices()
     for device in devices:
         free, whole = accelerator.free_memory(device), accelerator.total_memory(device)
-        yield Checkup(str(device), f"{accelerator.name(device)}, {size(free)} of {size(whole)} free")
+        yield Checkup(
+            str(device), f"{accelerator.name(device)}, {size(free)} of {size(whole)} free"
+        )
     if not devices:
-        yield Checkup("GPU", "", f"torch {torch.__version__} finds none; the CPU is used", needed=False)
+        yield Checkup(
+            "GPU", "", f"torch {torch.__version__} finds none; the CPU is used", needed=False
+        )
     for name, place, fix in (
         ("cache", cache, "--cache DIR"),
         ("downloads", Path(constants.HF_HUB_CACHE), "the environment variable HF_HOME"),
@@ -76,9 +83,15 @@ def look(cache: Path) -> Iterator[Checkup]:
         free = shutil.disk_usage(there).free if os.access(there, os.W_OK) and there.is_dir() else 0
         found = f"{place}, {size(free)} free"
         lacks = f"{found} to write: choose another folder: {fix}"
-        yield Checkup(name, found if free >= FREE else "", lacks, needed=name == "cache")  # downloads may be there
+        # downloads may be there
+        yield Checkup(name, found if free >= FREE else "", lacks, needed=name == "cache")
     program = shutil.which(QUANTIZER) or ""  # it comes with llama.cpp and not with a Python package
-    yield Checkup(QUANTIZER, program, f"for --export gguf:Q4_K_M: have llama.cpp's {QUANTIZER} on PATH", needed=False)
+    yield Checkup(
+        QUANTIZER,
+        program,
+        f"for --export gguf:Q4_K_M: have llama.cpp's {QUANTIZER} on PATH",
+        needed=False,
+    )
 
 
 def _package(row: Requirement) -> Checkup:
@@ -87,7 +100,9 @@ def _package(row: Requirement) -> Checkup:
     except PackageNotFoundError:
         here = ""
     fits = bool(here) and row.specifier.contains(here, prereleases=True)
-    lacks = f"{here} is not {row.specifier}" if here else f"for {OPTIONAL.get(row.name, 'all work')}"
+    lacks = (
+        f"{here} is not {row.specifier}" if here else f"for {OPTIONAL.get(row.name, 'all work')}"
+    )
     extra = re.search(r'extra == "(\w+)"', str(row.marker))
     lacks = f"{lacks}: in a clone of blockpruner, pip install {package(extra[1] if extra else '')}"
     return Checkup(row.name, here if fits else "", lacks, needed=row.marker is None)

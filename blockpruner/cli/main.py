@@ -1,9 +1,9 @@
 """The command's options, and how it ends.
 
-Results go to standard output, progress and errors to standard error. Exit codes: 0, done; 1, failed, or something that
-is needed is missing; 2, a value that the user can correct, named with the fix; 130, interrupted; 129 and 143, ended by
-SIGHUP and SIGTERM. An error that nobody foresaw is one line, which names a log. The modules that do the work are
-imported when needed.
+Results go to standard output, progress and errors to standard error. Exit codes: 0, done; 1,
+failed, or something that is needed is missing; 2, a value that the user can correct, named with the
+fix; 130, interrupted; 129 and 143, ended by SIGHUP and SIGTERM. An error that nobody foresaw is one
+line, which names a log. The modules that do the work are imported when needed.
 """
 
 import os
@@ -40,35 +40,59 @@ def value(metavar: str, text: str, default: str | bool = True, **more: Any) -> A
 A_MODEL = "A folder, or a name on the Hugging Face hub, perhaps with @REVISION."
 Dense = Annotated[str, Argument(metavar="MODEL", help=A_MODEL)]
 FORMATS = "nas (mlx-lm, and vLLM without our plugin), mlx, gguf (or llama.cpp), gguf:Q4_K_M."
-OUT_FORMATS = f"More formats, at OUT-FORMAT, separated by commas: {FORMATS} vllm means OUT itself, which vLLM serves."
+OUT_FORMATS = (
+    f"More formats, at OUT-FORMAT, separated by commas: {FORMATS} vllm means OUT itself, which vLLM"
+    " serves."
+)
 Export = Annotated[str, value("NAMES", OUT_FORMATS)]
-PRUNE_LAYERS = "Print llama-quantize's option for a plan of whole layers, and end; the model is not read."
-DTYPES = "float32, bfloat16, float16, float64; auto is the model's own, or float32 where that is faster."
+PRUNE_LAYERS = (
+    "Print llama-quantize's option for a plan of whole layers, and end; the model is not read."
+)
+DTYPES = (
+    "float32, bfloat16, float16, float64; auto is the model's own, or float32 where that is faster."
+)
 Dtype = Annotated[str, value("NAME", DTYPES)]
-Device = Annotated[str, value("NAME", "auto, cpu, cuda, cuda:N, or split: one model over all GPUs.")]
+Device = Annotated[
+    str, value("NAME", "auto, cpu, cuda, cuda:N, or split: one model over all GPUs.")
+]
 Trust = Annotated[bool, Option("--trust-remote-code", help="Run code that comes with the model.")]
-KEPT = "Folder that keeps all scores and links to models. A killed run continues from it; it is safe to delete."
+KEPT = (
+    "Folder that keeps all scores and links to models. A killed run continues from it; it is safe"
+    " to delete."
+)
 CACHE = value("DIR", KEPT, "~/.cache/blockpruner", default_factory=cache_folder)
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object in place of text.")]
-Spoken = Annotated[str, Argument(metavar="MODEL", help="A checkpoint's folder, or a dense model's name on the hub.")]
+Spoken = Annotated[
+    str,
+    Argument(metavar="MODEL", help="A checkpoint's folder, or a dense model's name on the hub."),
+]
 Limit = Annotated[int, value("N", "The most tokens of an answer.", min=1)]
 
-BUDGETS = "Share of all parameters to remove; or 17blocks, 7layers, 0.3kv, 1.25x; or what is left: 7B, 120M."
+BUDGETS = (
+    "Share of all parameters to remove; or 17blocks, 7layers, 0.3kv, 1.25x; or what is left: 7B,"
+    " 120M."
+)
 SAMPLES = "enough for 64 rows"
 SEQ_LEN = "256; at most the context"
-UNITS = "What a step removes: block, layer, shifted. For blocks alone, name a search: --method greedy --unit block."
+UNITS = (
+    "What a step removes: block, layer, shifted. For blocks alone, name a search: --method greedy"
+    " --unit block."
+)
 ACCELERATIONS = "none (exact), lazy, race, lazy+race."
 COMPENSATIONS = "Fit the weights that stay: refit, none."
 METHODS = "A recipe: recommended, or blockpruner, the paper's search; or a search."
 TRAIN = (
-    "Train the result towards the dense model's predictions, on the texts: all (weights), or lora (adapters, for less "
-    "memory)."
+    "Train the result towards the dense model's predictions, on the texts: all (weights), or lora"
+    " (adapters, for less memory)."
 )
 TASKS = ",".join(ZeroShot().tasks)
 FILES = ".jsonl, .json or .parquet records with a text, or a .txt file."
 CALIBRATION = f"Your texts, half of those that decide; the other half are ours. {FILES}"
 ONLY_TEXTS = "Let your texts alone decide what is removed, and how the rest is fitted."
-MAX_LOSS = "End without a checkpoint if a kind of text loses more: 1.5 is 1.5 times the dense model's perplexity."
+MAX_LOSS = (
+    "End without a checkpoint if a kind of text loses more: 1.5 is 1.5 times the dense model's"
+    " perplexity."
+)
 UNSEEN = f"Texts that prune has not seen, to measure perplexity on: {FILES}"
 Written = Annotated[Path, Argument(metavar="DIR", help="A folder that prune or apply has written.")]
 
@@ -77,7 +101,8 @@ UNPRINTED = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 class Commands(TyperGroup):
-    """The commands. Typer takes the EOFError of a damaged file for a Ctrl-D, and ends without a word on it."""
+    """The commands. Typer takes the EOFError of a damaged file for a Ctrl-D, and ends without a
+    word on it."""
 
     def invoke(self, context: Any) -> Any:
         try:
@@ -86,7 +111,9 @@ class Commands(TyperGroup):
             _fail(error, context.invoked_subcommand)
 
 
-app = typer.Typer(cls=Commands, rich_markup_mode="markdown", no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=Commands, rich_markup_mode="markdown", no_args_is_help=True, pretty_exceptions_enable=False
+)
 
 
 def _version(asked: bool) -> None:
@@ -97,47 +124,75 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def common(
-    version: Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
-    """Make a language model smaller: remove the MLP channels, layers or blocks that it needs least."""
+    """Make a language model smaller: remove the MLP channels, layers or blocks that it needs
+    least."""
 
 
 @app.command()
 def prune(
     budget: Annotated[str, value("SHARE", BUDGETS)],
     cache: Annotated[Path, CACHE],
-    model: Annotated[str | None, Argument(metavar="MODEL", help=A_MODEL, show_default="that of --config")] = None,
+    model: Annotated[
+        str | None, Argument(metavar="MODEL", help=A_MODEL, show_default="that of --config")
+    ] = None,
     out: Annotated[Path | None, value("DIR", "The checkpoint's folder.", "NAME-BUDGET")] = None,
-    config: Annotated[Path | None, value("FILE", "A run file (docs/methods.md); options replace its values.")] = None,
+    config: Annotated[
+        Path | None, value("FILE", "A run file (docs/methods.md); options replace its values.")
+    ] = None,
     set_: Annotated[
         list[str] | None,
-        Option("--set", metavar="KEY=VALUE", help="Any key of a run file or of runtime, as in calibration.split=all."),
+        Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Any key of a run file or of runtime, as in calibration.split=all.",
+        ),
     ] = None,
-    revision: Annotated[str | None, value("NAME", "The model's commit, branch or tag on the hub.", "main")] = None,
+    revision: Annotated[
+        str | None, value("NAME", "The model's commit, branch or tag on the hub.", "main")
+    ] = None,
     texts: Annotated[Path | None, value("FILE", CALIBRATION, "ours alone, eight kinds")] = None,
-    dataset: Annotated[str | None, value("REPO[:SPLIT]", "The same from a data set of the hub.")] = None,
+    dataset: Annotated[
+        str | None, value("REPO[:SPLIT]", "The same from a data set of the hub.")
+    ] = None,
     only_texts: Annotated[bool, Option("--only-texts", help=ONLY_TEXTS)] = False,
     max_loss: Annotated[float | None, value("TIMES", MAX_LOSS, "no limit", min=1.0)] = None,
     num_samples: Annotated[int | None, value("N", "Texts that are drawn.", SAMPLES, min=1)] = None,
     seq_len: Annotated[int | None, value("N", "Tokens in a row.", SEQ_LEN, min=2)] = None,
     method: Annotated[str | None, value("NAME", METHODS, RECOMMENDED)] = None,
     unit: Annotated[str | None, value("NAME", UNITS, "that of the method")] = None,
-    metric: Annotated[str | None, value("NAME", "The score to minimise (docs/methods.md).", "perplexity")] = None,
-    acceleration: Annotated[str | None, value("NAME", ACCELERATIONS, "lazy+race if recommended")] = None,
+    metric: Annotated[
+        str | None, value("NAME", "The score to minimise (docs/methods.md).", "perplexity")
+    ] = None,
+    acceleration: Annotated[
+        str | None, value("NAME", ACCELERATIONS, "lazy+race if recommended")
+    ] = None,
     compensate: Annotated[str | None, value("NAME", COMPENSATIONS, "refit if recommended")] = None,
     train: Annotated[str | None, value("NAME", TRAIN, "no training")] = None,
     export: Export = "",
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: Trust = False,
-    workers: Annotated[int | None, value("N", "Copies of the model that score at once, by Ray.", min=1)] = None,
+    workers: Annotated[
+        int | None, value("N", "Copies of the model that score at once, by Ray.", min=1)
+    ] = None,
     streaming: Annotated[
-        bool, Option("--streaming", help="Score one layer at a time; healing and exports hold the whole model.")
+        bool,
+        Option(
+            "--streaming",
+            help="Score one layer at a time; healing and exports hold the whole model.",
+        ),
     ] = False,
-    dry_run: Annotated[bool, Option("--dry-run", help="Print what it would take; prune nothing.")] = False,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Print what it would take; prune nothing.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a pruned checkpoint that transformers loads. If it is interrupted, run the same command again."""
+    """Write a pruned checkpoint that transformers loads. If it is interrupted, run the same command
+    again."""
     from blockpruner.cli import dry_run as forecast
     from blockpruner.cli import pruning as work
 
@@ -147,7 +202,12 @@ def prune(
     wanted = values_of(
         config,
         set_ or (),
-        {"model": source, "runtime": _given(workers=workers, executor=workers and "ray", streaming=streaming or None)},
+        {
+            "model": source,
+            "runtime": _given(
+                workers=workers, executor=workers and "ray", streaming=streaming or None
+            ),
+        },
         method,
         only_texts,
         data=data_of(texts, dataset),
@@ -157,9 +217,13 @@ def prune(
         train=train,
     )
     if "source" not in wanted["model"]:
-        raise InputError("there is no model; give MODEL, or --config FILE that names one", rule="no-model")
+        raise InputError(
+            "there is no model; give MODEL, or --config FILE that names one", rule="no-model"
+        )
     runtime, formats = wanted.pop("runtime"), [*wanted.pop("export", ()), export]
-    place = work.Place(cache.expanduser().absolute(), device, stderr_observer(), ",".join(formats), runtime)
+    place = work.Place(
+        cache.expanduser().absolute(), device, stderr_observer(), ",".join(formats), runtime
+    )
     run = place.read_run(model, wanted, computes=not dry_run)
     share = share_for(budget, place.config_of(run))
     named = out or _place(Path(f"{run.model.title.rpartition('/')[2]}-{budget}"))
@@ -175,7 +239,9 @@ def prune(
 @app.command()
 def apply(
     model: Dense,
-    plan: Annotated[Path, Argument(metavar="PLAN", help="A checkpoint's folder, or the file of a plan.")],
+    plan: Annotated[
+        Path, Argument(metavar="PLAN", help="A checkpoint's folder, or the file of a plan.")
+    ],
     cache: Annotated[Path, CACHE],
     out: Annotated[Path | None, value("DIR", "The checkpoint's folder.")] = None,
     export: Export = "",
@@ -193,7 +259,9 @@ def apply(
         print(work.LLAMA_CPP_COUNTS, file=sys.stderr)
         return
     if out is None:
-        raise InputError("apply writes a checkpoint, and --out does not say where", rule="no-place", key="--out")
+        raise InputError(
+            "apply writes a checkpoint, and --out does not say where", rule="no-place", key="--out"
+        )
     place = work.Place(cache.expanduser().absolute(), device, stderr_observer(), export)
     run = place.read_run(model, {"model": _own(dtype, trust_remote_code)})
     found = place.apply(run, plan, _place(out))
@@ -221,7 +289,8 @@ def chat(
     max_new_tokens: Limit = 256,
     device: Device = "auto",
 ) -> None:
-    """Talk to a checkpoint, dense or pruned. A model without a chat template continues texts. Ctrl-D ends."""
+    """Talk to a checkpoint, dense or pruned. A model without a chat template continues texts.
+    Ctrl-D ends."""
     from blockpruner.cli.talking import Talker
 
     Talker(_folder(model), device).chat(None if prompt is None else [prompt], max_new_tokens)
@@ -234,20 +303,28 @@ def compare(
     prompt: Annotated[str | None, value("TEXT", "What both answer.")] = None,
     max_new_tokens: Limit = 64,
     texts: Annotated[Path | None, value("FILE", UNSEEN)] = None,
-    seq_len: Annotated[int | None, value("N", "Tokens in a row.", "2048, or the context", min=2)] = None,
-    max_rows: Annotated[int, value("N", "The most rows of each kind of text that are used.", min=2)] = 32,
+    seq_len: Annotated[
+        int | None, value("N", "Tokens in a row.", "2048, or the context", min=2)
+    ] = None,
+    max_rows: Annotated[
+        int, value("N", "The most rows of each kind of text that are used.", min=2)
+    ] = 32,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Show two checkpoints side by side: their answers and held-out perplexity."""
     if prompt is None and texts is None:
-        raise InputError("compare has nothing to compare by; give --prompt TEXT, --texts FILE, or both")
+        raise InputError(
+            "compare has nothing to compare by; give --prompt TEXT, --texts FILE, or both"
+        )
     from blockpruner.cli.talking import compared, side_by_side
 
     heldout = None
     if texts is not None:
         rows = {"packing": "documents", "max_rows": max_rows, **_given(seq_len=seq_len)}
-        heldout = read_settings(Perplexity, {"data": {"source": "path", "path": str(texts)}, **rows})
+        heldout = read_settings(
+            Perplexity, {"data": {"source": "path", "path": str(texts)}, **rows}
+        )
     found = compared([_folder(a), _folder(b)], prompt, max_new_tokens, heldout, device)
     _tell([vars(one) for one in found], side_by_side(found), as_json)
 
@@ -258,14 +335,18 @@ def evaluate(
     cache: Annotated[Path, CACHE],
     tasks: Annotated[str, value("NAMES", "Benchmarks, separated by commas.")] = TASKS,
     limit: Annotated[int | None, value("N", "The most items of a task.", "all", min=1)] = None,
-    items: Annotated[Path | None, value("DIR", "Holds <task>_<split>.parquet files.", "from the hub")] = None,
+    items: Annotated[
+        Path | None, value("DIR", "Holds <task>_<split>.parquet files.", "from the hub")
+    ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Score a checkpoint, dense or pruned, in lm-eval's benchmarks without examples."""
     from blockpruner.cli.talking import scored
 
-    source = {"source": "hub"} if items is None else {"source": "path", "path": str(items.expanduser())}
+    source = (
+        {"source": "hub"} if items is None else {"source": "path", "path": str(items.expanduser())}
+    )
     names = [name.strip() for name in tasks.split(",")]
     wanted = read_settings(ZeroShot, {"data": source, "tasks": names, "limit": limit})
     place = cache.expanduser().absolute()
@@ -295,11 +376,20 @@ def report(
 @app.command()
 def push(
     checkpoint: Written,
-    repo: Annotated[str, Argument(metavar="REPO", help="USER/NAME on the Hugging Face hub; made if it is not there.")],
+    repo: Annotated[
+        str,
+        Argument(
+            metavar="REPO", help="USER/NAME on the Hugging Face hub; made if it is not there."
+        ),
+    ],
     cache: Annotated[Path, CACHE],
-    private: Annotated[bool, Option("--private/--public", help="Who may see the repository.")] = True,
+    private: Annotated[
+        bool, Option("--private/--public", help="Who may see the repository.")
+    ] = True,
     yes: Annotated[bool, Option("--yes", help="Upload without a question.")] = False,
-    dry_run: Annotated[bool, Option("--dry-run", help="Print what would be uploaded; contact nobody.")] = False,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Print what would be uploaded; contact nobody.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Upload a checkpoint to the Hugging Face hub, if it is unchanged since it was verified."""
@@ -310,14 +400,19 @@ def push(
     licence = hub.base_licence(folder, cache.expanduser().absolute())
     sizes = {name: (folder / name).stat().st_size for name in hub.files_to_push(folder, licence)}
     found = {"repo": repo, "private": private, "files": sizes}
-    words = f"to the {'private' if private else 'public'} repository {repo}: {size(sum(sizes.values()))}"
+    words = (
+        f"to the {'private' if private else 'public'} repository {repo}:"
+        f" {size(sum(sizes.values()))}"
+    )
     words = "\n".join([words, *(f"  {name}  {size(count)}" for name, count in sizes.items())])
     if dry_run:
         _tell(found, words, as_json)
         return
     if not yes:
         if not sys.stdin.isatty():
-            raise InputError(f"nothing was uploaded to {repo!r}: there is no terminal to ask on; give --yes")
+            raise InputError(
+                f"nothing was uploaded to {repo!r}: there is no terminal to ask on; give --yes"
+            )
         print(words, file=sys.stderr)
         typer.confirm("Upload this?", abort=True, err=True)
     address = hub.push(folder, repo, private, licence, folder.name)
@@ -326,11 +421,14 @@ def push(
 
 @app.command()
 def doctor(cache: Annotated[Path, CACHE], as_json: AsJson = False) -> None:
-    """Show what this machine has, and how to get what is missing. Exit code 1 if something needed is missing."""
+    """Show what this machine has, and how to get what is missing. Exit code 1 if something needed
+    is missing."""
     from blockpruner.cli import doctor as work
 
     checks = list(work.look(cache.expanduser().absolute()))
-    _tell([{**vars(check), "verdict": check.verdict} for check in checks], work.words(checks), as_json)
+    _tell(
+        [{**vars(check), "verdict": check.verdict} for check in checks], work.words(checks), as_json
+    )
     if any(check.verdict == "missing" for check in checks):
         raise typer.Exit(1)
 
@@ -362,14 +460,19 @@ def _folder(model: str, cache: Path | None = None) -> Path:
 
 
 def _place(out: Path) -> Path:
-    """The plain path of a folder that is written; raises InputError for a name that no line and no card can hold."""
+    """The plain path of a folder that is written; raises InputError for a name that no line and no
+    card can hold."""
     if UNPRINTED.search(str(out)):
-        raise InputError(f"--out {str(out)!r} has a line break or another character that is not text; choose another")
+        raise InputError(
+            f"--out {str(out)!r} has a line break or another character that is not text; choose"
+            " another"
+        )
     return out.expanduser().resolve()
 
 
 def _tell(found: Any, words: str | Table, as_json: bool) -> None:
-    """Print what was found as JSON, or in words. What is in the cells of a table is text, and no markup of rich."""
+    """Print what was found as JSON, or in words. What is in the cells of a table is text, and no
+    markup of rich."""
     if as_json or isinstance(words, str):
         print(to_json(found) if as_json else words)
     else:
@@ -380,18 +483,28 @@ def _fail(raised: Exception, name: str) -> NoReturn:
     from blockpruner.store.files import explained  # loads much
 
     commands: Any = typer.main.get_command(app)
-    options = {option for each in commands.commands.get(name, commands).params for option in each.opts}
+    options = {
+        option for each in commands.commands.get(name, commands).params for option in each.opts
+    }
     error = explained(raised, cache_folder())
     words = called(str(error), error.key, options)
     if error.rule in ("missing-file", "damaged-file") and "--cache" in options:
-        words += "; if it is in the folder of --cache, delete its own folder there and run again; else give a whole one"
+        words += (
+            "; if it is in the folder of --cache, delete its own folder there and run again; else"
+            " give a whole one"
+        )
     print(f"error: {words}", file=sys.stderr)
     sys.exit(1 if error.rule == "unforeseen" else 2)
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are about what is meant here
-    for number in (signal.SIGTERM, signal.SIGHUP):  # the default leaves half a checkpoint beside its place
+    # its warnings are about what is meant here
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # the default leaves half a checkpoint beside its place
+    for number in (
+        signal.SIGTERM,
+        signal.SIGHUP,
+    ):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as behind nohup
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     args = sys.argv[1:] if args is None else args

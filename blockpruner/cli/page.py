@@ -1,4 +1,5 @@
-"""`blockpruner report`: one self-contained page on a checkpoint, of the parts that reports are made of."""
+"""`blockpruner report`: one self-contained page on a checkpoint, of the parts that reports are made
+of."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,12 +26,19 @@ from blockpruner.store.manifest import REPORT_FILE, require_verified
 
 
 def write_page_of(checkpoint: Path, out: Path) -> None:
-    """Write the page; raises InputError if there is no checkpoint with a plan, or it is not what was verified."""
+    """Write the page; raises InputError if there is no checkpoint with a plan, or it is not what
+    was verified."""
     _, plan = read_plan(checkpoint)
     if not (checkpoint / REPORT_FILE).is_file():
-        raise InputError(f"{checkpoint} has no {REPORT_FILE}; give a folder that prune or apply has written")
+        raise InputError(
+            f"{checkpoint} has no {REPORT_FILE}; give a folder that prune or apply has written"
+        )
     files = require_verified(checkpoint)
-    weights = sum((checkpoint / name).stat().st_size for name in files if name.endswith((".safetensors", ".gguf")))
+    weights = sum(
+        (checkpoint / name).stat().st_size
+        for name in files
+        if name.endswith((".safetensors", ".gguf"))
+    )
     healed, verified = kept_facts(checkpoint), read_json(checkpoint / REPORT_FILE)
     perplexity = healed.perplexity if healed else {}
     findings = Findings(tuple(_findings(plan, verified, checkpoint, bool(perplexity))))
@@ -48,12 +56,20 @@ def write_page_of(checkpoint: Path, out: Path) -> None:
     if healed:
         facts["After pruning"] = healed.words.replace("`", "")  # Markdown, for the card
     if plan.calibration["rows"] is not None:
-        facts["Calibration"] = f"{plan.calibration['rows']:,} rows, {plan.calibration['tokens']:,} tokens"
+        facts["Calibration"] = (
+            f"{plan.calibration['rows']:,} rows, {plan.calibration['tokens']:,} tokens"
+        )
     form = {"mlx_lm": "mlx", "xllamacpp": "gguf"}.get(verified["engine"], "hf")
     if form == "mlx" and read_fields(checkpoint)["model_type"] == "nemotron-nas":
         form = "nas"
-    beside = {other: checkpoint.with_name(f"{checkpoint.name}-{other}") for other in EXPORTS if form == "hf" != other}
-    places = {form: checkpoint} | {other: path for other, path in beside.items() if (path / REPORT_FILE).is_file()}
+    beside = {
+        other: checkpoint.with_name(f"{checkpoint.name}-{other}")
+        for other in EXPORTS
+        if form == "hf" != other
+    }
+    places = {form: checkpoint} | {
+        other: path for other, path in beside.items() if (path / REPORT_FILE).is_file()
+    }
     commands = [line for other, path in places.items() for line in starts(other, plan, path)]
     use = Facts("Use it", tuple(commands), is_code=True)
     sections = (
@@ -68,30 +84,44 @@ def _healing(told: Mapping[str, Mapping[str, float]]) -> Table:
     """The perplexities of rows held out from each part of healing."""
     columns = (Column("rows", "perplexity"), *(Column(key, key) for key in HEALED))
     cells = [
-        (f"rows held out from {name}", *(Number(found[key]) if key in found else None for key in HEALED))
+        (
+            f"rows held out from {name}",
+            *(Number(found[key]) if key in found else None for key in HEALED),
+        )
         for name, found in told.items()
     ]
     return Table("healing", "Before and after healing", columns, tuple(cells))
 
 
-def _findings(plan: Plan, verified: dict[str, Any], place: Path, is_healed: bool) -> Iterator[Finding]:
+def _findings(
+    plan: Plan, verified: dict[str, Any], place: Path, is_healed: bool
+) -> Iterator[Finding]:
     before, after = plan.calibration["dense_perplexity"], plan.calibration["perplexity"]
     dense, pruned = (parameters(plan.parameters[name]) for name in ("dense", "pruned"))
     yield Finding(
         Level.RESULT,
         "outcome",
-        f"{percent(plan.ratio)} of the parameters removed ({KINDS[plan.kind].taken_out(plan)}): {dense} → {pruned}",
-        f"Perplexity of the calibration texts {number(before)} → {number(after)}, {times(after / before)} the dense "
-        "model's, before any healing. The blocks were chosen on these texts; others tell more."
-        if after
-        else "Perplexities are in the table below."
-        if is_healed
-        else "The perplexity of the pruned model was not measured.",
+        f"{percent(plan.ratio)} of the parameters removed ({KINDS[plan.kind].taken_out(plan)}):"
+        f" {dense} → {pruned}",
+        (
+            f"Perplexity of the calibration texts {number(before)} → {number(after)},"
+            f" {times(after / before)} the dense model's, before any healing. The blocks were"
+            " chosen on these texts; others tell more."
+            if after
+            else (
+                "Perplexities are in the table below."
+                if is_healed
+                else "The perplexity of the pruned model was not measured."
+            )
+        ),
     )
     if warning := in_words(plan.kinds or {})[1]:
         yield Finding(Level.WARNING, "uneven", UNLIKE, warning)
     path = quote(str(place))
-    text = f"blockpruner compare MODEL {path} --texts FILE does that, and blockpruner eval {path} asks benchmarks."
+    text = (
+        f"blockpruner compare MODEL {path} --texts FILE does that, and blockpruner eval {path} asks"
+        " benchmarks."
+    )
     yield Finding(Level.ADVICE, "measure", "Measure it on texts that the search has not seen", text)
     yield Finding(
         Level.RESULT if verified["ok"] else Level.WARNING,

@@ -1,4 +1,5 @@
-"""`blockpruner chat` and `compare`: greedy answers and held-out perplexity of checkpoints, dense or pruned.
+"""`blockpruner chat` and `compare`: greedy answers and held-out perplexity of checkpoints, dense or
+pruned.
 
 Only our own code is run. A dense model of a known family needs none, whatever its folder holds.
 """
@@ -37,17 +38,24 @@ from blockpruner.store.manifest import REPORT_FILE, require_verified
 
 
 def config_of(folder: Path) -> Config:
-    """A checkpoint's config; raises InputError if the folder holds none, or no weights, or a checkpoint of ours that is
-    not what was verified."""
+    """A checkpoint's config; raises InputError if the folder holds none, or no weights, or a
+    checkpoint of ours that is not what was verified."""
     if (folder / REPORT_FILE).exists():
         require_verified(folder)
     if not (folder / "config.json").is_file():
-        raise InputError(f"{str(folder)!r} has no config.json; give a checkpoint's folder, as prune writes it")
+        raise InputError(
+            f"{str(folder)!r} has no config.json; give a checkpoint's folder, as prune writes it"
+        )
     if not any(folder.glob("*.safetensors")):
-        raise InputError(f"{str(folder)!r} has no safetensors; give the folder of format hf, as prune writes it")
+        raise InputError(
+            f"{str(folder)!r} has no safetensors; give the folder of format hf, as prune writes it"
+        )
     config = read_fields(folder)
     if config["model_type"] == "nemotron-nas":
-        raise InputError(f"{str(folder)!r} is of format nas, which transformers does not load; give the hf folder")
+        raise InputError(
+            f"{str(folder)!r} is of format nas, which transformers does not load; give the hf"
+            " folder"
+        )
     return config
 
 
@@ -67,7 +75,9 @@ class Talker:
 
     def answer(self, turns: Sequence[str], limit: int, show: bool = False) -> str:
         """As `samples.answer`; `show` prints the text as it comes."""
-        streamer = Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
+        streamer = (
+            Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
+        )
         return answer(self.model, self.tokenizer, turns, limit, streamer)
 
     def chat(self, prompts: Iterable[str] | None, limit: int) -> None:
@@ -97,7 +107,8 @@ class Compared:
     answer: str | None = None
     perplexity: float | None = None
     relative: float | None = None
-    """The perplexity, times that of the first checkpoint; as is the next, None for that one itself."""
+    """The perplexity, times that of the first checkpoint; as is the next, None for that one
+    itself."""
     interval: tuple[float, float] | None = None
     """The 95 % interval of `relative`, over paired rows."""
     kinds: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -105,18 +116,26 @@ class Compared:
 
 
 def rows_of(folders: Sequence[Path], wanted: Perplexity) -> HeldOut:
-    """Held-out rows that fit into the shortest context of some checkpoints; raises InputError if the texts are fewer
-    than two rows, or the tokenizers make different rows of them."""
+    """Held-out rows that fit into the shortest context of some checkpoints; raises InputError if
+    the texts are fewer than two rows, or the tokenizers make different rows of them."""
     written = partial(conversation, cache(lambda: load_tokenizer(folders[0])))
     texts, found = load_texts(wanted.data, Path(), Path(), written), list[HeldOut]()
-    shortest = min(map(config_of, folders), key=lambda config: config.get("max_position_embeddings") or math.inf)
+    shortest = min(
+        map(config_of, folders),
+        key=lambda config: config.get("max_position_embeddings") or math.inf,
+    )
     wanted = fitted(wanted, shortest, "evaluate.perplexity.seq_len")
     for folder in folders:
         tokenizer = load_tokenizer(folder)
         found.append(held_out(tokenizer, texts, wanted))
         if len(found[-1].rows) < 2:
-            few = f"the held-out texts are 1 row of {wanted.seq_len} tokens, and an interval needs at least 2"
-            raise InputError(f"{few}; give a smaller --seq-len, a larger --max-rows or longer --texts")
+            few = (
+                f"the held-out texts are 1 row of {wanted.seq_len} tokens, and an interval needs at"
+                " least 2"
+            )
+            raise InputError(
+                f"{few}; give a smaller --seq-len, a larger --max-rows or longer --texts"
+            )
         require_embedded(found[-1].rows, tokenizer, config_of(folder))
         if found[-1].rows != found[0].rows:
             why = "perplexities of different tokens cannot be compared"
@@ -141,7 +160,11 @@ def compared(
             measured = measure_perplexity(talker.model, rows.rows)
             own = measured.row_nll
             kinds = {
-                kind: {"perplexity": value, "relative": times.value, "interval": astuple(times.interval)}
+                kind: {
+                    "perplexity": value,
+                    "relative": times.value,
+                    "interval": astuple(times.interval),
+                }
                 for kind, (value, times) in losses_by_kind(first or own, own, rows.kinds).items()
             }
             one = replace(one, perplexity=measured.perplexity, kinds=kinds)
@@ -153,7 +176,9 @@ def compared(
     return found
 
 
-def scored(folder: Path, wanted: ZeroShot, cache: Path, device: str, note: Callable[[str], object]) -> dict[str, Any]:
+def scored(
+    folder: Path, wanted: ZeroShot, cache: Path, device: str, note: Callable[[str], object]
+) -> dict[str, Any]:
     """A checkpoint's scores by task, with the keys that lm-eval's command prints."""
     check_tasks(wanted)
     config_of(folder)  # refuses what cannot be scored before anything is downloaded

@@ -1,7 +1,7 @@
 """The values of a run file as the command gets them, and its own names for their keys.
 
-Decides the order: what --set gives replaces what other options give, and those replace --config. Values are checked by
-the settings classes.
+Decides the order: what --set gives replaces what other options give, and those replace --config.
+Values are checked by the settings classes.
 """
 
 import json
@@ -19,12 +19,26 @@ from blockpruner.methods.recipes import RECOMMENDED, completed, mixed, sections,
 OPTIONS = {
     key: f"--{key.rpartition('.')[2].replace('_', '-')}"
     for key in (
-        "calibration.num_samples", "calibration.seq_len", "evaluate.perplexity.seq_len", "evaluate.perplexity.max_rows",
-        "score.method", "score.unit", "score.metric", "score.acceleration", "model.dtype", "model.trust_remote_code",
-        "model.revision", "runtime.device", "runtime.workers", "runtime.streaming", "method", "train", "export",
+        "calibration.num_samples",
+        "calibration.seq_len",
+        "evaluate.perplexity.seq_len",
+        "evaluate.perplexity.max_rows",
+        "score.method",
+        "score.unit",
+        "score.metric",
+        "score.acceleration",
+        "model.dtype",
+        "model.trust_remote_code",
+        "model.revision",
+        "runtime.device",
+        "runtime.workers",
+        "runtime.streaming",
+        "method",
+        "train",
+        "export",
         "compensate",
     )
-} | {"compensate.method": "--compensate", "benchmark": "--tasks"}  # fmt: skip
+} | {"compensate.method": "--compensate", "benchmark": "--tasks"}
 """The options that give a settings key."""
 
 KEY = re.compile(r"\b(?:calibration|score|evaluate|compensate|train|runtime)(?:\.[a-z_]+)+")
@@ -35,7 +49,11 @@ TAGS = re.compile(r"\.(hub|path|pypi|pypi-parts|mix)(?=\.)")
 def data_of(texts: Path | None, dataset: str | None) -> dict[str, Any] | None:
     """The source of texts that options name."""
     if texts is not None and dataset is not None:
-        raise InputError("--texts and --dataset are both given; give one", rule="texts-twice", key="calibration.data")
+        raise InputError(
+            "--texts and --dataset are both given; give one",
+            rule="texts-twice",
+            key="calibration.data",
+        )
     if dataset is None:
         return None if texts is None else {"source": "path", "path": str(texts)}
     repo, _, split = HUB.sub("", dataset).removeprefix("datasets/").partition(":")
@@ -63,7 +81,8 @@ def values_of(
     Args:
         config: a run file, which is kept but for what else is given.
         sets: texts KEY=VALUE, the key dotted and the value as in YAML.
-        others: values of sections that are no argument of `methods.recipes.sections`, as the rest is.
+        others: values of sections that are no argument of `methods.recipes.sections`, as the rest
+            is.
     """
     from blockpruner.inputs.sources import named_sources, with_sources
     from blockpruner.params import read_values
@@ -74,19 +93,30 @@ def values_of(
         score = given["score"] | ({"method": method} if method else {})
         compensate = {"method": given["compensate"]} if given["compensate"] else {}
         more = {"calibration": given["calibration"], "score": score, "compensate": compensate}
-        found = merged(read_values(config.expanduser()), {key: value for key, value in more.items() if value})
+        found = merged(
+            read_values(config.expanduser()), {key: value for key, value in more.items() if value}
+        )
         name = str((found.get("score") or {}).get("method") or RECOMMENDED)
         own = {} if given["data"] is None else {"data": mixed(given["data"], name, only_texts)}
-        found = merged(completed(found, given["data"], only_texts), {"calibration": own} if own else {})
+        found = merged(
+            completed(found, given["data"], only_texts), {"calibration": own} if own else {}
+        )
         if given["train"]:
             texts = found.get("train") or found.get("calibration") or {}
-            found["train"] = training(given["train"]) | {key: texts[key] for key in ("data",) if key in texts} | own
+            found["train"] = (
+                training(given["train"])
+                | {key: texts[key] for key in ("data",) if key in texts}
+                | own
+            )
     for each in (others, *map(_set, sets)):
         for key, value in each.items():
             if key == "export":
                 each = {key: value.split(",") if isinstance(value, str) else value or []}
             elif not isinstance(value, Mapping) and (key, value) != ("train", None):
-                raise InputError(f"{key} is {value!r}; valid: keys within it, as {key}.NAME=VALUE", rule="settings")
+                raise InputError(
+                    f"{key} is {value!r}; valid: keys within it, as {key}.NAME=VALUE",
+                    rule="settings",
+                )
         found = merged(found, each)
     return dict(with_sources(found, named_sources()))
 
@@ -96,18 +126,24 @@ def _set(text: str) -> dict[str, Any]:
 
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise InputError(f"--set {text!r} is not KEY=VALUE; an example: --set calibration.split=all", rule="set-form")
+        raise InputError(
+            f"--set {text!r} is not KEY=VALUE; an example: --set calibration.split=all",
+            rule="set-form",
+        )
     try:
         found: Any = yaml.load(value, Loader=Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"--set {text!r}: the value is not valid YAML", rule="yaml", key=key, value=value) from error
+        raise InputError(
+            f"--set {text!r}: the value is not valid YAML", rule="yaml", key=key, value=value
+        ) from error
     for part in reversed(key.strip().split(".")):
         found = {part: found}
     return dict(found)
 
 
 def called(message: str, key: str, options: Collection[str]) -> str:
-    """A message, and what a command with these options calls the settings keys in it, and the error's own `key`."""
+    """A message, and what a command with these options calls the settings keys in it, and the
+    error's own `key`."""
     keys = [key, *KEY.findall(message)]
     found = []
     for each in dict.fromkeys(TAGS.sub("", one) for one in keys):

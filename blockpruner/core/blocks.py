@@ -1,8 +1,8 @@
 """Blocks, masks and cuts: what can be removed from a decoder, and its text form.
 
 A decoder layer is two residual blocks, `X' = X + MHA(norm(X))` and `Y = X' + MLP(norm(X'))`
-(BlockPruner, arXiv 2406.10594, section 3.1). Removing one drops its whole residual branch, norm included.
-This file decides names and order; which modules a block is made of is in `families`.
+(BlockPruner, arXiv 2406.10594, section 3.1). Removing one drops its whole residual branch, norm
+included. This file decides names and order; which modules a block is made of is in `families`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -39,7 +39,8 @@ Mask = frozenset[BlockId]
 DENSE: Mask = frozenset()
 
 Channels = tuple[int, ...]
-"""The channels that a narrowed MLP keeps, by rising number: rows of what reads, and columns of what writes."""
+"""The channels that a narrowed MLP keeps, by rising number: rows of what reads, and columns of what
+writes."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class Cut:
 
 
 def format_channels(kept: Iterable[int], width: int) -> str:
-    """Hexadecimal digits whose bits are the `width` channels of an MLP; the last bit is channel 0."""
+    """Hexadecimal digits whose bits are the `width` channels of an MLP; the last bit is channel
+    0."""
     return f"{sum(1 << channel for channel in kept):0{-(-width // 4)}x}"
 
 
@@ -65,7 +67,9 @@ def parse_block(text: str) -> BlockId:
     """Read "mha.25"; raises InputError for anything else."""
     kind, _, layer = text.partition(".")
     if kind not in set(BlockKind) or not layer.isdecimal():
-        raise InputError(f"block {text!r} is not of the form mha.<layer> or mlp.<layer>, for instance mha.25")
+        raise InputError(
+            f"block {text!r} is not of the form mha.<layer> or mlp.<layer>, for instance mha.25"
+        )
     return BlockId(BlockKind(kind), int(layer))
 
 
@@ -88,9 +92,9 @@ def all_blocks(layers: int) -> list[BlockId]:
 
 
 def pack_layers(mask: Mask, layers: int) -> list[tuple[int | None, int | None]]:
-    """The blocks that a mask leaves, in as few layers as their order allows: for each new layer, the layer that its MHA
-    and the layer that its MLP comes from; None: it has none. An MHA may share a layer with the MLP of a later one if
-    everything between them is removed."""
+    """The blocks that a mask leaves, in as few layers as their order allows: for each new layer,
+    the layer that its MHA and the layer that its MLP comes from; None: it has none. An MHA may
+    share a layer with the MLP of a later one if everything between them is removed."""
     packed: list[tuple[int | None, int | None]] = []
     for layer in range(layers):
         mha, mlp = (layer if BlockId(kind, layer) not in mask else None for kind in BlockKind)
@@ -107,14 +111,16 @@ def removable_units(layers: int, unit: str, candidates: str) -> list[Mask]:
     """What a search may remove at once, in tie-break order.
 
     Args:
-        unit: "block" (BlockPruner), "layer" (both blocks of a layer, as SLEB and ShortGPT do), or "shifted" (an MLP and
-            the MHA behind it, of the next layer).
-        candidates: "all", "mha" or "mlp"; a pair holds both, so other units than "block" take only "all".
+        unit: "block" (BlockPruner), "layer" (both blocks of a layer, as SLEB and ShortGPT do), or
+            "shifted" (an MLP and the MHA behind it, of the next layer).
+        candidates: "all", "mha" or "mlp"; a pair holds both, so other units than "block" take only
+            "all".
     """
     if unit == "layer":
         return [frozenset(BlockId(kind, layer) for kind in BlockKind) for layer in range(layers)]
     if unit == "shifted":
         return [
-            frozenset({BlockId(BlockKind.MLP, layer), BlockId(BlockKind.MHA, layer + 1)}) for layer in range(layers - 1)
+            frozenset({BlockId(BlockKind.MLP, layer), BlockId(BlockKind.MHA, layer + 1)})
+            for layer in range(layers - 1)
         ]
     return [frozenset({b}) for b in all_blocks(layers) if candidates in ("all", b.kind.value)]

@@ -8,10 +8,13 @@ from contextlib import contextmanager
 
 
 class InputError(ValueError):
-    """A value, file or environment that the user can correct; stages print it without a traceback. Wordings may change;
-    `rule` names what was broken ("unknown-method"), and `key` the settings key of the value given ("score.method")."""
+    """A value, file or environment that the user can correct; stages print it without a traceback.
+    Wordings may change; `rule` names what was broken ("unknown-method"), and `key` the settings key
+    of the value given ("score.method")."""
 
-    def __init__(self, message: str, *, rule: str = "", key: str = "", value: object = None) -> None:
+    def __init__(
+        self, message: str, *, rule: str = "", key: str = "", value: object = None
+    ) -> None:
         super().__init__(message)
         self.rule, self.key, self.value = rule, key, value
 
@@ -25,11 +28,13 @@ class NonFiniteLossError(InputError):
 
 
 class StorageError(InputError):
-    """A result could not be written (disk full, read-only place); finished results are untouched."""
+    """A result could not be written (disk full, read-only place); finished results are
+    untouched."""
 
 
 class DeviceMemoryError(InputError):
-    """A model, or one row of tokens beside it, does not fit into the memory that there is; names the figures."""
+    """A model, or one row of tokens beside it, does not fit into the memory that there is; names
+    the figures."""
 
 
 class MissingPackageError(InputError, ImportError):
@@ -37,21 +42,22 @@ class MissingPackageError(InputError, ImportError):
 
 
 def package(extra: str = "") -> str:
-    """What pip must be given in a clone to install this package: the name on PyPI may be anybody's."""
+    """What pip must be given in a clone to install this package: the name on PyPI may be
+    anybody's."""
     return f"'.[{extra}]'" if extra else "'.'"
 
 
 def missing(name: str, extra: str) -> MissingPackageError:
     return MissingPackageError(
-        f"this needs the package {name}, which is not installed: in a clone of blockpruner, pip install "
-        f"{package(extra)}"
+        f"this needs the package {name}, which is not installed: in a clone of blockpruner, pip"
+        f" install {package(extra)}"
     )
 
 
 @contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Within, packages are imported that an extra of pyproject.toml installs; raises MissingPackageError for one that
-    is not installed."""
+    """Within, packages are imported that an extra of pyproject.toml installs; raises
+    MissingPackageError for one that is not installed."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -64,4 +70,6 @@ def named(where: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f"{where}{error}", rule=error.rule, key=error.key, value=error.value) from None
+        raise InputError(
+            f"{where}{error}", rule=error.rule, key=error.key, value=error.value
+        ) from None

@@ -1,9 +1,11 @@
-"""Model families as data: where blocks, norms, embedding and head are, and how many parameters each has.
+"""Model families as data: where blocks, norms, embedding and head are, and how many parameters each
+has.
 
-Decides everything that depends on the architecture. A new family is a row at the end of this file. `model.classes`
-writes the classes of its pruned models from the row, where `modeling_blockpruned.py` does not hold them; transformers
-must then export <prefix>Config, and `AutoModelForCausalLM` build a model from it. The contract tests run over every
-family. Parameters are counted from the config alone, without torch.
+Decides everything that depends on the architecture. A new family is a row at the end of this file.
+`model.classes` writes the classes of its pruned models from the row, where
+`modeling_blockpruned.py` does not hold them; transformers must then export <prefix>Config, and
+`AutoModelForCausalLM` build a model from it. The contract tests run over every family. Parameters
+are counted from the config alone, without torch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,24 +38,31 @@ class Fields(BaseModel, strict=True):
 
 @dataclass(frozen=True)
 class Branch:
-    """One residual branch of a decoder layer, `x + post(module(norm(x)))`: the names of its attributes."""
+    """One residual branch of a decoder layer, `x + post(module(norm(x)))`: the names of its
+    attributes."""
 
     module: str
     norm: str | None
     """The norm before the module; None where there is none."""
     output: str
-    """The last projection within the module (in a mixture, of each expert). Without it the branch adds zero."""
+    """The last projection within the module (in a mixture, of each expert). Without it the branch
+    adds zero."""
     post: str | None = None
     """The norm after the module; None where there is none."""
     shares_norm: bool = False
-    """The layer's other branch reads the norm before the module, too; it goes with the layer only."""
+    """The layer's other branch reads the norm before the module, too; it goes with the layer
+    only."""
     linear: tuple[str, str] | None = None
-    """The names of module and output in a hybrid's layers of linear attention, whose state does not grow with the text
-    and which return no weights."""
+    """The names of module and output in a hybrid's layers of linear attention, whose state does not
+    grow with the text and which return no weights."""
 
     def names(self, layer: object) -> tuple[str, str]:
         """Module and output, by the names that they have in this layer."""
-        return self.linear if self.linear and hasattr(layer, self.linear[0]) else (self.module, self.output)
+        return (
+            self.linear
+            if self.linear and hasattr(layer, self.linear[0])
+            else (self.module, self.output)
+        )
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -63,7 +72,11 @@ class Branch:
     @property
     def norms(self) -> tuple[str, ...]:
         """Those that go with the branch."""
-        return tuple(name for name in (None if self.shares_norm else self.norm, self.post) if name is not None)
+        return tuple(
+            name
+            for name in (None if self.shares_norm else self.norm, self.post)
+            if name is not None
+        )
 
 
 Count = Callable[[Config, int], int]
@@ -83,8 +96,8 @@ class Family:
     norm_bias: bool = False
     """Norms have a bias in addition to their weight."""
     parallel: str | None = None
-    """The config field that tells whether MHA and MLP both read the layer's input: x + MHA(norm(x)) + MLP(norm(x)). A
-    family that always does so has it among its defaults alone."""
+    """The config field that tells whether MHA and MLP both read the layer's input: x + MHA(norm(x))
+    + MLP(norm(x)). A family that always does so has it among its defaults alone."""
     added_scale: str | None = None
     """The config field of a factor of all that a block adds."""
     logit_cap: str | None = None
@@ -95,8 +108,11 @@ class Family:
     """The MLP of a layer is not a mixture of several."""
     in_vllm: bool = True
     """vLLM runs pruned models of the family."""
-    renumbered: Callable[[Config, Sequence[tuple[int, int]]], Config] = lambda config, layers: _types(config, layers)
-    """The config fields that describe single layers, for new layers: (layer of its MHA, layer of its MLP) of each."""
+    renumbered: Callable[[Config, Sequence[tuple[int, int]]], Config] = lambda config, layers: (
+        _types(config, layers)
+    )
+    """The config fields that describe single layers, for new layers: (layer of its MHA, layer of
+    its MLP) of each."""
     defaults: Config = field(default_factory=dict)
     """The values of config fields that a config.json may leave out."""
     decoder: str = "model"
@@ -111,21 +127,23 @@ class Family:
         return self.mha if kind is BlockKind.MHA else self.mlp
 
     def is_parallel(self, config: Config) -> bool:
-        return self.parallel is not None and bool(config.get(self.parallel, self.defaults.get(self.parallel)))
+        return self.parallel is not None and bool(
+            config.get(self.parallel, self.defaults.get(self.parallel))
+        )
 
 
 @dataclass(frozen=True)
 class Costs:
-    """How much of one resource a dense model takes, and how much each of its blocks: parameters, numbers in the KV
-    cache, or nanoseconds."""
+    """How much of one resource a dense model takes, and how much each of its blocks: parameters,
+    numbers in the KV cache, or nanoseconds."""
 
     total: int
     blocks: Mapping[BlockId, int]
 
     def ratio(self, mask: Mask) -> float:
-        """The share that the mask removes, in [0, 1]. Of parameters it is the pruning ratio. All parameters count,
-        those of embeddings, head and norms too. A removed block's norm counts as removed: by this convention every
-        ratio of arXiv 2406.10594 decodes to whole blocks."""
+        """The share that the mask removes, in [0, 1]. Of parameters it is the pruning ratio. All
+        parameters count, those of embeddings, head and norms too. A removed block's norm counts as
+        removed: by this convention every ratio of arXiv 2406.10594 decodes to whole blocks."""
         return sum(self.blocks[block] for block in mask) / self.total
 
 
@@ -140,17 +158,23 @@ def count_parameters(config: Config) -> Costs:
         block: counts[block.kind](config, block.layer) + norm * len(family.branch(block.kind).norms)
         for block in all_blocks(layers)
     }
-    embeddings = int(config["vocab_size"]) * hidden * (1 if config.get("tie_word_embeddings", False) else 2)
+    embeddings = (
+        int(config["vocab_size"]) * hidden * (1 if config.get("tie_word_embeddings", False) else 2)
+    )
     norms = norm * (1 + (layers if family.mha.shares_norm else 0))
     return Costs(total=embeddings + norms + sum(blocks.values()), blocks=blocks)
 
 
 def count_kv_cache(config: Config) -> Costs:
-    """Numbers that the KV cache holds for one token: keys and values of every MHA block. The state of a linear
-    attention is as large whatever the number of tokens, and counts as none."""
+    """Numbers that the KV cache holds for one token: keys and values of every MHA block. The state
+    of a linear attention is as large whatever the number of tokens, and counts as none."""
     _, kv_heads, head = attention_heads({**FAMILIES[str(config["model_type"])].defaults, **config})
     blocks = {
-        block: 0 if block.kind is BlockKind.MLP or is_linear(config, block.layer) else 2 * kv_heads * head
+        block: (
+            0
+            if block.kind is BlockKind.MLP or is_linear(config, block.layer)
+            else 2 * kv_heads * head
+        )
         for block in all_blocks(int(config["num_hidden_layers"]))
     }
     return Costs(total=sum(blocks.values()), blocks=blocks)
@@ -180,7 +204,10 @@ def _types(config: Config, layers: Sequence[tuple[int, int]]) -> Config:
 
 def _rotated_layers(config: Config, layers: Sequence[tuple[int, int]]) -> Config:
     """SmolLM3: some attentions do without rotary tables."""
-    return {**_types(config, layers), "no_rope_layers": [config["no_rope_layers"][mha] for mha, _ in layers]}
+    return {
+        **_types(config, layers),
+        "no_rope_layers": [config["no_rope_layers"][mha] for mha, _ in layers],
+    }
 
 
 def _sparse_layers(config: Config, layers: Sequence[tuple[int, int]]) -> Config:
@@ -190,7 +217,10 @@ def _sparse_layers(config: Config, layers: Sequence[tuple[int, int]]) -> Config:
 
 
 def _is_sparse(config: Config, layer: int) -> bool:
-    return layer not in (config["mlp_only_layers"] or []) and (layer + 1) % int(config["decoder_sparse_step"]) == 0
+    return (
+        layer not in (config["mlp_only_layers"] or [])
+        and (layer + 1) % int(config["decoder_sparse_step"]) == 0
+    )
 
 
 def _attention(config: Config, *, qkv_bias: bool = False, output_bias: bool = False) -> int:
@@ -207,7 +237,9 @@ def no_bias(config: Config, layer: int) -> int:
 
 def optional_bias(config: Config, layer: int) -> int:
     bias = bool(config.get("attention_bias", config.get("use_bias", False)))
-    return _attention(config, qkv_bias=bias, output_bias=bool(config.get("attention_out_bias", bias)))
+    return _attention(
+        config, qkv_bias=bias, output_bias=bool(config.get("attention_out_bias", bias))
+    )
 
 
 def head_norms(config: Config, layer: int) -> int:
@@ -222,13 +254,19 @@ def wide_norms(config: Config, layer: int) -> int:
 
 
 def gated_attention(config: Config, layer: int) -> int:
-    """Qwen3-Next's kinds: attention with head norms and a gate as wide as its queries; or a gated delta net."""
+    """Qwen3-Next's kinds: attention with head norms and a gate as wide as its queries; or a gated
+    delta net."""
     hidden = int(config["hidden_size"])
     if not is_linear(config, layer):
         gate = attention_heads(config)[0] * attention_heads(config)[2]
-        return head_norms(config, layer) + gate * (hidden + bool(config.get("attention_bias", False)))
+        return head_norms(config, layer) + gate * (
+            hidden + bool(config.get("attention_bias", False))
+        )
     heads, width = int(config["linear_num_value_heads"]), int(config["linear_value_head_dim"])
-    keys, values = int(config["linear_num_key_heads"]) * int(config["linear_key_head_dim"]), heads * width
+    keys, values = (
+        int(config["linear_num_key_heads"]) * int(config["linear_key_head_dim"]),
+        heads * width,
+    )
     convolved = (2 * keys + values) * int(config["linear_conv_kernel_dim"])
     return hidden * (2 * keys + 3 * values + 2 * heads) + convolved + 2 * heads + width
 
@@ -251,16 +289,22 @@ def _mixture(config: Config, inner: str) -> int:
     """A mixture of gated MLPs with its router."""
     count = int(config.get("num_local_experts") or config["num_experts"])
     shared, hidden = "shared_expert_intermediate_size", int(config["hidden_size"])
-    own = _gated(config, shared) + hidden if shared in config else 0  # an expert of every token, and its gate
+    # an expert of every token, and its gate
+    own = _gated(config, shared) + hidden if shared in config else 0
     return count * _gated(config, inner) + hidden * count + own
 
 
 def _sparse_mlp(config: Config, layer: int) -> int:
-    return _mixture(config, "moe_intermediate_size") if _is_sparse(config, layer) else gated_mlp(config, layer)
+    return (
+        _mixture(config, "moe_intermediate_size")
+        if _is_sparse(config, layer)
+        else gated_mlp(config, layer)
+    )
 
 
 def _gemma(cap: float | None) -> dict[str, Any]:
-    """What Gemma's generations have in common: norms on both sides, and config fields that may be left out."""
+    """What Gemma's generations have in common: norms on both sides, and config fields that may be
+    left out."""
     mha = Branch("self_attn", "input_layernorm", "o_proj", "post_attention_layernorm")
     mlp = Branch("mlp", "pre_feedforward_layernorm", "down_proj", "post_feedforward_layernorm")
     defaults = {"tie_word_embeddings": True, "head_dim": 256, "final_logit_softcapping": cap}
@@ -275,7 +319,11 @@ HYBRID: dict[str, Any] = {
     "in_vllm": False,
     "mha": Branch("self_attn", "input_layernorm", "o_proj", linear=("linear_attn", "out_proj")),
 }
-SPARSE: dict[str, Any] = {"mlp_parameters": _sparse_mlp, "has_one_mlp": False, "renumbered": _sparse_layers}
+SPARSE: dict[str, Any] = {
+    "mlp_parameters": _sparse_mlp,
+    "has_one_mlp": False,
+    "renumbered": _sparse_layers,
+}
 STEPS: dict[str, Any] = {"mlp_only_layers": (), "decoder_sparse_step": 1}
 QKV_BIAS = {"attention_bias": True, "attention_out_bias": False, "head_dim": 128}
 TIED = {"tie_word_embeddings": True}
@@ -294,7 +342,14 @@ FAMILIES: Registry[Family] = Registry(
         Family("olmo2", "Olmo2", wide_norms, gated_mlp, **AFTER_NORMS),
         Family("olmo3", "Olmo3", wide_norms, gated_mlp, **AFTER_NORMS),
         Family("exaone4", "Exaone4", head_norms, gated_mlp, **AFTER_NORMS),
-        Family("smollm3", "SmolLM3", optional_bias, gated_mlp, renumbered=_rotated_layers, defaults=TIED),
+        Family(
+            "smollm3",
+            "SmolLM3",
+            optional_bias,
+            gated_mlp,
+            renumbered=_rotated_layers,
+            defaults=TIED,
+        ),
         Family("seed_oss", "SeedOss", optional_bias, gated_mlp, defaults=QKV_BIAS),
         Family("ernie4_5", "Ernie4_5", optional_bias, gated_mlp, defaults=TIED | {"head_dim": 128}),
         Family("hunyuan_v1_dense", "HunYuanDenseV1", head_norms, gated_mlp),
@@ -329,10 +384,30 @@ FAMILIES: Registry[Family] = Registry(
             mha=Branch("self_attn", "input_layernorm", "o_proj", shares_norm=True),
             mlp=Branch("mlp", "input_layernorm", "down_proj", shares_norm=True),
         ),
-        Family("mixtral", "Mixtral", no_bias, lambda c, layer: _mixture(c, "intermediate_size"), has_one_mlp=False),
+        Family(
+            "mixtral",
+            "Mixtral",
+            no_bias,
+            lambda c, layer: _mixture(c, "intermediate_size"),
+            has_one_mlp=False,
+        ),
         Family("qwen3_moe", "Qwen3Moe", head_norms, **SPARSE, defaults=STEPS),
-        Family("qwen3_next", "Qwen3Next", gated_attention, **SPARSE, **HYBRID, defaults=STEPS | {"head_dim": 256}),
-        Family("qwen3_5_text", "Qwen3_5", gated_attention, gated_mlp, defaults={"head_dim": 256}, **HYBRID),
+        Family(
+            "qwen3_next",
+            "Qwen3Next",
+            gated_attention,
+            **SPARSE,
+            **HYBRID,
+            defaults=STEPS | {"head_dim": 256},
+        ),
+        Family(
+            "qwen3_5_text",
+            "Qwen3_5",
+            gated_attention,
+            gated_mlp,
+            defaults={"head_dim": 256},
+            **HYBRID,
+        ),
         Family(
             "qwen3_5_moe_text",
             "Qwen3_5Moe",
@@ -358,25 +433,33 @@ FAMILIES: Registry[Family] = Registry(
         ),
     ],
     key="model_type",
-    hint='A new one is one row in blockpruner/core/families.py (docs/architecture.md, "Model families"). '
-    "A pruned model is not pruned again: prune its dense model by more (its scores are kept)",
+    hint=(
+        'A new one is one row in blockpruner/core/families.py (docs/architecture.md, "Model'
+        ' families"). A pruned model is not pruned again: prune its dense model by more (its scores'
+        " are kept)"
+    ),
 )
 
 
 def require_supported(config: Config) -> None:
-    """Refuse the config of a model that cannot be pruned: of no known family, quantized, or without the numbers that
-    parameters are counted from; raises InputError."""
+    """Refuse the config of a model that cannot be pruned: of no known family, quantized, or without
+    the numbers that parameters are counted from; raises InputError."""
     FAMILIES[str(config.get("model_type"))]
     read_settings(Fields, config, "config.json: ")
     if packed := config.get("quantization_config"):
         method = packed.get("quant_method", "by an unknown method")
         raise InputError(
-            f"the model's weights are quantized ({method}), and pruning needs the plain ones; give the model that was "
-            "quantized, in bfloat16, and quantize the result",
-            rule="quantized-model", key="model", value=method,
-        )  # fmt: skip
+            f"the model's weights are quantized ({method}), and pruning needs the plain ones; give"
+            " the model that was quantized, in bfloat16, and quantize the result",
+            rule="quantized-model",
+            key="model",
+            value=method,
+        )
     try:
         count_parameters(config), count_kv_cache(config)
     except Exception as error:  # of a family's formula, for values that it does not expect
-        message = f"config.json lacks what parameters are counted from, or has it otherwise ({error!r}); fetch it again"
+        message = (
+            f"config.json lacks what parameters are counted from, or has it otherwise ({error!r});"
+            " fetch it again"
+        )
         raise InputError(message) from error

@@ -19,7 +19,8 @@ class Plan:
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid", strict=True)
 
     kind: str
-    """The kind of method: "mask" (blocks are removed), or that of another method, such as "laco"."""
+    """The kind of method: "mask" (blocks are removed), or that of another method, such as
+    "laco"."""
     target: str
     run: str
     budget: str
@@ -42,10 +43,11 @@ class Plan:
     parameters: Mapping[str, int]
     """The parameters of the dense and of the pruned model."""
     calibration: Mapping[str, Any]
-    """Rows, tokens, and the perplexity on them of the dense and the pruned model (null: known once it is made)."""
+    """Rows, tokens, and the perplexity on them of the dense and the pruned model (null: known once
+    it is made)."""
     kinds: Mapping[str, Mapping[str, float]] | None = None
-    """The perplexity of each kind of text, of rows that neither search nor fit has seen: `dense`, and `after`
-    compensation; None where no such rows of a mix judged."""
+    """The perplexity of each kind of text, of rows that neither search nor fit has seen: `dense`,
+    and `after` compensation; None where no such rows of a mix judged."""
     compensate: str = "none"
     """How the weights of the pruned model are compensated for what is gone, without training."""
     train: bool = False
@@ -59,10 +61,11 @@ class Plan:
     details: Mapping[str, Any] = field(default_factory=dict)
     """What a method that searches no mask will do."""
     base: str | None = None
-    """The dense model, by content (`checkpoint_identity`), or as <repository>@<commit> of the hub; None for a plan in
-    the folder of its model."""
+    """The dense model, by content (`checkpoint_identity`), or as <repository>@<commit> of the hub;
+    None for a plan in the folder of its model."""
     weights: str | None = None
-    """The dense model's files of weights, by content (`manifest.weights_identity`); None where they are not known."""
+    """The dense model's files of weights, by content (`manifest.weights_identity`); None where they
+    are not known."""
 
     @property
     def mask(self) -> Mask:
@@ -70,7 +73,8 @@ class Plan:
 
     @property
     def gone(self) -> dict[BlockId, float]:
-        """The share of each block that is gone, of all of which something is; rough for MLPs of few channels."""
+        """The share of each block that is gone, of all of which something is; rough for MLPs of few
+        channels."""
         texts, parts = self.details.get("channels", {}), self.cut.channels.items()
         return dict.fromkeys(self.mask, 1.0) | {
             block: 1 - len(kept) / 4 / len(texts[str(block)]) for block, kept in parts
@@ -78,6 +82,9 @@ class Plan:
 
     @property
     def cut(self) -> Cut:
-        """All that is taken out: blocks, and under "channels" of `details` what narrowed MLPs keep."""
+        """All that is taken out: blocks, and under "channels" of `details` what narrowed MLPs
+        keep."""
         kept: Mapping[str, str] = self.details.get("channels", {})
-        return Cut(self.mask, {parse_block(name): parse_channels(text) for name, text in kept.items()})
+        return Cut(
+            self.mask, {parse_block(name): parse_channels(text) for name, text in kept.items()}
+        )

@@ -1,12 +1,14 @@
 """Registries: rows by name, among them the rows that other packages add.
 
-A package adds rows with an entry point of the group `blockpruner.extensions` that names a list of them:
+A package adds rows with an entry point of the group `blockpruner.extensions` that names a list of
+them:
 
     [project.entry-points."blockpruner.extensions"]
     my_package = "my_package:ROWS"          # ROWS = [Metric("mine", ...), Export("mine", ...)]
 
-Each registry takes the rows of its own class. Entry points are read at the first look at more than our own rows: a
-registry may be asked for one of those, but not be listed, while modules are imported.
+Each registry takes the rows of its own class. Entry points are read at the first look at more than
+our own rows: a registry may be asked for one of those, but not be listed, while modules are
+imported.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,9 +33,11 @@ class UnknownNameError(InputError, KeyError):
 class Registry(Mapping[str, Row]):
     """The rows of one class by name; an unknown name raises InputError with the valid ones."""
 
-    def __init__(self, title: str, of: type[Row], rows: Iterable[Row], *, key: str = "name", hint: str = "") -> None:
-        """The title is what a name is, in messages ("score.metric"); the key is the field that holds a row's name; the
-        hint is a sentence for the message of an unknown name."""
+    def __init__(
+        self, title: str, of: type[Row], rows: Iterable[Row], *, key: str = "name", hint: str = ""
+    ) -> None:
+        """The title is what a name is, in messages ("score.metric"); the key is the field that
+        holds a row's name; the hint is a sentence for the message of an unknown name."""
         self.title, self.hint = title, hint
         self._of, self._key = of, key
         self._rows: dict[str, Row] = {}
@@ -56,7 +60,10 @@ class Registry(Mapping[str, Row]):
     def add(self, row: Row) -> None:
         name = getattr(row, self._key)
         if self._rows.get(name, row) is not row:
-            raise InputError(f"{self.title} {name!r} is there already; give the new {self._of.__name__} another name")
+            raise InputError(
+                f"{self.title} {name!r} is there already; give the new {self._of.__name__} another"
+                " name"
+            )
         self._rows[name] = row
 
     @contextmanager
@@ -89,14 +96,14 @@ def extension_rows() -> tuple[Any, ...]:
             found = tuple(point.load())
         except Exception as error:  # code of others may raise anything
             raise InputError(
-                f"extension {point.name} ({point.value}) of {package} cannot be loaded ({error!r}); "
-                f"repair {package}, or uninstall it"
+                f"extension {point.name} ({point.value}) of {package} cannot be loaded ({error!r});"
+                f" repair {package}, or uninstall it"
             ) from error
         wrong = [row for row in found if not is_dataclass(row) or isinstance(row, type)]
         if wrong:
             raise InputError(
-                f"extension {point.name} ({point.value}) of {package} lists {wrong[0]!r}, which is no row; "
-                "valid: Family, Metric, Search, Kind, Export, Benchmark"
+                f"extension {point.name} ({point.value}) of {package} lists {wrong[0]!r}, which is"
+                " no row; valid: Family, Metric, Search, Kind, Export, Benchmark"
             )
         rows.extend(found)
     return tuple(rows)

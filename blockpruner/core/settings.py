@@ -1,7 +1,8 @@
-"""Frozen values of settings: what every section is made of, where models and texts come from, and the runtime.
+"""Frozen values of settings: what every section is made of, where models and texts come from, and
+the runtime.
 
-Decides how a mistake in a file is put into words. Each section has its class in its room (`settings.py` there);
-`blockpruner.settings` puts them together.
+Decides how a mistake in a file is put into words. Each section has its class in its room
+(`settings.py` there); `blockpruner.settings` puts them together.
 """
 
 from __future__ import annotations
@@ -12,7 +13,15 @@ from collections.abc import Container, Mapping
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from blockpruner.core.errors import InputError
 
@@ -28,12 +37,14 @@ Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
 class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", hide_input_in_errors=False, use_attribute_docstrings=True
+    )
 
 
 def source_of(text: str, named: Container[str] = ()) -> dict[str, str]:
-    """A source in one string, as a run file has it: one of the names; a file or folder; or a name on the hub or its
-    address, perhaps with @ and a revision."""
+    """A source in one string, as a run file has it: one of the names; a file or folder; or a name
+    on the hub or its address, perhaps with @ and a revision."""
     if text in named:
         return {"source": text}
     repo, _, revision = HUB.sub("", text.rstrip("/")).partition("@")
@@ -73,9 +84,11 @@ class Hub(Frozen):
     """A repository of the Hugging Face hub."""
 
     source: Literal["hub"]
-    repo: str = Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)?$")  # no "..": datasets would take it for a folder
+    # no "..": datasets would take it for a folder
+    repo: str = Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)?$")
     revision: str | None = None
-    """A commit; or a branch, a tag or `refs/pr/<number>`, null: main, resolved once and kept in runs/pins.json."""
+    """A commit; or a branch, a tag or `refs/pr/<number>`, null: main, resolved once and kept in
+    runs/pins.json."""
 
     @property
     def title(self) -> str:
@@ -106,7 +119,8 @@ class PypiModel(Pypi, PackageFile):
 
 
 class PypiPartsModel(Frozen):
-    """A GGUF file in parts, each a file of a package of its own, as registries limit the size of one."""
+    """A GGUF file in parts, each a file of a package of its own, as registries limit the size of
+    one."""
 
     source: Literal["pypi-parts"]
     parts: tuple[PackageFile, ...] = Field(min_length=1)
@@ -148,7 +162,8 @@ class KindOfTexts(Frozen):
     """What the texts of a source are in a mix."""
 
     kind: str | None = None
-    """What they are called in tables; null: the source's title. Sources of one kind and share are drawn from as one."""
+    """What they are called in tables; null: the source's title. Sources of one kind and share are
+    drawn from as one."""
     share: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """How much is drawn from them, relative to the shares of the others."""
 
@@ -221,7 +236,9 @@ class MixedTexts(Frozen):
         for one in value:
             name = one.kind or one.title
             if shares.setdefault(name, one.share) != one.share:
-                raise ValueError(f"kind {name!r} has the shares {shares[name]:g} and {one.share:g}; give it one")
+                raise ValueError(
+                    f"kind {name!r} has the shares {shares[name]:g} and {one.share:g}; give it one"
+                )
         return value
 
     @property
@@ -229,7 +246,9 @@ class MixedTexts(Frozen):
         return " + ".join(dict.fromkeys(one.kind or one.title for one in self.of))
 
 
-Texts = Annotated[PypiTexts | PackagesTexts | HubTexts | LocalTexts | MixedTexts, Field(discriminator="source")]
+Texts = Annotated[
+    PypiTexts | PackagesTexts | HubTexts | LocalTexts | MixedTexts, Field(discriminator="source")
+]
 
 
 ALPACA = HubTexts(source="hub", repo="tatsu-lab/alpaca")
@@ -238,12 +257,13 @@ ALPACA = HubTexts(source="hub", repo="tatsu-lab/alpaca")
 class Runtime(Frozen):
     """Where and how a model runs: for speed.
 
-    In float32 numbers differ by rounding alone. In 16 bits, device, kernel and batch size may move a loss by as much as
-    two candidates differ, and so what a search chooses.
+    In float32 numbers differ by rounding alone. In 16 bits, device, kernel and batch size may move
+    a loss by as much as two candidates differ, and so what a search chooses.
     """
 
     device: str = "auto"
-    """The device: auto (the first GPU, else the CPU), cpu, cuda, cuda:<n>, or split: one model over all GPUs."""
+    """The device: auto (the first GPU, else the CPU), cpu, cuda, cuda:<n>, or split: one model over
+    all GPUs."""
     batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Padded tokens in a batch of rows."""
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
@@ -261,12 +281,18 @@ class Runtime(Frozen):
     @model_validator(mode="after")
     def _fits_together(self) -> Runtime:
         if self.executor == "local" and (self.workers != 1 or self.ray_address is not None):
-            given = f"workers: {self.workers}" if self.workers != 1 else f"ray_address: {self.ray_address}"
-            raise ValueError(f"{given} needs executor: ray; executor: local is one process of this machine")
+            given = (
+                f"workers: {self.workers}"
+                if self.workers != 1
+                else f"ray_address: {self.ray_address}"
+            )
+            raise ValueError(
+                f"{given} needs executor: ray; executor: local is one process of this machine"
+            )
         if self.streaming and self.device == "split":
             raise ValueError(
-                "streaming: true holds one layer at a time on one device, so device: split has nothing to split; "
-                "set device: auto, or streaming: false"
+                "streaming: true holds one layer at a time on one device, so device: split has"
+                " nothing to split; set device: auto, or streaming: false"
             )
         return self
 
@@ -277,11 +303,14 @@ class Runtime(Frozen):
 
 
 def merged(values: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of which those in `more` replace those at the same keys; another `source` replaces its section."""
+    """Values of which those in `more` replace those at the same keys; another `source` replaces its
+    section."""
     found = {} if "source" in more else dict(values)
     for key, value in more.items():
         old = found.get(key)
-        found[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        found[key] = (
+            merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        )
     return found
 
 
@@ -289,9 +318,10 @@ T = TypeVar("T")
 
 
 def read_settings(model: type[T], values: Any, where: str = "", section: str = "") -> T:
-    """Settings from values as a file gives them. Raises InputError with one line for each mistake, in pydantic's words:
-    `where` ("params.yaml: ") begins a line, and `section` ("score.options.") a key, where the values are not a whole
-    file. The error's key and value are the first mistake's."""
+    """Settings from values as a file gives them. Raises InputError with one line for each mistake,
+    in pydantic's words: `where` ("params.yaml: ") begins a line, and `section` ("score.options.") a
+    key, where the values are not a whole file. The error's key and value are the first
+    mistake's."""
     try:
         return TypeAdapter(model).validate_python(values)
     except ValidationError as error:
@@ -300,13 +330,20 @@ def read_settings(model: type[T], values: Any, where: str = "", section: str = "
 
 def input_error(error: ValidationError, where: str, section: str = "") -> InputError:
     """What pydantic refuses as an InputError; where and section are as in `read_settings`."""
-    faults = [fault for fault in error.errors() if fault["type"] != "default_factory_not_called"]  # follows another
+    # follows another
+    faults = [fault for fault in error.errors() if fault["type"] != "default_factory_not_called"]
     keys = [(section + ".".join(map(str, fault["loc"]))).rstrip(".") for fault in faults]
-    message = "\n".join(f"{where}{_words(key, fault)}" for key, fault in zip(keys, faults, strict=True))
+    message = "\n".join(
+        f"{where}{_words(key, fault)}" for key, fault in zip(keys, faults, strict=True)
+    )
     return InputError(message, rule="settings", key=keys[0], value=faults[0]["input"])
 
 
 def _words(key: str, fault: Mapping[str, Any]) -> str:
     message = str(fault["msg"]).removeprefix("Value error, ")
-    given = "" if fault["type"] in ("value_error", "missing") else f" (given {reprlib.repr(fault['input'])})"
+    given = (
+        ""
+        if fault["type"] in ("value_error", "missing")
+        else f" (given {reprlib.repr(fault['input'])})"
+    )
     return f"{key}: {message}{given}" if key else f"{message}{given}"

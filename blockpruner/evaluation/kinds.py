@@ -11,17 +11,19 @@ from statistics import fmean
 from blockpruner.scoring.metrics import perplexity
 
 UNEVEN = 1.2
-"""One kind lost too much if its perplexity, times the dense model's, is more than so many times the geometric mean of
-all kinds."""
+"""One kind lost too much if its perplexity, times the dense model's, is more than so many times the
+geometric mean of all kinds."""
 LOST = (
-    "The kind {!r} lost most: its perplexity is {:.2f} times the dense model's, {:.2f} times the mean of all kinds. "
-    "If the model is for it, raise its share among the texts, or give more of it."
+    "The kind {!r} lost most: its perplexity is {:.2f} times the dense model's, {:.2f} times the"
+    " mean of all kinds. If the model is for it, raise its share among the texts, or give more"
+    " of it."
 )
 ALL = "all kinds"
 """What the line on all kinds is called."""
 
 TIE = 1.02
-"""Of models whose worst kinds lost about as much, within 2 %, the one with the lower mean is better."""
+"""Of models whose worst kinds lost about as much, within 2 %, the one with the lower mean is
+better."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,9 @@ class Loss:
     def __str__(self) -> str:
         """As in "mean 1.12 times the dense model's perplexity, worst 1.20 (Python)"."""
         words = f"mean {self.mean:.2f} times the dense model's perplexity"
-        return f"{words}, worst {self.worst:.2f} ({self.worst_kind})" if len(self.kinds) > 1 else words
+        return (
+            f"{words}, worst {self.worst:.2f} ({self.worst_kind})" if len(self.kinds) > 1 else words
+        )
 
     @classmethod
     def of(cls, kinds: Mapping[str, Mapping[str, float]]) -> "Loss":
@@ -55,7 +59,8 @@ class Loss:
 
 
 def best_loss(found: Mapping[str, Loss]) -> str:
-    """The name of the model that lost least: by its worst kind, and by the mean where these are within `TIE`."""
+    """The name of the model that lost least: by its worst kind, and by the mean where these are
+    within `TIE`."""
     least = min(loss.worst for loss in found.values())
     near = [name for name, loss in found.items() if loss.worst <= TIE * least]
     return min(near, key=lambda name: found[name].mean)
@@ -74,14 +79,16 @@ def perplexities(row_nll: Sequence[float], kinds: Sequence[str]) -> dict[str, fl
 
 
 def in_words(found: Mapping[str, Mapping[str, float]]) -> tuple[tuple[tuple[str, str], ...], str]:
-    """What each kind lost, from its perplexities `dense` and `after`, and all of them; and the warning of `uneven`."""
+    """What each kind lost, from its perplexities `dense` and `after`, and all of them; and the
+    warning of `uneven`."""
     loss, words = Loss.of(found), "{dense:,.2f} dense, {after:,.2f} after, {ratio:.2f} times"
     lost = [(kind, words.format(**own, ratio=loss.kinds[kind])) for kind, own in found.items()]
     return tuple([*lost, (ALL, str(loss))] if len(lost) > 1 else lost), uneven(loss.kinds)
 
 
 def uneven(ratios: Mapping[str, float]) -> str:
-    """A warning on the kind that lost more than `UNEVEN` allows, from perplexities times dense, or an empty text."""
+    """A warning on the kind that lost more than `UNEVEN` allows, from perplexities times dense, or
+    an empty text."""
     if not ratios:
         return ""
     loss = Loss(ratios)

@@ -1,7 +1,7 @@
 """Held-out perplexity, the way of arXiv 2406.10594 and of SliceGPT's code.
 
-Decides how held-out texts become rows and how their NLL is averaged. It runs a model's own forward pass, and does not
-use the scoring engine.
+Decides how held-out texts become rows and how their NLL is averaged. It runs a model's own forward
+pass, and does not use the scoring engine.
 """
 
 import math
@@ -26,14 +26,17 @@ from blockpruner.scoring.work import logits_bytes
 from blockpruner.store.provenance import fingerprint
 
 SEED = 0
-"""The seed of the order in which documents fill rows. It is no setting: one text has one set of rows."""
+"""The seed of the order in which documents fill rows. It is no setting: one text has one set of
+rows."""
 
 SHORT = 32
-"""A document of fewer tokens is left out: it says next to nothing. Of the 2,349 documents of an English Wikipedia
-extract, 1,299 are that short, and 1,254 of them a bare title. They have 2 % of its tokens."""
+"""A document of fewer tokens is left out: it says next to nothing. Of the 2,349 documents of an
+English Wikipedia extract, 1,299 are that short, and 1,254 of them a bare title. They have 2 % of
+its tokens."""
 
 Packed = tuple[Sequence[tuple[int, ...]], Sequence[str], int]
-"""The fields of HeldOut, and how many texts were passed over because they have fewer than SHORT tokens."""
+"""The fields of HeldOut, and how many texts were passed over because they have fewer than SHORT
+tokens."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,8 @@ class HeldOut:
     rows: tuple[tuple[int, ...], ...]
     """Token ids."""
     documents: tuple[str, ...]
-    """The texts that are in the rows, wholly or in part; all, if texts are joined and no row is left over. Nothing that
-    decides what is pruned may see them."""
+    """The texts that are in the rows, wholly or in part; all, if texts are joined and no row is
+    left over. Nothing that decides what is pruned may see them."""
     kinds: tuple[str, ...] = ()
     """The kind of text of each row; empty where all are of one."""
 
@@ -65,16 +68,20 @@ class HeldOutPerplexity:
 
 
 def held_out(tokenizer: Any, texts: Sequence[str], wanted: Perplexity) -> HeldOut:
-    """Make rows of `wanted.seq_len` tokens of texts, at most `wanted.max_rows`; of a mix, so many of the kind with the
-    largest share, and of the others by theirs. Raises InputError if the texts, or those of one kind, are shorter than
-    one row.
+    """Make rows of `wanted.seq_len` tokens of texts, at most `wanted.max_rows`; of a mix, so many
+    of the kind with the largest share, and of the others by theirs. Raises InputError if the texts,
+    or those of one kind, are shorter than one row.
 
-    packing "joined": all texts are joined with a blank line, tokenized once and cut into rows; the tail is dropped.
-    "joined_bos": each of these rows begins with what the tokenizer puts before a text (`beginning`).
-    "documents": the texts come in one order drawn with SEED. A row is the next texts joined with a blank line until it
-    is full; the rest of the last one is dropped, and the next row begins with the next text. So every text begins at
-    its beginning, and none is in two rows. Texts of fewer than SHORT tokens (in an encyclopaedia, bare titles) are
-    passed over. A single document is cut into rows as "joined_bos".
+    packing "joined": all texts are joined with a blank line, tokenized once and cut into rows; the
+    tail is dropped.
+    "joined_bos": each of these rows begins with what the tokenizer puts before a text
+        (`beginning`).
+    "documents": the texts come in one order drawn with SEED. A row is the next texts joined with a
+        blank line until it
+    is full; the rest of the last one is dropped, and the next row begins with the next text. So
+    every text begins at its beginning, and none is in two rows. Texts of fewer than SHORT tokens
+    (in an encyclopaedia, bare titles) are passed over. A single document is cut into rows as
+    "joined_bos".
     """
     if len(parts := by_kind(texts)) > 1:
         whole, largest = HeldOut((), ()), max(kind.share if kind else 1.0 for kind in parts)
@@ -92,12 +99,19 @@ def held_out(tokenizer: Any, texts: Sequence[str], wanted: Perplexity) -> HeldOu
     if not rows:
         tokens = len(_ids(tokenizer, texts))
         left_out = f" ({short} of them have fewer than {SHORT} and are left out)" if short else ""
-        fix = "set packing to joined_bos, which leaves none out" if short else f"lower seq_len to at most {tokens}"
+        fix = (
+            "set packing to joined_bos, which leaves none out"
+            if short
+            else f"lower seq_len to at most {tokens}"
+        )
         raise InputError(
-            f"held-out perplexity has no row: {len(texts)} texts are {tokens} tokens{left_out}, fewer than one row of "
-            f"evaluate.perplexity.seq_len {wanted.seq_len}; {fix}, or choose longer texts",
-            rule="too-few-tokens", key="evaluate.perplexity.seq_len", value=wanted.seq_len,
-        )  # fmt: skip
+            f"held-out perplexity has no row: {len(texts)} texts are {tokens} tokens{left_out},"
+            f" fewer than one row of evaluate.perplexity.seq_len {wanted.seq_len}; {fix}, or choose"
+            " longer texts",
+            rule="too-few-tokens",
+            key="evaluate.perplexity.seq_len",
+            value=wanted.seq_len,
+        )
     return HeldOut(tuple(rows), tuple(documents))
 
 
@@ -145,33 +159,46 @@ def measure_perplexity(
 ) -> HeldOutPerplexity:
     """PPL = exp(1/R * sum_r 1/(T-1) * sum_t -log p(x[r, t+1] | x[r, <=t])) over R rows of T tokens.
 
-    Log-softmax in float32 or wider, sums in float64. The head runs over chunks of tokens: the logits [T, V] of a row
-    never fill the memory. Raises NonFiniteLossError that names the row whose loss is NaN or infinite, and
-    DeviceMemoryError where a row does not fit. `batch` rows of one length are computed at once; in 16 bits it moves the
-    last digits. `advance` is called with (rows done, rows in all).
+    Log-softmax in float32 or wider, sums in float64. The head runs over chunks of tokens: the
+    logits [T, V] of a row never fill the memory. Raises NonFiniteLossError that names the row whose
+    loss is NaN or infinite, and DeviceMemoryError where a row does not fit. `batch` rows of one
+    length are computed at once; in 16 bits it moves the last digits. `advance` is called with (rows
+    done, rows in all).
     """
-    decoder, head, place = model.get_decoder(), head_of(model), model.get_output_embeddings().weight.device
+    decoder, head, place = (
+        model.get_decoder(),
+        head_of(model),
+        model.get_output_embeddings().weight.device,
+    )
     room = None if place.type == "cpu" else room_beside(model, place)
     chunk = max(1, logits_bytes(room) // (model.config.vocab_size * 4))
     means: list[float] = []
     for start in range(0, len(rows), batch):
         several = rows[start : start + batch]
         with accelerator.named_if_too_large(
-            f"held-out perplexity: {'one row' if batch == 1 else f'{len(several)} rows'} of {len(several[0])} tokens",
+            f"held-out perplexity: {'one row' if batch == 1 else f'{len(several)} rows'} of"
+            f" {len(several[0])} tokens",
             "lower its seq_len, or use a larger device",
         ):
             ids = torch.tensor(several, device=model.device)  # [B, T]
-            states = decoder(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)  # [B (T-1), H]
+            # [B (T-1), H]
+            states = decoder(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
             found = list[torch.Tensor]()
-            for part, targets in zip(torch.split(states, chunk), torch.split(ids[:, 1:].flatten(), chunk), strict=True):
+            for part, targets in zip(
+                torch.split(states, chunk), torch.split(ids[:, 1:].flatten(), chunk), strict=True
+            ):
                 logits = head(part)  # perhaps on another device than the ids
                 found.append(token_nll(logits, targets.to(logits.device)).double())
             totals = torch.cat(found).view(len(several), -1).sum(1).tolist()
         for number, total in enumerate(totals, start):
             if not math.isfinite(total):
                 fix = "try a wider dtype (model.dtype: float32)"
-                raise NonFiniteLossError(f"held-out perplexity: the loss of row {number} is {total}; {fix}")
+                raise NonFiniteLossError(
+                    f"held-out perplexity: the loss of row {number} is {total}; {fix}"
+                )
         means += [total / (len(several[0]) - 1) for total in totals]
         advance(start + len(several), len(rows))
     nll = math.fsum(means) / len(means)
-    return HeldOutPerplexity(perplexity(nll), nll, len(rows), sum(len(row) for row in rows), tuple(means))
+    return HeldOutPerplexity(
+        perplexity(nll), nll, len(rows), sum(len(row) for row in rows), tuple(means)
+    )

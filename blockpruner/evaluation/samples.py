@@ -1,6 +1,7 @@
 """What a model answers: greedy texts for people to read, a pruned model's beside the dense one's.
 
-Decides the prompts, and how a turn of a conversation is put to a model. No number is made of the texts.
+Decides the prompts, and how a turn of a conversation is put to a model. No number is made of the
+texts.
 """
 
 from collections.abc import Sequence
@@ -21,22 +22,40 @@ NEW_TOKENS = 48
 
 
 def answer(
-    model: PreTrainedModel, tokenizer: Any, turns: Sequence[str], limit: int = NEW_TOKENS, streamer: Any = None
+    model: PreTrainedModel,
+    tokenizer: Any,
+    turns: Sequence[str],
+    limit: int = NEW_TOKENS,
+    streamer: Any = None,
 ) -> str:
-    """Answer the last turn, greedily. Turns are the user's and the model's, one after the other. A model without a chat
-    template continues the last one. Raises InputError for an empty one."""
-    told = [{"role": ("user", "assistant")[number % 2], "content": turn} for number, turn in enumerate(turns)]
+    """Answer the last turn, greedily. Turns are the user's and the model's, one after the other. A
+    model without a chat template continues the last one. Raises InputError for an empty one."""
+    told = [
+        {"role": ("user", "assistant")[number % 2], "content": turn}
+        for number, turn in enumerate(turns)
+    ]
     is_chat, text = bool(tokenizer.chat_template), turns[-1]
     if is_chat:
         try:
             text = tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # of a template, which is code of its own
-            raise InputError(f"the model's chat template refuses the turns: {error}", rule="chat-template") from error
-    ids = tokenizer(text, add_special_tokens=not is_chat, return_tensors="pt").input_ids.to(model.device)
+            raise InputError(
+                f"the model's chat template refuses the turns: {error}", rule="chat-template"
+            ) from error
+    ids = tokenizer(text, add_special_tokens=not is_chat, return_tensors="pt").input_ids.to(
+        model.device
+    )
     if not ids.numel():
-        raise InputError("the prompt has no token; give some words", rule="no-token", key="prompt", value=text)
+        raise InputError(
+            "the prompt has no token; give some words", rule="no-token", key="prompt", value=text
+        )
     mask = ids.new_ones(ids.shape)
     out = model.generate(
-        ids, attention_mask=mask, max_new_tokens=limit, do_sample=False, pad_token_id=0, streamer=streamer
+        ids,
+        attention_mask=mask,
+        max_new_tokens=limit,
+        do_sample=False,
+        pad_token_id=0,
+        streamer=streamer,
     )
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))

@@ -1,7 +1,8 @@
 """Generation speed and memory of models side by side.
 
-Decides what is timed: greedy decoding with a KV cache and no early stop, as in Table 6 of arXiv 2406.10594. The models
-take turns within each repeat: a drift of the machine then falls on all of them.
+Decides what is timed: greedy decoding with a KV cache and no early stop, as in Table 6 of arXiv
+2406.10594. The models take turns within each repeat: a drift of the machine then falls on all of
+them.
 """
 
 import time
@@ -41,9 +42,9 @@ class MeasuredSpeed:
     """Keys and values at the end, of prompt + new - 1 tokens: the last token is never fed."""
     peak_memory_bytes: int
     peak_memory: str
-    """What the peak is. "allocated": the largest sum of tensors on the model's (first) device while it generated,
-    without weights that only other models have. "weights + KV cache": their sum, on a CPU, where only the process's
-    memory is known."""
+    """What the peak is. "allocated": the largest sum of tensors on the model's (first) device while
+    it generated, without weights that only other models have. "weights + KV cache": their sum, on a
+    CPU, where only the process's memory is known."""
     prompt_tokens: int
     new_tokens: int
     batch: int
@@ -84,14 +85,16 @@ def generate(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> Generat
 
 
 def _held(layer: Any) -> tuple[Tensor, ...]:
-    """What a layer of the cache holds: keys and values, or the states of a linear attention. A slot may be unused."""
+    """What a layer of the cache holds: keys and values, or the states of a linear attention. A slot
+    may be unused."""
     if hasattr(layer, "keys"):
         return () if layer.keys is None else (layer.keys, layer.values)
     return (*layer.conv_states.values(), *layer.recurrent_states.values())
 
 
 def turns(names: Sequence[str], repeats: int) -> Iterator[tuple[int, str]]:
-    """(repeat, name) in the order of measuring. Repeat 0 warms up; the order turns round with every repeat."""
+    """(repeat, name) in the order of measuring. Repeat 0 warms up; the order turns round with every
+    repeat."""
     for repeat in range(repeats + 1):
         yield from ((repeat, name) for name in names[:: 1 if repeat % 2 else -1])
 
@@ -101,9 +104,13 @@ def measure_speed(
     settings: Speed,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, MeasuredSpeed]:
-    """Time every model on one random prompt. Each warms up once, then they take turns. They are on one device and of
-    one vocabulary. `advance` is called with (generations done, generations in all), warm-up included."""
-    prompts = {name: random_prompt(model, settings.batch, settings.prompt_tokens) for name, model in models.items()}
+    """Time every model on one random prompt. Each warms up once, then they take turns. They are on
+    one device and of one vocabulary. `advance` is called with (generations done, generations in
+    all), warm-up included."""
+    prompts = {
+        name: random_prompt(model, settings.batch, settings.prompt_tokens)
+        for name, model in models.items()
+    }
     runs: dict[str, list[Generation]] = {name: [] for name in models}
     peaks = dict.fromkeys(models, 0)
     for done, (repeat, name) in enumerate(turns(list(models), settings.repeats), 1):
@@ -112,26 +119,44 @@ def measure_speed(
             runs[name].append(result)
             peaks[name] = max(peaks[name], peak)
         advance(done, len(models) * (settings.repeats + 1))
-    return {name: _speed(model, runs[name], peaks[name], settings.prompt_tokens) for name, model in models.items()}
+    return {
+        name: _speed(model, runs[name], peaks[name], settings.prompt_tokens)
+        for name, model in models.items()
+    }
 
 
-def _run(models: Mapping[str, PreTrainedModel], name: str, prompt: Tensor, new_tokens: int) -> tuple[Generation, int]:
-    """One generation, and this model's peak of its device's memory (0 on a CPU); models may share weights."""
+def _run(
+    models: Mapping[str, PreTrainedModel], name: str, prompt: Tensor, new_tokens: int
+) -> tuple[Generation, int]:
+    """One generation, and this model's peak of its device's memory (0 on a CPU); models may share
+    weights."""
     model = models[name]
     if model.device.type == "cpu":
         return generate(model, prompt, new_tokens), 0
     accelerator.reset_peak(model.device)
     result = generate(model, prompt, new_tokens)
     own = {id(weight) for weight in model.parameters()}
-    others = {id(weight): weight for other in models.values() for weight in other.parameters() if id(weight) not in own}
+    others = {
+        id(weight): weight
+        for other in models.values()
+        for weight in other.parameters()
+        if id(weight) not in own
+    }
     here = sum(weight.nbytes for weight in others.values() if weight.device == model.device)
     return result, accelerator.peak(model.device) - here
 
 
-def _speed(model: PreTrainedModel, runs: list[Generation], peak: int, prompt_tokens: int) -> MeasuredSpeed:
+def _speed(
+    model: PreTrainedModel, runs: list[Generation], peak: int, prompt_tokens: int
+) -> MeasuredSpeed:
     batch, new_tokens = runs[0].tokens.shape
-    seconds = [(run.prefill_seconds, run.decode_seconds, run.prefill_seconds + run.decode_seconds) for run in runs]
-    prefill, decode, both = (Timing(median(each), list(each)) for each in zip(*seconds, strict=True))
+    seconds = [
+        (run.prefill_seconds, run.decode_seconds, run.prefill_seconds + run.decode_seconds)
+        for run in runs
+    ]
+    prefill, decode, both = (
+        Timing(median(each), list(each)) for each in zip(*seconds, strict=True)
+    )
     held = runs[0].kv_cache_bytes
     return MeasuredSpeed(
         prefill_seconds=prefill,
@@ -155,7 +180,9 @@ def _speed(model: PreTrainedModel, runs: list[Generation], peak: int, prompt_tok
 def random_prompt(model: PreTrainedModel, batch: int, length: int) -> Tensor:
     """Token ids [batch, length], the same for every model of one vocabulary."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(model.config.vocab_size, (batch, length), generator=generator).to(model.device)
+    return torch.randint(model.config.vocab_size, (batch, length), generator=generator).to(
+        model.device
+    )
 
 
 def _next_token(model: PreTrainedModel, ids: Tensor, cache: DynamicCache) -> Tensor:

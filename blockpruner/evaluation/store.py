@@ -1,8 +1,8 @@
 """The results store: what an evaluation found, by the content of what was evaluated.
 
-Decides what an entry is: <fingerprint of its key>.json with key and value. A task has also <fingerprint>.parquet with
-its items; the JSON holds its digest and is written last. All runs share the store, and it is safe to delete. What goes
-into a key is decided in `suite`.
+Decides what an entry is: <fingerprint of its key>.json with key and value. A task has also
+<fingerprint>.parquet with its items; the JSON holds its digest and is written last. All runs share
+the store, and it is safe to delete. What goes into a key is decided in `suite`.
 """
 
 from collections.abc import Callable, Mapping
@@ -54,7 +54,8 @@ class Stored:
 
 
 class ResultsStore:
-    """Entries in one folder. An entry that cannot be trusted is set aside and reported to `note`."""
+    """Entries in one folder. An entry that cannot be trusted is set aside and reported to
+    `note`."""
 
     def __init__(self, directory: Path, note: Callable[[str], object]) -> None:
         self._directory = directory
@@ -84,7 +85,12 @@ class ResultsStore:
         if result.items is not None:
             write_table(items, result.items)
         digest = None if result.items is None else file_sha256(items)
-        content = {"key": dict(key), "value": result.value, "items_sha256": digest, "made": dict(result.made)}
+        content = {
+            "key": dict(key),
+            "value": result.value,
+            "items_sha256": digest,
+            "made": dict(result.made),
+        }
         write_sealed_json(path, content)
 
     def _paths(self, key: Mapping[str, Any]) -> tuple[Path, Path]:

@@ -1,8 +1,9 @@
 """The evaluation of models: perplexity, zero-shot tasks, and speed next to the dense model.
 
-Decides what identifies a result (its key in the results store) and how results are summed up. A model is a checkpoint,
-or made in memory of the dense one, a plan and healed weights. A stored result is never computed again. Models are
-loaded only if a result is missing. Every result is stored at once.
+Decides what identifies a result (its key in the results store) and how results are summed up. A
+model is a checkpoint, or made in memory of the dense one, a plan and healed weights. A stored
+result is never computed again. Models are loaded only if a result is missing. Every result is
+stored at once.
 """
 
 import math
@@ -42,7 +43,13 @@ from blockpruner.model.classes import has_our_code
 from blockpruner.model.models import load_model, placement, resolve_device
 from blockpruner.model.team import Team, together
 from blockpruner.store.files import read_json, replace_directory, write_sealed_json, write_table
-from blockpruner.store.manifest import REPORT_FILE, content_sha256, manifest, model_identity, require_verified
+from blockpruner.store.manifest import (
+    REPORT_FILE,
+    content_sha256,
+    manifest,
+    model_identity,
+    require_verified,
+)
 from blockpruner.store.plans import save_plan
 from blockpruner.store.provenance import fingerprint, machine, made
 from blockpruner.versions import EVAL_VERSION
@@ -85,14 +92,16 @@ class Checkpoint:
 
     @cached_property
     def key(self) -> dict[str, Any]:
-        """What identifies the model in the keys of its results; raises InputError for an export that has changed."""
+        """What identifies the model in the keys of its results; raises InputError for an export
+        that has changed."""
         files = manifest(self.directory) if self.dense is None else require_verified(self.directory)
         return {"model": model_identity(files), "dtype": self.dtype, "eval_version": EVAL_VERSION}
 
 
 @dataclass(frozen=True)
 class InMemory:
-    """A pruned model that is made when first used, and never written. It shares tensors with the dense one."""
+    """A pruned model that is made when first used, and never written. It shares tensors with the
+    dense one."""
 
     dense: Checkpoint
     plan: Plan
@@ -117,7 +126,9 @@ class InMemory:
     @cached_property
     def key(self) -> dict[str, Any]:
         facts = model_facts(self.plan, self.rows.digest)
-        return self.dense.key | {"pruned": facts | ({"healed": self.healed.digest} if self.healed else {})}
+        return self.dense.key | {
+            "pruned": facts | ({"healed": self.healed.digest} if self.healed else {})
+        }
 
 
 Evaluated = Checkpoint | InMemory
@@ -146,17 +157,20 @@ class Evaluator:
     observer: Observer
 
     def settle(self, evaluation: Evaluation, overall: float) -> Stored:
-        """The result of an evaluation; `overall` is the share of all work that is done before it."""
+        """The result of an evaluation; `overall` is the share of all work that is done before
+        it."""
         self.observer.begin(evaluation.name, overall)
         stored = self.store.load(evaluation.key)
         cached = stored is not None
         if stored is None:
             with accelerator.named_if_too_large(
                 f"evaluation {evaluation.name}",
-                "use a larger device, or set runtime.device: split or cpu (for speed also evaluate.speed: null). "
-                "Results found before are kept",
+                "use a larger device, or set runtime.device: split or cpu (for speed also"
+                " evaluate.speed: null). Results found before are kept",
             ):
-                found = evaluation.compute(lambda done, total: self.observer.advance(done, total, evaluation.steps))
+                found = evaluation.compute(
+                    lambda done, total: self.observer.advance(done, total, evaluation.steps)
+                )
             stored = replace(found, made=made(**placement(evaluation.subject.model), **found.made))
             self.store.save(evaluation.key, stored)
         self.observer.end(evaluation.summary(stored.value), cached=cached)
@@ -168,7 +182,9 @@ class Evaluator:
         size = self.store.load(key)
         if size is None:
             model = subject.model
-            size = Stored({"parameters": model.num_parameters(), "weight_bytes": weight_bytes(model)})
+            size = Stored(
+                {"parameters": model.num_parameters(), "weight_bytes": weight_bytes(model)}
+            )
             self.store.save(key, size)
         return size.value
 
@@ -186,14 +202,16 @@ def benchmark(
     search: Mapping[str, float] | None = None,
     processes: int = 1,
 ) -> dict[str, Any]:
-    """Evaluate a model and write results.json, items.parquet, speed.json and its plan.json to the folder `out`. Raises
-    InputError if a task is unknown, rows exceed the context, or a source or checkpoint is missing or damaged.
+    """Evaluate a model and write results.json, items.parquet, speed.json and its plan.json to the
+    folder `out`. Raises InputError if a task is unknown, rows exceed the context, or a source or
+    checkpoint is missing or damaged.
 
     Args:
         subject: `dense` itself, one of our own verified exports, or a model that was never written.
         sources: holds perplexity.parquet and tasks/, as the fetch stage wrote them.
         plan: that of the subject; None for the dense model.
-        search: what the search of the plan took: seconds, trials_asked, trials_computed; None where it is not known.
+        search: what the search of the plan took: seconds, trials_asked, trials_computed; None where
+            it is not known.
         processes: how many of this machine share out the results, all but speed.
 
     Returns:
@@ -205,7 +223,8 @@ def benchmark(
         samples: answers to `samples.PROMPTS`.
         formats: the folders of verified exports next to the subject, its own among them.
         speed.json has what no two runs agree on:
-        speed: pruned (unless the subject is the dense model) and dense; null where it is not wanted.
+        speed: pruned (unless the subject is the dense model) and dense; null where it is not
+            wanted.
         made: where and when each result was computed, as from `provenance.made`.
     """
     tasks = settings.zero_shot.tasks
@@ -213,9 +232,15 @@ def benchmark(
         message = f"evaluate.zero_shot.tasks is empty; name at least one of {', '.join(BENCHMARKS)}"
         raise InputError(message, rule="no-tasks", key="evaluate.zero_shot.tasks")
     folder = subject.directory if isinstance(subject, Checkpoint) else dense.directory
-    check_context(settings.perplexity.seq_len, read_json(folder / "config.json"), "evaluate.perplexity.seq_len")
+    check_context(
+        settings.perplexity.seq_len,
+        read_json(folder / "config.json"),
+        "evaluate.perplexity.seq_len",
+    )
     is_export = isinstance(subject, Checkpoint) and subject is not dense
-    whole = replace(dense, beside=subject) if isinstance(subject, Checkpoint) and is_export else dense
+    whole = (
+        replace(dense, beside=subject) if isinstance(subject, Checkpoint) and is_export else dense
+    )
     given = (subject, sources, settings, subject.key | {"tokenizer": tokenizer_digest(folder)})
     evaluations = _without_speed(*given)
     evaluator = Evaluator(ResultsStore(store, observer.note), observer)
@@ -224,16 +249,25 @@ def benchmark(
             together(processes, dense.device, _settle, observer, store, claims, *given)
     if settings.speed is not None:
         evaluations.append(speed_of(subject, whole, settings.speed, subject.key))
-    found = {each.name: evaluator.settle(each, n / len(evaluations)) for n, each in enumerate(evaluations)}
+    found = {
+        each.name: evaluator.settle(each, n / len(evaluations))
+        for n, each in enumerate(evaluations)
+    }
     scores = {task: found[task].value["scores"] for task in tasks}
     results = {
         **evaluator.size(subject, subject.key),
-        "perplexity": found["perplexity"].value | {"row_nll": list(found["perplexity"].value["row_nll"])},
+        "perplexity": (
+            found["perplexity"].value | {"row_nll": list(found["perplexity"].value["row_nll"])}
+        ),
         "tasks": scores,
         "average": _average(list(scores.values())),
         "chance": {task: BENCHMARKS[task].chance(found[task].items) for task in tasks},
         "samples": found["samples"].value["samples"],
-        "formats": sorted(path.parent.name for path in folder.parent.glob(f"*/{REPORT_FILE}")) if is_export else [],
+        "formats": (
+            sorted(path.parent.name for path in folder.parent.glob(f"*/{REPORT_FILE}"))
+            if is_export
+            else []
+        ),
     }
     timings = {
         "speed": found["speed"].value if "speed" in found else None,
@@ -244,7 +278,9 @@ def benchmark(
     def build(directory: Path) -> None:
         write_sealed_json(directory / "results.json", results)
         write_sealed_json(directory / "speed.json", timings)
-        write_table(directory / "items.parquet", pa.concat_tables([found[task].items for task in tasks]))
+        write_table(
+            directory / "items.parquet", pa.concat_tables([found[task].items for task in tasks])
+        )
         if plan is not None:
             save_plan(plan, directory / "plan.json")
 
@@ -257,15 +293,25 @@ def _without_speed(
 ) -> list[Evaluation]:
     return [
         perplexity_of(subject, sources / "perplexity.parquet", settings.perplexity, text_key),
-        *(task_of(subject, task, sources / "tasks", settings.zero_shot, text_key) for task in settings.zero_shot.tasks),
+        *(
+            task_of(subject, task, sources / "tasks", settings.zero_shot, text_key)
+            for task in settings.zero_shot.tasks
+        ),
         samples_of(subject, text_key),
     ]
 
 
 def _settle(
-    team: Team, device: str, observer: Observer, store: Path, claims: str, subject: Evaluated, *given: Any
+    team: Team,
+    device: str,
+    observer: Observer,
+    store: Path,
+    claims: str,
+    subject: Evaluated,
+    *given: Any,
 ) -> None:
-    """The work of one process: one result after another that no other has begun, of those of `_without_speed`."""
+    """The work of one process: one result after another that no other has begun, of those of
+    `_without_speed`."""
     evaluations = _without_speed(subject.on(device), *given)
     evaluator = Evaluator(ResultsStore(store, observer.note), observer)
     for number, each in enumerate(evaluations):
@@ -275,10 +321,14 @@ def _settle(
 
 
 def headline(results: Mapping[str, Any], plan: Plan | None) -> dict[str, float | int]:
-    """The main figures of a model for data/metrics; `plan` is None for the dense model. kv_cache is a share."""
+    """The main figures of a model for data/metrics; `plan` is None for the dense model. kv_cache is
+    a share."""
     gone = plan.blocks if plan else dict.fromkeys(BlockKind, 0)
     figures = {task: scores["value"] for task, scores in results["tasks"].items()}
-    figures |= {"average": results["average"]["value"], "perplexity": results["perplexity"]["perplexity"]}
+    figures |= {
+        "average": results["average"]["value"],
+        "perplexity": results["perplexity"]["perplexity"],
+    }
     figures |= {"ratio": plan.ratio if plan else 0.0, "parameters": results["parameters"]}
     figures |= {"mha_removed": gone[BlockKind.MHA], "mlp_removed": gone[BlockKind.MLP]}
     figures["kv_cache"] = 1 - plan.removes["kv"] if plan else 1.0
@@ -286,19 +336,32 @@ def headline(results: Mapping[str, Any], plan: Plan | None) -> dict[str, float |
 
 
 def tokenizer_digest(directory: Path) -> str:
-    """The digest of what makes tokens and ends generation: tokenizer, chat template, generation config."""
+    """The digest of what makes tokens and ends generation: tokenizer, chat template, generation
+    config."""
     patterns = (*TOKENIZER_FILES, GENERATION_FILE)
-    return fingerprint({path.name: content_sha256(path) for pattern in patterns for path in directory.glob(pattern)})
+    return fingerprint(
+        {
+            path.name: content_sha256(path)
+            for pattern in patterns
+            for path in directory.glob(pattern)
+        }
+    )
 
 
-def perplexity_of(model: Evaluated, texts: Path, settings: Perplexity, identity: Mapping[str, Any]) -> Evaluation:
+def perplexity_of(
+    model: Evaluated, texts: Path, settings: Perplexity, identity: Mapping[str, Any]
+) -> Evaluation:
     found = read_texts(texts)
 
     def compute(advance: Advance) -> Stored:
         data = held_out(model.tokenizer, found, settings)
         require_embedded(data.rows, model.tokenizer, model.model.config.to_dict())
-        value = asdict(measure_perplexity(model.model, data.rows, advance)) | {"seq_len": settings.seq_len}
-        return Stored(value | ({"row_kind": list(data.kinds)} if data.kinds else {}), made={"batch": "1 row"})
+        value = asdict(measure_perplexity(model.model, data.rows, advance)) | {
+            "seq_len": settings.seq_len
+        }
+        return Stored(
+            value | ({"row_kind": list(data.kinds)} if data.kinds else {}), made={"batch": "1 row"}
+        )
 
     kinds = [kind and kind.name for kind in map(kind_of, found)]
     shares = {kind.name: kind.share for kind in map(kind_of, found) if kind}
@@ -310,39 +373,75 @@ def perplexity_of(model: Evaluated, texts: Path, settings: Perplexity, identity:
         **({} if settings.packing == "joined" else {"packing": settings.packing}),
     }
     words = "{perplexity:.2f} over {rows} rows of {seq_len} tokens"
-    return Evaluation("perplexity", model, {**identity, **key}, "rows", compute, lambda value: words.format(**value))
+    return Evaluation(
+        "perplexity",
+        model,
+        {**identity, **key},
+        "rows",
+        compute,
+        lambda value: words.format(**value),
+    )
 
 
-def task_of(model: Evaluated, task: str, task_dir: Path, settings: ZeroShot, identity: Mapping[str, Any]) -> Evaluation:
+def task_of(
+    model: Evaluated, task: str, task_dir: Path, settings: ZeroShot, identity: Mapping[str, Any]
+) -> Evaluation:
     limit, bos = settings.limit, settings.bos
 
     def compute(advance: Advance) -> Stored:
-        from blockpruner.evaluation.zero_shot import BATCH_SIZE, evaluate  # lm-eval takes seconds to import
+        # lm-eval takes seconds to import
+        from blockpruner.evaluation.zero_shot import (
+            BATCH_SIZE,
+            evaluate,
+        )
 
-        result = evaluate(model.model, model.tokenizer, task, task_dir, limit, advance=advance, bos=bos)
+        result = evaluate(
+            model.model, model.tokenizer, task, task_dir, limit, advance=advance, bos=bos
+        )
         metric = BENCHMARKS[task].metric
-        main = {"metric": metric, "value": result.scores[metric], "stderr": result.scores[f"{metric}_stderr"]}
+        main = {
+            "metric": metric,
+            "value": result.scores[metric],
+            "stderr": result.scores[f"{metric}_stderr"],
+        }
         scores = {**main, **result.scores, "items": result.items.num_rows}
         return Stored({"scores": scores}, result.items, {"batch": f"{BATCH_SIZE} requests"})
 
-    key = {"kind": "task", "task": task, "data": task_digest(task, task_dir), "limit": limit, "bos": bos}
-    key, words = {**identity, **key, "harness": version("lm-eval")}, "{metric} {value:.3f} of {items} items"
-    return Evaluation(task, model, key, "requests", compute, lambda value: words.format(**value["scores"]))
+    key = {
+        "kind": "task",
+        "task": task,
+        "data": task_digest(task, task_dir),
+        "limit": limit,
+        "bos": bos,
+    }
+    key, words = (
+        {**identity, **key, "harness": version("lm-eval")},
+        "{metric} {value:.3f} of {items} items",
+    )
+    return Evaluation(
+        task, model, key, "requests", compute, lambda value: words.format(**value["scores"])
+    )
 
 
 def samples_of(model: Evaluated, identity: Mapping[str, Any]) -> Evaluation:
     def compute(advance: Advance) -> Stored:
         samples = []
         for prompt in PROMPTS:
-            samples.append({"prompt": prompt, "text": answer(model.model, model.tokenizer, [prompt]).strip()})
+            samples.append(
+                {"prompt": prompt, "text": answer(model.model, model.tokenizer, [prompt]).strip()}
+            )
             advance(len(samples), len(PROMPTS))
         return Stored({"samples": samples})
 
     key = {**identity, "kind": "samples", "prompts": list(PROMPTS), "new_tokens": NEW_TOKENS}
-    return Evaluation("samples", model, key, "texts", compute, lambda value: f"{len(value['samples'])} texts")
+    return Evaluation(
+        "samples", model, key, "texts", compute, lambda value: f"{len(value['samples'])} texts"
+    )
 
 
-def speed_of(model: Evaluated, dense: Checkpoint, settings: Speed, identity: Mapping[str, Any]) -> Evaluation:
+def speed_of(
+    model: Evaluated, dense: Checkpoint, settings: Speed, identity: Mapping[str, Any]
+) -> Evaluation:
     sides = {"dense": dense} if model is dense else {"pruned": model, "dense": dense}
 
     def compute(advance: Advance) -> Stored:

@@ -1,9 +1,11 @@
 """Zero-shot scores through lm-eval. No other module imports lm-eval.
 
-Decides how lm-eval is run (its own `hf` model class over a model in memory, stock prompts, no few-shot examples) and
-what is kept of an item. Tasks come from files that `tasks.write_task` wrote. The numbers are those of
+Decides how lm-eval is run (its own `hf` model class over a model in memory, stock prompts, no
+few-shot examples) and what is kept of an item. Tasks come from files that `tasks.write_task` wrote.
+The numbers are those of
 
-    lm_eval --model hf --model_args pretrained=<checkpoint>,trust_remote_code=True,softmax_dtype=float32 --tasks <task>
+    lm_eval --model hf --tasks <task>
+        --model_args pretrained=<checkpoint>,trust_remote_code=True,softmax_dtype=float32
         --include_path <task_dir> --limit <limit> --batch_size 8
 
 (with add_bos_token=False among the model_args, where `evaluate.zero_shot.bos` is false)
@@ -50,8 +52,9 @@ REPORTED = 4
 class TaskResult:
     task: str
     scores: dict[str, float | None]
-    """lm-eval's metrics over all items, each with its standard error <metric>_stderr: null for a single item and for a
-    metric that is no mean. Where there are choices, they are acc and acc_norm; null where the task lacks one."""
+    """lm-eval's metrics over all items, each with its standard error <metric>_stderr: null for a
+    single item and for a metric that is no mean. Where there are choices, they are acc and
+    acc_norm; null where the task lacks one."""
     items: pa.Table
     """In the schema ITEMS."""
 
@@ -70,12 +73,17 @@ def evaluate(
 
     Args:
         task_dir: holds <task>/<task>.yaml.
-        advance: called with (requests done, requests in all). An item has a request for each choice.
+        advance: called with (requests done, requests in all). An item has a request for each
+            choice.
         bos: whether texts get the special tokens that the tokenizer adds.
     """
     row = BENCHMARKS[task]
     is_generated = row.kind == "generate_until"
-    with errors_only("lm_eval", "datasets"), redirect_stderr(io.StringIO()):  # where they draw progress bars
+    # where they draw progress bars
+    with (
+        errors_only("lm_eval", "datasets"),
+        redirect_stderr(io.StringIO()),
+    ):
         loaded = _load(task, task_dir)
         definition = loaded["tasks"][task]
         special = None if bos else False  # None: as the tokenizer does by itself
@@ -108,7 +116,9 @@ def evaluate(
         if key.endswith(f",{row.filter}")
     }
     if row.has_choices:
-        found = {key: found.get(key) for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")}
+        found = {
+            key: found.get(key) for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
+        }
     return TaskResult(task, found, pa.Table.from_pylist(items, schema=ITEMS))
 
 
@@ -125,12 +135,16 @@ class _Harness(HFLM):  # type: ignore[misc]
         self._total = len(requests)
         return super().generate_until(requests, disable_tqdm=True)
 
-    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
+    def _loglikelihood_tokens(
+        self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> Any:
         self._total = len(requests)
         texts = (given + rest for _, given, rest in requests)
         require_embedded(texts, self.tokenizer, self.model.config.to_dict())
         whole, found = super()._loglikelihood_tokens, list[Any]()
-        ordered = sorted(range(len(requests)), key=lambda n: -len(requests[n][1]) - len(requests[n][2]))
+        ordered = sorted(
+            range(len(requests)), key=lambda n: -len(requests[n][1]) - len(requests[n][2])
+        )
 
         def score(part: slice) -> None:
             self.batch_size_per_gpu = self._rows
@@ -147,7 +161,11 @@ class _Harness(HFLM):  # type: ignore[misc]
         require_embedded(context.tolist(), self.tokenizer, self.model.config.to_dict())
 
         def generate(part: slice) -> None:
-            rows.extend(whole(context[part], max_length, stop, attention_mask=attention_mask[part], **kwargs))
+            rows.extend(
+                whole(
+                    context[part], max_length, stop, attention_mask=attention_mask[part], **kwargs
+                )
+            )
 
         self._over(len(context), 1, generate)
         return pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
@@ -169,16 +187,21 @@ def _load(task: str, task_dir: Path) -> Any:
     require_stock(task, task_dir)
     loaded = TaskManager(include_path=str(task_dir / task), include_defaults=False).load([task])
     aggregation = loaded["tasks"][task].aggregation()
-    # lm-eval bootstraps the standard error of this very function: minutes for LAMBADA, in forks of this process
-    aggregation.update({metric: partial(how) for metric, how in aggregation.items() if how is perplexity})
+    # lm-eval bootstraps the standard error of this very function: minutes for LAMBADA, in forks of
+    # this process
+    aggregation.update(
+        {metric: partial(how) for metric, how in aggregation.items() if how is perplexity}
+    )
     return loaded
 
 
 def _gold(definition: Any, doc: dict[str, Any], choices: list[str]) -> int:
-    """Index of the right choice, as lm-eval's multiple_choice reads it. It comes from the target, or from the text
-    where the choices are contexts (WinoGrande). A string is looked up among the choices. A list holds one index
-    (AQuA-RAT)."""
-    gold = definition.doc_to_text(doc) if definition.multiple_input else definition.doc_to_target(doc)
+    """Index of the right choice, as lm-eval's multiple_choice reads it. It comes from the target,
+    or from the text where the choices are contexts (WinoGrande). A string is looked up among the
+    choices. A list holds one index (AQuA-RAT)."""
+    gold = (
+        definition.doc_to_text(doc) if definition.multiple_input else definition.doc_to_target(doc)
+    )
     if isinstance(gold, list):
         (gold,) = gold
     return choices.index(gold) if isinstance(gold, str) else int(gold)

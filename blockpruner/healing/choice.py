@@ -1,9 +1,10 @@
-"""The choice among proposals: all are compensated, and the best by rows that nothing else has seen is kept.
+"""The choice among proposals: all are compensated, and the best by rows that nothing else has seen
+is kept.
 
 Which plan is best before weights are fitted says little about which is best afterwards.
 
-Decides what is kept (one folder: the plan, the facts, and the weights that changed). How weights are fitted is decided
-in `compensate`.
+Decides what is kept (one folder: the plan, the facts, and the weights that changed). How weights
+are fitted is decided in `compensate`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,8 +33,8 @@ from blockpruner.store.plans import save_plan
 PLAN = "plan.json"
 
 HEAT, ENOUGH, BEHIND = 4, 64, 1.1
-"""Several proposals are first fitted to one of four rows, where there are at least 64. Those whose worst kind has then
-lost more than 1.1 times as much as the best one's are out."""
+"""Several proposals are first fitted to one of four rows, where there are at least 64. Those whose
+worst kind has then lost more than 1.1 times as much as the best one's are out."""
 
 SHARES = (0.75, 0.5, 0.25)
 """How much of a change of weights is tried where a kind of text lost by all of it."""
@@ -50,11 +51,12 @@ class Healing:
     """The name of the search that proposed it."""
     plan: Plan
     weights: Mapping[str, Tensor] = field(default_factory=dict)
-    """The changed weights by their names in the pruned model; empty where nothing helped, or nothing was asked for."""
+    """The changed weights by their names in the pruned model; empty where nothing helped, or
+    nothing was asked for."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What was done, as JSON: the compensation's facts; by proposal, under "judged" what it lost by the rows that judge
-    (the mean of all kinds, and the worst kind), under "heat" the same by half of them after a fit to a quarter of the
-    rows."""
+    """What was done, as JSON: the compensation's facts; by proposal, under "judged" what it lost by
+    the rows that judge (the mean of all kinds, and the worst kind), under "heat" the same by half
+    of them after a fit to a quarter of the rows."""
 
     def healed(self, data: Texts) -> Healed | None:
         """What was done, to texts of `data`; None where no weight changed."""
@@ -74,12 +76,15 @@ def choose(
     search: CalibrationSet,
     observer: Observer,
 ) -> Healing:
-    """Compensate proposals, all of one target, as their plans say, and keep the one that lost least on the rows that
-    judge (`kinds.best_loss`). Where there are none, the first is kept. Raises what `compensate` raises.
+    """Compensate proposals, all of one target, as their plans say, and keep the one that lost least
+    on the rows that judge (`kinds.best_loss`). Where there are none, the first is kept. Raises what
+    `compensate` raises.
 
     Args:
-        dense: loads the dense model, which is as before at the end; called if something must be computed.
-        tuning, search: the rows that choose the strength of the fit; and those of which some kinds make weights.
+        dense: loads the dense model, which is as before at the end; called if something must be
+            computed.
+        tuning, search: the rows that choose the strength of the fit; and those of which some kinds
+            make weights.
     """
     dense = cache(dense)
     fits = next(iter(plans.values())).compensate != "none"
@@ -110,7 +115,9 @@ def choose(
         observer.note(f"{_words(losses)}; {best.name} is kept")
     best, row_nll = accepted(best, rows[best.name], judging, observer)
     after, before = (perplexities(each, judging.kinds) for each in (row_nll, judging.before))
-    plan = replace(best.plan, kinds={kind: {"dense": before[kind], "after": after[kind]} for kind in after})
+    plan = replace(
+        best.plan, kinds={kind: {"dense": before[kind], "after": after[kind]} for kind in after}
+    )
     loss = Loss.of(plan.kinds or {})
     if warning := uneven(loss.kinds):
         observer.note(f"warning: {warning}")
@@ -121,20 +128,29 @@ def choose(
 def accepted(
     found: Healing, row_nll: Sequence[float], judging: "Judging", observer: Observer
 ) -> tuple[Healing, Sequence[float]]:
-    """The model with the share of its change of weights that is best by every second row that judges, and the NLL of
-    all these rows. All of the change is kept unless a kind of text lost by it."""
+    """The model with the share of its change of weights that is best by every second row that
+    judges, and the NLL of all these rows. All of the change is kept unless a kind of text lost by
+    it."""
     if not found.weights:
         return found, row_nll
     plain = replace(found, weights={})
     tried = {"1.0": row_nll[::2], "0.0": judging.measured([plain], 2)[found.name]}
     losses = judging.losses(tried)
-    harmed = [kind for kind, loss in losses["1.0"].kinds.items() if loss > losses["0.0"].kinds[kind]]
+    harmed = [
+        kind for kind, loss in losses["1.0"].kinds.items() if loss > losses["0.0"].kinds[kind]
+    ]
     if not harmed:
         return found, row_nll
-    models = {"1.0": found, "0.0": plain, **{str(share): judging.with_share(found, share) for share in SHARES}}
+    models = {
+        "1.0": found,
+        "0.0": plain,
+        **{str(share): judging.with_share(found, share) for share in SHARES},
+    }
     tried |= {share: judging.measured([models[share]], 2)[found.name] for share in map(str, SHARES)}
     share = best_loss(judging.losses(tried))
-    observer.note(f"{', '.join(harmed)} lost by the refit: {float(share):.0%} of its change is kept")
+    observer.note(
+        f"{', '.join(harmed)} lost by the refit: {float(share):.0%} of its change is kept"
+    )
     facts = {**found.facts, "share": float(share) * found.facts.get("share", 1.0)}
     best = replace(models[share], facts=facts)
     return best, judging.measured([best])[best.name]
@@ -142,7 +158,8 @@ def accepted(
 
 @dataclass
 class Judging:
-    """The rows that judge, and what models say of them. Rows are of one length, and kind after kind."""
+    """The rows that judge, and what models say of them. Rows are of one length, and kind after
+    kind."""
 
     dense: Callable[[], PreTrainedModel]
     rows: CalibrationSet
@@ -159,12 +176,15 @@ class Judging:
         return measure_perplexity(self.dense(), self.rows.rows, batch=BATCH).row_nll
 
     def measured(self, models: Sequence[Healing], every: int = 1) -> dict[str, Sequence[float]]:
-        """The mean NLL of every n-th row by models, without those that overflow as long as one does not."""
+        """The mean NLL of every n-th row by models, without those that overflow as long as one does
+        not."""
         found = dict[str, Sequence[float]]()
         for one in models:
             try:
                 model = model_of(self.dense(), one, self.search)
-                found[one.name] = measure_perplexity(model, self.rows.rows[::every], batch=BATCH).row_nll
+                found[one.name] = measure_perplexity(
+                    model, self.rows.rows[::every], batch=BATCH
+                ).row_nll
             except NonFiniteLossError:
                 if not found and one is models[-1]:
                     raise
@@ -175,7 +195,9 @@ class Judging:
         found = dict[str, Loss]()
         for name, after in measured.items():
             every = 1 if len(after) == len(self.before) else 2
-            own = (perplexities(each, self.kinds[::every]) for each in (self.before[::every], after))
+            own = (
+                perplexities(each, self.kinds[::every]) for each in (self.before[::every], after)
+            )
             dense, pruned = own
             found[name] = Loss({kind: pruned[kind] / dense[kind] for kind in dense})
         return found
@@ -195,7 +217,10 @@ def _words(losses: Mapping[str, Loss]) -> str:
 
 
 def _facts(losses: Mapping[str, Loss]) -> dict[str, Any]:
-    return {name: {"mean": one.mean, "worst": one.worst, "kind": one.worst_kind} for name, one in losses.items()}
+    return {
+        name: {"mean": one.mean, "worst": one.worst, "kind": one.worst_kind}
+        for name, one in losses.items()
+    }
 
 
 def model_of(dense: PreTrainedModel, found: Healing, search: CalibrationSet) -> PreTrainedModel:
@@ -206,13 +231,20 @@ def model_of(dense: PreTrainedModel, found: Healing, search: CalibrationSet) -> 
 
 
 def keep(folder: Path, found: Healing, pruning: Pruning, data: Texts) -> None:
-    """Write what was chosen, as a whole or not at all. `pruning` is the model of the plan, and `data` the source of the
-    rows of the fit."""
+    """Write what was chosen, as a whole or not at all. `pruning` is the model of the plan, and
+    `data` the source of the rows of the fit."""
 
     def build(directory: Path) -> None:
         save_plan(found.plan, directory / PLAN)
         write_sealed_json(directory / COMPENSATE_FACTS, {"search": found.name, **found.facts})
         if (told := found.healed(data)) is not None:
-            save_healed(directory, found.weights, pruning.identity, told.words, data, perplexity=told.perplexity)
+            save_healed(
+                directory,
+                found.weights,
+                pruning.identity,
+                told.words,
+                data,
+                perplexity=told.perplexity,
+            )
 
     replace_directory(folder, build)

@@ -1,4 +1,5 @@
-"""The least memory of a device for each step of a run, counted from the model's shape before anything is searched."""
+"""The least memory of a device for each step of a run, counted from the model's shape before
+anything is searched."""
 
 from blockpruner.core.budgets import read_budget
 from blockpruner.core.families import FAMILIES, Config, count_parameters
@@ -12,7 +13,8 @@ from blockpruner.scoring.work import BYTES, batch_bytes, fit_bytes, inner_size, 
 def step_bytes(
     config: Config, dtype: str, score: Score, compensate: str, train: Train | None, budget: str
 ) -> dict[str, int]:
-    """Bytes by step: search, refit, training. Of training with adapters only the models count, which they share."""
+    """Bytes by step: search, refit, training. Of training with adapters only the models count,
+    which they share."""
     share, unit = read_budget(budget)
     removed = share if unit == "" else 0.5  # of the parameters, which training does without
     costs, item, batch = count_parameters(config), BYTES[dtype], batch_bytes(config, dtype)
@@ -27,6 +29,7 @@ def step_bytes(
         kept = round((1 - removed) * costs.total)
         trained = kept - costs.total + sum(costs.blocks.values()) if train.weights == "all" else 0
         teacher = weights if trained and train.distill else 0
-        beside = 16 if item == 2 else 3 * item  # masters in float32, two moments and the gradient; or without masters
+        # masters in float32, two moments and the gradient; or without masters
+        beside = 16 if item == 2 else 3 * item
         found["training"] = kept * item + teacher + max(0, trained) * beside + batch
     return found

@@ -1,19 +1,21 @@
 """Refit: the writers of a pruned model are fitted to the dense one, without training.
 
-A hole is what is removed between two kept blocks. Behind it the pruned model's residual stream lacks what the hole
-added, and the kept block before it is the last that can make good for that. A narrowed block lacks channels, and makes
-good for them itself. What changes are writers: the matrices through which blocks add to the stream. No weight is added,
-so every export and every engine works as before.
+A hole is what is removed between two kept blocks. Behind it the pruned model's residual stream
+lacks what the hole added, and the kept block before it is the last that can make good for that. A
+narrowed block lacks channels, and makes good for them itself. What changes are writers: the
+matrices through which blocks add to the stream. No weight is added, so every export and every
+engine works as before.
 
-All writers from the first narrowed one, or the one before the first hole, are fitted, each by least squares: the stream
-behind its block, and behind the hole that follows, to the dense model's. It goes on to the last block with what the
-pruned model itself reads, so a fit mends what earlier ones have left. A token counts by its relative error,
-|dense - pruned|^2 / |dense|^2. The first token of a row, whose state is a thousand times as long in many models, would
-otherwise decide alone.
+All writers from the first narrowed one, or the one before the first hole, are fitted, each by least
+squares: the stream behind its block, and behind the hole that follows, to the dense model's. It
+goes on to the last block with what the pruned model itself reads, so a fit mends what earlier ones
+have left. A token counts by its relative error, |dense - pruned|^2 / |dense|^2. The first token of
+a row, whose state is a thousand times as long in many models, would otherwise decide alone.
 
-Some families have a norm behind each module. What such a block adds, g y / rms(y) with the gains g, is linear in the
-writer only while rms(y) stays, and its size does not depend on the writer. So the gains are fitted, too, and the real
-error on held-out rows decides how much of a writer's change is kept.
+Some families have a norm behind each module. What such a block adds, g y / rms(y) with the gains g,
+is linear in the writer only while rms(y) stays, and its size does not depend on the writer. So the
+gains are fitted, too, and the real error on held-out rows decides how much of a writer's change is
+kept.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +33,8 @@ from blockpruner.scoring.gram import symmetric_
 from blockpruner.scoring.streams import Stream, Streams
 
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-"""Pulls to the old weights. Each fit takes the one that does best on the held-out rows, near that of the last fit."""
+"""Pulls to the old weights. Each fit takes the one that does best on the held-out rows, near that
+of the last fit."""
 
 ROUGH = (1.0,)
 """The pull of a first guess."""
@@ -40,16 +43,21 @@ SHARES = (1.0, 0.5, 0.25, 0.0)
 """How much of a writer's change is tried before a norm, each time with the gains that fit best."""
 
 Mended = dict[str, Any]
-"""What was done at a stop, for the report: the blocks missing behind it (`hole`), and how they were made up for."""
+"""What was done at a stop, for the report: the blocks missing behind it (`hole`), and how they were
+made up for."""
 
 
 def refit(
     streams: Streams, cuts: Mapping[str, Cut], strengths: Sequence[float] = ()
 ) -> Iterator[tuple[Stream, Mended]]:
-    """Find new writers for the models of some cuts. Yields each stream behind each of its stops, with what was done
-    there, if anything was. Raises InputError if no block of the model ends in a single matrix."""
+    """Find new writers for the models of some cuts. Yields each stream behind each of its stops,
+    with what was done there, if anything was. Raises InputError if no block of the model ends in a
+    single matrix."""
     if all(streams.writer(block) is None for block in streams.blocks):
-        message = "compensate: no block of this model ends in a single matrix; set compensate.method: none"
+        message = (
+            "compensate: no block of this model ends in a single matrix; set compensate.method:"
+            " none"
+        )
         raise InputError(message, rule="no-writer", key="compensate.method")
     for stream in streams.walk(cuts):
         stop, mended = stream.stop, dict[str, Any]()
@@ -61,7 +69,10 @@ def refit(
             mended |= _fit_stop_(streams, stream, able, strengths or STRENGTHS)
             stream.weights = {**stream.weights, **streams.put_aside_()}
         elif stream.is_behind:
-            stream.states = [streams.behind(stop.kept, state, number) for number, state in enumerate(stream.states)]
+            stream.states = [
+                streams.behind(stop.kept, state, number)
+                for number, state in enumerate(stream.states)
+            ]
             if stop.hole:
                 mended = {"hole": stop.missing, "writers": [], "error": 1.0}
         else:
@@ -70,7 +81,10 @@ def refit(
 
 
 def _fit_stop_(
-    streams: Streams, stream: Stream, writers: Mapping[BlockId, nn.Linear], strengths: Sequence[float]
+    streams: Streams,
+    stream: Stream,
+    writers: Mapping[BlockId, nn.Linear],
+    strengths: Sequence[float],
 ) -> Mended:
     """Fit the writers of a stop; two at once where both blocks of a layer read the same state."""
     place = _Place(streams, stream, writers)
@@ -102,19 +116,28 @@ class _Place:
         self.scales = [1 / state.norm(dim=-1, keepdim=True) for state in streams.dense]
         streams.narrow_(stop.channels)
         for block in stop.kept:
-            pairs = [streams.written(block, state, number) for number, state in enumerate(self.stream.states)]
+            pairs = [
+                streams.written(block, state, number)
+                for number, state in enumerate(self.stream.states)
+            ]
             self.reads[block], self.gives[block] = [x for x, _ in pairs], [y for _, y in pairs]
-        self.home = next(iter(self.writers.values())).weight.device  # once they have come: layers may only visit
+        self.home = next(
+            iter(self.writers.values())
+        ).weight.device  # once they have come: layers may only visit
         kept, start = list[Tensor](), 0
         for block, writer in self.writers.items():
             width = writer.in_features + (writer.bias is not None)
-            own = [*stop.channels.get(block, range(writer.in_features)), *range(writer.in_features, width)]
+            own = [
+                *stop.channels.get(block, range(writer.in_features)),
+                *range(writer.in_features, width),
+            ]
             kept.append(start + torch.tensor(own, device=self.home))
             start += width
         self.width, self.kept = start, torch.cat(kept)
 
     def features(self, number: int) -> Tensor:
-        """What all writers read of a batch, [B, T, p], with a column of ones where one has a bias."""
+        """What all writers read of a batch, [B, T, p], with a column of ones where one has a
+        bias."""
         parts = list[Tensor]()
         for block, writer in self.writers.items():
             parts.append(self.reads[block][number].to(self.home))
@@ -138,8 +161,9 @@ class _Place:
         return self.relative(number, self.streams.dense[number] - self.moved(number))
 
     def moments(self, gain: Tensor | None = None) -> tuple[Moments, tuple[Tensor, Tensor]]:
-        """The sums of the fitted rows, and features and residuals of those that are held out; of narrowed blocks the
-        kept channels are features. `gain` is what the norm behind the only writer multiplies its columns with."""
+        """The sums of the fitted rows, and features and residuals of those that are held out; of
+        narrowed blocks the kept channels are features. `gain` is what the norm behind the only
+        writer multiplies its columns with."""
         streams, first = self.streams, next(iter(self.writers))
 
         def tokens(number: int) -> tuple[Tensor, Tensor]:
@@ -147,16 +171,25 @@ class _Place:
             if gain is not None:
                 size = self.gives[first][number].square().mean(dim=-1, keepdim=True)
                 features = features * size.rsqrt().to(self.home)
-            return self.relative(number, streams.scaled(features)), self.missing(number).to(self.home)
+            return self.relative(number, streams.scaled(features)), self.missing(number).to(
+                self.home
+            )
 
         state, narrow = streams.dense[0], self.writers[first].weight.dtype
-        fitted = Moments.zero(self.width, state.shape[-1], self.home, state.dtype, narrow.itemsize == 2)
+        fitted = Moments.zero(
+            self.width, state.shape[-1], self.home, state.dtype, narrow.itemsize == 2
+        )
         for number in streams.fitted:
             fitted.add(*tokens(number))
-        features, missing = (torch.cat(parts) for parts in zip(*map(tokens, streams.held_out), strict=True))
+        features, missing = (
+            torch.cat(parts) for parts in zip(*map(tokens, streams.held_out), strict=True)
+        )
         symmetric_(fitted.gram)
         if len(self.kept) < self.width:
-            fitted.gram, fitted.cross = fitted.gram[self.kept][:, self.kept], fitted.cross[self.kept]
+            fitted.gram, fitted.cross = (
+                fitted.gram[self.kept][:, self.kept],
+                fitted.cross[self.kept],
+            )
             features = features[:, self.kept]
         return fitted, (features, missing)
 
@@ -174,12 +207,15 @@ class _Place:
 
 
 def _fit_before_norm_(place: _Place, gains: nn.Parameter, strengths: Sequence[float]) -> Mended:
-    """Fit a writer and the gains of the norm behind it, unless that does harm on the held-out rows."""
+    """Fit a writer and the gains of the norm behind it, unless that does harm on the held-out
+    rows."""
     streams, ((block, writer),) = place.streams, place.writers.items()
     weights = [weight for weight in (writer.weight, writer.bias, gains) if weight is not None]
 
     def error() -> float:
-        return sum(float(place.missing(number).double().square().sum()) for number in streams.held_out)
+        return sum(
+            float(place.missing(number).double().square().sum()) for number in streams.held_out
+        )
 
     def values() -> list[Tensor]:
         """All that changes: the weights, and what the block gives."""
@@ -207,7 +243,8 @@ def _fit_before_norm_(place: _Place, gains: nn.Parameter, strengths: Sequence[fl
 
 
 def _more_gain(place: _Place, block: BlockId) -> Tensor:
-    """What is best added to the gains of the norm behind a block, [d]: a ridge regression for each of them."""
+    """What is best added to the gains of the norm behind a block, [d]: a ridge regression for each
+    of them."""
     streams, given = place.streams, place.gives[block][0]
     cross, square = torch.zeros(2, given.shape[-1], dtype=torch.float64, device=given.device)
     for number in streams.fitted:

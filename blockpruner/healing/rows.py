@@ -1,6 +1,8 @@
-"""The rows that a compensation is fitted to and judged by, and those of training and of its validation.
+"""The rows that a compensation is fitted to and judged by, and those of training and of its
+validation.
 
-Decides which texts are drawn and which are held out. How texts are packed is decided in `inputs.calibration`.
+Decides which texts are drawn and which are held out. How texts are packed is decided in
+`inputs.calibration`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +11,13 @@ from typing import Any
 
 from blockpruner.core.errors import InputError
 from blockpruner.healing.settings import Compensate, Train
-from blockpruner.inputs.calibration import CalibrationSet, draw, fill_rows, pack_rows, without_evaluated
+from blockpruner.inputs.calibration import (
+    CalibrationSet,
+    draw,
+    fill_rows,
+    pack_rows,
+    without_evaluated,
+)
 from blockpruner.inputs.settings import Calibration
 
 
@@ -22,31 +30,52 @@ def training_rows(
     at_most: bool = False,
     reserved: AbstractSet[str] = frozenset(),
 ) -> tuple[CalibrationSet, CalibrationSet | None]:
-    """Draw the rows of training and, from what is left, `wanted.validation` rows that are not trained on.
+    """Draw the rows of training and, from what is left, `wanted.validation` rows that are not
+    trained on.
 
-    Samples are drawn without replacement, none that shares a paragraph with an evaluated text. Each is a row, ended by
-    the end-of-text token and cut off at `seq_len`. With `num_rows` texts are joined with blank lines and cut into full
-    rows, as they are for calibration; with `at_most`, fewer will do. Raises InputError where there are fewer texts, or
-    rows, than are asked for, or none to train on. The rest is as in `draw`.
+    Samples are drawn without replacement, none that shares a paragraph with an evaluated text. Each
+    is a row, ended by the end-of-text token and cut off at `seq_len`. With `num_rows` texts are
+    joined with blank lines and cut into full rows, as they are for calibration; with `at_most`,
+    fewer will do. Raises InputError where there are fewer texts, or rows, than are asked for, or
+    none to train on. The rest is as in `draw`.
     """
     pool = without_evaluated(texts, evaluated, "training", note)
     held = wanted.validation
     if wanted.num_rows is not None:
         joined = Calibration(seq_len=wanted.seq_len, split="all", score="all", seed=wanted.seed)
         rows = fill_rows(
-            pool, tokenizer, joined, wanted.num_rows + held, "train.num_rows + validation", at_most, reserved, note
+            pool,
+            tokenizer,
+            joined,
+            wanted.num_rows + held,
+            "train.num_rows + validation",
+            at_most,
+            reserved,
+            note,
         ).rows
         if len(rows) <= held:
             raise InputError(
-                f"the training's texts fill {len(rows)} rows of {wanted.seq_len} tokens, of which {held} are held out; "
-                "give more texts"
+                f"the training's texts fill {len(rows)} rows of {wanted.seq_len} tokens, of which"
+                f" {held} are held out; give more texts"
             )
         parts = [CalibrationSet(rows[: len(rows) - held]), CalibrationSet(rows[len(rows) - held :])]
     else:
         key = "train.num_samples + validation"
-        drawn = draw(pool, wanted.num_samples + held, "all", wanted.seed, key=key, reserved=reserved, note=note)
+        drawn = draw(
+            pool,
+            wanted.num_samples + held,
+            "all",
+            wanted.seed,
+            key=key,
+            reserved=reserved,
+            note=note,
+        )
         samples = [text + (tokenizer.eos_token or "") for text in drawn]
-        groups = [group for group in (samples[: wanted.num_samples], samples[wanted.num_samples :]) if group]
+        groups = [
+            group
+            for group in (samples[: wanted.num_samples], samples[wanted.num_samples :])
+            if group
+        ]
         parts = [pack_rows(group, tokenizer, wanted.seq_len, "per_sample") for group in groups]
     return parts[0], parts[1] if held else None
 
@@ -60,11 +89,15 @@ def compensation_rows(
     reserved: AbstractSet[str] = frozenset(),
     note: Callable[[str], object] = lambda message: None,
 ) -> tuple[CalibrationSet, CalibrationSet]:
-    """Draw at most `wanted.num_rows` full rows, every token of which counts: those that weights are fitted to, and
-    those that choose the fit's strength. No row is longer than the model's `context`; the rest is as in
-    `training_rows`."""
-    joined = Calibration(seq_len=min(wanted.seq_len, context), split="all", score="all", seed=wanted.seed)
+    """Draw at most `wanted.num_rows` full rows, every token of which counts: those that weights are
+    fitted to, and those that choose the fit's strength. No row is longer than the model's
+    `context`; the rest is as in `training_rows`."""
+    joined = Calibration(
+        seq_len=min(wanted.seq_len, context), split="all", score="all", seed=wanted.seed
+    )
     pool = without_evaluated(texts, evaluated, "fit", lambda message: None)
-    rows = fill_rows(pool, tokenizer, joined, wanted.num_rows, "compensate.num_rows", True, reserved, note).rows
+    rows = fill_rows(
+        pool, tokenizer, joined, wanted.num_rows, "compensate.num_rows", True, reserved, note
+    ).rows
     fitted = len(rows) - wanted.held_out(len(rows))
     return CalibrationSet(rows[:fitted]), CalibrationSet(rows[fitted:])

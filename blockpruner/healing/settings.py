@@ -25,7 +25,8 @@ class Compensate(Frozen):
     seq_len: int = Field(default=256, ge=2)
     """Tokens in a row; the model's context, where that is shorter."""
     validation: float = Field(default=0.125, gt=0, lt=1)
-    """The share of rows on which the strength is chosen; weights that do not help there are left as they were."""
+    """The share of rows on which the strength is chosen; weights that do not help there are left as
+    they were."""
     seed: int = 42
 
     def held_out(self, rows: int) -> int:
@@ -34,8 +35,8 @@ class Compensate(Frozen):
 
 
 class Train(Frozen):
-    """Training after pruning, for targets with `train: true`. The defaults are the paper's LoRA, validated; what the
-    paper leaves open is explained in `healing`."""
+    """Training after pruning, for targets with `train: true`. The defaults are the paper's LoRA,
+    validated; what the paper leaves open is explained in `healing`."""
 
     data: Texts = ALPACA
     num_samples: int = Field(default=8000, ge=1)
@@ -49,7 +50,8 @@ class Train(Frozen):
     """The rank of the adapters."""
     alpha: float = Field(default=10.0, gt=0)
     distill: float = Field(default=0.0, ge=0, le=1)
-    """Weight of the KL divergence from the dense model's predictions; the text's NLL has the rest of 1."""
+    """Weight of the KL divergence from the dense model's predictions; the text's NLL has the rest
+    of 1."""
     learning_rate: float = Field(default=2e-4, gt=0)
     schedule: Literal["linear", "cosine"] = "linear"
     """How the learning rate falls to 0."""
@@ -62,12 +64,14 @@ class Train(Frozen):
     epochs: int = Field(default=1, ge=1)
     seed: int = 42
     validation: int = Field(default=16, ge=0)
-    """Samples, or joined rows, that are held out; the best state on them is kept. 0 keeps the last state."""
+    """Samples, or joined rows, that are held out; the best state on them is kept. 0 keeps the last
+    state."""
     validate_every: int = Field(default=100, ge=1)
     """Steps between two validations; the first comes before training, and the last after it."""
 
     def fitted(self, context: int | None) -> Train:
-        """The same with rows of the model's context at most; raises InputError if a package for it is missing."""
+        """The same with rows of the model's context at most; raises InputError if a package for it
+        is missing."""
         if find_spec("accelerate") is None:
             raise missing("accelerate", "")
         if self.weights == "lora" and find_spec("peft") is None:

@@ -1,7 +1,9 @@
-"""States of training on disk: checkpoints of transformers' Trainer, each sealed by a manifest that is written last.
+"""States of training on disk: checkpoints of transformers' Trainer, each sealed by a manifest that
+is written last.
 
-Decides from which state a killed training continues. A state has the best weights so far as well, so an older one can
-be taken where the last one is damaged. What else is in a state is decided by the Trainer.
+Decides from which state a killed training continues. A state has the best weights so far as well,
+so an older one can be taken where the last one is damaged. What else is in a state is decided by
+the Trainer.
 """
 
 import re
@@ -49,8 +51,8 @@ def drop_old_states(states: Path) -> None:
 
 
 def last_state(states: Path, team: Team, note: Callable[[str], object]) -> Path | None:
-    """The last state that every process has whole; later ones are removed. A damaged state is set aside, and `note`
-    gets a line."""
+    """The last state that every process has whole; later ones are removed. A damaged state is set
+    aside, and `note` gets a line."""
     make_folder(states)
     whole = {step for step, state in _states(states).items() if _is_whole(state, note)}
     last = max(team.common(whole), default=None)
@@ -79,7 +81,10 @@ def _is_whole(state: Path, note: Callable[[str], object]) -> bool:
         del files[SEAL]
         if files == read_json(state / SEAL, sealed=True)["manifest"]:
             return True
-    note(f"warning: {state} is damaged: set aside as {set_aside(state).name}, and an earlier state is taken")
+    note(
+        f"warning: {state} is damaged: set aside as {set_aside(state).name}, and an earlier state"
+        " is taken"
+    )
     return False
 
 

@@ -12,7 +12,13 @@ from blockpruner.healing.states import BEST
 from blockpruner.healing.trainer import train_
 from blockpruner.inputs.calibration import CalibrationSet, check_context
 from blockpruner.methods.apply import Pruning, pruned_copy
-from blockpruner.methods.healed import TRAIN_FACTS, changed_weights, load_healed_, parameter_digests, save_healed
+from blockpruner.methods.healed import (
+    TRAIN_FACTS,
+    changed_weights,
+    load_healed_,
+    parameter_digests,
+    save_healed,
+)
 from blockpruner.model.team import ALONE, Team, together
 from blockpruner.scoring.metrics import perplexity
 from blockpruner.store.files import read_json, replace_directory, write_json
@@ -36,10 +42,10 @@ def write_trained(
     processes: int = 1,
     judge: CalibrationSet = NONE,
 ) -> None:
-    """Train the model of a plan, from its healed weights on: the weights that are not what the plan makes of them, and
-    facts, at `folder`. What kinds of text lose is measured anew on the rows that `judge`. A folder of `states` for each
-    model, rows and recipe, from which a killed training goes on, is gone in the end. So many `processes` of this
-    machine share out the batches of a step."""
+    """Train the model of a plan, from its healed weights on: the weights that are not what the plan
+    makes of them, and facts, at `folder`. What kinds of text lose is measured anew on the rows that
+    `judge`. A folder of `states` for each model, rows and recipe, from which a killed training goes
+    on, is gone in the end. So many `processes` of this machine share out the batches of a step."""
     check_context(wanted.seq_len, read_json(pruning.dense / "config.json"), "train.seq_len")
     processes = min(processes, wanted.accumulation)
     facts = {
@@ -54,7 +60,11 @@ def write_trained(
     own = states / fingerprint(facts)
     given = folder, pruning, wanted, rows, validation, judge, own
     lock = own.with_suffix(".lock")
-    with hold(lock, this_process(), lambda holder: observer.note(f"{holder} trains the same; waiting for it")):
+    with hold(
+        lock,
+        this_process(),
+        lambda holder: observer.note(f"{holder} trains the same; waiting for it"),
+    ):
         if processes == 1:
             _write(ALONE, pruning.device, observer, *given)
         else:
@@ -76,9 +86,17 @@ def _write(
 ) -> None:
     """The work of one process; the first one writes."""
     pruning = replace(pruning, device=device)
-    healed, plan, own = pruning.healed, pruning.plan, states / str(team.rank) if team.count > 1 else states
+    healed, plan, own = (
+        pruning.healed,
+        pruning.plan,
+        states / str(team.rank) if team.count > 1 else states,
+    )
     dense = pruning.load()
-    told = {} if validation is None else {"dense": measure_perplexity(dense, validation.rows).perplexity}
+    told = (
+        {}
+        if validation is None
+        else {"dense": measure_perplexity(dense, validation.rows).perplexity}
+    )
     teacher = dense if wanted.distill else None
     # adapters leave the model's own tensors alone until the end; float16 is trained as float32
     shared = teacher is not None and wanted.weights == "lora" and pruning.dtype != "float16"
@@ -90,7 +108,14 @@ def _write(
     if healed is not None:
         load_healed_(model, healed.path, shared)
     facts = train_(
-        model, rows, wanted, teacher=teacher, validation=validation, states=own, observer=observer, team=team
+        model,
+        rows,
+        wanted,
+        teacher=teacher,
+        validation=validation,
+        states=own,
+        observer=observer,
+        team=team,
     )
     if by_step := {each["step"]: perplexity(each["nll"]) for each in facts["validations"]}:
         told |= {"before": by_step[0], "after": by_step[facts["step"]]}
@@ -106,8 +131,15 @@ def _write(
         words = f"{words}, {rows.tokens:,} tokens"
         weights = changed_weights(model, before, plan)
         held_out = {"training": told} if told else {}
-        save_healed(directory, weights, pruning.identity, words, wanted.data, healed, held_out, kinds)
-        drawn = {"enabled": True, **wanted.model_dump(), "rows": len(rows.rows), "tokens": rows.tokens}
+        save_healed(
+            directory, weights, pruning.identity, words, wanted.data, healed, held_out, kinds
+        )
+        drawn = {
+            "enabled": True,
+            **wanted.model_dump(),
+            "rows": len(rows.rows),
+            "tokens": rows.tokens,
+        }
         write_json(directory / TRAIN_FACTS, drawn | facts)
 
     if team.rank == 0:

@@ -1,7 +1,9 @@
-"""The weights in training: which of a model's are trained, and the float32 copies that an optimizer moves.
+"""The weights in training: which of a model's are trained, and the float32 copies that an optimizer
+moves.
 
-A step is often smaller than the last bit of a 16-bit weight, and would be lost. So training moves a master of each such
-weight in float32, and the model computes with its rounding. Of several processes each has a part of every master.
+A step is often smaller than the last bit of a 16-bit weight, and would be lost. So training moves a
+master of each such weight in float32, and the model computes with its rounding. Of several
+processes each has a part of every master.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,14 +20,20 @@ from blockpruner.scoring.losses import wide
 
 
 class TrainedWeights(nn.Module):
-    """The masters of the trained weights. The model itself is not in it: it is neither saved nor moved with them."""
+    """The masters of the trained weights. The model itself is not in it: it is neither saved nor
+    moved with them."""
 
-    def __init__(self, live: Mapping[str, nn.Parameter], end_: Callable[[], object], team: Team) -> None:
-        """`live` is what the model computes with, by name; `end_` leaves the model with plain weights alone."""
+    def __init__(
+        self, live: Mapping[str, nn.Parameter], end_: Callable[[], object], team: Team
+    ) -> None:
+        """`live` is what the model computes with, by name; `end_` leaves the model with plain
+        weights alone."""
         super().__init__()
         self.end_, self.team, self.closed = end_, team, False
         self.masters = nn.ParameterList(map(self._master, live.values()))
-        self.pairs = [(w, m) for w, m in zip(live.values(), self.masters, strict=True) if w is not m]
+        self.pairs = [
+            (w, m) for w, m in zip(live.values(), self.masters, strict=True) if w is not m
+        ]
         for weight, master in self.pairs:
             weight.register_post_accumulate_grad_hook(partial(self._collect_, master))  # type: ignore[no-untyped-call]
 
@@ -33,7 +41,9 @@ class TrainedWeights(nn.Module):
     def show_(self) -> None:
         """Round the masters to the weights that the model computes with."""
         for weight, master in self.pairs:
-            weight.copy_(master if self.team.count == 1 else self.team.whole(master.detach(), weight.shape))
+            weight.copy_(
+                master if self.team.count == 1 else self.team.whole(master.detach(), weight.shape)
+            )
 
     def _master(self, weight: nn.Parameter) -> nn.Parameter:
         if self.team.count > 1:
@@ -52,15 +62,18 @@ class TrainedWeights(nn.Module):
 
 
 def trained_weights_(model: PreTrainedModel, recipe: Train, team: Team) -> TrainedWeights:
-    """Prepare a model for training. "lora": adapters on every linear layer but the head; the end merges them into the
-    model's own weights. "all": all weights but embeddings and head."""
+    """Prepare a model for training. "lora": adapters on every linear layer but the head; the end
+    merges them into the model's own weights. "all": all weights but embeddings and head."""
     if recipe.weights == "lora":
         with extra("train"):
             from peft import LoraConfig, get_peft_model
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
-            config = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules="all-linear", bias="none")
-            adapted = get_peft_model(model, config, autocast_adapter_dtype=False)  # else inputs are copied as float32
+            config = LoraConfig(
+                r=recipe.rank, lora_alpha=recipe.alpha, target_modules="all-linear", bias="none"
+            )
+            # else inputs are copied as float32
+            adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
         live = {name: weight for name, weight in adapted.named_parameters() if weight.requires_grad}
         return TrainedWeights(live, adapted.merge_and_unload, team)
     ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}

@@ -1,13 +1,16 @@
 """Baichuan checkpoints in their own layout, rewritten so that they need no code of theirs.
 
-Decides how config, weights and tokenizer change. The 7B models are Llama models in all but name, and become such. The
-13B models have ALiBi in place of rotary tables, and get the layout of `modeling_blockpruned.BaichuanForCausalLM`.
+Decides how config, weights and tokenizer change. The 7B models are Llama models in all but name,
+and become such. The 13B models have ALiBi in place of rotary tables, and get the layout of
+`modeling_blockpruned.BaichuanForCausalLM`.
 
-All have the same `model_type` and mostly the same `architectures`. The config.json and the code of baichuan-inc on the
-hub (Baichuan-7B, Baichuan-13B-Base, Baichuan2-7B-Base, Baichuan2-13B-Base) tell them apart:
-    A 7B config (rotary, base 10,000) has `max_position_embeddings`; a 13B config (ALiBi) has `model_max_length` alone.
-    Baichuan 2 normalizes each row of its head before use (`NormHead`), Baichuan does not. The vocabulary shows which
-    one it is: 125,696 or 64,000 (vLLM decides by it, too). If it was resized, only Baichuan 2 has `z_loss_weight`.
+All have the same `model_type` and mostly the same `architectures`. The config.json and the code of
+baichuan-inc on the hub (Baichuan-7B, Baichuan-13B-Base, Baichuan2-7B-Base, Baichuan2-13B-Base) tell
+them apart:
+    A 7B config (rotary, base 10,000) has `max_position_embeddings`; a 13B config (ALiBi) has
+    `model_max_length` alone. Baichuan 2 normalizes each row of its head before use (`NormHead`),
+    Baichuan does not. The vocabulary shows which one it is: 125,696 or 64,000 (vLLM decides by it,
+    too). If it was resized, only Baichuan 2 has `z_loss_weight`.
 """
 
 from collections.abc import Mapping
@@ -27,16 +30,22 @@ from blockpruner.store.files import read_json, write_json
 PACKED, HEAD = "self_attn.W_pack.weight", "lm_head.weight"
 
 DROPPED = (
-    "auto_map", "_from_model_config", "_name_or_path", "tokenizer_class", "model_max_length", "z_loss_weight",
-)  # fmt: skip
+    "auto_map",
+    "_from_model_config",
+    "_name_or_path",
+    "tokenizer_class",
+    "model_max_length",
+    "z_loss_weight",
+)
 """Fields of config.json that only the old code reads."""
 
 Config = Mapping[str, Any]
 
 
 def convert_(directory: Path) -> None:
-    """Rewrite a checkpoint directory in place. One without packed attentions (`W_pack`) is ours and stays as it is.
-    Raises InputError if the config belongs to none of the models above, or sentencepiece is missing for the tokenizer.
+    """Rewrite a checkpoint directory in place. One without packed attentions (`W_pack`) is ours and
+    stays as it is. Raises InputError if the config belongs to none of the models above, or
+    sentencepiece is missing for the tokenizer.
     """
     if not any(name.endswith(PACKED) for name in weight_names(directory)):
         return
@@ -52,13 +61,21 @@ def convert_(directory: Path) -> None:
 def converted_config(config: Config) -> dict[str, Any]:
     if "max_position_embeddings" in config:
         rotary = {"rope_type": "default", "rope_theta": 10000.0}
-        new: Config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rope_parameters": rotary}
+        new: Config = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "rope_parameters": rotary,
+        }
     elif "model_max_length" in config:
-        new = {"architectures": ["BaichuanForCausalLM"], "max_position_embeddings": config["model_max_length"]}
+        new = {
+            "architectures": ["BaichuanForCausalLM"],
+            "max_position_embeddings": config["model_max_length"],
+        }
     else:
         raise InputError(
-            "config.json of model_type 'baichuan' has neither max_position_embeddings (7B: rotary) nor "
-            "model_max_length (13B: ALiBi), and its positions stay unknown; take config.json from the base model"
+            "config.json of model_type 'baichuan' has neither max_position_embeddings (7B: rotary)"
+            " nor model_max_length (13B: ALiBi), and its positions stay unknown; take config.json"
+            " from the base model"
         )
     kept = {key: value for key, value in config.items() if key not in DROPPED}
     return {**kept, **new, "tie_word_embeddings": False}
@@ -72,15 +89,15 @@ def has_unit_head(config: Config) -> bool:
     if vocabulary == 64_000:
         return False
     raise InputError(
-        f"config.json of model_type 'baichuan' has vocab_size {vocabulary}, and no z_loss_weight: it is neither "
-        "Baichuan 2 (125,696: rows of the head are normalized) nor Baichuan (64,000: they are not); for a resized "
-        "Baichuan 2 add z_loss_weight: 0 to it"
+        f"config.json of model_type 'baichuan' has vocab_size {vocabulary}, and no z_loss_weight:"
+        " it is neither Baichuan 2 (125,696: rows of the head are normalized) nor Baichuan"
+        " (64,000: they are not); for a resized Baichuan 2 add z_loss_weight: 0 to it"
     )
 
 
 def _changed(name: str, tensor: Tensor, unit: bool) -> dict[str, Tensor]:
-    """A weight by its new names; `unit`: with rows of the head scaled to unit length. The head is then in float32, so
-    that it is rounded once, when the model is loaded."""
+    """A weight by its new names; `unit`: with rows of the head scaled to unit length. The head is
+    then in float32, so that it is rounded once, when the model is loaded."""
     if name.endswith(PACKED):
         parts = zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3), strict=True)
         return {name.replace("W_pack", new): part.contiguous() for new, part in parts}
@@ -90,7 +107,8 @@ def _changed(name: str, tensor: Tensor, unit: bool) -> dict[str, Tensor]:
 
 
 def _convert_tokenizer(directory: Path) -> None:
-    """Make tokenizer.json from tokenizer.model, by the latter's own settings (Baichuan 2 has no dummy prefix)."""
+    """Make tokenizer.json from tokenizer.model, by the latter's own settings (Baichuan 2 has no
+    dummy prefix)."""
     if not (directory / "tokenizer.model").exists():
         return
     if find_spec("sentencepiece") is None:  # transformers would ask for tiktoken

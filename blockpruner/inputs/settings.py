@@ -24,25 +24,30 @@ class Calibration(Frozen):
     seq_len: int = Field(default=2048, ge=2)
     """Tokens in a row."""
     packing: Literal["joined", "per_sample"] = "joined"
-    """How rows are made. joined: they are cut from all samples joined; per_sample: a row is one sample's beginning."""
+    """How rows are made. joined: they are cut from all samples joined; per_sample: a row is one
+    sample's beginning."""
     split: Literal["paper", "all"] = "paper"
-    """Which texts are drawn from: all, or (the default) the tenth that the paper's code splits off."""
+    """Which texts are drawn from: all, or (the default) the tenth that the paper's code splits
+    off."""
     score: Literal["all", "response"] = Field(
-        default_factory=lambda given: "response" if given["split"] == "all" and _has_responses(given["data"]) else "all"
+        default_factory=lambda given: (
+            "response" if given["split"] == "all" and _has_responses(given["data"]) else "all"
+        )
     )
-    """Which tokens are scored: all, or only those of responses (of a text without one, all). The default is response
-    for the Alpaca format, and all with split: paper, as the paper does."""
+    """Which tokens are scored: all, or only those of responses (of a text without one, all). The
+    default is response for the Alpaca format, and all with split: paper, as the paper does."""
     seed: int = 42
 
     @model_validator(mode="after")
     def _fits_the_data(self) -> Self:
         if isinstance(self.data, MixedTexts) and self.split == "paper":
             raise ValueError(
-                "split: paper draws from a tenth of one source, and data is a mix, whose kinds are drawn by their "
-                "shares; set split: all"
+                "split: paper draws from a tenth of one source, and data is a mix, whose kinds are"
+                " drawn by their shares; set split: all"
             )
         if self.num_rows is not None and (self.packing != "joined" or self.split != "all"):
             raise ValueError(
-                "num_rows is for joined rows of all texts; set packing: joined and split: all, or num_samples"
+                "num_rows is for joined rows of all texts; set packing: joined and split: all, or"
+                " num_samples"
             )
         return self

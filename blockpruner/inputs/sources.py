@@ -15,15 +15,16 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Texts
 
 SOURCES = "sources.yaml"
-"""Sources by name: our texts, next to the package, and in a folder of run files those of its own."""
+"""Sources by name: our texts, next to the package, and in a folder of run files those of its
+own."""
 OURS = Path(__file__).parent.with_name(SOURCES)
 KINDS_OF_SOURCE = ("pypi", "pypi-parts", "packages", "hub", "path", "mix")
 """What `source` may be beside a name."""
 
 
 SHIPPED = "wide"
-"""The name of our own texts: many sources with a little of each. The shares of its kinds are 1 in all, as the share of
-texts of one's own is, so that these are half."""
+"""The name of our own texts: many sources with a little of each. The shares of its kinds are 1 in
+all, as the share of texts of one's own is, so that these are half."""
 
 
 def named_sources(directory: Path = Path("runs")) -> Mapping[str, Any]:
@@ -34,17 +35,20 @@ def named_sources(directory: Path = Path("runs")) -> Mapping[str, Any]:
 
 def shipped_texts() -> Texts:
     """The source of our own texts."""
-    found: Texts = TypeAdapter(Texts).validate_python(with_sources({"source": SHIPPED}, named_sources()))
+    found: Texts = TypeAdapter(Texts).validate_python(
+        with_sources({"source": SHIPPED}, named_sources())
+    )
     return found
 
 
 MOST_VALUES = 100_000
-"""The most values of a YAML file, where an alias counts as all that it names. Nine times nine aliases, nine levels
-deep, would fill any memory."""
+"""The most values of a YAML file, where an alias counts as all that it names. Nine times nine
+aliases, nine levels deep, would fill any memory."""
 
 
 class Loader(yaml.SafeLoader):
-    """YAML in which no mapping has a key twice, of which PyYAML would take the last one, and of limited size."""
+    """YAML in which no mapping has a key twice, of which PyYAML would take the last one, and of
+    limited size."""
 
     def get_single_node(self) -> Any:
         root = super().get_single_node()
@@ -53,7 +57,9 @@ class Loader(yaml.SafeLoader):
             value = getattr(node, "value", node)  # a mapping's are pairs of nodes
             nodes += value if isinstance(value, list | tuple) else ()
             if len(nodes) > MOST_VALUES:
-                raise yaml.MarkedYAMLError(problem="its aliases repeat too much; write it without them")
+                raise yaml.MarkedYAMLError(
+                    problem="its aliases repeat too much; write it without them"
+                )
         return root
 
     def compose_mapping_node(self, anchor: Any) -> Any:
@@ -61,7 +67,9 @@ class Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is there twice", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key.value!r} is there twice", problem_mark=key.start_mark
+                )
             seen.add(key.value)
         return node
 
@@ -73,27 +81,47 @@ def read_yaml(path: Path, text: str | None = None) -> Any:
         where = "" if path.is_absolute() else "; run in the project folder"
         raise InputError(f"{path} does not exist{where}", rule="no-file", value=path) from None
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}", rule="no-file", value=path) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also bytes that are no UTF-8, and no dates
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}", rule="yaml") from error
+        raise InputError(
+            f"{path} cannot be read: {error.strerror}", rule="no-file", value=path
+        ) from error
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # also bytes that are no UTF-8, and no dates
+        raise InputError(
+            f"{path} is not valid YAML: {' '.join(str(error).split())}", rule="yaml"
+        ) from error
 
 
 def with_sources(values: Any, sources: Mapping[str, Any], where: str = "") -> Any:
-    """The values of a run file with the keys of each named source in place of its name; `where` begins messages."""
+    """The values of a run file with the keys of each named source in place of its name; `where`
+    begins messages."""
     if isinstance(values, list):
         items = [with_sources(value, sources, where) for value in values]
-        mixes = [each["of"] if isinstance(each, dict) and each.get("source") == "mix" else [each] for each in items]
+        mixes = [
+            each["of"] if isinstance(each, dict) and each.get("source") == "mix" else [each]
+            for each in items
+        ]
         return [each for mix in mixes for each in mix]  # a mix in a list is of another mix
     if not isinstance(values, dict):
         return values
-    source, found = values.get("source"), {key: with_sources(value, sources, where) for key, value in values.items()}
+    source, found = (
+        values.get("source"),
+        {key: with_sources(value, sources, where) for key, value in values.items()},
+    )
     if not isinstance(source, str) or source in KINDS_OF_SOURCE:
         return found
     if source not in sources:
-        message = f"{where}source {source!r} is unknown; valid: {', '.join([*KINDS_OF_SOURCE, *sources])}"
+        message = (
+            f"{where}source {source!r} is unknown; valid: {', '.join([*KINDS_OF_SOURCE, *sources])}"
+        )
         raise InputError(message, rule="unknown-source", key="source", value=source)
     others = {name: keys for name, keys in sources.items() if name != source}
-    return {**with_sources(sources[source], others, where), **{k: v for k, v in found.items() if k != "source"}}
+    return {
+        **with_sources(sources[source], others, where),
+        **{k: v for k, v in found.items() if k != "source"},
+    }
 
 
 def cache_folder() -> Path:

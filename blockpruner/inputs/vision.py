@@ -1,6 +1,8 @@
-"""Checkpoints that also read pictures: their text model is taken out when they are fetched, and the rest is lost.
+"""Checkpoints that also read pictures: their text model is taken out when they are fetched, and the
+rest is lost.
 
-Decides what the config and the weights of the text model are, so that it is a plain model of a family of ours.
+Decides what the config and the weights of the text model are, so that it is a plain model of a
+family of ours.
 """
 
 from collections.abc import Mapping
@@ -18,8 +20,8 @@ WHOLE = ("gemma3", "mistral3", "qwen3_vl", "qwen3_5", "qwen3_5_moe")
 """The `model_type` of models whose text model is taken out."""
 
 RENAMED = {"qwen3_vl_text": "qwen3"}
-"""Text models that compute what another family does where there are no pictures. Qwen3-VL counts a token's position in
-three ways, and these are then alike."""
+"""Text models that compute what another family does where there are no pictures. Qwen3-VL counts a
+token's position in three ways, and these are then alike."""
 
 PREFIXES = {
     "language_model.model.": "model.",
@@ -27,15 +29,17 @@ PREFIXES = {
     "model.language_model.": "model.",
     "lm_head.": "lm_head.",
 }
-"""Where the text model's weights are, in old and in new files, and their names in the text model alone."""
+"""Where the text model's weights are, in old and in new files, and their names in the text model
+alone."""
 
 HEAD = "lm_head.weight"
 PICTURES = ("processor_config.json", "preprocessor_config.json")
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """config.json of the text model of a model that has more; None for any other, and for families unknown here.
-    Whether embeddings and head are one is as the config says, and else as is usual for the family."""
+    """config.json of the text model of a model that has more; None for any other, and for families
+    unknown here. Whether embeddings and head are one is as the config says, and else as is usual
+    for the family."""
     given = config.get("text_config") if config.get("model_type") in WHOLE else None
     own = str(given.get("model_type")) if isinstance(given, dict) else ""
     known = RENAMED.get(own, own)
@@ -45,18 +49,30 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
     fields, family = AutoConfig.for_model(**given).to_dict(), FAMILIES[known]
     if known != own:
-        rotary = {key: value for key, value in fields["rope_parameters"].items() if not key.startswith("mrope")}
+        rotary = {
+            key: value
+            for key, value in fields["rope_parameters"].items()
+            if not key.startswith("mrope")
+        }
         names = AutoConfig.for_model(known).to_dict().keys()
-        fields = {key: value for key, value in fields.items() if key in names} | {"rope_parameters": rotary}
-    tied = (each["tie_word_embeddings"] for each in (config, given, family.defaults) if "tie_word_embeddings" in each)
-    shared = {key: config[key] for key in ("dtype", "torch_dtype", "quantization_config") if key in config}
+        fields = {key: value for key, value in fields.items() if key in names} | {
+            "rope_parameters": rotary
+        }
+    tied = (
+        each["tie_word_embeddings"]
+        for each in (config, given, family.defaults)
+        if "tie_word_embeddings" in each
+    )
+    shared = {
+        key: config[key] for key in ("dtype", "torch_dtype", "quantization_config") if key in config
+    }
     new = {"model_type": known, "architectures": [f"{family.prefix}ForCausalLM"]}
     return {**fields, **shared, **new, "tie_word_embeddings": next(tied, False)}
 
 
 def take_text_(directory: Path) -> bool:
-    """Rewrite a checkpoint directory to its text model, in place; returns whether there was more in it. Raises
-    InputError if its weights have other names than those known."""
+    """Rewrite a checkpoint directory to its text model, in place; returns whether there was more in
+    it. Raises InputError if its weights have other names than those known."""
     config = text_config(read_json(directory / "config.json"))
     if config is None:
         return False
@@ -64,13 +80,17 @@ def take_text_(directory: Path) -> bool:
 
     names = [_name(name) for name in weight_names(directory)]
     if not any(name is not None and ".layers." in name for name in names):
-        raise InputError("the model's files hold no text model by a name that is known; fetch it whole")
+        raise InputError(
+            "the model's files hold no text model by a name that is known; fetch it whole"
+        )
     if HEAD not in names:
         config["tie_word_embeddings"] = True
 
     def change(name: str, tensor: "Tensor") -> "dict[str, Tensor]":
         new = _name(name)
-        return {} if new is None or (new == HEAD and config["tie_word_embeddings"]) else {new: tensor}
+        return (
+            {} if new is None or (new == HEAD and config["tie_word_embeddings"]) else {new: tensor}
+        )
 
     rewrite_weights_(directory, change)
     write_json(directory / "config.json", config)

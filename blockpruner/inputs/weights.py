@@ -1,4 +1,5 @@
-"""The weights of a checkpoint directory that is being made: which there are, and how they are rewritten."""
+"""The weights of a checkpoint directory that is being made: which there are, and how they are
+rewritten."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -18,8 +19,11 @@ def weight_names(directory: Path) -> Iterator[str]:
             yield from file.keys()
 
 
-def rewrite_weights_(directory: Path, change: Callable[[str, Tensor], Mapping[str, Tensor]]) -> None:
-    """Replace each tensor by those that `change` makes of its name and itself, one file at a time in memory."""
+def rewrite_weights_(
+    directory: Path, change: Callable[[str, Tensor], Mapping[str, Tensor]]
+) -> None:
+    """Replace each tensor by those that `change` makes of its name and itself, one file at a time
+    in memory."""
     places: dict[str, str] = {}
     size = 0
     with tempfile.TemporaryDirectory(dir=directory) as folder:

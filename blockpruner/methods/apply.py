@@ -21,8 +21,9 @@ from blockpruner.scoring.work import Rows
 from blockpruner.store.provenance import fingerprint
 
 Note = Callable[[PreTrainedModel], object]
-"""Takes down the outputs that a verification compares with. They are of the dense model changed for a while, where the
-kind of plan can lend it, and the healed weights are among those that it leaves."""
+"""Takes down the outputs that a verification compares with. They are of the dense model changed for
+a while, where the kind of plan can lend it, and the healed weights are among those that it
+leaves."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,13 @@ class Pruning:
         return load_model(self.dense, self.dtype, self.device, self.trust_remote_code)
 
     def load_for_fit(self) -> PreTrainedModel:
-        """The dense model where weights are fitted: layer by layer on a device that does not hold it."""
+        """The dense model where weights are fitted: layer by layer on a device that does not hold
+        it."""
         return load_for_fit(self.dense, self.dtype, self.device, self.trust_remote_code)
 
     def load_for_export(self) -> PreTrainedModel:
-        """The dense model where an export is made of it: on the CPU, as in the process that verifies the export. A kind
-        that computes weights takes its device for that."""
+        """The dense model where an export is made of it: on the CPU, as in the process that
+        verifies the export. A kind that computes weights takes its device for that."""
         device = "cpu" if KINDS[self.plan.kind].lend else self.device
         return load_model(self.dense, self.dtype, device, self.trust_remote_code)
 
@@ -119,6 +121,7 @@ class Made(Pruning):
 
 
 def pruned_copy(dense: PreTrainedModel, plan: Plan, rows: Rows) -> PreTrainedModel:
-    """The pruned model beside the dense one, which stays whole. They share the tensors that the plan leaves alone."""
+    """The pruned model beside the dense one, which stays whole. They share the tensors that the
+    plan leaves alone."""
     kind = KINDS[plan.kind]
     return kind.apply_(shared_copy(dense) if kind.lend else copy.deepcopy(dense), plan, rows)

@@ -1,7 +1,8 @@
-"""Healed weights: the tensors of a pruned model that are not what its plan alone makes of the dense ones.
+"""Healed weights: the tensors of a pruned model that are not what its plan alone makes of the dense
+ones.
 
-Decides how they are kept (one file, under the names of the pruned model's parameters), which model they belong to, and
-how they get into it. How weights are healed is decided in `healing`.
+Decides how they are kept (one file, under the names of the pruned model's parameters), which model
+they belong to, and how they get into it. How weights are healed is decided in `healing`.
 """
 
 import json
@@ -43,7 +44,8 @@ class Healed:
     digest: str
     """The digest of the weights and of their description."""
     perplexity: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """By what was done: that of rows held out from it, `before` and `after`, and `dense` where it was measured."""
+    """By what was done: that of rows held out from it, `before` and `after`, and `dense` where it
+    was measured."""
     kinds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """By kind of text, where it was measured after the last step: as in a plan."""
 
@@ -53,11 +55,14 @@ class Healed:
 
 
 def kept_facts(checkpoint: Path) -> Healed | None:
-    """What a checkpoint keeps of its healing, without the weights; raises InputError for other facts."""
+    """What a checkpoint keeps of its healing, without the weights; raises InputError for other
+    facts."""
     path = checkpoint / HEALED_FILE
     if not path.exists():
         return None
-    return read_settings(Healed, {"path": path, "of": "", "digest": "", **read_json(path)}, f"{path}: ")
+    return read_settings(
+        Healed, {"path": path, "of": "", "digest": "", **read_json(path)}, f"{path}: "
+    )
 
 
 def save_healed(
@@ -70,35 +75,45 @@ def save_healed(
     perplexity: Mapping[str, Mapping[str, float]] | None = None,
     kinds: Mapping[str, Mapping[str, float]] | None = None,
 ) -> None:
-    """Write the file of `weights` in `folder`; `of`, `words`, `perplexity` and `kinds` are as in `Healed`, `data` is
-    the source of the texts that decided the weights, and `since` what had been done before."""
+    """Write the file of `weights` in `folder`; `of`, `words`, `perplexity` and `kinds` are as in
+    `Healed`, `data` is the source of the texts that decided the weights, and `since` what had been
+    done before."""
     sources = data.of if isinstance(data, MixedTexts) else (data,)
-    datasets = (*(since.datasets if since else ()), *(one.repo for one in sources if isinstance(one, Hub)))
+    datasets = (
+        *(since.datasets if since else ()),
+        *(one.repo for one in sources if isinstance(one, Hub)),
+    )
     words = f"{since.words}, {words}" if since else words
     told = json.dumps({**(since.perplexity if since else {}), **(perplexity or {})})
-    facts = {"of": of, "words": words, "datasets": json.dumps(list(dict.fromkeys(datasets))), "perplexity": told}
+    facts = {
+        "of": of,
+        "words": words,
+        "datasets": json.dumps(list(dict.fromkeys(datasets))),
+        "perplexity": told,
+    }
     facts["kinds"] = json.dumps(dict(kinds or {}))
     write_tensors(folder / FILE, weights, facts)
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder holds healed weights; raises InputError if its facts tell of some and they are gone."""
+    """Whether a folder holds healed weights; raises InputError if its facts tell of some and they
+    are gone."""
     if (folder / FILE).exists():
         return True
     for path in (folder / COMPENSATE_FACTS, folder / TRAIN_FACTS):
         facts = read_json(path) if path.exists() else {}
         if facts.get("share") or facts.get("enabled"):
             raise InputError(
-                f"{folder} has no {FILE}, and its {path.name} tells of changed weights: they are gone; delete the "
-                "folder and run again (a stage: `dvc repro`)",
+                f"{folder} has no {FILE}, and its {path.name} tells of changed weights: they are"
+                " gone; delete the folder and run again (a stage: `dvc repro`)",
                 rule="lost-weights",
             )
     return False
 
 
 def find_healed(folders: Iterable[Path], of: str) -> Healed | None:
-    """The file in the first of `folders` that has one; raises InputError if it is damaged, gone, or of another model
-    than `of`."""
+    """The file in the first of `folders` that has one; raises InputError if it is damaged, gone, or
+    of another model than `of`."""
     path = next((folder / FILE for folder in folders if has_weights(folder)), None)
     if path is None:
         return None
@@ -106,12 +121,21 @@ def find_healed(folders: Iterable[Path], of: str) -> Healed | None:
     if facts.get("of") != of:
         raise damaged(path, "belongs to another model, plan or calibration than this target's")
     datasets, told = tuple(json.loads(facts["datasets"])), json.loads(facts.get("perplexity", "{}"))
-    return Healed(path, of, facts["words"], datasets, facts[DIGEST], told, json.loads(facts.get("kinds", "{}")))
+    return Healed(
+        path,
+        of,
+        facts["words"],
+        datasets,
+        facts[DIGEST],
+        told,
+        json.loads(facts.get("kinds", "{}")),
+    )
 
 
 def load_healed_(model: PreTrainedModel, path: Path, shared: bool = False) -> None:
-    """Put a file of healed weights into a pruned model; its tensors are replaced and not written to if they are
-    `shared` with another model. Raises InputError if the file is damaged, or has a weight that the model has not."""
+    """Put a file of healed weights into a pruned model; its tensors are replaced and not written to
+    if they are `shared` with another model. Raises InputError if the file is damaged, or has a
+    weight that the model has not."""
     weights, _ = read_tensors(path)
     try:
         set_weights_(model, weights, shared)
@@ -120,14 +144,18 @@ def load_healed_(model: PreTrainedModel, path: Path, shared: bool = False) -> No
 
 
 @torch.no_grad()
-def set_weights_(model: PreTrainedModel, weights: Mapping[str, Tensor], shared: bool = False) -> None:
-    """Give the parameters of these names these values, in the model's dtype; raises InputError if one does not fit.
-    `shared` is as in `load_healed_`."""
+def set_weights_(
+    model: PreTrainedModel, weights: Mapping[str, Tensor], shared: bool = False
+) -> None:
+    """Give the parameters of these names these values, in the model's dtype; raises InputError if
+    one does not fit. `shared` is as in `load_healed_`."""
     parameters, new = dict(model.named_parameters(remove_duplicate=False)), {}
     for name, weight in weights.items():
         own = list(parameters[name].shape) if name in parameters else None
         if own != list(weight.shape):
-            raise InputError(f"{name} is {list(weight.shape)} here and {own or 'absent'} in the pruned model")
+            raise InputError(
+                f"{name} is {list(weight.shape)} here and {own or 'absent'} in the pruned model"
+            )
         old = parameters[name]
         if shared:
             new[old] = nn.Parameter(weight.to(old), requires_grad=False)
@@ -138,12 +166,18 @@ def set_weights_(model: PreTrainedModel, weights: Mapping[str, Tensor], shared: 
 
 def parameter_digests(model: PreTrainedModel) -> dict[str, str]:
     """SHA-256 of each parameter; a tied one is there once."""
-    return {name: sha256(tensor_bytes(weight.detach().cpu())).hexdigest() for name, weight in model.named_parameters()}
+    return {
+        name: sha256(tensor_bytes(weight.detach().cpu())).hexdigest()
+        for name, weight in model.named_parameters()
+    }
 
 
-def changed_weights(model: PreTrainedModel, before: Mapping[str, str], plan: Plan) -> dict[str, Tensor]:
-    """The parameters whose digest is not that of `before`. All of them for a kind of plan that cannot lend: the last
-    bits of its weights may differ from machine to machine, and the others would not fit to these."""
+def changed_weights(
+    model: PreTrainedModel, before: Mapping[str, str], plan: Plan
+) -> dict[str, Tensor]:
+    """The parameters whose digest is not that of `before`. All of them for a kind of plan that
+    cannot lend: the last bits of its weights may differ from machine to machine, and the others
+    would not fit to these."""
     if KINDS[plan.kind].lend is None:
         return dict(model.named_parameters())
     now = parameter_digests(model)

@@ -1,7 +1,7 @@
 """A kind of method: how its plans are found, committed and applied, and how it is named.
 
-Each kind is one folder beside this file with one value, `Kind`; `registry` lists them. A method that ends in a mask is
-a row of `search.registry.SEARCHES` and needs no kind of its own.
+Each kind is one folder beside this file with one value, `Kind`; `registry` lists them. A method
+that ends in a mask is a row of `search.registry.SEARCHES` and needs no kind of its own.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Material:
-    """The dense model, and the places and tools that a method may use to find out what to do with it."""
+    """The dense model, and the places and tools that a method may use to find out what to do with
+    it."""
 
     identity: str
     """The dense checkpoint's `checkpoint_identity`."""
@@ -47,7 +48,8 @@ class Material:
     scorer: Scorer
     """The scorer of the dense model, which is loaded when a score is needed that no store has."""
     dense: Callable[[], PreTrainedModel]
-    """Loads the dense model into this process, once, for a method that has to change its weights to compare them."""
+    """Loads the dense model into this process, once, for a method that has to change its weights to
+    compare them."""
     observer: Observer
 
 
@@ -60,7 +62,8 @@ class Job:
     score: Score
     budgets: tuple[str, ...]
     folder: Path
-    """The run's folder of scores. Tables present in it seed the trial stores (a clone after `dvc pull`)."""
+    """The run's folder of scores. Tables present in it seed the trial stores (a clone after `dvc
+    pull`)."""
     resources: Resources
     latency: Mapping[str, Any] | None
     """The measurement behind `resources["latency"]`, where there is one."""
@@ -69,21 +72,31 @@ class Job:
         """What identifies the trial store of a loss."""
         version = METRICS[loss].version
         named = f"{loss}, version {version}" if version else loss
-        return store_fields(self.calibration.digest, self.material.identity, self.material.dtype, named)
+        return store_fields(
+            self.calibration.digest, self.material.identity, self.material.dtype, named
+        )
 
     @contextmanager
     def stores(self, losses: Sequence[str]) -> Iterator[dict[str, TrialStore]]:
-        """The trial stores of some losses, locked: another process that computes the same trials is waited for."""
-        found, trials, note = dict[str, TrialStore](), self.material.trials, self.material.observer.note
+        """The trial stores of some losses, locked: another process that computes the same trials is
+        waited for."""
+        found, trials, note = (
+            dict[str, TrialStore](),
+            self.material.trials,
+            self.material.observer.note,
+        )
 
         def busy(holder: str) -> None:
             note(f"{holder} computes the same trials; waiting for it, then reusing them")
 
         with ExitStack() as stack:
-            for loss in sorted(losses):  # in one order everywhere: two processes cannot wait for each other
+            # in one order everywhere: two processes cannot wait for each other
+            for loss in sorted(losses):
                 fields = self.store_fields(loss)
                 if trials is not None:
-                    stack.enter_context(hold(trials / f"{fingerprint(fields)}.lock", this_process(), busy))
+                    stack.enter_context(
+                        hold(trials / f"{fingerprint(fields)}.lock", this_process(), busy)
+                    )
                 found[loss] = TrialStore(fields, self.calibration.row_keys, trials)
                 stack.callback(found[loss].close)
                 if known := found[loss].trials:
@@ -115,14 +128,19 @@ class Kind:
     score: Callable[[Job], tuple[Current, Counts]]
     """Finds what to do for each budget, and leaves its trace in the job's folder."""
     commit: Callable[[Path, Config, str, Current], tuple[Plan, Sequence[Path]]]
-    """The plan for a budget, from a run's folder of scores; and the iteration tables that it used, in order."""
+    """The plan for a budget, from a run's folder of scores; and the iteration tables that it used,
+    in order."""
     apply_: Callable[[PreTrainedModel, Plan, Rows], PreTrainedModel]
     """Changes a dense model in place, for good. The rows are the calibration rows."""
-    identity: Callable[[Plan, str], dict[str, Any]] = lambda plan, rows: {**plan.details, "rows": rows}
-    """All that the pruned model depends on, apart from the dense one. Gets the digest of the calibration rows."""
+    identity: Callable[[Plan, str], dict[str, Any]] = lambda plan, rows: {
+        **plan.details,
+        "rows": rows,
+    }
+    """All that the pruned model depends on, apart from the dense one. Gets the digest of the
+    calibration rows."""
     words: Callable[[Plan, str], str] = lambda plan, unit: plan.method
-    """How the plan was made, for instance "one-shot, whole layers, by Block Influence". Gets the words for what was
-    removed at once."""
+    """How the plan was made, for instance "one-shot, whole layers, by Block Influence". Gets the
+    words for what was removed at once."""
     taken_out: Callable[[Plan], str] = lambda plan: f"{plan.ratio:.1%} of the parameters"
     """What is gone, for instance "3 MHA + 4 MLP"."""
     card: Callable[[Plan], str] = lambda plan: f"with weights changed by {code(plan.method)}"
@@ -130,18 +148,19 @@ class Kind:
     steps: Callable[[Plan], str] = lambda plan: ""
     """What the plan does, step by step, where the report has no table of it."""
     lend: Callable[[PreTrainedModel, Plan], AbstractContextManager[PreTrainedModel]] | None = None
-    """The dense model changed for a while: another way to the same model, to verify the first one by. Where there is
-    none, `apply_` writes to the tensors of the dense model."""
+    """The dense model changed for a while: another way to the same model, to verify the first one
+    by. Where there is none, `apply_` writes to the tensors of the dense model."""
     is_part: bool = False
-    """Its models hold parts of the dense model's weights, and nothing else: its plans say all, and what is left can be
-    fitted to the dense model."""
+    """Its models hold parts of the dense model's weights, and nothing else: its plans say all, and
+    what is left can be fitted to the dense model."""
     pruned: Callable[[Plan, Config], int | None] = lambda plan, config: None
     """The parameters that are left, where the removed blocks do not say it."""
     of_fit: bool = False
     """It is planned from the rows that weights are fitted to, which are more than a search has."""
     options: type[Options] = Options
     require: Callable[[Budget, Any, Config], object] = lambda budget, options, config: None
-    """Refuses, before anything is computed, a budget that no plan meets; called with the kind's own options."""
+    """Refuses, before anything is computed, a budget that no plan meets; called with the kind's own
+    options."""
     exports: frozenset[str] | None = None
     """The formats that can hold such a model; None: all."""
 
@@ -164,21 +183,28 @@ def make_plan(
     """A plan from a run's current search; `pipeline.commit` adds its target and run.
 
     Args:
-        perplexities: on the calibration set, of the dense and of the pruned model; None is not measured.
+        perplexities: on the calibration set, of the dense and of the pruned model; None is not
+            measured.
         gone, pruned: as in `weights.Left`.
-        fields: what else the plan holds: `removed`, `order`, `ratios` and `details`, each empty by default.
+        fields: what else the plan holds: `removed`, `order`, `ratios` and `details`, each empty by
+            default.
     """
     own = sizes(known_resources(config, budget, current), gone, pruned)
     own = {"removed": (), "order": (), "ratios": (), **fields, **own}
     dense, after = perplexities
     own["calibration"] = {**current.calibration, "dense_perplexity": dense, "perplexity": after}
-    own |= {"method": current.score.method, "metric": current.score.metric, "options": current.score.options}
+    own |= {
+        "method": current.score.method,
+        "metric": current.score.metric,
+        "options": current.score.options,
+    }
     own |= {"search": current.search, "nested": current.nested}
     return Plan(kind=current.kind, target="", run="", budget=budget, **own)
 
 
 def sizes(resources: Resources, gone: Mask, pruned: int | None = None) -> dict[str, Any]:
-    """The fields of a plan that follow from the dense model's resources and the blocks that are gone."""
+    """The fields of a plan that follow from the dense model's resources and the blocks that are
+    gone."""
     counts = resources["parameters"]
     if pruned is None:
         pruned = counts.total - sum(counts.blocks[block] for block in gone)
@@ -186,17 +212,21 @@ def sizes(resources: Resources, gone: Mask, pruned: int | None = None) -> dict[s
     return {
         "layers": len(counts.blocks) // 2,
         "ratio": ratio,
-        "removes": {name: costs.ratio(gone) for name, costs in resources.items()} | {"parameters": ratio},
+        "removes": (
+            {name: costs.ratio(gone) for name, costs in resources.items()} | {"parameters": ratio}
+        ),
         "blocks": {kind.value: sum(block.kind is kind for block in gone) for kind in BlockKind},
         "parameters": {"dense": counts.total, "pruned": pruned},
     }
 
 
 def known_resources(config: Config, budget: str, current: Current) -> Resources:
-    """The resources of a run's model; raises InputError where the budget is a speed-up and none was measured."""
+    """The resources of a run's model; raises InputError where the budget is a speed-up and none was
+    measured."""
     found = resources_of(config, current.latency)
     if parse_budget(budget, found["parameters"]).resource not in found:
         raise InputError(
-            f"budget {budget!r} is a speed-up, and the run's scores know no times; run its stage score again"
+            f"budget {budget!r} is a speed-up, and the run's scores know no times; run its stage"
+            " score again"
         )
     return found

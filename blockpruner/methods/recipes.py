@@ -1,7 +1,8 @@
 """Recipes: what one name stands for, behind every door.
 
-A recipe is one search or several, and the compensation that belongs to them. Run files, targets, the command, the API
-and the form take the same names: that of a recipe, or that of a plain method, which is exact and not compensated.
+A recipe is one search or several, and the compensation that belongs to them. Run files, targets,
+the command, the API and the form take the same names: that of a recipe, or that of a plain method,
+which is exact and not compensated.
 """
 
 from collections.abc import Mapping
@@ -18,12 +19,14 @@ from blockpruner.scoring.settings import Score
 
 @dataclass(frozen=True)
 class Recipe:
-    """The searches whose results compete, and how they are compensated before the best one is kept."""
+    """The searches whose results compete, and how they are compensated before the best one is
+    kept."""
 
     title: str
     """Its name in tables and figures."""
     searches: Mapping[str, Mapping[str, Any]]
-    """What each search sets in the `score` section, by the search's name; of several see `proposals`."""
+    """What each search sets in the `score` section, by the search's name; of several see
+    `proposals`."""
     compensate: str = "none"
     """The value of `compensate.method` where the user sets none."""
     published: tuple[str, ...] = ()
@@ -36,7 +39,8 @@ def _one(title: str, published: tuple[str, ...] = (), /, **score: Any) -> Recipe
 
 RECOMMENDED, BLOCKPRUNER = "recommended", "blockpruner"
 OF_MIXTURES = "attentions"
-"""The only search of the recommended recipe on a mixture of experts: those are for expert pruning."""
+"""The only search of the recommended recipe on a mixture of experts: those are for expert
+pruning."""
 BI, RM = "block_influence", "relative_magnitude"
 LAYERS: Mapping[str, Any] = {"method": "one_shot", "unit": "layer"}
 SHIFTED: Mapping[str, Any] = {"method": "greedy", "acceleration": "lazy+race", "unit": "shifted"}
@@ -44,8 +48,9 @@ NEAR = 0.1
 """Layers are near a budget that they miss by no more than this share of it."""
 
 RECIPES: Mapping[str, Recipe] = {
-    # Narrower MLPs win or are level (docs/methods.md). The layers are those that one pass finds: a search finds none
-    # that are better after a refit, and takes longer than all the rest. Floating search is for what neither can reach.
+    # Narrower MLPs win or are level (docs/methods.md). The layers are those that one pass finds: a
+    # search finds none that are better after a refit, and takes longer than all the rest. Floating
+    # search is for what neither can reach.
     RECOMMENDED: Recipe(
         "recommended",
         {
@@ -61,20 +66,30 @@ RECIPES: Mapping[str, Recipe] = {
     # For engines that load whole layers alone.
     "shifted": Recipe("shifted layers", {"greedy-shifted": SHIFTED}, "refit"),
     "slicegpt": _one("SliceGPT", ("slicegpt",), method="slicegpt"),
-    "narrow": Recipe("narrower MLPs", {"narrow": {"method": "narrow", "acceleration": None}}, "refit"),
+    "narrow": Recipe(
+        "narrower MLPs", {"narrow": {"method": "narrow", "acceleration": None}}, "refit"
+    ),
     "laco": _one("LaCo", ("laco",), method="laco"),
     "laco-3": _one("LaCo, 3 layers a merge", ("laco",), method="laco", options={"count": 3}),
     "laco-7": _one("LaCo, 7 layers a merge", ("laco",), method="laco", options={"count": 7}),
     "relative-magnitude": _one("Relative Magnitude", (RM,), **LAYERS, metric=RM),
-    "relative-magnitude-frobenius": _one("Relative Magnitude, Frobenius", (RM,), **LAYERS, metric=f"{RM}_frobenius"),
+    "relative-magnitude-frobenius": _one(
+        "Relative Magnitude, Frobenius", (RM,), **LAYERS, metric=f"{RM}_frobenius"
+    ),
     "shortgpt": _one("ShortGPT", ("shortgpt",), **LAYERS, metric=BI),
     "one-shot-perplexity": _one("one-shot perplexity", ("one_shot_ppl",), method="one_shot"),
-    "greedy-layers": _one("greedy layers", ("layer_greedy_ppl", "layer"), method="greedy", unit="layer"),
-    "blockpruner-per-parameter": _one("BlockPruner per parameter", method="greedy", options={"per": "parameters"}),
+    "greedy-layers": _one(
+        "greedy layers", ("layer_greedy_ppl", "layer"), method="greedy", unit="layer"
+    ),
+    "blockpruner-per-parameter": _one(
+        "BlockPruner per parameter", method="greedy", options={"per": "parameters"}
+    ),
     "blockpruner-by-js": _one("BlockPruner by JS", ("js",), method="greedy", metric="js"),
     "blockpruner-by-bi": _one("BlockPruner by BI", method="greedy", metric=BI),
     "blockpruner-by-rm": _one("BlockPruner by RM", method="greedy", metric=RM),
-    "blockpruner-by-rm-frobenius": _one("BlockPruner by RM, Frobenius", method="greedy", metric=f"{RM}_frobenius"),
+    "blockpruner-by-rm-frobenius": _one(
+        "BlockPruner by RM, Frobenius", method="greedy", metric=f"{RM}_frobenius"
+    ),
     "mha-only": _one("MHA only", method="greedy", candidates="mha"),
     "mlp-only": _one("MLP only", method="greedy", candidates="mlp"),
 }
@@ -82,29 +97,36 @@ RECIPES: Mapping[str, Recipe] = {
 
 def names() -> list[str]:
     """Every name that a method may have: recipes first."""
-    from blockpruner.methods.registry import method_names  # takes a second, which `blockpruner --help` does without
+    # takes a second, which `blockpruner --help` does without
+    from blockpruner.methods.registry import (
+        method_names,
+    )
 
     return [*RECIPES, *(name for name in method_names() if name not in RECIPES)]
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe of this name, or the one of a plain method; raises InputError if there is neither."""
+    """The recipe of this name, or the one of a plain method; raises InputError if there is
+    neither."""
     if name in RECIPES:
         return RECIPES[name]
     if name not in names():
         raise InputError(
             f"method {name!r} is unknown; valid: {', '.join(names())}",
-            rule="unknown-method", key="score.method", value=name,
-        )  # fmt: skip
+            rule="unknown-method",
+            key="score.method",
+            value=name,
+        )
     from blockpruner.methods.registry import row_of
 
     return Recipe(row_of(name).title, {name: {"method": name}})
 
 
 def searches(score: Score) -> dict[str, Score]:
-    """The searches of a `score` section, by name: one, or those of its recipe; `proposals` has those that compete. An
-    acceleration that the section sets wins over the recipe's. A recipe's other searches also change what a step
-    removes, so they are there only if the section leaves unit, candidates and options as they are."""
+    """The searches of a `score` section, by name: one, or those of its recipe; `proposals` has
+    those that compete. An acceleration that the section sets wins over the recipe's. A recipe's
+    other searches also change what a step removes, so they are there only if the section leaves
+    unit, candidates and options as they are."""
     if score.method not in RECIPES:
         return {score.method: score}
     (first, own), *others = RECIPES[score.method].searches.items()
@@ -112,15 +134,18 @@ def searches(score: Score) -> dict[str, Score]:
     rows = {first: own, **(dict(others) if is_free else {})}
     kept = {} if score.acceleration is None else {"acceleration": score.acceleration}
     return {
-        name: score.model_copy(update=row if row.get("acceleration", "") is None else {**row, **kept})
+        name: score.model_copy(
+            update=row if row.get("acceleration", "") is None else {**row, **kept}
+        )
         for name, row in rows.items()
     }
 
 
 def proposals(score: Score, config: Config, budget: str) -> dict[str, Score]:
-    """The searches whose results compete for a budget: narrower MLPs where they reach it, and layers where they come
-    near it. Without either the first one searches, as for a budget that is not a share of all parameters, or that
-    cannot be met at all, which it refuses with words. See also `OF_MIXTURES`."""
+    """The searches whose results compete for a budget: narrower MLPs where they reach it, and
+    layers where they come near it. Without either the first one searches, as for a budget that is
+    not a share of all parameters, or that cannot be met at all, which it refuses with words. See
+    also `OF_MIXTURES`."""
     from blockpruner.methods.registry import kind_of_method, require_budgets
 
     found = searches(score)
@@ -145,31 +170,43 @@ def proposals(score: Score, config: Config, budget: str) -> dict[str, Score]:
         return True
 
     layers = [name for name in others if kind_of_method(found[name].method).removes_blocks]
-    able = [name for name in others if unit == "" and (is_near if name in layers else is_reached)(found[name])]
+    able = [
+        name
+        for name in others
+        if unit == "" and (is_near if name in layers else is_reached)(found[name])
+    ]
     return {name: found[name] for name in able or (first,)}
 
 
 def require_reached(score: Score, config: Config, budget: str) -> None:
-    """Refuse, before anything is computed, a budget that no search of the section reaches; raises UnreachableError."""
+    """Refuse, before anything is computed, a budget that no search of the section reaches; raises
+    UnreachableError."""
     from blockpruner.methods.registry import require_budgets
 
-    (name, *_) = found = proposals(score, config, budget)
+    name, *_ = found = proposals(score, config, budget)
     try:
         require_budgets(found[name], config, (budget,))
     except UnreachableError as error:
         if name != OF_MIXTURES:
             raise
-        words = "of a mixture only MHA blocks are removed by default; its experts are for expert pruning"
-        raise UnreachableError(f"{error}; {words}, and --method {BLOCKPRUNER} removes whole mixtures, too") from None
+        words = (
+            "of a mixture only MHA blocks are removed by default; its experts are for expert"
+            " pruning"
+        )
+        raise UnreachableError(
+            f"{error}; {words}, and --method {BLOCKPRUNER} removes whole mixtures, too"
+        ) from None
 
 
 def compensation(own: str | None, method: str) -> str:
-    """How models are compensated: as the section `compensate` says itself, else as the recipe does."""
+    """How models are compensated: as the section `compensate` says itself, else as the recipe
+    does."""
     return own or recipe(method).compensate
 
 
 def is_judged(method: str, compensate: str) -> bool:
-    """Whether models are judged on texts that nothing else has seen: where proposals compete, or weights are fitted."""
+    """Whether models are judged on texts that nothing else has seen: where proposals compete, or
+    weights are fitted."""
     return compensate != "none" or len(recipe(method).searches) > 1
 
 
@@ -177,15 +214,17 @@ OWN_TEXTS = ("path", "hub")
 """Sources that are texts of one's own."""
 
 DRAWN: Mapping[str, Any] = {"split": "all", "num_rows": 64, "seq_len": 256}
-"""Calibration but for methods of the paper: joined rows, and of instructions only the responses are scored."""
+"""Calibration but for methods of the paper: joined rows, and of instructions only the responses are
+scored."""
 
 PAPERS: Mapping[str, Any] = {"split": "all", "num_rows": 16}
-"""Calibration of the paper's methods on texts of one's own: about as many rows as the paper's 256 samples fill."""
+"""Calibration of the paper's methods on texts of one's own: about as many rows as the paper's 256
+samples fill."""
 
 
 def mixed(data: Mapping[str, Any] | None, method: str, only_texts: bool) -> dict[str, Any]:
-    """The source of calibration texts: ours, or as much of them as of texts of one's own. These are alone where that is
-    wanted, and for a method of the paper."""
+    """The source of calibration texts: ours, or as much of them as of texts of one's own. These are
+    alone where that is wanted, and for a method of the paper."""
     if data is None:
         return {"source": SHIPPED}
     if only_texts or recipe(method).published or data.get("source") not in OWN_TEXTS:
@@ -193,23 +232,37 @@ def mixed(data: Mapping[str, Any] | None, method: str, only_texts: bool) -> dict
     return {"source": "mix", "of": [dict(data), {"source": SHIPPED}]}
 
 
+# both measured once, the results are not kept
 TRAINING: Mapping[str, Mapping[str, Any]] = {
-    "all": {"weights": "all", "learning_rate": 3e-4},  # both measured once, the results are not kept
+    "all": {
+        "weights": "all",
+        "learning_rate": 3e-4,
+    },
     "lora": {"weights": "lora", "learning_rate": 1e-3},
 }
-"""Recipes of training by the weights that are trained: values of `train` in a run file, with those below."""
+"""Recipes of training by the weights that are trained: values of `train` in a run file, with those
+below."""
 
 DISTILLATION: Mapping[str, Any] = {
-    "distill": 1.0, "num_rows": 450, "seq_len": 512, "batch": 2, "accumulation": 1, "schedule": "cosine",
-    "warmup": 0.05, "validation": 8,
-}  # fmt: skip
+    "distill": 1.0,
+    "num_rows": 450,
+    "seq_len": 512,
+    "batch": 2,
+    "accumulation": 1,
+    "schedule": "cosine",
+    "warmup": 0.05,
+    "validation": 8,
+}
 
 
 def training(name: str) -> dict[str, Any]:
     """Values of `train` for a recipe of training; raises InputError for a name that is none."""
     if name not in TRAINING:
         raise InputError(
-            f"train {name!r} is unknown; valid: {', '.join(TRAINING)}", rule="unknown-training", key="train", value=name
+            f"train {name!r} is unknown; valid: {', '.join(TRAINING)}",
+            rule="unknown-training",
+            key="train",
+            value=name,
         )
     return {**DISTILLATION, **TRAINING[name]}
 
@@ -224,11 +277,12 @@ def sections(
     compensate: str | None = None,
     train: str | None = None,
 ) -> dict[str, Any]:
-    """Sections of a run file in a few words, as the command, the API and the form ask for them. Sources may be named.
+    """Sections of a run file in a few words, as the command, the API and the form ask for them.
+    Sources may be named.
 
-    `data` is the source of texts of one's own, beside which ours are drawn (`mixed`). A method of the paper has the
-    paper's calibration set, or these texts alone. The others are what differs from the defaults and from the recipe,
-    and a recipe of training.
+    `data` is the source of texts of one's own, beside which ours are drawn (`mixed`). A method of
+    the paper has the paper's calibration set, or these texts alone. The others are what differs
+    from the defaults and from the recipe, and a recipe of training.
     """
     drawn, is_papers = dict(calibration), bool(recipe(method).published)
     if data is not None or not is_papers:
@@ -247,8 +301,8 @@ def sections(
 def completed(
     values: Mapping[str, Any], data: Mapping[str, Any] | None = None, only_texts: bool = False
 ) -> dict[str, Any]:
-    """The values of a run file. If it names no texts, they are those of `data` and ours (see `mixed`), or those that
-    belong to its method."""
+    """The values of a run file. If it names no texts, they are those of `data` and ours (see
+    `mixed`), or those that belong to its method."""
     drawn, score = values.get("calibration", {}), values.get("score")
     if not isinstance(drawn, Mapping) or "data" in drawn:
         return dict(values)

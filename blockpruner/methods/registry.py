@@ -43,8 +43,8 @@ def options_of(score: Score) -> Options:
 
 
 def check_score(score: Score) -> Kind:
-    """The kind of method that a `score` section names; raises InputError for an unknown method, metric or option, or
-    settings that do not fit together."""
+    """The kind of method that a `score` section names; raises InputError for an unknown method,
+    metric or option, or settings that do not fit together."""
     kind = kind_of_method(score.method)
     if kind.removes_blocks:
         request(score)
@@ -52,15 +52,16 @@ def check_score(score: Score) -> Kind:
         for key in ("unit", "candidates", "metric", "acceleration"):
             if (value := getattr(score, key)) != Score.model_fields[key].default:
                 raise InputError(
-                    f"score.{key}: {value} does nothing with method: {kind.name}, which searches no mask; remove it"
+                    f"score.{key}: {value} does nothing with method: {kind.name}, which searches no"
+                    " mask; remove it"
                 )
         options_of(score)
     return kind
 
 
 def require_budgets(score: Score, config: Config, budgets: tuple[str, ...]) -> None:
-    """Refuse, before anything is computed, budgets that the method cannot meet on any model of this shape; raises
-    UnreachableError that names the largest or nearest budget that can be reached."""
+    """Refuse, before anything is computed, budgets that the method cannot meet on any model of this
+    shape; raises UnreachableError that names the largest or nearest budget that can be reached."""
     kind, resources = kind_of_method(score.method), resources_of(config)
     if kind.removes_blocks:
         require_searchable(request(score), resources, budgets)
@@ -71,7 +72,8 @@ def require_budgets(score: Score, config: Config, budgets: tuple[str, ...]) -> N
 
 
 def model_facts(plan: Plan, rows: str) -> dict[str, Any]:
-    """All that a pruned model depends on, apart from the dense one. rows: digest of its calibration set."""
+    """All that a pruned model depends on, apart from the dense one. rows: digest of its calibration
+    set."""
     return {"kind": plan.kind, **KINDS[plan.kind].identity(plan, rows)}
 
 

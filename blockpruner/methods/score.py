@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 def open_material(
     checkpoint: Path, model: Model, runtime: Runtime, trials: Path, observer: Observer
 ) -> Iterator[Material]:
-    """A fetched checkpoint as methods use it. Torch is loaded only when something must be computed, which raises
-    InputError if the files are not those that were fetched."""
+    """A fetched checkpoint as methods use it. Torch is loaded only when something must be computed,
+    which raises InputError if the files are not those that were fetched."""
 
     @cache
     def dense() -> PreTrainedModel:
@@ -46,12 +46,16 @@ def open_material(
 
         require_unchanged(checkpoint)
         set_threads(runtime.threads)
-        return load_for_fit(checkpoint, model.dtype, runtime.device, model.trust_remote_code, runtime.attention)
+        return load_for_fit(
+            checkpoint, model.dtype, runtime.device, model.trust_remote_code, runtime.attention
+        )
 
     def scorer() -> Any:
         require_unchanged(checkpoint)
         trusted, note, advance = model.trust_remote_code, observer.note, observer.advance
-        return make_scorer(checkpoint, model.dtype, runtime, trust_remote_code=trusted, note=note, advance=advance)
+        return make_scorer(
+            checkpoint, model.dtype, runtime, trust_remote_code=trusted, note=note, advance=advance
+        )
 
     identity, config = checkpoint_identity(checkpoint), read_json(checkpoint / "config.json")
     with closing(LazyScorer(scorer)) as lazy:
@@ -66,10 +70,11 @@ def score_run(
     folder: Path,
     latency: Callable[[], Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Score one run far enough for its budgets; write its iteration tables and `current.json` to its folder. Returns
-    what was computed and reused, how long it took, and the mean stability of a nested search. Raises InputError for
-    settings or budgets that cannot be met, before anything is computed. `latency` measures what generation and each
-    block takes (`budgets.resources_of`), where a budget is a speed-up or the time prices removals."""
+    """Score one run far enough for its budgets; write its iteration tables and `current.json` to
+    its folder. Returns what was computed and reused, how long it took, and the mean stability of a
+    nested search. Raises InputError for settings or budgets that cannot be met, before anything is
+    computed. `latency` measures what generation and each block takes (`budgets.resources_of`),
+    where a budget is a speed-up or the time prices removals."""
     kind, started = check_score(score), time.monotonic()
     require_rows(len(calibration.rows))
     remove_temporaries(folder)
@@ -77,39 +82,70 @@ def score_run(
         require_budgets(score, material.config, tuple(budgets))
     known = _known_latency(material.config, score, tuple(budgets), latency)
     resources = resources_of(material.config, known)
-    current, counted = kind.score(Job(material, calibration, score, tuple(budgets), folder, resources, known))
+    current, counted = kind.score(
+        Job(material, calibration, score, tuple(budgets), folder, resources, known)
+    )
     current.save(folder)
     counts: dict[str, Any] = asdict(counted)
-    counts["tokens_per_second"] = round(counts["tokens"] / counts["seconds"], 1) if counts["seconds"] else None
+    counts["tokens_per_second"] = (
+        round(counts["tokens"] / counts["seconds"], 1) if counts["seconds"] else None
+    )
     counts["seconds"] = round(counts["seconds"], 2)
-    trace = read_trace(trace_directory(folder, current, ""), current.search) if current.nested else []
-    firm = [found for found in stabilities(trace, str(current.score.options.get("per", "none"))) if found]
+    trace = (
+        read_trace(trace_directory(folder, current, ""), current.search) if current.nested else []
+    )
+    firm = [
+        found
+        for found in stabilities(trace, str(current.score.options.get("per", "none")))
+        if found
+    ]
     if firm:
-        counts |= {"rivals": fmean(len(found.rivals) for found in firm), "kept": fmean(found.kept for found in firm)}
+        counts |= {
+            "rivals": fmean(len(found.rivals) for found in firm),
+            "kept": fmean(found.kept for found in firm),
+        }
     return {**counts, "wall_seconds": round(time.monotonic() - started, 2)}
 
 
 def taken(found: Mapping[str, Mapping[str, Any]], plan: Plan) -> dict[str, float]:
-    """What a plan's searches took by what `score_run` found of each: seconds, and scores asked for and computed. Of a
-    nested search it is the part up to the plan's last removal."""
-    whole = [(counts["trials_computed"], counts["trials_reused"], counts["seconds"]) for counts in found.values()]
+    """What a plan's searches took by what `score_run` found of each: seconds, and scores asked for
+    and computed. Of a nested search it is the part up to the plan's last removal."""
+    whole = [
+        (counts["trials_computed"], counts["trials_reused"], counts["seconds"])
+        for counts in found.values()
+    ]
     if plan.nested and len(found) == 1:
-        whole = [step for counts in found.values() for step in counts.get("steps", ())[: len(plan.order)][-1:]] or whole
+        whole = [
+            step
+            for counts in found.values()
+            for step in counts.get("steps", ())[: len(plan.order)][-1:]
+        ] or whole
     computed, reused, seconds = map(sum, zip(*whole, strict=True)) if found else (0, 0, 0.0)
-    return {"seconds": seconds, "trials_asked": computed + reused, "trials_computed": computed} if found else {}
+    return (
+        {"seconds": seconds, "trials_asked": computed + reused, "trials_computed": computed}
+        if found
+        else {}
+    )
 
 
 def headline(counts: Mapping[str, Any]) -> dict[str, float]:
-    """What neither the machine nor the stores decide of a result of `score_run`: iterations, masks scored on all rows,
-    and the mean stability."""
-    figures = {"iterations": counts["iterations"], "trials": counts["trials_computed"] + counts["trials_reused"]}
+    """What neither the machine nor the stores decide of a result of `score_run`: iterations, masks
+    scored on all rows, and the mean stability."""
+    figures = {
+        "iterations": counts["iterations"],
+        "trials": counts["trials_computed"] + counts["trials_reused"],
+    }
     return figures | {name: round(counts[name], 4) for name in ("rivals", "kept") if name in counts}
 
 
 def _known_latency(
-    config: Config, score: Score, budgets: tuple[str, ...], latency: Callable[[], Mapping[str, Any]] | None
+    config: Config,
+    score: Score,
+    budgets: tuple[str, ...],
+    latency: Callable[[], Mapping[str, Any]] | None,
 ) -> Mapping[str, Any] | None:
-    """The measurement, where something depends on it; other budgets are checked before it is made."""
+    """The measurement, where something depends on it; other budgets are checked before it is
+    made."""
     resources = resources_of(config)
     wanted = {parse_budget(text, resources["parameters"]).resource for text in budgets}
     if "latency" not in wanted | {score.options.get("per")}:
@@ -117,7 +153,7 @@ def _known_latency(
     require_budgets(score, config, budgets)
     if latency is None:
         raise InputError(
-            f"budgets {list(budgets)} or score.options.per need a speed-up, and what blocks take of the time is not "
-            "known here: the stage score measures it"
+            f"budgets {list(budgets)} or score.options.per need a speed-up, and what blocks take of"
+            " the time is not known here: the stage score measures it"
         )
     return latency()

@@ -1,7 +1,8 @@
-"""Methods that search no mask: their details are found first and kept in a file, then become a plan.
+"""Methods that search no mask: their details are found first and kept in a file, then become a
+plan.
 
-Details are JSON that only the method itself reads: merges, or widths. How they are applied to weights is decided in
-the method's own folder.
+Details are JSON that only the method itself reads: merges, or widths. How they are applied to
+weights is decided in the method's own folder.
 """
 
 from __future__ import annotations
@@ -33,10 +34,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Details = dict[str, Any]
-"""What a method will do, as JSON. Under "nll" it may hold the mean NLL of each calibration row in the pruned model."""
+"""What a method will do, as JSON. Under "nll" it may hold the mean NLL of each calibration row in
+the pruned model."""
 
 Planner = Callable[[Any, Job], Callable[[Budget], Details]]
-"""From the method's own options, finds what to do for budgets. Raises InputError where nothing meets one."""
+"""From the method's own options, finds what to do for budgets. Raises InputError where nothing
+meets one."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,12 @@ class Left:
 
 
 def share_of(budget: Budget, method: str) -> float:
-    """The share of all parameters that a budget asks for; raises InputError for any other budget."""
+    """The share of all parameters that a budget asks for; raises InputError for any other
+    budget."""
     if budget.ratio is None or budget.resource != "parameters":
         raise InputError(
-            f"budget {budget.text!r} is met by removing blocks, and {method} removes none; give a share of all "
-            'parameters ("0.22")'
+            f"budget {budget.text!r} is met by removing blocks, and {method} removes none; give a"
+            ' share of all parameters ("0.22")'
         )
     return budget.ratio
 
@@ -73,23 +77,37 @@ def weights_kind(
     version: int = 1,
     **others: Any,
 ) -> Kind:
-    """A kind of method that searches no mask; `name` is its `score.method`, and `others` are fields of `Kind`. The
-    `version` is raised when the method plans something else for the same budget, or makes other weights of a plan."""
+    """A kind of method that searches no mask; `name` is its `score.method`, and `others` are fields
+    of `Kind`. The `version` is raised when the method plans something else for the same budget, or
+    makes other weights of a plan."""
     score, commit = partial(_score, name, options, plan, version), partial(_commit, left)
     others["identity"] = lambda plan, rows: {**identity(plan, rows), "version": version}
     others["pruned"] = lambda plan, config: left(plan.details, config).pruned
     return Kind(name, title, score, commit, apply_, options=options, **others)
 
 
-def _score(name: str, options: type[Options], plan: Planner, version: int, job: Job) -> tuple[Current, Counts]:
-    """Find the details for each budget; and the dense model's NLL, where a method measures that of a pruned one."""
+def _score(
+    name: str, options: type[Options], plan: Planner, version: int, job: Job
+) -> tuple[Current, Counts]:
+    """Find the details for each budget; and the dense model's NLL, where a method measures that of
+    a pruned one."""
     from blockpruner.scoring.engine import Engine
 
     chosen, nll, is_measured = read_options(name, options, job.score.options), None, False
     loss, observer = NLL.name, job.material.observer
-    fields = {"method": name, "metric": job.score.metric, "options": chosen.model_dump(), "version": version}
-    current = job.current(name, search_fingerprint(job.store_fields(loss), fields), False, chosen, loss)
-    with job.stores([loss]) as stores, closing(LazyScorer(lambda: Engine(job.material.dense()))) as scorer:
+    fields = {
+        "method": name,
+        "metric": job.score.metric,
+        "options": chosen.model_dump(),
+        "version": version,
+    }
+    current = job.current(
+        name, search_fingerprint(job.store_fields(loss), fields), False, chosen, loss
+    )
+    with (
+        job.stores([loss]) as stores,
+        closing(LazyScorer(lambda: Engine(job.material.dense()))) as scorer,
+    ):
         find, counts = plan(chosen, job), Counts()
         for text in job.budgets:
             path = trace_directory(job.folder, current, text) / "details.json"
@@ -97,7 +115,9 @@ def _score(name: str, options: type[Options], plan: Planner, version: int, job: 
             known, started = read_kept_json(path, observer.note), time.monotonic()
             found = known or find(parse_budget(text, job.resources["parameters"]))
             if known is None:
-                write_sealed_json(path.with_name(TOOK), {"took": [0, 0, round(time.monotonic() - started, 2)]})
+                write_sealed_json(
+                    path.with_name(TOOK), {"took": [0, 0, round(time.monotonic() - started, 2)]}
+                )
                 write_sealed_json(path, found)
             is_measured |= "nll" in found
             words = (
@@ -117,10 +137,17 @@ def _score(name: str, options: type[Options], plan: Planner, version: int, job: 
 
 
 def _commit(
-    left: Callable[[Details, Config], Left], scores: Path, config: Config, budget: str, current: Current
+    left: Callable[[Details, Config], Left],
+    scores: Path,
+    config: Config,
+    budget: str,
+    current: Current,
 ) -> tuple[Plan, Sequence[Path]]:
     """The plan for a budget from the details that were found for it."""
     details = read_json(trace_directory(scores, current, budget) / "details.json", sealed=True)
     found, nll, dense = left(details, config), details.pop("nll", None), current.dense_nll
     known = dense and perplexity(dense), perplexity(math.fsum(nll) / len(nll)) if nll else None
-    return make_plan(current, budget, config, perplexities=known, details=details, **vars(found)), []
+    return (
+        make_plan(current, budget, config, perplexities=known, details=details, **vars(found)),
+        [],
+    )

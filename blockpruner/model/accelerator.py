@@ -1,6 +1,8 @@
-"""The devices next to the CPU, of whatever kind torch finds (CUDA, ROCm, XPU): which are here, and their memory.
+"""The devices next to the CPU, of whatever kind torch finds (CUDA, ROCm, XPU): which are here, and
+their memory.
 
-What runs there is decided elsewhere. Apple's GPUs are left out: they know no float64, in which losses are summed.
+What runs there is decided elsewhere. Apple's GPUs are left out: they know no float64, in which
+losses are summed.
 """
 
 import gc
@@ -12,19 +14,29 @@ import torch
 
 from blockpruner.core.errors import DeviceMemoryError
 
-OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
-"""What libraries say that find no memory for their own workspace; the last one is a handle that could not be made."""
+OUT_OF_MEMORY = (
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+)
+"""What libraries say that find no memory for their own workspace; the last one is a handle that
+could not be made."""
 
 
 def kind() -> str | None:
-    """The type of device that torch computes on here, for instance "cuda"; None if there is only the CPU."""
+    """The type of device that torch computes on here, for instance "cuda"; None if there is only
+    the CPU."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return None if found is None or found.type == "mps" else found.type
 
 
 def devices() -> list[torch.device]:
     found = kind()
-    return [] if found is None else [torch.device(found, index) for index in range(torch.accelerator.device_count())]
+    return (
+        []
+        if found is None
+        else [torch.device(found, index) for index in range(torch.accelerator.device_count())]
+    )
 
 
 def name(device: torch.device) -> str:
@@ -50,19 +62,22 @@ def free_memory(device: torch.device) -> int:
 
 
 def begin_stream(device: torch.device) -> None:
-    """Have what this thread asks of a device run beside what other threads ask of it; nothing on a CPU."""
+    """Have what this thread asks of a device run beside what other threads ask of it; nothing on a
+    CPU."""
     if device.type != "cpu":
         module = _module(device)
         module.set_stream(module.Stream(device))
 
 
 def mark(device: torch.device) -> Any:
-    """An event: all that this thread has asked of a device is done. None on a CPU, where it is done at once."""
+    """An event: all that this thread has asked of a device is done. None on a CPU, where it is done
+    at once."""
     return None if device.type == "cpu" else _module(device).current_stream(device).record_event()
 
 
 def follow(device: torch.device, event: Any) -> None:
-    """Have what this thread asks of a device from now on begin after an event; the thread does not wait."""
+    """Have what this thread asks of a device from now on begin after an event; the thread does not
+    wait."""
     if event is not None:
         _module(device).current_stream(device).wait_event(event)
 
@@ -83,13 +98,16 @@ def empty_cache() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device's memory is used up: torch's own error, or that of a library without room for its workspace."""
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+    """Whether a device's memory is used up: torch's own error, or that of a library without room
+    for its workspace."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error) for words in OUT_OF_MEMORY
+    )
 
 
 def fits(work: Callable[[], object], is_least: bool) -> bool:
-    """Do work. False if a device's memory ended meanwhile, and what the work took there is free again. If it
-    `is_least`, less cannot be done at once: the device's error is raised."""
+    """Do work. False if a device's memory ended meanwhile, and what the work took there is free
+    again. If it `is_least`, less cannot be done at once: the device's error is raised."""
     try:
         work()
         return True

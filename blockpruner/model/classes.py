@@ -1,7 +1,9 @@
-"""The block-pruned classes of a family: transformers' own classes with holes in them; and whose code a checkpoint has.
+"""The block-pruned classes of a family: transformers' own classes with holes in them; and whose
+code a checkpoint has.
 
-`modeling_blockpruned.py` makes the classes of every family of ours and ships inside checkpoints. A family that another
-package adds needs no code of its own: the line that adds it is written behind a copy of that file, from its row.
+`modeling_blockpruned.py` makes the classes of every family of ours and ships inside checkpoints. A
+family that another package adds needs no code of its own: the line that adds it is written behind a
+copy of that file, from its row.
 """
 
 import atexit
@@ -40,18 +42,30 @@ add_family({prefix}Config, "{prefix}", ({mha!r}, {mlp!r}), "{layers}")
 
 for _prefix in ("Llama", "Mistral", "Qwen2", "Qwen3"):
     AutoModelForCausalLM.register(
-        *(getattr(modeling_slicegpt, f"{_prefix}SliceGPT{part}") for part in ("Config", "ForCausalLM"))
+        *(
+            getattr(modeling_slicegpt, f"{_prefix}SliceGPT{part}")
+            for part in ("Config", "ForCausalLM")
+        )
     )
 
-# transformers has no class for Baichuan 13B. The model is registered for our config class alone, and that for no name.
-AutoModelForCausalLM.register(modeling_blockpruned.BaichuanConfig, modeling_blockpruned.BaichuanForCausalLM)
+# transformers has no class for Baichuan 13B. The model is registered for our config class alone,
+# and that for no name.
+AutoModelForCausalLM.register(
+    modeling_blockpruned.BaichuanConfig, modeling_blockpruned.BaichuanForCausalLM
+)
 
 
 def read_config(directory: Path, trust_remote_code: bool = False) -> Any:
-    """The config of a checkpoint directory; by our own class where transformers has none of the family."""
-    own = read_json(directory / "config.json").get("model_type") == modeling_blockpruned.BaichuanConfig.model_type
+    """The config of a checkpoint directory; by our own class where transformers has none of the
+    family."""
+    own = (
+        read_json(directory / "config.json").get("model_type")
+        == modeling_blockpruned.BaichuanConfig.model_type
+    )
     reader = modeling_blockpruned.BaichuanConfig if own else AutoConfig
-    return reader.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
+    return reader.from_pretrained(
+        directory, local_files_only=True, trust_remote_code=trust_remote_code
+    )
 
 
 def own_config_class(model_type: str) -> type[Any]:
@@ -70,14 +84,20 @@ def model_class(family: Family) -> type[Any]:
 
 
 def has_our_code(directory: Path) -> bool:
-    """Whether an export needs code to be loaded. That is then ours, byte for byte, and nothing else would run; raises
-    InputError for an export that holds or names other code than one file of the installed package."""
+    """Whether an export needs code to be loaded. That is then ours, byte for byte, and nothing else
+    would run; raises InputError for an export that holds or names other code than one file of the
+    installed package."""
     path = directory / "config.json"
     config = read_json(path) if path.exists() else {}
-    asked, found = config.get("auto_map"), sorted(each.relative_to(directory) for each in directory.rglob("*.py"))
+    asked, found = (
+        config.get("auto_map"),
+        sorted(each.relative_to(directory) for each in directory.rglob("*.py")),
+    )
     if not asked and not found:
         return False
-    is_mlx = config.get("model_file") == MLX_CODE.name and not asked and found == [Path(MLX_CODE.name)]
+    is_mlx = (
+        config.get("model_file") == MLX_CODE.name and not asked and found == [Path(MLX_CODE.name)]
+    )
     if is_mlx and file_sha256(directory / MLX_CODE.name) == file_sha256(MLX_CODE):
         return True
     family = str(config.get("model_type", "")).removesuffix("_blockpruned")
@@ -86,14 +106,18 @@ def has_our_code(directory: Path) -> bool:
         ours.append(Path(str(_module(family).__file__)))
     for file in ours:
         names_it = isinstance(asked, dict) and all(
-            str(text).rpartition(".")[0] == file.stem and entry in ENTRIES for entry, text in asked.items()
+            str(text).rpartition(".")[0] == file.stem and entry in ENTRIES
+            for entry, text in asked.items()
         )
-        is_it = found == [Path(file.name)] and file_sha256(directory / file.name) == file_sha256(file)
+        is_it = found == [Path(file.name)] and file_sha256(directory / file.name) == file_sha256(
+            file
+        )
         if names_it and is_it:
             return True
     raise InputError(
-        f"{directory} holds or names code that is not the installed blockpruner's ({asked or found[0]}), and it is not "
-        "run; export it again with this version (its stage materialize)"
+        f"{directory} holds or names code that is not the installed blockpruner's"
+        f" ({asked or found[0]}), and it is not run; export it again with this version (its stage"
+        " materialize)"
     )
 
 
@@ -108,8 +132,12 @@ def _module(model_type: str) -> Any:
     path = folder / "modeling_blockpruned.py"
     mha, mlp = ((branch.module, *branch.norms) for branch in (family.mha, family.mlp))
     added = ADDED.format(prefix=family.prefix, layers=family.layers, mha=mha, mlp=mlp)
-    path.write_text(Path(modeling_blockpruned.__file__).read_text(encoding="utf-8") + added, encoding="utf-8")
-    name = f"{__name__}.{model_type}.modeling_blockpruned"  # its last part names the file in a checkpoint
+    path.write_text(
+        Path(modeling_blockpruned.__file__).read_text(encoding="utf-8") + added, encoding="utf-8"
+    )
+    name = (  # its last part names the file in a checkpoint
+        f"{__name__}.{model_type}.modeling_blockpruned"
+    )
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(spec)

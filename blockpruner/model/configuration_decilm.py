@@ -1,4 +1,5 @@
-"""The config of DeciLM checkpoints (`nemotron-nas`), which engines have a model for and transformers no config.
+"""The config of DeciLM checkpoints (`nemotron-nas`), which engines have a model for and
+transformers no config.
 
 Ships inside the `nas` export and needs only transformers.
 """
@@ -10,7 +11,12 @@ class Block(dict):
     """A dict whose values are attributes, too."""
 
     def __init__(self, fields):
-        super().__init__({key: Block(value) if isinstance(value, dict) else value for key, value in fields.items()})
+        super().__init__(
+            {
+                key: Block(value) if isinstance(value, dict) else value
+                for key, value in fields.items()
+            }
+        )
 
     def __getattr__(self, name):
         try:
@@ -20,7 +26,8 @@ class Block(dict):
 
 
 class DeciLMConfig(LlamaConfig):
-    """Llama's config with `block_configs`: what each layer's attention and MLP are, or that there is none (`no_op`)."""
+    """Llama's config with `block_configs`: what each layer's attention and MLP are, or that there
+    is none (`no_op`)."""
 
     model_type = "nemotron-nas"
 

@@ -1,8 +1,10 @@
-"""Our model types, made known to transformers: after `import blockpruner`, a pruned checkpoint loads without its code.
+"""Our model types, made known to transformers: after `import blockpruner`, a pruned checkpoint
+loads without its code.
 
-Decides which types these are: those that only our exports write. A type of others is never registered, since
-transformers would then read their models by our class. transformers is not imported for it: its table of configs gets
-the types when it is made, and a class is loaded when a checkpoint asks for it.
+Decides which types these are: those that only our exports write. A type of others is never
+registered, since transformers would then read their models by our class. transformers is not
+imported for it: its table of configs gets the types when it is made, and a class is loaded when a
+checkpoint asks for it.
 """
 
 import sys
@@ -15,15 +17,16 @@ from typing import Any
 
 TABLE = "transformers.models.auto.configuration_auto"
 FORMAT_KEY, FORMAT = "blockpruner_format", 1
-"""The number of a pruned checkpoint's format, in its config.json; one without it is of the first."""
+"""The number of a pruned checkpoint's format, in its config.json; one without it is of the
+first."""
 
 
 def require_format(fields: Mapping[str, Any]) -> None:
     """Raise ValueError for a config.json of a format that this version does not read."""
     if (number := fields.get(FORMAT_KEY, FORMAT)) != FORMAT:
         raise ValueError(
-            f"this checkpoint is of blockpruner's format {number!r}, and this version reads {FORMAT}; install a newer "
-            "blockpruner"
+            f"this checkpoint is of blockpruner's format {number!r}, and this version reads"
+            f" {FORMAT}; install a newer blockpruner"
         )
 
 
@@ -48,7 +51,9 @@ def add_types(table: ModuleType) -> None:
 class TableWatch(MetaPathFinder):
     """Finds nothing, but has `add_types` called when transformers' module of configs is loaded."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name != TABLE:
             return None
         sys.meta_path.remove(self)

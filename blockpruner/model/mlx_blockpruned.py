@@ -1,7 +1,9 @@
-"""Block-pruned checkpoints in mlx-lm, which runs this file with `--trust-remote-code`; needs only mlx-lm.
+"""Block-pruned checkpoints in mlx-lm, which runs this file with `--trust-remote-code`; needs only
+mlx-lm.
 
-Decides how mlx-lm's own model of the base family runs without some blocks. It is built as deep as the dense model, so
-that layers attend as there; a removed block adds zero and has no weights and no cache.
+Decides how mlx-lm's own model of the base family runs without some blocks. It is built as deep as
+the dense model, so that layers attend as there; a removed block adds zero and has no weights and no
+cache.
 """
 
 import importlib
@@ -13,7 +15,10 @@ from mlx_lm.models.cache import KVCache
 from mlx_lm.utils import MODEL_REMAPPING
 
 LAYER = re.compile(r"(.*?layers\.)(\d+)(\..*)")
-BLOCKS = {"layers_without_mha": ("self_attn", "attention"), "layers_without_mlp": ("mlp", "block_sparse_moe")}
+BLOCKS = {
+    "layers_without_mha": ("self_attn", "attention"),
+    "layers_without_mlp": ("mlp", "block_sparse_moe"),
+}
 """What a layer's blocks are called in mlx-lm."""
 
 
@@ -40,9 +45,14 @@ class ModelArgs:
 
     def __init__(self, config):
         family = config["model_type"].removesuffix("_blockpruned")
-        self.module = importlib.import_module(f"mlx_lm.models.{MODEL_REMAPPING.get(family, family)}")
+        self.module = importlib.import_module(
+            f"mlx_lm.models.{MODEL_REMAPPING.get(family, family)}"
+        )
         kept = config.get("source_layers") or list(range(config["num_hidden_layers"]))
-        old = {"head_dim": config["hidden_size"] // config["num_attention_heads"], "rope_scaling": None}
+        old = {
+            "head_dim": config["hidden_size"] // config["num_attention_heads"],
+            "rope_scaling": None,
+        }
         fields = old | dict(config, model_type=family, num_hidden_layers=kept[-1] + 1)
         for name in ("layer_types", "no_rope_layers"):
             if (own := config.get(name)) is not None:
@@ -50,7 +60,9 @@ class ModelArgs:
                 fields[name] = [told.get(number, own[0]) for number in range(kept[-1] + 1)]
         if family == "exaone4" and "sliding_attention" not in config.get("layer_types", ()):
             fields["sliding_window_pattern"] = None
-        elif (types := config.get("layer_types")) and not isinstance(config.get("sliding_window_pattern"), str):
+        elif (types := config.get("layer_types")) and not isinstance(
+            config.get("sliding_window_pattern"), str
+        ):
             full = [kind == "full_attention" for kind in types]
             steps = range(1, kept[-1] + 2)
             found = (n for n in steps if full == [number % n == n - 1 for number in kept])
@@ -70,7 +82,8 @@ def Model(args):
 
     class WithHoles(args.module.Model):
         def sanitize(self, weights):
-            """The weights by the numbers of the dense model's layers; then blocks without weights are taken out."""
+            """The weights by the numbers of the dense model's layers; then blocks without weights
+            are taken out."""
             renamed = {}
             for name, weight in weights.items():
                 if found := LAYER.fullmatch(name):
@@ -79,15 +92,21 @@ def Model(args):
             weights = super().sanitize(renamed) if hasattr(super(), "sanitize") else renamed
             for number, layer in enumerate(self.layers):
                 here = f".layers.{number}."
-                held = {name.partition(here)[2].partition(".")[0] for name in weights if here in name}
+                held = {
+                    name.partition(here)[2].partition(".")[0] for name in weights if here in name
+                }
                 for name, blocks in BLOCKS.items():
                     for block in blocks:
-                        if block in layer and (number in args.holes[name] or number in args.dropped):
+                        if block in layer and (
+                            number in args.holes[name] or number in args.dropped
+                        ):
                             layer[block] = Hole(layer[block])
                 for name in list(layer.children()):
                     if name not in held and "norm" in name:
                         layer[name] = nn.Identity()
-                self._narrow(layer, {n.partition(here)[2]: w.shape for n, w in weights.items() if here in n})
+                self._narrow(
+                    layer, {n.partition(here)[2]: w.shape for n, w in weights.items() if here in n}
+                )
             return weights
 
         def _narrow(self, layer, shapes):
@@ -101,7 +120,9 @@ def Model(args):
         def make_cache(self):
             """One cache for each attention that is left, in order."""
             own = super()
-            caches = own.make_cache() if hasattr(own, "make_cache") else [KVCache() for _ in self.layers]
+            caches = (
+                own.make_cache() if hasattr(own, "make_cache") else [KVCache() for _ in self.layers]
+            )
             self._kinds = [type(cache) for cache in caches]
             return [cache for number, cache in enumerate(caches) if self._attends(number)]
 
@@ -114,12 +135,17 @@ def Model(args):
             if not hasattr(self, "_kinds"):  # the cache comes from a file
                 self.make_cache()
             left, seen = iter(cache), {}
-            whole = [next(left) if self._attends(number) else None for number in range(len(self.layers))]
+            whole = [
+                next(left) if self._attends(number) else None for number in range(len(self.layers))
+            ]
             for number, given in enumerate(whole):
                 if given is not None:
                     seen.setdefault(self._kinds[number], Passed(given))
             some = next(iter(seen.values()))
-            whole = [given or seen.get(kind, some) for given, kind in zip(whole, self._kinds, strict=True)]
+            whole = [
+                given or seen.get(kind, some)
+                for given, kind in zip(whole, self._kinds, strict=True)
+            ]
             return super().__call__(inputs, whole, *others, **more)
 
     return WithHoles(args.family)

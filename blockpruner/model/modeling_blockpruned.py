@@ -1,17 +1,19 @@
 """Modelling code of block-pruned checkpoints; ships inside them and needs only transformers.
 
-Decides how a decoder runs without some of its blocks, or with narrower MLPs: a removed branch adds nothing to the
-residual stream and holds no weights. Each class is transformers' own model of the base family with holes in it, so
-that attention kernels, generation and caches are the family's.
+Decides how a decoder runs without some of its blocks, or with narrower MLPs: a removed branch adds
+nothing to the residual stream and holds no weights. Each class is transformers' own model of the
+base family with holes in it, so that attention kernels, generation and caches are the family's.
 
 Config fields beside the base family's (layers are those kept, numbered from 0):
     layers_without_mha, layers_without_mlp: indices of layers whose branch was removed;
-    source_layers: the layer of the dense model that each kept layer was; None: no layer was dropped;
-    per_layer_config: the same holes in transformers' own words, and each MLP that is narrower than `intermediate_size`;
-        transformers reads them, and no released model class uses them.
+    source_layers: the layer of the dense model that each kept layer was; None: no layer was
+        dropped;
+    per_layer_config: the same holes in transformers' own words, and each MLP that is narrower than
+        `intermediate_size`; transformers reads them, and no released model class uses them.
 
-Of a model's outputs, `hidden_states` has the embedding and then each kept layer's output. `attentions` and the cache
-have an entry for each attention that is left, in order: entry k belongs to the k-th layer not in `layers_without_mha`.
+Of a model's outputs, `hidden_states` has the embedding and then each kept layer's output.
+`attentions` and the cache have an entry for each attention that is left, in order: entry k belongs
+to the k-th layer not in `layers_without_mha`.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ import transformers
 from torch import nn
 
 if tuple(int(number) for number in transformers.__version__.split(".")[:2]) < (5, 15):
-    raise ImportError(f"this checkpoint needs transformers 5.15 or newer, and this is {transformers.__version__}")
+    raise ImportError(
+        f"this checkpoint needs transformers 5.15 or newer, and this is {transformers.__version__}"
+    )
 
 from transformers import (
     AutoModel,
@@ -122,7 +126,8 @@ def unchanged(hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def name_in(layer: nn.Module, module: str) -> str:
-    """The name of a branch's module in this layer: in a hybrid, a layer may have a linear attention in its place."""
+    """The name of a branch's module in this layer: in a hybrid, a layer may have a linear attention
+    in its place."""
     return module if hasattr(layer, module) else LINEAR
 
 
@@ -132,7 +137,9 @@ def remove_blocks_(layers: nn.ModuleList, mha: set[int], mlp: set[int], branches
         for index in removed:
             name = name_in(layers[index], module)
             setattr(layers[index], name, NoLinearAttention() if name == LINEAR else hole())
-            for norm in norms:  # tools find norms by modules' names, and look for the linears behind each
+            for (
+                norm
+            ) in norms:  # tools find norms by modules' names, and look for the linears behind each
                 layers[index]._modules.pop(norm, None)
                 setattr(layers[index], norm, unchanged)
 
@@ -155,8 +162,8 @@ def drop_layers_(layers: nn.ModuleList, kept) -> None:
 
 
 def number_attentions_(layers: nn.ModuleList, module: str) -> None:
-    """Number the remaining attentions 0..n-1: a cache takes an attention's number for its slot, and takes the
-    length of the past from slot 0."""
+    """Number the remaining attentions 0..n-1: a cache takes an attention's number for its slot, and
+    takes the length of the past from slot 0."""
     found = (getattr(layer, name_in(layer, module)) for layer in layers)
     present = [attention for attention in found if not isinstance(attention, NoMHA)]
     for number, attention in enumerate(present):
@@ -174,7 +181,9 @@ class BlockPrunedConfigMixin:
     layers_without_mlp: list[int] = field(default_factory=list)
     source_layers: list[int] | None = None
 
-    allow_global_per_layer_attribute_access = True  # `intermediate_size` is the width of all other MLPs
+    allow_global_per_layer_attribute_access = (
+        True  # `intermediate_size` is the width of all other MLPs
+    )
 
     @property
     def mlp_widths(self):
@@ -185,10 +194,13 @@ class BlockPrunedConfigMixin:
 
     @mlp_widths.setter
     def mlp_widths(self, widths):
-        self.per_layer_config = {layer: {"intermediate_size": width} for layer, width in enumerate(widths)}
+        self.per_layer_config = {
+            layer: {"intermediate_size": width} for layer, width in enumerate(widths)
+        }
 
     def cache_config(self):
-        """This config as a cache must see it: one layer for each attention. What is written to it is written here."""
+        """This config as a cache must see it: one layer for each attention. What is written to it
+        is written here."""
         removed = set(self.layers_without_mha)
         config = copy.deepcopy(self)
         config.per_layer_config = None
@@ -196,8 +208,12 @@ class BlockPrunedConfigMixin:
         config.num_hidden_layers = self.num_hidden_layers - len(removed)
         if getattr(self, "layer_types", None) is not None:
             config.layer_types = [t for i, t in enumerate(self.layer_types) if i not in removed]
-            if {*config.layer_types} == {LINEAR_TYPE}:  # a cache asks an attention of another type for its length: 0
-                config.num_hidden_layers, config.layer_types = config.num_hidden_layers + 1, [*config.layer_types, FULL]
+            # a cache asks an attention of another type for its length: 0
+            if {*config.layer_types} == {LINEAR_TYPE}:
+                config.num_hidden_layers, config.layer_types = (
+                    config.num_hidden_layers + 1,
+                    [*config.layer_types, FULL],
+                )
         config.__dict__["_whole"] = self
         return config
 
@@ -208,7 +224,10 @@ class BlockPrunedConfigMixin:
 
     def get_text_config(self, decoder=None, encoder=None):
         """Caches ask for the decoder's config, and only they pass `decoder` for a text model."""
-        if decoder and (self.layers_without_mha or {*(getattr(self, "layer_types", None) or ())} == {LINEAR_TYPE}):
+        if decoder and (
+            self.layers_without_mha
+            or {*(getattr(self, "layer_types", None) or ())} == {LINEAR_TYPE}
+        ):
             return self.cache_config()
         return self
 
@@ -217,7 +236,11 @@ class BlockPrunedConfigMixin:
         holes = {"attention": self.layers_without_mha, "mlp": self.layers_without_mlp}
         fields = super().to_dict() | {"auto_map": dict(type(self).auto_map)}
         layers = {i: {"intermediate_size": width} for i, width in enumerate(self.mlp_widths or ())}
-        layers = {i: own for i, own in layers.items() if own["intermediate_size"] != fields["intermediate_size"]}
+        layers = {
+            i: own
+            for i, own in layers.items()
+            if own["intermediate_size"] != fields["intermediate_size"]
+        }
         for name, removed in holes.items():
             for i in removed:
                 layers.setdefault(i, {}).setdefault("skip", []).append(name)
@@ -226,8 +249,9 @@ class BlockPrunedConfigMixin:
         return fields
 
     def _tell_peft(self):
-        """Give PEFT's tables of default targets the base family's also for this model type. PEFT takes a config's
-        fields as a dict and then looks up the model type, so that this is the moment."""
+        """Give PEFT's tables of default targets the base family's also for this model type. PEFT
+        takes a config's fields as a dict and then looks up the model type, so that this is the
+        moment."""
         base = self.model_type.removesuffix("_blockpruned")
         for name, table in vars(sys.modules.get("peft.utils.constants", object)).items():
             if name.startswith("TRANSFORMERS_MODELS_TO_") and base in table:
@@ -235,7 +259,8 @@ class BlockPrunedConfigMixin:
 
 
 class BlockPrunedMixin:
-    """A base-family model with holes; where its layers are in the causal LM, and the branches within one."""
+    """A base-family model with holes; where its layers are in the causal LM, and the branches
+    within one."""
 
     decoder_layers: str
     layer_branches: Branches
@@ -247,24 +272,34 @@ class BlockPrunedMixin:
         narrow_mlps_(layers, widths, config, self.layer_branches[1][0])
         if spec is not None:
             config._heterogeneity_spec = spec
-        remove_blocks_(layers, set(config.layers_without_mha), set(config.layers_without_mlp), self.layer_branches)
+        remove_blocks_(
+            layers,
+            set(config.layers_without_mha),
+            set(config.layers_without_mlp),
+            self.layer_branches,
+        )
         number_attentions_(layers, module=self.layer_branches[0][0])
 
     @classmethod
     def _can_set_experts_implementation(cls):
-        """As the base family: transformers looks for an answer in the file of the class, and this is another one."""
-        family = next(base for base in cls.__mro__ if base.__module__.startswith("transformers.models."))
+        """As the base family: transformers looks for an answer in the file of the class, and this
+        is another one."""
+        family = next(
+            base for base in cls.__mro__ if base.__module__.startswith("transformers.models.")
+        )
         return family._can_set_experts_implementation()
 
     def init_continuous_batching(self, *args, **kwargs):
-        """The manager sizes its paged cache by `config`, layer by layer, and attentions have numbers of their own: it
-        is made while `config` is the cache's.
+        """The manager sizes its paged cache by `config`, layer by layer, and attentions have
+        numbers of their own: it is made while `config` is the cache's.
 
         Raises:
             ValueError: there is nothing to cache.
         """
         if len(self.config.layers_without_mha) == self.config.num_hidden_layers:
-            raise ValueError("continuous batching caches attentions, and this model has none left; use generate")
+            raise ValueError(
+                "continuous batching caches attentions, and this model has none left; use generate"
+            )
         with self._config_of_cache():
             manager = super().init_continuous_batching(*args, **kwargs)
         create = manager._create_batch_processor
@@ -286,23 +321,31 @@ class BlockPrunedMixin:
 
 
 def checked(forward):
-    """Make a forward refuse an engine that looks up an attention's window by its new number, and a cache of linear
-    attentions alone, which does not count, before more tokens than one."""
+    """Make a forward refuse an engine that looks up an attention's window by its new number, and a
+    cache of linear attentions alone, which does not count, before more tokens than one."""
 
     @functools.wraps(forward)
     def run(self, *args, **kwargs):
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         tokens = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         if any(given is not None and given.shape[1] > 1 for given in tokens):
-            states = [getattr(layer, "has_previous_state", {}) for layer in getattr(cache, "layers", ())]
+            states = [
+                getattr(layer, "has_previous_state", {}) for layer in getattr(cache, "layers", ())
+            ]
             if any(any(state.values()) for state in states) and not cache.get_seq_length():
-                raise ValueError("this model has linear attentions alone, whose cache is read a token at a time only")
-        if kwargs.get("attention_instances") is not None and (types := getattr(self.config, "layer_types", None)):
+                raise ValueError(
+                    "this model has linear attentions alone, whose cache is read a token at a time"
+                    " only"
+                )
+        if kwargs.get("attention_instances") is not None and (
+            types := getattr(self.config, "layer_types", None)
+        ):
             left = self.config.cache_config().layer_types
             if left != types[: len(left)]:
                 raise ValueError(
-                    "this engine takes the window of an attention from the layer of the same number, and here these "
-                    "differ: results would be wrong; vLLM needs blockpruner's plugin, and transformers needs nothing"
+                    "this engine takes the window of an attention from the layer of the same"
+                    " number, and here these differ: results would be wrong; vLLM needs"
+                    " blockpruner's plugin, and transformers needs nothing"
                 )
         return forward(self, *args, **kwargs)
 
@@ -310,8 +353,8 @@ def checked(forward):
 
 
 def alibi_slopes(heads: int) -> list[float]:
-    """2^(-8 i / n) for i = 1 to n where the n heads are a power of two; where they are not, those of the power of two
-    below, then every other one of the power of two above (arXiv 2108.12409)."""
+    """2^(-8 i / n) for i = 1 to n where the n heads are a power of two; where they are not, those
+    of the power of two below, then every other one of the power of two above (arXiv 2108.12409)."""
     below = 1 << (heads.bit_length() - 1)
     first, second = ([2.0 ** (-8 * i / n) for i in range(1, n + 1)] for n in (below, 2 * below))
     return first + second[::2][: heads - below]
@@ -320,19 +363,22 @@ def alibi_slopes(heads: int) -> list[float]:
 class NoRotation(nn.Module):
     """In place of rotary tables: cosine 1 and sine 0."""
 
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return x.new_ones(1, 1, 1), x.new_zeros(1, 1, 1)
 
 
 class BaichuanConfig(LlamaConfig):
-    """The config of Baichuan 13B, with queries, keys and values as Llama has them. `rope_parameters`, which all configs
-    of Llama's kind have, is not used."""
+    """The config of Baichuan 13B, with queries, keys and values as Llama has them.
+    `rope_parameters`, which all configs of Llama's kind have, is not used."""
 
     model_type = "baichuan"
 
 
 class BaichuanModel(LlamaModel):
-    """Llama with ALiBi in place of rotary tables: head h adds slope_h (k - q) to what query q scores at key k."""
+    """Llama with ALiBi in place of rotary tables: head h adds slope_h (k - q) to what query q
+    scores at key k."""
 
     config_class = BaichuanConfig
     _supports_flash_attn = _supports_flex_attn = False  # neither takes a bias
@@ -341,25 +387,39 @@ class BaichuanModel(LlamaModel):
         super().__init__(config)
         self.rotary_emb = NoRotation()
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, **kwargs):
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # before transformers 5.20 the latter
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, **kwargs
+    ):
+        # before transformers 5.20 the latter
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        mask = create_causal_mask(self.config, x, attention_mask, cache, position_ids, allow_is_causal_skip=False)
+        mask = create_causal_mask(
+            self.config, x, attention_mask, cache, position_ids, allow_is_causal_skip=False
+        )
         if attention_mask is None and position_ids is None:
             mask = mask[:1]  # all rows see alike; a bias for each would be large
         mask = self.with_alibi(mask, 0 if cache is None else cache.get_seq_length(), x.dtype)
-        return super().forward(attention_mask=mask, position_ids=position_ids, inputs_embeds=x, **kwargs)
+        return super().forward(
+            attention_mask=mask, position_ids=position_ids, inputs_embeds=x, **kwargs
+        )
 
     def with_alibi(self, mask: torch.Tensor, past, dtype: torch.dtype) -> torch.Tensor:
-        """A mask [B, 1, Q, K], of booleans or added to scores, as one [B, H, Q, K] that is added to scores.
+        """A mask [B, 1, Q, K], of booleans or added to scores, as one [B, H, Q, K] that is added to
+        scores.
 
-        The distance is taken before it is scaled, and both in float32 at least: a bfloat16 does not tell apart tokens
-        that are far along."""
+        The distance is taken before it is scaled, and both in float32 at least: a bfloat16 does not
+        tell apart tokens that are far along."""
         wide = torch.promote_types(dtype, torch.float32)
         queries, keys = (torch.arange(n, device=mask.device) for n in mask.shape[-2:])
-        slopes = torch.tensor(alibi_slopes(self.config.num_attention_heads), dtype=wide, device=mask.device)
+        slopes = torch.tensor(
+            alibi_slopes(self.config.num_attention_heads), dtype=wide, device=mask.device
+        )
         bias = (slopes[:, None, None] * (keys - (past + queries)[:, None])).to(dtype)
-        return torch.where(mask, bias, torch.finfo(dtype).min) if mask.dtype == torch.bool else bias + mask
+        return (
+            torch.where(mask, bias, torch.finfo(dtype).min)
+            if mask.dtype == torch.bool
+            else bias + mask
+        )
 
 
 class BaichuanForCausalLM(LlamaForCausalLM):
@@ -375,7 +435,8 @@ class BaichuanForCausalLM(LlamaForCausalLM):
 
 
 def add_family(config, prefix, branches: Branches = BEFORE, layers="model.layers", models=None):
-    """Define a family's block-pruned classes in this module, and let the Auto classes build them from their config.
+    """Define a family's block-pruned classes in this module, and let the Auto classes build them
+    from their config.
 
     Args:
         config: the base family's config class.
@@ -383,8 +444,13 @@ def add_family(config, prefix, branches: Branches = BEFORE, layers="model.layers
         layers: the path of the decoder's layers in the causal LM.
         models: the base family's model class for each Auto class; None: as transformers has them.
     """
-    models = models or {auto: auto._model_mapping[config] for auto in AUTO_CLASSES if config in auto._model_mapping}
-    names = {auto: f"{prefix}BlockPruned{auto.__name__.removeprefix('AutoModel') or 'Model'}" for auto in models}
+    models = models or {
+        auto: auto._model_mapping[config] for auto in AUTO_CLASSES if config in auto._model_mapping
+    }
+    names = {
+        auto: f"{prefix}BlockPruned{auto.__name__.removeprefix('AutoModel') or 'Model'}"
+        for auto in models
+    }
     config_name, module = f"{prefix}BlockPrunedConfig", __name__.rpartition(".")[2]
     entries = {"AutoConfig": config_name} | {auto.__name__: name for auto, name in names.items()}
     described = {
@@ -392,8 +458,15 @@ def add_family(config, prefix, branches: Branches = BEFORE, layers="model.layers
         "auto_map": {entry: f"{module}.{name}" for entry, name in entries.items()},
         "_auto_class": "AutoConfig",  # whoever saves a config or a model saves this file too
     }
-    pruned = type(config_name, (BlockPrunedConfigMixin, config), {"__module__": __name__} | described)
-    placed = {"__module__": __name__, "config_class": pruned, "decoder_layers": layers, "layer_branches": branches}
+    pruned = type(
+        config_name, (BlockPrunedConfigMixin, config), {"__module__": __name__} | described
+    )
+    placed = {
+        "__module__": __name__,
+        "config_class": pruned,
+        "decoder_layers": layers,
+        "layer_branches": branches,
+    }
     globals()[config_name] = pruned
     for auto, model in models.items():
         own = {"_auto_class": auto.__name__, "forward": checked(model.forward)}
@@ -403,7 +476,11 @@ def add_family(config, prefix, branches: Branches = BEFORE, layers="model.layers
 
 
 add_family(LlamaConfig, "Llama")
-add_family(BaichuanConfig, "Baichuan", models={AutoModel: BaichuanModel, AutoModelForCausalLM: BaichuanForCausalLM})
+add_family(
+    BaichuanConfig,
+    "Baichuan",
+    models={AutoModel: BaichuanModel, AutoModelForCausalLM: BaichuanForCausalLM},
+)
 add_family(MistralConfig, "Mistral")
 add_family(Qwen2Config, "Qwen2")
 add_family(Qwen3Config, "Qwen3")
@@ -429,5 +506,8 @@ add_family(Qwen3NextConfig, "Qwen3Next")
 add_family(Qwen3_5TextConfig, "Qwen3_5")
 add_family(Qwen3_5MoeTextConfig, "Qwen3_5Moe")
 add_family(
-    GPTNeoXConfig, "GPTNeoX", (("attention", "input_layernorm"), ("mlp", "post_attention_layernorm")), "gpt_neox.layers"
+    GPTNeoXConfig,
+    "GPTNeoX",
+    (("attention", "input_layernorm"), ("mlp", "post_attention_layernorm")),
+    "gpt_neox.layers",
 )

@@ -1,11 +1,13 @@
-"""Modelling code of checkpoints sliced by SliceGPT (arXiv 2401.15024); ships inside them, needs only transformers.
+"""Modelling code of checkpoints sliced by SliceGPT (arXiv 2401.15024); ships inside them, needs
+only transformers.
 
-Decides how a decoder runs on a residual stream of fewer columns: each block has a basis of its own, so what passes
-by it goes through a shortcut matrix from its basis to the next one's. Attention, MLP, caches and generation are the
-family's.
+Decides how a decoder runs on a residual stream of fewer columns: each block has a basis of its own,
+so what passes by it goes through a shortcut matrix from its basis to the next one's. Attention,
+MLP, caches and generation are the family's.
 
-Config field beside the base family's: `sliced_width` n, the columns of the residual stream; `hidden_size` d stays the
-dense model's, as do heads and inner size. Only what the last MLP writes, and so the head, has d columns.
+Config field beside the base family's: `sliced_width` n, the columns of the residual stream;
+`hidden_size` d stays the dense model's, as do heads and inner size. Only what the last MLP writes,
+and so the head, has d columns.
 """
 
 from __future__ import annotations
@@ -33,15 +35,16 @@ BLOCKS = (
     ("input_layernorm", "self_attn", ("q_proj", "k_proj", "v_proj"), "o_proj", "attn_shortcut"),
     ("post_attention_layernorm", "mlp", ("gate_proj", "up_proj"), "down_proj", "mlp_shortcut"),
 )
-"""A decoder layer's two blocks: norm, module, the linears that read the residual stream, the one that writes to it,
-and the shortcut around them."""
+"""A decoder layer's two blocks: norm, module, the linears that read the residual stream, the one
+that writes to it, and the shortcut around them."""
 
 
 class ScaleFreeRMSNorm(nn.Module):
     """x / sqrt(sum(x^2) / d + eps), its scale folded into the linears that follow.
 
-    d is the dense hidden size, also where x [..., n] has fewer columns: the columns that were sliced off held little
-    of the sum, so that the norm stays what it was; a mean over the n that are left would shrink it by sqrt(n / d).
+    d is the dense hidden size, also where x [..., n] has fewer columns: the columns that were
+    sliced off held little of the sum, so that the norm stays what it was; a mean over the n that
+    are left would shrink it by sqrt(n / d).
     """
 
     def __init__(self, hidden_size: int, eps: float) -> None:
@@ -61,7 +64,9 @@ class SlicedLayerMixin:
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = self.attn_shortcut(hidden_states) + attended
-        return self.mlp_shortcut(hidden_states) + self.mlp(self.post_attention_layernorm(hidden_states))
+        return self.mlp_shortcut(hidden_states) + self.mlp(
+            self.post_attention_layernorm(hidden_states)
+        )
 
 
 def resized(linear: nn.Linear, columns: int, rows: int) -> nn.Linear:
@@ -70,7 +75,8 @@ def resized(linear: nn.Linear, columns: int, rows: int) -> nn.Linear:
 
 @dataclass(kw_only=True, repr=False, eq=False)
 class SliceGPTConfigMixin:
-    """A dataclass, since transformers makes one of every config class, with an `__init__` of its own.
+    """A dataclass, since transformers makes one of every config class, with an `__init__` of its
+    own.
 
     sliced_width: columns of the residual stream; None: the hidden size.
     """
@@ -84,7 +90,8 @@ class SliceGPTConfigMixin:
 
 
 class SliceGPTMixin:
-    """A base-family causal LM of fewer columns. Embedding and head have different ones and are never tied."""
+    """A base-family causal LM of fewer columns. Embedding and head have different ones and are
+    never tied."""
 
     _tied_weights_keys = None
     layer_class: type

@@ -1,7 +1,8 @@
 """Models in memory: load one, mask blocks for a while, or remove them for good.
 
-Decides how a removed block is expressed in a live transformers model. The code that removes it ships in checkpoints
-(`modeling_blockpruned.py`), which makes a masked, a pruned and a loaded model the same thing.
+Decides how a removed block is expressed in a live transformers model. The code that removes it
+ships in checkpoints (`modeling_blockpruned.py`), which makes a masked, a pruned and a loaded model
+the same thing.
 """
 
 import copy
@@ -42,13 +43,16 @@ def without_bars() -> Iterator[None]:
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device of `runtime.device`: "auto" is the first one, or the CPU; "split" begins at the first one."""
+    """The device of `runtime.device`: "auto" is the first one, or the CPU; "split" begins at the
+    first one."""
     here = accelerator.devices()
     if device == "auto":
         return here[0] if here else torch.device("cpu")
     if device == "split":
         if not here:
-            raise InputError("runtime.device 'split' needs CUDA devices, and there is none here; use auto")
+            raise InputError(
+                "runtime.device 'split' needs CUDA devices, and there is none here; use auto"
+            )
         return here[0]
     try:
         found = torch.device(device)
@@ -67,25 +71,36 @@ def resolve_device(device: str) -> torch.device:
 
 
 def require_plain(model: nn.Module) -> None:
-    """Refuse a model that cannot be changed in place: with adapters, quantized, offloaded; raises InputError."""
+    """Refuse a model that cannot be changed in place: with adapters, quantized, offloaded; raises
+    InputError."""
     adapted = any(type(module).__module__.startswith("peft.") for module in model.modules())
     if adapted or not isinstance(model, PreTrainedModel):
         raise InputError(
-            f"a {type(model).__name__} is wrapped or has adapters, and pruning needs the plain transformers model; "
-            "merge adapters first: PeftModel.from_pretrained(model, adapters).merge_and_unload()",
-            rule="adapted-model", key="model",
-        )  # fmt: skip
+            f"a {type(model).__name__} is wrapped or has adapters, and pruning needs the plain"
+            " transformers model; merge adapters first: PeftModel.from_pretrained(model,"
+            " adapters).merge_and_unload()",
+            rule="adapted-model",
+            key="model",
+        )
     require_supported(model.config.to_dict())
     require_float64(model)
-    if len({module.weight.dtype for module in model.modules() if isinstance(module, nn.Linear)}) > 1:
-        message = "the model's layers are of several dtypes; convert it first, as in model.to(torch.bfloat16)"
+    if (
+        len({module.weight.dtype for module in model.modules() if isinstance(module, nn.Linear)})
+        > 1
+    ):
+        message = (
+            "the model's layers are of several dtypes; convert it first, as in"
+            " model.to(torch.bfloat16)"
+        )
         raise InputError(message, rule="several-dtypes", key="model")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise InputError(
-            "some of the model's weights are offloaded, and pruning needs all in memory; load it without device_map, "
-            "or use `blockpruner prune --streaming`, which scores one layer at a time",
-            rule="offloaded-model", key="model",
-        )  # fmt: skip
+            "some of the model's weights are offloaded, and pruning needs all in memory; load it"
+            " without device_map, or use `blockpruner prune --streaming`, which scores one layer at"
+            " a time",
+            rule="offloaded-model",
+            key="model",
+        )
 
 
 @contextmanager
@@ -103,13 +118,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def require_float64(model: PreTrainedModel) -> None:
     """Refuse a device without float64, in which losses are added; raises InputError."""
     if model.device.type == "mps":
-        raise InputError('MPS has no float64; move the model first: model.to("cpu")', rule="mps-model", key="device")
+        raise InputError(
+            'MPS has no float64; move the model first: model.to("cpu")',
+            rule="mps-model",
+            key="device",
+        )
 
 
 def placement(model: PreTrainedModel) -> dict[str, str]:
     """Where a model computes and by which attention kernel, for `provenance.environment`."""
     kernel = model.config._attn_implementation or "eager"
-    return {"device": model.device.type, "device_name": accelerator.name(model.device), "attention": kernel}
+    return {
+        "device": model.device.type,
+        "device_name": accelerator.name(model.device),
+        "attention": kernel,
+    }
 
 
 def set_threads(threads: int | str) -> None:
@@ -126,16 +149,21 @@ def load_model(
     attention: str = "auto",
     beside: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
-    """Load a checkpoint directory for inference. Raises InputError for weights that are damaged or do not match the
-    config, or an attention that is not installed; and DeviceMemoryError where the model does not fit.
+    """Load a checkpoint directory for inference. Raises InputError for weights that are damaged or
+    do not match the config, or an attention that is not installed; and DeviceMemoryError where the
+    model does not fit.
 
-    Weights go to their device as they are read. Where a tensor is equal to one of a model on the same device, `beside`
-    it, that one is taken; a split shares none.
+    Weights go to their device as they are read. Where a tensor is equal to one of a model on the
+    same device, `beside` it, that one is taken; a split shares none.
     """
     place = resolve_device(device)
     keep_freed_memory(False)
     options = kernel_options(attention, dtype, place)
-    reading = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": trust_remote_code}
+    reading = {
+        "local_files_only": True,
+        "use_safetensors": True,
+        "trust_remote_code": trust_remote_code,
+    }
     reading |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     mismatch = f"the weights in {directory} do not match its config.json "
     repair = "fetch the checkpoint again, or repair its config"
@@ -148,7 +176,12 @@ def load_model(
         with usable(attention), without_bars():
             config = read_config(directory, trust_remote_code)
             model, report = AutoModelForCausalLM.from_pretrained(
-                directory, config=config, dtype=getattr(torch, dtype), device_map=places, **reading, **options
+                directory,
+                config=config,
+                dtype=getattr(torch, dtype),
+                device_map=places,
+                **reading,
+                **options,
             )
         if beside is not None and device != "split":
             _share_(model, beside)
@@ -162,11 +195,17 @@ def load_model(
             raise _too_large(directory, device) from error
         if "conversion" not in str(error):  # parts of a weight that do not add up to it
             raise
-        raise InputError(f"{mismatch}(experts that are missing or of other shapes); {repair}") from error
+        raise InputError(
+            f"{mismatch}(experts that are missing or of other shapes); {repair}"
+        ) from error
     except InputError:
         raise
-    except Exception as error:  # transformers takes config.json, and an adapter's beside it, for its own
-        raise InputError(f"the model in {directory} cannot be loaded ({error!r}); {repair}") from error
+    except (
+        Exception
+    ) as error:  # transformers takes config.json, and an adapter's beside it, for its own
+        raise InputError(
+            f"the model in {directory} cannot be loaded ({error!r}); {repair}"
+        ) from error
     problems = [
         f"{name.replace('_', ' ')}: {', '.join(sorted(str(key) for key in report[name])[:5])}"
         for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
@@ -179,7 +218,8 @@ def load_model(
 
 
 def _share_(model: PreTrainedModel, other: PreTrainedModel) -> None:
-    """Replace each parameter of a model by an equal one of another model, or else by one on the device of that."""
+    """Replace each parameter of a model by an equal one of another model, or else by one on the
+    device of that."""
     known: dict[tuple[Any, ...], list[nn.Parameter]] = {}
     for weight in other.parameters():
         known.setdefault(_beginning(weight), []).append(weight)
@@ -197,7 +237,8 @@ def _beginning(weight: Tensor) -> tuple[Any, ...]:
 
 
 def replace_parameters_(model: nn.Module, new: Mapping[nn.Parameter, nn.Parameter]) -> None:
-    """Replace parameters of a model wherever they stand in it; the old ones may belong to another model, too."""
+    """Replace parameters of a model wherever they stand in it; the old ones may belong to another
+    model, too."""
     for module in model.modules():
         for name, old in module._parameters.items():
             module._parameters[name] = None if old is None else new.get(old, old)
@@ -206,16 +247,21 @@ def replace_parameters_(model: nn.Module, new: Mapping[nn.Parameter, nn.Paramete
 def move_buffers_(model: PreTrainedModel, device: torch.device) -> None:
     """Move a model's buffers to a device; its parameters stay where they are."""
     for module in model.modules():
-        module._buffers.update({name: buffer.to(device) for name, buffer in module._buffers.items()})
+        module._buffers.update(
+            {name: buffer.to(device) for name, buffer in module._buffers.items()}
+        )
 
 
 def kernel_options(attention: str, dtype: str, device: torch.device) -> dict[str, str]:
-    """Keyword arguments for transformers' implementation of attention and, in float64, of experts: the usual one knows
-    no float64. Raises InputError if flash attention has no kernel for this dtype or device."""
-    if attention.startswith("flash") and (device.type != "cuda" or dtype not in ("bfloat16", "float16")):
+    """Keyword arguments for transformers' implementation of attention and, in float64, of experts:
+    the usual one knows no float64. Raises InputError if flash attention has no kernel for this
+    dtype or device."""
+    if attention.startswith("flash") and (
+        device.type != "cuda" or dtype not in ("bfloat16", "float16")
+    ):
         raise InputError(
-            f"runtime.attention {attention} has no kernel for {dtype} on {device.type}: it needs a CUDA device "
-            "and model.dtype bfloat16 or float16; use auto or sdpa"
+            f"runtime.attention {attention} has no kernel for {dtype} on {device.type}: it needs a"
+            " CUDA device and model.dtype bfloat16 or float16; use auto or sdpa"
         )
     options = {} if attention == "auto" else {"attn_implementation": attention}
     return options | ({"experts_implementation": "eager"} if dtype == "float64" else {})
@@ -223,18 +269,22 @@ def kernel_options(attention: str, dtype: str, device: torch.device) -> dict[str
 
 @contextmanager
 def usable(attention: str) -> Iterator[None]:
-    """Within, a model is made; raises InputError if this attention is not installed, or the model does not have it."""
+    """Within, a model is made; raises InputError if this attention is not installed, or the model
+    does not have it."""
     try:
         yield
     except (ImportError, ValueError) as error:
         if attention == "auto":
             raise
         reason = str(error).partition(". ")[0]
-        raise InputError(f"runtime.attention {attention!r} cannot be used here: {reason}; use auto") from error
+        raise InputError(
+            f"runtime.attention {attention!r} cannot be used here: {reason}; use auto"
+        ) from error
 
 
 def _spread(directory: Path, dtype: str, trust_remote_code: bool) -> dict[str, torch.device]:
-    """Which device each part of a model goes to, if all devices share it; a tenth of each stays free."""
+    """Which device each part of a model goes to, if all devices share it; a tenth of each stays
+    free."""
     from accelerate import infer_auto_device_map
     from accelerate.utils import get_balanced_memory
 
@@ -244,7 +294,9 @@ def _spread(directory: Path, dtype: str, trust_remote_code: bool) -> dict[str, t
             config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
         )
     devices, whole = accelerator.devices(), model._no_split_modules
-    room = {number: accelerator.free_memory(device) * 9 // 10 for number, device in enumerate(devices)}
+    room = {
+        number: accelerator.free_memory(device) * 9 // 10 for number, device in enumerate(devices)
+    }
     numbers = infer_auto_device_map(model, get_balanced_memory(model, room, whole), whole)
     if not set(numbers.values()) <= room.keys():  # the rest would go to the disk
         raise _too_large(directory, "split")
@@ -253,8 +305,8 @@ def _spread(directory: Path, dtype: str, trust_remote_code: bool) -> dict[str, t
 
 def _too_large(directory: Path, device: str) -> DeviceMemoryError:
     return DeviceMemoryError(
-        f"the model in {directory} does not fit into the memory of runtime.device {device!r}; use a larger device, "
-        "device: split over several, or, for scoring, runtime.streaming: true"
+        f"the model in {directory} does not fit into the memory of runtime.device {device!r}; use a"
+        " larger device, device: split over several, or, for scoring, runtime.streaming: true"
     )
 
 
@@ -265,9 +317,11 @@ def room_beside(model: PreTrainedModel, device: torch.device) -> int:
 
 
 def shared_copy(model: Part) -> Part:
-    """A model, or a part of one, with its own modules and config over the same tensors; it can be pruned while the
-    first stays whole."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
+    """A model, or a part of one, with its own modules and config over the same tensors; it can be
+    pruned while the first stays whole."""
+    return copy.deepcopy(
+        model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    )
 
 
 def model_family(model: PreTrainedModel) -> Family:
@@ -281,8 +335,9 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """The function from a decoder's last states [..., H] to logits [..., V], scaled and capped as in the family. Of
-    16-bit states that want no gradient they are float32 on CUDA: the product adds up in float32, and is not rounded."""
+    """The function from a decoder's last states [..., H] to logits [..., V], scaled and capped as
+    in the family. Of 16-bit states that want no gradient they are float32 on CUDA: the product adds
+    up in float32, and is not rounded."""
     head, family = model.get_output_embeddings(), model_family(model)
     cap: float | None = getattr(model.config, family.logit_cap) if family.logit_cap else None
     scale: float = 1.0
@@ -303,18 +358,30 @@ def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
 
 
 def widens(head: nn.Linear) -> bool:
-    """Whether there is a product of this kind: torch has it on CUDA, from 2.8 on, and not on ROCm."""
+    """Whether there is a product of this kind: torch has it on CUDA, from 2.8 on, and not on
+    ROCm."""
     kinds: list[str] = torch.ops.aten.mm.overloads()  # type: ignore[no-untyped-call]
     is_narrow, is_cuda = head.weight.dtype.itemsize == 2, head.weight.device.type == "cuda"
-    return is_cuda and torch.version.hip is None and is_narrow and head.bias is None and "dtype" in kinds
+    return (
+        is_cuda
+        and torch.version.hip is None
+        and is_narrow
+        and head.bias is None
+        and "dtype" in kinds
+    )
 
 
 @contextmanager
 def restored(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """Within, layers, modules, parameters and config may be replaced; on exit the model is as before, to the bit."""
+    """Within, layers, modules, parameters and config may be replaced; on exit the model is as
+    before, to the bit."""
     layers, config = decoder_layers(model), model.config
     dense = list(layers)
-    modules = [(part, dict(part._modules), dict(part._parameters)) for layer in dense for part in layer.modules()]
+    modules = [
+        (part, dict(part._modules), dict(part._parameters))
+        for layer in dense
+        for part in layer.modules()
+    ]
     attentions = [getattr(layer, model_family(model).mha.names(layer)[0]) for layer in dense]
     numbers = [attention.layer_idx for attention in attentions]
     config_class, fields = config.__class__, dict(config.__dict__)
@@ -338,45 +405,55 @@ def restored(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 @contextmanager
 def masked(model: PreTrainedModel, mask: Mask) -> Iterator[PreTrainedModel]:
-    """The model without the blocks of `mask`, with every layer kept; restored on exit. Raises InputError for a block
-    that the model does not have. Meanwhile remaining attentions are renumbered and the config describes the holes:
-    cached decoding is right, too."""
+    """The model without the blocks of `mask`, with every layer kept; restored on exit. Raises
+    InputError for a block that the model does not have. Meanwhile remaining attentions are
+    renumbered and the config describes the holes: cached decoding is right, too."""
     with restored(model):
         remove_(model, mask, range(len(decoder_layers(model))))
         yield model
 
 
 def prune_(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
-    """Remove the blocks of `mask` from the model in place, for good. Raises InputError for a block that it has not.
+    """Remove the blocks of `mask` from the model in place, for good. Raises InputError for a block
+    that it has not.
 
-    Layers that lose both blocks are dropped, and remaining attentions renumbered 0..n-1 (else cached decoding is
-    silently wrong). If the rest fills whole layers (`blocks.pack_layers`), the model keeps its own class with fewer
-    layers. Else model and config become the block-pruned classes of the family, which `save_pretrained` and
-    `from_pretrained(..., trust_remote_code=True)` round-trip.
+    Layers that lose both blocks are dropped, and remaining attentions renumbered 0..n-1 (else
+    cached decoding is silently wrong). If the rest fills whole layers (`blocks.pack_layers`), the
+    model keeps its own class with fewer layers. Else model and config become the block-pruned
+    classes of the family, which `save_pretrained` and `from_pretrained(...,
+    trust_remote_code=True)` round-trip.
     """
     family, layers = model_family(model), decoder_layers(model)
     _check(mask, len(layers))
     packed = pack_layers(mask, len(layers))
     whole = [(mha, mlp) for mha, mlp in packed if mha is not None and mlp is not None]
     fields = model.config.to_dict()
-    counts = any(mha is not None and not is_linear(fields, mha) for mha, _ in packed)  # by these a cache counts
-    if len(whole) == len(packed) and not family.is_parallel(fields) and (counts or family.mha.linear is None):
+    # by these a cache counts
+    counts = any(mha is not None and not is_linear(fields, mha) for mha, _ in packed)
+    if (
+        len(whole) == len(packed)
+        and not family.is_parallel(fields)
+        and (counts or family.mha.linear is None)
+    ):
         for mha, mlp in whole:
             for name in (family.mlp.module, *family.mlp.norms):
                 setattr(layers[mha], name, getattr(layers[mlp], name))
         keep_layers_(model, whole)
         return model
-    kept = [n for n in range(len(layers)) if not mask.issuperset(BlockId(kind, n) for kind in BlockKind)]
+    kept = [
+        n for n in range(len(layers)) if not mask.issuperset(BlockId(kind, n) for kind in BlockKind)
+    ]
     remove_(model, mask, kept)
     model.__class__ = model_class(family)
-    # weights of a loaded model may have had other names (GPT-NeoX's head, experts); the new class reads its own
+    # weights of a loaded model may have had other names (GPT-NeoX's head, experts); the new class
+    # reads its own
     model._weight_conversions = []
     return model
 
 
 def keep_layers_(model: PreTrainedModel, kept: Sequence[tuple[int, int]]) -> None:
-    """Keep these layers alone, their attentions numbered anew, and make the config describe them; each has the MHA of
-    one layer, whose place it has, and the MLP of another."""
+    """Keep these layers alone, their attentions numbered anew, and make the config describe them;
+    each has the MHA of one layer, whose place it has, and the MLP of another."""
     family, layers, config = model_family(model), decoder_layers(model), model.config
     blockpruned.drop_layers_(layers, [mha for mha, _ in kept])
     blockpruned.number_attentions_(layers, family.mha.module)
@@ -388,11 +465,14 @@ def keep_layers_(model: PreTrainedModel, kept: Sequence[tuple[int, int]]) -> Non
 def _check(mask: Mask, layers: int) -> None:
     beyond = frozenset(block for block in mask if block.layer >= layers)
     if beyond:
-        raise InputError(f"mask removes {format_mask(beyond)}, but the model has layers 0 to {layers - 1}")
+        raise InputError(
+            f"mask removes {format_mask(beyond)}, but the model has layers 0 to {layers - 1}"
+        )
 
 
 def remove_(model: PreTrainedModel, mask: Mask, kept: Sequence[int]) -> None:
-    """Cut the holes, keep the layers `kept`, number the attentions, and enter all that into the config."""
+    """Cut the holes, keep the layers `kept`, number the attentions, and enter all that into the
+    config."""
     family, layers, config = model_family(model), decoder_layers(model), model.config
     _check(mask, len(layers))
     mha, mlp = ({block.layer for block in mask if block.kind is kind} for kind in BlockKind)

@@ -1,6 +1,7 @@
 """How fast this machine's CPU multiplies in each dtype, and which one a model is computed in.
 
-Many processors have no product of 16-bit numbers. torch then emulates it, at times a hundred times as slowly.
+Many processors have no product of 16-bit numbers. torch then emulates it, at times a hundred times
+as slowly.
 """
 
 import time
@@ -32,8 +33,8 @@ def product_rate(dtype: str) -> float:
 
 
 def fast_dtype(own: str, device: str, folder: Path | None = None) -> str:
-    """A model's own dtype, or float32 on a CPU that is faster in it. A folder keeps what was chosen for this processor,
-    number of threads and torch: another dtype is another search."""
+    """A model's own dtype, or float32 on a CPU that is faster in it. A folder keeps what was chosen
+    for this processor, number of threads and torch: another dtype is another search."""
     if own not in ("bfloat16", "float16") or resolve_device(device).type != "cpu":
         return own
     facts = {"processor": processor(), "threads": torch.get_num_threads(), "own": own} | computing()

@@ -1,7 +1,7 @@
 """What the numbers mean: signs of failed pruning, and the verdict.
 
-Decides the rules and their thresholds, each a named constant with its reason. They hold for healed and unhealed models
-alike, for the targets of a run and for the budgets of the paper's methods.
+Decides the rules and their thresholds, each a named constant with its reason. They hold for healed
+and unhealed models alike, for the targets of a run and for the budgets of the paper's methods.
 """
 
 import math
@@ -20,25 +20,29 @@ from blockpruner.reporting.statistics import Mean, average, differences
 from blockpruner.reporting.table import points
 
 JUMP_FACTOR = 3.0
-"""A removal is a jump if it costs this many times the median of the removals before it. Greedy costs grow steadily,
-each seldom above twice the last median, so three times is a break in the curve and not its slope."""
+"""A removal is a jump if it costs this many times the median of the removals before it. Greedy
+costs grow steadily, each seldom above twice the last median, so three times is a break in the curve
+and not its slope."""
 
 JUMP_NATS = 0.1
-"""... and costs at least this much (perplexity times 1.11). Below it, three times next to nothing is still nothing.
-Quality that is lost by less, with no score that is lower beyond noise, is little: such a model is to be taken."""
+"""... and costs at least this much (perplexity times 1.11). Below it, three times next to nothing
+is still nothing. Quality that is lost by less, with no score that is lower beyond noise, is little:
+such a model is to be taken."""
 
 COLLAPSE_NATS = math.log(1.5)
-"""A removal that multiplies perplexity by 1.5 is a jump whatever came before it. The first two removals can be such a
-jump as well, although no median precedes them. A model whose held-out perplexity is 1.5 times the dense one's is
-broken alike."""
+"""A removal that multiplies perplexity by 1.5 is a jump whatever came before it. The first two
+removals can be such a jump as well, although no median precedes them. A model whose held-out
+perplexity is 1.5 times the dense one's is broken alike."""
 
 TASK_LOSS = 0.1
-"""A model is broken, too, if accuracy or p of the right answer falls by more than a tenth of the dense model's, and
-beyond noise. Noise alone would be the wrong bound: with enough items every loss exceeds it."""
+"""A model is broken, too, if accuracy or p of the right answer falls by more than a tenth of the
+dense model's, and beyond noise. Noise alone would be the wrong bound: with enough items every loss
+exceeds it."""
 
 MISMATCH_FACTOR = 1.5
-"""The search spared what its texts need and cut what others need, if perplexity rises (in nats) one and a half times as
-much on held-out text, and by JUMP_NATS more than that: so much do two samples of a few thousand tokens differ."""
+"""The search spared what its texts need and cut what others need, if perplexity rises (in nats) one
+and a half times as much on held-out text, and by JUMP_NATS more than that: so much do two samples
+of a few thousand tokens differ."""
 
 UNLIKE = "One kind of text lost more than the others"
 
@@ -62,16 +66,23 @@ class Finding:
 
 
 def warnings(options: Sequence[PrunedOption], traces: Sequence[PrunedOption]) -> list[Finding]:
-    """Find the signs of failed pruning; `traces` are the models that are pruned the most, one a removal sequence."""
+    """Find the signs of failed pruning; `traces` are the models that are pruned the most, one a
+    removal sequence."""
     found = [_jump(trace, options) for trace in traces]
-    for is_shown, tell in ((is_broken, _broken), (is_mismatch, _mismatch), (_unlike, _uneven), (is_slow, _slow)):
+    for is_shown, tell in (
+        (is_broken, _broken),
+        (is_mismatch, _mismatch),
+        (_unlike, _uneven),
+        (is_slow, _slow),
+    ):
         if shown := [option for option in options if is_shown(option)]:
             found.append(tell(shown))
     return [finding for finding in found if finding]
 
 
 def jump_at(option: PrunedOption) -> int | None:
-    """Find the first removal that breaks the curve (JUMP_FACTOR, JUMP_NATS, COLLAPSE_NATS), by index, or None."""
+    """Find the first removal that breaks the curve (JUMP_FACTOR, JUMP_NATS, COLLAPSE_NATS), by
+    index, or None."""
     losses = [math.log(perplexity) for perplexity in option.curve]
     rises = [after - before for before, after in pairwise(losses)]
     for i, rise in enumerate(rises):
@@ -82,13 +93,16 @@ def jump_at(option: PrunedOption) -> int | None:
 
 
 def has_lost(option: PrunedOption, nats: float, share: float) -> bool:
-    """Check held-out text and tasks: perplexity against `nats`, accuracy and p of the right answer against a `share` of
-    the dense model's. Both are measured of the model itself, whether it was healed or not."""
+    """Check held-out text and tasks: perplexity against `nats`, accuracy and p of the right answer
+    against a `share` of the dense model's. Both are measured of the model itself, whether it was
+    healed or not."""
     dense, model = option.dense, option.model
     losses = [(dense.average, paired(dense, model))]
     if dense.confidence is not None and model.confidence is not None:
         losses.append((dense.confidence, paired_confidence(dense, model)))
-    fails = any(change.differs and change.value < -share * before.value for before, change in losses)
+    fails = any(
+        change.differs and change.value < -share * before.value for before, change in losses
+    )
     return fails or option.heldout_rise >= nats
 
 
@@ -97,7 +111,8 @@ def is_broken(option: PrunedOption) -> bool:
 
 
 def is_mismatch(option: PrunedOption) -> bool:
-    """Check whether held-out text suffers far more than the texts by which the model was made (MISMATCH_FACTOR)."""
+    """Check whether held-out text suffers far more than the texts by which the model was made
+    (MISMATCH_FACTOR)."""
     rise = option.own_rise
     return rise is not None and option.heldout_rise > MISMATCH_FACTOR * max(rise, 0.0) + JUMP_NATS
 
@@ -111,19 +126,22 @@ def is_slow(option: PrunedOption) -> bool:
 
 
 def recommended(options: Sequence[PrunedOption]) -> PrunedOption | None:
-    """Find the fastest model that is faster than dense beyond noise and not broken, or None: keep the dense model."""
+    """Find the fastest model that is faster than dense beyond noise and not broken, or None: keep
+    the dense model."""
     faster = [option for option in options if option.timed and not is_slow(option)]
     safe = [option for option in faster if not is_broken(option)]
     return max(safe, key=lambda option: option.speedup, default=None)
 
 
 def paired_confidence(base: Model, other: Model) -> Mean:
-    """Subtract averages of p of the right answer, other minus base, with the error of paired items."""
+    """Subtract averages of p of the right answer, other minus base, with the error of paired
+    items."""
     return average(differences(base.p_gold, other.p_gold))
 
 
 def paired(base: Model, other: Model, task: str | None = None) -> Mean:
-    """Subtract accuracies, other minus base, with the error of paired items; without a task, the averages."""
+    """Subtract accuracies, other minus base, with the error of paired items; without a task, the
+    averages."""
     names = base.scores if task is None else (task,)
     before, after = ({name: model.scores[name] for name in names} for model in (base, other))
     return average(differences(before, after))
@@ -136,36 +154,51 @@ def _jump(trace: PrunedOption, options: Sequence[PrunedOption]) -> Finding | Non
     begin, ratios = trace.plan.order[: index + 1], trace.plan.ratios
     past = [o for o in options if o.plan.order[: index + 1] == begin]
     blocks = sum(len(parse_mask(unit)) for unit in begin[:-1])
-    share = f" ({percent(ratios[index - 1], 2)} of the parameters)" if 0 < index <= len(ratios) else ""
-    safe = f"The last budget before it is {blocks} blocks{share}." if index else "It is the first removal."
+    share = (
+        f" ({percent(ratios[index - 1], 2)} of the parameters)" if 0 < index <= len(ratios) else ""
+    )
+    safe = (
+        f"The last budget before it is {blocks} blocks{share}."
+        if index
+        else "It is the first removal."
+    )
     return Finding(
         Level.NOTE if past and all(option.healing for option in past) else Level.WARNING,
         "jump",
         f"{trace.method}: removal {index + 1} ({begin[-1]}) breaks the model before healing",
-        f"Calibration perplexity jumps from {number(trace.curve[index])} to {number(trace.curve[index + 1])}. {safe} "
-        f"Models beyond it: {listed([option.name for option in past])}.",
+        f"Calibration perplexity jumps from {number(trace.curve[index])} to"
+        f" {number(trace.curve[index + 1])}. {safe} Models beyond it:"
+        f" {listed([option.name for option in past])}.",
     )
 
 
 def _losses(option: PrunedOption) -> str:
     return (
-        f"{option.name} has {times(math.exp(option.heldout_rise))} the dense model's held-out perplexity, and its "
-        f"average accuracy differs by {points(paired(option.dense, option.model))} points"
+        f"{option.name} has {times(math.exp(option.heldout_rise))} the dense model's held-out"
+        " perplexity, and its average accuracy differs by"
+        f" {points(paired(option.dense, option.model))} points"
     )
 
 
 def _broken(found: Sequence[PrunedOption]) -> Finding:
     text = f"{'. '.join(map(_losses, found))}. Prune less, or heal more."
-    return Finding(Level.WARNING, "broken", f"Broken: {listed([option.name for option in found])}", text)
+    return Finding(
+        Level.WARNING, "broken", f"Broken: {listed([option.name for option in found])}", text
+    )
 
 
 def _mismatch(found: Sequence[PrunedOption]) -> Finding:
-    rises = [f"{times(math.exp(o.heldout_rise))} against {times(math.exp(o.own_rise or 0))} at {o.name}" for o in found]
+    rises = [
+        f"{times(math.exp(o.heldout_rise))} against {times(math.exp(o.own_rise or 0))} at {o.name}"
+        for o in found
+    ]
     text = (
-        f"Perplexity over the dense model's, on held-out text against its own texts: "
+        "Perplexity over the dense model's, on held-out text against its own texts: "
         f"{listed(rises)}. Calibrate on more text, or on text nearer to its use."
     )
-    return Finding(Level.WARNING, "mismatch", "Held-out text suffers more than the model's own texts", text)
+    return Finding(
+        Level.WARNING, "mismatch", "Held-out text suffers more than the model's own texts", text
+    )
 
 
 def _uneven(found: Sequence[PrunedOption]) -> Finding:
@@ -186,13 +219,16 @@ def _slow(found: Sequence[PrunedOption]) -> Finding:
 def stop(options: Sequence[PrunedOption]) -> Finding:
     """Write the verdict on pruned models, which come the least pruned first."""
     if not any(option.timed for option in options):
-        return Finding(Level.NOTE, "stop", "No verdict without times", "A verdict weighs loss against speed.")
+        return Finding(
+            Level.NOTE, "stop", "No verdict without times", "A verdict weighs loss against speed."
+        )
     best = recommended(options)
     if best is not None:
         text = (
-            f"{percent(best.ratio)} of the parameters removed ({best.taken_out}): {100 * (best.speedup - 1):+.1f} % "
-            f"speed of generation for {100 * (math.exp(best.heldout_rise) - 1):+.1f} % held-out perplexity. It is the "
-            "fastest model that is faster than dense beyond noise and not broken."
+            f"{percent(best.ratio)} of the parameters removed ({best.taken_out}):"
+            f" {100 * (best.speedup - 1):+.1f} % speed of generation for"
+            f" {100 * (math.exp(best.heldout_rise) - 1):+.1f} % held-out perplexity. It is the"
+            " fastest model that is faster than dense beyond noise and not broken."
         )
         advice = "Fastest that holds up:" if has_lost(best, JUMP_NATS, 0) else "Take"
         return Finding(Level.ADVICE, "stop", f"{advice} {best.name}", text)

@@ -12,7 +12,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from blockpruner.core.blocks import BlockId, BlockKind, Mask, format_mask, parse_mask, removable_units
+from blockpruner.core.blocks import (
+    BlockId,
+    BlockKind,
+    Mask,
+    format_mask,
+    parse_mask,
+    removable_units,
+)
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.methods.registry import KINDS
@@ -53,13 +60,19 @@ class PrunedOption(Option):
 
     @property
     def own_rise(self) -> float | None:
-        """ln(PPL / dense PPL), nats per token, on the calibration rows or, where it is compensated, on those that the
-        fit held out; None where the search asked for no scores."""
+        """ln(PPL / dense PPL), nats per token, on the calibration rows or, where it is compensated,
+        on those that the fit held out; None where the search asked for no scores."""
         if self.helped:
-            return math.log(self.compensation["perplexity"]["after"] / self.compensation["perplexity"]["dense"])
+            return math.log(
+                self.compensation["perplexity"]["after"] / self.compensation["perplexity"]["dense"]
+            )
         asked = self.plan.method in SEARCHES and SEARCHES[self.plan.method].asks != "nothing"
         found = self.plan.calibration if asked else {}
-        return math.log(found["perplexity"] / found["dense_perplexity"]) if found.get("perplexity") else None
+        return (
+            math.log(found["perplexity"] / found["dense_perplexity"])
+            if found.get("perplexity")
+            else None
+        )
 
     @property
     def healing(self) -> tuple[str, ...]:
@@ -84,7 +97,8 @@ class ReportedRun:
 
     @property
     def traces(self) -> tuple[PrunedOption, ...]:
-        """Find the targets whose removal sequence is not the beginning of another's; nested searches have one."""
+        """Find the targets whose removal sequence is not the beginning of another's; nested
+        searches have one."""
         longest = {target.plan.order: target for target in self.targets if target.curve}
         return tuple(
             target
@@ -95,34 +109,50 @@ class ReportedRun:
     @property
     def searches(self) -> tuple[PrunedOption, ...]:
         """Find one target for each search: the traces, and every search that is not nested."""
-        others = {target.steps: target for target in self.targets if target.steps and not target.curve}
+        others = {
+            target.steps: target for target in self.targets if target.steps and not target.curve
+        }
         return (*self.traces, *others.values())
 
 
-def read_runs(targets: Sequence[str], labels: Mapping[str, RunLabels], data: Path) -> list[ReportedRun]:
-    """Read everything about `targets`, grouped by run in order of appearance. `data` is the folder of evidence/, plans/
-    (for the iteration tables), compensated/ and checkpoints/. Raises InputError if a file is missing, damaged, or
-    disagrees with another."""
+def read_runs(
+    targets: Sequence[str], labels: Mapping[str, RunLabels], data: Path
+) -> list[ReportedRun]:
+    """Read everything about `targets`, grouped by run in order of appearance. `data` is the folder
+    of evidence/, plans/ (for the iteration tables), compensated/ and checkpoints/. Raises
+    InputError if a file is missing, damaged, or disagrees with another."""
     plans = {name: load_plan(data / "evidence" / name / "plan.json") for name in targets}
     runs = dict.fromkeys(plan.run for plan in plans.values())
-    return [_read_run(run, labels[run], {n: p for n, p in plans.items() if p.run == run}, data) for run in runs]
+    return [
+        _read_run(run, labels[run], {n: p for n, p in plans.items() if p.run == run}, data)
+        for run in runs
+    ]
 
 
 def _read_run(run: str, labels: RunLabels, plans: Mapping[str, Plan], data: Path) -> ReportedRun:
-    names = sorted(plans, key=lambda name: (plans[name].ratio, plans[name].train, plans[name].compensate, name))
+    names = sorted(
+        plans, key=lambda name: (plans[name].ratio, plans[name].train, plans[name].compensate, name)
+    )
     folders = {name: data / "evidence" / name for name in (f"{run}-dense", *names)}
     facts = {name: read_results(folder) for name, folder in folders.items()}
     dense_tasks = facts[f"{run}-dense"]["tasks"]
-    items = read_items([*folders.values()], {task: found["metric"] for task, found in dense_tasks.items()})
+    items = read_items(
+        [*folders.values()], {task: found["metric"] for task, found in dense_tasks.items()}
+    )
     models = {name: Model.of(fields, items[folders[name].name]) for name, fields in facts.items()}
     timed = all(fields["speed"] for fields in facts.values())
     races = {name: Race.of(fields["speed"]) if timed else None for name, fields in facts.items()}
     calibrations = [plan.calibration for plan in plans.values()]
     known = (found["dense_perplexity"] for found in calibrations if found["perplexity"] is not None)
     dense = Option(
-        name="dense", method="", plan=None, model=models[f"{run}-dense"],
-        dense=models[f"{run}-dense"], timed=races[f"{run}-dense"], calibration_perplexity=next(known, None),
-    )  # fmt: skip
+        name="dense",
+        method="",
+        plan=None,
+        model=models[f"{run}-dense"],
+        dense=models[f"{run}-dense"],
+        timed=races[f"{run}-dense"],
+        calibration_perplexity=next(known, None),
+    )
     found = []
     for name in names:
         plan = plans[name]
@@ -134,19 +164,27 @@ def _read_run(run: str, labels: RunLabels, plans: Mapping[str, Plan], data: Path
             steps, unit = steps_of(rows, plan, path), unit_of(rows)
         found.append(
             PrunedOption(
-                name=name, method=KINDS[plan.kind].words(plan, unit), plan=plan,
-                model=models[name], dense=dense.model, timed=races[name], steps=steps,
+                name=name,
+                method=KINDS[plan.kind].words(plan, unit),
+                plan=plan,
+                model=models[name],
+                dense=dense.model,
+                timed=races[name],
+                steps=steps,
                 calibration_perplexity=plan.calibration["perplexity"],
                 curve=tuple(step.perplexity for step in steps) if plan.nested else (),
                 compensation=healing if "perplexity" in healing else {},
-                checkpoints=tuple(data / "checkpoints" / name / form for form in facts[name]["formats"]),
+                checkpoints=tuple(
+                    data / "checkpoints" / name / form for form in facts[name]["formats"]
+                ),
             )
-        )  # fmt: skip
+        )
     return ReportedRun(run, labels, dense, tuple(found), facts[f"{run}-dense"]["chance"])
 
 
 def read_iterations(path: Path) -> list[dict[str, Any]]:
-    """Read a plan's iteration tables with their masks parsed, without the NLL of each calibration row."""
+    """Read a plan's iteration tables with their masks parsed, without the NLL of each calibration
+    row."""
     table, _ = read_table(path, ITERATIONS)
     rows: list[dict[str, Any]] = table.drop(["row_nll"]).to_pylist()
     for row in rows:
@@ -156,8 +194,8 @@ def read_iterations(path: Path) -> list[dict[str, Any]]:
 
 
 def steps_of(rows: Sequence[Mapping[str, Any]], plan: Plan, path: Path) -> tuple[SearchStep, ...]:
-    """List the steps of a plan's search, from the dense model on; one that changed nothing is left out. Raises
-    InputError if the rows of `path` do not lead to the plan's removals."""
+    """List the steps of a plan's search, from the dense model on; one that changed nothing is left
+    out. Raises InputError if the rows of `path` do not lead to the plan's removals."""
     dense = [row for row in rows if not row["removed"]][:1]
     chosen = [row for row in rows if row["chosen"] and row["rows_used"] in (0, row["rows_total"])]
     found: list[Mapping[str, Any]] = []
@@ -168,19 +206,27 @@ def steps_of(rows: Sequence[Mapping[str, Any]], plan: Plan, path: Path) -> tuple
     order = [format_mask(mask - before) for before, mask in pairwise(masks)]
     leads = order == list(plan.order) if plan.nested else masks[-1:] == [plan.mask]
     if not leads or not dense or None in [row["perplexity"] for row in found]:
-        lacks = "does not have one fully scored choice, with its perplexity, for each of the plan's removals"
+        lacks = (
+            "does not have one fully scored choice, with its perplexity, for each of the plan's"
+            " removals"
+        )
         message = f"{path} {lacks} {', '.join(plan.order)}: they are of different searches"
         raise InputError(f"{message}; delete both and run `dvc repro`", rule="different-searches")
     return tuple(SearchStep(row["removed"], row["perplexity"]) for row in found)
 
 
 def unit_of(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Find what a search removed at once, in words. One without scores hides which kinds of block it may remove."""
+    """Find what a search removed at once, in words. One without scores hides which kinds of block
+    it may remove."""
     masks = [row["removed"] for row in rows if row["removed"]]
     kinds = {block.kind for row in rows if row["rows_used"] for block in row["removed"]}
-    if all(BlockId(kind, block.layer) in mask for mask in masks for block in mask for kind in BlockKind):
+    if all(
+        BlockId(kind, block.layer) in mask for mask in masks for block in mask for kind in BlockKind
+    ):
         return "whole layers"
-    shifted = removable_units(max((b.layer for mask in masks for b in mask), default=0) + 1, "shifted", "all")
+    shifted = removable_units(
+        max((b.layer for mask in masks for b in mask), default=0) + 1, "shifted", "all"
+    )
     if all(row["added"] is None or row["added"] in shifted for row in rows):
         return "shifted layers"
     return f"{next(iter(kinds)).upper()} blocks" if len(kinds) == 1 else "blocks"

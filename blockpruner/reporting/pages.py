@@ -1,7 +1,8 @@
 """A page as a list of sections, as HTML and as Markdown, and its files, written at once.
 
-Decides which parts a page can have. page.html and page.md decide the markup. The HTML is one file that loads nothing:
-its style and its plots are inside. The Markdown (the GitHub dialect) links to PNG files.
+Decides which parts a page can have. page.html and page.md decide the markup. The HTML is one file
+that loads nothing: its style and its plots are inside. The Markdown (the GitHub dialect) links to
+PNG files.
 """
 
 import re
@@ -61,11 +62,17 @@ class Page:
 
     @property
     def plots(self) -> list[Plot]:
-        return [block for section in self.sections for block in section.blocks if isinstance(block, Plot)]
+        return [
+            block
+            for section in self.sections
+            for block in section.blocks
+            if isinstance(block, Plot)
+        ]
 
 
 def write_page(out: Path, page: Page, files: Mapping[str, str]) -> None:
-    """Write report.md, index.html, plots/ and more files of text in the place of `out`: all of them, or nothing."""
+    """Write report.md, index.html, plots/ and more files of text in the place of `out`: all of
+    them, or nothing."""
     html = to_html(page, [name for name in files if "/" not in name])
     plots = {f"plots/{plot.name}.svg": plot.svg for plot in page.plots}
     texts = {"report.md": to_markdown(page), "index.html": html, **files, **plots}
@@ -81,15 +88,25 @@ def write_page(out: Path, page: Page, files: Mapping[str, str]) -> None:
 
 
 def made_line(results: Iterable[Mapping[str, str]]) -> str:
-    """Write where and when results were computed: each environment once, and not where the page is written."""
+    """Write where and when results were computed: each environment once, and not where the page is
+    written."""
     found: dict[str, list[str]] = {}
     for made in filter(None, results):
-        packages = listed([f"{name} {made[name]}" for name in ("python", *COMPUTING) if name in made])
+        packages = listed(
+            [f"{name} {made[name]}" for name in ("python", *COMPUTING) if name in made]
+        )
         at = f" at commit {made['commit'][:12]}{made['commit'][40:]}" if made.get("commit") else ""
-        place = made["processor"] if made["device"] == "cpu" else f"{made['device_name']} ({made['processor']})"
+        place = (
+            made["processor"]
+            if made["device"] == "cpu"
+            else f"{made['device_name']} ({made['processor']})"
+        )
         where = f"on {place}, attention {made['attention']}, with {packages}{at}"
         found.setdefault(where, []).append(made["when"][:10])
-    parts = [f"{len(when)} {where}, {' to '.join(sorted({min(when), max(when)}))}" for where, when in found.items()]
+    parts = [
+        f"{len(when)} {where}, {' to '.join(sorted({min(when), max(when)}))}"
+        for where, when in found.items()
+    ]
     return f"Results were computed: {'; '.join(parts)}." if parts else ""
 
 
@@ -106,7 +123,12 @@ TEMPLATES = Environment(
     keep_trailing_newline=True,
 )
 TEMPLATES.filters |= {"plain": plain, "data_url": data_url}
-TEMPLATES.globals["marks"] = {Level.RESULT: "", Level.NOTE: "", Level.WARNING: "⚠ ", Level.ADVICE: "➜ "}
+TEMPLATES.globals["marks"] = {
+    Level.RESULT: "",
+    Level.NOTE: "",
+    Level.WARNING: "⚠ ",
+    Level.ADVICE: "➜ ",
+}
 
 
 def to_html(page: Page, files: Sequence[str] = ()) -> str:

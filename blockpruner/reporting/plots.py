@@ -22,16 +22,26 @@ with extra("report"):
 
 INK, PAPER = "#1c1f24", "#ffffff"
 BLUE, ORANGE, GREY = "#2a86c8", "#d9662b", "#8a8f98"
-"""Blue and orange stay apart for every common colour blindness (after Okabe and Ito), on white and on black."""
+"""Blue and orange stay apart for every common colour blindness (after Okabe and Ito), on white and
+on black."""
 
 MARKS = (
-    (BLUE, "o"), (ORANGE, "s"), ("#2e9e78", "^"), ("#b463a6", "D"), ("#b8901f", "v"), ("#5b6fd0", "P"),
-    ("#c2455a", "X"), (GREY, "h"),
-)  # fmt: skip
+    (BLUE, "o"),
+    (ORANGE, "s"),
+    ("#2e9e78", "^"),
+    ("#b463a6", "D"),
+    ("#b8901f", "v"),
+    ("#5b6fd0", "P"),
+    ("#c2455a", "X"),
+    (GREY, "h"),
+)
 """One for each method. A shape goes with every colour."""
 
 SHAPES = [shape for _, shape in MARKS]
-MANY_MARKS = [*MARKS, *((colour, shape) for (colour, _), shape in zip(MARKS, SHAPES[3:] + SHAPES[:3], strict=True))]
+MANY_MARKS = [
+    *MARKS,
+    *((colour, shape) for (colour, _), shape in zip(MARKS, SHAPES[3:] + SHAPES[:3], strict=True)),
+]
 """MARKS, then their colours with other shapes: twice as many methods stay apart."""
 
 KIND_COLOURS = {BlockKind.MHA: BLUE, BlockKind.MLP: ORANGE}
@@ -44,7 +54,9 @@ STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
     "axes.titlesize": 9.5,
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
+    ),
     "axes.facecolor": "none",
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -69,7 +81,9 @@ class Plot:
     """Inches."""
 
 
-def render(name: str, caption: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> Plot:
+def render(
+    name: str, caption: str, size: tuple[float, float], draw: Callable[[Figure], None]
+) -> Plot:
     svg, png = io.StringIO(), io.BytesIO()
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size)
@@ -93,13 +107,16 @@ def scale_(axes: Axes, values: Sequence[float]) -> None:
         return
     wide = max(values) > 10 * min(values)
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if wide else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
+    axes.yaxis.set_major_locator(
+        LogLocator(subs=(1, 2, 5) if wide else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8))
+    )
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def removed_map(name: str, plan: Plan) -> Plot:
-    """Draw how much of each block a plan removes, with the removals in order where they have one."""
+    """Draw how much of each block a plan removes, with the removals in order where they have
+    one."""
     order = [parse_mask(unit) for unit in plan.order] if plan.nested else []
     how = "The numbers are those of the removals." if order else "All was chosen together."
     caption = f"The blocks of {name}: what is filled is gone. {how}"
@@ -107,19 +124,30 @@ def removed_map(name: str, plan: Plan) -> Plot:
 
 
 def block_map(
-    name: str, caption: str, layers: int, gone: Mapping[BlockId, float], removals: Sequence[Mask] = ()
+    name: str,
+    caption: str,
+    layers: int,
+    gone: Mapping[BlockId, float],
+    removals: Sequence[Mask] = (),
 ) -> Plot:
-    """Draw what share of each block is gone, with the number of the removal that took it where they have an order."""
+    """Draw what share of each block is gone, with the number of the removal that took it where they
+    have an order."""
     size = (max(10.2, 0.29 * layers + 1.5), 1.45)
-    return render(name, caption, size, partial(_blocks, layers=layers, gone=gone, removals=removals))
+    return render(
+        name, caption, size, partial(_blocks, layers=layers, gone=gone, removals=removals)
+    )
 
 
-def _blocks(figure: Figure, layers: int, gone: Mapping[BlockId, float], removals: Sequence[Mask]) -> None:
+def _blocks(
+    figure: Figure, layers: int, gone: Mapping[BlockId, float], removals: Sequence[Mask]
+) -> None:
     axes, kinds = figure.subplots(), list(BlockKind)
     places = {block: i for i, removal in enumerate(removals, 1) for block in removal}
     for block in (BlockId(kind, layer) for kind in kinds for layer in range(layers)):
         x, row, share = block.layer - 0.46, kinds.index(block.kind), gone.get(block, 0.0)
-        axes.add_patch(Rectangle((x, row - 0.44), 0.92, 0.88, facecolor="none", edgecolor=GREY, linewidth=0.6))
+        axes.add_patch(
+            Rectangle((x, row - 0.44), 0.92, 0.88, facecolor="none", edgecolor=GREY, linewidth=0.6)
+        )
         filled = (x, row + 0.44 - 0.88 * share), 0.92, 0.88 * share
         axes.add_patch(Rectangle(*filled, facecolor=KIND_COLOURS[block.kind]))
         at = str(places.get(block, ""))

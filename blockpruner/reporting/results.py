@@ -1,7 +1,8 @@
-"""What was measured of models: sizes, texts, tasks and speed, and how a pruned model stands against its dense one.
+"""What was measured of models: sizes, texts, tasks and speed, and how a pruned model stands against
+its dense one.
 
-Decides how the files of an evaluation become values, for the report of targets and for the paper's tables alike. An
-`Option` is one model to choose. Signs of failed pruning are found in `findings`.
+Decides how the files of an evaluation become values, for the report of targets and for the paper's
+tables alike. An `Option` is one model to choose. Signs of failed pruning are found in `findings`.
 """
 
 import math
@@ -27,7 +28,8 @@ PARTS = ("prefill", "decode", "generation")
 """Parts of a timed generation: the prompt, the other new tokens, both together."""
 
 Items = dict[str, tuple[NDArray[Any], Floats, Floats]]
-"""By task: the items' numbers, their scores in the task's metric, and p of their right answers, NaN without one."""
+"""By task: the items' numbers, their scores in the task's metric, and p of their right answers, NaN
+without one."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class RunLabels:
     heldout: str
     tasks: str
     wikitext2: bool = False
-    """Whether the held-out text is the paper's: the test split of WikiText-2, joined, in rows of 2,048 tokens."""
+    """Whether the held-out text is the paper's: the test split of WikiText-2, joined, in rows of
+    2,048 tokens."""
     compensation: str = ""
     """Texts of the compensation."""
     training: str = ""
@@ -53,8 +56,8 @@ class RunLabels:
     def conditions(self) -> str:
         """What a statement about the results holds for."""
         return (
-            f"{self.model}; search: {self.search}; calibration: {self.calibration}; held-out text: {self.heldout}; "
-            f"items: {self.tasks}"
+            f"{self.model}; search: {self.search}; calibration: {self.calibration}; held-out text:"
+            f" {self.heldout}; items: {self.tasks}"
         )
 
 
@@ -94,11 +97,18 @@ class Timings:
         prompt, new, batch = fields["prompt_tokens"], fields["new_tokens"], fields["batch"]
         return cls(
             seconds={part: tuple(fields[f"{part}_seconds"]["samples"]) for part in PARTS},
-            tokens={"prefill": batch * prompt, "decode": batch * (new - 1), "generation": batch * new},
+            tokens={
+                "prefill": batch * prompt,
+                "decode": batch * (new - 1),
+                "generation": batch * new,
+            },
             cache_bytes=fields["kv_cache_bytes"],
             memory_bytes=fields["peak_memory_bytes"],
-            setting=f"{prompt} prompt and {new} new tokens, batch {batch}, {fields['repeats']} repeats in turns with "
-            f"the dense model, {fields['device']}, {fields['dtype']}, {fields['threads']} threads",
+            setting=(
+                f"{prompt} prompt and {new} new tokens, batch {batch}, {fields['repeats']} repeats"
+                f" in turns with the dense model, {fields['device']}, {fields['dtype']},"
+                f" {fields['threads']} threads"
+            ),
         )
 
     def median(self, part: str) -> float:
@@ -123,10 +133,14 @@ class Race:
 
     @cached_property
     def speedups(self) -> Mapping[str, Effect]:
-        """Quotients of the medians, by part; above 1 is faster than dense. Of one repeat an interval is infinite."""
+        """Quotients of the medians, by part; above 1 is faster than dense. Of one repeat an
+        interval is infinite."""
         dense, pruned = self.dense.seconds, self.pruned.seconds
         if len(dense["generation"]) == 1:
-            return {part: Effect(dense[part][0] / pruned[part][0], Interval(0, math.inf), 1.0) for part in PARTS}
+            return {
+                part: Effect(dense[part][0] / pruned[part][0], Interval(0, math.inf), 1.0)
+                for part in PARTS
+            }
         return {part: statistics.ratio_of_medians(dense[part], pruned[part]) for part in PARTS}
 
 
@@ -161,14 +175,18 @@ class Model:
             weight_bytes=fields["weight_bytes"],
             heldout=Text(text["perplexity"], text["rows"], text["tokens"], *rows),
             tasks={
-                k: TaskScore(v["value"], math.inf if v["stderr"] is None else v["stderr"], v["items"])
+                k: TaskScore(
+                    v["value"], math.inf if v["stderr"] is None else v["stderr"], v["items"]
+                )
                 for k, v in fields["tasks"].items()
             },
             average=statistics.average(scores),
             items={task: numbers for task, (numbers, _, _) in items.items()},
             scores=scores,
             p_gold={task: p for task, (_, _, p) in items.items() if not np.isnan(p).any()},
-            samples=tuple((sample["prompt"], sample["text"]) for sample in fields.get("samples", ())),
+            samples=tuple(
+                (sample["prompt"], sample["text"]) for sample in fields.get("samples", ())
+            ),
             made=tuple(fields.get("made", {}).values()),
         )
 
@@ -195,10 +213,11 @@ class Option:
     timed: Race | None
     """The timing of the model and the dense one in turns."""
     calibration_perplexity: float | None
-    """The perplexity on the calibration rows; None where it was not known when the plan was made."""
+    """The perplexity on the calibration rows; None where it was not known when the plan was
+    made."""
     curve: tuple[float, ...] = ()
-    """Perplexities on the calibration rows: of the dense model, and after each removal, as far as known. Empty where
-    there is no sequence of removals."""
+    """Perplexities on the calibration rows: of the dense model, and after each removal, as far as
+    known. Empty where there is no sequence of removals."""
 
     @property
     def ratio(self) -> float:
@@ -243,14 +262,19 @@ class Option:
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """Read results.json and speed.json of a folder of evidence; raises InputError if one is missing or damaged."""
+    """Read results.json and speed.json of a folder of evidence; raises InputError if one is missing
+    or damaged."""
     return {**read_json(folder / "results.json"), **read_json(folder / "speed.json")}
 
 
 def read_items(folders: Sequence[Path], metrics: Mapping[str, str]) -> dict[str, Items]:
-    """Read the items of each model, in one order, from folders of evidence; `metrics` names the metric of each task
-    that is read. Raises InputError if models were evaluated on different items, or a file is missing or damaged."""
-    read = (read_table(folder / "items.parquet", ITEMS)[0].drop(["loglikelihoods"]) for folder in folders)
+    """Read the items of each model, in one order, from folders of evidence; `metrics` names the
+    metric of each task that is read. Raises InputError if models were evaluated on different items,
+    or a file is missing or damaged."""
+    read = (
+        read_table(folder / "items.parquet", ITEMS)[0].drop(["loglikelihoods"])
+        for folder in folders
+    )
     tables = {folder.name: table.to_pandas() for folder, table in zip(folders, read, strict=True)}
     found: dict[str, Items] = {model: {} for model in tables}
     first, *others = tables
@@ -261,7 +285,10 @@ def read_items(folders: Sequence[Path], metrics: Mapping[str, str]) -> dict[str,
             found[model][task] = own["item"].to_numpy(), scores, p_gold
         for model in others:
             if not np.array_equal(found[model][task][0], found[first][task][0]):
-                why = f"{model} and {first} were evaluated on different items of {task}, so they cannot be compared"
+                why = (
+                    f"{model} and {first} were evaluated on different items of {task}, so they"
+                    " cannot be compared"
+                )
                 message = f"{folders[0].parent}: {why}; run `dvc repro` to evaluate both alike"
                 raise InputError(message, rule="different-items")
     return found

@@ -1,6 +1,8 @@
-"""A table of numbers that keep their precision: text for people, CSV for machines, LaTeX for a paper.
+"""A table of numbers that keep their precision: text for people, CSV for machines, LaTeX for a
+paper.
 
-Decides how a number and its uncertainty are written. The modules of tables decide which numbers are in which column.
+Decides how a number and its uncertainty are written. The modules of tables decide which numbers are
+in which column.
 """
 
 import math
@@ -59,7 +61,13 @@ def score(found: Mean, digits: int = 1, mark: str = "") -> Number:
 
 def points(found: Mean | Effect) -> Number:
     """Show a difference of accuracies in points, with its interval."""
-    return Number(100 * found.value, 1, low=100 * found.interval.low, high=100 * found.interval.high, signed=True)
+    return Number(
+        100 * found.value,
+        1,
+        low=100 * found.interval.low,
+        high=100 * found.interval.high,
+        signed=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,9 @@ class Table:
     @property
     def numeric(self) -> tuple[bool, ...]:
         """Whether a column holds numbers, which are set right."""
-        return tuple(any(isinstance(row[i], Number) for row in self.rows) for i in range(len(self.columns)))
+        return tuple(
+            any(isinstance(row[i], Number) for row in self.rows) for i in range(len(self.columns))
+        )
 
     @property
     def frame(self) -> DataFrame:
@@ -107,7 +117,10 @@ class Table:
         for index, column in enumerate(self.columns):
             cells = [row[index] for row in self.rows]
             for suffix, part in PARTS.items():
-                own = [getattr(cell, part) if isinstance(cell, Number) else None if suffix else cell for cell in cells]
+                own = [
+                    getattr(cell, part) if isinstance(cell, Number) else None if suffix else cell
+                    for cell in cells
+                ]
                 if not suffix or any(value is not None for value in own):
                     found[column.key + suffix] = own
         return DataFrame(found, dtype=object)
@@ -126,4 +139,6 @@ def to_csv(table: Table | DataFrame) -> str:
 def to_markdown(table: Table) -> str:
     rule = ["---:" if is_number else "---" for is_number in table.numeric]
     rows = [table.head, rule, *table.texts]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
+    return "\n".join(
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows
+    )

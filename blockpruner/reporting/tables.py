@@ -22,18 +22,20 @@ from blockpruner.reporting.table import Cell, Column, Number, Table, points, sco
 
 BETTER, WORSE = "↑", "↓"
 GLOSS = (
-    "p of the right answer: of all choices' likelihoods (per character where the accuracy is by character) the share "
-    "that the right one has; finer than right and wrong."
+    "p of the right answer: of all choices' likelihoods (per character where the accuracy is by"
+    " character) the share that the right one has; finer than right and wrong."
 )
 LEGEND = (
-    f"Scores in % ± 1 standard error. {WORSE} {BETTER}: differs from the dense model by more than 2 standard errors of "
-    "the paired items; unmarked: within noise. Brackets: 95 % intervals. A pruned model is timed in turns with the "
-    f"dense one, whose speed in these turns stands beside its own. {GLOSS}"
+    f"Scores in % ± 1 standard error. {WORSE} {BETTER}: differs from the dense model by more than 2"
+    " standard errors of the paired items; unmarked: within noise. Brackets: 95 % intervals. A"
+    " pruned model is timed in turns with the dense one, whose speed in these turns stands beside"
+    f" its own. {GLOSS}"
 )
 COMPARISON_LEGEND = (
-    "By parameters removed. × dense and − dense (points): against the dense model, with 95 % intervals of the paired "
-    "repeats of a generation, rows of text or items. Stressed: the recommended one. ●: no other betters it in both "
-    f"speed (parameters, where nothing is timed) and held-out perplexity (the Pareto front). {GLOSS}"
+    "By parameters removed. × dense and − dense (points): against the dense model, with 95 %"
+    " intervals of the paired repeats of a generation, rows of text or items. Stressed: the"
+    " recommended one. ●: no other betters it in both speed (parameters, where nothing is timed)"
+    f" and held-out perplexity (the Pareto front). {GLOSS}"
 )
 NOT_TIMED = "not timed"
 
@@ -44,7 +46,11 @@ def _timed(of: Callable[[Option], Cell]) -> Callable[[Option], Cell]:
 
 def _multiple(option: Option, found: Effect) -> Number:
     """Show a multiple of what the dense model has."""
-    return Number(found.value, low=found.interval.low, high=found.interval.high) if option.plan else Number(1)
+    return (
+        Number(found.value, low=found.interval.low, high=found.interval.high)
+        if option.plan
+        else Number(1)
+    )
 
 
 def _rate(part: str, option: Option) -> Cell:
@@ -63,7 +69,9 @@ P_TITLE = "p of the right answer, %"
 def _confidence(option: Option) -> Cell:
     """Show p of the right answer, marked where it differs from the dense model's."""
     found = option.model.confidence
-    return score(found, mark=_change(paired_confidence(option.dense, option.model))) if found else None
+    return (
+        score(found, mark=_change(paired_confidence(option.dense, option.model))) if found else None
+    )
 
 
 def _change(found: Mean) -> str:
@@ -71,15 +79,20 @@ def _change(found: Mean) -> str:
 
 
 def headline(reported: ReportedRun) -> Table:
-    """Compare dense with every target: one row a measure, one column a model, and what guessing scores."""
+    """Compare dense with every target: one row a measure, one column a model, and what guessing
+    scores."""
     rows: list[tuple[Cell, ...]] = []
 
     def add(title: str, of: Callable[[Option], Cell], chance: float | None = None) -> None:
-        rows.append((title, None if chance is None else Number(100 * chance, 1), *map(of, reported.options)))
+        rows.append(
+            (title, None if chance is None else Number(100 * chance, 1), *map(of, reported.options))
+        )
 
     def accuracy(option: Option, task: str | None = None) -> Cell:
         found = option.model.tasks[task] if task else option.model.average
-        return score(found, mark=_change(paired(option.dense, option.model, task)) if option.plan else "")
+        return score(
+            found, mark=_change(paired(option.dense, option.model, task)) if option.plan else ""
+        )
 
     def of_kind(kind: str, option: Option) -> Cell:
         return Number(option.by_kind[kind][0])
@@ -98,7 +111,10 @@ def headline(reported: ReportedRun) -> Table:
         add(f"Perplexity of {kind}", partial(of_kind, kind))
         add(f"Perplexity of {kind}, × dense", partial(of_kind_x, kind))
     if any(target.plan.kinds for target in reported.targets):
-        add("Texts set aside: mean of kinds", lambda o: times(loss.mean) if (loss := _loss(o)) else None)
+        add(
+            "Texts set aside: mean of kinds",
+            lambda o: times(loss.mean) if (loss := _loss(o)) else None,
+        )
         add("Texts set aside: worst kind", lambda o: _worst(loss) if (loss := _loss(o)) else None)
     for task, chance in reported.chance.items():
         add(f"{task}, %", partial(accuracy, task=task), chance)
@@ -114,9 +130,17 @@ def headline(reported: ReportedRun) -> Table:
     add("Peak memory", _timed(lambda o: Number(o.race.pruned.memory_bytes, write=size)))
     add("KV cache", _timed(lambda o: Number(o.race.pruned.cache_bytes, write=size)))
     add("Weights", lambda o: Number(o.model.weight_bytes, write=size))
-    strong = frozenset(i for i, row in enumerate(rows) if row[0] in ("Held-out perplexity", "Average, %"))
-    columns = (Column("measure", ""), Column("chance", "chance"), *(Column(o.name, o.name) for o in reported.options))
-    return Table(f"{reported.run}-headline", "Dense against pruned", columns, tuple(rows), (LEGEND,), strong)
+    strong = frozenset(
+        i for i, row in enumerate(rows) if row[0] in ("Held-out perplexity", "Average, %")
+    )
+    columns = (
+        Column("measure", ""),
+        Column("chance", "chance"),
+        *(Column(o.name, o.name) for o in reported.options),
+    )
+    return Table(
+        f"{reported.run}-headline", "Dense against pruned", columns, tuple(rows), (LEGEND,), strong
+    )
 
 
 def _loss(option: Option) -> Loss | None:
@@ -139,15 +163,26 @@ def _saved(option: Option) -> str:
 
 
 def front(found: Sequence[tuple[float, float]]) -> list[int]:
-    """Find the points that no other dominates (Pareto front), by index: in both coordinates less is better."""
-    return [i for i, p in enumerate(found) if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in found)]
+    """Find the points that no other dominates (Pareto front), by index: in both coordinates less is
+    better."""
+    return [
+        i
+        for i, p in enumerate(found)
+        if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in found)
+    ]
 
 
 def best_options(reported: ReportedRun) -> list[Option]:
-    """Find the options that no other betters in held-out perplexity and speed; in size, where nothing is timed."""
-    gains = [option.speedup if reported.dense.timed else option.ratio for option in reported.options]
+    """Find the options that no other betters in held-out perplexity and speed; in size, where
+    nothing is timed."""
+    gains = [
+        option.speedup if reported.dense.timed else option.ratio for option in reported.options
+    ]
     perplexities = [option.model.perplexity for option in reported.options]
-    return [reported.options[i] for i in front([(-x, y) for x, y in zip(gains, perplexities, strict=True)])]
+    return [
+        reported.options[i]
+        for i in front([(-x, y) for x, y in zip(gains, perplexities, strict=True)])
+    ]
 
 
 def compared(reported: ReportedRun) -> Table:
@@ -155,7 +190,9 @@ def compared(reported: ReportedRun) -> Table:
     on_front, best = best_options(reported), recommended(reported.targets)
 
     def confidence(option: Option) -> Cell:
-        return points(paired_confidence(option.dense, option.model)) if option.model.p_gold else None
+        return (
+            points(paired_confidence(option.dense, option.model)) if option.model.p_gold else None
+        )
 
     fields: Mapping[Column, Callable[[Option], Cell]] = {
         Column("target", "target"): lambda o: o.name,
@@ -177,9 +214,18 @@ def compared(reported: ReportedRun) -> Table:
 def samples(options: Sequence[Option]) -> list[Table]:
     """Show what models answer, a column each prompt; nothing where no answers were kept."""
     prompts = tuple(prompt for prompt, _ in options[0].model.samples)
-    kept = [option for option in options if tuple(prompt for prompt, _ in option.model.samples) == prompts]
-    columns = (Column("model", ""), *(Column(f"prompt_{i}", prompt) for i, prompt in enumerate(prompts, 1)))
-    rows = tuple((option.name, *(text or "(nothing)" for _, text in option.model.samples)) for option in kept)
+    kept = [
+        option
+        for option in options
+        if tuple(prompt for prompt, _ in option.model.samples) == prompts
+    ]
+    columns = (
+        Column("model", ""),
+        *(Column(f"prompt_{i}", prompt) for i, prompt in enumerate(prompts, 1)),
+    )
+    rows = tuple(
+        (option.name, *(text or "(nothing)" for _, text in option.model.samples)) for option in kept
+    )
     title = "What the models answer (greedy, cut off after 48 tokens)"
     return [Table("samples", title, columns, rows, folded=len(kept) > 4)] if prompts else []
 
@@ -201,7 +247,9 @@ CURVE: Mapping[str, Callable[[Option], object]] = {
     "p_gold": lambda o: o.model.confidence and o.model.confidence.value,
     "p_gold_stderr": lambda o: o.model.confidence and o.model.confidence.stderr,
     **{
-        f"speedup_{part}": partial(lambda o, part: o.timed and o.timed.speedups[part].value, part=part)
+        f"speedup_{part}": partial(
+            lambda o, part: o.timed and o.timed.speedups[part].value, part=part
+        )
         for part in PARTS
     },
     "kv_cache_bytes": lambda o: o.timed and o.timed.pruned.cache_bytes,
@@ -210,8 +258,8 @@ CURVE: Mapping[str, Callable[[Option], object]] = {
 
 
 def curve_csv(runs: Sequence[ReportedRun]) -> str:
-    """Write one row a model at full precision; a dense model has ratio 0 and speed-ups of 1. `front` is 1 for the
-    `best_options` of a run."""
+    """Write one row a model at full precision; a dense model has ratio 0 and speed-ups of 1.
+    `front` is 1 for the `best_options` of a run."""
     rows = [
         {
             "run": reported.run,
@@ -225,13 +273,24 @@ def curve_csv(runs: Sequence[ReportedRun]) -> str:
     return to_csv(DataFrame(rows, dtype=object))
 
 
-ITERATION_COLUMNS = ("run", "target", "iteration", "removed", "put_back", "blocks", "ratio", "perplexity", "nll_rise")
+ITERATION_COLUMNS = (
+    "run",
+    "target",
+    "iteration",
+    "removed",
+    "put_back",
+    "blocks",
+    "ratio",
+    "perplexity",
+    "nll_rise",
+)
 
 
 def iterations_csv(runs: Sequence[ReportedRun]) -> str:
     """Write one row a step of every search, from the dense model (iteration 0, nothing removed) on.
 
-    The ratio of a search that is not nested is known at its end only; `blocks` counts what is gone at every step.
+    The ratio of a search that is not nested is known at its end only; `blocks` counts what is gone
+    at every step.
     """
     rows: list[dict[str, object]] = []
     for reported, t in ((one, target) for one in runs for target in one.searches):

@@ -1,18 +1,21 @@
 """Fewer trials for the same choice: lazy evaluation and racing of a greedy step's candidates.
 
-Decides which candidates of a step are scored, and on how many rows. Both decisions rest on what this search asked for,
-not on what a store happens to know: a run repeated over any store decides the same.
+Decides which candidates of a step are scored, and on how many rows. Both decisions rest on what
+this search asked for, not on what a store happens to know: a run repeated over any store decides
+the same.
 
-Racing (F-race, on paired rows): all candidates see the same rows, which keeps the variance of their differences small.
-After each slice of rows a candidate is dropped if the lower confidence bound of its mean difference to the leader is
-above zero. The rows are a finite population, since the decision is about their mean and not about all text. A row says
-nearly the same about a candidate as in an earlier step, and only the change has to be estimated. The winner is always
-scored on all rows.
+Racing (F-race, on paired rows): all candidates see the same rows, which keeps the variance of their
+differences small. After each slice of rows a candidate is dropped if the lower confidence bound of
+its mean difference to the leader is above zero. The rows are a finite population, since the
+decision is about their mean and not about all text. A row says nearly the same about a candidate as
+in an earlier step, and only the change has to be estimated. The winner is always scored on all
+rows.
 
-Lazy (lazy greedy): the priority of a candidate is its last known rise of the loss. The most promising candidates are
-scored first. The others stay unscored if their rises, less a margin, are above the best fresh one. The margin comes
-from how far rises have moved, and is wider for a candidate known on few rows. Rises are not monotone, hence audits: in
-every n-th step all candidates enter, and the choice without them is recorded.
+Lazy (lazy greedy): the priority of a candidate is its last known rise of the loss. The most
+promising candidates are scored first. The others stay unscored if their rises, less a margin, are
+above the best fresh one. The margin comes from how far rises have moved, and is wider for a
+candidate known on few rows. Rises are not monotone, hence audits: in every n-th step all candidates
+enter, and the choice without them is recorded.
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ class Considered:
     """What a step considered; a candidate without a score was not."""
 
     scores: tuple[MaskScore, ...]
-    """In the order of the candidates, after the base if that was asked for. One with too few rows lost the race."""
+    """In the order of the candidates, after the base if that was asked for. One with too few rows
+    lost the race."""
     lazy_choice: Mask | None = None
     """The choice before an audit let all candidates enter; None in a step without audit."""
 
@@ -47,12 +51,13 @@ class Select:
         self._objective = objective
 
     def __call__(self, index: int, base: Mask, masks: Sequence[Mask]) -> Considered:
-        """The scores of one greedy step; the lowest of those on all rows is the step's choice. `masks` are the base
-        plus one candidate each, and the base itself if its score is wanted."""
+        """The scores of one greedy step; the lowest of those on all rows is the step's choice.
+        `masks` are the base plus one candidate each, and the base itself if its score is wanted."""
         return Considered(tuple(self._objective(masks, base=base)))
 
     def challenge(self, standing: MaskScore, masks: Sequence[Mask]) -> list[MaskScore]:
-        """Scores of masks that may be better than a standing one. The best one has all rows if it is better."""
+        """Scores of masks that may be better than a standing one. The best one has all rows if it
+        is better."""
         return self._objective(masks)
 
 
@@ -63,16 +68,16 @@ FLOOR = 10
 """The least number of candidates that enter a lazy step."""
 
 SLACK = 2.0
-"""The margin of the lazy rule, as a multiple of sqrt(m^2 + e^2): m is the median of how far a rise had moved when it
-was taken again, e the standard error of the candidate's own rise."""
+"""The margin of the lazy rule, as a multiple of sqrt(m^2 + e^2): m is the median of how far a rise
+had moved when it was taken again, e the standard error of the candidate's own rise."""
 
 AUDIT = 6
 """All candidates enter every so many lazy steps."""
 
 
 def accelerate(objective: Objective, score: Score, costs: Costs | None = None) -> Select:
-    """What selects and scores the candidates of a step; `costs` are of the resource that prices a removal, None where
-    all cost the same."""
+    """What selects and scores the candidates of a step; `costs` are of the resource that prices a
+    removal, None where all cost the same."""
     parts = (score.acceleration or "none").split("+")
     if parts == ["none"]:
         return Select(objective)
@@ -80,20 +85,27 @@ def accelerate(objective: Objective, score: Score, costs: Costs | None = None) -
 
 
 def price(rise: float, share: float) -> float:
-    """The number that is lowest for the best removal. Where a removal lowers the loss, saving more is better."""
+    """The number that is lowest for the best removal. Where a removal lowers the loss, saving more
+    is better."""
     return rise / share if rise > 0 else rise * share
 
 
 def worth(score: MaskScore, base: MaskScore, costs: Costs | None) -> float:
     """What orders the candidates of a step: their loss, or the price of its rise over the base."""
-    return score.loss if costs is None else price(score.loss - base.loss, costs.ratio(score.mask - base.mask))
+    return (
+        score.loss
+        if costs is None
+        else price(score.loss - base.loss, costs.ratio(score.mask - base.mask))
+    )
 
 
 class Accelerated(Select):
-    """Leaves out masks or rows, by what it has found in earlier steps of one search: rows if it `races`, and candidates
-    if it `is_lazy`."""
+    """Leaves out masks or rows, by what it has found in earlier steps of one search: rows if it
+    `races`, and candidates if it `is_lazy`."""
 
-    def __init__(self, objective: Objective, races: bool, is_lazy: bool, costs: Costs | None) -> None:
+    def __init__(
+        self, objective: Objective, races: bool, is_lazy: bool, costs: Costs | None
+    ) -> None:
         super().__init__(objective)
         self._races, self._is_lazy, self._costs = races, is_lazy, costs
         self._rises: dict[Mask, np.ndarray] = {}
@@ -102,7 +114,8 @@ class Accelerated(Select):
     def __call__(self, index: int, base: Mask, masks: Sequence[Mask]) -> Considered:
         candidates = [mask for mask in masks if mask != base]
         lazy_choice = None
-        unknown = any(mask - base not in self._rises for mask in candidates)  # a quota may ask for other units
+        # a quota may ask for other units
+        unknown = any(mask - base not in self._rises for mask in candidates)
         if not self._is_lazy or index == 0 or unknown:
             found = self._score(candidates, base)
         else:
@@ -122,7 +135,10 @@ class Accelerated(Select):
         return [found[mask] for mask in masks]
 
     def _most_promising(self, candidates: Sequence[Mask], base: Mask) -> dict[Mask, MaskScore]:
-        error = {mask: standard_error(self._rises[mask - base], self._objective.rows) for mask in candidates}
+        error = {
+            mask: standard_error(self._rises[mask - base], self._objective.rows)
+            for mask in candidates
+        }
         waiting = sorted(candidates, key=lambda mask: self._price(mask - base))
         entering, waiting = waiting[:FLOOR], waiting[FLOOR:]
         found: dict[Mask, MaskScore] = {}
@@ -148,8 +164,11 @@ class Accelerated(Select):
     def _share(self, unit: Mask) -> float:
         return 1.0 if self._costs is None else self._costs.ratio(unit)
 
-    def _score(self, masks: Sequence[Mask], base: Mask, standing: MaskScore | None = None) -> dict[Mask, MaskScore]:
-        """Score masks, by a race or on all rows, and keep their rises over the base on the same rows."""
+    def _score(
+        self, masks: Sequence[Mask], base: Mask, standing: MaskScore | None = None
+    ) -> dict[Mask, MaskScore]:
+        """Score masks, by a race or on all rows, and keep their rises over the base on the same
+        rows."""
         if not masks:
             return {}
         past = {mask: self._rises[mask - base] for mask in masks if mask - base in self._rises}
@@ -169,7 +188,8 @@ class Accelerated(Select):
 
 
 def standard_error(rises: np.ndarray, total: int) -> float:
-    """The error of the mean over all rows, from the known ones: sd / sqrt(K) with the finite population correction."""
+    """The error of the mean over all rows, from the known ones: sd / sqrt(K) with the finite
+    population correction."""
     known = len(rises)
     if not np.isfinite(rises).all():
         return 0.0
@@ -200,8 +220,9 @@ class Runner:
 
     @property
     def expected(self) -> np.ndarray:
-        """Rises on all rows that anything is known of, [K]: the seen ones, then the past ones moved by the mean change
-        on the rows seen. Their mean is the difference estimator of two-phase sampling."""
+        """Rises on all rows that anything is known of, [K]: the seen ones, then the past ones moved
+        by the mean change on the rows seen. Their mean is the difference estimator of two-phase
+        sampling."""
         rest = self.past[len(self.seen) :]
         return np.concatenate([self.seen, rest + (self.change.mean() if len(rest) else 0.0)])
 
@@ -215,21 +236,31 @@ class Runner:
         return Runner(factor * self.seen, factor * self.past)
 
 
-def lower_bounds(others: Sequence[Runner], leader: Runner, total: int, confidence: float) -> np.ndarray:
+def lower_bounds(
+    others: Sequence[Runner], leader: Runner, total: int, confidence: float
+) -> np.ndarray:
     """Lower confidence bound of the mean over all rows of each runner's difference to the leader.
 
         mean(d) - t(confidence, p + k - 1) * sqrt(V(d) * (1/K - 1/total) + V(c) * (1/k - 1/K))
 
-    k rows are seen of `total`. d is the difference of the expected rises on the K rows that something is known of, c
-    the difference of the changes on the rows seen. A candidate that was scored on all rows in an earlier step has K =
-    total: only what has changed since is uncertain. Without a past K = k, and this is the bound of a paired t-test
-    with the finite population correction. V is a moderated variance (Smyth 2004), since two or three rows often look
-    alike by chance: (p * median over runners + (k - 1) * own) / (p + k - 1), p = PRIOR_ROWS.
+    k rows are seen of `total`. d is the difference of the expected rises on the K rows that
+    something is known of, c the difference of the changes on the rows seen. A candidate that was
+    scored on all rows in an earlier step has K = total: only what has changed since is uncertain.
+    Without a past K = k, and this is the bound of a paired t-test with the finite population
+    correction. V is a moderated variance (Smyth 2004), since two or three rows often look alike by
+    chance: (p * median over runners + (k - 1) * own) / (p + k - 1), p = PRIOR_ROWS.
     """
     k = len(leader.seen)
     known = np.array([min(len(runner.expected), len(leader.expected)) for runner in others])
-    d = [runner.expected[:rows] - leader.expected[:rows] for runner, rows in zip(others, known, strict=True)]
-    c = [runner.change - leader.change for runner, rows in zip(others, known, strict=True) if rows > k]
+    d = [
+        runner.expected[:rows] - leader.expected[:rows]
+        for runner, rows in zip(others, known, strict=True)
+    ]
+    c = [
+        runner.change - leader.change
+        for runner, rows in zip(others, known, strict=True)
+        if rows > k
+    ]
     freedom = PRIOR_ROWS + k - 1
 
     def moderated(rows: Sequence[np.ndarray]) -> np.ndarray:
@@ -254,16 +285,16 @@ def race(
     standing: MaskScore | None = None,
     share: Callable[[Mask], float] = lambda unit: 1.0,
 ) -> dict[Mask, MaskScore]:
-    """Score masks on more and more rows, and drop those that are worse than the leader, or infinite. The leader sees
-    all rows.
+    """Score masks on more and more rows, and drop those that are worse than the leader, or
+    infinite. The leader sees all rows.
 
     Args:
         base: scored on the same rows, outside the race.
         past: rises of masks in an earlier step, row by row from the first row on.
-        standing: a mask with all rows, which the others run against and which cannot be dropped; without it, at least
-            one of the others sees all rows.
-        share: what a removed unit saves of the resource that prices it. Rises are compared as if all saved as much as
-            the leader.
+        standing: a mask with all rows, which the others run against and which cannot be dropped;
+            without it, at least one of the others sees all rows.
+        share: what a removed unit saves of the resource that prices it. Rises are compared as if
+            all saved as much as the leader.
     """
     past = past or {}
     known: dict[Mask, MaskScore] = {}
@@ -281,20 +312,29 @@ def race(
         if not finite:
             continue
         zero = np.array(before.row_loss)
-        runners = [Runner(np.array(s.row_loss) - zero, past.get(s.mask, np.empty(0))) for s in scores]
+        runners = [
+            Runner(np.array(s.row_loss) - zero, past.get(s.mask, np.empty(0))) for s in scores
+        ]
         if standing is not None:
             rises = np.array(standing.row_loss) - np.array(objective([base])[0].row_loss)
             runners.append(Runner(rises[:stop], rises))
-        saved = [share(mask - base) for mask in (*alive, *([standing.mask] if standing is not None else []))]
+        saved = [
+            share(mask - base)
+            for mask in (*alive, *([standing.mask] if standing is not None else []))
+        ]
         rises_now = [float(runner.expected.mean()) for runner in runners]
-        leader = int(np.argmin([price(rise, size) for rise, size in zip(rises_now, saved, strict=True)]))
+        leader = int(
+            np.argmin([price(rise, size) for rise, size in zip(rises_now, saved, strict=True)])
+        )
         per_share = rises_now[leader] > 0
         runners = [
             runner.times(saved[leader] / size if per_share else size / saved[leader])
             for runner, size in zip(runners, saved, strict=True)
         ]
         others = [i for i in range(len(runners)) if i != leader]
-        bounds = lower_bounds([runners[i] for i in others], runners[leader], objective.rows, confidence)
+        bounds = lower_bounds(
+            [runners[i] for i in others], runners[leader], objective.rows, confidence
+        )
         kept = {leader, *(i for i, bound in zip(others, bounds, strict=True) if bound <= 0)}
         alive = [mask for i, mask in enumerate(alive) if i in kept]
         if not alive:

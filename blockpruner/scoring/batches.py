@@ -11,8 +11,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows padded on the right; pads follow every real token, so causal attention never sees them. The indices are made
-    on the CPU. Boolean ones would have a device tell their number first, and wait for it."""
+    """Rows padded on the right; pads follow every real token, so causal attention never sees them.
+    The indices are made on the CPU. Boolean ones would have a device tell their number first, and
+    wait for it."""
 
     input_ids: Tensor
     """[B, T] int64."""
@@ -21,7 +22,8 @@ class Batch:
     targets: Tensor
     """[N] int64: the real tokens that are predicted and scored, row by row."""
     places: Tensor
-    """[N] int64: where they are predicted, among all B * (T - 1) positions but the last of each row."""
+    """[N] int64: where they are predicted, among all B * (T - 1) positions but the last of each
+    row."""
     counts: Tensor
     """[B] int64 on the CPU: how many of them each row has."""
     packed: Tensor | None
@@ -41,7 +43,12 @@ class Batch:
         places = is_target.flatten().nonzero()[:, 0]
         targets = ids[:, 1:].flatten()[places]
         return cls(
-            ids.to(device), is_real.to(device), targets.to(device), places.to(device), is_target.sum(dim=1), packed
+            ids.to(device),
+            is_real.to(device),
+            targets.to(device),
+            places.to(device),
+            is_target.sum(dim=1),
+            packed,
         )
 
     def repeated(self, times: int) -> Tensor | None:

@@ -1,9 +1,11 @@
-"""The scoring engine: losses of a model under many masks; the shared part of their forward passes is computed once.
+"""The scoring engine: losses of a model under many masks; the shared part of their forward passes
+is computed once.
 
-Decides the arithmetic. The decoder is walked once for all masks (`walk`), with a hidden state as the state. Each mask
-sees the same operations as in a full forward pass, so its loss is equal to rounding; a branch takes one extra hidden
-state of memory. On a GPU several masks go along at once where rows are few and short. Which masks are scored, and what
-is done with the values, is decided by the caller.
+Decides the arithmetic. The decoder is walked once for all masks (`walk`), with a hidden state as
+the state. Each mask sees the same operations as in a full forward pass, so its loss is equal to
+rounding; a branch takes one extra hidden state of memory. On a GPU several masks go along at once
+where rows are few and short. Which masks are scored, and what is done with the values, is decided
+by the caller.
 """
 
 import gc
@@ -25,19 +27,30 @@ from blockpruner.scoring.batches import Batch
 from blockpruner.scoring.forward import Forward, LayerKwargs, joined
 from blockpruner.scoring.metrics import Metric
 from blockpruner.scoring.walk import walk
-from blockpruner.scoring.work import Rows, ScoredRows, Span, Task, inner_size, live_numbers, logits_bytes, row_batches
+from blockpruner.scoring.work import (
+    Rows,
+    ScoredRows,
+    Span,
+    Task,
+    inner_size,
+    live_numbers,
+    logits_bytes,
+    row_batches,
+)
 from blockpruner.store.provenance import computing, processor
 from blockpruner.store.trials import Origin
 
 REFERENCE = Metric("reference", "", title="", formula="")
-"""In tasks that the engine gives itself: the dense model's final states are kept for losses that compare with them."""
+"""In tasks that the engine gives itself: the dense model's final states are kept for losses that
+compare with them."""
 
 DENSE_SHARE = 16
-"""The states of a reference stay on the device up to this part of its memory, in addition to the weights."""
+"""The states of a reference stay on the device up to this part of its memory, in addition to the
+weights."""
 
 WIDE_NUMBERS = 2**22
-"""On a GPU, masks are taken along at once up to so many numbers of their states. A kernel over these takes longer than
-its launch (calculated, not measured)."""
+"""On a GPU, masks are taken along at once up to so many numbers of their states. A kernel over
+these takes longer than its launch (calculated, not measured)."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +73,8 @@ class Unread:
 
 
 class Engine(Forward):
-    """Scores masks of a model, exactly. `batch_tokens` are padded tokens to a batch of rows; "auto" is 1,024 on a CPU,
-    and on a GPU what the device's memory holds, at most 65,536."""
+    """Scores masks of a model, exactly. `batch_tokens` are padded tokens to a batch of rows; "auto"
+    is 1,024 on a CPU, and on a GPU what the device's memory holds, at most 65,536."""
 
     limit: int | None
     """No batch has more tokens than this; None: the memory alone decides."""
@@ -72,11 +85,13 @@ class Engine(Forward):
     def __init__(self, model: PreTrainedModel, batch_tokens: int | str = "auto") -> None:
         super().__init__(model)
         self._set_batch_tokens(batch_tokens)
-        # the dense model's final states by row, from which its logits are made: H numbers a token, not V
+        # the dense model's final states by row, from which its logits are made: H numbers a token,
+        # not V
         self._dense: dict[tuple[int, ...], Tensor] = {}
 
     def row_batches(self, rows: Rows, span: Span) -> list[Span]:
-        """Neighbouring rows grouped so that the padded tokens of a group stay within the batch budget."""
+        """Neighbouring rows grouped so that the padded tokens of a group stay within the batch
+        budget."""
         return row_batches(rows, span, self._tokens, self.growth)
 
     @property
@@ -89,11 +104,12 @@ class Engine(Forward):
         return computing() | {"device": device, "attention": kernel, "batch_tokens": self._tokens}
 
     def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows]:
-        """Yield the values of each task, in the order in which the walk reaches them; those before an error are good.
+        """Yield the values of each task, in the order in which the walk reaches them; those before
+        an error are good.
 
-        If the rows of a task do not fit into the device's memory, its finished masks are kept and the rest is halved;
-        later batches are smaller too. Raises DeviceMemoryError if not even one row fits, and NonFiniteLossError for a
-        loss of the dense model.
+        If the rows of a task do not fit into the device's memory, its finished masks are kept and
+        the rest is halved; later batches are smaller too. Raises DeviceMemoryError if not even one
+        row fits, and NonFiniteLossError for a loss of the dense model.
         """
         waiting = list(reversed(self.referenced(tasks, rows)))
         while waiting:
@@ -134,8 +150,9 @@ class Engine(Forward):
         if len(span) == 1:
             streaming = "" if task.metric.influence else self._streaming_fix
             raise DeviceMemoryError(
-                f"one row of {longest} tokens does not fit into the device's memory beside the model ({reason}); "
-                f"lower calibration.seq_len, {streaming}or use a larger device. Trials finished before are kept"
+                f"one row of {longest} tokens does not fit into the device's memory beside the"
+                f" model ({reason}); lower calibration.seq_len, {streaming}or use a larger device."
+                " Trials finished before are kept"
             )
         self._dense = {row: states.cpu() for row, states in self._dense.items()}
         gc.collect()
@@ -159,15 +176,22 @@ class Engine(Forward):
         yield from self._values(launched, task)
 
     def _width(self, tokens: int) -> int:
-        """How many masks may go along at once with a batch of so many padded tokens. On a CPU it would move bits."""
+        """How many masks may go along at once with a batch of so many padded tokens. On a CPU it
+        would move bits."""
         most = WIDE_NUMBERS // self._model.config.hidden_size if self._on_gpu else 0
         return max(1, min(most, self._tokens) // tokens)
 
     def _added(
-        self, batch: Batch, layer_kwargs: LayerKwargs, width: int, block: BlockId, states: Sequence[Tensor]
+        self,
+        batch: Batch,
+        layer_kwargs: LayerKwargs,
+        width: int,
+        block: BlockId,
+        states: Sequence[Tensor],
     ) -> Sequence[Tensor]:
-        """What a block adds to each of some states of the batch, in one call. On a GPU a call always has `width`
-        states, the last one again and again where there are fewer: the bits may depend on their number."""
+        """What a block adds to each of some states of the batch, in one call. On a GPU a call
+        always has `width` states, the last one again and again where there are fewer: the bits may
+        depend on their number."""
         calls = [*states, *[states[-1]] * (width - len(states))] if self._on_gpu else states
         if len(calls) == 1:
             return [self._block(block, calls[0], layer_kwargs, batch.packed)]
@@ -175,8 +199,11 @@ class Engine(Forward):
         adds = self._block(block, together, layer_kwargs, batch.repeated(len(calls)))
         return torch.split(adds, len(batch.input_ids))[: len(states)]
 
-    def _launched(self, masks: Sequence[Mask], hidden: Tensor, batch: Batch, task: Task, rows: Rows) -> Unread:
-        """The losses of masks at the end of their walk; of the reference, which is kept, there are none."""
+    def _launched(
+        self, masks: Sequence[Mask], hidden: Tensor, batch: Batch, task: Task, rows: Rows
+    ) -> Unread:
+        """The losses of masks at the end of their walk; of the reference, which is kept, there are
+        none."""
         keys = [tuple(rows[i]) for i in task.span]
         states = self._final_states(hidden, batch)
         if task.metric == REFERENCE:
@@ -194,7 +221,8 @@ class Engine(Forward):
         return Unread(masks, here, batch.counts, accelerator.mark(sums.device))
 
     def _values(self, launched: Iterable[Unread], task: Task) -> Iterator[ScoredRows]:
-        """The values. A CPU computes nothing meanwhile, so there they are read at once: a kill loses what is not."""
+        """The values. A CPU computes nothing meanwhile, so there they are read at once: a kill
+        loses what is not."""
         devices = {self._device(layer) for layer in range(self.layers)}
         for unread in late(launched, len(devices)) if self._on_gpu else launched:
             values = unread.means()
@@ -202,42 +230,61 @@ class Engine(Forward):
                 yield self._finite(mask, values, task)
 
     def _finite(self, mask: Mask, values: Sequence[float], task: Task) -> ScoredRows:
-        """The values, infinite where a mask makes the model overflow: a search then never chooses it."""
+        """The values, infinite where a mask makes the model overflow: a search then never chooses
+        it."""
         of_dense = task.base == DENSE if task.metric.influence else mask == DENSE
         for offset, value in enumerate(values):
             if of_dense and not math.isfinite(value):
                 raise NonFiniteLossError(
-                    f"the loss of row {task.span[offset]} is {value} in the dense model; try a wider dtype (model."
-                    "dtype: float32), or leave the row out of the calibration set. Trials finished before are kept"
+                    f"the loss of row {task.span[offset]} is {value} in the dense model; try a"
+                    " wider dtype (model.dtype: float32), or leave the row out of the calibration"
+                    " set. Trials finished before are kept"
                 )
-        return ScoredRows(mask, task.span, tuple(value if math.isfinite(value) else math.inf for value in values))
+        return ScoredRows(
+            mask, task.span, tuple(value if math.isfinite(value) else math.inf for value in values)
+        )
 
-    def _influences(self, task: Task, hidden: Tensor, batch: Batch, layer_kwargs: LayerKwargs) -> Iterator[ScoredRows]:
+    def _influences(
+        self, task: Task, hidden: Tensor, batch: Batch, layer_kwargs: LayerKwargs
+    ) -> Iterator[ScoredRows]:
         """One pass without `task.base`; a unit is yielded after its last layer."""
         influence, wide = task.metric.compute, torch.promote_types(hidden.dtype, torch.float32)
-        units = {mask: sorted(mask - task.base, key=lambda block: (block.layer, block.order)) for mask in task.masks}
+        units = {
+            mask: sorted(mask - task.base, key=lambda block: (block.layer, block.order))
+            for mask in task.masks
+        }
         reads, adds = dict[BlockId, Tensor](), dict[BlockId, Tensor]()
         for layer in range(self.layers):
             for step in (step for step in self.steps if step[0].layer == layer):
                 kept = tuple(block for block in step if block not in task.base)
                 reads |= dict.fromkeys(kept, hidden)
-                adds |= {block: self._block(block, hidden, layer_kwargs, batch.packed) for block in kept}
+                adds |= {
+                    block: self._block(block, hidden, layer_kwargs, batch.packed) for block in kept
+                }
                 hidden = joined(hidden, [adds[block] for block in kept])
             for mask in [mask for mask, unit in units.items() if unit[-1].layer == layer]:
                 first, *others = units.pop(mask)
                 f = adds[first].to(wide)
                 for block in others:
                     f = f + adds[block].to(f)
-                yield self._finite(mask, influence(reads[first].to(f), f, batch.is_real.to(f.device)).tolist(), task)
+                yield self._finite(
+                    mask,
+                    influence(reads[first].to(f), f, batch.is_real.to(f.device)).tolist(),
+                    task,
+                )
             open_from = min((unit[0].layer for unit in units.values()), default=self.layers)
             for states in (reads, adds):  # a state is kept as long as a unit began at it
                 for block in [block for block in states if block.layer < open_from]:
                     del states[block]
 
     def _losses(self, states: Tensor, dense: Tensor | None, batch: Batch, metric: Metric) -> Tensor:
-        """The sum of each row's losses over its targets, [B] float64; logits in chunks of tokens. The states are final
-        ones of the masked and of the dense model, [N, H], the latter only where they are needed."""
-        token_loss, chunk = metric.compute, max(1, logits_bytes(self._room) // (self._head.weight.shape[0] * 4))
+        """The sum of each row's losses over its targets, [B] float64; logits in chunks of tokens.
+        The states are final ones of the masked and of the dense model, [N, H], the latter only
+        where they are needed."""
+        token_loss, chunk = (
+            metric.compute,
+            max(1, logits_bytes(self._room) // (self._head.weight.shape[0] * 4)),
+        )
         losses = []
         for start in range(0, len(states), chunk):
             part = slice(start, start + chunk)
@@ -250,11 +297,12 @@ class Engine(Forward):
         return total.view(rows, length - 1).sum(dim=1)
 
     def _set_batch_tokens(self, batch_tokens: int | str, held: int = 0) -> None:
-        """Set the padded tokens to a batch; "auto" is as many as the device holds, with so many bytes `held` by what
-        comes beside those of the weights that are there.
+        """Set the padded tokens to a batch; "auto" is as many as the device holds, with so many
+        bytes `held` by what comes beside those of the weights that are there.
 
-        What is free at the moment has no part in it: in 16 bits the batch shape moves a loss, so the same model on the
-        same kind of device always gets the same batches. Where others use the device, batches are halved (`run`).
+        What is free at the moment has no part in it: in 16 bits the batch shape moves a loss, so
+        the same model on the same kind of device always gets the same batches. Where others use the
+        device, batches are halved (`run`).
         """
         config, item = self._model.config, self._head.weight.element_size()
         self._room = max(0, room_beside(self._model, self._home) - held) if self._on_gpu else None
@@ -267,12 +315,14 @@ class Engine(Forward):
             bytes_of_token = live_numbers(config.hidden_size, inner_size(config.to_dict())) * item
             room = self._room - self._room // DENSE_SHARE - 4 * logits_bytes(self._room)
             self._batch_tokens = int(max(2048, min(65536, room // bytes_of_token)))
-            if config._attn_implementation == "eager":  # every head's map, twice, and its softmax in float32
+            # every head's map, twice, and its softmax in float32
+            if config._attn_implementation == "eager":
                 self.growth = config.num_attention_heads * (2 * item + 4) / bytes_of_token
 
 
 def late(launched: Iterable[Unread], depth: int) -> Iterator[Unread]:
-    """Each item once so many more are launched, or no more can be: so many devices, each with some layers, compute."""
+    """Each item once so many more are launched, or no more can be: so many devices, each with some
+    layers, compute."""
     held = deque[Unread]()
     try:
         for item in launched:

@@ -1,7 +1,8 @@
-"""A model's forward pass in pieces: the embedded rows, what single blocks add to the stream, final states, logits.
+"""A model's forward pass in pieces: the embedded rows, what single blocks add to the stream, final
+states, logits.
 
-Decides how each piece is computed, by the model's own modules and on their devices. In which order, and for which
-masks, is decided by those who use it (`engine`).
+Decides how each piece is computed, by the model's own modules and on their devices. In which order,
+and for which masks, is decided by those who use it (`engine`).
 """
 
 from collections.abc import Callable, Sequence
@@ -19,13 +20,13 @@ from blockpruner.scoring.batches import Batch
 from blockpruner.scoring.walk import steps_of
 
 LayerKwargs = tuple[dict[str, Any], ...]
-"""For each layer, the arguments that the family's own decoder passes to it with the hidden state, for one row: they are
-those of every row."""
+"""For each layer, the arguments that the family's own decoder passes to it with the hidden state,
+for one row: they are those of every row."""
 
 
 class Forward:
-    """The pieces of one model: a dense causal LM of a supported family, in eval mode; its layers may lie on several
-    devices."""
+    """The pieces of one model: a dense causal LM of a supported family, in eval mode; its layers
+    may lie on several devices."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         family, config = model_family(model), model.config.to_dict()
@@ -38,7 +39,8 @@ class Forward:
         self._scale: float | None = config[family.added_scale] if family.added_scale else None
         self.steps = steps_of(len(self._layers), family.is_parallel(config))
         self._on_gpu = self._home.type != "cpu"
-        # cuBLAS may else add up parts of a 16-bit product in 16 bits; when it does depends on the shape
+        # cuBLAS may else add up parts of a 16-bit product in 16 bits; when it does depends on the
+        # shape
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
@@ -54,9 +56,10 @@ class Forward:
     def _prepare(self, input_ids: Tensor) -> tuple[Tensor, LayerKwargs]:
         """Embedded rows [B, T, H], and the arguments of each layer.
 
-        Runs the family's own decoder with a recorder in place of every layer. All that the decoder does before and
-        between its layers (embedding scale, rotary tables, masks of a layer) is thus its own, not rewritten here.
-        Nothing in the arguments depends on a row's tokens, so those of one row serve any number of rows.
+        Runs the family's own decoder with a recorder in place of every layer. All that the decoder
+        does before and between its layers (embedding scale, rotary tables, masks of a layer) is
+        thus its own, not rewritten here. Nothing in the arguments depends on a row's tokens, so
+        those of one row serve any number of rows.
         """
         recorded = self._recorded(input_ids[:1])
 
@@ -65,7 +68,8 @@ class Forward:
             return tensor.to(device)
 
         layer_kwargs = tuple(
-            map_tensors(kwargs, partial(move, device=self._device(layer))) for layer, (_, kwargs) in enumerate(recorded)
+            map_tensors(kwargs, partial(move, device=self._device(layer)))
+            for layer, (_, kwargs) in enumerate(recorded)
         )
         hidden = recorded[0][0] if len(input_ids) == 1 else self._recorded(input_ids)[0][0]
         return hidden, layer_kwargs
@@ -78,9 +82,12 @@ class Forward:
             recorded.append((hidden, kwargs))
             return hidden
 
-        hooks = [layer.__dict__.get("forward") for layer in self._layers]  # accelerate's, where a device map is used
+        # accelerate's, where a device map is used
+        hooks = [layer.__dict__.get("forward") for layer in self._layers]
         for layer in self._layers:
-            layer.forward = record  # an instance attribute: shadows the class's method until deleted
+            layer.forward = (
+                record  # an instance attribute: shadows the class's method until deleted
+            )
         try:
             self._decoder(input_ids=input_ids, use_cache=False)
         finally:
@@ -90,8 +97,15 @@ class Forward:
                     layer.forward = hook
         return recorded
 
-    def _block(self, block: BlockId, hidden: Tensor, layer_kwargs: LayerKwargs, packed: Tensor | None = None) -> Tensor:
-        """What a block adds to the stream; an MLP, which sees each token alone, computes no pads if they are known."""
+    def _block(
+        self,
+        block: BlockId,
+        hidden: Tensor,
+        layer_kwargs: LayerKwargs,
+        packed: Tensor | None = None,
+    ) -> Tensor:
+        """What a block adds to the stream; an MLP, which sees each token alone, computes no pads if
+        they are known."""
         layer, branch = self._layers[block.layer], self._family.branch(block.kind)
         name, states = branch.names(layer)[0], hidden.to(self._device(block.layer))
         module = getattr(layer, name)
@@ -102,13 +116,19 @@ class Forward:
             if name == branch.module:
                 states = module(hidden_states=states, **given)[0]
             else:  # a linear attention takes no positions
-                states = module(hidden_states=states, **{k: v for k, v in given.items() if "position" not in k})
+                states = module(
+                    hidden_states=states, **{k: v for k, v in given.items() if "position" not in k}
+                )
         elif packed is None:
             states = module(states)
         else:
             flat, places = states.flatten(0, 1), packed.to(states.device)
             real = module(flat[places][None])[0]
-            states = real.new_zeros(len(flat), real.shape[-1]).index_copy(0, places, real).view(*states.shape[:2], -1)
+            states = (
+                real.new_zeros(len(flat), real.shape[-1])
+                .index_copy(0, places, real)
+                .view(*states.shape[:2], -1)
+            )
         added: Tensor = states if branch.post is None else getattr(layer, branch.post)(states)
         return added if self._scale is None else added * self._scale
 
@@ -117,7 +137,8 @@ class Forward:
         return getattr(found, "visits", None) or next(found.parameters()).device
 
     def _final_states(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """The states that the head reads where it predicts a target, row by row: [N, H] for N targets of the batch."""
+        """The states that the head reads where it predicts a target, row by row: [N, H] for N
+        targets of the batch."""
         normed: Tensor = self._norm(hidden[:, :-1].to(next(self._norm.parameters()).device))
         return normed.to(self._home).flatten(0, 1)[batch.places]
 

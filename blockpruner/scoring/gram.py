@@ -1,4 +1,5 @@
-"""X^T X of features X, summed batch by batch: half of the products, and no finer than what a model computes."""
+"""X^T X of features X, summed batch by batch: half of the products, and no finer than what a model
+computes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,13 +8,14 @@ import torch
 from torch import Tensor
 
 COLUMNS = 512
-"""Columns of X^T X that are summed at once. Those before them, which are known by symmetry, are left out."""
+"""Columns of X^T X that are summed at once. Those before them, which are known by symmetry, are
+left out."""
 
 
 @contextmanager
 def products(rough: bool) -> Iterator[None]:
-    """Within, products of float32 may round what they multiply to 16 bits, and add up in float32, where that is faster:
-    features that a model has computed in 16 bits have no more."""
+    """Within, products of float32 may round what they multiply to 16 bits, and add up in float32,
+    where that is faster: features that a model has computed in 16 bits have no more."""
     if not rough:
         yield
         return
@@ -40,9 +42,12 @@ def symmetric_(gram: Tensor) -> Tensor:
     return gram
 
 
-def factor(gram: Tensor, strength: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, bool]:
-    """The Cholesky factor of X^T X + s mean(diag(X^T X)), and whether the dtype was too narrow for it. In place: by
-    columns, as the library wants it, so that no more than the factor itself is held."""
+def factor(
+    gram: Tensor, strength: float, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, bool]:
+    """The Cholesky factor of X^T X + s mean(diag(X^T X)), and whether the dtype was too narrow for
+    it. In place: by columns, as the library wants it, so that no more than the factor itself is
+    held."""
     found = gram.to(dtype, copy=True).mT
     found.diagonal().add_(strength * found.diagonal().mean())
     failed = torch.zeros((), dtype=torch.int32, device=found.device)

@@ -1,7 +1,8 @@
-"""Objectives: the number that a search minimises, taken from the trial store, and from the model only where it must.
+"""Objectives: the number that a search minimises, taken from the trial store, and from the model
+only where it must.
 
-Decides what a score is made of (a metric over the calibration rows, of one origin) and which trials must be computed. A
-search calls an `Objective`; it knows neither store nor model.
+Decides what a score is made of (a metric over the calibration rows, of one origin) and which trials
+must be computed. A search calls an `Objective`; it knows neither store nor model.
 """
 
 from __future__ import annotations
@@ -39,14 +40,15 @@ class MaskScore:
         return math.fsum(self.row_loss) / len(self.row_loss) if self.row_loss else math.nan
 
     def rise_over(self, other: MaskScore, most: int | None = None) -> float:
-        """How much more the loss is than another mask's, on the first rows that both were scored on, at most `most`."""
+        """How much more the loss is than another mask's, on the first rows that both were scored
+        on, at most `most`."""
         rows = min(self.rows_used, other.rows_used, most or self.rows_used)
         return (math.fsum(self.row_loss[:rows]) - math.fsum(other.row_loss[:rows])) / rows
 
     @property
     def perplexity(self) -> float:
-        """exp(mean over rows of the row's mean NLL), as in the public code of arXiv 2406.10594; the loss must be the
-        NLL."""
+        """exp(mean over rows of the row's mean NLL), as in the public code of arXiv 2406.10594; the
+        loss must be the NLL."""
         return perplexity(self.loss)
 
     @property
@@ -82,19 +84,25 @@ class Counts:
 
     @property
     def step(self) -> tuple[int, int, float]:
-        return self.timed, self.trials_computed + self.trials_reused - self.timed, round(self.spent, 2)
+        return (
+            self.timed,
+            self.trials_computed + self.trials_reused - self.timed,
+            round(self.spent, 2),
+        )
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(**{name: value + getattr(other, name) for name, value in vars(self).items()})
 
 
 class OriginChangedError(Exception):
-    """In 16 bits, what is computed next comes from another origin than what it would be compared with."""
+    """In 16 bits, what is computed next comes from another origin than what it would be compared
+    with."""
 
 
 class Objective:
-    """A metric of a masked model on the calibration set, from losses of one origin. The scorer, which its owner closes,
-    is asked only for what the store does not know. An influence scores what a mask removes beyond a base."""
+    """A metric of a masked model on the calibration set, from losses of one origin. The scorer,
+    which its owner closes, is asked only for what the store does not know. An influence scores what
+    a mask removes beyond a base."""
 
     def __init__(
         self,
@@ -129,16 +137,23 @@ class Objective:
         """Where its losses come from."""
         return self._store.origin
 
-    def __call__(self, masks: Sequence[Mask], rows: int | None = None, base: Mask = DENSE) -> list[MaskScore]:
-        """Score masks, in the order given; compute what the store lacks. In 16 bits it may raise an OriginChangedError,
-        see `in_one_origin`.
+    def __call__(
+        self, masks: Sequence[Mask], rows: int | None = None, base: Mask = DENSE
+    ) -> list[MaskScore]:
+        """Score masks, in the order given; compute what the store lacks. In 16 bits it may raise an
+        OriginChangedError, see `in_one_origin`.
 
         Args:
             rows: how many of the first rows; None is all.
-            base: what is removed before an influence is taken; the base itself has no influence, so no rows.
+            base: what is removed before an influence is taken; the base itself has no influence, so
+                no rows.
         """
         wanted = self.rows if rows is None else rows
-        keys = {mask: self._key(mask, base) for mask in masks if not self.metric.influence or mask != base}
+        keys = {
+            mask: self._key(mask, base)
+            for mask in masks
+            if not self.metric.influence or mask != base
+        }
         for key in keys.values():
             if key not in self._asked:
                 self._asked.add(key)
@@ -153,7 +168,8 @@ class Objective:
         return [MaskScore(mask, losses.get(mask, ()), self.rows) for mask in masks]
 
     def _missing(self, keys: Mapping[Mask, str], rows: int) -> dict[Span, list[Mask]]:
-        """The masks by the rows that are to be computed, shorter rows first, so that batches need few pads."""
+        """The masks by the rows that are to be computed, shorter rows first, so that batches need
+        few pads."""
         missing: dict[Span, list[Mask]] = {}
         by_length = sorted(range(rows), key=lambda row: (len(self._calibration.rows[row]), row))
         for mask, key in keys.items():
@@ -199,15 +215,21 @@ class Objective:
     def _require_origin(self) -> None:
         before = self.origin
         if before and (now := self._scorer.origin()) != before:
-            changes = (f"{name} {now[name]}, before {before[name]}" for name in before if now[name] != before[name])
+            changes = (
+                f"{name} {now[name]}, before {before[name]}"
+                for name in before
+                if now[name] != before[name]
+            )
             raise OriginChangedError(
-                f"losses in 16 bits now come from another origin ({', '.join(changes)}), and are not mixed with those "
-                "before: the search begins again, over what is known of this origin"
+                f"losses in 16 bits now come from another origin ({', '.join(changes)}), and are"
+                " not mixed with those before: the search begins again, over what is known of this"
+                " origin"
             )
 
 
 def in_one_origin(work: Callable[[], T], observer: Observer) -> T:
-    """What some work over new objectives finds; it begins again where the origin of 16-bit losses has changed."""
+    """What some work over new objectives finds; it begins again where the origin of 16-bit losses
+    has changed."""
     while True:
         try:
             return work()

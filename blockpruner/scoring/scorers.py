@@ -1,6 +1,8 @@
-"""Where scoring runs: in memory or streamed from disk in this process, or on Ray workers that each hold a replica.
+"""Where scoring runs: in memory or streamed from disk in this process, or on Ray workers that each
+hold a replica.
 
-Decides when a model is loaded, and how a scorer is made from the `runtime` settings. Torch is loaded with the model.
+Decides when a model is loaded, and how a scorer is made from the `runtime` settings. Torch is
+loaded with the model.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -47,8 +49,8 @@ def make_scorer(
     advance: Callable[[int, int, str], object] = lambda done, total, detail: None,
     memory: int | None = None,
 ) -> Scorer:
-    """Load a checkpoint for scoring. `note` receives lines of information from Ray workers; for a model that is
-    streamed here, `advance` and `memory` are as in `StreamingEngine`."""
+    """Load a checkpoint for scoring. `note` receives lines of information from Ray workers; for a
+    model that is streamed here, `advance` and `memory` are as in `StreamingEngine`."""
     if runtime.executor == "ray":
         from blockpruner.scoring.large.ray import RayScorer
 
@@ -60,9 +62,15 @@ def make_scorer(
         from blockpruner.scoring.large.streaming import StreamingEngine
 
         return StreamingEngine(
-            checkpoint, dtype, device=runtime.device, batch_tokens=runtime.batch_tokens, attention=runtime.attention,
-            trust_remote_code=trust_remote_code, advance=advance, memory=memory,
-        )  # fmt: skip
+            checkpoint,
+            dtype,
+            device=runtime.device,
+            batch_tokens=runtime.batch_tokens,
+            attention=runtime.attention,
+            trust_remote_code=trust_remote_code,
+            advance=advance,
+            memory=memory,
+        )
     from blockpruner.scoring.engine import Engine
 
     model = load_model(checkpoint, dtype, runtime.device, trust_remote_code, runtime.attention)

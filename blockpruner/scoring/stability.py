@@ -1,7 +1,7 @@
 """How firmly calibration rows decide a choice among candidates.
 
-Decides which candidates count as rivals of the chosen one, and how rows are resampled. All it needs are the losses of
-single rows, which every search leaves in its tables.
+Decides which candidates count as rivals of the chosen one, and how rows are resampled. All it needs
+are the losses of single rows, which every search leaves in its tables.
 """
 
 import math
@@ -18,7 +18,8 @@ LEVEL = 0.95
 """The level of the interval that separates two candidates."""
 
 RESAMPLES = 2000
-"""The standard error of a share is then at most 1.1 points. The draws are the same in every step and every run."""
+"""The standard error of a share is then at most 1.1 points. The draws are the same in every step
+and every run."""
 
 ROUNDING = 1e-12
 """Equal losses may differ by less than this."""
@@ -29,21 +30,25 @@ class Stability:
     """What other calibration rows might have chosen in one step of a search."""
 
     rivals: tuple[Mask, ...]
-    """Those of them that cannot be told from the chosen one: 0 is in the 95 % interval of the paired t test."""
+    """Those of them that cannot be told from the chosen one: 0 is in the 95 % interval of the
+    paired t test."""
     kept: float
-    """In which share of resampled row sets, of as many rows, the chosen candidate has the lowest loss again."""
+    """In which share of resampled row sets, of as many rows, the chosen candidate has the lowest
+    loss again."""
 
 
 def stability(losses: Mapping[Mask, Sequence[float]], chosen: Mask) -> Stability | None:
-    """Compare the chosen candidate with the others. None where the rows tell nothing: there is one, there is nothing to
-    compare, or something else than the lowest loss of these rows was chosen.
+    """Compare the chosen candidate with the others. None where the rows tell nothing: there is one,
+    there is nothing to compare, or something else than the lowest loss of these rows was chosen.
 
         d = l_other - l_chosen, row by row; a rival has mean(d) <= t[n-1, 0.975] sd(d) / sqrt(n)
 
-    The losses are of each candidate on the first rows, in the order of ties. Those with the most rows are compared, on
-    the rows that they share with the chosen one. One that is infinite is not."""
+    The losses are of each candidate on the first rows, in the order of ties. Those with the most
+    rows are compared, on the rows that they share with the chosen one. One that is infinite is
+    not."""
     rows = min(
-        len(losses.get(chosen, ())), max((len(own) for mask, own in losses.items() if mask != chosen), default=0)
+        len(losses.get(chosen, ())),
+        max((len(own) for mask, own in losses.items() if mask != chosen), default=0),
     )
     shared = [mask for mask, own in losses.items() if len(own) >= rows and math.inf not in own]
     if rows < 2 or chosen not in shared:
@@ -55,7 +60,11 @@ def stability(losses: Mapping[Mask, Sequence[float]], chosen: Mask) -> Stability
         return None
     close = means <= special.stdtrit(rows - 1, (1 + LEVEL) / 2) * errors + ROUNDING
     return Stability(
-        rivals=tuple(mask for mask, is_close in zip(shared, close, strict=True) if is_close and mask != chosen),
+        rivals=tuple(
+            mask
+            for mask, is_close in zip(shared, close, strict=True)
+            if is_close and mask != chosen
+        ),
         kept=float(np.mean((_counts(rows) @ d.T / rows).argmin(axis=1) == shared.index(chosen))),
     )
 

@@ -1,10 +1,12 @@
-"""The residual streams of the dense and of pruned models over the same rows, moved on together, stop by stop.
+"""The residual streams of the dense and of pruned models over the same rows, moved on together,
+stop by stop.
 
-Decides where they are compared, and what a kept block reads and writes there. All run on one copy of the model: the
-dense stream passes a block before the block's weights change, and the new weights are then put aside. Pruned models
-are one stream, with one stream, up to the first difference of their cuts. So the dense model is used layer by layer,
-once, for any number of pruned ones. The rows' states (a number of float32 for each token, column and stream) stay on
-the model's device where it has the room, else in the host's memory.
+Decides where they are compared, and what a kept block reads and writes there. All run on one copy
+of the model: the dense stream passes a block before the block's weights change, and the new weights
+are then put aside. Pruned models are one stream, with one stream, up to the first difference of
+their cuts. So the dense model is used layer by layer, once, for any number of pruned ones. The
+rows' states (a number of float32 for each token, column and stream) stay on the model's device
+where it has the room, else in the host's memory.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class Stop:
-    """A place in the model: kept blocks that read the same state, and what is removed up to the next kept one."""
+    """A place in the model: kept blocks that read the same state, and what is removed up to the
+    next kept one."""
 
     kept: Step
     hole: tuple[Step, ...]
@@ -55,7 +58,8 @@ class Stream:
     states: Sequence[Tensor]
     """Their stream, batch by batch."""
     stop: Stop = Stop((), ())
-    """Where they are. The first stop has no kept block; its hole is what is removed before any is kept."""
+    """Where they are. The first stop has no kept block; its hole is what is removed before any is
+    kept."""
     is_behind: bool = False
     """Whether something is removed up to here."""
     weights: Mapping[Tensor, Tensor] = field(default_factory=dict)
@@ -72,9 +76,10 @@ class Stream:
 
 
 class Streams(Engine):
-    """The streams of some rows, float32 or wider, batch by batch; and the dense model's weights, which may be changed:
-    those of a stop's kept blocks once the stop is reached, and not before. To the first `fitted` rows something is
-    fitted, and the others are held out; there will be so many `pruned` models."""
+    """The streams of some rows, float32 or wider, batch by batch; and the dense model's weights,
+    which may be changed: those of a stop's kept blocks once the stop is reached, and not before. To
+    the first `fitted` rows something is fitted, and the others are held out; there will be so many
+    `pruned` models."""
 
     def __init__(self, model: PreTrainedModel, rows: Rows, fitted: int, pruned: int = 1) -> None:
         super().__init__(model)
@@ -90,14 +95,18 @@ class Streams(Engine):
         prepared = [self._prepare(batch.input_ids) for batch in self._batches]
         self._kwargs = [kwargs for _, kwargs in prepared]
         rest = self._resting_place(sum(batch.input_ids.numel() for batch in self._batches), pruned)
-        self.dense = [states.to(rest, torch.promote_types(states.dtype, torch.float32)) for states, _ in prepared]
+        self.dense = [
+            states.to(rest, torch.promote_types(states.dtype, torch.float32))
+            for states, _ in prepared
+        ]
         self._first = {number: self.dense[number] for number in self.held_out}
         self.old: dict[Tensor, Tensor] = {}
         """The former values of the weights that are changed at present."""
 
     def walk(self, cuts: Mapping[str, Cut]) -> Iterator[Stream]:
-        """The streams of pruned models, each at all its stops in order. There the dense stream is behind kept blocks
-        and hole, and the pruned one before the kept blocks; the caller moves it on."""
+        """The streams of pruned models, each at all its stops in order. There the dense stream is
+        behind kept blocks and hole, and the pruned one before the kept blocks; the caller moves it
+        on."""
         streams = [Stream(cuts, self.dense)]
         for step in self.steps:
             arrived = [part for stream in streams for part in stream.parted(partial(_keeps, step))]
@@ -112,13 +121,20 @@ class Streams(Engine):
                     last = Stop(blocks, (), narrow) if kept else part.stop
                     part.stop = replace(last, hole=(*last.hole, gone) if gone else last.hole)
                     streams.append(part)
-            self.dense = [self.behind(step, state, number) for number, state in enumerate(self.dense)]
+            self.dense = [
+                self.behind(step, state, number) for number, state in enumerate(self.dense)
+            ]
         yield from streams
 
-    def final_states(self, block: BlockId | None, states: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """What the head reads of the rows that are held out, from states behind a block on, by the number of the batch;
-        None: before the first block."""
-        ahead, found = 1 + next((n for n, step in enumerate(self.steps) if block in step), -1), dict[int, Tensor]()
+    def final_states(
+        self, block: BlockId | None, states: Mapping[int, Tensor]
+    ) -> dict[int, Tensor]:
+        """What the head reads of the rows that are held out, from states behind a block on, by the
+        number of the batch; None: before the first block."""
+        ahead, found = (
+            1 + next((n for n, step in enumerate(self.steps) if block in step), -1),
+            dict[int, Tensor](),
+        )
         for number in self.held_out:
             state = states[number]
             for step in self.steps[ahead:]:
@@ -127,11 +143,16 @@ class Streams(Engine):
         return found
 
     def ends(self, mask: Mask) -> dict[int, Tensor]:
-        """The states behind the last block of the rows that are held out, in the model as it is without some blocks."""
+        """The states behind the last block of the rows that are held out, in the model as it is
+        without some blocks."""
         found = dict(self._first)
         for step in self.steps:
             kept = tuple(block for block in step if block not in mask)
-            found = {number: self.behind(kept, state, number) for number, state in found.items()} if kept else found
+            found = (
+                {number: self.behind(kept, state, number) for number, state in found.items()}
+                if kept
+                else found
+            )
         return found
 
     def losses(self, states: Mapping[int, Tensor]) -> list[float]:
@@ -147,11 +168,18 @@ class Streams(Engine):
         """The logits of one of so many predictions, from `final_states`."""
         return {number: self._logits(finals[number][::every]) for number in self.held_out}
 
-    def divergence(self, finals: Mapping[int, Tensor], dense: Mapping[int, Tensor], every: int) -> float:
-        """The mean KL divergence of `predictions` from the dense model's, which are anywhere, in nats."""
+    def divergence(
+        self, finals: Mapping[int, Tensor], dense: Mapping[int, Tensor], every: int
+    ) -> float:
+        """The mean KL divergence of `predictions` from the dense model's, which are anywhere, in
+        nats."""
         found = list[Tensor]()
         for number, ours in self.predictions(finals, every).items():
-            found.append(METRICS["kl"].compute(ours, self._batches[number].targets[::every], dense[number].to(ours)))
+            found.append(
+                METRICS["kl"].compute(
+                    ours, self._batches[number].targets[::every], dense[number].to(ours)
+                )
+            )
         return float(torch.cat(found).double().mean())
 
     def at_real(self, number: int, states: Tensor) -> Tensor:
@@ -161,7 +189,11 @@ class Streams(Engine):
 
     def put_aside_(self) -> dict[Tensor, Tensor]:
         """Give the weights their former values back; returns the new ones, on the host."""
-        new = {weight: weight.clone().cpu() for weight, old in self.old.items() if not weight.cpu().equal(old)}
+        new = {
+            weight: weight.clone().cpu()
+            for weight, old in self.old.items()
+            if not weight.cpu().equal(old)
+        }
         for weight, value in self.old.items():
             weight.copy_(value)
         self.old = {}
@@ -179,8 +211,9 @@ class Streams(Engine):
         return self._block(block, self._read(state), self._kwargs[number]).to(state)
 
     def written(self, block: BlockId, state: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """What the writer of a block reads where the block reads a state of a batch, [B, T, p] (no column without a
-        writer) and of the model's dtype, and what its module gives, before a norm behind it, [B, T, d]."""
+        """What the writer of a block reads where the block reads a state of a batch, [B, T, p] (no
+        column without a writer) and of the model's dtype, and what its module gives, before a norm
+        behind it, [B, T, d]."""
         found: list[Tensor] = []
 
         def note(module: nn.Module, given: Any, out: Tensor | tuple[Tensor, ...]) -> None:
@@ -189,13 +222,16 @@ class Streams(Engine):
         with ExitStack() as hooks:
             hooks.enter_context(self._module(block).register_forward_hook(note))
             if (writer := self.writer(block)) is not None:
-                hooks.enter_context(writer.register_forward_pre_hook(lambda _, given: found.append(given[0])))
+                hooks.enter_context(
+                    writer.register_forward_pre_hook(lambda _, given: found.append(given[0]))
+                )
             self._block(block, self._read(state), self._kwargs[number])
         *reads, gives = found
         return (reads[0] if reads else gives[..., :0]).to(state.device), gives.to(state)
 
     def added(self, block: BlockId, gives: Tensor) -> Tensor:
-        """What a block adds to the stream if its module gives this; some families have a norm or a factor between."""
+        """What a block adds to the stream if its module gives this; some families have a norm or a
+        factor between."""
         norm = self.norm_behind(block)
         return self.scaled(gives if norm is None else norm(self._read(gives)).to(gives))
 
@@ -213,11 +249,13 @@ class Streams(Engine):
         return states.to(gives)
 
     def gain(self, block: BlockId) -> Tensor:
-        """What the norm behind a module multiplies the columns of a state of unit size with, [d]. A weight is a gain,
-        or 1 less than it: both change alike."""
+        """What the norm behind a module multiplies the columns of a state of unit size with, [d]. A
+        weight is a gain, or 1 less than it: both change alike."""
         norm, state = self.norm_behind(block), self.dense[0]
         assert norm is not None
-        gain: Tensor = norm(torch.ones_like(state[0, 0], device=norm.get_parameter("weight").device))
+        gain: Tensor = norm(
+            torch.ones_like(state[0, 0], device=norm.get_parameter("weight").device)
+        )
         return gain.to(state)
 
     def writer(self, block: BlockId) -> nn.Linear | None:
@@ -251,14 +289,22 @@ class Streams(Engine):
             self.change_(weight, weight * is_kept.to(weight))
 
     def _resting_place(self, tokens: int, pruned: int) -> torch.device:
-        """Where states stay: of each stream, once more as they move on, and what the writers of a stop read."""
+        """Where states stay: of each stream, once more as they move on, and what the writers of a
+        stop read."""
         if self._room is None:
             return self._home
         config, item = self._model.config, self._head.weight.element_size()
-        hidden, inner = config.hidden_size, max(inner_size(config.to_dict()), 2 * config.hidden_size)
+        hidden, inner = (
+            config.hidden_size,
+            max(inner_size(config.to_dict()), 2 * config.hidden_size),
+        )
         states = tokens * (4 * hidden * (pruned + 3) + item * inner)
         batch = self._tokens * live_numbers(hidden, inner) * item
-        return self._home if states + batch + sums_bytes(inner, hidden) <= self._room else torch.device("cpu")
+        return (
+            self._home
+            if states + batch + sums_bytes(inner, hidden) <= self._room
+            else torch.device("cpu")
+        )
 
     def _module(self, block: BlockId) -> nn.Module:
         layer = self._layers[block.layer]

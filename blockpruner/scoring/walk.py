@@ -8,11 +8,12 @@ Masks that agree on all steps so far share one state. Where they part, the walk 
 
 A greedy iteration over n live blocks then takes n + n(n-1)/2 runs of a block instead of n(n-1).
 
-A walk of `width` w takes the next w masks along at once: a block runs over all their states in one call. The masks
-behind them wait with the state that they share. So at most w states are under way, and one more waits for each branch
-that leads to them; with w = 1 the walk is depth first.
+A walk of `width` w takes the next w masks along at once: a block runs over all their states in one
+call. The masks behind them wait with the state that they share. So at most w states are under way,
+and one more waits for each branch that leads to them; with w = 1 the walk is depth first.
 
-What a state is, the caller decides: the engine walks with hidden states, counting walks with none. No torch here.
+What a state is, the caller decides: the engine walks with hidden states, counting walks with none.
+No torch here.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,8 @@ from typing import Generic, TypeVar
 from blockpruner.core.blocks import BlockId, BlockKind, Mask
 
 Step = tuple[BlockId, ...]
-"""Blocks that read the same state: one block, or a whole layer where MHA and MLP both read the layer's input."""
+"""Blocks that read the same state: one block, or a whole layer where MHA and MLP both read the
+layer's input."""
 
 State = TypeVar("State")
 
@@ -52,10 +54,15 @@ class _Node(Generic[State]):
 
 
 def walk(
-    steps: Sequence[Step], masks: Sequence[Mask], state: State, run: RunBlock[State], join: Join[State], width: int = 1
+    steps: Sequence[Step],
+    masks: Sequence[Mask],
+    state: State,
+    run: RunBlock[State],
+    join: Join[State],
+    width: int = 1,
 ) -> Iterator[tuple[Sequence[Mask], State]]:
-    """Yield the masks that agree on all steps, with their state after them, group by group. Masks that keep fewer
-    blocks of a step come first; `width` masks go along at once."""
+    """Yield the masks that agree on all steps, with their state after them, group by group. Masks
+    that keep fewer blocks of a step come first; `width` masks go along at once."""
     ordered = sorted(masks, key=lambda mask: [_place(step, mask) for step in steps])
     waiting = [(0, _Node(ordered, state))]
     while waiting:
@@ -89,20 +96,32 @@ def _along(pieces: Sequence[_Node[State]], width: int) -> int:
     return sum(count < width for count in islice(before, len(pieces)))
 
 
-def _behind(step: Step, pieces: Sequence[_Node[State]], run: RunBlock[State], join: Join[State]) -> list[_Node[State]]:
+def _behind(
+    step: Step, pieces: Sequence[_Node[State]], run: RunBlock[State], join: Join[State]
+) -> list[_Node[State]]:
     """The pieces after their step."""
     kept = [[block for block in step if block not in piece.masks[0]] for piece in pieces]
     for block in step:
-        asking = {id(p.added): p for p, own in zip(pieces, kept, strict=True) if block in own and block not in p.added}
+        asking = {
+            id(p.added): p
+            for p, own in zip(pieces, kept, strict=True)
+            if block in own and block not in p.added
+        }
         if asking:
             found = run(block, [piece.state for piece in asking.values()])
             for piece, adds in zip(asking.values(), found, strict=True):
                 piece.added[block] = adds
-    return [_Node(p.masks, join(p.state, [p.added[b] for b in own])) for p, own in zip(pieces, kept, strict=True)]
+    return [
+        _Node(p.masks, join(p.state, [p.added[b] for b in own]))
+        for p, own in zip(pieces, kept, strict=True)
+    ]
 
 
-def runs(steps: Sequence[Step], masks: Sequence[Mask]) -> Iterator[tuple[Sequence[Mask], list[BlockId]]]:
-    """The groups of a walk, each with the blocks that the walk runs after the group before; nothing is computed."""
+def runs(
+    steps: Sequence[Step], masks: Sequence[Mask]
+) -> Iterator[tuple[Sequence[Mask], list[BlockId]]]:
+    """The groups of a walk, each with the blocks that the walk runs after the group before; nothing
+    is computed."""
     ran: list[BlockId] = []
 
     def run(block: BlockId, states: Sequence[None]) -> Sequence[None]:

@@ -1,7 +1,7 @@
 """The work of scoring as values: what a scorer is asked, what it answers, and what a scorer is.
 
-A piece of an answer, which is logged at once, is some rows of one mask. Which rows go together is decided here: it
-moves no loss by more than rounding. How it is computed is decided elsewhere: in
+A piece of an answer, which is logged at once, is some rows of one mask. Which rows go together is
+decided here: it moves no loss by more than rounding. How it is computed is decided elsewhere: in
 memory (`engine`), streamed from disk, or on many workers. No torch here.
 """
 
@@ -15,8 +15,8 @@ from blockpruner.scoring.metrics import NLL, Metric
 from blockpruner.store.trials import Origin
 
 Rows = Sequence[Sequence[int]]
-"""Token rows. Rows of different lengths are padded on the right within a batch. A negative number is a token that is
-given but not scored: the bitwise complement of its id."""
+"""Token rows. Rows of different lengths are padded on the right within a batch. A negative number
+is a token that is given but not scored: the bitwise complement of its id."""
 
 Span = range | tuple[int, ...]
 """Rows by their numbers: a range where they follow each other, else in any order."""
@@ -41,8 +41,8 @@ LOGITS_BYTES = 64 * 2**20
 
 
 def logits_bytes(room: int | None) -> int:
-    """`LOGITS_BYTES`, and on a device with so much room more: the head's weights are read anew for each chunk. JS
-    divergence holds eight tensors of this size at once."""
+    """`LOGITS_BYTES`, and on a device with so much room more: the head's weights are read anew for
+    each chunk. JS divergence holds eight tensors of this size at once."""
     return LOGITS_BYTES if room is None else max(LOGITS_BYTES, min(2**30, room // 16))
 
 
@@ -52,27 +52,41 @@ def live_numbers(hidden: int, inner: int) -> int:
 
 
 def sums_bytes(width: int, hidden: int, has_gains: bool = False) -> int:
-    """What a fit of a matrix [hidden, width] holds at most: sums in float32, a factor in float64 (with gains an
-    eigendecomposition in float32 and its workspace), and solutions."""
+    """What a fit of a matrix [hidden, width] holds at most: sums in float32, a factor in float64
+    (with gains an eigendecomposition in float32 and its workspace), and solutions."""
     return (20 if has_gains else 12) * width * width + 16 * width * hidden
 
 
 def widths_bytes(width: int, hidden: int) -> int:
-    """What costs of narrower MLPs take at most: sums in float32, an inverse in float64 and its workspace."""
+    """What costs of narrower MLPs take at most: sums in float32, an inverse in float64 and its
+    workspace."""
     return 21 * width * width + 24 * width * hidden
 
 
 def fit_bytes(config: Config, dtype: str, visits: bool = False) -> int:
-    """The least memory of a device on which writers are fitted; with `visits`, only one layer is there at a time."""
-    family, item, hidden = FAMILIES[str(config["model_type"])], BYTES[dtype], int(config["hidden_size"])
+    """The least memory of a device on which writers are fitted; with `visits`, only one layer is
+    there at a time."""
+    family, item, hidden = (
+        FAMILIES[str(config["model_type"])],
+        BYTES[dtype],
+        int(config["hidden_size"]),
+    )
     costs, inner = count_parameters(config), inner_size(config)
     heads, _, head = attention_heads({**family.defaults, **config})
-    linear = int(config.get("linear_num_value_heads", 0)) * int(config.get("linear_value_head_dim", 0))
+    linear = int(config.get("linear_num_value_heads", 0)) * int(
+        config.get("linear_value_head_dim", 0)
+    )
     mha, mlp = max(heads * head, linear), inner if family.has_one_mlp else 0
     width = mha + mlp if family.is_parallel(config) else max(mha, mlp)
-    sums = sums_bytes(width, hidden, family.mlp.post is not None) + 4 * HELD_OUT * (width + 2 * hidden)
+    sums = sums_bytes(width, hidden, family.mlp.post is not None) + 4 * HELD_OUT * (
+        width + 2 * hidden
+    )
     in_layers = sum(costs.blocks.values())
-    there = costs.total - in_layers * (1 - 1 / int(config["num_hidden_layers"])) if visits else costs.total
+    there = (
+        costs.total - in_layers * (1 - 1 / int(config["num_hidden_layers"]))
+        if visits
+        else costs.total
+    )
     return round(there * item) + batch_bytes(config, dtype) + sums
 
 
@@ -84,16 +98,19 @@ def batch_bytes(config: Config, dtype: str) -> int:
 
 def inner_size(config: Config) -> int:
     """The width of an MLP; of a mixture's experts, of all that a token goes to."""
-    own, experts = int(config.get("intermediate_size") or 0), int(config.get("num_experts_per_tok") or 0)
+    own, experts = (
+        int(config.get("intermediate_size") or 0),
+        int(config.get("num_experts_per_tok") or 0),
+    )
     expert = int(config.get("moe_intermediate_size") or own)
     shared = int(config.get("shared_expert_intermediate_size") or 0)
     return max(own, experts * expert + shared) or 4 * int(config["hidden_size"])
 
 
 def row_batches(rows: Rows, span: Span, most: int, growth: float = 0.0) -> list[Span]:
-    """Neighbours grouped so that a group has at most so many padded tokens, and pads do not outweigh what is real; a
-    longer row is a group of its own. `growth` is how much more memory a token takes for each token of its row, where
-    attention keeps every head's map."""
+    """Neighbours grouped so that a group has at most so many padded tokens, and pads do not
+    outweigh what is real; a longer row is a group of its own. `growth` is how much more memory a
+    token takes for each token of its row, where attention keeps every head's map."""
     batches: list[Span] = []
     start, longest, real = 0, 0, 0
     for place, row in enumerate(span):
@@ -139,10 +156,12 @@ class Scorer(Protocol):
         """The rows of `span` grouped into batches, in their order."""
 
     def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows]:
-        """Yield the values of the tasks as soon as they are known; those of a mask may come in several parts."""
+        """Yield the values of the tasks as soon as they are known; those of a mask may come in
+        several parts."""
 
     def origin(self) -> Origin:
-        """Where the next values come from; another one once batches are halved for lack of memory."""
+        """Where the next values come from; another one once batches are halved for lack of
+        memory."""
 
     def close(self) -> None:
         """Give back workers and files."""

@@ -1,7 +1,8 @@
 """Beam search: greedy that keeps several masks of a step, and extends each of them.
 
-Of all masks with one removal more, those stay whose rise of the loss is the lowest for what they remove. One mask kept
-is greedy with that price. Masks that remove as much as the goal are not extended; the best of them is the answer.
+Of all masks with one removal more, those stay whose rise of the loss is the lowest for what they
+remove. One mask kept is greedy with that price. Masks that remove as much as the goal are not
+extended; the best of them is the answer.
 """
 
 from collections.abc import Iterator
@@ -26,14 +27,16 @@ class BeamOptions(PricedOptions):
 
 
 def beam(problem: Problem, options: BeamOptions) -> Iterator[Iteration]:
-    """Yield an iteration for each step, whose choice is its best mask, and one in which all masks that meet the goal
-    compete."""
+    """Yield an iteration for each step, whose choice is its best mask, and one in which all masks
+    that meet the goal compete."""
     goal, costs = Space(problem.units, goal_of_problem(problem)).goal, costs_of(problem, options)
     order, most = unit_order(problem.units), goal.wanted + goal.tolerance + 1e-12
     (dense,) = problem.ask([DENSE])
     bases, met, index = [dense], dict[Mask, MaskScore](), 0
     while bases:
-        masks = {base.mask | unit for base in bases for unit in problem.units if not unit <= base.mask}
+        masks = {
+            base.mask | unit for base in bases for unit in problem.units if not unit <= base.mask
+        }
         wider = sorted((mask for mask in masks if goal.share(mask) <= most), key=order)
         if not wider:
             break

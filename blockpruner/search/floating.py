@@ -1,13 +1,15 @@
-"""Floating search: greedy that goes back. After each removal it takes swaps and restorations as long as they help.
+"""Floating search: greedy that goes back. After each removal it takes swaps and restorations as
+long as they help.
 
-Sequential floating selection (Pudil et al., 1994) with prices. A forward step is greedy's. Then units are swapped while
-that lowers the loss, and the mask stays as near to the amount of the resource that the forward step reached as masks of
-one budget are. A unit is restored if the mask is then better than every known one that removes as much. Of every amount
-the best known mask is the one to go on from.
+Sequential floating selection (Pudil et al., 1994) with prices. A forward step is greedy's. Then
+units are swapped while that lowers the loss, and the mask stays as near to the amount of the
+resource that the forward step reached as masks of one budget are. A unit is restored if the mask is
+then better than every known one that removes as much. Of every amount the best known mask is the
+one to go on from.
 
-A surrogate of all losses that the search has asked for ranks swaps and restorations, and those compete that it does not
-call worse by much more than it is used to err. A walk depends on its budget in its last steps only, so several budgets
-share most of their trials.
+A surrogate of all losses that the search has asked for ranks swaps and restorations, and those
+compete that it does not call worse by much more than it is used to err. A walk depends on its
+budget in its last steps only, so several budgets share most of their trials.
 """
 
 import math
@@ -29,22 +31,25 @@ from blockpruner.search.space import Space, by_prediction, goal_of_problem, near
 from blockpruner.search.surrogate import Surrogate, fit
 
 SLACK, RECENT = 2.0, 32
-"""A move is scored if the surrogate does not call it worse by more than SLACK times its median error of late."""
+"""A move is scored if the surrogate does not call it worse by more than SLACK times its median
+error of late."""
 
 POOL = 1000
-"""How many swaps the surrogate ranks: those with the lowest sum of the effects of their single changes."""
+"""How many swaps the surrogate ranks: those with the lowest sum of the effects of their single
+changes."""
 
 
 class FloatingOptions(PricedOptions):
     per: Literal["none", "parameters", "kv", "latency"] = "parameters"
-    """The resource whose share prices a removal in forward steps. With "none" all removals cost the same."""
+    """The resource whose share prices a removal in forward steps. With "none" all removals cost the
+    same."""
     tries: int = Field(default=12, ge=1)
     """How many swaps and restorations of a mask are scored, at most, before the search goes on."""
 
 
 def floating(problem: Problem, options: FloatingOptions) -> Iterator[Iteration]:
-    """Yield an iteration for each forward step and each attempt to better its mask, and one in which all known masks
-    that meet the goal compete."""
+    """Yield an iteration for each forward step and each attempt to better its mask, and one in
+    which all known masks that meet the goal compete."""
     walk, costs = _Walk(problem, options.tries), costs_of(problem, options)
     index = steps = 0
     base: MaskScore | None = None
@@ -97,16 +102,24 @@ class _Walk:
     def _like(self, mask: Mask) -> list[MaskScore]:
         """Known masks that remove as much, scored on all rows."""
         around = self.goal.around(mask)
-        return [score for score in self._scores.values() if score.is_complete and around.is_met(score.mask)]
+        return [
+            score
+            for score in self._scores.values()
+            if score.is_complete and around.is_met(score.mask)
+        ]
 
     def bettered(self, base: MaskScore, around: Goal) -> Iteration:
-        """The best of some restorations, and of some swaps that stay `around` a goal; or the mask itself where none
-        helps."""
+        """The best of some restorations, and of some swaps that stay `around` a goal; or the mask
+        itself where none helps."""
         energy = fit(self._units, self._scores.values())
-        rivals = self._restorations(base.mask) | dict.fromkeys(self._swaps(base.mask, around, energy), base)
+        rivals = self._restorations(base.mask) | dict.fromkeys(
+            self._swaps(base.mask, around, energy), base
+        )
         masks = list(rivals)
         change = energy(masks) - energy([score.mask for score in rivals.values()])
-        margin = SLACK * float(np.median(np.abs(self._errors[-RECENT:]))) if self._errors else math.inf
+        margin = (
+            SLACK * float(np.median(np.abs(self._errors[-RECENT:]))) if self._errors else math.inf
+        )
         chosen = [i for i in np.argsort(change, kind="stable")[: self._tries] if change[i] < margin]
         found, best, gain = {base.mask: base}, base, 0.0
         for rival in dict.fromkeys(rivals[masks[i]] for i in chosen):
@@ -124,14 +137,25 @@ class _Walk:
         return compared(0, list(found.values()), best)
 
     def _restorations(self, mask: Mask) -> dict[Mask, MaskScore]:
-        """Masks with one unit less that were not tried, and the best known one that removes as much as each."""
+        """Masks with one unit less that were not tried, and the best known one that removes as much
+        as each."""
         masks = [mask - unit for unit in self._units if unit <= mask]
         like = {other: self._like(other) for other in masks if other not in self._scores}
-        return {other: min(scores, key=lambda score: score.loss) for other, scores in like.items() if scores}
+        return {
+            other: min(scores, key=lambda score: score.loss)
+            for other, scores in like.items()
+            if scores
+        }
 
     def _swaps(self, mask: Mask, around: Goal, energy: Surrogate) -> list[Mask]:
         """Masks that one exchange leads to and that were not tried, the most promising ones."""
-        change = dict(zip(self._units, energy([mask ^ unit for unit in self._units]) - energy([mask]), strict=True))
+        change = dict(
+            zip(
+                self._units,
+                energy([mask ^ unit for unit in self._units]) - energy([mask]),
+                strict=True,
+            )
+        )
         swaps = by_prediction(mask, Space(self._units, around).exchanges(mask), change)
         new = (other for other in swaps if other not in self._tried and self._fits(other))
         new = (other for other in new if not any(unit <= other - mask for unit in self._overflown))
@@ -139,8 +163,11 @@ class _Walk:
         return list(islice((other for other in new if other not in complete), POOL))
 
     def answer(self) -> Iteration:
-        """The known masks that meet the goal, or those that are as near to it as the nearest, and the best of them."""
-        masks = sorted((mask for mask, score in self._scores.items() if score.is_complete), key=self._order)
+        """The known masks that meet the goal, or those that are as near to it as the nearest, and
+        the best of them."""
+        masks = sorted(
+            (mask for mask, score in self._scores.items() if score.is_complete), key=self._order
+        )
         goal = self.goal
         if not any(map(goal.is_met, masks)):
             goal = goal.around(nearest(goal, masks))

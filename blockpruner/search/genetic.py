@@ -1,8 +1,10 @@
-"""Evolutionary search as in EvoPress (arXiv 2410.14649, algorithm 1, and its public code for dropping blocks).
+"""Evolutionary search as in EvoPress (arXiv 2410.14649, algorithm 1, and its public code for
+dropping blocks).
 
-A parent has some children in each generation: copies in which one to three times, rather one than three, a kept unit is
-removed and a removed one of its kind is restored. Two children are chosen on one row in `share`, then the best of these
-and the parent on all. The first parent is the best of some random masks. What a mask removes of each kind stays.
+A parent has some children in each generation: copies in which one to three times, rather one than
+three, a kept unit is removed and a removed one of its kind is restored. Two children are chosen on
+one row in `share`, then the best of these and the parent on all. The first parent is the best of
+some random masks. What a mask removes of each kind stays.
 """
 
 import random
@@ -35,16 +37,22 @@ def genetic(problem: Problem, options: GeneticOptions) -> Iterator[Iteration]:
     """Yield an iteration for each generation; the last one's choice is the answer."""
     draw, goal = random.Random(options.seed), goal_of_problem(problem)
     space = Space(problem.units, goal, lambda unit: frozenset(block.kind for block in unit))
-    counts = max(space.compositions, key=lambda counts: (min(counts), *counts))  # as even as masks of the goal are
+    # as even as masks of the goal are
+    counts = max(space.compositions, key=lambda counts: (min(counts), *counts))
     rows = -(-problem.rows // options.share)
 
     def random_mask() -> Mask:
-        drawn = (draw.sample(kind, count) for kind, count in zip(space.classes, counts, strict=True))
+        drawn = (
+            draw.sample(kind, count) for kind, count in zip(space.classes, counts, strict=True)
+        )
         return DENSE.union(*(unit for units in drawn for unit in units))
 
     def child(mask: Mask) -> Mask:
         for _ in range(min(draw.randint(1, MUTATIONS), draw.randint(1, MUTATIONS))):
-            halves = [([u for u in kind if u <= mask], [u for u in kind if not u <= mask]) for kind in space.classes]
+            halves = [
+                ([u for u in kind if u <= mask], [u for u in kind if not u <= mask])
+                for kind in space.classes
+            ]
             removed, kept = draw.choice([each for each in halves if all(each)])
             mask = mask - draw.choice(removed) | draw.choice(kept)
         return mask

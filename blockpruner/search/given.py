@@ -1,5 +1,5 @@
-"""Orders that ask for no score: one from elsewhere, published or written by hand; and a random one, the floor that a
-method has to beat.
+"""Orders that ask for no score: one from elsewhere, published or written by hand; and a random one,
+the floor that a method has to beat.
 """
 
 import random
@@ -19,10 +19,14 @@ class GivenOptions(Options):
 
 
 def given(problem: Problem, options: GivenOptions) -> Iterator[Iteration]:
-    """Remove in the order given; raises InputError for a block that is no candidate, or is named twice."""
-    steps = [parse_mask(str(text)) for text in options.order]  # a number in YAML is no block; the error names it
+    """Remove in the order given; raises InputError for a block that is no candidate, or is named
+    twice."""
+    # a number in YAML is no block; the error names it
+    steps = [parse_mask(str(text)) for text in options.order]
     if not steps:
-        raise InputError('score.options.order is empty; name what to remove, for instance ["mha.25", "mlp.3"]')
+        raise InputError(
+            'score.options.order is empty; name what to remove, for instance ["mha.25", "mlp.3"]'
+        )
     known, seen = DENSE.union(*problem.units), DENSE
     for step in steps:
         for fault, blocks in (
@@ -31,8 +35,8 @@ def given(problem: Problem, options: GivenOptions) -> Iterator[Iteration]:
         ):
             if blocks:
                 raise InputError(
-                    f"score.options.order removes {format_mask(blocks)}, which {fault}; the candidates are "
-                    f"{format_mask(known)}"
+                    f"score.options.order removes {format_mask(blocks)}, which {fault}; the"
+                    f" candidates are {format_mask(known)}"
                 )
         seen |= step
     return in_order(steps, problem.rows)
@@ -44,4 +48,6 @@ class RandomOptions(Options):
 
 def random_order(problem: Problem, options: RandomOptions) -> Iterator[Iteration]:
     """Remove the units in a random order."""
-    return in_order(random.Random(options.seed).sample(list(problem.units), len(problem.units)), problem.rows)
+    return in_order(
+        random.Random(options.seed).sample(list(problem.units), len(problem.units)), problem.rows
+    )

@@ -1,10 +1,12 @@
-"""Greedy search: remove the unit whose removal leaves the lowest score, again and again (arXiv 2406.10594, alg. 1).
+"""Greedy search: remove the unit whose removal leaves the lowest score, again and again (arXiv
+2406.10594, alg. 1).
 
-Sequences are nested: the first k removals answer every smaller budget, and the caller stops when its budgets are
-settled. Only the lowest score of an iteration matters, so `select` may leave out candidates that cannot have it. Over
-whole layers it is the algorithm of SLEB (arXiv 2402.09025), by Block Influence that of LLM-Drop's iterative script
-(arXiv 2406.15786). With a price, the rise of the loss is divided by what a removal saves of a resource. Then MHA and
-MLP blocks are weighed by what they cost.
+Sequences are nested: the first k removals answer every smaller budget, and the caller stops when
+its budgets are settled. Only the lowest score of an iteration matters, so `select` may leave out
+candidates that cannot have it. Over whole layers it is the algorithm of SLEB (arXiv 2402.09025), by
+Block Influence that of LLM-Drop's iterative script (arXiv 2406.15786). With a price, the rise of
+the loss is divided by what a removal saves of a resource. Then MHA and MLP blocks are weighed by
+what they cost.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,8 +33,11 @@ class PricedOptions(Options):
 
 
 class GreedyOptions(PricedOptions):
-    mha_share: float | None = Field(default=None, ge=0, le=1, exclude_if=lambda value: value is None)
-    """The share of MHA blocks among what is removed, held as nearly as can be at every step; null: losses decide."""
+    mha_share: float | None = Field(
+        default=None, ge=0, le=1, exclude_if=lambda value: value is None
+    )
+    """The share of MHA blocks among what is removed, held as nearly as can be at every step; null:
+    losses decide."""
 
 
 def greedy(problem: Problem, options: GreedyOptions) -> Iterator[Iteration]:
@@ -42,7 +47,9 @@ def greedy(problem: Problem, options: GreedyOptions) -> Iterator[Iteration]:
     remaining = list(problem.units)
     index = 0
     while remaining:
-        units = remaining if options.mha_share is None else _nearest(remaining, base, options.mha_share)
+        units = (
+            remaining if options.mha_share is None else _nearest(remaining, base, options.mha_share)
+        )
         iteration = forward(problem, index, base, units, costs)
         yield iteration
         base = iteration.scores[iteration.chosen]
@@ -55,7 +62,9 @@ def _nearest(units: Sequence[Mask], base: MaskScore | None, share: float) -> lis
 
     def distance(unit: Mask) -> float:
         after = unit | (DENSE if base is None else base.mask)
-        return round(abs(sum(block.kind is BlockKind.MHA for block in after) / len(after) - share), 9)
+        return round(
+            abs(sum(block.kind is BlockKind.MHA for block in after) / len(after) - share), 9
+        )
 
     least = min(map(distance, units))
     return [unit for unit in units if distance(unit) == least]
@@ -69,7 +78,8 @@ def costs_of(problem: Problem, options: PricedOptions) -> Costs | None:
 def forward(
     problem: Problem, step: int, base: MaskScore | None, units: Sequence[Mask], costs: Costs | None
 ) -> Iteration:
-    """One step: the best of some units to remove next. The first one has no base, and asks for the dense model, too."""
+    """One step: the best of some units to remove next. The first one has no base, and asks for the
+    dense model, too."""
     removed = DENSE if base is None else base.mask
     masks = [removed | unit for unit in units]
     selection = problem.select(step, removed, [DENSE, *masks] if base is None else masks)

@@ -1,4 +1,5 @@
-"""One step of a search as a value: which masks were considered, their scores, and the one chosen."""
+"""One step of a search as a value: which masks were considered, their scores, and the one
+chosen."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,8 @@ from blockpruner.store.trials import Origin
 
 @dataclass(frozen=True)
 class Iteration:
-    """One step. `scores`, `added` and `nll` run in parallel. The first mask of all is the dense model."""
+    """One step. `scores`, `added` and `nll` run in parallel. The first mask of all is the dense
+    model."""
 
     index: int
     scores: tuple[MaskScore, ...]
@@ -22,16 +24,21 @@ class Iteration:
     lazy_choice: Mask | None = None
     """In an audited iteration, the mask that had been chosen before all candidates entered."""
     nll: tuple[MaskScore | None, ...] = ()
-    """What perplexity is made of. It is known for the chosen mask and the dense model, and for others where it is the
-    metric; empty until the run of the search fills it in."""
+    """What perplexity is made of. It is known for the chosen mask and the dense model, and for
+    others where it is the metric; empty until the run of the search fills it in."""
     origin: Origin = field(default_factory=dict)
     """Where the losses come from, in 16 bits."""
 
     @property
     def losses(self) -> dict[Mask, tuple[float, ...]]:
-        """The row losses of each candidate that was scored, or of whole masks where such are compared."""
+        """The row losses of each candidate that was scored, or of whole masks where such are
+        compared."""
         named = zip(self.scores, self.added, strict=True)
-        return {unit or score.mask: score.row_loss for score, unit in named if score.mask and score.row_loss}
+        return {
+            unit or score.mask: score.row_loss
+            for score, unit in named
+            if score.mask and score.row_loss
+        }
 
     @property
     def removed(self) -> Mask:
@@ -52,8 +59,9 @@ def compared(index: int, scores: Sequence[MaskScore], best: MaskScore) -> Iterat
 
 
 def removals(trace: Sequence[Iteration], nested: bool) -> tuple[list[Mask], list[float]]:
-    """What a search removed, in order, and the perplexities of the dense model and after each removal. A search that
-    is not nested has no order: its answer, the last choice, is one removal."""
+    """What a search removed, in order, and the perplexities of the dense model and after each
+    removal. A search that is not nested has no order: its answer, the last choice, is one
+    removal."""
     dense = trace[0].nll[0]
     assert dense is not None and dense.mask == DENSE
     if not nested:
@@ -63,8 +71,8 @@ def removals(trace: Sequence[Iteration], nested: bool) -> tuple[list[Mask], list
 
 
 def stabilities(trace: Sequence[Iteration], price: str = "none") -> tuple[Stability | None, ...]:
-    """How firmly the rows decide each iteration. One that asks for no score chooses by the earlier ones. Where a
-    resource prices removals, losses alone do not decide, and nothing is known."""
+    """How firmly the rows decide each iteration. One that asks for no score chooses by the earlier
+    ones. Where a resource prices removals, losses alone do not decide, and nothing is known."""
     found: list[Stability | None] = []
     losses: dict[Mask, tuple[float, ...]] = {}
     for iteration in trace:

@@ -1,8 +1,10 @@
-"""One-shot ranking: score every unit once, in the dense model, then remove the lowest, one after the other.
+"""One-shot ranking: score every unit once, in the dense model, then remove the lowest, one after
+the other.
 
-Over layers it is ShortGPT by Block Influence (arXiv 2403.03853), RM by relative magnitude (as in arXiv 2406.10594), and
-Shortened-LLM by perplexity (arXiv 2402.02834). Over blocks it is LLM-Drop by Block Influence
-(arXiv 2406.15786), and the first ablation of table 2 of arXiv 2406.10594 by perplexity.
+Over layers it is ShortGPT by Block Influence (arXiv 2403.03853), RM by relative magnitude (as in
+arXiv 2406.10594), and Shortened-LLM by perplexity (arXiv 2402.02834). Over blocks it is LLM-Drop by
+Block Influence (arXiv 2406.15786), and the first ablation of table 2 of arXiv 2406.10594 by
+perplexity.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,10 +27,14 @@ def one_shot(problem: Problem, options: Options) -> Iterator[Iteration]:
 
 
 def in_order(order: Sequence[Mask], rows: int, start: int = 0) -> Iterator[Iteration]:
-    """Iterations that remove units in a known order from the `start`-th on, without asking for a score."""
+    """Iterations that remove units in a known order from the `start`-th on, without asking for a
+    score."""
     for index in range(start, len(order)):
         mask = DENSE.union(*order[: index + 1])
         dense = [(MaskScore(DENSE, (), rows), None)] if index == 0 else []
-        rows_of: list[tuple[MaskScore, Mask | None]] = [*dense, (MaskScore(mask, (), rows), order[index])]
+        rows_of: list[tuple[MaskScore, Mask | None]] = [
+            *dense,
+            (MaskScore(mask, (), rows), order[index]),
+        ]
         scores, added = zip(*rows_of, strict=True)
         yield Iteration(index, scores, added, len(scores) - 1)

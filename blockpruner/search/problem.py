@@ -1,7 +1,7 @@
 """What a search is given: the units that it may remove, and functions that score masks.
 
-A search is a function of a problem and its own options. It knows neither model nor trial store. It only decides which
-masks to ask about.
+A search is a function of a problem and its own options. It knows neither model nor trial store. It
+only decides which masks to ask about.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,9 +20,11 @@ class Problem:
     units: Sequence[Mask]
     """What may be removed at once, in tie-break order: of equal scores the first wins."""
     ask: Callable[..., list[MaskScore]]
-    """Of masks, and a number of rows: scores masks on the first rows, else on all; in the order given."""
+    """Of masks, and a number of rows: scores masks on the first rows, else on all; in the order
+    given."""
     select: Select
-    """Scores the candidates of one step. In an accelerated run it leaves out some that cannot win."""
+    """Scores the candidates of one step. In an accelerated run it leaves out some that cannot
+    win."""
     rows: int
     """How many rows the calibration set has."""
     goal: Goal | None = None

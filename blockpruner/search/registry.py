@@ -31,10 +31,11 @@ class Search:
     """Called with a problem and the search's own options."""
     options: type[Options] = Options
     nested: bool = True
-    """The first removals of one trace meet every smaller budget. Otherwise each budget has a trace of its own, whose
-    last choice is the answer."""
+    """The first removals of one trace meet every smaller budget. Otherwise each budget has a trace
+    of its own, whose last choice is the answer."""
     asks: Literal["units", "masks", "nothing"] = "masks"
-    """What it asks scores of. One that asks for single units, or runs of them, can use an influence as its metric."""
+    """What it asks scores of. One that asks for single units, or runs of them, can use an influence
+    as its metric."""
     accelerated: bool = False
     """It takes steps in which only the best candidate matters."""
 
@@ -50,12 +51,14 @@ class Request:
 
     @property
     def losses(self) -> tuple[str, ...]:
-        """What is stored, each in a trial store of its own. Every choice is also reported in perplexity."""
+        """What is stored, each in a trial store of its own. Every choice is also reported in
+        perplexity."""
         return tuple(sorted({self.metric.name, NLL.name}))
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The section as JSON with every default filled in. Its fingerprint is part of the search's."""
+        """The section as JSON with every default filled in. Its fingerprint is part of the
+        search's."""
         return {
             "method": self.search.name,
             "unit": self.score.unit,
@@ -67,29 +70,31 @@ class Request:
 
 
 def request(score: Score) -> Request:
-    """Check a `score` section; raises InputError for an unknown search, metric or option, or settings that do not fit
-    together."""
+    """Check a `score` section; raises InputError for an unknown search, metric or option, or
+    settings that do not fit together."""
     search, metric = SEARCHES[score.method], METRICS[score.metric]
     if search.asks == "nothing" and metric.name != NLL.name:
         raise InputError(
-            f"score.metric {metric.name} does nothing with method: {search.name}, which asks for no score; remove it"
+            f"score.metric {metric.name} does nothing with method: {search.name}, which asks for no"
+            " score; remove it"
         )
     losses = ", ".join(row.name for row in METRICS.values() if not row.influence)
     if metric.influence and search.asks != "units":
         able = ", ".join(sorted(row.name for row in SEARCHES.values() if row.asks == "units"))
         raise InputError(
-            f"score.metric {metric.name} is of single units, and method: {search.name} compares whole masks; choose a "
-            f"metric of masks ({losses}), or one of the methods {able}"
+            f"score.metric {metric.name} is of single units, and method: {search.name} compares"
+            f" whole masks; choose a metric of masks ({losses}), or one of the methods {able}"
         )
     found = Request(search, read_options(search.name, search.options, score.options), metric, score)
     if score.acceleration not in (None, "none") and (metric.influence or not search.accelerated):
         raise InputError(
-            f"score.acceleration {score.acceleration} does not fit method: {search.name} with metric: {metric.name}: "
-            "there is nothing to leave out; set acceleration: none"
+            f"score.acceleration {score.acceleration} does not fit method: {search.name} with"
+            f" metric: {metric.name}: there is nothing to leave out; set acceleration: none"
         )
     if found.options.price != "none" and metric.influence:
         raise InputError(
-            f"score.options.per {found.options.price} prices the rise of a loss; set metric to one of {losses}"
+            f"score.options.per {found.options.price} prices the rise of a loss; set metric to one"
+            f" of {losses}"
         )
     return found
 
@@ -100,7 +105,9 @@ SEARCHES = Registry(
     [
         Search("greedy", "greedy", greedy, GreedyOptions, asks="units", accelerated=True),
         Search("one_shot", "one-shot", one_shot, asks="units"),
-        Search("floating", "floating search", floating, FloatingOptions, nested=False, accelerated=True),
+        Search(
+            "floating", "floating search", floating, FloatingOptions, nested=False, accelerated=True
+        ),
         Search("beam", "beam search", beam, BeamOptions, nested=False),
         Search("genetic", "evolutionary search", genetic, GeneticOptions, nested=False),
         Search("random", "random order", random_order, RandomOptions, asks="nothing"),

@@ -1,8 +1,8 @@
 """The masks that a goal allows: how one becomes another, and in which order they come.
 
-Nothing here is scored. Units that count the same are of one class: all units where the goal counts blocks; MHA blocks
-and MLP blocks where it counts a resource. How many units of each class a mask removes is its
-composition, and the composition alone decides whether the mask meets the goal.
+Nothing here is scored. Units that count the same are of one class: all units where the goal counts
+blocks; MHA blocks and MLP blocks where it counts a resource. How many units of each class a mask
+removes is its composition, and the composition alone decides whether the mask meets the goal.
 """
 
 import heapq
@@ -17,34 +17,36 @@ from blockpruner.search.problem import Problem
 
 
 def goal_of_problem(problem: Problem) -> Goal:
-    """Raises InputError where every unit is farther from the goal than the dense model, before anything is scored."""
+    """Raises InputError where every unit is farther from the goal than the dense model, before
+    anything is scored."""
     assert problem.goal is not None
     nearest(problem.goal, problem.units)
     return problem.goal
 
 
 def nearest(goal: Goal, masks: Iterable[Mask]) -> Mask:
-    """The mask nearest to the goal that removes something; a tie goes to the larger, as in `choose_prefix`. Raises
-    InputError where the dense model is nearer."""
+    """The mask nearest to the goal that removes something; a tie goes to the larger, as in
+    `choose_prefix`. Raises InputError where the dense model is nearer."""
     masks = list(masks)
     found = min([DENSE, *masks], key=lambda mask: (goal.distance(mask), -goal.share(mask)))
     if found == DENSE:
         raise InputError(
-            f"budget {goal.budget.text!r} is nearest to removing nothing; the smallest that removes a block here is "
-            f"{min(map(goal.share, masks)):.4f}"
+            f"budget {goal.budget.text!r} is nearest to removing nothing; the smallest that removes"
+            f" a block here is {min(map(goal.share, masks)):.4f}"
         )
     return found
 
 
 def unit_order(units: Sequence[Mask]) -> Callable[[Mask], tuple[int, ...]]:
-    """A sort key by which, of two masks, the one comes first that removes the first unit in which they differ: greedy's
-    tie-break."""
+    """A sort key by which, of two masks, the one comes first that removes the first unit in which
+    they differ: greedy's tie-break."""
     return lambda mask: tuple(i for i, unit in enumerate(units) if unit <= mask)
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """A way to change a mask within the goal: restore some removed units of one class and remove kept ones instead."""
+    """A way to change a mask within the goal: restore some removed units of one class and remove
+    kept ones instead."""
 
     restorable: Sequence[Mask]
     restored: int
@@ -54,19 +56,24 @@ class Exchange:
 
 
 class Space:
-    """All masks over units that meet a goal; where there is none, all that come as near to it as the nearest does.
+    """All masks over units that meet a goal; where there is none, all that come as near to it as
+    the nearest does.
 
-    Units of a class have in common what `by` says; without it, they count the same. `compositions` are all that meet
-    the goal: how many units of each class a mask removes.
+    Units of a class have in common what `by` says; without it, they count the same. `compositions`
+    are all that meet the goal: how many units of each class a mask removes.
     """
 
-    def __init__(self, units: Sequence[Mask], goal: Goal, by: Callable[[Mask], Hashable] | None = None) -> None:
+    def __init__(
+        self, units: Sequence[Mask], goal: Goal, by: Callable[[Mask], Hashable] | None = None
+    ) -> None:
         kinds: dict[Hashable, list[Mask]] = {}
         for unit in units:
             kinds.setdefault((by or goal.share)(unit), []).append(unit)
         self.classes = list(kinds.values())
         some = {  # one mask of each composition
-            counts: DENSE.union(*(unit for kind, n in zip(self.classes, counts, strict=True) for unit in kind[:n]))
+            counts: DENSE.union(
+                *(unit for kind, n in zip(self.classes, counts, strict=True) for unit in kind[:n])
+            )
             for counts in product(*(range(len(kind) + 1) for kind in self.classes))
             if any(counts)
         }
@@ -91,13 +98,20 @@ class Space:
         return found
 
 
-def by_prediction(mask: Mask, exchanges: list[Exchange], change: Mapping[Mask, float]) -> Iterator[Mask]:
+def by_prediction(
+    mask: Mask, exchanges: list[Exchange], change: Mapping[Mask, float]
+) -> Iterator[Mask]:
     """All masks that one exchange leads to, those with the lowest predicted loss first."""
 
     def of(exchange: Exchange) -> Iterator[tuple[float, Mask]]:
-        back, out = (sorted(units, key=change.__getitem__) for units in (exchange.restorable, exchange.removable))
+        back, out = (
+            sorted(units, key=change.__getitem__)
+            for units in (exchange.restorable, exchange.removable)
+        )
         costs = [[change[unit] for unit in units] for units in (back, out)]
-        for predicted, (restored, removed) in cheapest(costs, (exchange.restored, exchange.removed)):
+        for predicted, (restored, removed) in cheapest(
+            costs, (exchange.restored, exchange.removed)
+        ):
             fewer = mask - DENSE.union(*(back[i] for i in restored))
             yield predicted, fewer | DENSE.union(*(out[i] for i in removed))
 
@@ -110,11 +124,11 @@ Choice = tuple[tuple[int, ...], ...]
 
 
 def cheapest(costs: list[list[float]], sizes: tuple[int, ...]) -> Iterator[tuple[float, Choice]]:
-    """Choose sizes[k] of costs[k], for each k, in all ways, the lowest sum first: yields the sum, and for each list the
-    indices chosen, ascending.
+    """Choose sizes[k] of costs[k], for each k, in all ways, the lowest sum first: yields the sum,
+    and for each list the indices chosen, ascending.
 
-    Each list of costs is ascending. Then any choice is reached from the cheapest one, the first of each list, by moving
-    one index up by one at a time, and no move lowers the sum.
+    Each list of costs is ascending. Then any choice is reached from the cheapest one, the first of
+    each list, by moving one index up by one at a time, and no move lowers the sum.
     """
     first: Choice = tuple(tuple(range(size)) for size in sizes)
 

@@ -2,9 +2,10 @@
 
     E(m) = sum_i a_i m_i + sum_{i<j} b_ij m_i m_j,    E(0) = 0, m_i = 1 where unit i is removed
 
-The expansion at the dense model comes first: a_i = L({i}) - L(0), b_ij = L({i,j}) - L({i}) - L({j}) + L(0), where these
-masks are among the facts, else 0. What is left of the other facts is fitted by ridge regression of all coefficients, in
-its dual form with the kernel k(m, m') = c + c (c - 1) / 2, c the number of units that both masks remove.
+The expansion at the dense model comes first: a_i = L({i}) - L(0), b_ij = L({i,j}) - L({i}) - L({j})
++ L(0), where these masks are among the facts, else 0. What is left of the other facts is fitted by
+ridge regression of all coefficients, in its dual form with the kernel k(m, m') = c + c (c - 1) / 2,
+c the number of units that both masks remove.
 """
 
 from collections.abc import Collection, Sequence
@@ -16,8 +17,8 @@ from blockpruner.core.blocks import DENSE, Mask
 from blockpruner.scoring.objectives import MaskScore
 
 RIDGE = 1e-4
-"""The variance of what a quadratic function cannot explain of a mask scored on all N rows, over the variance of its
-coefficients. On k rows it is (N / k)^2 times as large."""
+"""The variance of what a quadratic function cannot explain of a mask scored on all N rows, over the
+variance of its coefficients. On k rows it is (N / k)^2 times as large."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,9 @@ class Surrogate:
 
     def indicators(self, masks: Sequence[Mask]) -> np.ndarray:
         """m [masks, n]."""
-        return np.array([[unit <= mask for unit in self.units] for mask in masks], float).reshape(-1, len(self.units))
+        return np.array([[unit <= mask for unit in self.units] for mask in masks], float).reshape(
+            -1, len(self.units)
+        )
 
     def __call__(self, masks: Sequence[Mask]) -> np.ndarray:
         """E [masks], in the unit of the losses."""
@@ -45,8 +48,8 @@ class Surrogate:
 
 
 def fit(units: Sequence[Mask], scores: Collection[MaskScore]) -> Surrogate:
-    """Fit E to the rises of the loss over the dense model, each on the rows that its mask was scored on. The scores are
-    of different masks, the dense model on all rows among them."""
+    """Fit E to the rises of the loss over the dense model, each on the rows that its mask was
+    scored on. The scores are of different masks, the dense model on all rows among them."""
     by_mask = {score.mask: score for score in scores}
     dense = by_mask.pop(DENSE)
     found = Surrogate(units, np.zeros(len(units)), np.zeros((len(units), len(units))))

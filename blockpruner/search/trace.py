@@ -1,7 +1,7 @@
 """The trace of a search: its iteration tables on disk, and how trials are made from them again.
 
-Decides where tables lie (`<scores>/<search fingerprint>/iteration_000.parquet`, in a folder for each budget where the
-search is not nested) and when a table may be trusted.
+Decides where tables lie (`<scores>/<search fingerprint>/iteration_000.parquet`, in a folder for
+each budget where the search is not nested) and when a table may be trusted.
 """
 
 from __future__ import annotations
@@ -39,19 +39,25 @@ ITERATION = pa.schema(
         pa.field("lazy_choice", pa.bool_()),
     ]
 )
-"""An iteration table: one row for each mask that a search considered. A candidate without a row was not considered.
+"""An iteration table: one row for each mask that a search considered. A candidate without a row was
+not considered.
 
 - removed: the whole mask.
-- added: the candidate's blocks as text; null for the dense model, and in a search that does not add unit after unit.
+- added: the candidate's blocks as text; null for the dense model, and in a search that does not add
+  unit after unit.
 - loss: mean over rows of each row's loss in the search's metric; null where none was asked for.
-- perplexity: exp(mean over rows of each row's mean NLL, nats per token). It is there for the chosen mask and the dense
-  model, and for others where it is the metric.
-- rows_used < rows_total: the mask was scored on the first rows only, in a race: no ranking may use it.
-- row_loss, row_nll: the losses of single rows, from the first one on, from which trial stores are seeded.
-- lazy_choice: in an audited iteration, whether this mask had been chosen before all candidates entered; else null.
+- perplexity: exp(mean over rows of each row's mean NLL, nats per token). It is there for the chosen
+  mask and the dense model, and for others where it is the metric.
+- rows_used < rows_total: the mask was scored on the first rows only, in a race: no ranking may use
+  it.
+- row_loss, row_nll: the losses of single rows, from the first one on, from which trial stores are
+  seeded.
+- lazy_choice: in an audited iteration, whether this mask had been chosen before all candidates
+  entered; else null.
 
-In 16 bits the file's metadata have the origin of the losses, as names and numbers. What the iteration took lies beside
-the table, in a file of its own, so that the same search writes the same tables.
+In 16 bits the file's metadata have the origin of the losses, as names and numbers. What the
+iteration took lies beside the table, in a file of its own, so that the same search writes the same
+tables.
 """
 
 Took = tuple[int, int, float]
@@ -64,9 +70,15 @@ TIE_BREAK = "mha by layer, then mlp by layer, strict <"
 
 
 def search_fingerprint(store: Mapping[str, Any], score: Mapping[str, Any]) -> str:
-    """Fingerprint of everything a sequence depends on: the store's, and every key of the run's `score` section."""
+    """Fingerprint of everything a sequence depends on: the store's, and every key of the run's
+    `score` section."""
     return fingerprint(
-        {"store": dict(store), "score": dict(score), "tie_break": TIE_BREAK, "search_version": SEARCH_VERSION}
+        {
+            "store": dict(store),
+            "score": dict(score),
+            "tie_break": TIE_BREAK,
+            "search_version": SEARCH_VERSION,
+        }
     )
 
 
@@ -74,8 +86,11 @@ def table_path(directory: Path, index: int) -> Path:
     return directory / f"iteration_{index:03d}.parquet"
 
 
-def write_iteration(directory: Path, iteration: Iteration, search: str, took: Took = (0, 0, 0.0)) -> None:
-    """Write one table, and beside it what the iteration took; each stays as it is where it is there and whole."""
+def write_iteration(
+    directory: Path, iteration: Iteration, search: str, took: Took = (0, 0, 0.0)
+) -> None:
+    """Write one table, and beside it what the iteration took; each stays as it is where it is there
+    and whole."""
     path = table_path(directory, iteration.index)
     is_written = False
     with suppress(InputError):
@@ -101,31 +116,43 @@ def _write_table(path: Path, iteration: Iteration, search: str) -> None:
             "chosen": [i == iteration.chosen for i in range(len(scores))],
             "row_loss": [list(s.row_loss) for s in scores],
             "row_nll": [None if s is None else list(s.row_loss) for s in nll],
-            "lazy_choice": [None if iteration.lazy_choice is None else s.mask == iteration.lazy_choice for s in scores],
+            "lazy_choice": [
+                None if iteration.lazy_choice is None else s.mask == iteration.lazy_choice
+                for s in scores
+            ],
         },
         schema=ITERATION,
     )
     facts = {"search": search, "iteration": str(iteration.index)}
-    facts |= {"origin": json.dumps(dict(iteration.origin)), "environment": json.dumps(environment())}
+    facts |= {
+        "origin": json.dumps(dict(iteration.origin)),
+        "environment": json.dumps(environment()),
+    }
     write_table(path, table, facts)
 
 
 def read_iteration(directory: Path, index: int, search: str) -> Iteration:
-    """Read one table; raises InputError if it is missing, damaged, incomplete or of another search."""
+    """Read one table; raises InputError if it is missing, damaged, incomplete or of another
+    search."""
     path = table_path(directory, index)
     table, facts = read_table(path, ITERATION)
     if facts.get("search") != search or facts.get("iteration") != str(index):
         raise InputError(
-            f"{path} is not iteration {index} of search {search} (it says search {facts.get('search')!r}, iteration "
-            f"{facts.get('iteration')!r})"
+            f"{path} is not iteration {index} of search {search} (it says search"
+            f" {facts.get('search')!r}, iteration {facts.get('iteration')!r})"
         )
     rows = table.to_pylist()
     masks = [parse_mask(",".join(row["removed"])) for row in rows]
     added = tuple(None if row["added"] is None else parse_mask(row["added"]) for row in rows)
 
     def scores_of(column: str) -> list[MaskScore | None]:
-        found = ((mask, row[column], row["rows_total"]) for mask, row in zip(masks, rows, strict=True))
-        return [None if losses is None else MaskScore(mask, tuple(losses), total) for mask, losses, total in found]
+        found = (
+            (mask, row[column], row["rows_total"]) for mask, row in zip(masks, rows, strict=True)
+        )
+        return [
+            None if losses is None else MaskScore(mask, tuple(losses), total)
+            for mask, losses, total in found
+        ]
 
     scores = tuple(score for score in scores_of("row_loss") if score is not None)
     return Iteration(
@@ -133,14 +160,17 @@ def read_iteration(directory: Path, index: int, search: str) -> Iteration:
         scores=scores,
         added=added,
         chosen=[row["chosen"] for row in rows].index(True),
-        lazy_choice=next((s.mask for s, row in zip(scores, rows, strict=True) if row["lazy_choice"]), None),
+        lazy_choice=next(
+            (s.mask for s, row in zip(scores, rows, strict=True) if row["lazy_choice"]), None
+        ),
         nll=tuple(scores_of("row_nll")),
         origin=json.loads(facts["origin"]),
     )
 
 
 def read_trace(directory: Path, search: str) -> list[Iteration]:
-    """All consecutive iterations of a trace from 0; raises InputError on a table that cannot be trusted."""
+    """All consecutive iterations of a trace from 0; raises InputError on a table that cannot be
+    trusted."""
     trace: list[Iteration] = []
     while table_path(directory, len(trace)).exists():
         trace.append(read_iteration(directory, len(trace), search))
@@ -150,9 +180,9 @@ def read_trace(directory: Path, search: str) -> list[Iteration]:
 def drop_strays(directory: Path, trace: Sequence[Iteration], nested: bool, search: str) -> None:
     """Delete the tables behind a search's last iteration that do not continue it.
 
-    They are of an earlier search that went another way from some step on: in 16 bits another kind of device or batch
-    may decide a near tie. What they knew is in the trial store (`seed_stores`). A nested trace is longer where a larger
-    budget was asked for before; that part stays.
+    They are of an earlier search that went another way from some step on: in 16 bits another kind
+    of device or batch may decide a near tie. What they knew is in the trial store (`seed_stores`).
+    A nested trace is longer where a larger budget was asked for before; that part stays.
     """
     index, last = len(trace), trace[-1]
     while nested and table_path(directory, index).exists():
@@ -165,38 +195,54 @@ def drop_strays(directory: Path, trace: Sequence[Iteration], nested: bool, searc
         index += 1
 
 
-def seed_stores(directory: Path, search: str, store: TrialStore, nll: TrialStore, influence: bool) -> list[str]:
-    """Put the trials of the tables present into the stores of the metric and of the NLL (which may be one), in 16 bits
-    into those of the tables' origins, setting aside tables that cannot be trusted.
+def seed_stores(
+    directory: Path, search: str, store: TrialStore, nll: TrialStore, influence: bool
+) -> list[str]:
+    """Put the trials of the tables present into the stores of the metric and of the NLL (which may
+    be one), in 16 bits into those of the tables' origins, setting aside tables that cannot be
+    trusted.
 
     Returns one line for each table set aside.
     """
     problems = []
     for path in sorted(directory.glob("**/iteration_*.parquet")):
         try:
-            iteration = read_iteration(path.parent, int(path.stem.removeprefix("iteration_")), search)
+            iteration = read_iteration(
+                path.parent, int(path.stem.removeprefix("iteration_")), search
+            )
             wrong = next((s for s in iteration.scores if s.rows_total != len(store.rows)), None)
             if wrong is not None:
-                raise InputError(f"{path} is over {wrong.rows_total} rows; the calibration set has {len(store.rows)}")
+                raise InputError(
+                    f"{path} is over {wrong.rows_total} rows; the calibration set has"
+                    f" {len(store.rows)}"
+                )
         except InputError as error:
-            problems.append(f"{error}; set aside as {set_aside(path).name}, its trials are computed again")
+            problems.append(
+                f"{error}; set aside as {set_aside(path).name}, its trials are computed again"
+            )
             continue
         own, perplexity = (each.of(iteration.origin) for each in (store, nll))
-        for score, added, plain in zip(iteration.scores, iteration.added, iteration.nll, strict=True):
+        for score, added, plain in zip(
+            iteration.scores, iteration.added, iteration.nll, strict=True
+        ):
             base = score.mask - (added or DENSE)
-            _seed(own, trial_key(added or DENSE, base) if influence else trial_key(score.mask), score)
+            _seed(
+                own, trial_key(added or DENSE, base) if influence else trial_key(score.mask), score
+            )
             if plain is not None:
                 _seed(perplexity, trial_key(plain.mask), plain)
     return problems
 
 
 def search_cost(tables: Sequence[Path], directory: Path) -> dict[str, float]:
-    """What a search took, for `speed.json`: by the files beside its tables, or by `took.json` of a search without any.
-    Empty where one of them is missing."""
+    """What a search took, for `speed.json`: by the files beside its tables, or by `took.json` of a
+    search without any. Empty where one of them is missing."""
     paths = [path.with_suffix(".json") for path in tables] or [directory / TOOK]
     if not all(path.exists() for path in paths):
         return {}
-    timed, other, seconds = map(sum, zip(*(read_json(path, sealed=True)["took"] for path in paths), strict=True))
+    timed, other, seconds = map(
+        sum, zip(*(read_json(path, sealed=True)["took"] for path in paths), strict=True)
+    )
     return {"seconds": seconds, "trials_asked": timed + other, "trials_computed": timed}
 
 
@@ -217,7 +263,8 @@ def _seed(store: TrialStore, key: str, score: MaskScore) -> None:
 
 @dataclass(frozen=True)
 class Current:
-    """What a run's current search is, and what it was made of: `current.json` in the run's folder of scores."""
+    """What a run's current search is, and what it was made of: `current.json` in the run's folder
+    of scores."""
 
     kind: str
     """The type of the plans that it leads to."""
@@ -246,11 +293,14 @@ class Current:
 
 
 def trace_directory(scores: Path, current: Current, budget: str) -> Path:
-    """The folder of the trace that answers a budget: one for all budgets of a nested search, else one for each.
+    """The folder of the trace that answers a budget: one for all budgets of a nested search, else
+    one for each.
 
     What a speed-up means was measured, and a trace for a speed-up belongs to that measurement too.
     """
     directory = scores / current.search
     if current.nested:
         return directory
-    return directory / (f"{budget}-{fingerprint(current.latency or {})}" if budget.endswith("x") else budget)
+    return directory / (
+        f"{budget}-{fingerprint(current.latency or {})}" if budget.endswith("x") else budget
+    )

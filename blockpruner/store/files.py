@@ -1,7 +1,7 @@
 """Files that hold results: each is whole or absent.
 
-Decides how a file gets onto disk (temporary name, fsync, `os.replace`) and what a reader accepts. What the content
-means is decided by the modules that write it.
+Decides how a file gets onto disk (temporary name, fsync, `os.replace`) and what a reader accepts.
+What the content means is decided by the modules that write it.
 """
 
 import errno
@@ -32,15 +32,20 @@ TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp", re.DOTALL)
 """The name of a temporary file or folder."""
 
 DIGEST = "sha256"
-"""The key of a table's metadata, and of a sealed JSON object, that holds the digest of the content."""
+"""The key of a table's metadata, and of a sealed JSON object, that holds the digest of the
+content."""
 
 DENIED = "permission denied; give this user the right to it or choose another place"
 UNLOCKED = "no file can be locked there; choose a place on another file system"
 CAUSES = {
     errno.ENOSPC: "no space left on the device; free some and run again",
     errno.EDQUOT: "the disk quota is used up; free some and run again",
-    errno.EFBIG: "no file there may be so large; raise the limit (`ulimit -f`) or choose another place",
-    errno.EROFS: "the file system is mounted read-only; remount it writable or choose another place",
+    errno.EFBIG: (
+        "no file there may be so large; raise the limit (`ulimit -f`) or choose another place"
+    ),
+    errno.EROFS: (
+        "the file system is mounted read-only; remount it writable or choose another place"
+    ),
     **dict.fromkeys((errno.EACCES, errno.EPERM), DENIED),
     **dict.fromkeys((errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP), UNLOCKED),
 }
@@ -61,25 +66,36 @@ TORCH = ("inline_container", "iostream error")
 
 def storage_error(path: Path, error: OSError) -> StorageError:
     cause = CAUSES.get(error.errno or 0, str(error))
-    return StorageError(f"cannot write {path}: {cause}. Everything finished before this is kept and will be reused.")
+    return StorageError(
+        f"cannot write {path}: {cause}. Everything finished before this is kept and will be reused."
+    )
 
 
 def explained(error: Exception, logs: Path) -> InputError:
-    """The error for users of any error: of a place that cannot be used, of memory that is used up, of a package that is
-    not installed. One that nobody foresaw leaves its traceback in a file in the folder `logs`, or among the temporary
-    files."""
+    """The error for users of any error: of a place that cannot be used, of memory that is used up,
+    of a package that is not installed. One that nobody foresaw leaves its traceback in a file in
+    the folder `logs`, or among the temporary files."""
     words = " ".join(str(error).split())
     if isinstance(error, InputError):
         return error
     if isinstance(error, OSError) and error.errno in CAUSES:
-        return StorageError(f"cannot use {error.filename or 'a file'}: {CAUSES[error.errno]}; what is finished is kept")
+        return StorageError(
+            f"cannot use {error.filename or 'a file'}: {CAUSES[error.errno]}; what is finished is"
+            " kept"
+        )
     if isinstance(error, MemoryError) or NO_MEMORY.search(words):
-        fix = "choose a smaller model or shorter rows, end other programs, or use a machine with more"
-        return InputError(f"the memory is used up ({words or 'MemoryError'}); {fix}", rule="no-memory")
+        fix = (
+            "choose a smaller model or shorter rows, end other programs, or use a machine with more"
+        )
+        return InputError(
+            f"the memory is used up ({words or 'MemoryError'}); {fix}", rule="no-memory"
+        )
     if isinstance(error, EOFError):
         return InputError("a file is cut short", rule="damaged-file")
     if isinstance(error, ModuleNotFoundError):
-        return InputError(f"this needs the package {error.name}, which is not installed: pip install {error.name}")
+        return InputError(
+            f"this needs the package {error.name}, which is not installed: pip install {error.name}"
+        )
     if isinstance(error, ImportError) and "pip install" in words:
         return InputError(words)
     log = "no file, since none can be written"
@@ -94,8 +110,9 @@ def explained(error: Exception, logs: Path) -> InputError:
 
 @contextmanager
 def writing(path: Path, *, alone: bool = False) -> Iterator[None]:
-    """Within, a file or folder is written, be it by safetensors or torch, which have errors of their own; raises
-    StorageError if it cannot be. `alone`: nothing else is done within, so that every OSError is of this place."""
+    """Within, a file or folder is written, be it by safetensors or torch, which have errors of
+    their own; raises StorageError if it cannot be. `alone`: nothing else is done within, so that
+    every OSError is of this place."""
     try:
         yield
     except OSError as error:
@@ -106,7 +123,8 @@ def writing(path: Path, *, alone: bool = False) -> Iterator[None]:
         found = SAFETENSORS.search(str(error))
         if not found and not any(words in str(error) for words in TORCH):
             raise
-        code = int(found[1] or found[2]) if found else errno.ENOSPC  # torch does not tell; it is the usual one
+        # torch does not tell; it is the usual one
+        code = int(found[1] or found[2]) if found else errno.ENOSPC
         raise storage_error(path, OSError(code, str(error))) from error
 
 
@@ -116,8 +134,8 @@ def temporary_beside(path: Path) -> Path:
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` with a temporary path in the same folder, then move the result into place: all or nothing. On return
-    content and name are on disk, and no cut of power takes them back."""
+    """Call `write` with a temporary path in the same folder, then move the result into place: all
+    or nothing. On return content and name are on disk, and no cut of power takes them back."""
     temporary = temporary_beside(path)
     try:
         with writing(path, alone=True):
@@ -137,7 +155,8 @@ def sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL or not path.is_dir():  # a file system without a sync of folders
+        # a file system without a sync of folders
+        if error.errno != errno.EINVAL or not path.is_dir():
             raise
     finally:
         os.close(descriptor)
@@ -166,8 +185,8 @@ def write_sealed_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path, sealed: bool = False) -> Any:
-    """Read a JSON object. Where it has a digest, which it must if it is `sealed`, it is checked and left out. Raises
-    InputError if the file is missing, no JSON object, or not what was written."""
+    """Read a JSON object. Where it has a digest, which it must if it is `sealed`, it is checked and
+    left out. Raises InputError if the file is missing, no JSON object, or not what was written."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -183,14 +202,16 @@ def read_json(path: Path, sealed: bool = False) -> Any:
 
 
 def read_checked(path: Path, schema: type[BaseModel], sealed: bool = False) -> dict[str, Any]:
-    """Read a JSON object that a stranger may have written; raises InputError as `read_json`, and unless it fits."""
+    """Read a JSON object that a stranger may have written; raises InputError as `read_json`, and
+    unless it fits."""
     value: dict[str, Any] = read_json(path, sealed)
     read_settings(schema, value, f"{path}: ")
     return value
 
 
 def read_kept_json(path: Path, note: Callable[[str], object]) -> Any:
-    """What a file holds; None if there is none, or if it is damaged: it is then set aside, and `note` gets a line."""
+    """What a file holds; None if there is none, or if it is damaged: it is then set aside, and
+    `note` gets a line."""
     if not path.exists():
         return None
     try:
@@ -209,21 +230,23 @@ def _missing(path: Path) -> InputError:
 
 
 def damaged(path: Path, how: str = "is damaged: its content is not what was written") -> InputError:
-    """The error of a file that cannot be used. How it is made again, only the door knows that catches this."""
+    """The error of a file that cannot be used. How it is made again, only the door knows that
+    catches this."""
     return InputError(f"{path} {how}", rule="damaged-file", value=str(path))
 
 
 def write_table(path: Path, table: pa.Table, metadata: Mapping[str, str] | None = None) -> None:
-    """Write Parquet (zstd) with `metadata` and the digest of the content in the schema, atomically."""
+    """Write Parquet (zstd) with `metadata` and the digest of the content in the schema,
+    atomically."""
     table = table.replace_schema_metadata({**(metadata or {}), DIGEST: table_digest(table)})
     write_atomic(path, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
 
 
 def read_table(path: Path, schema: pa.Schema) -> tuple[pa.Table, dict[str, str]]:
-    """Read Parquet and its metadata; raises InputError if it is missing, truncated, damaged or not Parquet, or has
-    other columns than `schema`. The digest is ours because Parquet does not show all damage: of all changes of one byte
-    in a small table 3 % gave other values. Its own checksums of pages leave out the pages' headers and the footer, and
-    some were still missed."""
+    """Read Parquet and its metadata; raises InputError if it is missing, truncated, damaged or not
+    Parquet, or has other columns than `schema`. The digest is ours because Parquet does not show
+    all damage: of all changes of one byte in a small table 3 % gave other values. Its own checksums
+    of pages leave out the pages' headers and the footer, and some were still missed."""
     try:
         table = pq.read_table(path)
         table.validate(full=True)
@@ -232,12 +255,18 @@ def read_table(path: Path, schema: pa.Schema) -> tuple[pa.Table, dict[str, str]]
     except FileNotFoundError:
         raise _missing(path) from None
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise damaged(path, f"is truncated, damaged or not Parquet ({error}); nothing in it can be used") from error
+        raise damaged(
+            path, f"is truncated, damaged or not Parquet ({error}); nothing in it can be used"
+        ) from error
     if columns != _columns(schema):
         raise InputError(f"{path} has columns {columns}; expected {_columns(schema)}")
-    empty = [field.name for field in schema if not field.nullable and table.column(field.name).null_count]
+    empty = [
+        field.name for field in schema if not field.nullable and table.column(field.name).null_count
+    ]
     if empty:
-        raise InputError(f"{path} has no value in some rows of {', '.join(empty)}; every row needs one")
+        raise InputError(
+            f"{path} has no value in some rows of {', '.join(empty)}; every row needs one"
+        )
     table = table.cast(schema).replace_schema_metadata(None)
     if metadata.pop(DIGEST, None) != table_digest(table):
         raise damaged(path)
@@ -251,13 +280,19 @@ def table_digest(table: pa.Table) -> str:
 
 def _columns(schema: pa.Schema) -> str:
     """Names and types of columns, without the name that Parquet gives to a list's elements."""
-    types = {f.name: f"list of {f.type.value_type}" if pa.types.is_list(f.type) else f.type for f in schema}
+    types = {
+        f.name: f"list of {f.type.value_type}" if pa.types.is_list(f.type) else f.type
+        for f in schema
+    }
     return ", ".join(f"{name}: {kind}" for name, kind in types.items())
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a file that cannot be trusted to `<name>.bad[.n]` in its folder: nobody reads it, and nobody loses it."""
-    names = itertools.chain([f"{path.name}.bad"], (f"{path.name}.bad.{count}" for count in itertools.count(1)))
+    """Rename a file that cannot be trusted to `<name>.bad[.n]` in its folder: nobody reads it, and
+    nobody loses it."""
+    names = itertools.chain(
+        [f"{path.name}.bad"], (f"{path.name}.bad.{count}" for count in itertools.count(1))
+    )
     target = next(place for place in map(path.with_name, names) if not place.exists())
     return path.rename(target)
 
@@ -268,13 +303,16 @@ def require_free(path: Path) -> None:
         message = f"{path} is not empty; choose another folder, or remove it"
         raise InputError(message, rule="place-not-empty", value=str(path))
     if path.is_mount():
-        raise InputError(f"{path} is a mount point; choose a folder in it", rule="mount-point", value=str(path))
+        raise InputError(
+            f"{path} is a mount point; choose a folder in it", rule="mount-point", value=str(path)
+        )
 
 
 def new_directory(path: Path, build: Callable[[Path], object]) -> None:
-    """Let `build` fill a temporary directory, then give it the name `path`; on failure there is nothing new, and on
-    return all of it is on disk. What `build` writes beside the directory is gone in the end. Raises InputError if
-    something is at `path`, or has come while `build` ran; it is left as it is."""
+    """Let `build` fill a temporary directory, then give it the name `path`; on failure there is
+    nothing new, and on return all of it is on disk. What `build` writes beside the directory is
+    gone in the end. Raises InputError if something is at `path`, or has come while `build` ran; it
+    is left as it is."""
     require_free(path)
     path = path.resolve()
     with _workshop(path) as workshop, _built(path, build, workshop / "new") as temporary:
@@ -286,15 +324,16 @@ def new_directory(path: Path, build: Callable[[Path], object]) -> None:
 
 
 def clear_left(path: Path) -> None:
-    """Remove what a killed `new_directory` has left beside `path`; what another process is making there stays."""
+    """Remove what a killed `new_directory` has left beside `path`; what another process is making
+    there stays."""
     with suppress(InputError), _workshop(path.resolve()):
         pass
 
 
 @contextmanager
 def _workshop(path: Path) -> Iterator[Path]:
-    """Within, a temporary folder beside `path` is this process's alone; what a killed one has left in it is gone.
-    Raises InputError if a living process has it."""
+    """Within, a temporary folder beside `path` is this process's alone; what a killed one has left
+    in it is gone. Raises InputError if a living process has it."""
     key = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
     folder = path.with_name(f".{path.name}.{key}.tmp")
     file = folder.with_suffix(".lock")
@@ -321,9 +360,9 @@ def _workshop(path: Path) -> Iterator[Path]:
 
 
 def replace_directory(path: Path, build: Callable[[Path], object]) -> None:
-    """Let `build` fill a temporary directory, then put it in the place of `path`, which is ours; on failure `path` is
-    unchanged, and on return all of it is on disk. A kill between the two renames leaves neither the old one nor the new
-    one."""
+    """Let `build` fill a temporary directory, then put it in the place of `path`, which is ours; on
+    failure `path` is unchanged, and on return all of it is on disk. A kill between the two renames
+    leaves neither the old one nor the new one."""
     replaced = temporary_beside(path)
     try:
         with _built(path, build, temporary_beside(path)) as temporary:
@@ -332,7 +371,11 @@ def replace_directory(path: Path, build: Callable[[Path], object]) -> None:
             try:
                 os.replace(temporary, path)
             except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another process has put its own there
+                # else another process has put its own there
+                if error.errno not in (
+                    errno.ENOTEMPTY,
+                    errno.EEXIST,
+                ):
                     raise
     finally:
         shutil.rmtree(replaced, ignore_errors=True)
@@ -340,7 +383,8 @@ def replace_directory(path: Path, build: Callable[[Path], object]) -> None:
 
 @contextmanager
 def _built(path: Path, build: Callable[[Path], object], temporary: Path) -> Iterator[Path]:
-    """Within, a temporary directory is filled and on disk; what is left of it at the end is removed."""
+    """Within, a temporary directory is filled and on disk; what is left of it at the end is
+    removed."""
     try:
         with writing(path):
             with writing(path, alone=True):
@@ -357,24 +401,29 @@ def _built(path: Path, build: Callable[[Path], object], temporary: Path) -> Iter
 
 
 def let_others_read(directory: Path) -> None:
-    """Give weights just written the access of their directory; safetensors makes them readable to the owner only."""
+    """Give weights just written the access of their directory; safetensors makes them readable to
+    the owner only."""
     for path in directory.glob("*.safetensors"):
         path.chmod(directory.stat().st_mode & 0o666)
 
 
 def remove_temporaries(folder: Path, pattern: str = "**/.*.tmp") -> None:
-    """Remove what killed writers left in a folder, where no other process writes what has the pattern."""
+    """Remove what killed writers left in a folder, where no other process writes what has the
+    pattern."""
     for path in list(folder.glob(pattern)):
         if TEMPORARY.fullmatch(path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def require_inside(path: Path, folder: Path) -> None:
-    """Refuse a link out of a model's folder, whose content would be copied and published. The hub's own cache is
-    excepted: its folder `snapshots` links to its folder `blobs`."""
+    """Refuse a link out of a model's folder, whose content would be copied and published. The hub's
+    own cache is excepted: its folder `snapshots` links to its folder `blobs`."""
     home, target = folder.resolve(), path.resolve()
     if target.parent != home.parent.parent / "blobs" and not target.is_relative_to(home):
-        message = f"{path} is a link out of its folder, to {target}; put the file itself there, or remove the link"
+        message = (
+            f"{path} is a link out of its folder, to {target}; put the file itself there, or remove"
+            " the link"
+        )
         raise InputError(message, rule="link-outside", value=str(path))
 
 

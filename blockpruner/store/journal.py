@@ -1,6 +1,8 @@
-"""Append-only logs: a first line that names what the log is of, then a line for each entry, each with its CRC-32.
+"""Append-only logs: a first line that names what the log is of, then a line for each entry, each
+with its CRC-32.
 
-Decides how a line is written and when it is trusted. What an entry means is decided by the modules that write them.
+Decides how a line is written and when it is trusted. What an entry means is decided by the modules
+that write them.
 """
 
 import json
@@ -17,11 +19,13 @@ from blockpruner.store.files import make_folder, set_aside, storage_error, sync,
 
 
 class Journal:
-    """One log on disk. A kill loses at most the line being written; a cut of power also what was not synced."""
+    """One log on disk. A kill loses at most the line being written; a cut of power also what was
+    not synced."""
 
     def __init__(self, path: Path, header: Mapping[str, Any], seconds: float = 0.0) -> None:
-        """Write nothing yet; the file is made by the first entry. `header` is the first line; a file with another one
-        is not this log. It is synced by the first entry that comes `seconds` after the last sync, and when closed."""
+        """Write nothing yet; the file is made by the first entry. `header` is the first line; a
+        file with another one is not this log. It is synced by the first entry that comes `seconds`
+        after the last sync, and when closed."""
         self.path = path
         self._header = dict(header)
         self._seconds = seconds
@@ -37,8 +41,9 @@ class Journal:
         return parse_checksummed(line[:-1]) if line.endswith("\n") else None
 
     def read(self, problems: list[str]) -> list[dict[str, Any]]:
-        """Read the entries that are whole; `problems` gets one line for each file or line that is not trusted. A log of
-        something else is set aside. A last line without an end is what a kill interrupted: no problem."""
+        """Read the entries that are whole; `problems` gets one line for each file or line that is
+        not trusted. A log of something else is set aside. A last line without an end is what a kill
+        interrupted: no problem."""
         lines = self._whole().decode(errors="replace").split("\n")[:-1]
         if not lines:
             return []
@@ -46,8 +51,8 @@ class Journal:
         if found is None or any(found.get(key) != value for key, value in self._header.items()):
             kept = set_aside(self.path)
             problems.append(
-                f"{self.path} is not the log of {self._header} (first line {lines[0][:120]!r}); set aside as "
-                f"{kept.name}, what it held is computed again"
+                f"{self.path} is not the log of {self._header} (first line {lines[0][:120]!r}); set"
+                f" aside as {kept.name}, what it held is computed again"
             )
             return []
         entries = []
@@ -60,7 +65,8 @@ class Journal:
         return entries
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        """Give one entry to the system, and sync the log where it is time; raises StorageError if that fails."""
+        """Give one entry to the system, and sync the log where it is time; raises StorageError if
+        that fails."""
         is_new = self._stream is None
         try:
             if self._stream is None:

@@ -1,7 +1,7 @@
 """Locks that name their holder.
 
-filelock holds a file beside the one with the name. The kernel frees it when the last process that has it open ends, so
-no lock is ever stale, and none of these files is deleted.
+filelock holds a file beside the one with the name. The kernel frees it when the last process that
+has it open ends, so no lock is ever stale, and none of these files is deleted.
 """
 
 import os
@@ -26,16 +26,19 @@ def this_process() -> str:
 
 @contextmanager
 def hold(path: Path, holder: str, busy: Callable[[str], object]) -> Iterator[int]:
-    """Hold a lock under a name, which is in the file at `path`; gives its file descriptor, which a child process may
-    hold, too. If the lock is held, `busy` is called with the holder's name; if it returns, this call waits for the
-    lock. Raises StorageError if the file cannot be written or locked."""
-    lock = FileLock(path.with_name(f"{path.name}.held"), fallback_to_soft=False)  # a soft lock outlives a kill
+    """Hold a lock under a name, which is in the file at `path`; gives its file descriptor, which a
+    child process may hold, too. If the lock is held, `busy` is called with the holder's name; if it
+    returns, this call waits for the lock. Raises StorageError if the file cannot be written or
+    locked."""
+    # a soft lock outlives a kill
+    lock = FileLock(path.with_name(f"{path.name}.held"), fallback_to_soft=False)
     with writing(path, alone=True):
         make_folder(path.parent)
         with suppress(Timeout):
             lock.acquire(blocking=False)
     if not lock.is_locked:
-        name = path.read_text(encoding="utf-8").strip() if path.exists() else ""  # "": its holder is about to write it
+        # "": its holder is about to write it
+        name = path.read_text(encoding="utf-8").strip() if path.exists() else ""
         busy(name or "another process")
         with writing(path, alone=True):
             lock.acquire()
@@ -54,7 +57,7 @@ def workspace(holder: str) -> AbstractContextManager[int]:
 
 def _refuse(holder: str) -> None:
     raise InputError(
-        f"this workspace is in use by {holder}; wait for it or stop it, or use another clone: one flow at a time "
-        "changes params.yaml, dvc.lock and data/",
+        f"this workspace is in use by {holder}; wait for it or stop it, or use another clone: one"
+        " flow at a time changes params.yaml, dvc.lock and data/",
         rule="workspace-busy",
     )

@@ -1,7 +1,9 @@
-"""Which files a checkpoint is: the manifest (name and SHA-256 of every file), and the identity that follows from it.
+"""Which files a checkpoint is: the manifest (name and SHA-256 of every file), and the identity that
+follows from it.
 
-Decides when two checkpoints are the same, and whether one still is what was written. The manifest is recorded when a
-model is fetched and when an export is verified. Layout and version of transformers in a config do not enter it.
+Decides when two checkpoints are the same, and whether one still is what was written. The manifest
+is recorded when a model is fetched and when an export is verified. Layout and version of
+transformers in a config do not enter it.
 """
 
 import hashlib
@@ -31,8 +33,9 @@ SETTLED = 2.0
 """Seconds after its last change from which on a file has another time if it changes again."""
 
 _KNOWN: dict[str, str] = {}
-"""SHA-256 of weights by device, inode, size and times: each process reads a shard of gigabytes once. It is not kept on
-disk: `cp -p` into a file gives it its old time of modification, and a disk may lose bits without any new time."""
+"""SHA-256 of weights by device, inode, size and times: each process reads a shard of gigabytes
+once. It is not kept on disk: `cp -p` into a file gives it its old time of modification, and a disk
+may lose bits without any new time."""
 
 
 def digests(paths: Mapping[str, Path]) -> dict[str, str]:
@@ -51,7 +54,8 @@ def _weights_sha256(path: Path) -> str:
 
 
 def content_sha256(path: Path) -> str:
-    """SHA-256 of a file; of a config: of its fields, whatever their layout, without the version of transformers."""
+    """SHA-256 of a file; of a config: of its fields, whatever their layout, without the version of
+    transformers."""
     if path.name.endswith("config.json"):
         with suppress(ValueError, RecursionError):  # it is no JSON
             return fields_sha256(json.loads(path.read_text(encoding="utf-8")))
@@ -67,13 +71,22 @@ def fields_sha256(config: Any) -> str:
 def _without_version(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    return {key: _without_version(part) for key, part in value.items() if key != "transformers_version"}
+    return {
+        key: _without_version(part) for key, part in value.items() if key != "transformers_version"
+    }
 
 
 def manifest(directory: Path) -> dict[str, str]:
-    """Every file of a checkpoint directory, also in folders, with its digest; hidden files are none."""
-    names = {path.relative_to(directory): path for path in sorted(directory.rglob("*")) if path.is_file()}
-    shown = {name.as_posix(): path for name, path in names.items() if not any(part[0] == "." for part in name.parts)}
+    """Every file of a checkpoint directory, also in folders, with its digest; hidden files are
+    none."""
+    names = {
+        path.relative_to(directory): path for path in sorted(directory.rglob("*")) if path.is_file()
+    }
+    shown = {
+        name.as_posix(): path
+        for name, path in names.items()
+        if not any(part[0] == "." for part in name.parts)
+    }
     return digests({name: path for name, path in shown.items() if name not in BESIDE})
 
 
@@ -89,7 +102,9 @@ def weights_identity(files: Manifest) -> str:
 
 
 def _digest(files: Manifest, names: Iterable[str]) -> str:
-    return hashlib.sha256("".join(f"{name}:{files[name]}\n" for name in sorted(names)).encode()).hexdigest()
+    return hashlib.sha256(
+        "".join(f"{name}:{files[name]}\n" for name in sorted(names)).encode()
+    ).hexdigest()
 
 
 class EngineReport(BaseModel):
@@ -102,13 +117,17 @@ class EngineReport(BaseModel):
 
 
 def require_verified(directory: Path) -> dict[str, str]:
-    """The manifest of an export; raises InputError unless its files are those that were verified."""
+    """The manifest of an export; raises InputError unless its files are those that were
+    verified."""
     files = manifest(directory)
     known = read_checked(directory / REPORT_FILE, EngineReport, sealed=True)["manifest"]
-    changed = sorted(name for name in known.keys() | files.keys() if known.get(name) != files.get(name))
+    changed = sorted(
+        name for name in known.keys() | files.keys() if known.get(name) != files.get(name)
+    )
     if changed:
         raise InputError(
-            f"{directory} is not what was verified: {', '.join(changed[:5])} changed, or came or went since; move "
-            "files of your own elsewhere, or export it again (its stage materialize)"
+            f"{directory} is not what was verified: {', '.join(changed[:5])} changed, or came or"
+            " went since; move files of your own elsewhere, or export it again (its stage"
+            " materialize)"
         )
     return files

@@ -37,7 +37,9 @@ def unmeasured(plan: Plan) -> Plan:
 
 def plan_fields(plan: Plan) -> dict[str, Any]:
     """A plan as JSON."""
-    return {"format": FORMAT} | {name: value for name, value in asdict(plan).items() if value is not None}
+    return {"format": FORMAT} | {
+        name: value for name, value in asdict(plan).items() if value is not None
+    }
 
 
 def save_plan(plan: Plan, path: Path) -> None:
@@ -49,10 +51,12 @@ def load_plan(path: Path) -> Plan:
     fields, where = read_json(path, sealed=True), f"{path} is not a plan: "
     if isinstance(fields, dict) and (number := fields.pop("format", FORMAT)) != FORMAT:
         raise InputError(
-            f"{path} is a plan of format {number!r}, and this version reads {FORMAT}; take the version of blockpruner "
-            "that wrote it, or make the plan again",
-            rule="plan-format", key="format", value=number,
-        )  # fmt: skip
+            f"{path} is a plan of format {number!r}, and this version reads {FORMAT}; take the"
+            " version of blockpruner that wrote it, or make the plan again",
+            rule="plan-format",
+            key="format",
+            value=number,
+        )
     try:
         plan = TypeAdapter(Plan).validate_json(json.dumps(fields))
     except ValidationError as error:
@@ -60,15 +64,21 @@ def load_plan(path: Path) -> Plan:
     try:
         _ = plan.cut, plan.details["channels"] if plan.kind == "narrow" else None
     except (KeyError, ValueError, AttributeError) as error:
-        raise InputError(f"{where}details.channels: {error!r}", rule="settings", key="details") from error
+        raise InputError(
+            f"{where}details.channels: {error!r}", rule="settings", key="details"
+        ) from error
     for name, keys in NUMBERS.items():
         for key in keys:
             value = getattr(plan, name).get(key, "missing")
             is_number = isinstance(value, int | float) and (value > 0 or name == "blocks")
             if not (is_number or (value is None and name == "calibration")):
-                raise InputError(f"{where}{name}.{key} is {value!r}; valid: above 0", rule="settings", key=name)
+                raise InputError(
+                    f"{where}{name}.{key} is {value!r}; valid: above 0", rule="settings", key=name
+                )
     for kind, own in (plan.kinds or {}).items():
-        if own.keys() != {"dense", "after"} or not all(0 < value < math.inf for value in own.values()):
+        if own.keys() != {"dense", "after"} or not all(
+            0 < value < math.inf for value in own.values()
+        ):
             message = f"{where}kinds.{kind} is {own}; valid: dense and after, above 0"
             raise InputError(message, rule="settings", key="kinds")
     return plan

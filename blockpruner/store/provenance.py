@@ -1,7 +1,7 @@
 """Where a result came from: fingerprints of inputs, and the record of a stage's run.
 
-Decides what a fingerprint is and what a record holds. A record carries time and argv; it lies in a folder of its own
-(`data/provenance/`), on which no stage depends.
+Decides what a fingerprint is and what a record holds. A record carries time and argv; it lies in a
+folder of its own (`data/provenance/`), on which no stage depends.
 """
 
 import hashlib
@@ -19,11 +19,29 @@ from typing import Any
 
 from blockpruner.store.files import write_json
 
-PACKAGES = ("torch", "transformers", "peft", "datasets", "lm-eval", "pyarrow", "numpy", "dvc", "prefect")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "lm-eval",
+    "pyarrow",
+    "numpy",
+    "dvc",
+    "prefect",
+)
 COMPUTING = ("torch", "transformers", "lm-eval", "peft")
 """The packages of `environment`: those whose version may move a number."""
 
-CODE_AND_SETTINGS = ("blockpruner", "stages", "flows", "pyproject.toml", "dvc.yaml", "params.yaml", "runs/*.yaml")
+CODE_AND_SETTINGS = (
+    "blockpruner",
+    "stages",
+    "flows",
+    "pyproject.toml",
+    "dvc.yaml",
+    "params.yaml",
+    "runs/*.yaml",
+)
 """What a commit answers for. Locks, metrics and pins are not in it: a run itself writes them."""
 
 
@@ -47,21 +65,26 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
 
 
 def environment(**facts: str) -> dict[str, str]:
-    """Where a number is made: versions of the packages that compute (none is imported for it), processor, and `facts`
-    that only the caller knows, as `models.placement`: the device, its name, the attention kernel."""
+    """Where a number is made: versions of the packages that compute (none is imported for it),
+    processor, and `facts` that only the caller knows, as `models.placement`: the device, its name,
+    the attention kernel."""
     return versions(COMPUTING) | {"processor": machine()} | facts
 
 
 def made(**facts: str) -> dict[str, str]:
-    """Where and when a result is made: its `environment`, the commit and the time. No key or fingerprint holds it."""
+    """Where and when a result is made: its `environment`, the commit and the time. No key or
+    fingerprint holds it."""
     return {"when": _now(), "commit": commit() or ""} | environment(**facts)
 
 
 def commit() -> str | None:
-    """The repository's commit, with "+" if code or settings differ from it; None outside of a repository."""
+    """The repository's commit, with "+" if code or settings differ from it; None outside of a
+    repository."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         root = git("rev-parse", "--show-toplevel")

@@ -1,7 +1,8 @@
-"""Tensors in a file with facts about them, sealed: safetensors whose metadata has the digest of all of it.
+"""Tensors in a file with facts about them, sealed: safetensors whose metadata has the digest of all
+of it.
 
-The metadata is one entry of JSON: safetensors writes several in an order of its own, another in each process, and a
-file of the same content would have other bytes.
+The metadata is one entry of JSON: safetensors writes several in an order of its own, another in
+each process, and a file of the same content would have other bytes.
 """
 
 import hashlib
@@ -34,7 +35,8 @@ def read_facts(path: Path) -> dict[str, str]:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file, and its facts; raises InputError if it is damaged, or not written by `write_tensors`."""
+    """The tensors of a file, and its facts; raises InputError if it is damaged, or not written by
+    `write_tensors`."""
     tensors, facts = _read(path, tensors=True)
     if facts.pop(DIGEST) != _digest(tensors, facts):
         raise damaged(path)

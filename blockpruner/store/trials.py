@@ -1,9 +1,11 @@
-"""The trial store: exact facts (mask, row) -> loss, kept for ever and shared by every run, search and calibration set.
+"""The trial store: exact facts (mask, row) -> loss, kept for ever and shared by every run, search
+and calibration set.
 
-Decides when a number may be reused. A store is of one model, dtype and metric and of one SCORE_VERSION; a row is known
-by its content, so a larger calibration set finds what a smaller one scored. In 16 bits the place of the computation
-moves a loss by as much as two candidates differ, so there a store is of one `Origin`, too; in 32 and 64 bits never. On
-disk a store is a folder with one log (`store.journal`) for each writing process. The store knows nothing of searches.
+Decides when a number may be reused. A store is of one model, dtype and metric and of one
+SCORE_VERSION; a row is known by its content, so a larger calibration set finds what a smaller one
+scored. In 16 bits the place of the computation moves a loss by as much as two candidates differ, so
+there a store is of one `Origin`, too; in 32 and 64 bits never. On disk a store is a folder with one
+log (`store.journal`) for each writing process. The store knows nothing of searches.
 """
 
 from __future__ import annotations
@@ -33,11 +35,13 @@ SYNC_SECONDS = 1.0
 SIXTEEN_BITS = ("bfloat16", "float16")
 
 Origin = Mapping[str, str | int]
-"""Where losses are computed, as far as that moves one in 16 bits: versions, device, attention kernel, batch shape."""
+"""Where losses are computed, as far as that moves one in 16 bits: versions, device, attention
+kernel, batch shape."""
 
 
 def store_fields(calibration: str, model: str, dtype: str, metric: str) -> dict[str, Any]:
-    """What the trials of a search depend on, apart from their origin. All but the calibration names their store."""
+    """What the trials of a search depend on, apart from their origin. All but the calibration names
+    their store."""
     store = {"model": model, "dtype": dtype, "metric": metric, "score_version": SCORE_VERSION}
     return {"calibration": calibration, **store}
 
@@ -59,7 +63,8 @@ class TrialStore:
     fields: Mapping[str, Any]
     """As from `store_fields`; in 16 bits with the "origin" (`of`)."""
     rows: Sequence[str]
-    """The calibration set's `row_keys`, in order. Facts are asked for and recorded by position in it."""
+    """The calibration set's `row_keys`, in order. Facts are asked for and recorded by position in
+    it."""
     root: Path | None = None
     """The folder of all stores; None keeps the facts in memory only."""
     problems: list[str] = field(default_factory=list)
@@ -71,7 +76,9 @@ class TrialStore:
     _log: Journal | None = None
 
     def __post_init__(self) -> None:
-        self._named_by = {name: value for name, value in self.fields.items() if name != "calibration"}
+        self._named_by = {
+            name: value for name, value in self.fields.items() if name != "calibration"
+        }
         self.fingerprint = fingerprint(self._named_by)
         self._places: dict[str, list[int]] = {}
         for place, row in enumerate(self.rows):
@@ -99,7 +106,9 @@ class TrialStore:
         if not self.is_narrow or self.origin == origin:
             return self
         if (name := fingerprint(origin)) not in self._of:
-            self._of[name] = TrialStore({**self.fields, "origin": dict(origin)}, self.rows, self.root)
+            self._of[name] = TrialStore(
+                {**self.fields, "origin": dict(origin)}, self.rows, self.root
+            )
         return self._of[name]
 
     def get(self, key: str) -> list[float] | None:
@@ -116,8 +125,11 @@ class TrialStore:
         """How many trials are known, on all rows or on some."""
         return len(self._facts)
 
-    def put(self, key: str, rows: Sequence[int], loss: Iterable[float], seconds: float | None = None) -> None:
-        """Record some rows of a trial, and what they took; a kill after the return does not lose them."""
+    def put(
+        self, key: str, rows: Sequence[int], loss: Iterable[float], seconds: float | None = None
+    ) -> None:
+        """Record some rows of a trial, and what they took; a kill after the return does not lose
+        them."""
         values = [float(v) for v in loss]
         self._remember(key, [self.rows[row] for row in rows], values, seconds)
         if self.root is None:
@@ -128,7 +140,11 @@ class TrialStore:
             header = {"fingerprint": self.fingerprint, "rows": list(self.rows)}
             name = f"{time.time_ns()}-{secrets.token_hex(4)}.jsonl"
             self._log = Journal(self._directory / name, header, SYNC_SECONDS)
-        where = {"start": rows[0]} if list(rows) == list(range(rows[0], rows[0] + len(rows))) else {"rows": list(rows)}
+        where = (
+            {"start": rows[0]}
+            if list(rows) == list(range(rows[0], rows[0] + len(rows)))
+            else {"rows": list(rows)}
+        )
         self._log.append({"trial": key, **where, "loss": values, "seconds": seconds})
 
     def close(self) -> None:
@@ -147,11 +163,23 @@ class TrialStore:
         for unit in journal.read(self.problems):
             start = unit.get("start", 0)
             numbers = unit.get("rows", range(start, start + len(unit["loss"])))
-            self._remember(unit["trial"], [rows[number] for number in numbers], unit["loss"], unit.get("seconds"))
+            self._remember(
+                unit["trial"],
+                [rows[number] for number in numbers],
+                unit["loss"],
+                unit.get("seconds"),
+            )
 
-    def _remember(self, key: str, rows: Sequence[str], values: Sequence[float], seconds: float | None) -> None:
-        """Keep the values of rows by their keys; a row that stands twice in the set is known at both places."""
-        known = [(at, value) for row, value in zip(rows, values, strict=True) for at in self._places.get(row, ())]
+    def _remember(
+        self, key: str, rows: Sequence[str], values: Sequence[float], seconds: float | None
+    ) -> None:
+        """Keep the values of rows by their keys; a row that stands twice in the set is known at
+        both places."""
+        known = [
+            (at, value)
+            for row, value in zip(rows, values, strict=True)
+            for at in self._places.get(row, ())
+        ]
         if known:
             facts = self._facts.setdefault(key, [math.nan] * len(self.rows))
             for at, value in known:
@@ -162,4 +190,7 @@ class TrialStore:
 
 def require_rows(rows: int) -> None:
     if rows < 1:
-        raise InputError("the calibration set has no row; raise calibration.num_samples or lower calibration.seq_len")
+        raise InputError(
+            "the calibration set has no row; raise calibration.num_samples or lower"
+            " calibration.seq_len"
+        )

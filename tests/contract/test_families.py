@@ -48,33 +48,61 @@ def test_parameters_are_counted_from_the_config(family):
         assert counts.total == sum(parameter.numel() for parameter in model.parameters())
     for block in all_blocks(4):
         pruned = prune_(copy.deepcopy(model), frozenset({block}))
-        assert counts.total - counts.blocks[block] == sum(parameter.numel() for parameter in pruned.parameters())
+        assert counts.total - counts.blocks[block] == sum(
+            parameter.numel() for parameter in pruned.parameters()
+        )
 
 
 GEMMA = {"head_dim": 256}
 PUBLISHED = {
     "pythia-70m": ("gpt_neox", (512, 2048, 6, 8, 50304), {}, 70_426_624),
     "gpt-neox-20b": ("gpt_neox", (6144, 24576, 44, 64, 50432), {}, 20_554_567_680),
-    "gemma-2-2b": ("gemma2", (2304, 9216, 26, 8, 256000), GEMMA | {"num_key_value_heads": 4}, 2_614_341_888),
-    "gemma-3-1b": ("gemma3_text", (1152, 6912, 26, 4, 262144), GEMMA | {"num_key_value_heads": 1}, 999_885_952),
+    "gemma-2-2b": (
+        "gemma2",
+        (2304, 9216, 26, 8, 256000),
+        GEMMA | {"num_key_value_heads": 4},
+        2_614_341_888,
+    ),
+    "gemma-3-1b": (
+        "gemma3_text",
+        (1152, 6912, 26, 4, 262144),
+        GEMMA | {"num_key_value_heads": 1},
+        999_885_952,
+    ),
     "phi-3-mini": ("phi3", (3072, 8192, 32, 32, 32064), {}, 3_821_079_552),
     "olmo-2-7b": ("olmo2", (4096, 11008, 32, 32, 100352), {}, 7_298_617_344),
     "mixtral-8x7b": (
-        "mixtral", (4096, 14336, 32, 32, 32000), {"num_key_value_heads": 8, "num_local_experts": 8}, 46_702_792_704
+        "mixtral",
+        (4096, 14336, 32, 32, 32000),
+        {"num_key_value_heads": 8, "num_local_experts": 8},
+        46_702_792_704,
     ),
     "qwen3-30b-a3b": (
-        "qwen3_moe", (2048, 6144, 48, 32, 151936),
-        {"num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "moe_intermediate_size": 768}, 30_532_122_624,
+        "qwen3_moe",
+        (2048, 6144, 48, 32, 151936),
+        {
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "num_experts": 128,
+            "moe_intermediate_size": 768,
+        },
+        30_532_122_624,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_parameters(name):
-    """From the fields of their config.json, which leave out what is the class's default: Gemma's tied embeddings, and
-    in 2022 GPT-NeoX's attention_bias and use_parallel_residual."""
+    """From the fields of their config.json, which leave out what is the class's default: Gemma's
+    tied embeddings, and in 2022 GPT-NeoX's attention_bias and use_parallel_residual."""
     family, sizes, more, published = PUBLISHED[name]
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    names = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "vocab_size",
+    )
     config = {"model_type": family, **dict(zip(names, sizes, strict=True)), **more}
     assert count_parameters(config).total == published
     assert FAMILIES[family].is_parallel(config) == (family == "gpt_neox")
@@ -86,7 +114,7 @@ def test_masked_then_exit_restores_everything(family, mask):
     """After an error, too."""
     model = tiny_model(family)
     before, logits, config = model.state_dict(), model(IDS).logits, model.config.to_dict()
-    with pytest.raises(KeyError), masked(model, parse_mask(mask)):  # noqa: PT012 (what a user's block does)
+    with pytest.raises(KeyError), masked(model, parse_mask(mask)):  # noqa: PT012 (a user's block)
         changed = model(IDS).logits
         raise KeyError
     assert not torch.equal(changed, logits)
@@ -95,14 +123,17 @@ def test_masked_then_exit_restores_everything(family, mask):
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert torch.equal(model(IDS).logits, logits)
     assert model.config.to_dict() == config
-    attentions = [getattr(layer, model_family(model).mha.names(layer)[0]) for layer in decoder_layers(model)]
+    attentions = [
+        getattr(layer, model_family(model).mha.names(layer)[0]) for layer in decoder_layers(model)
+    ]
     assert [attention.layer_idx for attention in attentions] == [0, 1, 2, 3]
 
 
 @families
 @masks
 def test_pruned_equals_masked(family, mask):
-    """Logits, greedy decoding with and without cache, static cache, left padding, and the cache's size."""
+    """Logits, greedy decoding with and without cache, static cache, left padding, and the cache's
+    size."""
     model, removed = tiny_model(family), parse_mask(mask)
     with masked(model, removed):
         logits = model(IDS).logits
@@ -126,12 +157,15 @@ def test_pruned_equals_masked(family, mask):
 
     padded = torch.cat([torch.zeros(2, 3, dtype=torch.int64), IDS], dim=1)
     mask2 = (torch.arange(17) >= 3).long().expand(2, -1)
-    if pruned.config._attn_implementation == "eager":  # in float64, transformers' own is NaN where all is masked
+    # in float64, transformers' own is NaN where all is masked
+    if pruned.config._attn_implementation == "eager":
         pruned = pruned.float()
     assert torch.equal(generate(pruned, padded, mask2)[:, 3:], tokens)
 
 
-@pytest.mark.parametrize("family", [name for name in VARIANTS if FAMILIES[name.split()[0]].mha.linear])
+@pytest.mark.parametrize(
+    "family", [name for name in VARIANTS if FAMILIES[name.split()[0]].mha.linear]
+)
 def test_a_hybrid_without_attentions_that_grow_decodes_with_its_states_alone(family):
     model, removed = tiny_model(family), parse_mask("mha.1,mha.3,mlp.0")
     with masked(model, removed):
@@ -143,14 +177,17 @@ def test_a_hybrid_without_attentions_that_grow_decodes_with_its_states_alone(fam
     assert time_generation(pruned, IDS, 3).kv_cache_bytes > 0
     kept = pruned(IDS, use_cache=True).cache
     pruned(IDS[:, :1], cache=kept)
-    with pytest.raises(ValueError, match="a token at a time"):  # its length is 0, and all would be read again
+    # its length is 0, and all would be read again
+    with pytest.raises(ValueError, match="a token at a time"):
         generate(pruned, cache=kept)
 
 
 def test_a_linear_attention_is_given_what_its_own_layer_gives_it():
     model, seen = tiny_model("qwen3_5_text"), []
     hook = decoder_layers(model)[0].linear_attn.register_forward_hook(
-        lambda module, args, kwargs, output: seen.append({k for k, value in kwargs.items() if value is not None}),
+        lambda module, args, kwargs, output: seen.append(
+            {k for k, value in kwargs.items() if value is not None}
+        ),
         with_kwargs=True,
     )
     model(IDS, use_cache=False)
@@ -177,13 +214,16 @@ def test_a_speed_budget_of_a_hybrid_is_refused_and_its_mixture_has_a_width(tmp_p
     dense = fetch_tiny(tmp_path, "qwen3_5_moe_text")
     model, timed = LocalModel(source="path", path=str(dense), dtype="float32"), Latency()
     with pytest.raises(InputError, match="linear and full ones"):
-        kept_latency(tmp_path / "own", tmp_path / "all", dense, model, timed, Runtime(), SilentObserver())
+        kept_latency(
+            tmp_path / "own", tmp_path / "all", dense, model, timed, Runtime(), SilentObserver()
+        )
     assert inner_size(json.loads((dense / "config.json").read_text())) == 2 * 24 + 20
 
 
 @families
 @pytest.mark.parametrize(
-    ("mask", "layers"), [("mha.0,mlp.0", 3), ("mlp.1,mha.2", 3), ("mlp.0,mha.1,mlp.1,mha.2,mlp.3,mha.3", 1)]
+    ("mask", "layers"),
+    [("mha.0,mlp.0", 3), ("mlp.1,mha.2", 3), ("mlp.0,mha.1,mlp.1,mha.2,mlp.3,mha.3", 1)],
 )
 def test_what_fills_whole_layers_is_a_plain_model(family, mask, layers):
     """An MHA and a later MLP share a layer where nothing is left between them."""
@@ -233,12 +273,15 @@ assert "blockpruner" not in sys.modules
 
 
 @pytest.mark.parametrize(
-    "variants", [VARIANTS_DAILY, pytest.param(VARIANTS, marks=pytest.mark.slow)], ids=["daily", "all"]
+    "variants",
+    [VARIANTS_DAILY, pytest.param(VARIANTS, marks=pytest.mark.slow)],
+    ids=["daily", "all"],
 )
 def test_saved_checkpoint_in_a_fresh_process(tmp_path, variants):
     """Each family, its hardest mask; one process for all, since each would take long.
 
-    The dense model comes from a file too, whose names of weights may be others than the model's (GPT-NeoX's head).
+    The dense model comes from a file too, whose names of weights may be others than the model's
+    (GPT-NeoX's head).
     """
     save_file({"ids": IDS}, tmp_path / "ids")
     expected = {}
@@ -248,7 +291,10 @@ def test_saved_checkpoint_in_a_fresh_process(tmp_path, variants):
         prune_(model, parse_mask("mha.0,mha.2,mlp.0,mlp.3"))
         expected[family] = (model(IDS).logits, generate(model))
         save_pruned(model, tmp_path / family)
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "HF_HUB_OFFLINE": "1",
+    }
     command = [sys.executable, "-I", "-c", LOAD, str(tmp_path), *variants]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr
@@ -259,7 +305,10 @@ def test_saved_checkpoint_in_a_fresh_process(tmp_path, variants):
 
 
 def test_mask_beyond_the_model():
-    with pytest.raises(InputError, match=r"mlp\.9.*layers 0 to 3"), masked(tiny_model(), parse_mask("mlp.9")):
+    with (
+        pytest.raises(InputError, match=r"mlp\.9.*layers 0 to 3"),
+        masked(tiny_model(), parse_mask("mlp.9")),
+    ):
         pass
 
 

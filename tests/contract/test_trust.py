@@ -1,4 +1,5 @@
-"""No stranger's code runs: `auto_map` of others, local or of another repository, through every step of every family."""
+"""No stranger's code runs: `auto_map` of others, local or of another repository, through every step
+of every family."""
 
 import json
 import shutil
@@ -16,17 +17,24 @@ from tests.fakes import InProcess
 from tests.plans import fetch, plan_of, pruning
 from tests.tiny import VARIANTS_DAILY, save_tiny
 
-MODULES = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+MODULES = {
+    "AutoConfig": "configuration_phi3.Phi3Config",
+    "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+}
 UPSTREAM = {name: f"microsoft/Phi-3-mini-4k-instruct--{text}" for name, text in MODULES.items()}
 MIXED = {"AutoConfig": "stranger.Config", "AutoModelForCausalLM": "someone/model--stranger.Model"}
 CASES = [("phi3", MODULES), ("phi3", UPSTREAM), *((family, MIXED) for family in VARIANTS_DAILY)]
 """First what microsoft/Phi-3-mini-4k-instruct has, and what its fine-tunes have."""
 
-MARKER = "import pathlib\npathlib.Path({path!r}).touch()\nclass Config: ...\nclass Model: ...\nclass Tokenizer: ...\n"
+MARKER = (
+    "import pathlib\npathlib.Path({path!r}).touch()\nclass Config: ...\nclass Model: ...\nclass"
+    " Tokenizer: ...\n"
+)
 
 
 def poison(folder, auto_map, marker):
-    """Add `auto_map` to all configs, and the code that it names, which leaves a mark when it is run."""
+    """Add `auto_map` to all configs, and the code that it names, which leaves a mark when it is
+    run."""
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
         path = folder / name
         config = json.loads(path.read_text()) if path.exists() else {}
@@ -46,16 +54,20 @@ def asks_for(folder):
 
 @pytest.mark.parametrize(("family", "auto_map"), CASES)
 def test_no_code_of_strangers_runs(tmp_path, in_process, family, auto_map):
-    """Fetch, both kinds of export, verification, and what benchmark and recover load. A mark would be left by any step
-    that runs the code; every folder asks for our own code at most."""
+    """Fetch, both kinds of export, verification, and what benchmark and recover load. A mark would
+    be left by any step that runs the code; every folder asks for our own code at most."""
     marker = tmp_path / "marker"
     source = poison(save_tiny(tmp_path / "mine", family), auto_map, marker)
     dense = fetch(source, tmp_path / "model")
     assert asks_for(dense) == [] and not list(dense.glob("*.py"))
-    for file in source.glob("*.py"):  # as if it had come by another way, for instance from a remote of DVC
+    # as if it had come by another way, for instance from a remote of DVC
+    for file in source.glob("*.py"):
         shutil.copy(file, dense)
     poisoned = poison(dense, auto_map, marker)
-    for name, order in {"holes": ["mha.0", "mlp.3"], "whole": ["mha.1,mlp.1", "mha.2,mlp.2"]}.items():
+    for name, order in {
+        "holes": ["mha.0", "mlp.3"],
+        "whole": ["mha.1,mlp.1", "mha.2,mlp.2"],
+    }.items():
         out = tmp_path / name
         export_hf(pruning(poisoned, plan_of(poisoned, order)), out)
         ours = [path.name for path in out.glob("*.py")]
@@ -81,16 +93,23 @@ def export(tmp_path_factory):
 
 def edit_config(folder, **auto_map):
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"auto_map": config["auto_map"] | auto_map}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"auto_map": config["auto_map"] | auto_map})
+    )
 
 
 TAMPERED = {
-    "our file changed": lambda folder, code: (folder / "modeling_blockpruned.py").open("a").write(code),
+    "our file changed": lambda folder, code: (
+        (folder / "modeling_blockpruned.py").open("a").write(code)
+    ),
     "a file beside it": lambda folder, code: (folder / "other.py").write_text(code),
     "custom generate": lambda folder, code: (
-        (folder / "custom_generate").mkdir() or (folder / "custom_generate/generate.py").write_text(code)
+        (folder / "custom_generate").mkdir()
+        or (folder / "custom_generate/generate.py").write_text(code)
     ),
-    "another repository": lambda folder, _: edit_config(folder, AutoModelForCausalLM="a/b--modeling_blockpruned.X"),
+    "another repository": lambda folder, _: edit_config(
+        folder, AutoModelForCausalLM="a/b--modeling_blockpruned.X"
+    ),
     "another entry": lambda folder, _: edit_config(folder, AutoTokenizer="modeling_blockpruned.X"),
 }
 
@@ -100,7 +119,9 @@ def test_an_export_is_trusted_only_with_our_file_as_it_is_installed(tmp_path, ex
     folder, marker = shutil.copytree(export, tmp_path / "copy"), tmp_path / "marker"
     TAMPERED[how](folder, MARKER.format(path=str(marker)))
     for step in (has_our_code, lambda path: verify_checkpoint(path, tmp_path / "reference", 1.0)):
-        with pytest.raises(InputError, match="copy holds or names code that is not the installed blockpruner's"):
+        with pytest.raises(
+            InputError, match="copy holds or names code that is not the installed blockpruner's"
+        ):
             step(folder)
     assert not marker.exists()
 
@@ -116,11 +137,12 @@ def test_a_tokenizer_never_asks_for_trust(export):
 
 
 def test_a_run_that_trusts_has_its_model_and_tokenizer_loaded(tmp_path, in_process):
-    """The dense model by `baseline`; an export by `benchmark`, with the tokenizer of the dense model, since it holds no
-    code of strangers."""
+    """The dense model by `baseline`; an export by `benchmark`, with the tokenizer of the dense
+    model, since it holds no code of strangers."""
     folder = save_tiny(tmp_path / "mine")
     (folder / "words.py").write_text(
-        "from transformers import PreTrainedTokenizerFast\nclass Words(PreTrainedTokenizerFast):\n    mine = True\n"
+        "from transformers import PreTrainedTokenizerFast\nclass Words(PreTrainedTokenizerFast):\n "
+        "   mine = True\n"
     )
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text()) | {

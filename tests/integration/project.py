@@ -51,22 +51,43 @@ def run_of(folder: Path, **calibration: Any) -> dict[str, Any]:
     return {
         "model": {"source": "path", "path": str(folder / "model"), "dtype": "float32"},
         "calibration": {
-            "data": data, "num_samples": 10, "seq_len": 24, "packing": "joined", "split": "all", "seed": 42,
-        } | calibration,
+            "data": data,
+            "num_samples": 10,
+            "seq_len": 24,
+            "packing": "joined",
+            "split": "all",
+            "seed": 42,
+        }
+        | calibration,
         "score": {"method": "greedy"},
         "evaluate": {
-            "perplexity": {"data": data | {"path": str(folder / "heldout.txt")}, "seq_len": 64, "max_rows": 2},
-            "zero_shot": {"data": {"source": "path", "path": str(folder)}, "tasks": ["piqa"], "limit": 6},
+            "perplexity": {
+                "data": data | {"path": str(folder / "heldout.txt")},
+                "seq_len": 64,
+                "max_rows": 2,
+            },
+            "zero_shot": {
+                "data": {"source": "path", "path": str(folder)},
+                "tasks": ["piqa"],
+                "limit": 6,
+            },
             "speed": {"prompt_tokens": 4, "new_tokens": 4, "repeats": 1, "batch": 1},
         },
         "compensate": {"num_rows": 24, "seq_len": 32, "validation": 0.25},
-        "train": {"data": data, "num_samples": 12, "seq_len": 32, "rank": 4, "learning_rate": 0.01, "epochs": 2},
-    }  # fmt: skip
+        "train": {
+            "data": data,
+            "num_samples": 12,
+            "seq_len": 32,
+            "rank": 4,
+            "learning_rate": 0.01,
+            "epochs": 2,
+        },
+    }
 
 
 def make_project(folder: Path, targets: dict[str, str], **calibration: Any) -> Path:
-    """Lay out the project with run `tiny` (llama, 4 layers) and the targets {name: budget}, healed where the name
-    begins with "lora"; no git, DVC without SCM."""
+    """Lay out the project with run `tiny` (llama, 4 layers) and the targets {name: budget}, healed
+    where the name begins with "lora"; no git, DVC without SCM."""
     project, inputs = folder / "project", folder / "inputs"
     for name in ("blockpruner", "stages", "flows"):
         half_written = shutil.ignore_patterns("*.pyc.*")  # by another worker
@@ -125,7 +146,9 @@ def post(api: str, what: str, **body: Any) -> Any:
 def module(project: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a Python module in the project to its end."""
     command = [sys.executable, "-m", name, *arguments]
-    return subprocess.run(command, cwd=project, env=environment(), capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=project, env=environment(), capture_output=True, text=True, check=False
+    )
 
 
 def dvc(project: Path, *arguments: str) -> str:
@@ -141,11 +164,16 @@ def stage(project: Path, name: str, item: str = "tiny") -> subprocess.CompletedP
 
 def counts(project: Path, method: str = "greedy") -> dict[str, Any]:
     """What the stage score computed and reused of a method of one search."""
-    found: dict[str, Any] = json.loads((project / f"data/provenance/tiny-{method}-search.json").read_text())
+    found: dict[str, Any] = json.loads(
+        (project / f"data/provenance/tiny-{method}-search.json").read_text()
+    )
     (result,) = found.values()
     return dict(result)
 
 
 def tables(project: Path) -> dict[str, bytes]:
     """Content of every iteration table, by name."""
-    return {path.name: path.read_bytes() for path in sorted((project / "data/scores").rglob("iteration_*.parquet"))}
+    return {
+        path.name: path.read_bytes()
+        for path in sorted((project / "data/scores").rglob("iteration_*.parquet"))
+    }

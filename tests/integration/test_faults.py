@@ -1,4 +1,5 @@
-"""A scoring process killed at any moment, an orphan beside it, damaged files: the same tables in the end."""
+"""A scoring process killed at any moment, an orphan beside it, damaged files: the same tables in
+the end."""
 
 import importlib
 import itertools
@@ -19,7 +20,16 @@ from blockpruner.store.files import TEMPORARY
 from blockpruner.store.locks import hold
 from stages import commit
 from tests.fakes import unverified
-from tests.integration.project import counts, dvc, environment, make_project, set_targets, stage, tables, write_dag
+from tests.integration.project import (
+    counts,
+    dvc,
+    environment,
+    make_project,
+    set_targets,
+    stage,
+    tables,
+    write_dag,
+)
 from tests.power import MODES, forked
 
 FULL = int(os.environ.get("BLOCKPRUNER_FULL", "17"))
@@ -38,7 +48,8 @@ def succeed(project, name="score"):
 @pytest.fixture(scope="module")
 def calibrated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("calibrated")
-    project = make_project(folder, BUDGET, num_samples=60, seed=46)  # no row twice: one would be scored for both
+    # no row twice: one would be scored for both
+    project = make_project(folder, BUDGET, num_samples=60, seed=46)
     set_targets(project, BUDGET, batch_tokens=BATCH_TOKENS)
     for name in ("settings", "fetch", "calibrate"):
         succeed(project, name)
@@ -58,12 +69,16 @@ def project(calibrated, tmp_path):
 
 
 def units_logged(project):
-    return sum(max(0, len(log.read_text().splitlines()) - 1) for log in (project / "data/trials").rglob("*.jsonl"))
+    return sum(
+        max(0, len(log.read_text().splitlines()) - 1)
+        for log in (project / "data/trials").rglob("*.jsonl")
+    )
 
 
 def test_killed_at_random_moments(project, undisturbed):
-    """`dvc repro` with its stage is killed, and run again, KILLS times: the tables are the undisturbed run's, and at
-    most one unit a kill is computed twice (the log holds each unit once; a torn line is a unit lost)."""
+    """`dvc repro` with its stage is killed, and run again, KILLS times: the tables are the
+    undisturbed run's, and at most one unit a kill is computed twice (the log holds each unit once;
+    a torn line is a unit lost)."""
     total, dice, inside = counts(undisturbed)["units_computed"], random.Random(11), 0
     assert total >= 15 * (9 + 7 + 6)
     for kill in range(KILLS):
@@ -92,14 +107,20 @@ def test_killed_at_random_moments(project, undisturbed):
 def test_a_stage_that_is_cut_before_any_of_its_writes(undisturbed, tmp_path, monkeypatch):
     """Of `commit`, which is fast, in turns by a kill and by both cuts of power."""
     project, log = tmp_path / "project", tmp_path / "log"
-    shutil.copytree(undisturbed, project, ignore=shutil.ignore_patterns("blockpruner", "stages", "flows", ".dvc"))
+    shutil.copytree(
+        undisturbed,
+        project,
+        ignore=shutil.ignore_patterns("blockpruner", "stages", "flows", ".dvc"),
+    )
     monkeypatch.setattr(sys, "argv", ["stages.commit", "small-3"])
     monkeypatch.setattr(provenance, "commit", lambda: None)  # git is asked in three processes
     work = partial(stages.run, "commit", commit.main)
 
     def plans():
         files = (project / "data/plans/small-3").iterdir()  # dvc empties it before a stage runs
-        return {path.name: path.read_bytes() for path in files if not TEMPORARY.fullmatch(path.name)}
+        return {
+            path.name: path.read_bytes() for path in files if not TEMPORARY.fullmatch(path.name)
+        }
 
     code, writes = forked(project, work, log)
     assert code == 0 and writes > 10, log.read_text()
@@ -112,13 +133,21 @@ def test_a_stage_that_is_cut_before_any_of_its_writes(undisturbed, tmp_path, mon
 
 
 STAGES = {
-    "settings": ("tiny", "settings"), "fetch": ("tiny", "models", "sources"), "calibrate": ("tiny", "calibration"),
-    "score": ("tiny-greedy", "scores"), "commit": ("lora-3", "plans"), "compensate": ("lora-3", "compensated"),
+    "settings": ("tiny", "settings"),
+    "fetch": ("tiny", "models", "sources"),
+    "calibrate": ("tiny", "calibration"),
+    "score": ("tiny-greedy", "scores"),
+    "commit": ("lora-3", "plans"),
+    "compensate": ("lora-3", "compensated"),
     "materialize": ("lora-3", "checkpoints"),
-}  # fmt: skip
+}
 if FULL == 1:  # not daily: they load lm-eval each time
-    STAGES |= {"baseline": ("tiny", "evidence/tiny-dense"), "benchmark": ("lora-3", "evidence/lora-3")}
-"""The stages in their order, with an item and the folders of what they make; not `train`, since a fork cannot train."""
+    STAGES |= {
+        "baseline": ("tiny", "evidence/tiny-dense"),
+        "benchmark": ("lora-3", "evidence/lora-3"),
+    }
+"""The stages in their order, with an item and the folders of what they make; not `train`, since a
+fork cannot train."""
 
 
 def work_of(name):
@@ -147,14 +176,26 @@ def finished(tmp_path_factory):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_whose_disk_is_full_at_any_of_its_writes(name, finished, tmp_path):
-    """It ends in one line, what is there is whole, and a later run makes the same. Every FULL-th write in turn."""
+    """It ends in one line, what is there is whole, and a later run makes the same. Every FULL-th
+    write in turn."""
     project, log, (_, *made) = tmp_path / "project", tmp_path / "log", STAGES[name]
-    shutil.copytree(finished, project, ignore=shutil.ignore_patterns("blockpruner", "stages", "flows", ".dvc"))
+    shutil.copytree(
+        finished, project, ignore=shutil.ignore_patterns("blockpruner", "stages", "flows", ".dvc")
+    )
 
     def outputs():
-        files = (path for folder in made for path in (project / "data" / folder).rglob("*") if path.is_file())
+        files = (
+            path
+            for folder in made
+            for path in (project / "data" / folder).rglob("*")
+            if path.is_file()
+        )
         files = (path for path in files if not path.match("iteration_*.json"))  # they hold times
-        return {path: path.read_bytes() for path in files if not any(map(TEMPORARY.fullmatch, path.parts))}
+        return {
+            path: path.read_bytes()
+            for path in files
+            if not any(map(TEMPORARY.fullmatch, path.parts))
+        }
 
     whole, cut = outputs(), 1
     for store in ("trials", "cache", "adapters"):  # not evaluations: they hold times
@@ -186,7 +227,8 @@ def test_damaged_files_are_named_and_computed_again(undisturbed, tmp_path):
 
 
 def test_tables_alone_spare_the_model(project, undisturbed):
-    """A clone after `dvc pull` has tables but no trial store: nothing is computed, and the model is not loaded."""
+    """A clone after `dvc pull` has tables but no trial store: nothing is computed, and the model is
+    not loaded."""
     shutil.copytree(undisturbed / "data/scores", project / "data/scores")
     (project / "data/models/tiny/model.safetensors").unlink()
     succeed(project)
@@ -195,13 +237,17 @@ def test_tables_alone_spare_the_model(project, undisturbed):
 
 
 def test_a_second_process_waits_and_reuses(project, undisturbed):
-    """Held here as an orphaned scoring process would hold it: the stage names it, waits, then goes on."""
+    """Held here as an orphaned scoring process would hold it: the stage names it, waits, then goes
+    on."""
     shutil.copytree(undisturbed / "data/trials", project / "data/trials")
     (path,) = (project / "data/trials").glob("*.lock")
     with hold(path, "process 4711 on node7", pytest.fail):
-        process = subprocess.Popen(SCORE, cwd=project, env=environment(), stdout=subprocess.PIPE, text=True)
-        assert process.stdout.readline() == (
-            "process 4711 on node7 computes the same trials; waiting for it, then reusing them\n"
+        process = subprocess.Popen(
+            SCORE, cwd=project, env=environment(), stdout=subprocess.PIPE, text=True
+        )
+        assert (
+            process.stdout.readline()
+            == "process 4711 on node7 computes the same trials; waiting for it, then reusing them\n"
         )
         assert process.poll() is None
     process.communicate(timeout=300)
@@ -226,4 +272,7 @@ def test_ctrl_c_is_one_line(project):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 130
-    assert "interrupted; what is finished is kept: run again to go on" in errors and "Traceback" not in errors
+    assert (
+        "interrupted; what is finished is kept: run again to go on" in errors
+        and "Traceback" not in errors
+    )

@@ -1,6 +1,8 @@
-"""The flows over a miniature project: a real git and DVC repository with stub stages, and a real Prefect server.
+"""The flows over a miniature project: a real git and DVC repository with stub stages, and a real
+Prefect server.
 
-The stub appends "<stage> <item> <pid>" to log.txt. Its score stage goes on when there is no file `hold`.
+The stub appends "<stage> <item> <pid>" to log.txt. Its score stage goes on when there is no file
+`hold`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,12 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
-from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_HOME, temporary_settings
+from prefect.settings import (
+    PREFECT_API_AUTH_STRING,
+    PREFECT_API_URL,
+    PREFECT_HOME,
+    temporary_settings,
+)
 
 from blockpruner.core.errors import InputError
 from blockpruner.inputs.hub import hub_error
@@ -133,7 +140,12 @@ def template(tmp_path_factory):
     """The miniature project as it is before a test."""
     folder = tmp_path_factory.mktemp("template")
     shutil.copytree(ROOT / "runs", folder / "runs", ignore=shutil.ignore_patterns("dvc.*"))
-    for name, text in {"stub.py": STUB, "dvc.yaml": PIPELINE, "params.yaml": PARAMS, "log.txt": ""}.items():
+    for name, text in {
+        "stub.py": STUB,
+        "dvc.yaml": PIPELINE,
+        "params.yaml": PARAMS,
+        "log.txt": "",
+    }.items():
         (folder / name).write_text(text)
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
     subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=folder, check=True)
@@ -160,7 +172,11 @@ def project(template, tmp_path, home, monkeypatch):
 
 def start(*options, flow="prune", **environment):
     command, env = [sys.executable, "-m", f"flows.{flow}", *options], {**os.environ, **environment}
-    STARTED.append(subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    STARTED.append(
+        subprocess.Popen(
+            command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+    )
     return STARTED[-1]
 
 
@@ -197,8 +213,8 @@ def ask(url, what):
 
 
 def task_states(url, wanted):
-    """The names and states of the newest flow run's task runs, once the wanted ones are among them: the server hears of
-    them after the flow."""
+    """The names and states of the newest flow run's task runs, once the wanted ones are among them:
+    the server hears of them after the flow."""
     found = {}
 
     def heard():
@@ -215,23 +231,29 @@ def write_json(**files):
         Path("data", path).write_text(json.dumps(value))
 
 
-# --- with a server ------------------------------------------------------------------------------------------------
+# --- with a server
 
 
-def test_make_serve_runs_what_is_asked_for_shows_it_and_leaves_no_process(project, tmp_path, monkeypatch):
+def test_make_serve_runs_what_is_asked_for_shows_it_and_leaves_no_process(
+    project, tmp_path, monkeypatch
+):
     port = free_port()
     url = f"http://127.0.0.1:{port}/api"
     for name in ("smollm2-dense", "smollm2-b2"):
         write_json(**{f"metrics/{name}.json": {"perplexity": 20.5}})
     monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", PASSWORD)
     monkeypatch.setenv("PREFECT_API_AUTH_STRING", PASSWORD)
-    served = start(flow="serve", PREFECT_SERVER_API_PORT=str(port), PREFECT_HOME=str(tmp_path / "home"))
+    served = start(
+        flow="serve", PREFECT_SERVER_API_PORT=str(port), PREFECT_HOME=str(tmp_path / "home")
+    )
     wait_until(lambda: served.poll() is not None or prune_served(url), "no deployment")
     assert served.poll() is None, served.stdout.read()
     (deployment,) = prune_served(url)
     assert not deployment["enforce_parameter_schema"]
     run = post(url, f"deployments/{deployment['id']}/create_flow_run", state={"type": "SCHEDULED"})
-    wait_until(lambda: post(url, "flow_runs/filter")[0]["state_type"] in ("COMPLETED", "FAILED", "CRASHED"))
+    wait_until(
+        lambda: post(url, "flow_runs/filter")[0]["state_type"] in ("COMPLETED", "FAILED", "CRASHED")
+    )
     assert post(url, "flow_runs/filter")[0]["state"]["message"] == "5 stages: 5 run, 0 cached", run
     assert ran() == STAGES
 
@@ -242,12 +264,16 @@ def test_make_serve_runs_what_is_asked_for_shows_it_and_leaves_no_process(projec
     inputs = {run["name"]: run["task_inputs"] for run in runs}
     assert [names[p["id"]] for p in inputs["iteration 0"]["__parents__"]] == ["score@smollm2"]
     assert [names[p["id"]] for p in inputs["iteration 1"]["before"]] == ["iteration 0"], "no arrow"
-    assert [names[p["id"]] for p in inputs["commit@smollm2-b2"]["wait_for"]] == ["score@smollm2"], "no arrow"
+    assert [names[p["id"]] for p in inputs["commit@smollm2-b2"]["wait_for"]] == ["score@smollm2"], (
+        "no arrow"
+    )
     assert post(url, "flow_runs/filter")[0]["name"] == "all runs"
     data = {artifact["key"]: artifact["data"] for artifact in ask(url, "artifacts")}
     assert data.keys() == {"score-smollm2-table", "results", "report"}
     pages = f"http://127.0.0.1:{port + 1}/report"
-    assert data["report"] == f"[The page]({pages}/index.html)\n\n# title\n\n![a]({pages}/plots/a.png)"
+    assert (
+        data["report"] == f"[The page]({pages}/index.html)\n\n# title\n\n![a]({pages}/plots/a.png)"
+    )
     assert '{"model": "smollm2-b2", "perplexity": 20.5, "why": ""}' in data["results"]
     served.send_signal(signal.SIGINT)
     output, _ = served.communicate()
@@ -260,17 +286,25 @@ def prune_served(url):
         found = post(url, "deployments/filter")
     except (httpx.HTTPError, KeyError):  # not yet
         return []
-    return [each for each in found if each["name"] == "prune"] if len(found) == len(serve.FLOWS) else []
+    return (
+        [each for each in found if each["name"] == "prune"]
+        if len(found) == len(serve.FLOWS)
+        else []
+    )
 
 
 def test_one_failure_stops_no_other_model_and_is_in_the_table(project, server, monkeypatch):
     for name in ("smollm2-dense", "smollm2-b20"):
         write_json(**{f"metrics/{name}.json": {"perplexity": 40.0}})
     monkeypatch.setenv("STUB_FAILS", "commit smollm2-b10")
-    monkeypatch.setenv("STUB_SAYS", "error in stage commit smollm2-b10: budget '0.1' cannot be reached")
+    monkeypatch.setenv(
+        "STUB_SAYS", "error in stage commit smollm2-b10: budget '0.1' cannot be reached"
+    )
     state, started = run_flow(server, prune, Selection(budgets=("0.1", "0.2"), keep_going=True))
     why = "stage commit@smollm2-b10 failed: budget '0.1' cannot be reached"
-    assert state.is_failed() and state.message.startswith(f"{why}. Finished stages are kept: run again")
+    assert state.is_failed() and state.message.startswith(
+        f"{why}. Finished stages are kept: run again"
+    )
     assert "New in params.yaml: target smollm2-b10, target smollm2-b20; delete" in state.message
     assert started[2:] == ["commit smollm2-b10", "commit smollm2-b20", "report all"]
     (table,) = (json.loads(a["data"]) for a in ask(server, "artifacts") if a["key"] == "results")
@@ -283,7 +317,9 @@ def test_one_failure_stops_no_other_model_and_is_in_the_table(project, server, m
 def test_a_stage_is_tried_three_times_where_the_network_failed(project, server, monkeypatch):
     monkeypatch.setattr(prune_module.run_stage, "retry_delay_seconds", [0, 0])
     monkeypatch.setenv("STUB_FAILS", "fetch smollm2")
-    monkeypatch.setenv("STUB_SAYS", f"error in stage fetch smollm2: {hub_error('a/b', OSError('timed out'))}")
+    monkeypatch.setenv(
+        "STUB_SAYS", f"error in stage fetch smollm2: {hub_error('a/b', OSError('timed out'))}"
+    )
     state, started = run_flow(server, prune)
     assert started == ["fetch smollm2"] * 3 and "timed out; check the network" in state.message
     monkeypatch.setenv("STUB_TIMES", "4")
@@ -292,7 +328,9 @@ def test_a_stage_is_tried_three_times_where_the_network_failed(project, server, 
 
 
 @pytest.mark.usefixtures("true_starts")
-def test_cancelled_flow_leaves_no_process_and_no_open_phase_and_locks_the_workspace(project, server, capsys):
+def test_cancelled_flow_leaves_no_process_and_no_open_phase_and_locks_the_workspace(
+    project, server, capsys
+):
     flow = start_score(lambda: start(PREFECT_API_URL=server))
     with temporary_settings({PREFECT_API_URL: server}):
         assert main(["--budget", "0.3"]) == 2
@@ -308,14 +346,25 @@ def test_cancelled_flow_leaves_no_process_and_no_open_phase_and_locks_the_worksp
 
 
 def test_a_study_makes_its_targets_and_tables_once(project, server, monkeypatch):
-    targets = {"mine": {"run": "smollm2", "budget": "3blocks"}, "smollm2-b2": {"run": "smollm2", "budget": "0.02"}}
+    targets = {
+        "mine": {"run": "smollm2", "budget": "3blocks"},
+        "smollm2-b2": {"run": "smollm2", "budget": "0.02"},
+    }
     study = {"title": "One", "runs": ["smollm2"], "targets": targets}
     Path("studies").mkdir()
     Path("studies/one.yaml").write_text(yaml.safe_dump(study))
     state, started = run_flow(server, paper, "one")
     assert state.is_completed(), state.message
-    assert started == ["fetch smollm2", "score smollm2", "commit mine", "commit smollm2-b2", "tables one"]
-    assert load_params().targets["mine"] == Target(**targets["mine"]) and load_params().studies == ("one",)
+    assert started == [
+        "fetch smollm2",
+        "score smollm2",
+        "commit mine",
+        "commit smollm2-b2",
+        "tables one",
+    ]
+    assert load_params().targets["mine"] == Target(**targets["mine"]) and load_params().studies == (
+        "one",
+    )
     with monkeypatch.context() as patch:
         patch.setattr(dvc, "repro", None)  # dvc is not even started
         state, started = run_flow(server, paper, "one")
@@ -334,14 +383,19 @@ def test_a_new_model_is_written_made_and_pushed(project, server, tmp_path, monke
     more = {"score": {"unit": "layer"}, "evaluate": {"zero_shot": {"limit": 7}}}
     Path("models/mine").mkdir(parents=True)
     given = {"name": "mine", "model": "models/mine", "budgets": ["2blocks"], "texts": "texts.txt"}
-    form = NewModel.model_validate(given | {"heldout": "wikitext-2", "train": True, "more": more, "push": "team"})
+    form = NewModel.model_validate(
+        given | {"heldout": "wikitext-2", "train": True, "more": more, "push": "team"}
+    )
     state, started = run_flow(server, new_model, form)
     assert state.is_failed() and state.message.startswith("push to the remote 'team' failed: ")
     assert "`dvc push -r team` tries it again. Finished stages are kept: run again" in state.message
     assert started == ["fetch mine", "score mine", "commit mine-2blocks-train", "report all"]
     pushed = [run for run in ask(server, "task_runs") if run["name"] == "push to team"]
     assert [run["run_count"] for run in pushed] == [3]
-    assert post(server, "flow_runs/filter", sort="EXPECTED_START_TIME_DESC")[0]["name"] == "mine 2blocks train"
+    assert (
+        post(server, "flow_runs/filter", sort="EXPECTED_START_TIME_DESC")[0]["name"]
+        == "mine 2blocks train"
+    )
     texts = {"source": "mix", "of": [{"source": "path", "path": "texts.txt"}, {"source": "wide"}]}
     assert yaml.safe_load(Path("runs/mine.yaml").read_text()) == {
         "model": {"source": "path", "path": "models/mine"},
@@ -353,21 +407,35 @@ def test_a_new_model_is_written_made_and_pushed(project, server, tmp_path, monke
     subprocess.run([*remote, "modify", "team", "url", str(tmp_path / "remote")], check=True)
     before = Path("runs/mine.yaml").stat().st_mtime_ns
     state, started = run_flow(server, new_model, form)  # the same again
-    assert state.is_completed() and not started and Path("runs/mine.yaml").stat().st_mtime_ns == before
+    assert (
+        state.is_completed() and not started and Path("runs/mine.yaml").stat().st_mtime_ns == before
+    )
     assert any((tmp_path / "remote").rglob("*"))
     with refused("run-taken"):
         add(form.model_copy(update={"heldout": None}))
 
 
 def test_what_a_worker_made_is_found_by_the_name_of_its_run(project, server, tmp_path):
-    """With results that Git did not know, and without a file that is nobody's business. What is stale stays stale."""
-    origin, clone, command = str(tmp_path / "origin.git"), tmp_path / "clone", [sys.executable, "-m", "dvc"]
-    subprocess.run([*command, "remote", "add", "-q", "--default", "team", str(tmp_path / "remote")], check=True)
+    """With results that Git did not know, and without a file that is nobody's business. What is
+    stale stays stale."""
+    origin, clone, command = (
+        str(tmp_path / "origin.git"),
+        tmp_path / "clone",
+        [sys.executable, "-m", "dvc"],
+    )
+    subprocess.run(
+        [*command, "remote", "add", "-q", "--default", "team", str(tmp_path / "remote")], check=True
+    )
     subprocess.run([*command, "repro", "-q"], check=True)
     for arguments in (
-        "config user.name test", "config user.email test@localhost", "add -A", "commit -qm first",
-        f"clone -q --bare . {origin}", f"remote add origin {origin}", f"clone -q {origin} {clone}",
-    ):  # fmt: skip
+        "config user.name test",
+        "config user.email test@localhost",
+        "add -A",
+        "commit -qm first",
+        f"clone -q --bare . {origin}",
+        f"remote add origin {origin}",
+        f"clone -q {origin} {clone}",
+    ):
         subprocess.run(["git", *arguments.split()], check=True)
     Path("data/plans/smollm2-b2.txt").write_text("not what the stage made")
     Path("notes.txt").touch()
@@ -387,7 +455,7 @@ def test_what_a_worker_made_is_found_by_the_name_of_its_run(project, server, tmp
     assert (clone / "data/metrics/smollm2-b30.json").exists() and not (clone / "notes.txt").exists()
 
 
-# --- without a server, or with one that has gone ------------------------------------------------------------------
+# --- without a server, or with one that has gone
 
 
 def test_flow_without_a_server_runs_only_what_changed(project):
@@ -397,23 +465,32 @@ def test_flow_without_a_server_runs_only_what_changed(project):
     output, _ = flow.communicate()
     assert flow.returncode == 0, output
     assert ran(before) == ["commit smollm2-3blocks", "report all"]
-    assert output.count("Cached('nothing has changed'") == 3 and "5 stages: 2 run, 3 cached" in output
-    assert '\n  smollm2-3blocks: {run: smollm2, budget: "3blocks"}\n' in Path("params.yaml").read_text()
+    assert (
+        output.count("Cached('nothing has changed'") == 3 and "5 stages: 2 run, 3 cached" in output
+    )
+    assert (
+        '\n  smollm2-3blocks: {run: smollm2, budget: "3blocks"}\n'
+        in Path("params.yaml").read_text()
+    )
 
 
 def test_stage_goes_on_when_the_server_is_gone(project):
     environment = {
-        "BLOCKPRUNER_OBSERVER": "flows.observer:PrefectObserver", "PREFECT_API_URL": NOWHERE,
-        "BLOCKPRUNER_PREFECT_PARENT": f"{'0' * 32}/{'1' * 32}", "DVC_STAGE": "score@smollm2",
-    }  # fmt: skip
+        "BLOCKPRUNER_OBSERVER": "flows.observer:PrefectObserver",
+        "PREFECT_API_URL": NOWHERE,
+        "BLOCKPRUNER_PREFECT_PARENT": f"{'0' * 32}/{'1' * 32}",
+        "DVC_STAGE": "score@smollm2",
+    }
     command = [sys.executable, "-m", "stub", "score", "smollm2", "out.txt"]
-    stage = subprocess.run(command, env={**os.environ, **environment}, text=True, capture_output=True, check=False)
+    stage = subprocess.run(
+        command, env={**os.environ, **environment}, text=True, capture_output=True, check=False
+    )
     assert stage.returncode == 0 and Path("out.txt").exists(), stage.stdout
     assert stage.stdout.count("the progress does not reach Prefect any more") == 1, stage.stdout
     assert "iteration 1: removed mha.1" in stage.stdout
 
 
-# --- dvc ----------------------------------------------------------------------------------------------------------
+# --- dvc
 
 
 @pytest.mark.usefixtures("true_starts")
@@ -426,7 +503,9 @@ def test_stage_ends_with_a_killed_flow(project):
     )
     as_nohup_does = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
     flow = start_score(
-        lambda: subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, preexec_fn=as_nohup_does)
+        lambda: subprocess.Popen(
+            [sys.executable, "-c", script], stdout=subprocess.DEVNULL, preexec_fn=as_nohup_does
+        )
     )
     flow.kill()
     flow.wait()
@@ -443,14 +522,17 @@ def test_stage_ends_with_a_killed_flow(project):
 
 
 def test_a_dvc_lock_is_written_whole(project):
-    """A kill in the middle of the write leaves the old file. dvc writes in place, and most prefixes are valid YAML."""
+    """A kill in the middle of the write leaves the old file. dvc writes in place, and most prefixes
+    are valid YAML."""
     with workspace("a test") as lock:
         dvc.repro("fetch@smollm2", lock, print)
         whole = Path("dvc.lock").read_bytes()
         Path("dvc.lock").chmod(0o444)  # root may write to it all the same
         inode = Path("dvc.lock").stat().st_ino
         dvc.repro("score@smollm2", lock, print)
-    assert Path("dvc.lock").stat().st_ino != inode and Path("dvc.lock").read_bytes().startswith(whole)
+    assert Path("dvc.lock").stat().st_ino != inode and Path("dvc.lock").read_bytes().startswith(
+        whole
+    )
 
     def half(data, stream):
         stream.write("schema: '2.0'\nstages: {}\n")
@@ -466,5 +548,7 @@ def test_pipeline_is_in_the_order_of_its_models_and_knows_what_each_stage_needs(
     pipeline, chosen = dvc.read_pipeline(), choose(Selection())
     stages = [stage.replace(" ", "@") for stage in STAGES[:-1]]
     assert chosen.stages(pipeline) == stages and chosen.summaries(pipeline) == ["report"]
-    assert pipeline["score@smollm2"] == ("fetch@smollm2",) and set(pipeline["report"]) == set(stages[2:])
+    assert pipeline["score@smollm2"] == ("fetch@smollm2",) and set(pipeline["report"]) == set(
+        stages[2:]
+    )
     assert dvc.stale(stages) == set(stages)

@@ -1,4 +1,5 @@
-"""Every method from its run file to a checkpoint that a fresh process loads, stage by stage, on a tiny model."""
+"""Every method from its run file to a checkpoint that a fresh process loads, stage by stage, on a
+tiny model."""
 
 import json
 import math
@@ -58,7 +59,9 @@ def project(shared, monkeypatch):
 
 def choose(project, section, budget):
     path = project / "runs" / "tiny.yaml"
-    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"score": {"method": "greedy"} | section}))
+    path.write_text(
+        yaml.safe_dump(yaml.safe_load(path.read_text()) | {"score": {"method": "greedy"} | section})
+    )
     set_targets(project, {"t": budget})
     settings.main("tiny")
 
@@ -85,7 +88,10 @@ def loaded(out):
 
 
 def forget_times(project):
-    for path in [*project.glob("data/scores/tiny/*/latency-*.json"), *project.glob("data/trials/latency-*.json")]:
+    for path in [
+        *project.glob("data/scores/tiny/*/latency-*.json"),
+        *project.glob("data/trials/latency-*.json"),
+    ]:
         path.unlink()
 
 
@@ -94,19 +100,32 @@ def test_all_methods_are_here():
 
 
 def test_metrics_are_the_same_whether_scores_are_computed_or_known(project):
-    section, path = {"method": "greedy", "metric": "kl", "acceleration": "race"}, Path("data/metrics/tiny/greedy.json")
+    section, path = (
+        {"method": "greedy", "metric": "kl", "acceleration": "race"},
+        Path("data/metrics/tiny/greedy.json"),
+    )
     first = scored(project, section)
     before = json.loads(path.read_text())
     again = scored(project, section)
     assert first["trials_computed"] > again["trials_computed"] == 0
     (figures,) = before.values()
-    assert json.loads(path.read_text()) == before and figures.keys() - {"rivals", "kept"} == {"iterations", "trials"}
+    assert json.loads(path.read_text()) == before and figures.keys() - {"rivals", "kept"} == {
+        "iterations",
+        "trials",
+    }
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_from_run_file_to_checkpoint(project, method):
-    is_first = method in ("greedy", "laco", "slicegpt")  # of its kind of plan: a fresh process verifies it
-    plan, out = materialized(project, METHODS[method], process=subprocess if is_first else InProcess)
+    # of its kind of plan: a fresh process verifies it
+    is_first = method in (
+        "greedy",
+        "laco",
+        "slicegpt",
+    )
+    plan, out = materialized(
+        project, METHODS[method], process=subprocess if is_first else InProcess
+    )
     assert counts(project, method)["iterations"] >= (method in SEARCHES)
     assert json.loads((out / "verification.json").read_text())["ok"]
     assert plan.ratio == pytest.approx(0.2, abs=0.06)
@@ -132,14 +151,26 @@ def test_a_sliced_model_is_benchmarked_as_any_other(project):
 @pytest.mark.parametrize(
     ("method", "scored_for", "budget", "message"),
     [
-        ("greedy", "0.2", "0.6", r"scored up to \d+blocks, ratio 0\.\d+, not to budget '0\.6'; run its stage score"),
+        (
+            "greedy",
+            "0.2",
+            "0.6",
+            r"scored up to \d+blocks, ratio 0\.\d+, not to budget '0\.6'; run its stage score",
+        ),
         ("floating", "0.2", "0.6", r"has no iteration for budget '0\.6'; run its stage score"),
         ("laco", "0.2", "0.6", r"details\.json does not exist"),
         ("floating", "0.2", "1.3x", r"'1\.3x' is a speed-up, and the run's scores know no times"),
-        ("given", "3blocks", "3blocks", r"'3blocks' is not in this sequence; nearest: 2blocks, 4blocks"),
+        (
+            "given",
+            "3blocks",
+            "3blocks",
+            r"'3blocks' is not in this sequence; nearest: 2blocks, 4blocks",
+        ),
     ],
 )
-def test_a_budget_that_was_not_scored_is_not_committed(project, method, scored_for, budget, message):
+def test_a_budget_that_was_not_scored_is_not_committed(
+    project, method, scored_for, budget, message
+):
     scored(project, METHODS[method], scored_for)
     set_targets(project, {"t": budget})
     settings.main("tiny")
@@ -148,14 +179,19 @@ def test_a_budget_that_was_not_scored_is_not_committed(project, method, scored_f
 
 
 def test_switching_method_and_metric_and_back_computes_nothing_again(project):
-    """Of one method of each kind, and one that draws; tests/unit/test_methods.py has the trials of the others."""
+    """Of one method of each kind, and one that draws; tests/unit/test_methods.py has the trials of
+    the others."""
     sections = [METHODS[method] for method in ("greedy", "laco", "slicegpt")]
     for section in sections:
         scored(project, section)
-    assert [scored(project, section)["rows_computed"] for section in sections] == [0] * len(sections)
+    assert [scored(project, section)["rows_computed"] for section in sections] == [0] * len(
+        sections
+    )
 
 
-@pytest.mark.parametrize("section", [{"options": {"per": "kv"}}, METHODS["floating"], METHODS["laco"]])
+@pytest.mark.parametrize(
+    "section", [{"options": {"per": "kv"}}, METHODS["floating"], METHODS["laco"]]
+)
 def test_a_budget_of_the_kv_cache(project, section):
     plan, out = materialized(project, section, "0.25kv")
     assert plan.removes["kv"] == 0.25 and plan.blocks["mha"] == 1
@@ -173,7 +209,9 @@ def test_a_speed_up_is_measured_once(project, monkeypatch, section):
 
     def generate(model, prompt, new_tokens):
         measured.append(tuple(prompt.shape))
-        without = [name for name in ("mha", "mlp") if getattr(model.config, f"layers_without_{name}", None)]
+        without = [
+            name for name in ("mha", "mlp") if getattr(model.config, f"layers_without_{name}", None)
+        ]
         assert len(without) <= 1
         return speed.Generation(prompt, seconds[without[0] if without else "dense"], 0.0, 0)
 
@@ -192,7 +230,9 @@ def test_a_speed_up_is_measured_once(project, monkeypatch, section):
     set_targets(project, {"t": "1.3x"}, streaming=True)
     settings.main("tiny")
     forget_times(project)
-    with pytest.raises(InputError, match=r"runtime.streaming and runtime.ray_address exclude; give budgets"):
+    with pytest.raises(
+        InputError, match=r"runtime.streaming and runtime.ray_address exclude; give budgets"
+    ):
         score.main(f"tiny-{section.get('method', 'greedy')}")
 
 
@@ -202,13 +242,19 @@ def test_other_budgets_are_refused_before_times_are_measured(project, monkeypatc
     choose(project, {"method": "greedy"}, "1.3x")
     set_targets(project, {"t": "1.3x", "u": "9blocks"})
     settings.main("tiny")
-    with pytest.raises(InputError, match="'9blocks' cannot be reached; the largest reachable is 8blocks"):
+    with pytest.raises(
+        InputError, match="'9blocks' cannot be reached; the largest reachable is 8blocks"
+    ):
         score.main("tiny-greedy")
 
 
 def test_a_damaged_measurement_is_set_aside(project, monkeypatch):
-    monkeypatch.setattr(latency, "generate", lambda model, prompt, n: speed.Generation(prompt, 1.0, 0.0, 0))
-    with pytest.raises(InputError, match=r"'1\.3x' cannot be reached; the largest reachable is 8blocks, 1\.0000x"):
+    monkeypatch.setattr(
+        latency, "generate", lambda model, prompt, n: speed.Generation(prompt, 1.0, 0.0, 0)
+    )
+    with pytest.raises(
+        InputError, match=r"'1\.3x' cannot be reached; the largest reachable is 8blocks, 1\.0000x"
+    ):
         scored(project, {"method": "greedy"}, "1.3x")
     (path,) = (project / "data/scores/tiny/greedy").glob("latency-*.json")
     (shared,) = (project / "data/trials").glob("latency-*.json")
@@ -236,7 +282,9 @@ def test_a_changed_decision_is_not_taken(project):
     }.items():
         text = path.read_text()
         path.write_text(json.dumps(json.loads(text) | {"more": 1}))
-        with pytest.raises(InputError, match=f"{path.name} is damaged: its content is not what was written"):
+        with pytest.raises(
+            InputError, match=f"{path.name} is damaged: its content is not what was written"
+        ):
             step()
         path.write_text(text)
     text = details.read_text()

@@ -53,7 +53,11 @@ def first(project):
 def brute_force(project, removals):
     """Greedy search by full forward passes of the masked model: the oracle for the sequence."""
     model = AutoModelForCausalLM.from_pretrained(project / "data/models/tiny", dtype=torch.float64)
-    rows = pq.read_table(project / "data/calibration/tiny/search.parquet").column("input_ids").to_pylist()
+    rows = (
+        pq.read_table(project / "data/calibration/tiny/search.parquet")
+        .column("input_ids")
+        .to_pylist()
+    )
     removed, sequence = frozenset(), []
     for _ in range(removals):
         scores = {}
@@ -74,9 +78,14 @@ def test_everything_runs_once_in_order(project, first):
     shared |= {*(f"local@tiny-{number}" for number in range(6)), "score@tiny-greedy", "report"}
     assert sorted(ran(first)) == sorted(own | shared)
     for output in (
-        "checkpoints/small-2/hf/verification.json", "evidence/small-2/results.json", "evidence/tiny-dense/results.json",
-        "report/index.html", "report/report.md", "metrics/small-2.json", "provenance/score@tiny-greedy.json",
-    ):  # fmt: skip
+        "checkpoints/small-2/hf/verification.json",
+        "evidence/small-2/results.json",
+        "evidence/tiny-dense/results.json",
+        "report/index.html",
+        "report/report.md",
+        "metrics/small-2.json",
+        "provenance/score@tiny-greedy.json",
+    ):
         assert (project / "data" / output).exists(), output
     second = dvc(project, "repro")
     assert ran(second) == [] and "up to date" in second
@@ -121,12 +130,23 @@ def test_budgets_up_down_and_back(project, first):
     set_targets(project, TARGETS | {"large-4": "4blocks"})
     output = dvc(project, "repro")
     assert sorted(ran(output)) == sorted(
-        ["settings@tiny", "score@tiny-greedy", "commit@small-2", "commit@lora-2", "report",
-         *(f"{stage}@large-4" for stage in ("commit", "compensate", "train", "materialize", "benchmark"))]
-    )  # fmt: skip
+        [
+            "settings@tiny",
+            "score@tiny-greedy",
+            "commit@small-2",
+            "commit@lora-2",
+            "report",
+            *(
+                f"{stage}@large-4"
+                for stage in ("commit", "compensate", "train", "materialize", "benchmark")
+            ),
+        ]
+    )
     after = counts(project)
     assert (after["trials_computed"], after["trials_reused"]) == (6 + 5, 9 + 7)
-    assert list(load_plan(project / "data/plans/large-4/greedy.json").order) == brute_force(project, 4)
+    assert list(load_plan(project / "data/plans/large-4/greedy.json").order) == brute_force(
+        project, 4
+    )
     kept = tables(project)
 
     set_targets(project, TARGETS)
@@ -144,9 +164,15 @@ def test_a_target_is_healed_beside_the_one_that_is_not(project, first):
     healed = read_json(project / "data/compensated/lora-2/compensate.json")
     assert healed["method"] == "refit"
     plain = read_json(project / "data/compensated/small-2/compensate.json")
-    assert plain["search"] == "greedy" and "method" not in plain and plain["judged"].keys() == {"greedy"}
+    assert (
+        plain["search"] == "greedy"
+        and "method" not in plain
+        and plain["judged"].keys() == {"greedy"}
+    )
     assert read_json(project / "data/trained/small-2/train.json") == {"enabled": False}
-    before, after = (read_json(project / f"data/evidence/{name}/results.json") for name in ("small-2", "lora-2"))
+    before, after = (
+        read_json(project / f"data/evidence/{name}/results.json") for name in ("small-2", "lora-2")
+    )
     assert before["parameters"] == after["parameters"]
     assert after["perplexity"]["perplexity"] < before["perplexity"]["perplexity"]
     report = (project / "data/report/report.md").read_text()
@@ -170,7 +196,9 @@ def test_a_new_name_and_a_comment_make_nothing_stale(project, first):
     code = project / "blockpruner"
     (code / "search/trace.py").rename(code / "search/record.py")
     for path in (*code.rglob("*.py"), *(project / "stages").glob("*.py")):
-        path.write_text(path.read_text().replace("search.trace", "search.record") + "# A comment.\n")
+        path.write_text(
+            path.read_text().replace("search.trace", "search.record") + "# A comment.\n"
+        )
     assert "up to date" in dvc(project, "status")
 
 
@@ -181,16 +209,19 @@ def replaced(path, old, new):
 
 
 def force_score(project, edits):
-    """What `dvc repro` of the stage score says, and whether it fails, if files change while the stage waits for the
-    trial store, which is locked here; they are as before then."""
+    """What `dvc repro` of the stage score says, and whether it fails, if files change while the
+    stage waits for the trial store, which is locked here; they are as before then."""
     texts = {file: (project / file).read_text() for file in edits}
     (path,) = (project / "data/trials").glob("*.lock")
     with hold(path, "a test", pytest.fail):
         process = subprocess.Popen(
             [sys.executable, "-m", "dvc", "repro", "--force", "--single-item", "score@tiny-greedy"],
-            cwd=project, env=environment() | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+            cwd=project,
+            env=environment() | {"PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         assert any("waiting for it" in line for line in process.stdout)
         for file, (old, new) in edits.items():
             replaced(project / file, old, new)
@@ -205,7 +236,8 @@ def test_a_stage_does_not_finish_on_settings_that_have_changed(project, first):
     record = (project / "dvc.lock").read_text()
     output, fails = force_score(project, {"params.yaml": ("budget: 2blocks", "budget: 3blocks")})
     line = (
-        "error in stage score tiny-greedy: data/settings/tiny/searches/greedy.json changed while running: run again\n"
+        "error in stage score tiny-greedy: data/settings/tiny/searches/greedy.json changed while"
+        " running: run again\n"
     )
     assert fails and line in output and (project / "dvc.lock").read_text() == record
 
@@ -226,7 +258,9 @@ def test_a_stage_run_by_hand_refuses_settings_that_are_not_resolved(project, fir
     result = stage(project, "calibrate")
     replaced(project / "runs/tiny.yaml", "seed: 43", "seed: 42")
     assert result.returncode == 1 and "run `dvc repro settings@tiny`" in result.stderr
-    assert result.stderr.startswith("error in stage calibrate tiny: data/settings/tiny/calibration.json is not what")
+    assert result.stderr.startswith(
+        "error in stage calibrate tiny: data/settings/tiny/calibration.json is not what"
+    )
 
 
 def stale(project):
@@ -237,7 +271,8 @@ def stale(project):
 
 
 def test_a_change_of_settings_starts_what_reads_it(project, first):
-    """An evaluation limit, one more export, a target of another run; then everything is as it was."""
+    """An evaluation limit, one more export, a target of another run; then everything is as it
+    was."""
     run, params = ((project / name).read_text() for name in ("runs/tiny.yaml", "params.yaml"))
     replaced(project / "runs/tiny.yaml", "limit: 6", "limit: 5")
     assert stale(project) == {"baseline@tiny", "benchmark@small-2", "benchmark@lora-2"}
@@ -264,15 +299,24 @@ def test_each_stage_depends_on_the_sections_that_it_reads(project, first):
         deps = {dep.replace("${key}", "tiny").replace("${item.method}", "greedy") for dep in deps}
         records = (project / "data/provenance").glob(f"{name}@*.json")
         read = {
-            where for path in records for where in read_json(path)["inputs"]["settings"] if where.startswith("data/")
+            where
+            for path in records
+            for where in read_json(path)["inputs"]["settings"]
+            if where.startswith("data/")
         }
-        if name not in ("settings", "report", "experiment"):  # one writes them, one reads all; test_experiments.py
+        # one writes them, one reads all; test_experiments.py
+        if name not in (
+            "settings",
+            "report",
+            "experiment",
+        ):
             assert read == {dep for dep in deps if dep.startswith("data/settings/")}, name
 
 
 @pytest.fixture(scope="module")
 def studied(project, first, tmp_path_factory):
-    """The project with no export, a study, a target of another method, and one whose training diverges."""
+    """The project with no export, a study, a target of another method, and one whose training
+    diverges."""
     folder = shutil.copytree(project, tmp_path_factory.mktemp("studied") / "project")
     run = yaml.safe_load((folder / "runs/tiny.yaml").read_text()) | {"export": []}
     run["train"]["learning_rate"] = 1e30
@@ -283,18 +327,28 @@ def studied(project, first, tmp_path_factory):
         "bad": {"run": "tiny", "budget": "2blocks", "train": True},
     }
     shutil.copytree(ROOT / "data/paper", folder / "data/paper")
-    (folder / "studies/mine.yaml").write_text(yaml.safe_dump({"title": "Mine", "runs": ["tiny"], "targets": targets}))
-    params = yaml.safe_load((folder / "params.yaml").read_text()) | {"targets": targets, "studies": ["mine"]}
+    (folder / "studies/mine.yaml").write_text(
+        yaml.safe_dump({"title": "Mine", "runs": ["tiny"], "targets": targets})
+    )
+    params = yaml.safe_load((folder / "params.yaml").read_text()) | {
+        "targets": targets,
+        "studies": ["mine"],
+    }
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     write_dag(folder)
     result = module(folder, "dvc", "repro", "--keep-going")
-    assert result.returncode != 0 and "error in stage train bad: training diverged" in result.stdout + result.stderr
+    assert (
+        result.returncode != 0
+        and "error in stage train bad: training diverged" in result.stdout + result.stderr
+    )
     return folder
 
 
 def test_without_an_export_the_same_model_is_measured_in_memory(project, studied):
     assert not list((studied / "data/checkpoints/small-2").iterdir())
-    before, after = (read_json(folder / "data/evidence/small-2/results.json") for folder in (project, studied))
+    before, after = (
+        read_json(folder / "data/evidence/small-2/results.json") for folder in (project, studied)
+    )
     assert (before.pop("formats"), after.pop("formats")) == (["hf"], [])
     assert before == after
 
@@ -302,17 +356,27 @@ def test_without_an_export_the_same_model_is_measured_in_memory(project, studied
 def test_a_target_of_another_method(studied):
     plan = load_plan(studied / "data/evidence/others-2/plan.json")
     assert plan.method == "one_shot" and len(plan.order) == 2
-    scores = pq.read_table(next((studied / "data/scores/tiny/one_shot").rglob("iteration_000.parquet"))).to_pylist()
+    scores = pq.read_table(
+        next((studied / "data/scores/tiny/one_shot").rglob("iteration_000.parquet"))
+    ).to_pylist()
     cheapest = sorted((row for row in scores if row["added"]), key=lambda row: row["loss"])[:2]
     assert list(plan.order) == [row["added"] for row in cheapest]
 
 
 def test_the_tables_of_a_study_name_what_failed(studied):
     output = dvc(studied, "repro", "--single-item", "tables@mine")
-    assert "train@bad failed: training diverged" in output and "not measured: bad: not measured yet" in output
-    rows = {row["target"]: row for row in csv.DictReader((studied / "data/tables/mine/tables/models.csv").open())}
+    assert (
+        "train@bad failed: training diverged" in output
+        and "not measured: bad: not measured yet" in output
+    )
+    rows = {
+        row["target"]: row
+        for row in csv.DictReader((studied / "data/tables/mine/tables/models.csv").open())
+    }
     assert rows.keys() == {"tiny-dense", "small-2", "others-2", "bad"}
     assert [name for name, row in rows.items() if row["reason"]] == ["bad"]
     assert rows["bad"]["reason"] == "not measured yet"
     results = read_json(studied / "data/evidence/small-2/results.json")
-    assert float(rows["small-2"]["heldout_ppl"]) == pytest.approx(results["perplexity"]["perplexity"])
+    assert float(rows["small-2"]["heldout_ppl"]) == pytest.approx(
+        results["perplexity"]["perplexity"]
+    )

@@ -1,4 +1,5 @@
-"""Scoring on a real Ray of this machine: the same bits on any number of workers, and what the loss of one costs."""
+"""Scoring on a real Ray of this machine: the same bits on any number of workers, and what the loss
+of one costs."""
 
 import importlib.util
 import os
@@ -26,11 +27,14 @@ from blockpruner.store.trials import TrialStore
 from tests.builders import scored
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None, reason="ray is not installed: pip install 'blockpruner[ray]'"
+    importlib.util.find_spec("ray") is None,
+    reason="ray is not installed: pip install 'blockpruner[ray]'",
 )
 
 RUNTIME = {"device": "cpu", "batch_tokens": 24, "threads": 1, "executor": "ray"}
-ROWS = CalibrationSet(tuple(tuple(1 + (7 * row + 3 * i * i) % 256 for i in range(12)) for row in range(5)))
+ROWS = CalibrationSet(
+    tuple(tuple(1 + (7 * row + 3 * i * i) % 256 for i in range(12)) for row in range(5))
+)
 LAYERS, REMOVALS = 3, 2
 
 
@@ -47,9 +51,11 @@ def processes(text):
 
 @pytest.fixture(scope="module", autouse=True)
 def private_ray():
-    """The Ray that a scorer would start for itself, shared by the tests; afterwards nothing of it is left."""
+    """The Ray that a scorer would start for itself, shared by the tests; afterwards nothing of it
+    is left."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_memory_monitor_refresh_ms", "0")  # a full machine is no reason to lose a worker
+        # a full machine is no reason to lose a worker
+        patch.setenv("RAY_memory_monitor_refresh_ms", "0")
         patch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 3}')  # whatever this machine has
         ray, connected = executors.connect(None)
     assert connected
@@ -85,16 +91,20 @@ for process in Path("/proc").glob("[0-9]*"):
 print(len(token), ray.get(ray.remote(lambda: "computed").remote()))
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, "HOME": str(tmp_path)}, capture_output=True, text=True,
+        [sys.executable, "-c", program],
+        env={**os.environ, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
         check=True,
-    )  # fmt: skip
+    )
     *protected, last = done.stdout.splitlines()
     assert last == "64 computed" and len(protected) >= 3 and set(protected) == {"True"}
     assert not (tmp_path / ".ray").exists()
 
 
 class Logged(Replica):
-    """Writes down each unit as it is computed, beside the checkpoint; slow enough to be killed in between."""
+    """Writes down each unit as it is computed, beside the checkpoint; slow enough to be killed in
+    between."""
 
     def run(self, tasks, rows, limit):
         log = self._checkpoint.parent / "computed"
@@ -156,7 +166,8 @@ class OtherError(Fake):
 
 
 class Shrinks(Fake):
-    """Its batches have 36 tokens, three rows; in one process memory runs out, and then it is one row."""
+    """Its batches have 36 tokens, three rows; in one process memory runs out, and then it is one
+    row."""
 
     def load(self):
         name, origin, growth = super().load()
@@ -167,7 +178,8 @@ class Shrinks(Fake):
         with open(folder / "limits", "a") as log:
             log.write(f"{limit} {[len(task.span) for task in tasks]}\n")
         if is_first(folder / "shrunk"):
-            while len((folder / "limits").read_text().splitlines()) < 2:  # until the other worker has its piece
+            # until the other worker has its piece
+            while len((folder / "limits").read_text().splitlines()) < 2:
                 time.sleep(0.05)
             yield 12
         yield from super().run(tasks, rows, limit)
@@ -204,8 +216,11 @@ def replica(monkeypatch):
     return lambda kind: monkeypatch.setattr(executors, "Replica", kind)
 
 
-def search(checkpoint, folder, during=lambda scorer, units: None, note=lambda line: None, **runtime):
-    """A greedy search; `during` is called after each unit. Returns the iteration tables, byte for byte."""
+def search(
+    checkpoint, folder, during=lambda scorer, units: None, note=lambda line: None, **runtime
+):
+    """A greedy search; `during` is called after each unit. Returns the iteration tables, byte for
+    byte."""
 
     class Observed:
         def __init__(self):
@@ -220,14 +235,20 @@ def search(checkpoint, folder, during=lambda scorer, units: None, note=lambda li
                 during(self.inner, self.units)
 
     with closing(LazyScorer(Observed)) as scorer:
-        counts = scored(folder, scorer, read_json(checkpoint / "config.json"), [f"{REMOVALS}blocks"], ROWS)
+        counts = scored(
+            folder, scorer, read_json(checkpoint / "config.json"), [f"{REMOVALS}blocks"], ROWS
+        )
     masks = (1 + 2 * LAYERS) + (2 * LAYERS - 1)
     assert (counts.iterations, counts.trials_computed) == (REMOVALS, masks)
     assert counts.units_computed == 3 * masks  # rows in batches of two, two and one
-    return {path.name: path.read_bytes() for path in (folder / "scores").glob("*/iteration_*.parquet")}
+    return {
+        path.name: path.read_bytes() for path in (folder / "scores").glob("*/iteration_*.parquet")
+    }
 
 
-def test_the_same_bits_locally_and_on_one_or_two_workers_and_after_a_loss(checkpoint, tmp_path, replica):
+def test_the_same_bits_locally_and_on_one_or_two_workers_and_after_a_loss(
+    checkpoint, tmp_path, replica
+):
     replica(Logged)
     import torch
 
@@ -242,7 +263,8 @@ def test_the_same_bits_locally_and_on_one_or_two_workers_and_after_a_loss(checkp
     notes, killed = [], []
 
     def kill(scorer, units):
-        """In the second iteration, a worker that has finished a part of its piece and has another before it."""
+        """In the second iteration, a worker that has finished a part of its piece and has another
+        before it."""
         for worker in scorer._workers:
             left = sum(len(task.masks) for task in worker.piece) - len(worker.answers)
             if units > 21 and not killed and worker.answers and left >= 2:
@@ -253,7 +275,9 @@ def test_the_same_bits_locally_and_on_one_or_two_workers_and_after_a_loss(checkp
     lines = [line.split(" ", 1) for line in computed(tmp_path)]
     assert {pid for pid, _ in lines} > {str(pid) for pid in killed}
     units = [unit for _, unit in lines]
-    assert len(set(units)) == 36 and len(units) <= 37, "only the unit that was being computed may be repeated"
+    assert len(set(units)) == 36 and len(units) <= 37, (
+        "only the unit that was being computed may be repeated"
+    )
     assert notes[0] == "ray: 2 workers with 1 CPU each"
     (lost,) = [line for line in notes if "was lost" in line]
     assert lost.startswith(f"process {killed[0]} on ") and "1 workers go on" in lost
@@ -270,13 +294,19 @@ def test_a_loss_that_is_not_finite_arrives_as_itself(checkpoint, tmp_path):
     weights = load_file(checkpoint / "model.safetensors")
     weights["model.embed_tokens.weight"][ROWS.rows[3][0]] = float("nan")
     save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
-    with pytest.raises(NonFiniteLossError, match=r"^the loss of row 3 is nan in the dense model.*float32") as caught:
+    with pytest.raises(
+        NonFiniteLossError, match=r"^the loss of row 3 is nan in the dense model.*float32"
+    ) as caught:
         search(checkpoint, tmp_path)
     assert type(caught.value) is NonFiniteLossError
 
 
 def run(scorer, tasks):
-    found = [(unit.mask, unit.span[i], nll) for unit in scorer.run(tasks, ROWS.rows) for i, nll in enumerate(unit.loss)]
+    found = [
+        (unit.mask, unit.span[i], nll)
+        for unit in scorer.run(tasks, ROWS.rows)
+        for i, nll in enumerate(unit.loss)
+    ]
     assert sorted((mask_row[:2] for mask_row in found), key=repr) == sorted(
         ((mask, row) for task in tasks for mask in task.masks for row in task.span), key=repr
     )
@@ -308,7 +338,9 @@ def test_an_error_of_a_worker_ends_the_run(checkpoint, replica):
     scorer.close()
 
 
-def test_memory_that_runs_out_in_one_worker_makes_all_batches_smaller(checkpoint, tmp_path, replica):
+def test_memory_that_runs_out_in_one_worker_makes_all_batches_smaller(
+    checkpoint, tmp_path, replica
+):
     """16-bit losses of two shapes are not compared: the work begins again in the smaller one."""
     replica(Shrinks)
     notes, observer = [], SilentObserver()
@@ -323,8 +355,13 @@ def test_memory_that_runs_out_in_one_worker_makes_all_batches_smaller(checkpoint
         return objective(masks), objective.origin
 
     found, origin = in_one_origin(work, observer)
-    assert [score.row_loss for score in found] == [tuple(value(mask, row) for row in range(5)) for mask in masks]
-    assert origin["batch_tokens"] == scorer.origin()["batch_tokens"] == 12 and "batch_tokens 12, before 36" in notes[0]
+    assert [score.row_loss for score in found] == [
+        tuple(value(mask, row) for row in range(5)) for mask in masks
+    ]
+    assert (
+        origin["batch_tokens"] == scorer.origin()["batch_tokens"] == 12
+        and "batch_tokens 12, before 36" in notes[0]
+    )
     assert scorer.row_batches(ROWS.rows, range(5)) == [range(n, n + 1) for n in range(5)]
     scorer.close()
     limits = (tmp_path / "limits").read_text().splitlines()
@@ -335,7 +372,9 @@ def test_a_worker_that_always_dies_ends_the_run(checkpoint, replica):
     replica(DiesInRun)
     notes = []
     scorer = make_scorer(checkpoint, "float32", Runtime(**RUNTIME, workers=2), note=notes.append)
-    with pytest.raises(WorkerLostError, match=r"the last Ray worker died, process \d+ on here.* Run again: "):
+    with pytest.raises(
+        WorkerLostError, match=r"the last Ray worker died, process \d+ on here.* Run again: "
+    ):
         run(scorer, sweep(scorer))
     scorer.close()
     assert sum("was lost; 1 workers go on" in line for line in notes) == 1
@@ -352,7 +391,9 @@ def test_what_a_worker_refuses_arrives_as_itself(checkpoint, replica):
 
 def test_unlike_devices_are_not_mixed_in_16_bits(checkpoint, replica):
     replica(OfAnotherCard)
-    with pytest.raises(InputError, match=r"with .*card \d+.* and .*card \d+.*: in bfloat16 .*float32$"):
+    with pytest.raises(
+        InputError, match=r"with .*card \d+.* and .*card \d+.*: in bfloat16 .*float32$"
+    ):
         make_scorer(checkpoint, "bfloat16", Runtime(**RUNTIME, workers=2))
     scorer = make_scorer(checkpoint, "float32", Runtime(**RUNTIME, workers=2))
     run(scorer, sweep(scorer))
@@ -374,4 +415,6 @@ def test_more_workers_than_there_is_room_for(checkpoint, private_ray, replica, m
         make_scorer(checkpoint, "float32", Runtime(**RUNTIME))
     first.close()
     monkeypatch.setattr(executors, "GRANT_SECONDS", granted)
-    make_scorer(checkpoint, "float32", Runtime(**RUNTIME)).close()  # what the first had is free again
+    make_scorer(
+        checkpoint, "float32", Runtime(**RUNTIME)
+    ).close()  # what the first had is free again

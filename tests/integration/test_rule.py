@@ -1,4 +1,5 @@
-"""The rule of the DAG: what Git holds is a function of what DVC sees, and no stage writes into another's outputs.
+"""The rule of the DAG: what Git holds is a function of what DVC sees, and no stage writes into
+another's outputs.
 
 The stages run in this process, in DVC's order.
 """
@@ -22,7 +23,8 @@ from tests.errors import refused
 from tests.integration.project import make_project, set_targets
 
 UNSEEN = (("adapters", "cache", "costs", "provenance"), ("evaluations",), ("scores",), ("trials",))
-"""Folders of data/ that outlive a forced stage: DVC keeps `scores` and knows none of the others but `costs`."""
+"""Folders of data/ that outlive a forced stage: DVC keeps `scores` and knows none of the others but
+`costs`."""
 
 
 def make():
@@ -32,24 +34,42 @@ def make():
     names += [("fetch", "tiny"), ("calibrate", "tiny")]
     names += [*(("score", key) for key in found["searches"]), ("baseline", "tiny")]
     for target in found["pruned"]:
-        names += [(stage, target) for stage in ("commit", "compensate", "train", "materialize", "benchmark")]
+        names += [
+            (stage, target)
+            for stage in ("commit", "compensate", "train", "materialize", "benchmark")
+        ]
     for stage, item in (*names, ("report", "")):
         import_module(f"stages.{stage}").main(item)
 
 
 def tracked():
-    """What Git would hold: files by name, without timings and the digests of files that hold some."""
-    files = [path for name in ("evidence", "metrics", "plots") for path in Path("data", name).rglob("*.*")]
+    """What Git would hold: files by name, without timings and the digests of files that hold
+    some."""
+    files = [
+        path
+        for name in ("evidence", "metrics", "plots")
+        for path in Path("data", name).rglob("*.*")
+    ]
     found = {str(path): path.read_bytes() for path in files if path.name != "speed.json"}
     for path in Path("data/evidence").glob("*/speed.json"):
         search = read_json(path)["search"]
         assert not search or search["seconds"] > 0, f"{path}: {search}"
         found[str(path)] = {key: value for key, value in search.items() if key != "seconds"}
     rows = csv.DictReader(Path("data/plots/curve.csv").read_text().splitlines())
-    timed = ("speedup_prefill", "speedup_decode", "speedup_generation", "front")  # `front` is chosen by speed, too
-    found["data/plots/curve.csv"] = [{key: value for key, value in row.items() if key not in timed} for row in rows]
+    # `front` is chosen by speed, too
+    timed = (
+        "speedup_prefill",
+        "speedup_decode",
+        "speedup_generation",
+        "front",
+    )
+    found["data/plots/curve.csv"] = [
+        {key: value for key, value in row.items() if key not in timed} for row in rows
+    ]
     for path in Path("data/manifests").rglob("*.json"):
-        found[str(path)] = {key: value for key, value in read_json(path).items() if not key.endswith("speed.json")}
+        found[str(path)] = {
+            key: value for key, value in read_json(path).items() if not key.endswith("speed.json")
+        }
     return found
 
 
@@ -103,7 +123,9 @@ def test_a_stage_that_fails_takes_nothing_from_others(monkeypatch):
         else:
             stages.run("score", score)
             assert not reason.exists()
-        assert tracked() == before | {key: value for key, value in tracked().items() if "floating" in key}
+        assert tracked() == before | {
+            key: value for key, value in tracked().items() if "floating" in key
+        }
     set_targets(Path(), {"small": "2blocks"})
 
 
@@ -118,7 +140,9 @@ def test_a_new_target_leaves_the_settings_of_experiments_and_of_other_methods_as
 
 def test_a_changed_text_is_seen_and_so_is_what_a_folder_holds(tmp_path):
     local = import_module("stages.local").main
-    (name, entry) = next(item for item in dag.read_dag()["local"].items() if item[1]["path"].endswith("inputs"))
+    (name, entry) = next(
+        item for item in dag.read_dag()["local"].items() if item[1]["path"].endswith("inputs")
+    )
     out, text = Path("data/local/tiny", f"{name}.json"), Path(entry["path"], "heldout.txt")
     before, words = out.read_text(), text.read_text()
     text.write_text(f"{words}more")
@@ -133,12 +157,17 @@ def test_another_machine_is_refused_where_it_moves_results():
     whole = dag.FILE.read_text()
     recorded = dag.read_dag()
     dag.require_current(machine=True)
-    for change in ({"lm_eval": "0.1"}, {"machine": recorded["machine"] | {"device": "NVIDIA H100"}}):
+    for change in (
+        {"lm_eval": "0.1"},
+        {"machine": recorded["machine"] | {"device": "NVIDIA H100"}},
+    ):
         dag.FILE.write_text(yaml.safe_dump(recorded | change))
         dag.require_current()
         with refused("dag-stale") as caught:
             stages.runtime()
-        assert f"{next(iter(change))} not as" in str(caught.value) and dag.COMMAND in str(caught.value)
+        assert f"{next(iter(change))} not as" in str(caught.value) and dag.COMMAND in str(
+            caught.value
+        )
     dag.FILE.write_text(whole)
 
 

@@ -1,5 +1,6 @@
-"""A colleague clones, pulls and asks for one target more; an experiment is queued here and pulled there; the stores are
-deleted. All in bfloat16, where losses of one device are not mixed with those of another."""
+"""A colleague clones, pulls and asks for one target more; an experiment is queued here and pulled
+there; the stores are deleted. All in bfloat16, where losses of one device are not mixed with those
+of another."""
 
 import hashlib
 import json
@@ -10,7 +11,16 @@ import pytest
 import yaml
 
 from blockpruner.store.files import read_json
-from tests.integration.project import ROOT, counts, dvc, make_project, module, set_targets, tables, write_dag
+from tests.integration.project import (
+    ROOT,
+    counts,
+    dvc,
+    make_project,
+    module,
+    set_targets,
+    tables,
+    write_dag,
+)
 
 
 def git(folder, *arguments):
@@ -48,7 +58,9 @@ def test_a_clone_computes_only_what_is_new(project, tmp_path):
     set_targets(clone, {"small": "2blocks", "large": "4blocks"})
     dvc(clone, "repro", "--pull", "--allow-missing", "commit@large")
     assert counts(clone)["trials_computed"] == 6 + 5
-    assert {name: table for name, table in tables(clone).items() if name in tables(project)} == tables(project)
+    assert {
+        name: table for name, table in tables(clone).items() if name in tables(project)
+    } == tables(project)
     assert len(tables(clone)) == 4
 
 
@@ -67,14 +79,19 @@ def test_an_experiment_is_queued_in_one_clone_and_pulled_in_another(project, tmp
     dvc(there, "exp", "pull", "origin", "further")
     dvc(there, "exp", "apply", "further")
     searched = read_json(there / "data/evidence/small/speed.json")["search"]
-    assert searched["trials_computed"] == searched["trials_asked"] == 9 + 7 + 6 + 5 and searched["seconds"] > 0
+    assert (
+        searched["trials_computed"] == searched["trials_asked"] == 9 + 7 + 6 + 5
+        and searched["seconds"] > 0
+    )
     change = json.loads(dvc(there, "metrics", "diff", "--json", "HEAD", "further"))
     small = change["data/metrics/small.json"]
     assert {"ratio", "parameters", "kv_cache", "perplexity"} <= small.keys()
     assert small["mha_removed"]["new"] + small["mlp_removed"]["new"] == 4
     plot = "data/plots/iterations.csv"
     drawn = json.loads(dvc(there, "plots", "diff", "HEAD", "further", "--json", "--targets", plot))
-    shown = [point["rev"] for point in drawn["data"][f"dvc.yaml::{plot}"][0]["content"]["data"]["values"]]
+    shown = [
+        point["rev"] for point in drawn["data"][f"dvc.yaml::{plot}"][0]["content"]["data"]["values"]
+    ]
     assert (shown.count("HEAD"), shown.count("further")) == (3, 5)
     set_targets(there, {"small": "4blocks", "large": "5blocks"})
     dvc(there, "repro", "commit@large")
@@ -86,7 +103,9 @@ def test_weights_may_stay_at_home(project, tmp_path):
     copy, line = shutil.copytree(project, tmp_path / "project"), "data/models/${key}: {push: false}"
     assert line in (ROOT / "docs/operations.md").read_text()
     pipeline = (copy / "dvc.yaml").read_text()
-    (copy / "dvc.yaml").write_text(pipeline.replace("outs:\n      - data/models/${key}", f"outs:\n      - {line}"))
+    (copy / "dvc.yaml").write_text(
+        pipeline.replace("outs:\n      - data/models/${key}", f"outs:\n      - {line}")
+    )
     dvc(copy, "remote", "modify", "shared", "url", str(tmp_path / "remote"))
     dvc(copy, "push")
     assert "didn't change" in dvc(copy, "repro", "score@tiny-greedy")
@@ -98,7 +117,10 @@ def test_weights_may_stay_at_home(project, tmp_path):
 
 def test_a_changed_file_of_a_remote_is_refused(project, tmp_path):
     """By the setting that docs/operations.md asks for: DVC by itself looks at no content."""
-    remote, plan = shutil.copytree(project.parent / "remote", tmp_path / "remote"), "data/plans/small/greedy.json"
+    remote, plan = (
+        shutil.copytree(project.parent / "remote", tmp_path / "remote"),
+        "data/plans/small/greedy.json",
+    )
     md5 = hashlib.md5((project / plan).read_bytes()).hexdigest()
     (stored,) = remote.rglob(md5[2:])
     stored.chmod(0o644)

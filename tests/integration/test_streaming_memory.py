@@ -1,7 +1,8 @@
-"""A checkpoint of three times the memory that its process may use, scored by streaming under a memory cgroup.
+"""A checkpoint of three times the memory that its process may use, scored by streaming under a
+memory cgroup.
 
-The oracle is the engine in memory, in a process of its own outside of the cgroup. Run as a script, this file is the
-scoring process: MODE CHECKPOINT, its findings as JSON on stdout.
+The oracle is the engine in memory, in a process of its own outside of the cgroup. Run as a script,
+this file is the scoring process: MODE CHECKPOINT, its findings as JSON on stdout.
 """
 
 import json
@@ -18,14 +19,16 @@ import pytest
 import torch
 
 MIB = 2**20
-ROOM = 300 * MIB  # of the limit, beside what importing takes; the plan gives half of it to two layers, 116 MiB
+# of the limit, beside what importing takes; the plan gives half of it to two layers, 116 MiB
+ROOM = 300 * MIB
 HIDDEN, INNER, VOCABULARY, TOKENS = 1024, 3584, 512, 16
 LAYER_BYTES = 4 * HIDDEN * (4 * HIDDEN + 3 * INNER)
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def write_checkpoint(directory, layers):
-    """A random float32 Llama, a file per layer, never more than one layer in memory; returns its bytes."""
+    """A random float32 Llama, a file per layer, never more than one layer in memory; returns its
+    bytes."""
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
@@ -48,23 +51,39 @@ def write_checkpoint(directory, layers):
         save_file(tensors, directory / name, metadata={"format": "pt"})
         where.update(dict.fromkeys(tensors, name))
 
-    write("outer.safetensors", {
-        "model.embed_tokens.weight": matrix(VOCABULARY, HIDDEN),
-        "model.norm.weight": torch.ones(HIDDEN),
-        "lm_head.weight": matrix(VOCABULARY, HIDDEN),
-    })  # fmt: skip
+    write(
+        "outer.safetensors",
+        {
+            "model.embed_tokens.weight": matrix(VOCABULARY, HIDDEN),
+            "model.norm.weight": torch.ones(HIDDEN),
+            "lm_head.weight": matrix(VOCABULARY, HIDDEN),
+        },
+    )
     shapes = {f"self_attn.{p}_proj": (HIDDEN, HIDDEN) for p in "qkvo"}
-    shapes |= {"mlp.gate_proj": (INNER, HIDDEN), "mlp.up_proj": (INNER, HIDDEN), "mlp.down_proj": (HIDDEN, INNER)}
+    shapes |= {
+        "mlp.gate_proj": (INNER, HIDDEN),
+        "mlp.up_proj": (INNER, HIDDEN),
+        "mlp.down_proj": (HIDDEN, INNER),
+    }
     for layer in range(layers):
         tensors = {f"{name}.weight": matrix(*shape) for name, shape in shapes.items()}
-        tensors |= {f"{name}.weight": torch.ones(HIDDEN) for name in ("input_layernorm", "post_attention_layernorm")}
-        write(f"layer{layer}.safetensors", {f"model.layers.{layer}.{name}": t for name, t in tensors.items()})
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+        tensors |= {
+            f"{name}.weight": torch.ones(HIDDEN)
+            for name in ("input_layernorm", "post_attention_layernorm")
+        }
+        write(
+            f"layer{layer}.safetensors",
+            {f"model.layers.{layer}.{name}": t for name, t in tensors.items()},
+        )
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": where})
+    )
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
 
 
 def score(mode, checkpoint):
-    """All candidates of a greedy search's first iteration on one row, and some of them on another."""
+    """All candidates of a greedy search's first iteration on one row, and some of them on
+    another."""
     from blockpruner.core.blocks import DENSE, all_blocks, format_mask
     from blockpruner.model.models import load_model
     from blockpruner.scoring.engine import Engine
@@ -115,7 +134,8 @@ def remove(group):
 
 @contextmanager
 def memory_cgroup(limit):
-    """A new cgroup with a limit of memory and no swap; yields its directory, and skips where there can be none."""
+    """A new cgroup with a limit of memory and no swap; yields its directory, and skips where there
+    can be none."""
     group = Path("/sys/fs/cgroup", f"blockpruner-test-{os.getpid()}")
     try:
         group.mkdir()
@@ -136,8 +156,12 @@ def run(mode, checkpoint, group=None):
     join = f"echo $$ > {group}/cgroup.procs && " if group else ""
     result = subprocess.run(
         ["sh", "-c", f'{join}exec "$0" "$@"', sys.executable, __file__, mode, str(checkpoint)],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert result.returncode == 0, f"{mode}: exit {result.returncode}\n{result.stderr[-3000:]}"
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -150,18 +174,28 @@ def uncache(directory):
 
 
 def imports():
-    """What a scoring process holds when it has computed nothing, bytes that are not mapped files."""
+    """What a scoring process holds when it has computed nothing, bytes that are not mapped
+    files."""
     result = subprocess.run(
-        [sys.executable, __file__, "imports", "."], env=ENVIRONMENT, capture_output=True, text=True, check=True
+        [sys.executable, __file__, "imports", "."],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return int(result.stdout)
 
 
 @pytest.mark.slow
 def test_three_times_the_memory(tmp_path):
-    limit = imports() + ROOM  # some 350 MiB with a torch for the CPU; it differs by machine and by release
+    # some 350 MiB with a torch for the CPU; it differs by machine and by release
+    limit = imports() + ROOM
     layers = 3 * limit // LAYER_BYTES + 1
-    with memory_cgroup(limit) as group, TemporaryDirectory(dir=tmp_path) as name:  # too large for pytest to keep
+    # too large for pytest to keep
+    with (
+        memory_cgroup(limit) as group,
+        TemporaryDirectory(dir=tmp_path) as name,
+    ):
         checkpoint = Path(name)
         size = write_checkpoint(checkpoint, layers)
         assert size >= 3 * limit

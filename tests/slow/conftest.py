@@ -20,15 +20,25 @@ MODEL = Path(__file__).parents[2] / "data/models/smollm2"
 TEXT = Path("data/sources/smollm2/calibration.parquet")
 REMOVED = (
     "mha.5 mha.7 mha.17 mha.18 mha.22 mha.26 mha.29 mlp.14 mlp.16 mlp.17",
-    "mha.5 mha.7 mha.8 mha.9 mha.15 mha.16 mha.17 mha.18 mha.20 mha.22 mha.23 mha.26 mha.29 mlp.6 mlp.14 mlp.15 "
-    "mlp.16 mlp.17 mlp.18",
+    (
+        "mha.5 mha.7 mha.8 mha.9 mha.15 mha.16 mha.17 mha.18 mha.20 mha.22 mha.23 mha.26 mha.29"
+        " mlp.6 mlp.14 mlp.15 mlp.16 mlp.17 mlp.18"
+    ),
 )
 """What greedy search removed of SmolLM2-135M at 10.53 % and 20.40 % of its parameters."""
 
 
 def nothing_removed(plan):
     """The plan of the dense model, from one of a pruned model."""
-    none = replace(plan, removed=(), order=(), ratios=(), ratio=0.0, blocks={"mha": 0, "mlp": 0}, compensate="none")
+    none = replace(
+        plan,
+        removed=(),
+        order=(),
+        ratios=(),
+        ratio=0.0,
+        blocks={"mha": 0, "mlp": 0},
+        compensate="none",
+    )
     return replace(none, parameters=dict.fromkeys(plan.parameters, plan.parameters["dense"]))
 
 
@@ -52,12 +62,23 @@ NARROWED = {f"mlp.{layer}": range(0, 1536, 2) for layer in range(8, 18)}
 @pytest.fixture(scope="session")
 def healed(smollm2, plans, tmp_path_factory):
     """The smallest model and a narrow one, refitted, and then trained on a few rows, by name."""
-    folder, texts, tokenizer = tmp_path_factory.mktemp("healed"), read_texts(TEXT), load_tokenizer(smollm2)
+    folder, texts, tokenizer = (
+        tmp_path_factory.mktemp("healed"),
+        read_texts(TEXT),
+        load_tokenizer(smollm2),
+    )
     wanted, none, made = Compensate(method="refit", num_rows=64), CalibrationSet(()), {}
     recipe = Train(
-        data=SOMEONE, num_rows=40, seq_len=128, weights="all", distill=1, learning_rate=3e-4, batch=2, accumulation=1,
+        data=SOMEONE,
+        num_rows=40,
+        seq_len=128,
+        weights="all",
+        distill=1,
+        learning_rate=3e-4,
+        batch=2,
+        accumulation=1,
         validation=0,  # the last state is kept, be it better or not
-    )  # fmt: skip
+    )
     fit, tuning = compensation_rows(texts, tokenizer, wanted, (), wanted.seq_len)
     rows, validation = training_rows(texts, tokenizer, recipe)
     smallest = max(plans.items(), key=lambda item: item[1].ratio)
@@ -69,7 +90,9 @@ def healed(smollm2, plans, tmp_path_factory):
         assert found is not None, best.facts
         refit = made[f"{name} + refit"] = replace(refit, healed=found)
         trained = replace(refit, plan=replace(refit.plan, train=True))
-        write_trained(place / "trained", trained, recipe, rows, validation, place / "states", SilentObserver())
+        write_trained(
+            place / "trained", trained, recipe, rows, validation, place / "states", SilentObserver()
+        )
         found = find_healed([place / "trained"], trained.identity)
         assert found is not None and found.digest != refit.healed.digest
         made[f"{name} + refit + training"] = replace(trained, healed=found)

@@ -1,7 +1,8 @@
 """Quantizes a pruned checkpoint; runs in the quantizers' own environment, which has no blockpruner.
 
-Run as a script: `python quantize.py <checkpoint> <folder> <answer.json>`. The answer has the mean NLL of some rows by
-the model as it is, and by each quantized one. Those of llm-compressor are saved at <folder>/<scheme>.
+Run as a script: `python quantize.py <checkpoint> <folder> <answer.json>`. The answer has the mean
+NLL of some rows by the model as it is, and by each quantized one. Those of llm-compressor are saved
+at <folder>/<scheme>.
 """
 
 import json
@@ -15,7 +16,9 @@ ROWS = torch.randint(1, 257, (16, 64), generator=torch.Generator().manual_seed(1
 
 
 def load(checkpoint, **options):
-    return AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True, dtype=torch.bfloat16, **options)
+    return AutoModelForCausalLM.from_pretrained(
+        checkpoint, trust_remote_code=True, dtype=torch.bfloat16, **options
+    )
 
 
 def nll(model):
@@ -31,7 +34,9 @@ def compressed(checkpoint, folder):
 
     torch.Tensor.pin_memory = lambda self, *_: self  # AWQ pins memory, and there is no GPU
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    data = Dataset.from_dict({"input_ids": ROWS.tolist(), "attention_mask": torch.ones_like(ROWS).tolist()})
+    data = Dataset.from_dict(
+        {"input_ids": ROWS.tolist(), "attention_mask": torch.ones_like(ROWS).tolist()}
+    )
     all_but_head = {"targets": "Linear", "ignore": ["lm_head"]}
     recipes = {
         "FP8": [QuantizationModifier(scheme="FP8_DYNAMIC", **all_but_head)],
@@ -41,8 +46,18 @@ def compressed(checkpoint, folder):
     }
     for name, recipe in recipes.items():
         model = load(checkpoint)
-        given = {"recipe": recipe, "max_seq_length": 64, "num_calibration_samples": 16, "tokenizer": tokenizer}
-        oneshot(model=model, dataset=None if name == "FP8" else data, trust_remote_code_model=True, **given)
+        given = {
+            "recipe": recipe,
+            "max_seq_length": 64,
+            "num_calibration_samples": 16,
+            "tokenizer": tokenizer,
+        }
+        oneshot(
+            model=model,
+            dataset=None if name == "FP8" else data,
+            trust_remote_code_model=True,
+            **given,
+        )
         yield name, nll(model)
         model.save_pretrained(f"{folder}/{name}", save_compressed=True)
         tokenizer.save_pretrained(f"{folder}/{name}")

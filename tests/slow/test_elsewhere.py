@@ -1,4 +1,5 @@
-"""The recipes of docs/serving.md for training elsewhere run, and what they save is a pruned model that has learned."""
+"""The recipes of docs/serving.md for training elsewhere run, and what they save is a pruned model
+that has learned."""
 
 import os
 import re
@@ -14,7 +15,9 @@ from blockpruner.checkpoints.hf import export_hf
 from tests.plans import fetch_tiny, plan_of, pruning
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
-DISTILLED, ADAPTED = re.findall(r"```python\n(.*?)```", PAGE.partition("## Train elsewhere")[2], re.DOTALL)[:2]
+DISTILLED, ADAPTED = re.findall(
+    r"```python\n(.*?)```", PAGE.partition("## Train elsewhere")[2], re.DOTALL
+)[:2]
 ROWS = torch.randint(1, 257, (64, 32), generator=torch.Generator().manual_seed(1))
 
 pytestmark = pytest.mark.slow
@@ -25,9 +28,16 @@ def run(folder, code, python):
     dense = fetch_tiny(folder, "llama", 4, initializer_range=0.1)
     (folder / "dense").symlink_to(dense)
     export_hf(pruning(dense, plan_of(dense, ["mha.1", "mlp.2"])), folder / "pruned")
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
+        "HF_HUB_OFFLINE": "1"
+    }
     result = subprocess.run(
-        [python, "-I", "-c", code], capture_output=True, text=True, env=environment, cwd=folder, check=False
+        [python, "-I", "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=folder,
+        check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
 
@@ -47,7 +57,10 @@ def test_distillation_by_the_trainer(tmp_path):
 
 
 def test_adapters_by_trl(tmp_path):
-    texts = "from datasets import Dataset\ntexts = Dataset.from_dict({'text': ['the quick brown fox'] * 64})\n"
+    texts = (
+        "from datasets import Dataset\ntexts = Dataset.from_dict({'text': ['the quick brown fox'] *"
+        " 64})\n"
+    )
     on_cpu = ADAPTED.replace('SFTConfig("states",', 'SFTConfig("states", use_cpu=True, bf16=False,')
     assert on_cpu != ADAPTED
     run(tmp_path, texts + on_cpu, Path(os.environ["BLOCKPRUNER_QUANTIZERS"]) / "python")

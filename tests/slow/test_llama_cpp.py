@@ -8,11 +8,15 @@ import pytest
 from blockpruner.checkpoints.gguf import QUANTIZER, export_gguf
 from tests.plans import pruning
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which(QUANTIZER) is None, reason=f"no {QUANTIZER} on PATH")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which(QUANTIZER) is None, reason=f"no {QUANTIZER} on PATH"),
+]
 
 
 def test_quantized_by_llama_cpp(tmp_path, smollm2, plans):
-    """A pruned model loses no more by it than the dense one, half more allowed; errors are printed."""
+    """A pruned model loses no more by it than the dense one, half more allowed; errors are
+    printed."""
     errors = {}
     for name, plan in plans.items():
         export_gguf(pruning(smollm2, plan), tmp_path / name, ("Q4_K_M",))

@@ -1,4 +1,5 @@
-"""SmolLM2, dense and pruned, by lm-eval's own command line: choices, knowledge, last words and generated sums."""
+"""SmolLM2, dense and pruned, by lm-eval's own command line: choices, knowledge, last words and
+generated sums."""
 
 import pytest
 
@@ -14,14 +15,25 @@ from tests.plans import pruning
 
 pytestmark = pytest.mark.slow
 
-TASKS = ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge", "mmlu_marketing", "lambada_openai", "gsm8k")
+TASKS = (
+    "piqa",
+    "winogrande",
+    "hellaswag",
+    "arc_easy",
+    "arc_challenge",
+    "mmlu_marketing",
+    "lambada_openai",
+    "gsm8k",
+)
 ITEMS = 10
 
 
 @pytest.fixture(scope="module")
 def task_dir(tmp_path_factory):
     wanted, directory = load_run("smollm2").evaluate.zero_shot, tmp_path_factory.mktemp("tasks")
-    fetch_tasks(wanted.model_copy(update={"tasks": TASKS}), directory, directory, CACHE, PINS, print)
+    fetch_tasks(
+        wanted.model_copy(update={"tasks": TASKS}), directory, directory, CACHE, PINS, print
+    )
     return directory
 
 
@@ -31,7 +43,9 @@ def test_the_command_line_gives_the_same_items(name, smollm2, plans, task_dir, t
     if name == "pruned":
         checkpoint = tmp_path / "hf"
         EXPORTS["hf"].write(pruning(smollm2, list(plans.values())[1]), checkpoint)
-    results, samples = command_line(checkpoint, task_dir, TASKS, tmp_path / "out", "--limit", str(ITEMS))
+    results, samples = command_line(
+        checkpoint, task_dir, TASKS, tmp_path / "out", "--limit", str(ITEMS)
+    )
     model = load_model(checkpoint, "float32", "cpu", trust_remote_code=True)
     for task in TASKS:
         ours = evaluate(model, load_tokenizer(checkpoint), task, task_dir, ITEMS)

@@ -1,4 +1,5 @@
-"""Pruned SmolLM2 and tiny models of every family in vLLM: `make test-slow`, with an environment of vLLM's own."""
+"""Pruned SmolLM2 and tiny models of every family in vLLM: `make test-slow`, with an environment of
+vLLM's own."""
 
 import json
 import os
@@ -25,45 +26,71 @@ pytestmark = pytest.mark.slow
 
 
 def ask(what: str, checkpoint: Path, reference: Path, **more: str) -> dict:
-    """An answer of `vllm_check.py` in a fresh process of vLLM's environment, which sees blockpruner only as installed
-    there, with more variables."""
+    """An answer of `vllm_check.py` in a fresh process of vLLM's environment, which sees blockpruner
+    only as installed there, with more variables."""
     answer = reference.with_name(f"{what}-{checkpoint.name}.json")
-    command = [Path(os.environ["BLOCKPRUNER_VLLM"]) / "python", "-I", Path(__file__).with_name("vllm_check.py")]
+    command = [
+        Path(os.environ["BLOCKPRUNER_VLLM"]) / "python",
+        "-I",
+        Path(__file__).with_name("vllm_check.py"),
+    ]
     command += [what, checkpoint, reference, answer]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"} | more
+    environment |= {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    } | more
     log = answer.with_suffix(".log")
     with open(log, "w") as out:
-        result = subprocess.run(command, stdout=out, stderr=out, env=environment, cwd=reference.parent, check=False)
+        result = subprocess.run(
+            command, stdout=out, stderr=out, env=environment, cwd=reference.parent, check=False
+        )
     assert result.returncode == 0, log.read_text()[-3000:]
     return json.loads(answer.read_text())
 
 
 def write_reference(model, tokenizer, path: Path) -> Path:
-    """Greedy continuations by transformers, without a cache, and the log-probability of each token after the first."""
+    """Greedy continuations by transformers, without a cache, and the log-probability of each token
+    after the first."""
     rows = []
     for text in PROMPTS:
         ids = tokenizer(text, return_tensors="pt").input_ids
         tokens = model.generate(
-            ids, attention_mask=torch.ones_like(ids), use_cache=False, do_sample=False, min_new_tokens=NEW_TOKENS,
-            max_new_tokens=NEW_TOKENS, pad_token_id=0, eos_token_id=None,
-        )  # fmt: skip
+            ids,
+            attention_mask=torch.ones_like(ids),
+            use_cache=False,
+            do_sample=False,
+            min_new_tokens=NEW_TOKENS,
+            max_new_tokens=NEW_TOKENS,
+            pad_token_id=0,
+            eos_token_id=None,
+        )
         logits = model(tokens, use_cache=False).logits[0, :-1].double()
         logprobs = logits.log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
-        rows.append({"prompt": ids[0].tolist(), "tokens": tokens[0].tolist(), "logprobs": logprobs.tolist()})
+        rows.append(
+            {"prompt": ids[0].tolist(), "tokens": tokens[0].tolist(), "logprobs": logprobs.tolist()}
+        )
     path.write_text(json.dumps(rows))
     return path
 
 
 def test_vllm_says_what_the_model_in_memory_says(tmp_path, smollm2, plans, healed):
-    """At two ratios, and with other weights than the dense model's; what vLLM measures on the way is printed."""
+    """At two ratios, and with other weights than the dense model's; what vLLM measures on the way
+    is printed."""
     tokenizer = load_tokenizer(smollm2)
     chosen = {name: pruning(smollm2, plan) for name, plan in plans.items() if plan.removed} | healed
-    references = {"dense": write_reference(load_model(smollm2, "float32", "cpu"), tokenizer, tmp_path / "dense.json")}
+    references = {
+        "dense": write_reference(
+            load_model(smollm2, "float32", "cpu"), tokenizer, tmp_path / "dense.json"
+        )
+    }
     reports = {"dense": ask("check", smollm2, references["dense"])}
     plain = max(plans, key=lambda name: plans[name].ratio)
     for each, made in chosen.items():
-        references[each] = write_reference(made.prune_(made.load()), tokenizer, tmp_path / f"{each}.json")
+        references[each] = write_reference(
+            made.prune_(made.load()), tokenizer, tmp_path / f"{each}.json"
+        )
         export_hf(made, tmp_path / f"hf {each}")
         reports[f"hf {each}"] = ask("check", tmp_path / f"hf {each}", references[each])
     for form, report in reports.items():
@@ -72,14 +99,15 @@ def test_vllm_says_what_the_model_in_memory_says(tmp_path, smollm2, plans, heale
         assert report["greedy_tokens_equal"]
     for form in reports.keys() - {"dense"}:
         left = 30 - chosen[form.partition(" ")[2]].plan.blocks["mha"]
-        assert reports[form]["kv_cache_tokens"] / reports["dense"]["kv_cache_tokens"] == pytest.approx(
-            30 / left, rel=0.02
-        )
+        assert reports[form]["kv_cache_tokens"] / reports["dense"][
+            "kv_cache_tokens"
+        ] == pytest.approx(30 / left, rel=0.02)
 
+    # it sees a difference: a block, or weights
     for path, other in (
         (f"hf {plain}", "dense"),
         (f"hf {plain} + refit", plain),
-    ):  # it sees a difference: a block, or weights
+    ):
         assert ask("check", tmp_path / path, references[other])["max_logprob_difference"] > 0.1
 
 
@@ -105,9 +133,9 @@ TAKEN: dict[str, dict[str, Any]] = {
     "cohere2": {"sliding_window": 64},
     "glm4": HEADS | {"initializer_range": 0.2},
 }
-"""What vLLM takes of a family, dense or not. Its attention on a CPU needs heads that are a multiple of 32 wide, and
-gives NaN where it caps logits of several hundred, which Gemma 2's random weights would reach. Its windows of Cohere 2
-are one token wider than those of transformers."""
+"""What vLLM takes of a family, dense or not. Its attention on a CPU needs heads that are a multiple
+of 32 wide, and gives NaN where it caps logits of several hundred, which Gemma 2's random weights
+would reach. Its windows of Cohere 2 are one token wider than those of transformers."""
 
 
 def test_every_family_is_served_from_its_hf_checkpoint(tmp_path):
@@ -115,17 +143,23 @@ def test_every_family_is_served_from_its_hf_checkpoint(tmp_path):
     made, references, configs = tmp_path / "made", tmp_path / "references", {}
     references.mkdir()
     variants = [variant for variant in VARIANTS if FAMILIES[variant.split()[0]].in_vllm]
-    narrow = {f"{variant} narrow" for variant in variants if FAMILIES[variant.split()[0]].has_one_mlp}
+    narrow = {
+        f"{variant} narrow" for variant in variants if FAMILIES[variant.split()[0]].has_one_mlp
+    }
     for name in [*variants, *sorted(narrow), "llama wrong"]:
         variant = name.removesuffix(" wrong").removesuffix(" narrow")
         dense = fetch_tiny(tmp_path / name, variant, 6, hidden_size=128, **TAKEN.get(variant, {}))
-        asked = pruning(dense, narrow_plan(dense, KEPT) if name in narrow else plan_of(dense, HOLES))
+        asked = pruning(
+            dense, narrow_plan(dense, KEPT) if name in narrow else plan_of(dense, HOLES)
+        )
         pruned = asked.prune_(asked.load())
         save_pruned(pruned, made / name)
         tiny_tokenizer().save_pretrained(made / name)
         configs[name] = pruned.config
         if name.endswith("wrong"):
-            asked = pruning(dense, plan_of(dense, ["mlp.2" if block == "mlp.1" else block for block in HOLES]))
+            asked = pruning(
+                dense, plan_of(dense, ["mlp.2" if block == "mlp.1" else block for block in HOLES])
+            )
             pruned = asked.prune_(asked.load())
         write_reference(pruned, tiny_tokenizer(), references / f"{name}.json")
     reports = ask("families", made, references)
@@ -133,14 +167,19 @@ def test_every_family_is_served_from_its_hf_checkpoint(tmp_path):
     for name, report in reports.items():
         print(name, report["max_logprob_difference"])
         if name in narrow:
-            assert configs[name].mlp_widths == [48, 16, 48, 24, 48, 48] and report["cached"] == [*range(6)]
+            assert configs[name].mlp_widths == [48, 16, 48, 24, 48, 48] and report["cached"] == [
+                *range(6)
+            ]
             assert report["max_logprob_difference"] <= 5e-3 and report["greedy_tokens_equal"], name
             continue
         layers, without = (
             range(5),
             {"self_attn": [0, 4], "attention": [0, 4], "mlp": [1, 3], "block_sparse_moe": [1, 3]},
         )
-        assert (configs[name].layers_without_mha, configs[name].layers_without_mlp) == ([0, 4], [1, 3])
+        assert (configs[name].layers_without_mha, configs[name].layers_without_mlp) == (
+            [0, 4],
+            [1, 3],
+        )
         assert report["cached"] == [layer for layer in layers if layer not in without["self_attn"]]
         held = {
             tuple(parts[i : i + 2])

@@ -1,9 +1,11 @@
-"""What vLLM makes of a checkpoint directory; runs in vLLM's own environment, which has blockpruner only as its plugin.
+"""What vLLM makes of a checkpoint directory; runs in vLLM's own environment, which has blockpruner
+only as its plugin.
 
-Run as a script: `python vllm_check.py check <checkpoint> <reference.json> <answer.json>`, or `python
-vllm_check.py families <folder> <references> <answer.json>` for many: the reference of <folder>/<name> is
-<references>/<name>.json. A reference has prompts, each with its greedy continuation and the log-probability of every
-token but the first. The answer is a file since vLLM's processes log to stdout.
+Run as a script: `python vllm_check.py check <checkpoint> <reference.json> <answer.json>`, or
+`python vllm_check.py families <folder> <references> <answer.json>` for many: the reference of
+<folder>/<name> is <references>/<name>.json. A reference has prompts, each with its greedy
+continuation and the log-probability of every token but the first. The answer is a file since vLLM's
+processes log to stdout.
 """
 
 from __future__ import annotations
@@ -33,8 +35,11 @@ def losses(checkpoint: str, reference_file: str) -> dict[str, Any]:
     llm = load(checkpoint, **OPTIONS | {"dtype": "bfloat16", "max_model_len": 128})
     rows = json.loads(Path(reference_file).read_text())
     outputs = run(llm, rows, max_tokens=1, prompt_logprobs=0)
-    said = [step[token].logprob for row, out in zip(rows, outputs, strict=True)
-            for token, step in zip(row[1:], out.prompt_logprobs[1:], strict=True)]  # fmt: skip
+    said = [
+        step[token].logprob
+        for row, out in zip(rows, outputs, strict=True)
+        for token, step in zip(row[1:], out.prompt_logprobs[1:], strict=True)
+    ]
     return {"nll": -sum(said) / len(said)}
 
 
@@ -50,11 +55,18 @@ def families(folder: str, references: str, **more: Any) -> dict[str, Any]:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     found = {}
     for path in sorted(Path(folder).iterdir()):
-        llm = load(str(path), **OPTIONS | {"max_model_len": 64, "max_num_batched_tokens": 128} | more)
+        llm = load(
+            str(path), **OPTIONS | {"max_model_len": 64, "max_num_batched_tokens": 128} | more
+        )
         groups = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
         cached = sorted(int(name.split(".")[2]) for group in groups for name in group.layer_names)
-        names = [name for name, _ in llm.apply_model(lambda model: list(model.named_parameters()))[0]]
-        found[path.name] = compare(llm, f"{references}/{path.name}.json") | {"cached": cached, "parameters": names}
+        names = [
+            name for name, _ in llm.apply_model(lambda model: list(model.named_parameters()))[0]
+        ]
+        found[path.name] = compare(llm, f"{references}/{path.name}.json") | {
+            "cached": cached,
+            "parameters": names,
+        }
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
@@ -82,9 +94,14 @@ def compare(llm: Any, reference_file: str) -> dict[str, Any]:
         differences += [abs(step[token].logprob - wanted) for token, step, wanted in steps]
     new = len(reference[0]["tokens"]) - len(reference[0]["prompt"])
     greedy = run(llm, [row["prompt"] for row in reference], max_tokens=new)
-    tokens = [row["prompt"] + list(output.outputs[0].token_ids) for row, output in zip(reference, greedy, strict=True)]
+    tokens = [
+        row["prompt"] + list(output.outputs[0].token_ids)
+        for row, output in zip(reference, greedy, strict=True)
+    ]
     return {
-        "max_logprob_difference": math.inf if any(map(math.isnan, differences)) else max(differences),
+        "max_logprob_difference": math.inf
+        if any(map(math.isnan, differences))
+        else max(differences),
         "greedy_tokens_equal": tokens == [row["tokens"] for row in reference],
     }
 
@@ -92,7 +109,11 @@ def compare(llm: Any, reference_file: str) -> dict[str, Any]:
 def measure(llm: Any, checkpoint: str) -> dict[str, Any]:
     rows = [[(7 * i + 13 * k) % 40000 + 100 for i in range(PROMPT)] for k in range(ROWS)]
     run(llm, rows, max_tokens=2)
-    seconds = {1: math.inf, 1 + NEW: math.inf}  # the best of three each, since others may use the machine
+    # the best of three each, since others may use the machine
+    seconds = {
+        1: math.inf,
+        1 + NEW: math.inf,
+    }
     for count in [*seconds] * 3:
         start = time.perf_counter()
         run(llm, rows, max_tokens=count)
@@ -102,7 +123,9 @@ def measure(llm: Any, checkpoint: str) -> dict[str, Any]:
         "kv_cache_tokens": cache.num_gpu_blocks * cache.block_size,
         "prefill_tokens_per_second": round(ROWS * PROMPT / seconds[1], 1),
         "decode_tokens_per_second": round(ROWS * NEW / (seconds[1 + NEW] - seconds[1]), 1),
-        "megabytes": round(sum(path.stat().st_size for path in Path(checkpoint).glob("*.safetensors")) / 1e6, 1),
+        "megabytes": round(
+            sum(path.stat().st_size for path in Path(checkpoint).glob("*.safetensors")) / 1e6, 1
+        ),
     }
 
 

@@ -1,6 +1,8 @@
-"""Forks stages and dvc, see tests/forking.py. Python imports this at its start where tests/starts is on PYTHONPATH.
+"""Forks stages and dvc, see tests/forking.py. Python imports this at its start where tests/starts
+is on PYTHONPATH.
 
-This process stays in place of the forked one: it passes signals on, dies with it, and ends as it does.
+This process stays in place of the forked one: it passes signals on, dies with it, and ends as it
+does.
 """
 
 import os
@@ -15,7 +17,9 @@ def forked(arguments):
     """
     server, unbuffered, what = os.environ.get("BLOCKPRUNER_TESTS_FORK"), arguments[:1] == ["-u"], {}
     arguments = arguments[unbuffered:]
-    if arguments[:1] == ["-m"] and (arguments[1] in ("dvc", "flows.dvc") or arguments[1].startswith("stages.")):
+    if arguments[:1] == ["-m"] and (
+        arguments[1] in ("dvc", "flows.dvc") or arguments[1].startswith("stages.")
+    ):
         what = {"module": arguments[1]}
     elif arguments[:1] == ["-P"] and arguments[1].endswith(".py"):
         what = {"script": arguments[1]}
@@ -33,10 +37,13 @@ def forked(arguments):
         known = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
         passed = [number for number in known if signal.getsignal(number) != signal.SIG_IGN]
         job = what | {
-            "arguments": arguments[2:], "folder": os.getcwd(), "environment": dict(os.environ),  # noqa: PTH109 (pathlib takes a while to load)
-            "unbuffered": unbuffered or "PYTHONUNBUFFERED" in os.environ, "interrupt": signal.SIGINT in passed,
+            "arguments": arguments[2:],
+            "folder": os.getcwd(),  # noqa: PTH109 (pathlib takes a while to load)
+            "environment": dict(os.environ),
+            "unbuffered": unbuffered or "PYTHONUNBUFFERED" in os.environ,
+            "interrupt": signal.SIGINT in passed,
             "parent": os.getppid(),
-        }  # fmt: skip
+        }
         socket.send_fds(connection, [json.dumps(job).encode()], [0, 1, 2])
         if connection.recv(100) != b"started":  # it would not be the same
             return

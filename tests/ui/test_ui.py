@@ -1,7 +1,8 @@
-"""What a person does in the browser, from the form to the report, in Prefect's V2 UI, which `/` leads to, and in V1:
-`make test-ui` (Debian: apt-get install chromium).
+"""What a person does in the browser, from the form to the report, in Prefect's V2 UI, which `/`
+leads to, and in V1: `make test-ui` (Debian: apt-get install chromium).
 
-BLOCKPRUNER_CHROMIUM names another browser; BLOCKPRUNER_SCREENSHOTS a folder that the screenshots are written to.
+BLOCKPRUNER_CHROMIUM names another browser; BLOCKPRUNER_SCREENSHOTS a folder that the screenshots
+are written to.
 """
 
 import io
@@ -32,13 +33,18 @@ from tests.integration.project import environment, make_project, post, sentence
 from tests.processes import processes_in
 from tests.tiny import save_tiny
 
-playwright = pytest.importorskip("playwright.sync_api", reason="the extra `ui` is not installed (make test-ui does it)")
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="the extra `ui` is not installed (make test-ui does it)"
+)
 CHROMIUM = os.environ.get("BLOCKPRUNER_CHROMIUM") or shutil.which("chromium")
 pytestmark = [
     pytest.mark.ui,
     pytest.mark.skipif(
         CHROMIUM is None,
-        reason="no browser: no chromium on PATH (Debian: apt-get install chromium), and BLOCKPRUNER_CHROMIUM is unset",
+        reason=(
+            "no browser: no chromium on PATH (Debian: apt-get install chromium), and"
+            " BLOCKPRUNER_CHROMIUM is unset"
+        ),
     ),
 ]
 SECONDS = 1800.0
@@ -49,8 +55,8 @@ COMPLETED = (33, 157, 75)
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """Two runs of a model with 12 layers: `tiny` is scored in seconds, `slow` takes long enough to be cancelled. The
-    folder `mine` has a model without a run file, and `remote` is a DVC remote."""
+    """Two runs of a model with 12 layers: `tiny` is scored in seconds, `slow` takes long enough to
+    be cancelled. The folder `mine` has a model without a run file, and `remote` is a DVC remote."""
     folder = tmp_path_factory.mktemp("ui")
     project = make_project(folder.resolve(), {"tiny-b10": "0.1"})
     save_tiny(folder / "inputs/model", layers=12, tie_word_embeddings=True)
@@ -73,17 +79,30 @@ def project(tmp_path_factory):
 def served(project):
     """`make serve` in the project: its URL. Ctrl-C ends it, and leaves no process."""
     url = f"http://127.0.0.1:{free_port()}"
-    settings = {"PREFECT_HOME": str(project / ".prefect"), "PREFECT_SERVER_API_PORT": url.rsplit(":", 1)[1]}
-    outside = {key: value for key, value in environment().items() if not key.startswith("PREFECT_API_")}
+    settings = {
+        "PREFECT_HOME": str(project / ".prefect"),
+        "PREFECT_SERVER_API_PORT": url.rsplit(":", 1)[1],
+    }
+    outside = {
+        key: value for key, value in environment().items() if not key.startswith("PREFECT_API_")
+    }
     with open(project / "serve.log", "wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "flows.serve"], cwd=project, env=outside | settings, stdout=log, stderr=log
+            [sys.executable, "-m", "flows.serve"],
+            cwd=project,
+            env=outside | settings,
+            stdout=log,
+            stderr=log,
         )
     try:
-        wait_until(lambda: b"Ctrl-C" in (project / "serve.log").read_bytes() or process.poll() is not None)
+        wait_until(
+            lambda: b"Ctrl-C" in (project / "serve.log").read_bytes() or process.poll() is not None
+        )
         assert process.poll() is None, (project / "serve.log").read_text()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("PREFECT_API_AUTH_STRING", (project / ".prefect/password").read_text().strip())
+            patch.setenv(
+                "PREFECT_API_AUTH_STRING", (project / ".prefect/password").read_text().strip()
+            )
             wait_until(lambda: len(ask(url, "deployments/filter")) == 3)
             yield url
     finally:
@@ -96,7 +115,8 @@ def served(project):
 def page(served):
     """A browser in the UI that Prefect shows first: V2."""
     with playwright.sync_playwright() as browsers:
-        browser = browsers.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # root has no sandbox
+        # root has no sandbox
+        browser = browsers.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1500, "height": 1150})
         page.set_default_timeout(1000 * SECONDS)
         page.goto(f"{served}/")  # as a person does
@@ -143,12 +163,15 @@ def flow_run(url, name):
 
 
 def tasks(url, name):
-    """Names and states of a flow run's task runs, in the order of their start, and the name of each one's parent."""
+    """Names and states of a flow run's task runs, in the order of their start, and the name of each
+    one's parent."""
     chosen = {"id": {"any_": [flow_run(url, name)["id"]]}}
     runs = sorted(ask(url, "task_runs/filter", flow_runs=chosen), key=lambda run: run["created"])
     names = {run["id"]: run["name"] for run in runs}
     parents = [[names[p["id"]] for p in run["task_inputs"].get("__parents__", [])] for run in runs]
-    return [(run["name"], run["state_name"], *parent) for run, parent in zip(runs, parents, strict=True)]
+    return [
+        (run["name"], run["state_name"], *parent) for run, parent in zip(runs, parents, strict=True)
+    ]
 
 
 def shoot(page, name):
@@ -172,7 +195,11 @@ def part(page, name, tag):
     if "/v2/" in page.url:
         own = page.get_by_text(name, exact=True).first.locator(f"xpath=ancestor::*[.//{tag}][1]")
     else:
-        own = page.locator(".schema-form-property").filter(has=page.get_by_text(name, exact=True)).last
+        own = (
+            page.locator(".schema-form-property")
+            .filter(has=page.get_by_text(name, exact=True))
+            .last
+        )
     return own.locator(f"xpath=.//{tag}").last
 
 
@@ -183,9 +210,11 @@ def write_field(page, name, text):
         part(page, name, "button[contains(., 'Add item')]").click()
     if kind == "?":
         part(page, name, "button[normalize-space()='str']").click()
-    part(page, name, "*[contains(@class, 'cm-content')]" if kind == "!" else "*[self::input or self::textarea]").fill(
-        text
-    )
+    part(
+        page,
+        name,
+        "*[contains(@class, 'cm-content')]" if kind == "!" else "*[self::input or self::textarea]",
+    ).fill(text)
 
 
 def fill_form(page, url, run, budget):
@@ -197,7 +226,8 @@ def fill_form(page, url, run, budget):
 def submit(page, url):
     """Send a form; wait until the server has the run."""
     before = len(ask(url, "flow_runs/filter"))
-    page.get_by_role("button", name="Submit").press("Enter")  # a click is lost where the form moves under it
+    # a click is lost where the form moves under it
+    page.get_by_role("button", name="Submit").press("Enter")
     wait_until(lambda: len(ask(url, "flow_runs/filter")) > before)
 
 
@@ -208,13 +238,19 @@ def open_run(page, url, name):
 def wait_for_end(url, project, name):
     """Wait for the end of a run, which has the name of what it makes from its start on."""
     over = ("COMPLETED", "FAILED", "CRASHED")
-    wait_until(lambda: any(run["name"] == name and run["state_type"] in over for run in ask(url, "flow_runs/filter")))
+    wait_until(
+        lambda: any(
+            run["name"] == name and run["state_type"] in over
+            for run in ask(url, "flow_runs/filter")
+        )
+    )
     state = flow_run(url, name)["state"]
     assert state["name"] == "Completed", f"{state}\n{(project / 'serve.log').read_text()}"
 
 
 def bars(page):
-    """Left, top, right and bottom of the bars in a run's graph, which is a canvas, from left to right."""
+    """Left, top, right and bottom of the bars in a run's graph, which is a canvas, from left to
+    right."""
     picture = Image.open(io.BytesIO(page.locator("canvas").first.screenshot())).convert("RGB")
     green = np.abs(np.asarray(picture).astype(int) - COMPLETED).max(axis=2) < 12
     places = [(c.start, r.start, c.stop, r.stop) for r, c in find_objects(label(green)[0])]
@@ -223,19 +259,25 @@ def bars(page):
 
 def open_report(page, url):
     """The newest report, whose pictures are seen; the URL of its page."""
-    newest = ask(url, "artifacts/filter", artifacts={"key": {"any_": ["report"]}}, sort="CREATED_DESC")[0]
+    newest = ask(
+        url, "artifacts/filter", artifacts={"key": {"any_": ["report"]}}, sort="CREATED_DESC"
+    )[0]
     at(page, url, f"artifacts/artifact/{newest['id']}")
     link = page.get_by_role("link", name="The page")
     link.wait_for()
     pictures = page.locator("img[src*='/report/plots/']")
     pictures.first.wait_for()
     for number in range(pictures.count()):
-        assert pictures.nth(number).evaluate("image => image.decode().then(() => image.naturalWidth)") > 0
+        assert (
+            pictures.nth(number).evaluate("image => image.decode().then(() => image.naturalWidth)")
+            > 0
+        )
     return link.get_attribute("href")
 
 
 def run_and_look(page, url, project, budget):
-    """From the form to the report; returns the stages of the run and those of its task runs that are nested."""
+    """From the form to the report; returns the stages of the run and those of its task runs that
+    are nested."""
     fill_form(page, url, "tiny", budget)
     shoot(page, "form")
     submit(page, url)
@@ -272,7 +314,8 @@ def test_v1_does_so_too_and_unfolds_a_stage(old_page, served, project):
     wait_until(lambda: len(bars(page)) == len(stages))
     left, top, right, bottom = bars(page)[stages.index("score@tiny-greedy")]
     size = bottom - top
-    arrow = left + size / 2 if right - left > 2 * size else right + size / 2 + 4  # in the bar, or behind a short one
+    # in the bar, or behind a short one
+    arrow = left + size / 2 if right - left > 2 * size else right + size / 2 + 4
 
     def removals():
         return [bar for bar in bars(page) if left <= bar[0] < right and bar[1] > bottom]
@@ -291,10 +334,15 @@ def test_runs_wait_for_each_other_and_are_cancelled_and_retried(old_page, served
     wait_until(lambda: any(run["name"] == "slow 0.08" for run in ask(served, "flow_runs/filter")))
     fill_form(page, served, "tiny", "0.1")
     submit(page, served)
-    waiting = ask(served, "flow_runs/filter", flow_runs={"state": {"type": {"any_": ["SCHEDULED"]}}})
+    waiting = ask(
+        served, "flow_runs/filter", flow_runs={"state": {"type": {"any_": ["SCHEDULED"]}}}
+    )
     assert len(waiting) == 1 and flow_run(served, "slow 0.08")["state_type"] == "RUNNING"
     wait_until(lambda: any(name == "removal 2" for name, *_ in tasks(served, "slow 0.08")))
-    httpx.delete(f"{served}/api/flow_runs/{waiting[0]['id']}", auth=("me", os.environ["PREFECT_API_AUTH_STRING"][3:]))
+    httpx.delete(
+        f"{served}/api/flow_runs/{waiting[0]['id']}",
+        auth=("me", os.environ["PREFECT_API_AUTH_STRING"][3:]),
+    )
     open_run(page, served, "slow 0.08")
     page.get_by_role("button", name="Cancel").click()
     assert flow_run(served, "slow 0.08")["state_type"] == "RUNNING"
@@ -330,7 +378,11 @@ def test_a_new_model_by_form_run_report_and_push(page, served, project):
         "calibration": {"num_samples": 10, "seq_len": 24},
         "evaluate": {
             "perplexity": {"seq_len": 64, "max_rows": 2},
-            "zero_shot": {"data": {"source": "path", "path": "mine"}, "tasks": ["piqa"], "limit": 6},
+            "zero_shot": {
+                "data": {"source": "path", "path": "mine"},
+                "tasks": ["piqa"],
+                "limit": 6,
+            },
             "speed": {"prompt_tokens": 4, "new_tokens": 4, "repeats": 1, "batch": 1},
         },
         "compensate": {"num_rows": 24, "seq_len": 32, "validation": 0.25},
@@ -340,7 +392,9 @@ def test_a_new_model_by_form_run_report_and_push(page, served, project):
     submit(page, served)
     wait_for_end(served, project, "mine 0.1")
     found = tasks(served, "mine 0.1")
-    assert {state for _, state, *_ in found} <= {"Completed", "Cached"} and found[-1][0] == "push to team", found
+    assert {state for _, state, *_ in found} <= {"Completed", "Cached"} and found[-1][
+        0
+    ] == "push to team", found
     assert any((project.parent / "remote").rglob("*"))
     assert (project / "data/checkpoints/mine-b10/hf/model.safetensors").exists()
     assert "mine-b10" in httpx.get(open_report(page, served)).text

@@ -1,4 +1,5 @@
-"""Lazy evaluation and racing: what they leave out, that the choice stands, that a store's content changes nothing."""
+"""Lazy evaluation and racing: what they leave out, that the choice stands, that a store's content
+changes nothing."""
 
 import math
 from functools import cache
@@ -14,7 +15,14 @@ from blockpruner.core.families import Costs
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import masked
 from blockpruner.scoring import accelerate as module
-from blockpruner.scoring.accelerate import Runner, accelerate, lower_bounds, race, slices, standard_error
+from blockpruner.scoring.accelerate import (
+    Runner,
+    accelerate,
+    lower_bounds,
+    race,
+    slices,
+    standard_error,
+)
 from blockpruner.scoring.objectives import Objective
 from blockpruner.scoring.settings import Score
 from blockpruner.search.greedy import GreedyOptions, greedy
@@ -30,12 +38,15 @@ PRICED = pytest.mark.parametrize("per", ["none", "parameters"])
 
 
 class World(FakeScorer):
-    """Losses by formula: each block adds a cost of its own and, with the other block of its layer, an interaction."""
+    """Losses by formula: each block adds a cost of its own and, with the other block of its layer,
+    an interaction."""
 
     def __init__(self, seed, noise=0.02, interaction=0.05):
         super().__init__(lambda loss, base, mask, row: self.rows_of(mask)[row])
         random = np.random.default_rng(seed)
-        self.cost = dict(zip(UNITS, random.permutation(np.geomspace(0.01, 3.0, len(UNITS))), strict=True))
+        self.cost = dict(
+            zip(UNITS, random.permutation(np.geomspace(0.01, 3.0, len(UNITS))), strict=True)
+        )
         self.noise = {unit: random.normal(0, noise, ROWS) for unit in UNITS}
         self.interaction = interaction
         self.rows_of = cache(self.draw)
@@ -58,7 +69,9 @@ def sequence(world, steps=8, objective=None, per="none", acceleration="none", **
     with pytest.MonkeyPatch.context() as patch:
         for name, value in lazy.items():
             patch.setattr(module, name.upper(), value)
-        select = accelerate(objective, Score(acceleration=acceleration), COSTS if per == "parameters" else None)
+        select = accelerate(
+            objective, Score(acceleration=acceleration), COSTS if per == "parameters" else None
+        )
         problem = Problem(UNITS, objective, select, ROWS, resources={"parameters": COSTS})
         search = greedy(problem, GreedyOptions(per=per))
         return [next(search) for _ in range(steps)]
@@ -68,9 +81,15 @@ def brute_force(world, steps=8, per="none"):
     removed, found = DENSE, []
     for _ in range(steps):
         left = [unit for unit in UNITS if not unit <= removed]
-        rise = {unit: world.rows_of(removed | unit).mean() - world.rows_of(removed).mean() for unit in left}
+        rise = {
+            unit: world.rows_of(removed | unit).mean() - world.rows_of(removed).mean()
+            for unit in left
+        }
         size = {unit: COSTS.ratio(unit) if per == "parameters" else 1 for unit in left}
-        best = min(left, key=lambda unit: rise[unit] / size[unit] if rise[unit] > 0 else rise[unit] * size[unit])
+        best = min(
+            left,
+            key=lambda unit: rise[unit] / size[unit] if rise[unit] > 0 else rise[unit] * size[unit],
+        )
         found.append(format_mask(best))
         removed |= best
     return found
@@ -84,19 +103,26 @@ def bounds(differences, total, confidence):
 
 
 def test_bound_is_scipys_interval(monkeypatch):
-    """Without prior and past, and with rows that are few among very many: the one-sided interval of a paired t-test."""
+    """Without prior and past, and with rows that are few among very many: the one-sided interval of
+    a paired t-test."""
     monkeypatch.setattr(module, "PRIOR_ROWS", 0)
     random = np.random.default_rng(0)
     leader, others = random.normal(2, 0.3, 5), random.normal(2.2, 0.4, (3, 5))
-    wanted = [stats.ttest_rel(other, leader, alternative="greater").confidence_interval(0.95).low for other in others]
-    found = lower_bounds([Runner(o, np.empty(0)) for o in others], Runner(leader, np.empty(0)), 10**9, 0.95)
+    wanted = [
+        stats.ttest_rel(other, leader, alternative="greater").confidence_interval(0.95).low
+        for other in others
+    ]
+    found = lower_bounds(
+        [Runner(o, np.empty(0)) for o in others], Runner(leader, np.empty(0)), 10**9, 0.95
+    )
     assert found == pytest.approx(wanted, abs=1e-6)
     assert bounds(others - leader, 10**9, 0.95) == pytest.approx(wanted, abs=1e-6)
 
 
 def test_bound_with_a_past_covers_as_often_as_it_says(monkeypatch):
-    """Rows of a past step, a change since with a small spread, k of them seen: the true mean over all rows is above
-    the bound in 95 of 100 cases, and the bound is nearer than that without the past."""
+    """Rows of a past step, a change since with a small spread, k of them seen: the true mean over
+    all rows is above the bound in 95 of 100 cases, and the bound is nearer than that without the
+    past."""
     monkeypatch.setattr(module, "PRIOR_ROWS", 0)
     random, covered, nearer, cases = np.random.default_rng(2), 0, 0, 4000
     for _ in range(cases):
@@ -145,21 +171,26 @@ def test_the_choice_has_all_rows_and_losers_say_how_few_they_have():
 
 
 def test_how_often_a_race_loses_the_best():
-    """Two hundred races over rows drawn anew, noise above most differences: seldom, more seldom with more confidence.
+    """Two hundred races over rows drawn anew, noise above most differences: seldom, more seldom
+    with more confidence.
 
-    The confidence is of one comparison, and the leader is the luckiest of twelve, so it is not the race's own.
+    The confidence is of one comparison, and the leader is the luckiest of twelve, so it is not the
+    race's own.
     """
     lost = dict.fromkeys((0.8, 0.99, 0.9999), 0)
     for seed in range(200):
         world = World(seed, noise=0.3, interaction=0.0)
         best = min(UNITS, key=lambda unit: world.rows_of(unit).mean())
         for confidence in lost:
-            lost[confidence] += race(world.objective(), DENSE, UNITS, confidence)[best].rows_used < ROWS
+            lost[confidence] += (
+                race(world.objective(), DENSE, UNITS, confidence)[best].rows_used < ROWS
+            )
     assert lost[0.8] > 40 > 20 >= lost[0.99] > lost[0.9999] and lost[0.9999] <= 2
 
 
 def test_an_audit_finds_what_lazy_evaluation_missed():
-    """A block whose cost vanishes once another is gone: not monotone, so its old rise keeps it out until an audit."""
+    """A block whose cost vanishes once another is gone: not monotone, so its old rise keeps it out
+    until an audit."""
     world = World(3, noise=0.0, interaction=0.0)
     first, hidden = brute_force(world)[0], max(UNITS, key=world.cost.__getitem__)
     plain = world.rows_of
@@ -171,7 +202,9 @@ def test_an_audit_finds_what_lazy_evaluation_missed():
 
     world.rows_of = rows_of
     trace = sequence(world, acceleration="lazy", floor=2, slack=0.0, audit=2)
-    assert removed_in(trace)[:2] == [first, removed_in(trace)[1]] and removed_in(trace)[1] != format_mask(hidden)
+    assert removed_in(trace)[:2] == [first, removed_in(trace)[1]] and removed_in(trace)[
+        1
+    ] != format_mask(hidden)
     assert removed_in(trace)[2] == format_mask(hidden)
     assert trace[1].lazy_choice is None
     assert trace[2].lazy_choice not in (None, trace[2].removed)
@@ -182,20 +215,28 @@ def test_an_audit_finds_what_lazy_evaluation_missed():
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("noise", [0.1, 0.3])
 def test_nothing_that_is_known_is_better_than_the_choice(seed, noise):
-    """Candidates enter in several rounds; one that has all rows stays in, whatever its first rows say."""
+    """Candidates enter in several rounds; one that has all rows stays in, whatever its first rows
+    say."""
     world = World(seed, noise=noise)
     store = TrialStore({}, short_rows(ROWS).row_keys)
-    for step in sequence(world, 10, world.objective(store), acceleration="lazy+race", floor=3, audit=2):
-        asked = [unit for unit in UNITS if not unit <= step.removed or unit == step.added[step.chosen]]
+    for step in sequence(
+        world, 10, world.objective(store), acceleration="lazy+race", floor=3, audit=2
+    ):
+        asked = [
+            unit for unit in UNITS if not unit <= step.removed or unit == step.added[step.chosen]
+        ]
         base = step.removed - step.added[step.chosen]
         complete = [base | unit for unit in asked if store.known(format_mask(base | unit), 0, ROWS)]
         assert step.removed == min(complete, key=lambda mask: world.rows_of(mask).mean())
-        assert {score.mask for score in step.scores if score.rows_used == ROWS} - {base} == set(complete)
+        assert {score.mask for score in step.scores if score.rows_used == ROWS} - {base} == set(
+            complete
+        )
 
 
 @pytest.mark.parametrize("units", [1, 9, 20, 33, 60])
 def test_stopped_anywhere_and_run_again(units):
-    """A kill in the middle of a race or a lazy round: some rows of some masks are known. Nothing is computed twice."""
+    """A kill in the middle of a race or a lazy round: some rows of some masks are known. Nothing is
+    computed twice."""
     whole, world = World(6), World(6)
     expected = sequence(whole, acceleration="lazy+race", floor=3, audit=3)
     store = TrialStore({}, short_rows(ROWS).row_keys)
@@ -210,10 +251,17 @@ def test_stopped_anywhere_and_run_again(units):
 
     store_calls, world.run = [], stops
     with pytest.raises(KeyboardInterrupt):
-        sequence(world, objective=world.objective(store), acceleration="lazy+race", floor=3, audit=3)
+        sequence(
+            world, objective=world.objective(store), acceleration="lazy+race", floor=3, audit=3
+        )
     world.asked.clear()
     world.run = plain
-    assert sequence(world, objective=world.objective(store), acceleration="lazy+race", floor=3, audit=3) == expected
+    assert (
+        sequence(
+            world, objective=world.objective(store), acceleration="lazy+race", floor=3, audit=3
+        )
+        == expected
+    )
     assert len(world.asked) == len(whole.asked) - sum(len(unit.loss) for unit in store_calls)
 
 
@@ -222,24 +270,28 @@ def test_what_a_store_knows_changes_no_decision(per):
     exact, cold, warm = World(5), World(5), World(5)
     store = TrialStore({}, short_rows(ROWS).row_keys)
     sequence(exact, objective=exact.objective(store), per=per)
-    assert sequence(warm, objective=warm.objective(store), per=per, acceleration="lazy+race") == sequence(
-        cold, per=per, acceleration="lazy+race"
-    )
+    assert sequence(
+        warm, objective=warm.objective(store), per=per, acceleration="lazy+race"
+    ) == sequence(cold, per=per, acceleration="lazy+race")
     assert warm.asked == [] and cold.asked
 
 
 @pytest.mark.parametrize("known", [2, 3, 5])
 def test_the_error_of_a_mean_is_that_over_all_choices_of_rows(known):
-    """Its square, averaged over every choice of some of six rows, is the variance of their means."""
+    """Its square, averaged over every choice of some of six rows, is the variance of their
+    means."""
     rises = np.random.default_rng(known).normal(0.3, 0.2, 6)
     choices = [rises[list(chosen)] for chosen in combinations(range(6), known)]
     variance = np.var([chosen.mean() for chosen in choices])
-    assert np.mean([standard_error(chosen, 6) ** 2 for chosen in choices]) == pytest.approx(variance)
+    assert np.mean([standard_error(chosen, 6) ** 2 for chosen in choices]) == pytest.approx(
+        variance
+    )
     assert standard_error(rises, 6) == 0
 
 
 def test_a_candidate_known_on_few_rows_enters_by_its_own_error():
-    """It lost the first race on two bad rows. No rise has moved, so nothing but its own error lets it in again."""
+    """It lost the first race on two bad rows. No rise has moved, so nothing but its own error lets
+    it in again."""
     world = World(0, noise=0.0, interaction=0.0)
     first, second, unlucky = UNITS[:3]
     world.cost = dict.fromkeys(UNITS, 5.0) | {first: 0.1, second: 0.8, unlucky: 0.0}
@@ -250,11 +302,14 @@ def test_a_candidate_known_on_few_rows_enters_by_its_own_error():
 
 
 def test_acceleration_on_a_real_model_is_brute_force(monkeypatch):
-    """Whole path with the engine: a tiny random model, three removals, against full forward passes."""
+    """Whole path with the engine: a tiny random model, three removals, against full forward
+    passes."""
     monkeypatch.setattr(module, "CONFIDENCE", 0.99999)
     monkeypatch.setattr(module, "FLOOR", 6)
     model = tiny_model(layers=3)
-    rows = CalibrationSet(tuple(tuple(np.random.default_rng(i).integers(1, 257, 12).tolist()) for i in range(8)))
+    rows = CalibrationSet(
+        tuple(tuple(np.random.default_rng(i).integers(1, 257, 12).tolist()) for i in range(8))
+    )
     units = removable_units(3, "block", "all")
     removed, wanted = DENSE, []
     for _ in range(3):
@@ -271,9 +326,19 @@ def test_acceleration_on_a_real_model_is_brute_force(monkeypatch):
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
 def test_a_quota_may_ask_for_other_units_than_before(share):
-    """A lazy search knows no rise of an MHA block where only MLP blocks were asked for at first. With a share of 0.25
-    a later step asks for both kinds; with the others all units of such a step were asked for before."""
-    texts = [f"sentence {number} of a small calibration set, with some words" for number in range(24)]
-    given = {"method": "greedy", "options": {"mha_share": share}, "acceleration": "lazy+race", "seq_len": 32}
-    order = blockpruner.prune(tiny_model(layers=4), tiny_tokenizer(), texts, "4blocks", **given).plan.order
+    """A lazy search knows no rise of an MHA block where only MLP blocks were asked for at first.
+    With a share of 0.25 a later step asks for both kinds; with the others all units of such a step
+    were asked for before."""
+    texts = [
+        f"sentence {number} of a small calibration set, with some words" for number in range(24)
+    ]
+    given = {
+        "method": "greedy",
+        "options": {"mha_share": share},
+        "acceleration": "lazy+race",
+        "seq_len": 32,
+    }
+    order = blockpruner.prune(
+        tiny_model(layers=4), tiny_tokenizer(), texts, "4blocks", **given
+    ).plan.order
     assert sum(unit.startswith("mha") for unit in order) == 4 * share

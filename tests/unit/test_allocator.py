@@ -1,4 +1,5 @@
-"""Tensors that come and go are given the same memory again: counted in pages that the system had to fill."""
+"""Tensors that come and go are given the same memory again: counted in pages that the system had to
+fill."""
 
 import platform
 import resource
@@ -25,7 +26,9 @@ print(faults() - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator can be told")
 def test_freed_memory_is_used_again():
     def pages(mode):
-        out = subprocess.run([sys.executable, "-c", PROGRAM, mode], capture_output=True, text=True, check=True).stdout
+        out = subprocess.run(
+            [sys.executable, "-c", PROGRAM, mode], capture_output=True, text=True, check=True
+        ).stdout
         return int(out) * resource.getpagesize()
 
     assert pages("plain") > 9 * 2**26  # every tensor's pages are new

@@ -1,7 +1,8 @@
-"""Baichuan checkpoints in their own layout, fetched and loaded, against the formulas of their code written anew.
+"""Baichuan checkpoints in their own layout, fetched and loaded, against the formulas of their code
+written anew.
 
-Norms are computed in float64 here and patched to be so in transformers, which rounds to float32 as the original does.
-Rotary tables are float32 in both.
+Norms are computed in float64 here and patched to be so in transformers, which rounds to float32 as
+the original does. Rotary tables are float32 in both.
 """
 
 import json
@@ -12,7 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from blockpruner.checkpoints.hf import code_file
@@ -42,7 +49,9 @@ FORMS = {
 """Where the config.json of each form differs from the others."""
 
 CASES = [("2-7B", 4), ("2-13B", 6), ("1-7B", 4), ("1-13B", 4)]
-cases = pytest.mark.parametrize(("form", "heads"), CASES, ids=[f"{form} {heads} heads" for form, heads in CASES])
+cases = pytest.mark.parametrize(
+    ("form", "heads"), CASES, ids=[f"{form} {heads} heads" for form, heads in CASES]
+)
 
 SLOPES = {4: [1 / 4, 1 / 16, 1 / 64, 1 / 256], 6: [1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8]}
 
@@ -57,13 +66,28 @@ def original(form, heads=4, **changes):
     vocabulary = VOCABULARY if form[0] == "2" else 64_000
     config = {
         "architectures": ["BaichuanForCausalLM"],
-        "auto_map": {"AutoConfig": "configuration_baichuan.BaichuanConfig",
-                     "AutoModelForCausalLM": "modeling_baichuan.BaichuanForCausalLM"},
-        "_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "hidden_act": "silu",
-        "hidden_size": HIDDEN, "initializer_range": 0.02, "intermediate_size": INNER, "model_type": "baichuan",
-        "num_attention_heads": heads, "num_hidden_layers": LAYERS, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16", "transformers_version": "4.29.2", "use_cache": True, "vocab_size": vocabulary,
-    }  # fmt: skip
+        "auto_map": {
+            "AutoConfig": "configuration_baichuan.BaichuanConfig",
+            "AutoModelForCausalLM": "modeling_baichuan.BaichuanForCausalLM",
+        },
+        "_from_model_config": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "hidden_act": "silu",
+        "hidden_size": HIDDEN,
+        "initializer_range": 0.02,
+        "intermediate_size": INNER,
+        "model_type": "baichuan",
+        "num_attention_heads": heads,
+        "num_hidden_layers": LAYERS,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.29.2",
+        "use_cache": True,
+        "vocab_size": vocabulary,
+    }
     tensors = {
         "model.embed_tokens.weight": random_(vocabulary, HIDDEN),
         "model.norm.weight": 1 + random_(HIDDEN) / 2,
@@ -71,9 +95,12 @@ def original(form, heads=4, **changes):
     }
     for n in range(LAYERS):
         for name, shape in {
-            "self_attn.W_pack": (3 * HIDDEN, HIDDEN), "self_attn.o_proj": (HIDDEN, HIDDEN),
-            "mlp.gate_proj": (INNER, HIDDEN), "mlp.up_proj": (INNER, HIDDEN), "mlp.down_proj": (HIDDEN, INNER),
-        }.items():  # fmt: skip
+            "self_attn.W_pack": (3 * HIDDEN, HIDDEN),
+            "self_attn.o_proj": (HIDDEN, HIDDEN),
+            "mlp.gate_proj": (INNER, HIDDEN),
+            "mlp.up_proj": (INNER, HIDDEN),
+            "mlp.down_proj": (HIDDEN, INNER),
+        }.items():
             tensors[f"model.layers.{n}.{name}.weight"] = random_(*shape)
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"model.layers.{n}.{name}.weight"] = 1 + random_(HIDDEN) / 2
@@ -88,9 +115,15 @@ def write(folder, config, tensors, dtype=torch.float64):
     places = {}
     for n, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), 1):
         file = f"model-{n:05}-of-00002.safetensors"
-        save_file({name: tensors[name].to(dtype) for name in part}, folder / file, metadata={"format": "pt"})
+        save_file(
+            {name: tensors[name].to(dtype) for name in part},
+            folder / file,
+            metadata={"format": "pt"},
+        )
         places |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": places})
+    )
     (folder / "modeling_baichuan.py").write_text("raise RuntimeError('remote code was run')\n")
     return folder
 
@@ -122,14 +155,21 @@ def formulas(config, tensors, ids, removed=frozenset()):
         w = {name.removeprefix(f"model.layers.{n}."): tensor for name, tensor in tensors.items()}
         if BlockId(BlockKind.MHA, n) not in removed:
             packed = rms(x, w["input_layernorm.weight"]) @ w["self_attn.W_pack.weight"].T
-            q, k, v = (part.view(len(ids), heads, -1).transpose(0, 1) for part in packed.split(HIDDEN, dim=-1))
+            q, k, v = (
+                part.view(len(ids), heads, -1).transpose(0, 1)
+                for part in packed.split(HIDDEN, dim=-1)
+            )
             if is_7b:
                 q, k, mask = rotated(q), rotated(k), future
             else:  # as its code has it: a slope times the key's position, which is the same for all keys of a query
                 slopes = torch.tensor(SLOPES[heads], dtype=torch.float64)
                 mask = future + slopes[:, None, None] * torch.arange(len(ids))
             scores = q @ k.transpose(1, 2) / (HIDDEN / heads) ** 0.5 + mask
-            x = x + (scores.softmax(-1) @ v).transpose(0, 1).reshape(len(ids), -1) @ w["self_attn.o_proj.weight"].T
+            x = (
+                x
+                + (scores.softmax(-1) @ v).transpose(0, 1).reshape(len(ids), -1)
+                @ w["self_attn.o_proj.weight"].T
+            )
         if BlockId(BlockKind.MLP, n) not in removed:
             h = rms(x, w["post_attention_layernorm.weight"])
             gate, up = h @ w["mlp.gate_proj.weight"].T, h @ w["mlp.up_proj.weight"].T
@@ -154,14 +194,18 @@ def test_fetched_model_says_what_the_formulas_say(tmp_path, exact_norms, form, h
         model = load_model(directory, "float64", "cpu")
         with masked(model, mask):
             assert (model(IDS[None]).logits[0] - expected).abs().max() <= 1e-10, format_mask(mask)
-        assert (prune_(model, mask)(IDS[None]).logits[0] - expected).abs().max() <= 1e-10, format_mask(mask)
+        assert (prune_(model, mask)(IDS[None]).logits[0] - expected).abs().max() <= 1e-10, (
+            format_mask(mask)
+        )
 
 
 @pytest.mark.parametrize("mask", ["", "mha.0,mha.2,mlp.1"])
 @pytest.mark.parametrize("heads", [4, 6])
 def test_decoding_and_padding_with_alibi(tmp_path, exact_norms, mask, heads):
     config, tensors = original("2-13B", heads)
-    model = prune_(load_model(fetched(tmp_path, config, tensors), "float64", "cpu"), parse_mask(mask))
+    model = prune_(
+        load_model(fetched(tmp_path, config, tensors), "float64", "cpu"), parse_mask(mask)
+    )
     tokens = IDS
     for _ in range(6):
         logits = formulas(config, tensors, tokens, parse_mask(mask))
@@ -177,7 +221,9 @@ def test_decoding_and_padding_with_alibi(tmp_path, exact_norms, mask, heads):
         cache, found = step.cache, [*found, step.logits[0]]
     assert (torch.cat(found) - expected).abs().max() <= 1e-10
 
-    rows = torch.stack([torch.cat([torch.zeros(3, dtype=torch.int64), IDS]), torch.cat([IDS, IDS[:3]])])
+    rows = torch.stack(
+        [torch.cat([torch.zeros(3, dtype=torch.int64), IDS]), torch.cat([IDS, IDS[:3]])]
+    )
     is_real = torch.ones(2, len(IDS) + 3, dtype=torch.int64)
     is_real[0, :3] = 0
     padded, full = model(rows, attention_mask=is_real).logits
@@ -193,7 +239,8 @@ def test_slopes():
 
 
 def test_bias_keeps_its_precision_in_bfloat16():
-    """It is rounded once, far along too, where bfloat16 has steps of 4 and more between positions."""
+    """It is rounded once, far along too, where bfloat16 has steps of 4 and more between
+    positions."""
     sizes = {"hidden_size": 24, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 9}
     model = BaichuanForCausalLM(BaichuanConfig(num_attention_heads=12, **sizes)).model
     bias = model.with_alibi(torch.ones(1, 1, 900, 900, dtype=torch.bool), 100, torch.bfloat16)
@@ -224,7 +271,9 @@ def test_7b_becomes_a_plain_llama_checkpoint(tmp_path):
         assert torch.equal(packed, tensors[f"{prefix}W_pack.weight"].bfloat16())
     head = F.normalize(tensors["lm_head.weight"].bfloat16().float())
     assert (stored["lm_head.weight"] - head).abs().max() <= 1e-7
-    assert {name for name, tensor in stored.items() if tensor.dtype != torch.bfloat16} == {"lm_head.weight"}
+    assert {name for name, tensor in stored.items() if tensor.dtype != torch.bfloat16} == {
+        "lm_head.weight"
+    }
     bfloat16 = load_model(directory, "bfloat16", "cpu").lm_head.weight
     assert torch.equal(bfloat16, stored["lm_head.weight"].bfloat16())
     counts = count_parameters(found)
@@ -236,8 +285,12 @@ def test_streaming_of_mixed_dtypes(tmp_path, form):
     config, tensors = original(form)
     directory = fetched(tmp_path, config, tensors, dtype=torch.bfloat16)
     rows = [[token % VOCABULARY for token in row] for row in make_rows([9, 4, 9])]
-    streamed = score_all(StreamingEngine(directory, "bfloat16", device="cpu", batch_tokens=20), sweep(), rows)
-    assert streamed == score_all(Engine(load_model(directory, "bfloat16", "cpu"), 20), sweep(), rows)
+    streamed = score_all(
+        StreamingEngine(directory, "bfloat16", device="cpu", batch_tokens=20), sweep(), rows
+    )
+    assert streamed == score_all(
+        Engine(load_model(directory, "bfloat16", "cpu"), 20), sweep(), rows
+    )
 
 
 @pytest.mark.usefixtures("in_process")
@@ -257,11 +310,16 @@ def test_whole_layers_ship_the_modelling_file(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"z_loss_weight": None, "vocab_size": 64_016}, r"vocab_size 64016, and no z_loss_weight.*125,696.*64,000"),
-        ({"z_loss_weight": None, "model_max_length": None, "vocab_size": 64_000},
-         r"neither max_position_embeddings \(7B: rotary\) nor model_max_length"),
+        (
+            {"z_loss_weight": None, "vocab_size": 64_016},
+            r"vocab_size 64016, and no z_loss_weight.*125,696.*64,000",
+        ),
+        (
+            {"z_loss_weight": None, "model_max_length": None, "vocab_size": 64_000},
+            r"neither max_position_embeddings \(7B: rotary\) nor model_max_length",
+        ),
     ],
-)  # fmt: skip
+)
 def test_unknown_forms_are_refused_and_leave_nothing(tmp_path, changes, message):
     config, tensors = original("2-13B", **changes)
     config = {key: value for key, value in config.items() if value is not None}
@@ -270,38 +328,80 @@ def test_unknown_forms_are_refused_and_leave_nothing(tmp_path, changes, message)
     assert not (tmp_path / "model").exists() and not list((tmp_path / "cache" / "models").iterdir())
 
 
-# --- tokenizer ------------------------------------------------------------------------------------------------
+# --- tokenizer
 
-TEXTS = ["hello world", " hello", "  two", "", "x\ny\n\n  z", "12345", "你好 世界", "odd 😀 ☃", "    four",
-         "a  b   c    d", "<reserved_0>hi<reserved_1> there", "tab\there", "naïve é", "trailing  "]  # fmt: skip
+TEXTS = [
+    "hello world",
+    " hello",
+    "  two",
+    "",
+    "x\ny\n\n  z",
+    "12345",
+    "你好 世界",
+    "odd 😀 ☃",
+    "    four",
+    "a  b   c    d",
+    "<reserved_0>hi<reserved_1> there",
+    "tab\there",
+    "naïve é",
+    "trailing  ",
+]
 
 
 @pytest.fixture(scope="module")
 def sentencepiece_model(tmp_path_factory):
-    """A model trained with the settings of Baichuan 2's: no dummy prefix, no normalization, single digits, bytes."""
+    """A model trained with the settings of Baichuan 2's: no dummy prefix, no normalization, single
+    digits, bytes."""
     spm = pytest.importorskip("sentencepiece")
     folder = tmp_path_factory.mktemp("sentencepiece")
-    lines = ["hello world, the quick brown fox 2024 jumps over 13 lazy dogs", "def f(x):    return x + 1",
-             "你好，世界。北京是个不错的城市。", "tabs and   spaces     and more", "the theory"]  # fmt: skip
+    lines = [
+        "hello world, the quick brown fox 2024 jumps over 13 lazy dogs",
+        "def f(x):    return x + 1",
+        "你好，世界。北京是个不错的城市。",
+        "tabs and   spaces     and more",
+        "the theory",
+    ]
     (folder / "texts").write_text("\n".join(lines * 40))
     spm.SentencePieceTrainer.train(
-        input=str(folder / "texts"), model_prefix=str(folder / "tokenizer"), vocab_size=430, model_type="bpe",
-        add_dummy_prefix=False, byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        split_digits=True, allow_whitespace_only_pieces=True, user_defined_symbols=["<reserved_0>", "<reserved_1>"],
-        minloglevel=2, hard_vocab_limit=False,
-    )  # fmt: skip
+        input=str(folder / "texts"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=430,
+        model_type="bpe",
+        add_dummy_prefix=False,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        user_defined_symbols=["<reserved_0>", "<reserved_1>"],
+        minloglevel=2,
+        hard_vocab_limit=False,
+    )
     return folder / "tokenizer.model"
 
 
 def with_tokenizer(folder, model):
     """Beside the weights, as on the hub."""
-    word = {"__type": "AddedToken", "lstrip": False, "normalized": True, "rstrip": False, "single_word": True}
+    word = {
+        "__type": "AddedToken",
+        "lstrip": False,
+        "normalized": True,
+        "rstrip": False,
+        "single_word": True,
+    }
     settings = {
-        "auto_map": {"AutoTokenizer": ["tokenization_baichuan.BaichuanTokenizer", None]}, "add_bos_token": False,
-        "add_eos_token": False, "use_fast": False, "clean_up_tokenization_spaces": False, "model_max_length": 4096,
-        "sp_model_kwargs": {}, "tokenizer_class": "BaichuanTokenizer", "eos_token": word | {"content": "</s>"},
-        "pad_token": word | {"content": "<unk>"}, "unk_token": word | {"content": "<unk>"},
-    }  # fmt: skip
+        "auto_map": {"AutoTokenizer": ["tokenization_baichuan.BaichuanTokenizer", None]},
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "use_fast": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 4096,
+        "sp_model_kwargs": {},
+        "tokenizer_class": "BaichuanTokenizer",
+        "eos_token": word | {"content": "</s>"},
+        "pad_token": word | {"content": "<unk>"},
+        "unk_token": word | {"content": "<unk>"},
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
     special = {key: word | {"content": content} for key, content in names.items()}
@@ -323,9 +423,14 @@ def test_tokenizer_gives_sentencepieces_ids(tmp_path, sentencepiece_model, form)
     assert type(AutoTokenizer.from_pretrained(directory)) is type(tokenizer)
     reference = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
     choose = random.Random(3)
-    texts = TEXTS + ["".join(choose.choices("abcdefgh the  \n\t0123456789你好世界城é😀.,", k=20)) for _ in range(300)]
+    texts = TEXTS + [
+        "".join(choose.choices("abcdefgh the  \n\t0123456789你好世界城é😀.,", k=20))
+        for _ in range(300)
+    ]
     for text in texts:
         assert tokenizer(text)["input_ids"] == reference.encode(text), text
-        assert tokenizer.decode(reference.encode(text)) == reference.decode(reference.encode(text)), text
+        assert tokenizer.decode(reference.encode(text)) == reference.decode(
+            reference.encode(text)
+        ), text
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 0)
     assert tokenizer("a</s>")["input_ids"][-1] == 2

@@ -1,5 +1,6 @@
-"""Baichuan's two kinds of positions in another engine: llama.cpp has an implementation of its own, which takes 40
-layers for the 13B form (ALiBi) and 32 for the 7B form (rotary), whatever their width."""
+"""Baichuan's two kinds of positions in another engine: llama.cpp has an implementation of its own,
+which takes 40 layers for the 13B form (ALiBi) and 32 for the 7B form (rotary), whatever their
+width."""
 
 from types import SimpleNamespace
 
@@ -32,9 +33,17 @@ def error(path, monkeypatch, family, layers, architecture):
 
 @pytest.mark.parametrize(
     ("family", "layers", "architecture", "least", "most"),
-    [("baichuan", 40, "baichuan", 0, 0.05), ("llama", 32, "baichuan", 0, 0.05), ("baichuan", 40, "llama", 0.5, 99)],
+    [
+        ("baichuan", 40, "baichuan", 0, 0.05),
+        ("llama", 32, "baichuan", 0, 0.05),
+        ("baichuan", 40, "llama", 0.5, 99),
+    ],
     ids=["13B", "7B", "13B taken for rotary"],
 )
-def test_llama_cpp_computes_the_same(tmp_path, monkeypatch, family, layers, architecture, least, most):
+def test_llama_cpp_computes_the_same(
+    tmp_path, monkeypatch, family, layers, architecture, least, most
+):
     """In 16 bits; 0.026 and 0.028 seen."""
-    assert least <= error(tmp_path / "model.gguf", monkeypatch, family, layers, architecture) <= most
+    assert (
+        least <= error(tmp_path / "model.gguf", monkeypatch, family, layers, architecture) <= most
+    )

@@ -31,9 +31,16 @@ from tests.shapes import SHAPES
 LLAMA2_7B = SHAPES["meta-llama/Llama-2-7b-hf"]
 COUNTS = count_parameters(LLAMA2_7B)
 
-# The paper's ratios, per cent: model, parameters in billions, (MHA, MLP) removed and ratio, layers removed and ratio.
+# The paper's ratios, per cent: model, parameters in billions, (MHA, MLP) removed and ratio, layers
+# removed and ratio.
 OFFICIAL = [
-    ("meta-llama/Llama-2-7b-hf", 6.7384, [(12, 5, 21.99), (17, 2, 20.95), (12, 6, 24.00), (14, 8, 30.00)], 7, 21.02),
+    (
+        "meta-llama/Llama-2-7b-hf",
+        6.7384,
+        [(12, 5, 21.99), (17, 2, 20.95), (12, 6, 24.00), (14, 8, 30.00)],
+        7,
+        21.02,
+    ),
     ("meta-llama/Llama-2-7b-hf", 6.7384, [(15, 11, 37.02), (17, 13, 43.03)], 7, 21.02),
     ("meta-llama/Llama-2-13b-hf", 13.0159, [(17, 7, 25.12)], 10, 24.37),
     ("baichuan-inc/Baichuan2-7B-Base", 7.5060, [(11, 7, 22.45)], 8, 21.57),
@@ -42,17 +49,20 @@ OFFICIAL = [
     ("Qwen/Qwen1.5-14B", 14.1673, [(16, 8, 23.72), (18, 7, 23.72), (20, 6, 23.72)], 10, 22.25),
     ("mistralai/Mistral-7B-v0.3", 7.2480, [(14, 7, 25.12)], 8, 24.07),
     ("meta-llama/Meta-Llama-3-8B", 8.0303, [(14, 8, 24.86)], 9, 24.45),
-]  # fmt: skip
+]
 
 OFFICIAL_ORDER = (
-    "mha25 mha27 mha24 mha23 mha28 mha29 mha8 mlp7 mha19 mha30 mlp22 mha21 mlp27 mha18 mlp21 mlp11 mha12 "
-    "mha14 mlp14 mlp24"
+    "mha25 mha27 mha24 mha23 mha28 mha29 mha8 mlp7 mha19 mha30 mlp22 mha21 mlp27 mha18 mlp21 mlp11"
+    " mha12 mha14 mlp14 mlp24"
 )
 """BlockPruner's own removal sequence for Llama-2-7B with 64 samples."""
 
 
 def first(mha, mlp):
-    return frozenset([BlockId(BlockKind.MHA, i) for i in range(mha)] + [BlockId(BlockKind.MLP, i) for i in range(mlp)])
+    return frozenset(
+        [BlockId(BlockKind.MHA, i) for i in range(mha)]
+        + [BlockId(BlockKind.MLP, i) for i in range(mlp)]
+    )
 
 
 @pytest.mark.parametrize(("name", "billions", "blocks", "layers", "layer_ratio"), OFFICIAL)
@@ -69,7 +79,9 @@ def prefixes_of(units, count=None):
 
 
 PREFIXES = prefixes_of([{parse_block(f"{name[:3]}.{name[3:]}")} for name in OFFICIAL_ORDER.split()])
-MHA, MLP, BLOCKS = (removable_units(32, "block", candidates) for candidates in ("mha", "mlp", "all"))
+MHA, MLP, BLOCKS = (
+    removable_units(32, "block", candidates) for candidates in ("mha", "mlp", "all")
+)
 LAYERS = removable_units(32, "layer", "all")
 LATENCY = {"total": 1_000, "mha": 11, "mlp": 7}
 RESOURCES = resources_of(LLAMA2_7B, LATENCY)
@@ -89,14 +101,19 @@ def test_the_prefix_that_meets_a_budget():
     kinds = [block.kind for block in PREFIXES[choose("0.22") - 1]]
     assert (kinds.count(BlockKind.MHA), kinds.count(BlockKind.MLP)) == (12, 5)
     assert choose("17blocks") == 17
-    assert [choose(text, prefixes_of(LAYERS, 31)) for text in ("0.22", "7layers", "14blocks")] == [7, 7, 7]
+    assert [choose(text, prefixes_of(LAYERS, 31)) for text in ("0.22", "7layers", "14blocks")] == [
+        7,
+        7,
+        7,
+    ]
     middle = (COUNTS.ratio(PREFIXES[3]) + COUNTS.ratio(PREFIXES[4])) / 2
     assert choose(repr(middle)) == 5  # a tie goes to the larger
 
 
 @pytest.mark.parametrize("layers", [10, 30])
 def test_a_longer_sequence_never_changes_a_share_of_the_kv_cache(layers):
-    """Shares of the KV cache tie often (0.15 between 1 and 2 of 10), and rounding must not decide."""
+    """Shares of the KV cache tie often (0.15 between 1 and 2 of 10), and rounding must not
+    decide."""
     found = resources_of(LLAMA2_7B | {"num_hidden_layers": layers})
     costs, mha = found["kv"], removable_units(layers, "block", "mha")
     prefixes = prefixes_of(mha)
@@ -104,12 +121,29 @@ def test_a_longer_sequence_never_changes_a_share_of_the_kv_cache(layers):
         budget = parse_budget(f"0.{percent:02d}kv", found["parameters"])
         nearest = min(range(layers + 1), key=lambda k: (abs(100 * k - percent * layers), -k))
         assert choose_prefix(budget, prefixes, costs) == nearest
-        stop = next(k for k in range(1, layers + 1) if is_settled(budget, prefixes[:k], costs, mha[k:]))
+        stop = next(
+            k for k in range(1, layers + 1) if is_settled(budget, prefixes[:k], costs, mha[k:])
+        )
         assert choose_prefix(budget, prefixes[:stop], costs) == nearest
         assert len(nearest_mask(goal_of(budget, mha, costs), prefixes[:stop])) == nearest
 
 
-BAD = ["0", "1", "1.5", "-0.2", "0.0", "x", "0blocks", "32layers", "blocks", "22%", "1kv", "0.9x", "1.0x", "0.2 kv"]
+BAD = [
+    "0",
+    "1",
+    "1.5",
+    "-0.2",
+    "0.0",
+    "x",
+    "0blocks",
+    "32layers",
+    "blocks",
+    "22%",
+    "1kv",
+    "0.9x",
+    "1.0x",
+    "0.2 kv",
+]
 
 
 @pytest.mark.parametrize("text", [*BAD, "2.x", "9" * 400 + "x", "1.5blocks"])
@@ -150,8 +184,13 @@ def test_settled_exactly_when_a_longer_sequence_cannot_change_the_choice():
             now = PREFIXES[:length]
             remaining = [unit for unit in BLOCKS if not unit <= now[-1]]
             chosen = choice(text, now)
-            unchanged = chosen is not None and all(choice(text, [*now, now[-1] | unit]) == chosen for unit in remaining)
-            assert is_settled(parse_budget(text, COUNTS), now, COUNTS, remaining) == unchanged, (text, length)
+            unchanged = chosen is not None and all(
+                choice(text, [*now, now[-1] | unit]) == chosen for unit in remaining
+            )
+            assert is_settled(parse_budget(text, COUNTS), now, COUNTS, remaining) == unchanged, (
+                text,
+                length,
+            )
 
 
 def test_resources_of_llama2_7b():
@@ -174,7 +213,8 @@ def test_a_budget_of_another_resource_is_met_by_the_nearest_prefix(text):
     distances = [abs(costs.ratio(prefix) - wanted) for prefix in PREFIXES]
     assert steps - 1 == distances.index(min(distances))  # no MLP block is removed for nothing
     settled = [
-        is_settled(budget, PREFIXES[:k], costs, [u for u in BLOCKS if not u <= PREFIXES[k - 1]]) for k in range(1, 21)
+        is_settled(budget, PREFIXES[:k], costs, [u for u in BLOCKS if not u <= PREFIXES[k - 1]])
+        for k in range(1, 21)
     ]
     assert settled.index(True) + 1 >= steps and all(settled[settled.index(True) :])
 
@@ -188,8 +228,15 @@ def test_text_forms():
 
 def test_packing_keeps_the_order_in_the_fewest_layers():
     """Against all ways to cut what is left into layers."""
-    for removed in map(frozenset, chain.from_iterable(combinations(all_blocks(4), n) for n in range(9))):
-        left = [b for layer in range(4) for kind in BlockKind if (b := BlockId(kind, layer)) not in removed]
+    for removed in map(
+        frozenset, chain.from_iterable(combinations(all_blocks(4), n) for n in range(9))
+    ):
+        left = [
+            b
+            for layer in range(4)
+            for kind in BlockKind
+            if (b := BlockId(kind, layer)) not in removed
+        ]
         packed = pack_layers(removed, 4)
         unpacked = [
             BlockId(kind, layer)
@@ -199,16 +246,23 @@ def test_packing_keeps_the_order_in_the_fewest_layers():
         ]
         assert unpacked == left and (None, None) not in packed
         # a new layer must begin at each MHA, and at each MLP that follows no MHA
-        starts = [b for n, b in enumerate(left) if b.kind is BlockKind.MHA or n == 0 or left[n - 1].kind is b.kind]
+        starts = [
+            b
+            for n, b in enumerate(left)
+            if b.kind is BlockKind.MHA or n == 0 or left[n - 1].kind is b.kind
+        ]
         assert len(packed) == len(starts)
 
 
 def test_the_size_that_is_left_is_the_share_that_goes():
-    assert share_for("5.2566B", LLAMA2_7B) == share_for("5256.6M", LLAMA2_7B) == "0.2199"  # as the paper counts it
+    # as the paper counts it
+    assert share_for("5.2566B", LLAMA2_7B) == share_for("5256.6M", LLAMA2_7B) == "0.2199"
     assert share_for("0.30kv", LLAMA2_7B) == "0.30kv"
     for text in ("9" * 400, "0." + "1" * 400, "x"):  # would become the name of a folder
         with pytest.raises(InputError, match="is not valid; give"):
             share_for(text, LLAMA2_7B)
     for text in ("7B", "0M"):
-        with pytest.raises(InputError, match=f"'{text}' is what is left; give less than the model's 6,738.4M"):
+        with pytest.raises(
+            InputError, match=f"'{text}' is what is left; give less than the model's 6,738.4M"
+        ):
             share_for(text, LLAMA2_7B)

@@ -41,7 +41,11 @@ def test_split_all_is_the_beginning_of_one_seeded_permutation():
 
 def test_every_beginning_of_a_mix_has_the_kinds_by_their_shares_until_one_runs_out():
     long = [f"{text}, and so many more that it is a row of its own" for text in TEXTS]
-    parts = {TextKind("a", 1.0): long[:40], TextKind("b", 2.0): long[40:80], TextKind("c", 0.5): ["long " * 20] * 3}
+    parts = {
+        TextKind("a", 1.0): long[:40],
+        TextKind("b", 2.0): long[40:80],
+        TextKind("c", 0.5): ["long " * 20] * 3,
+    }
     mix, notes = [MixedText(text, kind) for kind, own in parts.items() for text in own], []
     whole = draw(mix, None, "all", 42)
     assert sorted(whole) == sorted(mix) and draw(mix, 7, "all", 42) == whole[:7]
@@ -57,16 +61,25 @@ def test_every_beginning_of_a_mix_has_the_kinds_by_their_shares_until_one_runs_o
     assert not notes
     draw(mix, 50, "all", 42, key="k", note=notes.append)
     assert notes == ["k: all texts of c are drawn; the others make up for what is missing"]
-    titles = [MixedText("Short", TextKind("a", 1.0))] * 50 + [MixedText(text, TextKind("b", 1.0)) for text in long]
+    titles = [MixedText("Short", TextKind("a", 1.0))] * 50 + [
+        MixedText(text, TextKind("b", 1.0)) for text in long
+    ]
     names = [kind_of(text).name for text in draw(titles, 28, "all", 42)]
     assert names.count("a") > 20, "a text that is no row counts as a tenth"
     plain = [MixedText(text, TextKind("a", 3.0)) for text in TEXTS]
-    assert draw(plain, None, "all", 42) == draw(TEXTS, None, "all", 42), "one kind is drawn as texts without one"
+    assert draw(plain, None, "all", 42) == draw(TEXTS, None, "all", 42), (
+        "one kind is drawn as texts without one"
+    )
 
 
 def test_joined_rows_are_of_one_kind_each_and_every_part_of_them_has_the_shares():
     kinds, notes = [TextKind("a", 1.0), TextKind("b", 2.0), TextKind("c", 1.0)], []
-    sizes = {"a": [900, 30], "b": [200] * 20, "c": [100, 20]}  # one document of many rows; one kind that runs out
+    # one document of many rows; one kind that runs out
+    sizes = {
+        "a": [900, 30],
+        "b": [200] * 20,
+        "c": [100, 20],
+    }
     mix = [MixedText(kind.name * size, kind) for kind in kinds for size in sizes[kind.name]]
     wanted = Calibration(data=DATA, split="all", seq_len=20)
     rows = fill_rows(mix, tiny_tokenizer(), wanted, 40, key="k", note=notes.append).rows
@@ -85,8 +98,12 @@ def test_a_text_without_a_long_line_is_known_by_all_of_it():
 
 
 def test_a_line_that_many_texts_have_is_no_paragraph():
-    """A system prompt or a licence says nothing about where a text is from; eight texts may be of one document."""
-    prompt, page = "You are a helpful assistant, " * 3, "a page of a document, one of its many long lines " * 2
+    """A system prompt or a licence says nothing about where a text is from; eight texts may be of
+    one document."""
+    prompt, page = (
+        "You are a helpful assistant, " * 3,
+        "a page of a document, one of its many long lines " * 2,
+    )
     chats = [f"{prompt}\nsay {i}" for i in range(20)]
     assert sharing(chats, chats[:2]) == set(chats[:2])
     assert sharing([f"{prompt}\n{page}", *chats], [page]) == {f"{prompt}\n{page}"}
@@ -95,31 +112,45 @@ def test_a_line_that_many_texts_have_is_no_paragraph():
 
 
 def test_response_scoring_gives_the_same_tokens_and_scores_what_ends_in_a_response():
-    """Held against the characters, which the tiny tokenizer keeps: a decoded run of scored tokens is the response."""
+    """Held against the characters, which the tiny tokenizer keeps: a decoded run of scored tokens
+    is the response."""
     samples = [
-        ALPACA_WITHOUT_INPUT.format(instruction=f"Say it {i} times", output=f"answer {i} " * 9) for i in range(6)
+        ALPACA_WITHOUT_INPUT.format(instruction=f"Say it {i} times", output=f"answer {i} " * 9)
+        for i in range(6)
     ]
     tokenizer = tiny_tokenizer()
     for packing, seq_len in (("joined", 40), ("per_sample", 400)):
         plain = pack_rows(samples, tokenizer, seq_len, packing)
         marked = pack_rows(samples, tokenizer, seq_len, packing, "response")
         unmarked = [tuple(max(token, ~token) for token in row) for row in marked.rows]
-        assert set(unmarked) <= set(plain.rows) and len(plain.rows) == len(unmarked) + marked.dropped
+        assert (
+            set(unmarked) <= set(plain.rows) and len(plain.rows) == len(unmarked) + marked.dropped
+        )
         scored = tokenizer.decode([token for row in marked.rows for token in row if token >= 0])
         assert "### " not in scored and "Below" not in scored and "times" not in scored
         assert "answer 3" in scored and 0 < marked.scored < plain.scored
     plain = "Of a text without the template all is scored. " * 4
-    (row,) = pack_rows([plain, samples[0]], tokenizer, 8 * len(plain), "per_sample", "response").rows[:1]
+    (row,) = pack_rows(
+        [plain, samples[0]], tokenizer, 8 * len(plain), "per_sample", "response"
+    ).rows[:1]
     assert min(row) >= 0 and len(row) == len(tokenizer(plain).input_ids)
     with pytest.raises(InputError, match=r"score: response is for instructions.*'text number 0"):
-        draw_rows(TEXTS[:1], tokenizer, Calibration(num_samples=1, seq_len=20, score="response"), [], print)
+        draw_rows(
+            TEXTS[:1],
+            tokenizer,
+            Calibration(num_samples=1, seq_len=20, score="response"),
+            [],
+            print,
+        )
 
 
 def test_a_token_without_an_embedding_is_refused_with_its_tokenizer_and_model():
     """On a GPU it ends the process. A given token is stored as its complement."""
     last = max(max(tiny_tokenizer()(text).input_ids) for text in TEXTS)
     model = tiny_model(vocab_size=last)
-    words = rf" gives token {last}, and the model llama has embeddings of the tokens 0 to {last - 1};"
+    words = (
+        rf" gives token {last}, and the model llama has embeddings of the tokens 0 to {last - 1};"
+    )
     with refused("token-without-embedding") as caught:
         evaluate(model, tiny_tokenizer(), TEXTS, seq_len=20, packing="joined")
     assert re.search(words, str(caught.value))
@@ -135,15 +166,24 @@ def test_rows_that_say_too_little_are_dropped_with_their_number():
     rows = pack_rows(texts, tiny_tokenizer(), 64, "per_sample")
     lengths = [len(ids) - 1 for ids in tiny_tokenizer()(texts)["input_ids"]]
     assert rows.dropped == sum(length < 16 for length in lengths) > 0
-    assert [len(row) - 1 for row in rows.rows] == [min(length, 63) for length in lengths if length >= 16]
+    assert [len(row) - 1 for row in rows.rows] == [
+        min(length, 63) for length in lengths if length >= 16
+    ]
 
 
 def test_evaluated_texts_are_not_drawn():
-    samples = [ALPACA_WITHOUT_INPUT.format(instruction="Do it", output=f"an answer {i}") for i in range(20)]
-    notes, settings = [], {"num_samples": 8, "seq_len": 60, "packing": "per_sample", "split": "all", "score": "all"}
+    samples = [
+        ALPACA_WITHOUT_INPUT.format(instruction="Do it", output=f"an answer {i}") for i in range(20)
+    ]
+    notes, settings = (
+        [],
+        {"num_samples": 8, "seq_len": 60, "packing": "per_sample", "split": "all", "score": "all"},
+    )
     document = f"A heading\n\n{'A long   PARAGRAPH of a held-out document, ' * 3}\nshort"
     calibration = ["before\n" + document.replace("   ", " ").lower(), *samples]
-    rows = draw_rows(calibration, tiny_tokenizer(), Calibration(**settings), [document], notes.append)
+    rows = draw_rows(
+        calibration, tiny_tokenizer(), Calibration(**settings), [document], notes.append
+    )
     assert "1 of 21 calibration texts are evaluated too" in notes[0]
     assert rows == pack_rows(draw(samples, 8, "all", 42), tiny_tokenizer(), 60, "per_sample")
 
@@ -179,7 +219,9 @@ def test_joined_is_one_tokenization_cut_with_the_tail_dropped():
 def test_joined_rows_begin_as_the_tokenizer_begins_a_text(score):
     """Llama and Gemma put a BOS before it; the paper's code has it before the first row alone."""
     tokenizer = deepcopy(tiny_tokenizer())
-    around = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 257), ("</s>", 258)])
+    around = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 257), ("</s>", 258)]
+    )
     plain = tokenizer("\n\n".join(TEXTS[:3]))["input_ids"]
     tokenizer.backend_tokenizer.post_processor = around
     assert beginning(tokenizer) == [257] and beginning(tiny_tokenizer()) == []
@@ -190,8 +232,14 @@ def test_joined_rows_begin_as_the_tokenizer_begins_a_text(score):
     wanted = Calibration(data=DATA, num_samples=5, seq_len=20, split="paper", score="all")
     said: list[str] = []
     (first, *others) = draw_rows(TEXTS, tokenizer, wanted, (), said.append).rows
-    assert first[0] == 257 and 257 not in {row[0] for row in others} and "cannot read the others" in said[-1]
-    (*_, last) = draw_rows(TEXTS, tokenizer, wanted.model_copy(update={"split": "all"}), (), said.append).rows
+    assert (
+        first[0] == 257
+        and 257 not in {row[0] for row in others}
+        and "cannot read the others" in said[-1]
+    )
+    (*_, last) = draw_rows(
+        TEXTS, tokenizer, wanted.model_copy(update={"split": "all"}), (), said.append
+    ).rows
     assert last[0] == 257 and len(said) == 1
     twice = processors.TemplateProcessing(single="<s> <s> $A", special_tokens=[("<s>", 257)])
     tokenizer.backend_tokenizer.post_processor = twice
@@ -200,7 +248,8 @@ def test_joined_rows_begin_as_the_tokenizer_begins_a_text(score):
 
 
 def test_per_sample_rows_are_scored_without_their_pads():
-    """Rows of other lengths in the same batch change nothing: each equals the row alone (full forward, fp64)."""
+    """Rows of other lengths in the same batch change nothing: each equals the row alone (full
+    forward, fp64)."""
     texts = ["a long sentence with many words in it", "a short one", "of middle length"]
     rows = pack_rows(texts, tiny_tokenizer(), 24, "per_sample").rows
     assert [len(row) for row in rows] == [24, 11, 16]
@@ -227,7 +276,9 @@ def test_num_rows_are_the_first_rows_of_all_texts_joined():
     random.Random(3).shuffle(order)
     ids = tiny_tokenizer()("\n\n".join(order))["input_ids"]
     assert found.rows == tuple(tuple(ids[16 * k : 16 * k + 16]) for k in range(5))
-    with pytest.raises(InputError, match=f"num_rows 9999 is more than the {len(ids) // 16} rows of 16 tokens"):
+    with pytest.raises(
+        InputError, match=f"num_rows 9999 is more than the {len(ids) // 16} rows of 16 tokens"
+    ):
         draw_rows(texts, tiny_tokenizer(), wanted.model_copy(update={"num_rows": 9999}), (), print)
     with pytest.raises(ValueError, match="num_rows is for joined rows of all texts"):
         Calibration(data=DATA, num_rows=5)
@@ -244,16 +295,25 @@ def test_of_a_huge_text_only_the_beginning_is_tokenized():
 
     def sparse(texts, **options):
         """A token is 40 characters, so that the beginning is too few of them."""
-        rows = [[1 + i % 200 for i in range(len(text) // 40)] for text in ([texts] if texts == "a" else texts)]
+        rows = [
+            [1 + i % 200 for i in range(len(text) // 40)]
+            for text in ([texts] if texts == "a" else texts)
+        ]
         return {"input_ids": rows[0] if texts == "a" else rows}
 
     ids = tiny_tokenizer()(text)["input_ids"]
-    assert fill_rows([text], tokenize, wanted, 5).rows == tuple(tuple(ids[16 * k : 16 * k + 16]) for k in range(5))
+    assert fill_rows([text], tokenize, wanted, 5).rows == tuple(
+        tuple(ids[16 * k : 16 * k + 16]) for k in range(5)
+    )
     assert max(sizes) < 2000
     ids = sparse([text])["input_ids"][0]
-    assert fill_rows([text], sparse, wanted, 5).rows == tuple(tuple(ids[16 * k : 16 * k + 16]) for k in range(5))
+    assert fill_rows([text], sparse, wanted, 5).rows == tuple(
+        tuple(ids[16 * k : 16 * k + 16]) for k in range(5)
+    )
 
 
 def test_the_alpaca_template_makes_no_text_share_a_paragraph():
-    texts = [ALPACA_WITHOUT_INPUT.format(instruction=f"Say {i}.", output=f"{i} " * 40) for i in range(5)]
+    texts = [
+        ALPACA_WITHOUT_INPUT.format(instruction=f"Say {i}.", output=f"{i} " * 40) for i in range(5)
+    ]
     assert sharing(texts, texts[:2]) == set(texts[:2])

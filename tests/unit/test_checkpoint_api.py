@@ -47,7 +47,9 @@ from tests.plans import fetch, fetch_tiny, plan_of, pruning
 from tests.tiny import full_nll, save_tiny, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
-TEXTS, MANY = ([f"{i} little words and {i * i} more of them" for i in range(count)] for count in (12, 60))
+TEXTS, MANY = (
+    [f"{i} little words and {i * i} more of them" for i in range(count)] for count in (12, 60)
+)
 
 
 @pytest.fixture(scope="module")
@@ -68,19 +70,33 @@ def test_export_is_complete_and_verified(tmp_path, dense):
     report = export(dense, plan, tmp_path / "out")
     assert report["ok"] and report["cache_layers"] == 3
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names >= {"README.md", "config.json", "generation_config.json", "model.safetensors", "verification.json",
-                     "modeling_blockpruned.py", "NOTICE.txt", "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
+    assert names >= {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "verification.json",
+        "modeling_blockpruned.py",
+        "NOTICE.txt",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     card = (tmp_path / "out/README.md").read_text()
     assert "| 3 | mlp.0 |" in card and "license_link: NOTICE.txt" in card
     assert f"{plan.parameters['pruned']:,} of {plan.parameters['dense']:,} parameters" in card
-    assert "Python package `blockpruner` 0.1.0, which has no public address yet" in card and "clone" not in card
+    assert (
+        "Python package `blockpruner` 0.1.0, which has no public address yet" in card
+        and "clone" not in card
+    )
     assert "\nvllm serve <this directory> " in card and "\n## Limits\n" in card
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert loaded.num_parameters() == plan.parameters["pruned"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_card_names_the_address_of_the_package_that_its_metadata_has(tmp_path, dense, monkeypatch):
+def test_a_card_names_the_address_of_the_package_that_its_metadata_has(
+    tmp_path, dense, monkeypatch
+):
     about = Message()
     for key, value in {"Version": "7.8", "Project-URL": "Source, https://example.org/it"}.items():
         about[key] = value
@@ -104,17 +120,34 @@ def test_whole_layers_are_a_plain_checkpoint(tmp_path, dense):
     assert export(dense, plan, tmp_path / "out")["class"] == "LlamaForCausalLM"
     assert not list((tmp_path / "out").glob("*.py"))
     card = (tmp_path / "out/README.md").read_text()
-    assert "trust_remote_code" not in card and "pip install" not in card and "\nvllm serve <this directory> " in card
+    assert (
+        "trust_remote_code" not in card
+        and "pip install" not in card
+        and "\nvllm serve <this directory> " in card
+    )
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert loaded.config.num_hidden_layers == 3 and loaded.num_parameters() == plan.parameters["pruned"]
+    assert (
+        loaded.config.num_hidden_layers == 3
+        and loaded.num_parameters() == plan.parameters["pruned"]
+    )
 
 
 @pytest.mark.parametrize(
     ("kind", "dtype", "names", "message"),
     [
         ("mask", "float64", ["hf", "gguf"], None),
-        ("mask", "float64", ["nas"], "export: nas has no model.dtype: float64; set float32 or float16 or bfloat16"),
-        ("slicegpt", "float32", ["gguf"], "export: gguf cannot hold what SliceGPT .* valid with it: hf"),
+        (
+            "mask",
+            "float64",
+            ["nas"],
+            "export: nas has no model.dtype: float64; set float32 or float16 or bfloat16",
+        ),
+        (
+            "slicegpt",
+            "float32",
+            ["gguf"],
+            "export: gguf cannot hold what SliceGPT .* valid with it: hf",
+        ),
         ("mask", "float32", ["onnx"], "export 'onnx' is unknown; valid: hf, nas, mlx, gguf"),
     ],
 )
@@ -134,10 +167,13 @@ def test_a_wrong_checkpoint_fails_and_leaves_nothing(tmp_path, dense, monkeypatc
         save(model, directory)
         if fault == "renumbering":
             path = directory / "modeling_blockpruned.py"
-            path.write_text(path.read_text().replace("layer_idx = number", "layer_idx = number + 1"))
+            path.write_text(
+                path.read_text().replace("layer_idx = number", "layer_idx = number + 1")
+            )
 
     monkeypatch.setattr(hf, "save_pruned", spoil)
-    monkeypatch.setattr(verification, "has_our_code", lambda directory: True)  # as if it were installed like that
+    # as if it were installed like that
+    monkeypatch.setattr(verification, "has_our_code", lambda directory: True)
     if fault == "renumbering":
         monkeypatch.setattr(verification, "subprocess", InProcess)
     with pytest.raises(InputError, match="does not reproduce the model in memory"):
@@ -166,17 +202,26 @@ def test_plan_round_trip(tmp_path):
     save_plan(plan, tmp_path / "plan.json")
     assert load_plan(tmp_path / "plan.json") == plan
     assert replace(plan, budget="x") != plan
-    assert plan.ratios[-1] == plan.ratio == pytest.approx(1 - plan.parameters["pruned"] / plan.parameters["dense"])
+    assert (
+        plan.ratios[-1]
+        == plan.ratio
+        == pytest.approx(1 - plan.parameters["pruned"] / plan.parameters["dense"])
+    )
 
 
 @pytest.mark.usefixtures("in_process")
 def test_a_model_pruned_in_memory_is_the_masked_one_and_can_be_saved(tmp_path):
     """By the mask of its plan, whose ratio is the nearest to the one that was asked for."""
     model, reference, ratio = tiny_model(), tiny_model(), 0.3
-    pruned = blockpruner.prune(model, tiny_tokenizer(), TEXTS, ratio, seq_len=32, method="blockpruner")
+    pruned = blockpruner.prune(
+        model, tiny_tokenizer(), TEXTS, ratio, seq_len=32, method="blockpruner"
+    )
     assert pruned.plan.method == "greedy" and not pruned.compensation
     counts = count_parameters(reference.config.to_dict())
-    assert abs(counts.ratio(pruned.plan.mask) - ratio) <= max(counts.blocks.values()) / counts.total / 2
+    assert (
+        abs(counts.ratio(pruned.plan.mask) - ratio)
+        <= max(counts.blocks.values()) / counts.total / 2
+    )
     ids = torch.arange(1, 20)[None]
     with masked(reference, pruned.plan.mask):
         expected = reference(ids).logits
@@ -217,7 +262,12 @@ def test_prune_goes_on_from_the_trials_of_a_call_that_was_killed(tmp_path):
 
 def test_a_compensated_model_has_the_perplexity_that_it_reports():
     """On a block where it happens to help a random model."""
-    settings = {"seq_len": 16, "method": "given", "options": {"order": ["mlp.0"]}, "compensate": "refit"}
+    settings = {
+        "seq_len": 16,
+        "method": "given",
+        "options": {"order": ["mlp.0"]},
+        "compensate": "refit",
+    }
     settings |= {"only_texts": True}
     pruned = blockpruner.prune(tiny_model(), tiny_tokenizer(), TEXTS, budget="1blocks", **settings)
     _, tuning = compensation_rows(TEXTS, tiny_tokenizer(), Compensate(), (), 128)
@@ -232,20 +282,34 @@ def test_a_compensated_model_has_the_perplexity_that_it_reports():
 def test_a_trained_model_is_nearer_to_the_dense_one(tmp_path, monkeypatch, train):
     """On rows that training did not see, and so it is saved."""
     tokenizer = tiny_tokenizer()
-    settings = {"seq_len": 16, "method": "given", "options": {"order": ["mlp.0"]}, "compensate": "refit"}
+    settings = {
+        "seq_len": 16,
+        "method": "given",
+        "options": {"order": ["mlp.0"]},
+        "compensate": "refit",
+    }
     settings |= {"train": train, "cache": tmp_path / "cache"}
     calibrate, found = pipeline.calibrate, []
     monkeypatch.setattr(
-        pipeline, "calibrate", lambda *given, **more: found.append(calibrate(*given, **more)) or found[-1]
+        pipeline,
+        "calibrate",
+        lambda *given, **more: found.append(calibrate(*given, **more)) or found[-1],
     )
-    pruned = blockpruner.prune(tiny_model(dtype=torch.float32), tokenizer, MANY, "1blocks", **settings)
+    pruned = blockpruner.prune(
+        tiny_model(dtype=torch.float32), tokenizer, MANY, "1blocks", **settings
+    )
     told = pruned.healed.perplexity
-    assert set(told) == {"refit", "training"} and told["training"]["after"] < told["training"]["before"]
+    assert (
+        set(told) == {"refit", "training"}
+        and told["training"]["after"] < told["training"]["before"]
+    )
     validation = found[0].validation.rows
     for model, name in ((pruned.model, "after"), (tiny_model(dtype=torch.float32), "dense")):
         nll = mean(full_nll(model, row) for row in validation)
         assert math.exp(nll) == pytest.approx(told["training"][name], rel=1e-4)
-    assert pruned.plan.train and not [path for path in (tmp_path / "cache/training").iterdir() if path.is_dir()]
+    assert pruned.plan.train and not [
+        path for path in (tmp_path / "cache/training").iterdir() if path.is_dir()
+    ]
     pruned.save(tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     ids = torch.arange(1, 20)[None]
@@ -266,7 +330,9 @@ def test_proposals_far_behind_after_a_quarter_of_the_rows_are_not_fitted_to_all(
     names = {"narrow", "layers"}
     for behind in (1.0, math.inf):
         monkeypatch.setattr(choice, "BEHIND", behind)
-        facts = blockpruner.prune(tiny_model(), tiny_tokenizer(), MANY, 0.3, seq_len=16).compensation
+        facts = blockpruner.prune(
+            tiny_model(), tiny_tokenizer(), MANY, 0.3, seq_len=16
+        ).compensation
         heat = {name: one["worst"] for name, one in facts["heat"].items()}
         left = names if behind == math.inf else {min(heat, key=heat.get)}
         assert heat.keys() == names and facts["judged"].keys() == left
@@ -279,13 +345,18 @@ def test_of_the_searches_that_can_meet_a_budget_one_is_kept():
         return blockpruner.prune(tiny_model(), tiny_tokenizer(), MANY, budget, seq_len=16, **given)
 
     best = kept(0.3)
-    judged, steps = best.compensation["heat"] | best.compensation["judged"], {"layers": 2, "narrow": 0}
+    judged, steps = (
+        best.compensation["heat"] | best.compensation["judged"],
+        {"layers": 2, "narrow": 0},
+    )
     losses = {name: Loss({"": one["worst"]}) for name, one in best.compensation["judged"].items()}
     assert judged.keys() == steps.keys() and len(best.plan.order) == steps[best_loss(losses)]
     for few in (kept(0.05), kept(0.25)):  # no layers come near those
         assert (few.compensation["heat"] | few.compensation["judged"]).keys() == {"narrow"}
     for alone in (kept(0.1, candidates="mha"), kept("2layers")):
-        assert alone.plan.method == "floating" and alone.compensation["judged"].keys() == {"floating"}
+        assert alone.plan.method == "floating" and alone.compensation["judged"].keys() == {
+            "floating"
+        }
 
 
 @pytest.mark.parametrize(
@@ -307,13 +378,20 @@ def test_of_the_searches_that_can_meet_a_budget_one_is_kept():
 )
 def test_prune_refuses_what_it_cannot(changes, rule):
     with refused(rule):
-        blockpruner.prune(tiny_model(), tiny_tokenizer(), **{"texts": TEXTS, "budget": 0.2, "seq_len": 32} | changes)
+        blockpruner.prune(
+            tiny_model(),
+            tiny_tokenizer(),
+            **{"texts": TEXTS, "budget": 0.2, "seq_len": 32} | changes,
+        )
 
 
 def test_a_model_stays_in_its_mode_and_an_export_of_it_is_verified(tmp_path, monkeypatch):
     monkeypatch.setattr(verification, "subprocess", InProcess)
     given = {"texts": TEXTS, "seq_len": 32, "method": "greedy", "observer": SilentObserver()}
-    model, fresh = tiny_model(dtype=torch.float32, attention_dropout=0.5), tiny_model(dtype=torch.float32)
+    model, fresh = (
+        tiny_model(dtype=torch.float32, attention_dropout=0.5),
+        tiny_model(dtype=torch.float32),
+    )
     model.train()
     model.model.layers[0].eval()
     modes = [module.training for module in model.modules()]
@@ -321,7 +399,10 @@ def test_a_model_stays_in_its_mode_and_an_export_of_it_is_verified(tmp_path, mon
         blockpruner.prune(model, tiny_tokenizer(), budget="999blocks", **given)
     assert [module.training for module in model.modules()] == modes
     pruned = blockpruner.prune(model, tiny_tokenizer(), budget="1blocks", **given)
-    assert pruned.plan.removed == blockpruner.prune(fresh, tiny_tokenizer(), budget="1blocks", **given).plan.removed
+    assert (
+        pruned.plan.removed
+        == blockpruner.prune(fresh, tiny_tokenizer(), budget="1blocks", **given).plan.removed
+    )
     assert model.training and not model.model.layers[0].training
     blockpruner.evaluate(model, tiny_tokenizer(), TEXTS, seq_len=32)
     assert model.training and not model.model.layers[0].training
@@ -344,10 +425,15 @@ def test_a_model_that_computes_otherwise_has_no_scores_of_another(tmp_path, chan
         model = tiny_model()
         if more.pop("changed"):
             change(model)
-        given = {"texts": TEXTS, "seq_len": 32, "method": "greedy", "observer": SilentObserver()} | more
-        return blockpruner.prune(model, tiny_tokenizer(), budget="1blocks", **given).plan.calibration[
-            "dense_perplexity"
-        ]
+        given = {
+            "texts": TEXTS,
+            "seq_len": 32,
+            "method": "greedy",
+            "observer": SilentObserver(),
+        } | more
+        return blockpruner.prune(
+            model, tiny_tokenizer(), budget="1blocks", **given
+        ).plan.calibration["dense_perplexity"]
 
     plain = perplexity(changed=False, cache=tmp_path)
     assert perplexity(changed=True, cache=tmp_path) == perplexity(changed=True) != plain
@@ -357,7 +443,9 @@ def best_pair(problem, options):
     """The best of all pairs, by the search of a user: a plain function."""
     pairs = [first | second for first, second in combinations(problem.units, 2)]
     scores = tuple(problem.ask([DENSE, *pairs]))
-    yield Iteration(0, scores, (None,) * len(scores), min(range(1, len(scores)), key=lambda i: scores[i].loss))
+    yield Iteration(
+        0, scores, (None,) * len(scores), min(range(1, len(scores)), key=lambda i: scores[i].loss)
+    )
 
 
 def quantized(model):
@@ -386,15 +474,19 @@ def mixed(model):
 @pytest.mark.parametrize(
     ("changed", "rule", "fix"),
     [
-        (quantized, "quantized-model", "in bfloat16"), (adapted, "adapted-model", "merge_and_unload"),
-        (with_adapter, "adapted-model", "merge_and_unload"), (offloaded, "offloaded-model", "device_map"),
+        (quantized, "quantized-model", "in bfloat16"),
+        (adapted, "adapted-model", "merge_and_unload"),
+        (with_adapter, "adapted-model", "merge_and_unload"),
+        (offloaded, "offloaded-model", "device_map"),
         (mixed, "several-dtypes", "model.to(torch.bfloat16)"),
     ],
-)  # fmt: skip
+)
 def test_a_model_that_is_not_plain_is_refused_with_the_fix(changed, rule, fix, monkeypatch):
     monkeypatch.setattr(api.pipeline, "calibrate", None)  # before anything is computed
     with refused(rule) as caught:
-        blockpruner.prune(changed(tiny_model(dtype=torch.float32)), tiny_tokenizer(), TEXTS, "1blocks", seq_len=32)
+        blockpruner.prune(
+            changed(tiny_model(dtype=torch.float32)), tiny_tokenizer(), TEXTS, "1blocks", seq_len=32
+        )
     assert fix in str(caught.value)
 
 
@@ -410,16 +502,26 @@ def test_mps_is_refused_with_the_fix(monkeypatch):
 
 def test_a_model_spread_over_the_cpu_by_accelerate_is_pruned(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path / "tiny"), device_map="cpu")
-    assert blockpruner.prune(model, tiny_tokenizer(), TEXTS, "1blocks", seq_len=32, method="greedy").plan.removed
+    assert blockpruner.prune(
+        model, tiny_tokenizer(), TEXTS, "1blocks", seq_len=32, method="greedy"
+    ).plan.removed
 
 
 def test_a_function_may_search_and_progress_shows_by_itself(capsys):
     reference = tiny_model()
     pruned = blockpruner.prune(
-        tiny_model(), tiny_tokenizer(), TEXTS, "2blocks", seq_len=32, method=best_pair, only_texts=True
+        tiny_model(),
+        tiny_tokenizer(),
+        TEXTS,
+        "2blocks",
+        seq_len=32,
+        method=best_pair,
+        only_texts=True,
     )
     assert "best so far" in capsys.readouterr().err
-    rows = pack_rows(draw(TEXTS, None, "all", Calibration().seed), tiny_tokenizer(), 32, "joined").rows
+    rows = pack_rows(
+        draw(TEXTS, None, "all", Calibration().seed), tiny_tokenizer(), 32, "joined"
+    ).rows
 
     def loss(pair):
         with masked(reference, frozenset(pair)):
@@ -435,11 +537,16 @@ def test_texts_may_be_a_data_set():
     listed = blockpruner.evaluate(tiny_model(), tiny_tokenizer(), TEXTS, **given)
     assert blockpruner.evaluate(tiny_model(), tiny_tokenizer(), table, **given) == listed
     pruned = [
-        blockpruner.prune(tiny_model(), tiny_tokenizer(), texts, "1blocks", seq_len=32, method="greedy").plan
+        blockpruner.prune(
+            tiny_model(), tiny_tokenizer(), texts, "1blocks", seq_len=32, method="greedy"
+        ).plan
         for texts in (TEXTS, table)
     ]
     assert pruned[0] == pruned[1]
-    for texts, rule in ((datasets.DatasetDict(train=table), "texts-of-splits"), ("text", "texts-one-string")):
+    for texts, rule in (
+        (datasets.DatasetDict(train=table), "texts-of-splits"),
+        ("text", "texts-one-string"),
+    ):
         with refused(rule):
             blockpruner.evaluate(tiny_model(), tiny_tokenizer(), texts)
 
@@ -452,7 +559,10 @@ def test_evaluate_is_the_perplexity_of_joined_rows():
     assert dense.perplexity == pytest.approx(math.exp(mean(full_nll(model, row) for row in rows)))
     pruned = blockpruner.prune(model, tokenizer, TEXTS, "2blocks", seq_len=32, method="greedy")
     found = pruned.evaluate(TEXTS, seq_len=32, max_rows=3, packing="joined")
-    assert found.row_nll == pytest.approx([full_nll(pruned.model, row) for row in rows]) and found != dense
+    assert (
+        found.row_nll == pytest.approx([full_nll(pruned.model, row) for row in rows])
+        and found != dense
+    )
 
 
 @pytest.fixture
@@ -461,7 +571,12 @@ def compensated(tmp_path):
     folder = save_tiny(tmp_path / "mine")
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
     model = AutoModelForCausalLM.from_pretrained(folder)
-    settings = {"seq_len": 16, "method": "given", "options": {"order": ["mlp.0"]}, "compensate": "refit"}
+    settings = {
+        "seq_len": 16,
+        "method": "given",
+        "options": {"order": ["mlp.0"]},
+        "compensate": "refit",
+    }
     settings |= {"only_texts": True}
     pruned = blockpruner.prune(model, tiny_tokenizer(), MANY, "1blocks", **settings)
     assert pruned.compensation["share"]
@@ -481,13 +596,22 @@ def test_formats_are_written_of_a_model_in_memory_and_verified(tmp_path, compens
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     ids = torch.arange(1, 20)[None]
     assert torch.equal(loaded(ids).logits, compensated.model(ids).logits)
-    card, plan = (tmp_path / "out/README.md").read_text(), load_plan(tmp_path / "out/blockpruner_plan.json")
-    assert "license: mit" in card and "compensated without training (refit" in card and "# out\n" in card
+    card, plan = (
+        (tmp_path / "out/README.md").read_text(),
+        load_plan(tmp_path / "out/blockpruner_plan.json"),
+    )
+    assert (
+        "license: mit" in card
+        and "compensated without training (refit" in card
+        and "# out\n" in card
+    )
     assert (plan.compensate, plan.removed) == ("refit", ("mlp.0",))
     held_out = compensated.compensation["perplexity"]
     columns = " | ".join(f"{held_out[name]:.3f}" for name in ("dense", "before", "after"))
     assert f"| rows held out from refit | {columns} |" in card
-    ((result,),) = (each["results"] for each in metadata_load(tmp_path / "out/README.md")["model-index"])
+    ((result,),) = (
+        each["results"] for each in metadata_load(tmp_path / "out/README.md")["model-index"]
+    )
     assert result["metrics"] == [{"type": "perplexity", "value": held_out["after"]}]
     assert "mlx_lm.server --model <this directory>" in (tmp_path / "out-nas/README.md").read_text()
     monkeypatch.setattr(verify_llama_cpp, "ENGINE", "no_such_engine")
@@ -497,27 +621,41 @@ def test_formats_are_written_of_a_model_in_memory_and_verified(tmp_path, compens
 
 @pytest.mark.usefixtures("in_process")
 def test_a_card_gives_no_number_of_weights_that_were_changed_since(tmp_path, compensated):
-    """As by training of the user's own; other formats that are made of the checkpoint later say the same."""
-    numbers = [compensated.plan.calibration["perplexity"], *compensated.compensation["perplexity"].values()]
+    """As by training of the user's own; other formats that are made of the checkpoint later say the
+    same."""
+    numbers = [
+        compensated.plan.calibration["perplexity"],
+        *compensated.compensation["perplexity"].values(),
+    ]
     with torch.no_grad():
         compensated.model.model.norm.weight.mul_(1.5)
     compensated.save(tmp_path / "out")
     place = pruning_module.Place(tmp_path / "cache", "cpu", SilentObserver(), "nas")
     exporting.export(tmp_path / "out", place)
     plan = load_plan(tmp_path / "out/blockpruner_plan.json")
-    assert plan.calibration["perplexity"] is None and plan.kinds is None and plan.removed == ("mlp.0",)
+    assert (
+        plan.calibration["perplexity"] is None and plan.kinds is None and plan.removed == ("mlp.0",)
+    )
     for folder in ("out", "out-nas"):
         card = (tmp_path / folder / "README.md").read_text()
         assert (
-            "compensated without training (refit" in card and "then changed, after which nothing was measured" in card
+            "compensated without training (refit" in card
+            and "then changed, after which nothing was measured" in card
         )
-        assert not [number for number in numbers if f"{number:.3f}" in card] and "model-index" not in card
+        assert (
+            not [number for number in numbers if f"{number:.3f}" in card]
+            and "model-index" not in card
+        )
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert torch.equal(again.model.norm.weight, compensated.model.model.norm.weight)
 
 
 def files_in(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.mark.parametrize("formats", [["hf"], ["nas", "hf"]])
@@ -529,7 +667,10 @@ def test_a_folder_of_the_users_is_left_as_it_is(tmp_path, compensated, formats):
     before = files_in(tmp_path)
     with refused("place-not-empty") as caught:
         compensated.save_pretrained(tmp_path / "work", formats)
-    assert "work is not empty; choose another folder" in str(caught.value) and files_in(tmp_path) == before
+    assert (
+        "work is not empty; choose another folder" in str(caught.value)
+        and files_in(tmp_path) == before
+    )
 
 
 @pytest.mark.usefixtures("in_process")
@@ -553,4 +694,6 @@ def test_what_is_pushed_is_private_verified_and_licensed(compensated, monkeypatc
     assert compensated.push_to_hub("me/small") == "https://hub.invalid/me/small/commit/1"
     (_, card), (_, repo, made), (_, _, files, _) = hub.calls
     assert repo == "me/small" and made["private"] is True and card["license"] == "mit"
-    assert {"model.safetensors", "verification.json", "blockpruner_plan.json"} <= {file.path_in_repo for file in files}
+    assert {"model.safetensors", "verification.json", "blockpruner_plan.json"} <= {
+        file.path_in_repo for file in files
+    }

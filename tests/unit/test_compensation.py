@@ -1,5 +1,5 @@
-"""Compensation against plain least squares in numpy, against the same change written into a forward pass, and where it
-must recover the dense model exactly."""
+"""Compensation against plain least squares in numpy, against the same change written into a forward
+pass, and where it must recover the dense model exactly."""
 
 import math
 from dataclasses import replace
@@ -25,7 +25,9 @@ from tests.plans import plan_of
 from tests.tiny import GRID, full_nll, tiny_model
 
 GENERATOR = torch.Generator().manual_seed(5)
-ROWS = CalibrationSet(tuple(tuple(torch.randint(1, 257, (24,), generator=GENERATOR).tolist()) for _ in range(40)))
+ROWS = CalibrationSet(
+    tuple(tuple(torch.randint(1, 257, (24,), generator=GENERATOR).tolist()) for _ in range(40))
+)
 FIT, TUNING = CalibrationSet(ROWS.rows[:30]), CalibrationSet(ROWS.rows[30:])
 
 
@@ -58,7 +60,10 @@ def changed(model, mask):
 def stops_of(model, mask):
     """The stops of a mask, with streams that nothing moves on."""
     with torch.no_grad():
-        return [branch.stop for branch in Streams(model, ROWS.rows, 30).walk({"": Cut(parse_mask(mask))})]
+        return [
+            branch.stop
+            for branch in Streams(model, ROWS.rows, 30).walk({"": Cut(parse_mask(mask))})
+        ]
 
 
 def ids():
@@ -66,13 +71,16 @@ def ids():
 
 
 def test_sums_of_16_bit_features_lead_to_the_weights_of_exact_sums():
-    """Products may round to 16 bits, strengths are compared in float32, and a matrix that is too near to singular for
-    that is solved in float64."""
+    """Products may round to 16 bits, strengths are compared in float32, and a matrix that is too
+    near to singular for that is solved in float64."""
     rng = np.random.default_rng(5)
     x = rng.normal(size=(3000, 700)) @ np.diag(np.geomspace(1, 1e-3, 700)) + 1
     x = torch.tensor(x).bfloat16().double().numpy()
     r = x @ rng.normal(size=(700, 5)) + rng.normal(size=(3000, 5))
-    parts = [tuple(torch.tensor(part[rows]).float() for part in (x, r)) for rows in (slice(2000), slice(2000, 3000))]
+    parts = [
+        tuple(torch.tensor(part[rows]).float() for part in (x, r))
+        for rows in (slice(2000), slice(2000, 3000))
+    ]
     fitted = Moments.zero(700, 5, torch.device("cpu"), torch.float32, rough=True)
     fitted.add(*parts[0])
     symmetric_(fitted.gram)
@@ -80,14 +88,21 @@ def test_sums_of_16_bit_features_lead_to_the_weights_of_exact_sums():
     change, strength, least = best_change(fitted, parts[1], STRENGTHS, 0.3)
     wanted = ridge(x[:2000], r[:2000], strength)
     assert change.dtype is torch.float64 and torch.get_float32_matmul_precision() == "highest"
-    np.testing.assert_allclose(x[2000:] @ change.numpy(), x[2000:] @ wanted, atol=0.02 * np.abs(r).max())
-    assert least == pytest.approx(((x[2000:] @ wanted - r[2000:]) ** 2).sum() / (r[2000:] ** 2).sum(), rel=0.01)
+    np.testing.assert_allclose(
+        x[2000:] @ change.numpy(), x[2000:] @ wanted, atol=0.02 * np.abs(r).max()
+    )
+    assert least == pytest.approx(
+        ((x[2000:] @ wanted - r[2000:]) ** 2).sum() / (r[2000:] ** 2).sum(), rel=0.01
+    )
     near = Moments(torch.ones(700, 700), torch.ones(700, 1))  # of rank 1
     np.testing.assert_allclose(near.solve(1e-9, torch.float32), near.solve(1e-9), rtol=1e-6)
 
 
 def test_ridge_is_numpys_least_squares():
-    x, r = np.random.default_rng(0).normal(size=(50, 6)), np.random.default_rng(1).normal(size=(50, 3))
+    x, r = (
+        np.random.default_rng(0).normal(size=(50, 6)),
+        np.random.default_rng(1).normal(size=(50, 3)),
+    )
     moments = Moments.zero(6, 3, torch.device("cpu"))
     for part in (slice(0, 20), slice(20, 50)):
         moments.add(torch.tensor(x[part]), torch.tensor(r[part]))
@@ -97,14 +112,22 @@ def test_ridge_is_numpys_least_squares():
     change = moments.solve(0.3)
     np.testing.assert_allclose(change, wanted, atol=1e-12)
     x_t, r_t, error = torch.tensor(x), torch.tensor(r), moments.error
-    assert error(x_t, r_t, change) == pytest.approx(((x @ wanted - r) ** 2).sum() / (r**2).sum(), rel=1e-12)
-    assert error(x_t, r_t, torch.zeros(6, 3)) == 1.0 == error(x_t, torch.zeros(50, 3), torch.zeros(6, 3))
+    assert error(x_t, r_t, change) == pytest.approx(
+        ((x @ wanted - r) ** 2).sum() / (r**2).sum(), rel=1e-12
+    )
+    assert (
+        error(x_t, r_t, torch.zeros(6, 3))
+        == 1.0
+        == error(x_t, torch.zeros(50, 3), torch.zeros(6, 3))
+    )
     gain = np.array([0.05, 1.0, 5.0])
     solve = moments.gained(torch.tensor(gain))
     for s in (0.3, 2.0):
         np.testing.assert_allclose(solve(s), ridge(x, r, s, gain), atol=1e-12)
     best, strength, least = best_change(moments, (x_t, r_t), (0.1, 1.0), 1.0, torch.tensor(gain))
-    assert strength == 0.1 and least == pytest.approx(((x @ best.numpy() * gain - r) ** 2).sum() / (r**2).sum())
+    assert strength == 0.1 and least == pytest.approx(
+        ((x @ best.numpy() * gain - r) ** 2).sum() / (r**2).sum()
+    )
 
 
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -122,13 +145,18 @@ def test_the_strength_is_the_best_of_all_wherever_the_walk_begins(near, noise, m
     held_out = torch.tensor(x[30:]), torch.tensor(r[30:])
     errors = {strength: fitted.error(*held_out, solve(fitted, strength)) for strength in STRENGTHS}
     monkeypatch.setattr(
-        Moments, "solve", lambda self, strength, dtype=None: (dtype and asked.append(strength)) or solve(self, strength)
+        Moments,
+        "solve",
+        lambda self, strength, dtype=None: (
+            (dtype and asked.append(strength)) or solve(self, strength)
+        ),
     )
     change, strength, least = best_change(fitted, held_out, STRENGTHS, near)
     assert strength == min(errors, key=errors.__getitem__) and least == errors[strength]
     torch.testing.assert_close(change, solve(fitted, strength), rtol=0, atol=0)
     ways = sorted(map(STRENGTHS.index, (near, strength)))
-    assert len(asked) == len(set(asked)) <= ways[1] - ways[0] + 3  # from there to here, and one on either side
+    # from there to here, and one on either side
+    assert len(asked) == len(set(asked)) <= ways[1] - ways[0] + 3
 
 
 def test_stops_hold_every_block_once_and_holes_follow_kept_blocks():
@@ -136,39 +164,58 @@ def test_stops_hold_every_block_once_and_holes_follow_kept_blocks():
         stops = stops_of(tiny_model(variant), "mha.0,mlp.1,mha.2,mlp.2,mlp.3")
         return [("+".join(map(str, stop.kept)), "+".join(stop.missing)) for stop in stops]
 
-    assert words("llama") == [("", "mha.0"), ("mlp.0", ""), ("mha.1", "mlp.1+mha.2+mlp.2"), ("mha.3", "mlp.3")]
-    assert words("gpt_neox") == [("", ""), ("mlp.0", "mha.0"), ("mha.1", "mlp.1+mha.2+mlp.2"), ("mha.3", "mlp.3")]
+    assert words("llama") == [
+        ("", "mha.0"),
+        ("mlp.0", ""),
+        ("mha.1", "mlp.1+mha.2+mlp.2"),
+        ("mha.3", "mlp.3"),
+    ]
+    assert words("gpt_neox") == [
+        ("", ""),
+        ("mlp.0", "mha.0"),
+        ("mha.1", "mlp.1+mha.2+mlp.2"),
+        ("mha.3", "mlp.3"),
+    ]
 
 
 def ridge(x, r, strength, gain=(1.0,)):
-    """numpy's least squares of tokens [N, p] and [N, q], with a pull to zero; column by column with gains."""
-    pull = np.sqrt(strength * np.mean(np.diag(x.T @ x)) * np.mean(np.square(gain))) * np.eye(x.shape[1])
+    """numpy's least squares of tokens [N, p] and [N, q], with a pull to zero; column by column with
+    gains."""
+    pull = np.sqrt(strength * np.mean(np.diag(x.T @ x)) * np.mean(np.square(gain))) * np.eye(
+        x.shape[1]
+    )
     if len(gain) > 1:
         return np.hstack([one(x * g, r[:, [j]], pull) for j, g in enumerate(gain)])
     return one(x, r, pull)
 
 
 def one(x, r, pull):
-    return np.linalg.lstsq(np.vstack([x, pull]), np.vstack([r, np.zeros((len(pull), r.shape[1]))]), rcond=None)[0]
+    return np.linalg.lstsq(
+        np.vstack([x, pull]), np.vstack([r, np.zeros((len(pull), r.shape[1]))]), rcond=None
+    )[0]
 
 
 def seen_by(model, name, tokens):
     """What a part of the model reads in a plain forward pass."""
     taken = []
-    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, given: taken.append(given[0]))
+    hook = model.get_submodule(name).register_forward_pre_hook(
+        lambda _, given: taken.append(given[0])
+    )
     model(tokens)
     hook.remove()
     return taken[0]
 
 
+# before the hole mha.1
 FITS = {
-    "model.layers.0.mlp.down_proj": "model.layers.1.post_attention_layernorm",  # before the hole mha.1
+    "model.layers.0.mlp.down_proj": ("model.layers.1.post_attention_layernorm"),
     "model.layers.1.mlp.down_proj": "model.layers.2.input_layernorm",
     "model.layers.2.self_attn.o_proj": "model.layers.3.input_layernorm",  # before the hole mlp.2
     "model.layers.3.self_attn.o_proj": "model.layers.3.post_attention_layernorm",
     "model.layers.3.mlp.down_proj": "model.norm",
 }
-"""Without mha.1 and mlp.2: each writer from before the first hole on, and the norm that next reads the stream."""
+"""Without mha.1 and mlp.2: each writer from before the first hole on, and the norm that next reads
+the stream."""
 
 
 def test_fits_are_least_squares_of_writers_on_plain_forward_passes(monkeypatch):
@@ -181,7 +228,9 @@ def test_fits_are_least_squares_of_writers_on_plain_forward_passes(monkeypatch):
         with masked(wanted, parse_mask("mha.1,mlp.2")):
             reads, stream = seen_by(wanted, name, tokens), seen_by(wanted, place, tokens)
         weight = 1 / target.norm(dim=-1, keepdim=True)
-        change = ridge(*((part * weight).flatten(0, 1).numpy() for part in (reads, target - stream)), 0.3)
+        change = ridge(
+            *((part * weight).flatten(0, 1).numpy() for part in (reads, target - stream)), 0.3
+        )
         writer.weight.add_(torch.tensor(change.T))
     stops = changed(model, "mha.1,mlp.2")
     done = [("mha.1", "mlp.0"), ("", "mlp.1"), ("mlp.2", "mha.2"), ("", "mha.3"), ("", "mlp.3")]
@@ -203,8 +252,12 @@ def spread_gains_(model):
     return model
 
 
+# before the hole mlp.2
 NORMED = {
-    "2.self_attn.o_proj": ("2.post_attention_layernorm", "layers.3.input_layernorm"),  # before the hole mlp.2
+    "2.self_attn.o_proj": (
+        "2.post_attention_layernorm",
+        "layers.3.input_layernorm",
+    ),
     "3.self_attn.o_proj": ("3.post_attention_layernorm", "layers.3.pre_feedforward_layernorm"),
     "3.mlp.down_proj": ("3.post_feedforward_layernorm", "norm"),
 }
@@ -222,7 +275,9 @@ def test_fits_before_norms_are_least_squares_by_gains_on_plain_forward_passes(mo
         writer, norm = (wanted.get_submodule(f"model.layers.{part}") for part in (name, behind))
         with masked(wanted, parse_mask("mlp.2")):
             parts = [f"model.layers.{name}", f"model.layers.{behind}", f"model.{place}"]
-            x, y, stream = (seen_by(wanted, part, ids()[:30]).flatten(0, 1).numpy() for part in parts)
+            x, y, stream = (
+                seen_by(wanted, part, ids()[:30]).flatten(0, 1).numpy() for part in parts
+            )
         target, gain = dense[place].flatten(0, 1).numpy(), 1 + norm.weight.numpy()
         weight, size = (1 / np.linalg.norm(part, axis=1, keepdims=True) for part in (target, y))
         size *= np.sqrt(y.shape[1])
@@ -241,7 +296,8 @@ def test_fits_before_norms_are_least_squares_by_gains_on_plain_forward_passes(mo
 
 
 class Watched(Streams):
-    """Streams that compare the real held-out errors at each stop, without its changes and with them."""
+    """Streams that compare the real held-out errors at each stop, without its changes and with
+    them."""
 
     def walk(self, cuts):
         self.errors, self.after, self.now = {}, 0.0, lambda: 0.0
@@ -260,7 +316,9 @@ class Watched(Streams):
         total = 0.0
         for n in self.held_out:
             missing = self.dense[n] - self.behind(kept, states[n], n)
-            total += float((missing.norm(dim=-1) / self.dense[n].norm(dim=-1))[self.real[n]].square().sum())
+            total += float(
+                (missing.norm(dim=-1) / self.dense[n].norm(dim=-1))[self.real[n]].square().sum()
+            )
         return total
 
 
@@ -269,7 +327,9 @@ def test_the_real_held_out_error_rises_at_no_stop_in_any_family(variant):
     model = spread_gains_(tiny_model(variant))
     streams = Watched(model, ROWS.rows, 30)
     stops = fitted_(streams, "mlp.1,mha.2")
-    assert [block for block, (before, after) in streams.errors.items() if after > before * (1 + 1e-6)] == []
+    assert [
+        block for block, (before, after) in streams.errors.items() if after > before * (1 + 1e-6)
+    ] == []
     for stop in stops:
         for block in stop["writers"][:1]:
             before, after = streams.errors[block]
@@ -277,11 +337,15 @@ def test_the_real_held_out_error_rises_at_no_stop_in_any_family(variant):
 
 
 def test_a_removed_multiple_of_each_column_is_recovered_by_the_gains(monkeypatch):
-    """The writer cannot: a norm keeps the size of what it gives. The pruned model has the gains by their name."""
+    """The writer cannot: a norm keeps the size of what it gives. The pruned model has the gains by
+    their name."""
     fit_with(monkeypatch, 1e-12)
     monkeypatch.setattr("blockpruner.healing.compensate.SHARES", (1.0,))
     model, given = spread_gains_(tiny_model("gemma3_text")), {}
-    layer, factor = decoder_layers(model)[1], torch.rand(32, dtype=torch.float64, generator=GENERATOR) * 3
+    layer, factor = (
+        decoder_layers(model)[1],
+        torch.rand(32, dtype=torch.float64, generator=GENERATOR) * 3,
+    )
     wanted = (1 + layer.post_attention_layernorm.weight) * (1 + factor)
     layer.post_attention_layernorm.register_forward_hook(lambda _, x, y: given.update({len(y): y}))
     layer.mlp.forward = lambda states: given[len(states)]
@@ -331,14 +395,18 @@ def test_refit_comes_nearer_to_the_dense_states_in_every_family(variant):
 
     before, streams = distance(), Streams(model, ROWS.rows, 30)
     behind = dropwhile(lambda stop: not stop.hole, stops_of(model, "mlp.1,mha.2"))
-    able = [str(block) for stop in behind for block in stop.kept if streams.writer(block) is not None]
+    able = [
+        str(block) for stop in behind for block in stop.kept if streams.writer(block) is not None
+    ]
     stops = changed(model, "mlp.1,mha.2")
     assert [block for stop in stops for block in stop["writers"]] == able and len(able) >= 2
     assert [block for stop in stops for block in stop["hole"]] == ["mlp.1", "mha.2"]
     assert distance() < before
 
 
-@pytest.mark.parametrize("variant", ["llama", "gpt_neox"])  # one block after the other; both of a layer at once
+@pytest.mark.parametrize(
+    "variant", ["llama", "gpt_neox"]
+)  # one block after the other; both of a layer at once
 def test_a_hole_before_all_kept_blocks_and_progress_to_the_last_block(variant):
     model, seen = tiny_model(variant).requires_grad_(False), []
 
@@ -356,7 +424,8 @@ def test_a_hole_before_all_kept_blocks_and_progress_to_the_last_block(variant):
 
 
 def test_weights_are_named_as_in_the_pruned_model_and_the_dense_one_is_left_alone(monkeypatch):
-    """Layers 1 and 2 join to one; the refitted writer of layer 0 keeps its name, those of layer 3 become layer 2's."""
+    """Layers 1 and 2 join to one; the refitted writer of layer 0 keeps its name, those of layer 3
+    become layer 2's."""
     model = tiny_model("llama").requires_grad_(False)
     matrix = torch.randn(32, 32, dtype=torch.float64, generator=GENERATOR) / 6
     rewire(model, 2, lambda given: given @ matrix)
@@ -389,7 +458,9 @@ def test_models_that_are_fitted_together_get_the_weights_they_get_alone():
         for mask in masks:
             weights, facts = compensate(model, plans[mask], FIT, TUNING, SilentObserver())
             assert facts == together[mask][1] and weights.keys() == together[mask][0].keys()
-            assert all(torch.equal(weight, together[mask][0][name]) for name, weight in weights.items())
+            assert all(
+                torch.equal(weight, together[mask][0][name]) for name, weight in weights.items()
+            )
 
 
 @pytest.fixture
@@ -418,7 +489,9 @@ def test_blocks_of_a_common_beginning_are_run_once(ran):
 
 def test_what_does_not_help_is_left(monkeypatch):
     model = tiny_model("llama").requires_grad_(False)
-    monkeypatch.setattr(methods, "best_change", lambda fitted, held_out, *given: (-fitted.solve(0.01), 0.01, 0.5))
+    monkeypatch.setattr(
+        methods, "best_change", lambda fitted, held_out, *given: (-fitted.solve(0.01), 0.01, 0.5)
+    )
     weights, facts = compensate(model, mask_plan(model, "mlp.1"), FIT, TUNING, SilentObserver())
     perplexity = facts["perplexity"]
     assert not weights and facts["share"] == 0 and perplexity["after"] == perplexity["before"]
@@ -426,7 +499,8 @@ def test_what_does_not_help_is_left(monkeypatch):
 
 @pytest.mark.parametrize(("variant", "error"), [("llama", 1.5), ("gemma3_text", 0.5)])
 def test_a_change_of_one_stop_that_does_harm_there_is_left(variant, error, monkeypatch):
-    """The least squares of the first stop go the wrong way. They know it (llama), or the norm behind does (Gemma)."""
+    """The least squares of the first stop go the wrong way. They know it (llama), or the norm
+    behind does (Gemma)."""
     model, fits = tiny_model(variant).requires_grad_(False), iter([best_change])
 
     def harmful(fitted, held_out, *given):
@@ -438,19 +512,28 @@ def test_a_change_of_one_stop_that_does_harm_there_is_left(variant, error, monke
     monkeypatch.setattr(methods, "SHARES", (1.0,))
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     first, second, *_ = changed(model, "mlp.1")
-    assert first["error"] >= 1 > second["error"] and first["writers"] == ["mha.1"] != second["writers"]
-    moved = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+    assert (
+        first["error"] >= 1 > second["error"] and first["writers"] == ["mha.1"] != second["writers"]
+    )
+    moved = {
+        name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])
+    }
     assert moved and not any(name.startswith("model.layers.1.") for name in moved)
 
 
 def test_a_change_that_overflows_is_left_and_a_dense_model_that_does_is_named(monkeypatch):
     model = tiny_model("llama").requires_grad_(False)
-    losses = iter([[1.0], [2.0], [math.nan], [math.inf], [math.nan]])  # dense, before, shares of the change
+    # dense, before, shares of the change
+    losses = iter([[1.0], [2.0], [math.nan], [math.inf], [math.nan]])
     monkeypatch.setattr(Streams, "losses", lambda self, states: next(losses))
     weights, facts = compensate(model, mask_plan(model, "mlp.1"), FIT, TUNING, SilentObserver())
-    assert not weights and facts["perplexity"]["after"] == facts["perplexity"]["before"] == math.exp(2)
+    assert not weights and facts["perplexity"]["after"] == facts["perplexity"][
+        "before"
+    ] == math.exp(2)
     losses = iter([[math.nan]])
-    with pytest.raises(NonFiniteLossError, match=r"dense model is not finite; try model.dtype: float32"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"dense model is not finite; try model.dtype: float32"
+    ):
         compensate(model, mask_plan(model, "mlp.1"), FIT, TUNING, SilentObserver())
 
 

@@ -1,6 +1,7 @@
 """Equal commands on one cache: all end well, with equal bytes, and one of them computes.
 
-BLOCKPRUNER_STARTS rounds, each with two or three processes at random moments; 200 were run before a release.
+BLOCKPRUNER_STARTS rounds, each with two or three processes at random moments; 200 were run before a
+release.
 """
 
 import json

@@ -1,4 +1,5 @@
-"""Files made by hypothesis, whole, damaged, malicious: each gives what was put in, or an InputError."""
+"""Files made by hypothesis, whole, damaged, malicious: each gives what was put in, or an
+InputError."""
 
 import gzip
 import hashlib
@@ -21,7 +22,13 @@ from blockpruner.evaluation import benchmarks
 from blockpruner.evaluation.store import ITEMS, ResultsStore, Stored
 from blockpruner.evaluation.tasks import tables_from_folder
 from blockpruner.inputs.calibration import CALIBRATION, CalibrationSet
-from blockpruner.inputs.checkpoints import cached_checkpoint, card_fields, copy_files, fetch_config, licence_beside
+from blockpruner.inputs.checkpoints import (
+    cached_checkpoint,
+    card_fields,
+    copy_files,
+    fetch_config,
+    licence_beside,
+)
 from blockpruner.inputs.texts import TEXTS, parse_texts
 from blockpruner.methods.healed import kept_facts
 from blockpruner.params import read_values
@@ -42,7 +49,10 @@ from tests.plans import plan_of
 from tests.tiny import tiny_model
 
 many = settings(
-    suppress_health_check=[*settings.default.suppress_health_check, HealthCheck.function_scoped_fixture],
+    suppress_health_check=[
+        *settings.default.suppress_health_check,
+        HealthCheck.function_scoped_fixture,
+    ],
     max_examples=40,
 )
 flips = st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 255)), min_size=1, max_size=3)
@@ -65,7 +75,8 @@ def damages(path, changes, keep):
 
 
 def refused_or(name, read, *arguments):
-    """What is read, or None where it is refused by an error that names the file; any other exception fails the test."""
+    """What is read, or None where it is refused by an error that names the file; any other
+    exception fails the test."""
     try:
         return read(*arguments)
     except InputError as error:
@@ -73,10 +84,13 @@ def refused_or(name, read, *arguments):
         return None
 
 
-# --- texts and items ----------------------------------------------------------------------------------------------
+# --- texts and items
 
 
-@given(content=st.binary(max_size=200), form=st.sampled_from(["alpaca", "text", "wikipedia", "questions"]))
+@given(
+    content=st.binary(max_size=200),
+    form=st.sampled_from(["alpaca", "text", "wikipedia", "questions"]),
+)
 @many
 def test_bytes_that_are_no_texts_are_refused(content, form):
     for name in ("x.json", "x.jsonl", "x.jsonl.gz", "x.parquet", "x.txt"):
@@ -85,16 +99,25 @@ def test_bytes_that_are_no_texts_are_refused(content, form):
 
 
 ITEMS_OF = {
-    "piqa": pa.table({"goal": ["open a jar", "ein Hund: äöü"], "sol1": ["twist", "a"], "sol2": ["hit", "c"],
-                      "label": [0, 1], "source": ["not needed", "ü"]}),
-    "truthfulqa_mc1": pa.table({"question": ["q", "ü"],
-                                "mc1_targets": [{"choices": ["a", "b"], "labels": [1, 0]}] * 2}),
-}  # fmt: skip
+    "piqa": pa.table(
+        {
+            "goal": ["open a jar", "ein Hund: äöü"],
+            "sol1": ["twist", "a"],
+            "sol2": ["hit", "c"],
+            "label": [0, 1],
+            "source": ["not needed", "ü"],
+        }
+    ),
+    "truthfulqa_mc1": pa.table(
+        {"question": ["q", "ü"], "mc1_targets": [{"choices": ["a", "b"], "labels": [1, 0]}] * 2}
+    ),
+}
 
 
 def check_items(task, path):
-    """They are refused, or can be read whole and have the columns that are needed; of piqa, which has no structs whose
-    fields could have other names, of the same types. Values may differ: a user's Parquet has no digest."""
+    """They are refused, or can be read whole and have the columns that are needed; of piqa, which
+    has no structs whose fields could have other names, of the same types. Values may differ: a
+    user's Parquet has no digest."""
     whole, needed = ITEMS_OF[task], benchmarks.BENCHMARKS[task].columns
     if tables := refused_or(path.name, tables_from_folder, task, path.parent):
         found = tables["validation"]
@@ -112,33 +135,52 @@ def test_damaged_items_are_refused_or_have_the_same_columns(task, changes, keep,
         check_items(task, path)
 
 
-# --- tables and logs ----------------------------------------------------------------------------------------------
+# --- tables and logs
 
 WHOLE = {
     "texts": (
         TEXTS,
-        {"text": ["a cat", "", "ein Hund: äöü"], "kind": [None, "web", "tales"], "share": [None, 1.0, 0.5]},
+        {
+            "text": ["a cat", "", "ein Hund: äöü"],
+            "kind": [None, "web", "tales"],
+            "share": [None, 1.0, 0.5],
+        },
         {},
     ),
     "calibration": (CALIBRATION, {"input_ids": [[1, 2, 3], [~4, 5]]}, {"digest": "x"}),
     "iteration": (
         ITERATION,
         {
-            "removed": [[], ["mha.0"], ["mlp.1", "mha.2"]], "added": [None, "mha.0", "mlp.1"],
-            "loss": [1.5, 2.5, 0.3], "perplexity": [3.0, 4.0, None], "rows_used": [3, 3, 3], "rows_total": [3, 3, 3],
-            "chosen": [False, True, False], "row_loss": [[1.0, 2.0, 3.0]] * 3, "row_nll": [None, [1.0, 2.0, 0.1], None],
+            "removed": [[], ["mha.0"], ["mlp.1", "mha.2"]],
+            "added": [None, "mha.0", "mlp.1"],
+            "loss": [1.5, 2.5, 0.3],
+            "perplexity": [3.0, 4.0, None],
+            "rows_used": [3, 3, 3],
+            "rows_total": [3, 3, 3],
+            "chosen": [False, True, False],
+            "row_loss": [[1.0, 2.0, 3.0]] * 3,
+            "row_nll": [None, [1.0, 2.0, 0.1], None],
             "lazy_choice": [None, True, None],
         },
         {"search": "s", "iteration": "0", "complete": "true"},
     ),
     "items": (
         ITEMS,
-        {"task": ["piqa"] * 2, "item": [0, 1], "gold": [1, 0], "loglikelihoods": [[-1.0, -2.0]] * 2, "acc": [0.0, 1.0],
-         "acc_norm": [None, 1.0], "prompt_hash": ["x", "y"], "exact_match": [None, 0.0],
-         "response": ["", "18"], "p_gold": [0.5, None]},
+        {
+            "task": ["piqa"] * 2,
+            "item": [0, 1],
+            "gold": [1, 0],
+            "loglikelihoods": [[-1.0, -2.0]] * 2,
+            "acc": [0.0, 1.0],
+            "acc_norm": [None, 1.0],
+            "prompt_hash": ["x", "y"],
+            "exact_match": [None, 0.0],
+            "response": ["", "18"],
+            "p_gold": [0.5, None],
+        },
         {},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", WHOLE)
@@ -151,18 +193,26 @@ def test_a_damaged_table_is_refused_or_is_the_same(kind, changes, keep, tmp_path
     for _ in damages(path, changes, keep):
         if found := refused_or("t.parquet", read_table, path, schema):
             assert found[0].to_pydict() == columns
-            # a name of Parquet's own that is damaged is one fact more; the readers of these two check their facts
+            # a name of Parquet's own that is damaged is one fact more; the readers of these two
+            # check their facts
             assert facts.items() <= found[1].items() or kind in ("calibration", "iteration")
 
 
-@given(kind=st.sampled_from(sorted(WHOLE)), other=st.sampled_from(sorted(WHOLE)), column=st.integers(0, 9))
+@given(
+    kind=st.sampled_from(sorted(WHOLE)),
+    other=st.sampled_from(sorted(WHOLE)),
+    column=st.integers(0, 9),
+)
 @many
 def test_another_schema_is_refused(kind, other, column, tmp_path):
     schema, columns, _ = WHOLE[kind]
     table, path = pa.table(columns, schema=schema), tmp_path / "t.parquet"
     position = column % table.num_columns
     nulls = pa.nulls(table.num_rows, pa.decimal128(5))
-    wrong = [table.remove_column(position), table.set_column(position, schema.names[position], nulls)]
+    wrong = [
+        table.remove_column(position),
+        table.set_column(position, schema.names[position], nulls),
+    ]
     if other != kind:
         wrong.append(pa.table(WHOLE[other][1], schema=WHOLE[other][0]))
     for each in wrong:
@@ -181,11 +231,16 @@ def test_another_schema_is_refused(kind, other, column, tmp_path):
 @example(changes=[(12, 3)], keep=100)  # a digit of a number
 @many
 def test_a_damaged_sealed_object_is_refused_or_is_the_same(changes, keep, tmp_path):
-    path, whole, notes = tmp_path / "plan.json", {"ratio": 0.5, "order": ["mha.1", "ü"], "of": {"2": None}}, []
+    path, whole, notes = (
+        tmp_path / "plan.json",
+        {"ratio": 0.5, "order": ["mha.1", "ü"], "of": {"2": None}},
+        [],
+    )
     write_sealed_json(path, whole | {"of": {2: None}})
     for _ in damages(path, changes, keep):
         if found := refused_or("plan.json", read_json, path):
-            assert whole.items() <= found.items()  # where the digest's own name is damaged, it is one field more
+            # where the digest's own name is damaged, it is one field more
+            assert whole.items() <= found.items()
         assert read_kept_json(path, notes.append) == found and path.exists() == (found is not None)
         assert found or "plan.json.bad" in notes[-1]
     for aside in tmp_path.glob("*.bad*"):
@@ -213,7 +268,11 @@ def test_a_damaged_result_is_set_aside(changes, keep, tmp_path):
         (path,) = (path for path in tmp_path.glob(f"*.{suffix}"))
         for _ in damages(path, changes, keep):
             found = store.load({"k": 1})
-            assert found in (None, whole)  # the latter where a blank of the JSON text became another
+            # the latter where a blank of the JSON text became another
+            assert found in (
+                None,
+                whole,
+            )
             assert found is not None or "computed again" in notes[-1]
             if found is None:
                 store.save({"k": 1}, whole)
@@ -243,7 +302,9 @@ def test_a_damaged_log_gives_no_other_loss(changes, keep, tmp_path):
 
 # --- what strangers wrote ---
 
-CONFIG = tiny_model(dtype=None, layers=2).config.to_dict() | {"auto_map": {"AutoConfig": "code.Config"}}
+CONFIG = tiny_model(dtype=None, layers=2).config.to_dict() | {
+    "auto_map": {"AutoConfig": "code.Config"}
+}
 PLAN = plan_of(CONFIG, ["mha.1"])
 REPORT = {"ok": True, "engine": "transformers", "manifest": {"config.json": "0" * 64}}
 HEALED = {
@@ -253,7 +314,10 @@ HEALED = {
 }
 INDEX = {"metadata": {"total_size": 1}, "weight_map": {"model.norm.weight": "model.safetensors"}}
 CARD = {"license": "mit", "base_model": "someone/model", "tags": ["pruned"]}
-RUN = {"model": {"source": "hub", "repo": "someone/model"}, "calibration": {"seq_len": 64, "num_samples": 8}}
+RUN = {
+    "model": {"source": "hub", "repo": "someone/model"},
+    "calibration": {"seq_len": 64, "num_samples": 8},
+}
 QUESTIONS = [{"doc": {"story": "Once."}}, {"doc": {"query": "1 + 1?", "solution": "2."}}]
 RECORDS = [{"text": "a cat", "kind": "tales", "share": 0.5}, {"text": "ein Hund: äöü"}]
 
@@ -280,7 +344,9 @@ def card(value):
 
 
 def fetched(folder):
-    return cached_checkpoint(LocalModel(source="path", path=str(folder)), folder.parent / "cache", folder / "pins")
+    return cached_checkpoint(
+        LocalModel(source="path", path=str(folder)), folder.parent / "cache", folder / "pins"
+    )
 
 
 def copied(folder):
@@ -301,13 +367,35 @@ READERS = {
     "model.safetensors.index.json": (INDEX, plain, fetched),
     "blockpruner_healed.json": (HEALED, plain, kept_facts),
     "verification.json": (REPORT, sealed, verification),
-    "blockpruner_plan.json": (plan_fields(PLAN), sealed, lambda folder: load_plan(folder / "blockpruner_plan.json")),
+    "blockpruner_plan.json": (
+        plan_fields(PLAN),
+        sealed,
+        lambda folder: load_plan(folder / "blockpruner_plan.json"),
+    ),
     "README.md": (CARD, card, lambda folder: (licence_beside(folder), card_fields(folder))),
     "run.yaml": (RUN, plain, lambda folder: read_values(folder / "run.yaml")),
 }
-"""By file: its content, how that is written, and what reads it in a folder. The records of texts are apart."""
+"""By file: its content, how that is written, and what reads it in a folder. The records of texts
+are apart."""
 
-ODD = (None, True, 0, -1, 10**9, 10**400, 1e309, math.nan, "", "x", "\ud83d", [], [1], {}, {"a": []}, [[]] * 3)
+ODD = (
+    None,
+    True,
+    0,
+    -1,
+    10**9,
+    10**400,
+    1e309,
+    math.nan,
+    "",
+    "x",
+    "\ud83d",
+    [],
+    [1],
+    {},
+    {"a": []},
+    [[]] * 3,
+)
 MISSING = "missing"
 
 
@@ -326,7 +414,12 @@ def changed(value, path, odd):
 
 
 @pytest.mark.parametrize("name", READERS)
-@given(path=st.lists(st.integers(0, 99), max_size=3), odd=st.sampled_from((*ODD, MISSING)), flip=flips, keep=shares)
+@given(
+    path=st.lists(st.integers(0, 99), max_size=3),
+    odd=st.sampled_from((*ODD, MISSING)),
+    flip=flips,
+    keep=shares,
+)
 @many
 def test_a_strangers_file_is_refused_or_read(name, path, odd, flip, keep, tmp_path, monkeypatch):
     """Never a traceback, or a loop over 10^9 layers."""
@@ -339,7 +432,11 @@ def test_a_strangers_file_is_refused_or_read(name, path, odd, flip, keep, tmp_pa
     (folder / "model.safetensors").touch()
     read(folder)
     whole = write(value)
-    for content in (flipped(whole, flip), whole[: len(whole) * keep // 101], write(changed(value, path, odd))):
+    for content in (
+        flipped(whole, flip),
+        whole[: len(whole) * keep // 101],
+        write(changed(value, path, odd)),
+    ):
         (folder / name).write_bytes(content)
         with suppress(InputError):
             read(folder)
@@ -347,7 +444,12 @@ def test_a_strangers_file_is_refused_or_read(name, path, odd, flip, keep, tmp_pa
 
 @pytest.mark.parametrize(("form", "records"), [("text", RECORDS), ("questions", QUESTIONS)])
 @pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz"])
-@given(path=st.lists(st.integers(0, 99), max_size=3), odd=st.sampled_from((*ODD, MISSING)), flip=flips, keep=shares)
+@given(
+    path=st.lists(st.integers(0, 99), max_size=3),
+    odd=st.sampled_from((*ODD, MISSING)),
+    flip=flips,
+    keep=shares,
+)
 @many
 def test_records_are_refused_by_file_or_are_texts(name, form, records, path, odd, flip, keep):
     def write(value):
@@ -355,7 +457,11 @@ def test_records_are_refused_by_file_or_are_texts(name, form, records, path, odd
         return gzip.compress(content) if name.endswith("gz") else content
 
     whole = write(records)
-    for content in (flipped(whole, flip), whole[: len(whole) * keep // 101], write(changed(records, path, odd))):
+    for content in (
+        flipped(whole, flip),
+        whole[: len(whole) * keep // 101],
+        write(changed(records, path, odd)),
+    ):
         found = refused_or(name, parse_texts, content, name, form, str)
         assert found is None or "".join(found).encode() is not None
 

@@ -1,8 +1,9 @@
-"""What runs on a GPU, on two devices that do not exist (`tests/fake_devices.py`): nothing meets that lies on different
-devices, numbers are the CPU's, memory is what the memory model says, and where it ends, work goes on in smaller pieces.
+"""What runs on a GPU, on two devices that do not exist (`tests/fake_devices.py`): nothing meets
+that lies on different devices, numbers are the CPU's, memory is what the memory model says, and
+where it ends, work goes on in smaller pieces.
 
-The CPU's numbers are held against oracles elsewhere. A made-up device computes by the same kernels, so only what is
-moved where can make a difference.
+The CPU's numbers are held against oracles elsewhere. A made-up device computes by the same kernels,
+so only what is moved where can make a difference.
 """
 
 import copy
@@ -54,7 +55,9 @@ from tests.golden import unverified
 from tests.plans import fetch_tiny, narrow_plan, plan_of, pruning, save_pruned
 from tests.tiny import GRID, VARIANTS, VOCABULARY, tiny_model, tolerance
 
-pytestmark = pytest.mark.skipif(SETUP is None, reason=f"torch {torch.__version__} has no devices written in Python")
+pytestmark = pytest.mark.skipif(
+    SETUP is None, reason=f"torch {torch.__version__} has no devices written in Python"
+)
 
 ROWS = [tuple(range(1, 10)), tuple(range(3, 12)), (5, 6, 7), (9, 8, 7, 100, 4)]
 LONG = [tuple((7 * r + 3 * k) % 250 + 1 for k in range(16)) for r in range(6)]
@@ -86,11 +89,17 @@ def checkpoints(tmp_path_factory):
 
 
 def scored(metric):
-    masks = [mask for mask in (DENSE, *(frozenset({block}) for block in all_blocks(2))) if mask or not metric.influence]
+    masks = [
+        mask
+        for mask in (DENSE, *(frozenset({block}) for block in all_blocks(2)))
+        if mask or not metric.influence
+    ]
 
     def losses(model):
         units = Engine(model, 20).run([Task(range(4), tuple(masks), metric)], ROWS)
-        return sorted((str(sorted(map(str, unit.mask))), list(unit.span), unit.loss) for unit in units)
+        return sorted(
+            (str(sorted(map(str, unit.mask))), list(unit.span), unit.loss) for unit in units
+        )
 
     return losses
 
@@ -109,7 +118,10 @@ def compensated(model):
 def narrowed_and_compensated(model):
     """The narrow copy of a model that accelerate has hooked is narrow, too."""
     levels = by_cost(list(measure_levels(model, ROWS, 12, (), SilentObserver())))
-    plan = narrow_plan(model.config.to_dict(), {block: parse_channels(each[1].kept) for block, each in levels.items()})
+    plan = narrow_plan(
+        model.config.to_dict(),
+        {block: parse_channels(each[1].kept) for block, each in levels.items()},
+    )
     weights, facts = compensate(model, {"plan": plan}, *parted(ROWS), SilentObserver())["plan"]
     pruned = pruned_copy(model, plan, ())
     set_weights_(pruned, weights, shared=True)
@@ -131,10 +143,14 @@ def recipe(**changes):
 
 
 def distance(model):
-    """What training minimises, of the pruned model and the dense one: without a gradient, on one device or on two."""
+    """What training minimises, of the pruned model and the dense one: without a gradient, on one
+    device or on two."""
     student = prune_(copy.deepcopy(model), MASK)
     with torch.no_grad():
-        return [each.item() for each in TrainingLoss(student, model, recipe())(**_batch(ROWS), count=len(ROWS))]
+        return [
+            each.item()
+            for each in TrainingLoss(student, model, recipe())(**_batch(ROWS), count=len(ROWS))
+        ]
 
 
 WORK = {f"score {name}": scored(metric) for name, metric in METRICS.items()}
@@ -143,8 +159,14 @@ WORK |= {"compensate": compensated, "compensate narrow": narrowed_and_compensate
 WORK |= {
     "perplexity": lambda model: measure_perplexity(model, ROWS).row_nll,
     "decode": lambda model: generate(model, random_prompt(model, 2, 5), 6).tokens.tolist(),
-    "generate": lambda model: model.generate(random_prompt(model, 2, 5), max_new_tokens=5, do_sample=False).tolist(),
-    "latency": lambda model: measure_latency(model, Latency(prompt_tokens=4, new_tokens=3, repeats=1))["batch"],
+    "generate": (
+        lambda model: model.generate(
+            random_prompt(model, 2, 5), max_new_tokens=5, do_sample=False
+        ).tolist()
+    ),
+    "latency": lambda model: measure_latency(
+        model, Latency(prompt_tokens=4, new_tokens=3, repeats=1)
+    )["batch"],
     "laco": merged,
     "distance": distance,
 }
@@ -152,7 +174,8 @@ WORK |= {
 
 @pytest.mark.parametrize("variant", GRID)
 def test_numbers_are_those_of_the_cpu(variant, checkpoints, monkeypatch):
-    monkeypatch.setattr("blockpruner.scoring.engine.WIDE_NUMBERS", 4096)  # of tiny models it is thousands of masks
+    # of tiny models it is thousands of masks
+    monkeypatch.setattr("blockpruner.scoring.engine.WIDE_NUMBERS", 4096)
     dense, limit, refused = checkpoints(variant), tolerance(variant), []
     for name, work in WORK.items():
         if name.startswith("compensate") and variant != "llama":  # seconds
@@ -182,9 +205,13 @@ def flat(value):
 @pytest.mark.parametrize("variant", SLICEABLE)
 def test_slicing_runs_on_a_device(variant, checkpoints):
     """Eigenvectors have a sign of their own, and the perplexity does not depend on it."""
-    expected = measure_perplexity(slice_(load_model(checkpoints(variant), "float64", "cpu"), ROWS, 24), ROWS)
+    expected = measure_perplexity(
+        slice_(load_model(checkpoints(variant), "float64", "cpu"), ROWS, 24), ROWS
+    )
     with fake_devices():
-        found = measure_perplexity(slice_(load_model(checkpoints(variant), "float64"), ROWS, 24), ROWS)
+        found = measure_perplexity(
+            slice_(load_model(checkpoints(variant), "float64"), ROWS, 24), ROWS
+        )
     assert found.row_nll == pytest.approx(expected.row_nll, rel=1e-8)
 
 
@@ -195,22 +222,33 @@ def test_streaming_runs_on_a_device(variant, checkpoints):
     with fake_devices():
         found = list(StreamingEngine(checkpoints(variant), "float64").run(tasks, ROWS))
     assert [unit.mask for unit in found] == [unit.mask for unit in expected]
-    assert flat([unit.loss for unit in found]) == pytest.approx(flat([unit.loss for unit in expected]), rel=1e-9)
+    assert flat([unit.loss for unit in found]) == pytest.approx(
+        flat([unit.loss for unit in expected]), rel=1e-9
+    )
 
 
 ASKS = {
-    torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.masked_select.default,
-}  # fmt: skip
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.masked_select.default,
+}
 
 
 @pytest.mark.parametrize("metric", ["perplexity", "js"])
 def test_candidates_ask_a_device_for_no_number(metric, checkpoints, monkeypatch):
-    """It would have to be done before the answer comes. Rows are of different lengths; the first task is dense."""
+    """It would have to be done before the answer comes. Rows are of different lengths; the first
+    task is dense."""
     asked, run = [], made_up.run
 
     def watched(func, args, kwargs):
-        indices = args[1] if func.__name__.startswith("index") and isinstance(args[1], list | tuple) else ()
-        if func in ASKS or any(index is not None and index.dtype is torch.bool for index in indices):
+        indices = (
+            args[1]
+            if func.__name__.startswith("index") and isinstance(args[1], list | tuple)
+            else ()
+        )
+        if func in ASKS or any(
+            index is not None and index.dtype is torch.bool for index in indices
+        ):
             asked.append(func)
         return run(func, args, kwargs)
 
@@ -226,14 +264,18 @@ def test_candidates_ask_a_device_for_no_number(metric, checkpoints, monkeypatch)
 
 
 @pytest.mark.parametrize("variant", ["llama", "gpt_neox"])
-def test_streamed_weights_arrive_before_they_are_used_and_after_others_are_done(variant, tmp_path, monkeypatch):
+def test_streamed_weights_arrive_before_they_are_used_and_after_others_are_done(
+    variant, tmp_path, monkeypatch
+):
     """Copies are as late as they may be."""
     tiny_model(variant, 4, torch.bfloat16).save_pretrained(tmp_path)
     tasks = [Task(range(4), (DENSE, MASK, parse_mask("mha.1")))]
     with fake_devices(1):
         expected = list(Engine(load_model(tmp_path, "float32"), 40).run(tasks, ROWS))
         engine, streams = StreamingEngine(tmp_path, "float32"), []
-        monkeypatch.setattr(MODULE, "set_stream", lambda s: streams.append(s) or setattr(MODULE.streams, "own", s))
+        monkeypatch.setattr(
+            MODULE, "set_stream", lambda s: streams.append(s) or setattr(MODULE.streams, "own", s)
+        )
         found = list(engine.run(tasks, ROWS))
     assert sorted(map(str, found)) == sorted(map(str, expected))
     stream, *of_tiles = streams
@@ -259,7 +301,12 @@ def test_numbers_on_a_real_device(variant, place, checkpoints):
 def test_devices_are_named_by_the_settings():
     with fake_devices():
         assert resolve_device("cpu") == torch.device("cpu")
-        assert resolve_device("auto") == resolve_device("split") == resolve_device("gpu") == torch.device("gpu:0")
+        assert (
+            resolve_device("auto")
+            == resolve_device("split")
+            == resolve_device("gpu")
+            == torch.device("gpu:0")
+        )
         assert resolve_device("gpu:1") == torch.device("gpu:1")
         assert accelerator.name(torch.device("gpu:1")) == "Made-up Card"
         assert accelerator.name(torch.device("cpu")) == "cpu"
@@ -270,7 +317,9 @@ def test_devices_are_named_by_the_settings():
         with pytest.raises(InputError, match="is not here: 0 CUDA devices"):
             resolve_device(device)
     for device in ("tpu", "meta", "mps", "gpu"):
-        with pytest.raises(InputError, match="is unknown; valid: auto, cpu, cuda, cuda:<n>, split$"):
+        with pytest.raises(
+            InputError, match="is unknown; valid: auto, cpu, cuda, cuda:<n>, split$"
+        ):
             resolve_device(device)
     with pytest.raises(InputError, match="needs CUDA devices, and there is none here"):
         resolve_device("split")
@@ -281,7 +330,9 @@ def test_a_split_that_cannot_fit_is_refused_before_a_weight_is_read(checkpoints)
     with fake_devices() as cards:
         for card in cards:
             card.limit = card.live + weights // 3
-        with pytest.raises(DeviceMemoryError, match="does not fit into the memory of runtime.device 'split'"):
+        with pytest.raises(
+            DeviceMemoryError, match="does not fit into the memory of runtime.device 'split'"
+        ):
             load_model(checkpoints("llama"), "float64", "split")
         assert [card.peak - card.live for card in cards] == [0, 0]
 
@@ -292,7 +343,9 @@ def test_a_model_beside_another_takes_memory_for_what_differs_alone(variant, che
     dense = load_model(folder, "float64", "cpu")
     pruned = prune_(load_model(folder, "float64", "cpu"), MASK)
     with torch.no_grad():
-        changed = next(w for name, w in pruned.named_parameters() if w.dim() == 2 and "layers.1." in name)
+        changed = next(
+            w for name, w in pruned.named_parameters() if w.dim() == 2 and "layers.1." in name
+        )
         changed[-1, -1] += 1
     save_pruned(pruned, tmp_path / "pruned")
     with fake_devices(1) as (card,):
@@ -302,9 +355,14 @@ def test_a_model_beside_another_takes_memory_for_what_differs_alone(variant, che
         other = load_model(tmp_path / "pruned", "float64", "auto", True, beside=one)
         gc.collect()
         assert card.live - before == 8 * changed.numel() + sum(b.nbytes for b in pruned.buffers())
-        assert {weight.device for weight in (*other.parameters(), *other.buffers())} == {torch.device("gpu:0")}
+        assert {weight.device for weight in (*other.parameters(), *other.buffers())} == {
+            torch.device("gpu:0")
+        }
         found = {name: weight.cpu() for name, weight in other.state_dict().items()}
-    assert dense.num_parameters() > pruned.num_parameters() and found.keys() == pruned.state_dict().keys()
+    assert (
+        dense.num_parameters() > pruned.num_parameters()
+        and found.keys() == pruned.state_dict().keys()
+    )
     assert all(torch.equal(found[name], weight) for name, weight in pruned.state_dict().items())
 
 
@@ -336,18 +394,22 @@ EQUAL = [tuple((7 * r + 3 * k) % 250 + 1 for k in range(32)) for r in range(8)]
 def sweep(model, batch_tokens):
     engine = Engine(model, batch_tokens)
     tasks = [
-        Task(span, (DENSE, *(frozenset({b}) for b in all_blocks(2)))) for span in engine.row_batches(EQUAL, range(8))
+        Task(span, (DENSE, *(frozenset({b}) for b in all_blocks(2))))
+        for span in engine.row_batches(EQUAL, range(8))
     ]
     return engine, engine.run(tasks, EQUAL)
 
 
 @pytest.mark.parametrize("rows", [2, 8])
 def test_a_batch_takes_no_more_memory_than_the_model_of_it_says(rows, monkeypatch):
-    """In bfloat16, with widths in Llama's proportions; at tiny widths what is not a state counts for more."""
+    """In bfloat16, with widths in Llama's proportions; at tiny widths what is not a state counts
+    for more."""
     monkeypatch.setattr("blockpruner.scoring.work.LOGITS_BYTES", 16 * VOCABULARY * 4)
     gc.collect()
     with fake_devices(1) as (card,):
-        model = tiny_model("llama", 2, torch.bfloat16, hidden_size=256, intermediate_size=688).to("gpu:0")
+        model = tiny_model("llama", 2, torch.bfloat16, hidden_size=256, intermediate_size=688).to(
+            "gpu:0"
+        )
         MODULE.reset_peak_memory_stats(0)
         before = card.live
         list(sweep(model, rows * 32)[1])
@@ -357,9 +419,11 @@ def test_a_batch_takes_no_more_memory_than_the_model_of_it_says(rows, monkeypatc
 
 @pytest.mark.parametrize("variant", ["llama", "gpt_neox"])
 def test_where_memory_ends_batches_are_halved_and_finished_masks_kept(variant, checkpoints):
-    expected = {(unit.mask, row): loss
-                for unit in sweep(load_model(checkpoints(variant), "float64", "cpu"), 256)[1]
-                for row, loss in zip(unit.span, unit.loss, strict=True)}  # fmt: skip
+    expected = {
+        (unit.mask, row): loss
+        for unit in sweep(load_model(checkpoints(variant), "float64", "cpu"), 256)[1]
+        for row, loss in zip(unit.span, unit.loss, strict=True)
+    }
     with fake_devices(1) as (card,):
         model, peaks = load_model(checkpoints(variant), "float64"), {}
         for tokens in (64, 256):
@@ -372,11 +436,21 @@ def test_where_memory_ends_batches_are_halved_and_finished_masks_kept(variant, c
             card.limit = int(peaks[64] + share * (peaks[256] - peaks[64]))
             MODULE.reset_peak_memory_stats(0)
             engine, units = sweep(model, 256)
-            found = [((u.mask, row), loss) for u in units for row, loss in zip(u.span, u.loss, strict=True)]
-            assert len(found) == len(dict(found)) and dict(found) == pytest.approx(expected, rel=1e-9)
-            assert card.peak <= card.limit and max(map(len, engine.row_batches(EQUAL, range(8)))) < 8
+            found = [
+                ((u.mask, row), loss)
+                for u in units
+                for row, loss in zip(u.span, u.loss, strict=True)
+            ]
+            assert len(found) == len(dict(found)) and dict(found) == pytest.approx(
+                expected, rel=1e-9
+            )
+            assert (
+                card.peak <= card.limit and max(map(len, engine.row_batches(EQUAL, range(8)))) < 8
+            )
         card.limit = card.live + 1000
-        with pytest.raises(DeviceMemoryError, match=r"^one row of 32 tokens does not fit .*\(CUDA out of memory\)"):
+        with pytest.raises(
+            DeviceMemoryError, match=r"^one row of 32 tokens does not fit .*\(CUDA out of memory\)"
+        ):
             list(sweep(model, 256)[1])
 
 
@@ -385,18 +459,32 @@ def test_a_row_that_does_not_fit_is_one_line(checkpoints):
         model = load_model(checkpoints("llama"), "float64")
         gc.collect()
         card.limit = card.live + 1000
-        with pytest.raises(DeviceMemoryError, match=r"one row of 32 tokens does not fit .*; lower its seq_len"):
+        with pytest.raises(
+            DeviceMemoryError, match=r"one row of 32 tokens does not fit .*; lower its seq_len"
+        ):
             measure_perplexity(model, EQUAL)
 
 
 def test_training_that_does_not_fit_is_one_line(checkpoints, tmp_path):
     with fake_devices(1) as (card,):
-        student, rows = prune_(load_model(checkpoints("llama"), "float64"), MASK), CalibrationSet(tuple(EQUAL))
+        student, rows = (
+            prune_(load_model(checkpoints("llama"), "float64"), MASK),
+            CalibrationSet(tuple(EQUAL)),
+        )
         gc.collect()
         card.limit = card.live + 40_000
-        with pytest.raises(DeviceMemoryError, match=r"training on a row of 32 tokens .* lower train.seq_len"):
-            train_(student, rows, recipe(distill=0.0), teacher=None, validation=None, states=tmp_path,
-                   observer=SilentObserver())  # fmt: skip
+        with pytest.raises(
+            DeviceMemoryError, match=r"training on a row of 32 tokens .* lower train.seq_len"
+        ):
+            train_(
+                student,
+                rows,
+                recipe(distill=0.0),
+                teacher=None,
+                validation=None,
+                states=tmp_path,
+                observer=SilentObserver(),
+            )
 
 
 @pytest.mark.parametrize("form", ["hf", "nas", "gguf"])
@@ -409,8 +497,11 @@ def test_an_export_takes_no_memory_of_a_device(form, tmp_path, in_process):
             before = [card.live for card in cards]
             EXPORTS[form].write(replace(pruning(dense, plan), device=device), tmp_path / device)
             assert [card.peak for card in cards] == before
-        files[device] = {path.name: path.read_bytes() for path in (tmp_path / device).iterdir()
-                         if path.suffix in (".safetensors", ".gguf")}  # fmt: skip
+        files[device] = {
+            path.name: path.read_bytes()
+            for path in (tmp_path / device).iterdir()
+            if path.suffix in (".safetensors", ".gguf")
+        }
     assert files["cpu"] == files["auto"] != {}
 
 
@@ -427,8 +518,14 @@ def test_a_hybrid_in_16_bits_is_verified_in_float32():
 
 def test_a_reference_in_float32_takes_a_weight_at_a_time():
     with fake_devices(1) as (card,):
-        model = tiny_model("llama", 4, torch.bfloat16, hidden_size=256, intermediate_size=688).to("gpu:0")
-        own, size, before = dict(model.named_parameters()), sum(w.nbytes for w in model.parameters()), card.live
+        model = tiny_model("llama", 4, torch.bfloat16, hidden_size=256, intermediate_size=688).to(
+            "gpu:0"
+        )
+        own, size, before = (
+            dict(model.named_parameters()),
+            sum(w.nbytes for w in model.parameters()),
+            card.live,
+        )
         MODULE.reset_peak_memory_stats(0)
         reference_outputs(model, plan_of(model.config.to_dict(), ["mlp.0"]))
         assert card.peak - before < size / 2
@@ -437,13 +534,33 @@ def test_a_reference_in_float32_takes_a_weight_at_a_time():
 
 
 SHAPES = {
-    "qwen2": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-              "num_key_value_heads": 4, "vocab_size": 152064},
-    "gemma2": {"hidden_size": 3584, "intermediate_size": 14336, "num_hidden_layers": 42, "num_attention_heads": 16,
-               "num_key_value_heads": 8, "head_dim": 256, "vocab_size": 256000, "tie_word_embeddings": True},
-    "llama": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
-              "num_key_value_heads": 8, "vocab_size": 128256},
-}  # fmt: skip
+    "qwen2": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+    },
+    "gemma2": {
+        "hidden_size": 3584,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 42,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 256,
+        "vocab_size": 256000,
+        "tie_word_embeddings": True,
+    },
+    "llama": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+}
 """Qwen2.5 7B, Gemma 2 9B, Llama 3 70B."""
 
 
@@ -452,19 +569,25 @@ def test_what_a_device_cannot_hold_is_refused_before_the_search():
 
     def asked(family, runtime=None, score=None, compensate="refit", train=None):
         config = {"model_type": family, **SHAPES[family]}
-        require_room(config, "bfloat16", runtime or Runtime(), score or Score(), compensate, train, "0.2")
+        require_room(
+            config, "bfloat16", runtime or Runtime(), score or Score(), compensate, train, "0.2"
+        )
 
     with fake_devices(1) as (card,):
         card.limit = 24 * 2**30
         for family, least in (("qwen2", 100), ("gemma2", 128)):
             asked(family)
             with pytest.raises(
-                InputError, match=rf"training takes {least}\.. GiB .*, and gpu:0 has 24.*train adapters"
+                InputError,
+                match=rf"training takes {least}\.. GiB .*, and gpu:0 has 24.*train adapters",
             ):
                 asked(family, train=distilled)
         asked("llama", Runtime(device="cpu"), train=distilled)
         asked("llama", Runtime(executor="ray"))
-        with pytest.raises(InputError, match=r"search takes 153\.. GiB .*; score with streaming, or choose a larger"):
+        with pytest.raises(
+            InputError,
+            match=r"search takes 153\.. GiB .*; score with streaming, or choose a larger",
+        ):
             asked("llama")
         plain, streamed = Score(method="greedy"), Runtime(streaming=True)
         asked("llama", streamed, plain, "none")
@@ -476,7 +599,8 @@ def test_what_a_device_cannot_hold_is_refused_before_the_search():
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_a_refit_takes_no_more_of_a_device_than_is_counted(family):
-    """Of a wide MLP, whose sums are most of it, with states on the host: the device has not the room."""
+    """Of a wide MLP, whose sums are most of it, with states on the host: the device has not the
+    room."""
     plan, found = None, {}
     for place in ("cpu", "gpu:0", "full"):
         with fake_devices(1) as (card,):
@@ -489,11 +613,18 @@ def test_a_refit_takes_no_more_of_a_device_than_is_counted(family):
             if place == "full":
                 card.limit = int(1.5 * sums)
             MODULE.reset_peak_memory_stats(0)
-            found[place] = compensate(model, {"": plan}, *parted(ROWS), SilentObserver())[""][1]["perplexity"]
+            found[place] = compensate(model, {"": plan}, *parted(ROWS), SilentObserver())[""][1][
+                "perplexity"
+            ]
             if place == "full":
                 assert Streams(model, ROWS, 2).dense[0].device.type == "cpu"
-                assert (0.6 if family == "gemma2" else 0.9) * sums < card.peak - before < 1.05 * sums
-                assert card.peak < step_bytes(config, "float32", Score(), "refit", None, "0.1")["refit"]
+                assert (
+                    (0.6 if family == "gemma2" else 0.9) * sums < card.peak - before < 1.05 * sums
+                )
+                assert (
+                    card.peak
+                    < step_bytes(config, "float32", Score(), "refit", None, "0.1")["refit"]
+                )
             elif place == "gpu:0":
                 assert Streams(model, ROWS, 2).dense[0].device.type == "gpu"
     assert all(found[place] == pytest.approx(found["cpu"], rel=1e-4) for place in found)
@@ -505,9 +636,12 @@ def test_a_refit_has_one_layer_at_a_time_on_a_device_that_does_not_hold_the_mode
     dense = fetch_tiny(tmp_path, family, 6)
     config = read_json(dense / "config.json")
     plans = {str(n): plan_of(config, [f"mlp.{n}", f"mha.{n + 1}"]) for n in (1, 3)}
-    ids = torch.randint(1, VOCABULARY, (60, 40), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = torch.randint(
+        1, VOCABULARY, (60, 40), generator=torch.Generator().manual_seed(0)
+    ).tolist()
     rows = [
-        CalibrationSet(tuple(map(tuple, ids[part]))) for part in (slice(40), slice(40, 50), slice(50, 60), slice(5))
+        CalibrationSet(tuple(map(tuple, ids[part])))
+        for part in (slice(40), slice(40, 50), slice(50, 60), slice(5))
     ]
     plans = {name: replace(plan, compensate="refit") for name, plan in plans.items()}
     expected = choose(pruning(dense, plans["1"]).load_for_fit, plans, *rows, SilentObserver())
@@ -524,7 +658,10 @@ def test_a_refit_has_one_layer_at_a_time_on_a_device_that_does_not_hold_the_mode
         before = {name: weight.clone().cpu() for name, weight in model.named_parameters()}
         found = choose(lambda: model, plans, *rows, Watch())
         assert set(seen) == {1}
-        assert (found.name, replace(found.plan, kinds=None)) == (expected.name, replace(expected.plan, kinds=None))
+        assert (found.name, replace(found.plan, kinds=None)) == (
+            expected.name,
+            replace(expected.plan, kinds=None),
+        )
         for kind, own in expected.plan.kinds.items():
             assert found.plan.kinds[kind] == pytest.approx(own, rel=1e-4)
         assert all(weight.cpu().equal(before[name]) for name, weight in model.named_parameters())
@@ -534,9 +671,12 @@ def test_a_refit_has_one_layer_at_a_time_on_a_device_that_does_not_hold_the_mode
         with torch.no_grad():
             last.zero_()
         first(torch.zeros(1, model.config.hidden_size, device="gpu:0"))
-        assert last.device.type == "cpu" and not last.any()  # what was changed there is changed here
+        # what was changed there is changed here
+        assert last.device.type == "cpu" and not last.any()
     errors, wanted = ([stop["error"] for stop in each.facts["stops"]] for each in (found, expected))
     assert errors == pytest.approx(wanted, rel=1e-4) and min(errors) < 1
-    assert found.weights.keys() == expected.weights.keys() and (len(found.weights) > 4 or family == "llama")
+    assert found.weights.keys() == expected.weights.keys() and (
+        len(found.weights) > 4 or family == "llama"
+    )
     for name, weight in expected.weights.items():
         torch.testing.assert_close(found.weights[name], weight, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,5 @@
-"""Every door makes the same model of the same words, and what judges a model is seen by nothing else."""
+"""Every door makes the same model of the same words, and what judges a model is seen by nothing
+else."""
 
 import json
 import re
@@ -34,7 +35,18 @@ def document(number):
 
 
 TEXTS = [document(number) for number in range(120)]
-PRUNE = ("prune", "tiny", "--budget", "0.3", "--texts", "t.jsonl", "--seq-len", "64", "--out", "pruned")
+PRUNE = (
+    "prune",
+    "tiny",
+    "--budget",
+    "0.3",
+    "--texts",
+    "t.jsonl",
+    "--seq-len",
+    "64",
+    "--out",
+    "pruned",
+)
 STAGES = ("settings", "fetch", "calibrate", "score", "commit", "compensate", "train", "materialize")
 OF_RUN = STAGES[:4]
 CONTEXT = 64
@@ -56,16 +68,29 @@ def place(tmp_path, monkeypatch):
     write_texts(tmp_path / "heldout.jsonl", [f"other words {i} " * 9 for i in range(20)])
     run = {
         "model": {"source": "path", "path": "tiny", "dtype": "float32"},
-        "calibration": {"data": {"source": "mix", "of": MIX}, "split": "all", "num_rows": 64, "seq_len": 64},
+        "calibration": {
+            "data": {"source": "mix", "of": MIX},
+            "split": "all",
+            "num_rows": 64,
+            "seq_len": 64,
+        },
         "score": {"method": "recommended"},
         "evaluate": {
-            "perplexity": {"data": {"source": "path", "path": "heldout.jsonl"}, "seq_len": 64, "max_rows": 8},
+            "perplexity": {
+                "data": {"source": "path", "path": "heldout.jsonl"},
+                "seq_len": 64,
+                "max_rows": 8,
+            },
             "zero_shot": {"tasks": []},
         },
     }
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/tiny.yaml").write_text(yaml.safe_dump(run))
-    params = {"runs": ["tiny"], "targets": {"pruned": {"run": "tiny", "budget": "0.3"}}, "runtime": {"device": "cpu"}}
+    params = {
+        "runs": ["tiny"],
+        "targets": {"pruned": {"run": "tiny", "budget": "0.3"}},
+        "runtime": {"device": "cpu"},
+    }
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     dag.write()
     return tmp_path
@@ -91,25 +116,38 @@ def same_plan(path, run):
 @pytest.mark.usefixtures("in_process")
 def test_every_door_makes_the_same_model_of_the_same_words(place, monkeypatch):
     asked, read = [], Place.read_run
-    monkeypatch.setattr(Place, "read_run", lambda *given, **more: asked.append(read(*given, **more)) or asked[-1])
+    monkeypatch.setattr(
+        Place, "read_run", lambda *given, **more: asked.append(read(*given, **more)) or asked[-1]
+    )
     with pytest.raises(SystemExit) as end:
         command.main(PRUNE)
     assert end.value.code == 0
     stages(*STAGES)
     exported = place / "data/checkpoints/pruned/hf"
-    assert (place / "pruned/model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
+    assert (place / "pruned/model.safetensors").read_bytes() == (
+        exported / "model.safetensors"
+    ).read_bytes()
     assert same_plan(place / "pruned", "tiny") == same_plan(exported, "tiny")
     with pytest.raises(SystemExit) as end:
         command.main(("prune", "--config", "runs/tiny.yaml", "--budget", "0.3", "--out", "by-file"))
     assert end.value.code == 0
-    assert (place / "by-file/model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
+    assert (place / "by-file/model.safetensors").read_bytes() == (
+        exported / "model.safetensors"
+    ).read_bytes()
     found = prune_in_memory()
     assert found.plan.removed == same_plan(exported, "tiny").removed
-    assert (found.compensation["heat"] | found.compensation["judged"]).keys() == {"layers", "narrow"}
+    assert (found.compensation["heat"] | found.compensation["judged"]).keys() == {
+        "layers",
+        "narrow",
+    }
     fit = pipeline.Rows.load(place / "data/calibration/tiny").fit.rows
-    assert load_plan(place / "data/plans/pruned/narrow.json").calibration["rows"] == len(fit), "not the search's rows"
+    assert load_plan(place / "data/plans/pruned/narrow.json").calibration["rows"] == len(fit), (
+        "not the search's rows"
+    )
     found.save(str(place / "memory"))
-    assert (place / "memory/model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
+    assert (place / "memory/model.safetensors").read_bytes() == (
+        exported / "model.safetensors"
+    ).read_bytes()
     more = {"model": {"dtype": "float32"}, "calibration": {"seq_len": 64}}
     form = NewModel(name="form", model="tiny", budgets=("0.3",), texts="t.jsonl", more=more)
     (place / "runs/form.yaml").write_text(form.text())
@@ -122,7 +160,8 @@ def test_every_door_makes_the_same_model_of_the_same_words(place, monkeypatch):
 
 
 class RecordedError(BaseException):
-    """Rows are drawn, and nothing more is wanted. The command makes a line of error of every Exception."""
+    """Rows are drawn, and nothing more is wanted. The command makes a line of error of every
+    Exception."""
 
 
 def by_command():
@@ -131,7 +170,9 @@ def by_command():
 
 def by_stages():
     path = Path("runs/tiny.yaml")
-    run = yaml.safe_load(path.read_text()) | {"train": {"num_samples": 80, "seq_len": 64, "validation": 4}}
+    run = yaml.safe_load(path.read_text()) | {
+        "train": {"num_samples": 80, "seq_len": 64, "validation": 4}
+    }
     run["train"]["data"] = run["calibration"]["data"]
     run["evaluate"]["perplexity"]["max_rows"] = None
     path.write_text(yaml.safe_dump(run))
@@ -145,7 +186,8 @@ def by_command_without_texts():
 
 @pytest.fixture
 def gemma(place, monkeypatch):
-    """A model that needs BOS, packages of five kinds of text, and a hub of instructions and of an encyclopaedia."""
+    """A model that needs BOS, packages of five kinds of text, and a hub of instructions and of an
+    encyclopaedia."""
     save_tiny(place / "tiny", "gemma3_text", max_position_embeddings=512)
     bos_tokenizer().save_pretrained(place / "tiny")
     write_texts(place / "heldout.jsonl", [f"other words {i} " * 9 for i in range(20)])
@@ -157,7 +199,9 @@ def gemma(place, monkeypatch):
 
     parts = [TEXTS[i : i + 24] for i in range(0, len(TEXTS), 24)]
     files = {
-        "alpaca_en_demo.json": json.dumps([{"instruction": "Count.", "output": text} for text in parts[0]]),
+        "alpaca_en_demo.json": json.dumps(
+            [{"instruction": "Count.", "output": text} for text in parts[0]]
+        ),
         "wiki.utf8": "".join(f"<doc >\n{text}\n</doc>" for text in parts[1]),
         "c4_demo.jsonl": "\n".join(json.dumps({"text": text}) for text in parts[2]),
         "code.utf8": "\n\n\n".join(parts[3]),
@@ -199,11 +243,16 @@ def test_without_texts_every_family_can_read_the_rows_and_responses_are_scored(g
         by_command_without_texts()
     for name, part in vars(found[0]).items():
         assert part.rows and {max(row[0], ~row[0]) for row in part.rows} == {257}, name
-    rows = {name: set(re.findall(r"doc\d{3}", decoded(part.rows))) for name, part in vars(found[0]).items()}
+    rows = {
+        name: set(re.findall(r"doc\d{3}", decoded(part.rows)))
+        for name, part in vars(found[0]).items()
+    }
     judge = rows.pop("judge")
     assert judge and not judge & set().union(*rows.values()), "set aside before the search draws"
     scored = decoded([token for token in row if token >= 0] for row in found[0].search.rows)
-    assert {int(number) // 24 for number in re.findall(r"doc(\d{3})", scored)} == {*range(5)}, "all kinds of text"
+    assert {int(number) // 24 for number in re.findall(r"doc(\d{3})", scored)} == {*range(5)}, (
+        "all kinds of text"
+    )
     kinds = {"encyclopaedia", "instructions", "web", "program text", "stories"}
     assert {*found[0].judge.kinds} == {*kinds, "Python's library"}
     assert "Response" not in scored and not any("BOS" in note for note in noted)
@@ -242,7 +291,9 @@ DOORS = [(by_command, set()), (by_stages, set(range(19))), (in_memory, set())]
 
 @pytest.mark.parametrize("ignored", [False, True])
 @pytest.mark.parametrize(("door", "evaluated"), DOORS)
-def test_no_row_that_judges_or_is_evaluated_is_seen_elsewhere(place, monkeypatch, door, evaluated, ignored):
+def test_no_row_that_judges_or_is_evaluated_is_seen_elsewhere(
+    place, monkeypatch, door, evaluated, ignored
+):
     """`ignored`: that this test would find it."""
     draw_rows, found = pipeline.calibrate, []
 
@@ -254,20 +305,33 @@ def test_no_row_that_judges_or_is_evaluated_is_seen_elsewhere(place, monkeypatch
     if ignored:
         drawn = calibration.draw
         for module in (calibration, healing_rows):
-            monkeypatch.setattr(module, "draw", lambda *given, reserved=(), **more: drawn(*given, **more))
+            monkeypatch.setattr(
+                module, "draw", lambda *given, reserved=(), **more: drawn(*given, **more)
+            )
     with pytest.raises(RecordedError):
         door()
     rows = {name: part for name, part in vars(found[0]).items() if part.rows}
-    decoded = {name: tiny_tokenizer().decode([t for row in part.rows for t in row]) for name, part in rows.items()}
-    documents = {name: set(map(int, re.findall(r"doc(\d{3})", text))) for name, text in decoded.items()}
+    decoded = {
+        name: tiny_tokenizer().decode([t for row in part.rows for t in row])
+        for name, part in rows.items()
+    }
+    documents = {
+        name: set(map(int, re.findall(r"doc(\d{3})", text))) for name, text in decoded.items()
+    }
     ours = {name: set(re.findall(r"(?:tales|code) \d+", text)) for name, text in decoded.items()}
     if not ignored:
-        assert ours["judge"] and ours["fit"] and not ours["judge"] & (ours["search"] | ours["fit"] | ours["tuning"])
+        assert (
+            ours["judge"]
+            and ours["fit"]
+            and not ours["judge"] & (ours["search"] | ours["fit"] | ours["tuning"])
+        )
     assert {*rows["judge"].kinds} >= {"tales", "code", "Python's library"}
     judge, others = documents.pop("judge"), set().union(*documents.values())
     keys = rows.pop("judge").row_keys
     assert (
-        judge and documents.keys() >= {"search", "fit", "tuning"} and ("train" in documents) is (door is not in_memory)
+        judge
+        and documents.keys() >= {"search", "fit", "tuning"}
+        and ("train" in documents) is (door is not in_memory)
     )
     assert not evaluated & (judge | others)
     assert bool(judge & others) is ignored
@@ -279,12 +343,19 @@ def test_what_must_be_apart_has_no_row_and_no_text_in_common(place):
     save_tiny(place / "tiny", max_position_embeddings=512)
     for i in range(3):
         write_texts(place / f"{i}.jsonl", TEXTS[i::3])
-    files = [{"source": "path", "path": f"{i}.jsonl", "kind": "abc"[i], "share": i + 1} for i in range(3)]
+    files = [
+        {"source": "path", "path": f"{i}.jsonl", "kind": "abc"[i], "share": i + 1} for i in range(3)
+    ]
     mix, run = {"source": "mix", "of": files}, yaml.safe_load(Path("runs/tiny.yaml").read_text())
     run["calibration"] |= {"data": mix, "num_rows": 6, "seq_len": 256}
     run["compensate"] = {"num_rows": 18, "validation": 0.3334}
     run["train"] = {"data": mix, "num_rows": 6, "seq_len": 256, "validation": 6}
-    run["evaluate"]["perplexity"] |= {"data": mix, "max_rows": 1, "seq_len": 256, "packing": "documents"}
+    run["evaluate"]["perplexity"] |= {
+        "data": mix,
+        "max_rows": 1,
+        "seq_len": 256,
+        "packing": "documents",
+    }
     Path("runs/tiny.yaml").write_text(yaml.safe_dump(run))
     stages(*OF_RUN[:3])
     found = pipeline.Rows.load(Path("data/calibration/tiny"))
@@ -294,16 +365,30 @@ def test_what_must_be_apart_has_no_row_and_no_text_in_common(place):
     seen = {name: re.findall(r"doc(\d{3}) begins", decoded(own)) for name, own in rows.items()}
     apart = [("fit", "tuning"), ("train", "validation"), ("judge", "evaluated")]
     apart += [
-        (name, other) for name in ("search", "fit", "tuning", "train", "validation") for other in ("judge", "evaluated")
+        (name, other)
+        for name in ("search", "fit", "tuning", "train", "validation")
+        for other in ("judge", "evaluated")
     ]
     for name, other in apart:
         assert seen[name] and not {*seen[name]} & {*seen[other]}, (name, other)
         assert not {*rows[name]} & {*rows[other]}, (name, other)
     assert evaluated.kinds == ("a", "b", "c")
-    assert list(dict.fromkeys(found.judge.kinds)) == ["a", "b", "c", "tales", "code", "Python's library"]
+    assert list(dict.fromkeys(found.judge.kinds)) == [
+        "a",
+        "b",
+        "c",
+        "tales",
+        "code",
+        "Python's library",
+    ]
     for name in ("search", "fit", "tuning", "train", "validation"):
-        shares = [sum(int(number) % 3 == i for number in seen[name]) / len(seen[name]) for i in range(3)]
-        assert all(abs(share - (i + 1) / 6) < 0.15 for i, share in enumerate(shares)), (name, shares)
+        shares = [
+            sum(int(number) % 3 == i for number in seen[name]) / len(seen[name]) for i in range(3)
+        ]
+        assert all(abs(share - (i + 1) / 6) < 0.15 for i, share in enumerate(shares)), (
+            name,
+            shares,
+        )
 
 
 def test_texts_too_few_to_set_some_aside_are_named_and_others_judge(place):
@@ -313,5 +398,9 @@ def test_texts_too_few_to_set_some_aside_are_named_and_others_judge(place):
 
     notes = []
     model = AutoModelForCausalLM.from_pretrained("tiny")
-    found = blockpruner.prune(model, tiny_tokenizer(), TEXTS[:5], 0.3, seq_len=64, only_texts=True, observer=Notes())
-    assert "your texts" not in found.plan.kinds and any("too few texts of your texts" in note for note in notes)
+    found = blockpruner.prune(
+        model, tiny_tokenizer(), TEXTS[:5], 0.3, seq_len=64, only_texts=True, observer=Notes()
+    )
+    assert "your texts" not in found.plan.kinds and any(
+        "too few texts of your texts" in note for note in notes
+    )

@@ -45,7 +45,8 @@ def test_row_batches_keep_to_the_token_budget():
 
 
 def test_a_searchs_rows_are_batched_by_length(tmp_path):
-    """Each row has the value of its own forward pass, in this process and in the next one, which computes nothing."""
+    """Each row has the value of its own forward pass, in this process and in the next one, which
+    computes nothing."""
     model, rows = tiny_model(), make_rows([16, 3, 9, 12, 2, 7, 3, 16])
     calibration, mask = CalibrationSet(tuple(map(tuple, rows))), parse_mask("mha.1")
     fields = store_fields(calibration.digest, "m", "float64", "perplexity")
@@ -74,11 +75,17 @@ def test_a_searchs_rows_are_batched_by_length(tmp_path):
 
 
 def test_nan_of_a_candidate_is_infinite_and_of_the_dense_model_names_the_row():
-    model, rows = tiny_model(), [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12], [200, 13, 14, 15, 16, 17]]
+    model, rows = (
+        tiny_model(),
+        [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12], [200, 13, 14, 15, 16, 17]],
+    )
     model.model.embed_tokens.weight[rows[2][0]] = float("nan")
     engine = Engine(model, batch_tokens=6)
     spans = engine.row_batches(rows, range(3))
-    found = [scored.loss[0] for scored in engine.run([Task(span, (parse_mask("mlp.1"),)) for span in spans], rows)]
+    found = [
+        scored.loss[0]
+        for scored in engine.run([Task(span, (parse_mask("mlp.1"),)) for span in spans], rows)
+    ]
     assert [math.isfinite(loss) for loss in found] == [True, True, False] and found[2] == math.inf
     with pytest.raises(NonFiniteLossError, match=r"row 2 is nan in the dense model.*float32"):
         list(engine.run([Task(span, (DENSE,)) for span in spans], rows))
@@ -99,7 +106,11 @@ def test_a_batch_of_which_some_rows_are_known_compares_with_all_of_them():
     """The dense model's states of the first row are there, those of the second are not."""
     rows, mask = [row(9, seed) for seed in (1, 2)], parse_mask("mha.1,mlp.0")
     engine = Engine(tiny_model(layers=LAYERS), 1000)
-    found = [unit for span in (range(1), range(2)) for unit in engine.run([Task(span, (mask,), METRICS["kl"])], rows)]
+    found = [
+        unit
+        for span in (range(1), range(2))
+        for unit in engine.run([Task(span, (mask,), METRICS["kl"])], rows)
+    ]
     wanted = [divergence("kl", "llama", mask, tokens) for tokens in rows]
     assert [list(unit.loss) for unit in found] == [pytest.approx(wanted[:1]), pytest.approx(wanted)]
 
@@ -112,12 +123,20 @@ def test_an_infinite_loss_is_kept_and_read_again(tmp_path):
     again = TrialStore({"model": "m"}, ["a", "b"], tmp_path)
     assert again.get("mha.1") == [math.inf, 2.0] and again.problems == []
     scores = MaskScore(DENSE, (1.0, 2.0), 2), MaskScore(parse_mask("mha.1"), (710.0, math.inf), 2)
-    assert scores[1].perplexity == MaskScore(DENSE, (710.0,), 1).perplexity == perplexity(710.0) == math.inf
+    assert (
+        scores[1].perplexity
+        == MaskScore(DENSE, (710.0,), 1).perplexity
+        == perplexity(710.0)
+        == math.inf
+    )
     step = Iteration(0, scores, (None, parse_mask("mha.1")), 1, nll=scores)
     write_iteration(tmp_path, step, "search")
     assert read_iteration(tmp_path, 0, "search") == step
     write_sealed_json(tmp_path / "facts.json", {"perplexity": math.inf})
-    assert read_json(tmp_path / "facts.json", sealed=True) == {"perplexity": math.inf} and number(math.inf) == "inf"
+    assert (
+        read_json(tmp_path / "facts.json", sealed=True) == {"perplexity": math.inf}
+        and number(math.inf) == "inf"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -130,20 +149,27 @@ def test_lower_precision_stays_near(dtype):
     assert found == pytest.approx(exact, abs=tolerance)
 
 
-# --- what only CUDA does, on a CPU ----------------------------------------------------------------------------------
+# --- what only CUDA does, on a CPU
 
 
 def test_16_bit_products_are_added_up_in_32_bits():
     kinds = torch.backends.cuda.matmul
-    kinds.allow_bf16_reduced_precision_reduction = kinds.allow_fp16_reduced_precision_reduction = True
+    kinds.allow_bf16_reduced_precision_reduction = kinds.allow_fp16_reduced_precision_reduction = (
+        True
+    )
     Engine(tiny_model())
-    assert not (kinds.allow_bf16_reduced_precision_reduction or kinds.allow_fp16_reduced_precision_reduction)
+    assert not (
+        kinds.allow_bf16_reduced_precision_reduction or kinds.allow_fp16_reduced_precision_reduction
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-@pytest.mark.skipif("dtype" not in torch.ops.aten.mm.overloads(), reason="torch has this product from 2.8 on")
+@pytest.mark.skipif(
+    "dtype" not in torch.ops.aten.mm.overloads(), reason="torch has this product from 2.8 on"
+)
 def test_logits_of_16_bit_models_are_not_rounded(monkeypatch, family):
-    """The product that only CUDA has is taken in float64 here. A bfloat16 of 8 bits is off by up to 1/512 of itself."""
+    """The product that only CUDA has is taken in float64 here. A bfloat16 of 8 bits is off by up to
+    1/512 of itself."""
     model = tiny_model(family, dtype=torch.bfloat16)
     states = torch.randn(5, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
     exact = states.double() @ model.lm_head.weight.T.double()
@@ -151,7 +177,9 @@ def test_logits_of_16_bit_models_are_not_rounded(monkeypatch, family):
         exact = 20 * torch.tanh(exact / 20)
     engine = Engine(model)
     rounded = engine._logits(states)
-    monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: (a.double() @ b.double()).to(out_dtype))
+    monkeypatch.setattr(
+        torch, "mm", lambda a, b, out_dtype: (a.double() @ b.double()).to(out_dtype)
+    )
     monkeypatch.setattr(models, "widens", lambda head: True)
     found = engine._logits(states)
     assert rounded.dtype == torch.bfloat16 and found.dtype == torch.float32
@@ -176,8 +204,16 @@ def test_batches_and_logits_fill_a_card(monkeypatch):
     token = live_numbers(32, 400) * 8
     assert logits_bytes(engine._room) == (card * 9 // 10 - weights) // 16
     assert 2048 < engine._batch_tokens < 65536
-    fixed = weights + (card * 9 // 10 - weights) // engine_module.DENSE_SHARE + 4 * logits_bytes(engine._room)
-    assert fixed + engine._batch_tokens * token <= card * 9 // 10 < fixed + (engine._batch_tokens + 2) * token
+    fixed = (
+        weights
+        + (card * 9 // 10 - weights) // engine_module.DENSE_SHARE
+        + 4 * logits_bytes(engine._room)
+    )
+    assert (
+        fixed + engine._batch_tokens * token
+        <= card * 9 // 10
+        < fixed + (engine._batch_tokens + 2) * token
+    )
     large = on_card(monkeypatch, model, 80 * 2**30)
     assert (large._batch_tokens, logits_bytes(large._room)) == (65536, 2**30)
     small = on_card(monkeypatch, model, 2**20)
@@ -188,8 +224,8 @@ def test_batches_and_logits_fill_a_card(monkeypatch):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_the_memory_of_a_walk_is_foreseen(monkeypatch, attention):
-    """Eager attention keeps every head's map. A batch as large as allowed stays within what all its tokens may take,
-    beside the logits; and one of the other attention's size would not."""
+    """Eager attention keeps every head's map. A batch as large as allowed stays within what all its
+    tokens may take, beside the logits; and one of the other attention's size would not."""
     model = tiny_model(dtype=torch.bfloat16, attn_implementation=attention)
     engine, token = on_card(monkeypatch, model, 2**30), live_numbers(32, 48) * 2
     engine._batch_tokens, engine._on_gpu = 1200, False
@@ -221,7 +257,9 @@ def test_once_memory_has_run_out_later_batches_are_cut_before_they_fail():
     model, rows = tiny_model(layers=2), make_rows([40] * 12)
     engine, masks = Small(model, 160), sweep(layers=2)
     tasks = [Task(span, tuple(masks)) for span in engine.row_batches(rows, range(12))]
-    pairs = ((unit.mask, zip(unit.span, unit.loss, strict=True)) for unit in engine.run(tasks, rows))
+    pairs = (
+        (unit.mask, zip(unit.span, unit.loss, strict=True)) for unit in engine.run(tasks, rows)
+    )
     found = {(mask, row): loss for mask, values in pairs for row, loss in values}
     assert (len(tasks), engine.failed) == (3, 1)
     assert found == pytest.approx(score_all(Engine(model, 40), masks, rows), abs=1e-10)

@@ -1,4 +1,5 @@
-"""How work is shared out, what a local scorer's options change (nothing but speed), and what is refused."""
+"""How work is shared out, what a local scorer's options change (nothing but speed), and what is
+refused."""
 
 import itertools
 import random
@@ -37,7 +38,8 @@ def pool(count, seed):
 
 
 def tasks_of(seed):
-    """Three tasks with overlapping pools, as when a search goes on where another one was interrupted."""
+    """Three tasks with overlapping pools, as when a search goes on where another one was
+    interrupted."""
     return [
         Task(span, tuple(dict.fromkeys(pool(7 - n, seed + n))))
         for n, span in enumerate([range(0, 2), range(2, 3), range(3, 5)])
@@ -51,18 +53,26 @@ def test_every_mask_is_in_one_piece_and_spans_stay_whole(pieces, seed):
     tasks = tasks_of(seed)
     shared = share_out(tasks, ROWS, pieces, STEPS)
     found = [(task.span, mask) for piece in shared for task in piece for mask in task.masks]
-    assert sorted(found, key=repr) == sorted(((t.span, mask) for t in tasks for mask in t.masks), key=repr)
+    assert sorted(found, key=repr) == sorted(
+        ((t.span, mask) for t in tasks for mask in t.masks), key=repr
+    )
     assert 1 <= len(shared) <= pieces and all(task.masks for piece in shared for task in piece)
-    assert share_out([Task(task.span, task.masks[::-1]) for task in tasks], ROWS, pieces, STEPS) == shared
+    assert (
+        share_out([Task(task.span, task.masks[::-1]) for task in tasks], ROWS, pieces, STEPS)
+        == shared
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("parallel", [False, True])
 def test_a_walk_runs_each_block_once_for_each_state(parallel, seed):
-    """Brute force: a block's input depends on what is removed before it; MHA and MLP may read the same input."""
+    """Brute force: a block's input depends on what is removed before it; MHA and MLP may read the
+    same input."""
     masks = list(dict.fromkeys(pool(9, seed)))
     groups = list(runs(steps_of(4, parallel), masks))
-    assert sorted((mask for group, _ in groups for mask in group), key=repr) == sorted(masks, key=repr)
+    assert sorted((mask for group, _ in groups for mask in group), key=repr) == sorted(
+        masks, key=repr
+    )
     states = set()
     for mask in masks:
         for step in steps_of(4, parallel):
@@ -75,7 +85,8 @@ def test_a_walk_runs_each_block_once_for_each_state(parallel, seed):
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("parallel", [False, True])
 def test_a_wide_walk_ends_in_the_same_states_with_no_more_work(parallel, seed, width):
-    """A state is what was kept so far, in the order of a forward pass; blocks of one step read the same state."""
+    """A state is what was kept so far, in the order of a forward pass; blocks of one step read the
+    same state."""
     masks, calls = list(dict.fromkeys(pool(9, seed))), []
     steps = steps_of(4, parallel)
 
@@ -90,7 +101,9 @@ def test_a_wide_walk_ends_in_the_same_states_with_no_more_work(parallel, seed, w
     found = list(walk(steps, masks, (), run, join, width))
     assert [group for group, _ in found] == [group for group, _ in runs(steps, masks)]
     for group, state in found:
-        assert [state] * len(group) == [tuple(b for step in steps for b in step if b not in mask) for mask in group]
+        assert [state] * len(group) == [
+            tuple(b for step in steps for b in step if b not in mask) for mask in group
+        ]
     assert max(map(len, calls)) <= width
     assert sum(map(len, calls)) == sum(len(ran) for _, ran in runs(steps, masks))
 
@@ -103,26 +116,39 @@ def test_unfinished_is_the_rest(seed):
         ScoredRows(mask, (row,), (0.0,))
         for mask, row in generator.sample(sorted(everything, key=repr), len(everything) // 2)
     ]
-    left = [(mask, row) for task in unfinished(tasks, units) for mask in task.masks for row in task.span]
+    left = [
+        (mask, row) for task in unfinished(tasks, units) for mask in task.masks for row in task.span
+    ]
     assert len(left) == len(set(left))
     assert set(left) == everything - {(unit.mask, unit.span[0]) for unit in units}
     assert unfinished(tasks, []) == tasks
-    assert unfinished(tasks, [ScoredRows(m, t.span, (0.0,) * len(t.span)) for t in tasks for m in t.masks]) == []
+    assert (
+        unfinished(
+            tasks, [ScoredRows(m, t.span, (0.0,) * len(t.span)) for t in tasks for m in t.masks]
+        )
+        == []
+    )
 
 
 def score(checkpoint, **runtime):
     generator = torch.Generator().manual_seed(3)
-    rows = [torch.randint(1, 257, (length,), generator=generator).tolist() for length in (12, 12, 12, 7, 9)]
+    rows = [
+        torch.randint(1, 257, (length,), generator=generator).tolist()
+        for length in (12, 12, 12, 7, 9)
+    ]
     masks = (DENSE, *(frozenset({block}) for block in all_blocks(2)))
     scorer = make_scorer(checkpoint, "float64", Runtime(**RUNTIME | runtime))
     tasks = [Task(span, masks) for span in scorer.row_batches(rows, range(5))]
-    found = {(u.mask, u.span[i]): nll for u in scorer.run(tasks, rows) for i, nll in enumerate(u.loss)}
+    found = {
+        (u.mask, u.span[i]): nll for u in scorer.run(tasks, rows) for i, nll in enumerate(u.loss)
+    }
     scorer.close()
     return rows, found
 
 
 def agrees(rows, found, model):
-    """To the rounding of float32, in which norms, and eager's softmax, compute whatever the dtype."""
+    """To the rounding of float32, in which norms, and eager's softmax, compute whatever the
+    dtype."""
     assert len(found) == 5 * len(rows)
     for (mask, row), nll in found.items():
         with masked(model, mask):
@@ -142,9 +168,12 @@ def test_attention_changes_no_score(checkpoint, attention):
 def test_the_module_loads_neither_torch_nor_ray():
     """`score` takes a second when nothing must be computed."""
     program = (
-        "import sys, blockpruner.scoring.scorers; print(sorted({'torch', 'transformers', 'ray'} & set(sys.modules)))"
+        "import sys, blockpruner.scoring.scorers; print(sorted({'torch', 'transformers', 'ray'} &"
+        " set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 
@@ -154,13 +183,20 @@ def ray_runtime(**runtime):
 
 def ray_nodes(nodes):
     """Of (CPUs, GPUs), as Ray says it: what a node has not is left out."""
-    return [{kind: float(n) for kind, n in zip(("CPU", "GPU"), node, strict=True) if n} for node in nodes]
+    return [
+        {kind: float(n) for kind, n in zip(("CPU", "GPU"), node, strict=True) if n}
+        for node in nodes
+    ]
 
 
 def fits(workers, cpus, gpus, nodes):
-    """Brute force: whether some way of placing the workers on nodes asks none for more than it has."""
+    """Brute force: whether some way of placing the workers on nodes asks none for more than it
+    has."""
     return any(
-        all(place.count(i) * cpus <= node[0] and place.count(i) * gpus <= node[1] for i, node in enumerate(nodes))
+        all(
+            place.count(i) * cpus <= node[0] and place.count(i) * gpus <= node[1]
+            for i, node in enumerate(nodes)
+        )
         for place in itertools.product(range(len(nodes)), repeat=workers)
     )
 
@@ -168,10 +204,16 @@ def fits(workers, cpus, gpus, nodes):
 @pytest.mark.parametrize("seed", range(20))
 def test_a_share_is_the_largest_of_which_every_worker_finds_one_on_a_node(seed):
     generator = random.Random(seed)
-    nodes = [(generator.randint(0, 7), generator.randint(0, 4)) for _ in range(generator.randint(1, 3))]
+    nodes = [
+        (generator.randint(0, 7), generator.randint(0, 4)) for _ in range(generator.randint(1, 3))
+    ]
     workers, threads = generator.randint(1, 4), generator.choice(["auto", 1, 2, 3])
     for device in ("cpu", "cuda", "split"):
-        cpus = range(1, 8) if (device, threads) == ("cpu", "auto") else [1 if threads == "auto" else threads]
+        cpus = (
+            range(1, 8)
+            if (device, threads) == ("cpu", "auto")
+            else [1 if threads == "auto" else threads]
+        )
         gpus = {"cpu": [0], "cuda": [1], "split": range(1, 5)}[device]
         valid = [(c, g) for c in cpus for g in gpus if fits(workers, c, g, nodes)]
         wanted = {"workers": workers, "threads": threads, "device": device}

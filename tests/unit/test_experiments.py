@@ -1,4 +1,5 @@
-"""Experiments: every point against full forward passes, what a kill costs, and comparisons at one size."""
+"""Experiments: every point against full forward passes, what a kill costs, and comparisons at one
+size."""
 
 from __future__ import annotations
 
@@ -36,11 +37,18 @@ from tests.tiny import full_nll, save_tiny
 
 WANTED = Experiment(
     run="tiny",
-    methods={"blockpruner": {}, "few": {"method": "given", "options": {"order": ["mha.1", "mlp.2", "mha.3"]}}},
+    methods={
+        "blockpruner": {},
+        "few": {"method": "given", "options": {"order": ["mha.1", "mlp.2", "mha.3"]}},
+    },
     budgets=("1blocks", "3blocks"),
     seeds=(42, 43),
     calibrations={"": {}, "short": {"num_samples": 5, "kind": "odd"}},
-    heal={"plain": Heal(), "refit": Heal(compensate="refit"), "both": Heal(compensate="refit", train={"epochs": 1})},
+    heal={
+        "plain": Heal(),
+        "refit": Heal(compensate="refit"),
+        "both": Heal(compensate="refit", train={"epochs": 1}),
+    },
     tasks=True,
 )
 
@@ -55,12 +63,20 @@ def place(tmp_path, monkeypatch):
     Path("runs").mkdir()
     Path("runs/tiny.yaml").write_text(yaml.safe_dump(run))
     save_tiny(tmp_path / "model", tie_word_embeddings=True)
-    texts = [MixedText(sentence(i) * 3, TextKind(("even", "odd")[i % 2], 1.0 + i % 2)) for i in range(90)]
+    texts = [
+        MixedText(sentence(i) * 3, TextKind(("even", "odd")[i % 2], 1.0 + i % 2)) for i in range(90)
+    ]
     Path("sources").mkdir()
-    for role, own in {"calibration": texts[:60], "train": texts[:60], "perplexity": texts[60:]}.items():
+    for role, own in {
+        "calibration": texts[:60],
+        "train": texts[:60],
+        "perplexity": texts[60:],
+    }.items():
         write_texts(Path("sources", f"{role}.parquet"), own)
     found = load_run("tiny")
-    fetch_tasks(found.evaluate.zero_shot, *[Path("sources/tasks")] * 2, Path("cache"), Path("pins"), print)
+    fetch_tasks(
+        found.evaluate.zero_shot, *[Path("sources/tasks")] * 2, Path("cache"), Path("pins"), print
+    )
     fetch_checkpoint(found.model, tmp_path / "dense", Path("cache"), Path("pins"), print)
     dense = Checkpoint(tmp_path / "dense", "float32", "cpu", False)
 
@@ -76,31 +92,47 @@ def place(tmp_path, monkeypatch):
 
 def test_points_are_what_full_forward_passes_say(place):
     found = place.measure(WANTED)
-    bench = experiments.Bench(place.run, place.dense, Path("sources"), place.folder / "data", SilentObserver())
+    bench = experiments.Bench(
+        place.run, place.dense, Path("sources"), place.folder / "data", SilentObserver()
+    )
     rows = bench.heldout.rows
     assert list(found.kinds) == ["even"] * 2 + ["odd"] * 3, "rows by the kinds' shares"
     assert len(found.frame) == 2 * 2 * 2 * 2 * 3
-    np.testing.assert_allclose(found.dense["nll"], [full_nll(place.dense.model, row) for row in rows], rtol=1e-5)
+    np.testing.assert_allclose(
+        found.dense["nll"], [full_nll(place.dense.model, row) for row in rows], rtol=1e-5
+    )
     plain = found.frame[found.frame["heal"] == "plain"]
     for _, point in plain.iterrows():
         mask = parse_mask(point["plan"].replace(" ", ","))
         pruned = prune_(load_model(place.folder / "model", "float32", "cpu"), mask)
         np.testing.assert_allclose(point["nll"], [full_nll(pruned, row) for row in rows], rtol=1e-5)
-        assert (point["mha"], point["mlp"]) == tuple(point["plan"].count(kind) for kind in ("mha", "mlp"))
+        assert (point["mha"], point["mlp"]) == tuple(
+            point["plan"].count(kind) for kind in ("mha", "mlp")
+        )
         items = json.loads(point["items"])["piqa"]
-        assert set(items["score"]) <= {0, 1} and all(0 < p < 1 for p in items["p_gold"]) and len(items["p_gold"]) == 6
+        assert (
+            set(items["score"]) <= {0, 1}
+            and all(0 < p < 1 for p in items["p_gold"])
+            and len(items["p_gold"]) == 6
+        )
     given = plain[(plain["method"] == "few") & (plain["budget"] == "3blocks")]
     assert set(given["plan"]) == {"mha.1 mha.3 mlp.2"} and given["nll"].map(tuple).nunique() == 1
     own = ["calibration", "seed", "method", "budget"]
-    wide = found.frame.assign(mean=found.frame["nll"].map(np.mean)).pivot(index=own, columns="heal", values="mean")
+    wide = found.frame.assign(mean=found.frame["nll"].map(np.mean)).pivot(
+        index=own, columns="heal", values="mean"
+    )
     assert (wide["refit"] != wide["plain"]).any() and (wide["both"] != wide["refit"]).any()
     searched = found.frame[found.frame["method"] == "blockpruner"]
-    assert (searched.groupby("budget")["trials_asked"].min() == pd.Series({"1blocks": 9, "3blocks": 22})).all()
+    assert (
+        searched.groupby("budget")["trials_asked"].min() == pd.Series({"1blocks": 9, "3blocks": 22})
+    ).all()
     assert not list((place.folder / "data").glob("tmp*")), "no weights stay"
 
 
 def test_a_kill_costs_one_point_and_no_loss(place, monkeypatch):
-    plain = WANTED.model_copy(update={"heal": {"plain": Heal()}, "tasks": False, "calibrations": {"": {}}})
+    plain = WANTED.model_copy(
+        update={"heal": {"plain": Heal()}, "tasks": False, "calibrations": {"": {}}}
+    )
     measure, done = experiments.measure_perplexity, []
 
     def counted(*given):
@@ -117,68 +149,124 @@ def test_a_kill_costs_one_point_and_no_loss(place, monkeypatch):
     calls = len(done) - 4
     masks = first.frame["plan"].nunique()
     assert calls == 1 + masks - 3, "the dense model and each mask are measured once"
-    assert place.measure(plain).frame["seconds"].equals(first.frame["seconds"]) and len(done) == calls + 4
+    assert (
+        place.measure(plain).frame["seconds"].equals(first.frame["seconds"])
+        and len(done) == calls + 4
+    )
     more = place.measure(plain.model_copy(update={"budgets": ("1blocks", "2blocks", "3blocks")}))
     assert len(done) - calls - 4 == more.frame["plan"].nunique() - masks
 
 
 def test_a_search_sees_one_kind_alone_and_what_changes_weights_is_not_refitted(place):
-    bench = experiments.Bench(place.run, place.dense, Path("sources"), place.folder / "data", SilentObserver())
+    bench = experiments.Bench(
+        place.run, place.dense, Path("sources"), place.folder / "data", SilentObserver()
+    )
     own = [text for text in bench.texts["calibration"] if text.kind.name == "odd"]
-    drawn = place.run.calibration.model_copy(update={"packing": "per_sample", "num_samples": 20, "seq_len": 200})
+    drawn = place.run.calibration.model_copy(
+        update={"packing": "per_sample", "num_samples": 20, "seq_len": 200}
+    )
     rows = bench.rows(drawn, "odd", None, False)
     decode = bench.dense.tokenizer.decode
     assert len(rows.search.rows) == 20 and {decode(row) for row in rows.search.rows} <= set(own)
-    assert rows.fit.digest == bench.rows(drawn, None, None, False).fit.digest, "a fit sees all kinds"
-    changes = {"methods": {"slicegpt": {}, "narrow": {}}, "budgets": ("0.22",), "seeds": (42,), "tasks": False}
-    heal = {"plain": Heal(), "refit": Heal(compensate="refit"), "trained": Heal(train={"epochs": 1})}
-    found = place.measure(WANTED.model_copy(update={**changes, "heal": heal, "calibrations": {"": {}}})).frame
+    assert rows.fit.digest == bench.rows(drawn, None, None, False).fit.digest, (
+        "a fit sees all kinds"
+    )
+    changes = {
+        "methods": {"slicegpt": {}, "narrow": {}},
+        "budgets": ("0.22",),
+        "seeds": (42,),
+        "tasks": False,
+    }
+    heal = {
+        "plain": Heal(),
+        "refit": Heal(compensate="refit"),
+        "trained": Heal(train={"epochs": 1}),
+    }
+    found = place.measure(
+        WANTED.model_copy(update={**changes, "heal": heal, "calibrations": {"": {}}})
+    ).frame
     assert list(zip(found["method"], found["heal"], strict=True)) == [
-        ("slicegpt", "plain"), ("slicegpt", "trained"), ("narrow", "plain"), ("narrow", "refit"), ("narrow", "trained"),
-    ]  # fmt: skip
+        ("slicegpt", "plain"),
+        ("slicegpt", "trained"),
+        ("narrow", "plain"),
+        ("narrow", "refit"),
+        ("narrow", "trained"),
+    ]
 
 
 def test_settings_are_refused_before_anything_is_computed(place, monkeypatch):
     monkeypatch.setattr(experiments, "measure_perplexity", None)
     with refused("settings"):
-        place.measure(WANTED.model_copy(update={"methods": {"blockpruner": {"options": {"width": 3}}}}))
+        place.measure(
+            WANTED.model_copy(update={"methods": {"blockpruner": {"options": {"width": 3}}}})
+        )
     with refused("unknown-method"):
         place.measure(WANTED.model_copy(update={"methods": {"blokpruner": {}}}))
 
 
 def test_a_study_of_experiments_asks_for_them_alone(place):
     Path("studies").mkdir()
-    study = {"title": "T", "runs": ["tiny"], "experiments": {"one": {"run": "tiny", "methods": {"blockpruner": {}},
-             "budgets": ["0.1"]}, "two": {"run": "tiny", "methods": {"shortgpt": {}}, "budgets": ["0.1"]}}}  # fmt: skip
+    study = {
+        "title": "T",
+        "runs": ["tiny"],
+        "experiments": {
+            "one": {"run": "tiny", "methods": {"blockpruner": {}}, "budgets": ["0.1"]},
+            "two": {"run": "tiny", "methods": {"shortgpt": {}}, "budgets": ["0.1"]},
+        },
+    }
     Path("studies/seed.yaml").write_text(yaml.safe_dump(study))
     Path("params.yaml").write_text("runs: [tiny]\ntargets: {}\nstudies: []\nexperiments: {}\n")
     assert set(load_study("seed").experiments) == {"one", "two"}
     chosen = choose_study("seed", ["two"])
-    pipeline = {"settings@tiny": (), "fetch@tiny": ("settings@tiny",), "score@tiny-shortgpt": ("fetch@tiny",)}
-    pipeline |= {f"experiment@seed-{name}": ("settings@tiny", "fetch@tiny") for name in ("two", "one")}
+    pipeline = {
+        "settings@tiny": (),
+        "fetch@tiny": ("settings@tiny",),
+        "score@tiny-shortgpt": ("fetch@tiny",),
+    }
+    pipeline |= {
+        f"experiment@seed-{name}": ("settings@tiny", "fetch@tiny") for name in ("two", "one")
+    }
     assert chosen.stages(pipeline) == ["settings@tiny", "fetch@tiny", "experiment@seed-two"]
-    assert yaml.safe_load(chosen.text)["experiments"] == {"seed-two": {"study": "seed", "name": "two", "run": "tiny"}}
+    assert yaml.safe_load(chosen.text)["experiments"] == {
+        "seed-two": {"study": "seed", "name": "two", "run": "tiny"}
+    }
     both = choose_study("seed")
-    assert list(both.experiments) == ["seed-one", "seed-two"] and yaml.safe_load(both.text)["studies"] == ["seed"]
+    assert list(both.experiments) == ["seed-one", "seed-two"] and yaml.safe_load(both.text)[
+        "studies"
+    ] == ["seed"]
     with refused("unknown-item"):
         choose_study("seed", ["three"])
 
 
 def test_a_dry_run_of_a_study_of_experiments_prints_them(place, capsys):
     Path("studies").mkdir()
-    one = {"run": "tiny", "methods": {"given": {"options": {"order": ["mha.1"]}}}, "budgets": ["1blocks"]}
-    grid = {"methods": {"blockpruner": {}, "shortgpt": {}}, "budgets": ["0.1", "0.2"], "seeds": [1, 2, 3]}
+    one = {
+        "run": "tiny",
+        "methods": {"given": {"options": {"order": ["mha.1"]}}},
+        "budgets": ["1blocks"],
+    }
+    grid = {
+        "methods": {"blockpruner": {}, "shortgpt": {}},
+        "budgets": ["0.1", "0.2"],
+        "seeds": [1, 2, 3],
+    }
     heal = {"plain": {}, "refit": {"compensate": "refit"}}
     experiments_ = {"one": one, "many": {"run": "tiny", **grid, "heal": heal}}
-    Path("studies/mine.yaml").write_text(yaml.safe_dump({"title": "T", "runs": ["tiny"], "experiments": experiments_}))
+    Path("studies/mine.yaml").write_text(
+        yaml.safe_dump({"title": "T", "runs": ["tiny"], "experiments": experiments_})
+    )
     Path("params.yaml").write_text("runs: [tiny]\ntargets: {}\nstudies: []\nexperiments: {}\n")
     place.measure(Experiment.model_validate(one))
     shutil.copytree(place.folder / "out", "data/evidence/mine-one")
     assert paper.main(["--study", "mine", "--dry-run"]) == 0
     many, one, model, unknown = capsys.readouterr().out.splitlines()
     assert one == "one: tiny: given at 1blocks: 1 models (1 measured); 1 searches"
-    assert many == "many: tiny: blockpruner, shortgpt at 0.1, 0.2: 24 models (0 measured); 6 searches"
-    assert model == "model model: not fetched, on this machine" and unknown.startswith("not known before the run: ")
+    assert (
+        many == "many: tiny: blockpruner, shortgpt at 0.1, 0.2: 24 models (0 measured); 6 searches"
+    )
+    assert model == "model model: not fetched, on this machine" and unknown.startswith(
+        "not known before the run: "
+    )
     assert paper.main(["--study", "mine", "--dry-run", "--experiment", "many"]) == 0
     assert "one:" not in capsys.readouterr().out
     assert "seed" not in Path("params.yaml").read_text(), "nothing is changed"
@@ -188,9 +276,16 @@ def test_the_stage_depends_on_what_it_reads(place):
     """Its settings, its study, and nothing else; what changed while it ran is refused."""
     Path("studies").mkdir()
     own = {"run": "tiny", "methods": {"shortgpt": {}}, "budgets": ["2blocks"]}
-    Path("studies/mine.yaml").write_text(yaml.safe_dump({"title": "T", "runs": ["tiny"], "experiments": {"one": own}}))
+    Path("studies/mine.yaml").write_text(
+        yaml.safe_dump({"title": "T", "runs": ["tiny"], "experiments": {"one": own}})
+    )
     named = {"mine-one": {"study": "mine", "name": "one", "run": "tiny"}}
-    params = {"runs": ["tiny"], "targets": {}, "experiments": named, "runtime": {"device": "cpu", "threads": 1}}
+    params = {
+        "runs": ["tiny"],
+        "targets": {},
+        "experiments": named,
+        "runtime": {"device": "cpu", "threads": 1},
+    }
     Path("params.yaml").write_text(yaml.safe_dump(params))
     dag.write()
     for source, role in ((Path("dense"), "models"), (Path("sources"), "sources")):

@@ -1,4 +1,5 @@
-"""The GGUF export against llama.cpp (xllamacpp), which is the oracle, and against transformers' logits."""
+"""The GGUF export against llama.cpp (xllamacpp), which is the oracle, and against transformers'
+logits."""
 
 import copy
 import json
@@ -12,7 +13,16 @@ import torch
 from gguf import GGUFReader, TokenType
 from gguf.quants import quantize
 from safetensors.torch import load_file
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoConfig, LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from blockpruner.checkpoints import gguf, verification, verify_llama_cpp
@@ -59,14 +69,18 @@ MODELS = {
     "llama tied": {"tie_word_embeddings": True},
     "llama rope llama3": {"rope_parameters": {"rope_type": "llama3", **SCALED, **LLAMA3}},
     "llama rope linear": {"rope_parameters": {"rope_type": "linear", **SCALED}},
-    "qwen2 rope linear": {"rope_parameters": {"rope_type": "linear", **SCALED}, "use_sliding_window": False},
+    "qwen2 rope linear": {
+        "rope_parameters": {"rope_type": "linear", **SCALED},
+        "use_sliding_window": False,
+    },
     "mistral": {"sliding_window": None},
 }
 
 
 @cache
 def pieces():
-    """Merges of bytes, learned from the very text that is compared, so that each rule of splitting shows."""
+    """Merges of bytes, learned from the very text that is compared, so that each rule of splitting
+    shows."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -81,25 +95,40 @@ def byte_level(split, ignore_merges=False, **special):
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges))
     tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{"eos_token": "</s>", "bos_token": "<s>"} | special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **{"eos_token": "</s>", "bos_token": "<s>"} | special
+    )
 
 
 def words(*steps):
-    return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
+    return pre_tokenizers.Sequence(
+        [*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+    )
 
 
 def regex(pattern):
     isolated = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-    return pre_tokenizers.Sequence([isolated, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    return pre_tokenizers.Sequence(
+        [isolated, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
 
 
 def sentencepiece(**options):
-    """Pieces by rank, with every pair of pieces that makes one as a merge, as transformers reads a tokenizer.model."""
+    """Pieces by rank, with every pair of pieces that makes one as a merge, as transformers reads a
+    tokenizer.model."""
     tokenizer = Tokenizer(models.BPE())
     trainer = trainers.BpeTrainer(vocab_size=120, show_progress=False)
-    tokenizer.train_from_iterator([("▁" + TEXT.replace(" ", "▁")).split("\n")[0]] * 2 + ["▁low▁lower", "▁▁▁▁"], trainer)
+    tokenizer.train_from_iterator(
+        [("▁" + TEXT.replace(" ", "▁")).split("\n")[0]] * 2 + ["▁low▁lower", "▁▁▁▁"], trainer
+    )
     found = json.loads(tokenizer.to_str())["model"]["vocab"]
-    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *sorted(found, key=found.get)]
+    names = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *sorted(found, key=found.get),
+    ]
     vocab = {name: index for index, name in enumerate(names)}
     merges = [
         (name[:cut], name[cut:])
@@ -124,12 +153,14 @@ TOKENIZERS = {
     "qwen2": lambda: Qwen2Tokenizer(*pieces()),
     "default": sentencepiece,
 }
-"""What llama.cpp calls them ("default" is SentencePiece's), as transformers or their tokenizer.json have them."""
+"""What llama.cpp calls them ("default" is SentencePiece's), as transformers or their tokenizer.json
+have them."""
 
 
 def model_of(name, **changes):
     options = {"vocab_size": 304, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    # at the usual 0.5, rounding to 16 bits makes a chaos; at 0.2, a wrong file still errs 60 times as much
+    # at the usual 0.5, rounding to 16 bits makes a chaos; at 0.2, a wrong file still errs 60 times
+    # as much
     options |= {"initializer_range": 0.2}
     return tiny_model(name.split()[0], 6, torch.float32, **options | MODELS[name] | changes)
 
@@ -139,7 +170,9 @@ def asked(model, mask, path, tokenizer=None, words=None):
     tokenizer, mask = tokenizer or plain(), parse_mask(mask)
     attentions = 6 - sum(block.kind is BlockKind.MHA for block in mask)
     with masked(model, mask):
-        reference = reference_outputs(model, SimpleNamespace(layers=6, blocks={"mha": 6 - attentions}))
+        reference = reference_outputs(
+            model, SimpleNamespace(layers=6, blocks={"mha": 6 - attentions})
+        )
     reference |= gguf.facts(tokenizer, model.config.to_dict())
     pruned = prune_(copy.deepcopy(model), mask)
     words = words or vocabulary(tokenizer, model.config.to_dict())
@@ -170,7 +203,9 @@ def test_no_worse_than_the_dense_file(tmp_path, name, mask):
 
 
 @with_llama_cpp
-@pytest.mark.parametrize("mask", [pytest.param("", marks=pytest.mark.slow), "mha.0,mlp.3"], ids=["whole", "holes"])
+@pytest.mark.parametrize(
+    "mask", [pytest.param("", marks=pytest.mark.slow), "mha.0,mlp.3"], ids=["whole", "holes"]
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_what_models_have(tmp_path, name, mask):
     report = asked(model_of(name), mask, tmp_path / "model.gguf")
@@ -237,14 +272,24 @@ def test_export_is_complete_and_verified(tmp_path, dense, dtype, monkeypatch):
         monkeypatch.setattr(verification, "subprocess", InProcess)
     export(dense, tmp_path / "out", dtype=dtype)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "LICENSE", "README.md", "blockpruner_plan.json", "model-F16.gguf", "model-Q8_0.gguf",
+        "LICENSE",
+        "README.md",
+        "blockpruner_plan.json",
+        "model-F16.gguf",
+        "model-Q8_0.gguf",
         "verification.json",
-    }  # fmt: skip
+    }
     report = json.loads((tmp_path / "out/verification.json").read_text())
     assert report["ok"] and report["cache_layers_expected"] == 5
-    assert report["files"]["F16"]["rms_logprob_difference"] < report["files"]["Q8_0"]["rms_logprob_difference"] / 5
+    assert (
+        report["files"]["F16"]["rms_logprob_difference"]
+        < report["files"]["Q8_0"]["rms_logprob_difference"] / 5
+    )
     assert "llama-cli -m model-Q8_0.gguf" in (tmp_path / "out/README.md").read_text()
-    kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "out/model-Q8_0.gguf").tensors}
+    kinds = {
+        tensor.name: tensor.tensor_type.name
+        for tensor in GGUFReader(tmp_path / "out/model-Q8_0.gguf").tensors
+    }
     assert (kinds["token_embd.weight"], kinds["output_norm.weight"]) == ("Q8_0", "F32")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -267,18 +312,32 @@ def test_healed_weights_are_in_the_files_to_the_byte(tmp_path, dense):
     names = ("model.layers.2.mlp.down_proj.weight", "model.layers.3.self_attn.o_proj.weight")
     weights = {name: before[name].flip(0) * 1.5 for name in names}
     export_gguf(pruning(dense, plan), tmp_path / "plain")
-    export_gguf(pruning(dense, plan, healed=healed_of(dense, plan, tmp_path, weights)), tmp_path / "healed")
+    export_gguf(
+        pruning(dense, plan, healed=healed_of(dense, plan, tmp_path, weights)), tmp_path / "healed"
+    )
     for precision in ("F16", "Q8_0"):
         plain, healed = (
-            {tensor.name: tensor for tensor in GGUFReader(tmp_path / out / f"model-{precision}.gguf").tensors}
+            {
+                tensor.name: tensor
+                for tensor in GGUFReader(tmp_path / out / f"model-{precision}.gguf").tensors
+            }
             for out in ("plain", "healed")
         )
         assert plain.keys() == healed.keys()
-        changed = [healed[name] for name in plain if healed[name].data.tobytes() != plain[name].data.tobytes()]
-        assert {tensor.name for tensor in changed} == {"blk.2.ffn_down.weight", "blk.3.attn_output.weight"}
+        changed = [
+            healed[name]
+            for name in plain
+            if healed[name].data.tobytes() != plain[name].data.tobytes()
+        ]
+        assert {tensor.name for tensor in changed} == {
+            "blk.2.ffn_down.weight",
+            "blk.3.attn_output.weight",
+        }
         assert {tensor.data.tobytes() for tensor in changed} == {
             quantize(weight.numpy(), tensor.tensor_type).tobytes()
-            for weight, tensor in zip(weights.values(), sorted(changed, key=lambda t: t.name), strict=True)
+            for weight, tensor in zip(
+                weights.values(), sorted(changed, key=lambda t: t.name), strict=True
+            )
         }
 
 
@@ -288,10 +347,18 @@ def test_merged_layers_are_a_plain_model(tmp_path, dense, monkeypatch):
     details = {"merges": [[1, 2]], "variant": "paper"}
     export(dense, tmp_path / "out", kind="laco", details=details, blocks={"mha": 2, "mlp": 2})
     fields = GGUFReader(tmp_path / "out/model-F16.gguf").fields
-    assert (fields["general.architecture"].contents(), fields["llama.block_count"].contents()) == ("llama", 4)
-    named = [fields[f"general.{key}"].contents() for key in ("name", "base_model.0.name", "base_model.count")]
+    assert (fields["general.architecture"].contents(), fields["llama.block_count"].contents()) == (
+        "llama",
+        4,
+    )
+    named = [
+        fields[f"general.{key}"].contents()
+        for key in ("name", "base_model.0.name", "base_model.count")
+    ]
     assert named == ["t", "mine", 1]
-    assert "not installed" in json.loads((tmp_path / "out/verification.json").read_text())["unchecked"]
+    assert (
+        "not installed" in json.loads((tmp_path / "out/verification.json").read_text())["unchecked"]
+    )
 
 
 @with_llama_cpp
@@ -311,7 +378,9 @@ def test_a_wrong_file_fails_and_leaves_nothing(tmp_path, dense, monkeypatch, fau
 
     def spoilt(*arguments):
         wrong = fault if written[-1] in files.split() else None
-        return ((name, weight * 1.2 if name == wrong else weight) for name, weight in parts(*arguments))
+        return (
+            (name, weight * 1.2 if name == wrong else weight) for name, weight in parts(*arguments)
+        )
 
     def remembered(model, words, precision, path):
         written.append(precision)
@@ -320,7 +389,9 @@ def test_a_wrong_file_fails_and_leaves_nothing(tmp_path, dense, monkeypatch, fau
     monkeypatch.setattr(gguf, "tensors", spoilt)
     monkeypatch.setattr(gguf, "write", remembered)
     if fault == "tokenizer":
-        monkeypatch.setattr(gguf, "vocabulary", lambda *given: vocabulary_(*given) | {"add_bos_token": True})
+        monkeypatch.setattr(
+            gguf, "vocabulary", lambda *given: vocabulary_(*given) | {"add_bos_token": True}
+        )
     with pytest.raises(InputError, match="does not reproduce the model in memory"):
         export(dense, tmp_path / "out")
     assert written == ["F16", "Q8_0"] and list(tmp_path.iterdir()) == []
@@ -340,7 +411,9 @@ def test_what_llama_cpp_quantizes_further_is_asked_too(tmp_path, dense, monkeypa
         gguf.require_quantizations(["Q4_K_M"])
         export_gguf(pruning(dense, plan_of(dense, ["mha.0", "mlp.3"])), tmp_path / out, ["Q4_K_M"])
 
-    quantized('[ "$*" = "model-F16.gguf model-Q4_K_M.gguf Q4_K_M" ] && cp model-Q8_0.gguf "$2"', "out")
+    quantized(
+        '[ "$*" = "model-F16.gguf model-Q4_K_M.gguf Q4_K_M" ] && cp model-Q8_0.gguf "$2"', "out"
+    )
     report = json.loads((tmp_path / "out/verification.json").read_text())
     assert report["ok"] and report["files"]["Q4_K_M"] == report["files"]["Q8_0"]
     assert "model-Q4_K_M.gguf" in report["manifest"]
@@ -363,7 +436,9 @@ def test_what_llama_cpp_quantizes_further_is_asked_too(tmp_path, dense, monkeypa
     ],
 )
 def test_what_a_file_cannot_hold(config, plan):
-    config = AutoConfig.for_model(**{"model_type": "llama", "num_hidden_layers": 6} | config).to_dict()
+    config = AutoConfig.for_model(
+        **{"model_type": "llama", "num_hidden_layers": 6} | config
+    ).to_dict()
     with refused("export-limits"):
         require_fit("gguf", config, plan_of(config, ["mha.0"], **plan))
 
@@ -409,7 +484,9 @@ def test_a_tokenizer_of_llama_2_keeps_its_space_in_front(merged):
     assert vocabulary(tokenizer, {"vocab_size": len(tokenizer)})["add_space_prefix"]
 
 
-@pytest.mark.parametrize(("templates", "kept"), [({"default": "a", "tool": "b"}, "a"), ({"tool": "b"}, None)])
+@pytest.mark.parametrize(
+    ("templates", "kept"), [({"default": "a", "tool": "b"}, "a"), ({"tool": "b"}, None)]
+)
 def test_of_several_chat_templates_a_file_has_the_default(templates, kept):
     tokenizer = plain_with("<s>", "</s>")
     tokenizer.chat_template = templates
@@ -419,16 +496,28 @@ def test_of_several_chat_templates_a_file_has_the_default(templates, kept):
 @pytest.mark.parametrize(
     ("tokenizer", "message"),
     [
-        (lambda: byte_level(regex(LLAMA_3)), "splits text in a way unknown here"),  # without ignore_merges
+        (
+            lambda: byte_level(regex(LLAMA_3)),
+            "splits text in a way unknown here",
+        ),  # without ignore_merges
         (lower_cased, "after Lowercase"),
         (unequal_halves, "merges by halves of tokens"),
-        (lambda: byte_level(words(pre_tokenizers.Whitespace())), "splits text in a way unknown here"),
+        (
+            lambda: byte_level(words(pre_tokenizers.Whitespace())),
+            "splits text in a way unknown here",
+        ),
         (lambda: byte_level(None), "splits text in a way unknown here"),
         (another_start, "has normalizer .*Lowercase"),
         (surrounded_twice, "puts other tokens than its first and last around a text"),
-        (lambda: PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}))), "a WordLevel model"),
+        (
+            lambda: PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}))),
+            "a WordLevel model",
+        ),
     ],
 )
 def test_tokenizers_without_an_equal_are_refused(tokenizer, message):
-    with pytest.raises(InputError, match=rf"the tokenizer .*{message}.*supported: byte-level BPE.*Use export: \[hf\]"):
+    with pytest.raises(
+        InputError,
+        match=rf"the tokenizer .*{message}.*supported: byte-level BPE.*Use export: \[hf\]",
+    ):
         vocabulary(tokenizer(), {"vocab_size": 304})

@@ -1,4 +1,5 @@
-"""`benchmarks.gpu`: its parts rehearsed at tiny shapes on the CPU, and what a part that fails leaves behind."""
+"""`benchmarks.gpu`: its parts rehearsed at tiny shapes on the CPU, and what a part that fails
+leaves behind."""
 
 import pytest
 import torch
@@ -17,7 +18,10 @@ def test_the_rehearsal_answers_every_part(tmp_path, monkeypatch):
     assert gpu.main(["--out", str(tmp_path / "gpu.json")]) == 0
     found = read_json(tmp_path / "gpu.json")
     assert found["where"]["device"] == gpu.NO_DEVICE
-    checks = {name: sum("; at most 1" in fact for fact in record["facts"]) for name, record in found["parts"].items()}
+    checks = {
+        name: sum("; at most 1" in fact for fact in record["facts"])
+        for name, record in found["parts"].items()
+    }
     assert checks == CHECKS
 
 
@@ -27,7 +31,9 @@ def test_a_part_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsy
         raise RuntimeError("a kernel is missing")
 
     parts = {"broken": broken, "wrong": lambda s: iter([gpu.at_most("one is none", 1.0, 0)])}
-    monkeypatch.setattr(gpu, "PARTS", parts | {"good": lambda s: iter([gpu.at_most("none", 0.0, 0)])})
+    monkeypatch.setattr(
+        gpu, "PARTS", parts | {"good": lambda s: iter([gpu.at_most("none", 0.0, 0)])}
+    )
     monkeypatch.setattr(gpu, "resolve_device", lambda name: CPU)
     out = str(tmp_path / "gpu.json")
     assert gpu.main(["--out", out]) == 1

@@ -1,4 +1,5 @@
-"""Healed weights: what an export holds of them, against that of a dense model that had them before."""
+"""Healed weights: what an export holds of them, against that of a dense model that had them
+before."""
 
 import json
 from dataclasses import replace
@@ -63,13 +64,22 @@ def export(form, model, plan, out, **options):
         (WHOLE, {DOWN.format(1): DOWN.format(2)}),
     ],
 )
-def test_an_export_equals_that_of_a_dense_model_with_these_weights(tmp_path, dense, monkeypatch, form, order, places):
+def test_an_export_equals_that_of_a_dense_model_with_these_weights(
+    tmp_path, dense, monkeypatch, form, order, places
+):
     """By name in the pruned model, the name in the dense one; the embedding is also the head."""
     monkeypatch.setattr(nas.verify_mlx, "ENGINE", "no_such_engine")
-    plan, places = plan_of(dense, order), places | {"model.embed_tokens.weight": "model.embed_tokens.weight"}
+    plan, places = (
+        plan_of(dense, order),
+        places | {"model.embed_tokens.weight": "model.embed_tokens.weight"},
+    )
     weights = other(dense, *places.values())
-    expected, _ = export(form, with_weights(dense, tmp_path / "dense", weights), plan, tmp_path / "expected")
-    healed = healed_of(dense, plan, tmp_path / "healed", {own: weights[name] for own, name in places.items()})
+    expected, _ = export(
+        form, with_weights(dense, tmp_path / "dense", weights), plan, tmp_path / "expected"
+    )
+    healed = healed_of(
+        dense, plan, tmp_path / "healed", {own: weights[name] for own, name in places.items()}
+    )
     found, report = export(form, dense, plan, tmp_path / "out", healed=healed)
     assert report["ok"] or form == "nas"
     assert found.keys() == expected.keys()
@@ -81,19 +91,39 @@ def test_an_export_equals_that_of_a_dense_model_with_these_weights(tmp_path, den
 
 @pytest.mark.parametrize(
     ("kind", "details", "gone"),
-    [("laco", {"merges": [[1, 1]], "variant": "paper"}, 1), ("slicegpt", {"width": 24, "hidden": 32}, 0)],
+    [
+        ("laco", {"merges": [[1, 1]], "variant": "paper"}, 1),
+        ("slicegpt", {"width": 24, "hidden": 32}, 0),
+    ],
 )
 def test_models_with_other_weights_are_healed_too(tmp_path, dense, kind, details, gone):
     """The new weights are of the made model: the dense one has no such tensors."""
-    plan = plan_of(dense, ["mha.2,mlp.2"], kind=kind, method=kind, details=details, blocks={"mha": gone, "mlp": gone})
+    plan = plan_of(
+        dense,
+        ["mha.2,mlp.2"],
+        kind=kind,
+        method=kind,
+        details=details,
+        blocks={"mha": gone, "mlp": gone},
+    )
     made = pruned_copy(load_model(dense, "float32", "cpu"), plan, ROWS)
-    before, name = parameter_digests(made), next(name for name in dict(made.named_parameters()) if "down_proj" in name)
-    weight = torch.randn(dict(made.named_parameters())[name].shape, generator=torch.Generator().manual_seed(0))
+    before, name = (
+        parameter_digests(made),
+        next(name for name in dict(made.named_parameters()) if "down_proj" in name),
+    )
+    weight = torch.randn(
+        dict(made.named_parameters())[name].shape, generator=torch.Generator().manual_seed(0)
+    )
     set_weights_(made, {name: weight})
     changed = changed_weights(made, before, plan)
     assert set(changed) == ({name} if kind == "laco" else set(before))
     found, report = export(
-        "hf", dense, plan, tmp_path / "out", healed=healed_of(dense, plan, tmp_path / "healed", changed), rows=ROWS
+        "hf",
+        dense,
+        plan,
+        tmp_path / "out",
+        healed=healed_of(dense, plan, tmp_path / "healed", changed),
+        rows=ROWS,
     )
     assert report["ok"] and torch.equal(found[name], weight)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
@@ -103,7 +133,8 @@ def test_models_with_other_weights_are_healed_too(tmp_path, dense, kind, details
 
 def test_only_what_changed_is_kept_and_a_tied_weight_once(tmp_path):
     model = prune_(
-        tiny_model(dtype=torch.float32, tie_word_embeddings=True), plan_of(tiny_model().config.to_dict(), HOLES).mask
+        tiny_model(dtype=torch.float32, tie_word_embeddings=True),
+        plan_of(tiny_model().config.to_dict(), HOLES).mask,
     )
     before = parameter_digests(model)
     with torch.no_grad():
@@ -117,7 +148,11 @@ def test_only_what_changed_is_kept_and_a_tied_weight_once(tmp_path):
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        (DOWN.format(3), (32, 48), r"down_proj.weight is \[32, 48\] here and absent in the pruned model"),
+        (
+            DOWN.format(3),
+            (32, 48),
+            r"down_proj.weight is \[32, 48\] here and absent in the pruned model",
+        ),
         (OUT.format(2), (32, 16), r"o_proj.weight is \[32, 16\] here and \[32, 32\] in the pruned"),
         (DOWN.format(1), (32, 64), r"absent"),  # the layer has no MLP
     ],
@@ -125,7 +160,9 @@ def test_only_what_changed_is_kept_and_a_tied_weight_once(tmp_path):
 def test_weights_that_do_not_fit_are_refused(tmp_path, dense, name, shape, message):
     plan = plan_of(dense, HOLES)
     healed = healed_of(dense, plan, tmp_path, {name: torch.zeros(shape)})
-    with pytest.raises(InputError, match=f"{tmp_path}/weights.safetensors does not fit: model.layers.*{message}"):
+    with pytest.raises(
+        InputError, match=f"{tmp_path}/weights.safetensors does not fit: model.layers.*{message}"
+    ):
         pruning(dense, plan, healed=healed).prune_(load_model(dense, "float32", "cpu"))
 
 
@@ -137,7 +174,9 @@ def test_a_file_of_another_plan_or_model_is_refused(tmp_path, dense):
     assert find_healed([tmp_path / "none"], own) is None
     sliced = replace(plan, kind="slicegpt", details={"width": 24})
     others = {
-        pruning(dense, plan_of(dense, ["mlp.1", "mha.3"])).identity,  # has tensors of the same shapes
+        pruning(
+            dense, plan_of(dense, ["mlp.1", "mha.3"])
+        ).identity,  # has tensors of the same shapes
         pruning(fetch_tiny(tmp_path), plan).identity,
         pruning(dense, plan, "bfloat16").identity,
         pruning(dense, sliced).identity,
@@ -145,7 +184,9 @@ def test_a_file_of_another_plan_or_model_is_refused(tmp_path, dense):
     }
     assert len(others) == 5
     for of in others:
-        with pytest.raises(InputError, match="a/weights.safetensors belongs to another model, plan or calibration"):
+        with pytest.raises(
+            InputError, match="a/weights.safetensors belongs to another model, plan or calibration"
+        ):
             find_healed([tmp_path / "a"], of)
 
 
@@ -155,7 +196,9 @@ def test_a_damaged_file_is_refused(tmp_path, dense, fault):
     healed = healed_of(dense, plan, tmp_path, {DOWN.format(1): torch.ones(32, 64)})
     content = bytearray(healed.path.read_bytes())
     content[-9] ^= 1
-    healed.path.write_bytes({"a bit flipped": content, "truncated": content[:-40], "not safetensors": b"{}"}[fault])
+    healed.path.write_bytes(
+        {"a bit flipped": content, "truncated": content[:-40], "not safetensors": b"{}"}[fault]
+    )
     with refused("damaged-file") as caught:
         load_healed_(tiny_model(), healed.path)
     assert "dvc" not in str(caught.value) and caught.value.value == str(healed.path)
@@ -165,6 +208,10 @@ def test_the_one_result_of_a_card_is_of_the_last_healing(tmp_path):
     dense = fetch_tiny(tmp_path / "dense")
     told = {"refit": {"before": 9.0, "after": 7.0}, "training": {"before": 7.0, "after": 6.0}}
     healed = Healed(tmp_path, "", "compensated, then trained", (), "", told)
-    (tmp_path / "README.md").write_text(model_card(plan_of(dense, ["mha.1"]), dense, "hf", healed=healed))
-    ((result,),) = (each["results"] for each in metadata_load(tmp_path / "README.md")["model-index"])
+    (tmp_path / "README.md").write_text(
+        model_card(plan_of(dense, ["mha.1"]), dense, "hf", healed=healed)
+    )
+    ((result,),) = (
+        each["results"] for each in metadata_load(tmp_path / "README.md")["model-index"]
+    )
     assert result["dataset"]["name"].endswith("training") and result["metrics"][0]["value"] == 6.0

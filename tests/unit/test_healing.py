@@ -33,7 +33,14 @@ from tests.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 DENSE, OUT = Path("data/models/tiny"), "model.layers.0.mlp.down_proj.weight"
-RECIPE = {"num_samples": 8, "seq_len": 20, "rank": 2, "learning_rate": 0.01, "validation": 4, "distill": 0.5}
+RECIPE = {
+    "num_samples": 8,
+    "seq_len": 20,
+    "rank": 2,
+    "learning_rate": 0.01,
+    "validation": 4,
+    "distill": 0.5,
+}
 
 
 def text_of(number):
@@ -46,17 +53,35 @@ def project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fetch_tiny(tmp_path)
     Path("data/models").mkdir(parents=True)
-    dense, run = Path("model").rename(DENSE), load_run("smollm2", ROOT / "runs").model_dump(mode="json")
+    dense, run = (
+        Path("model").rename(DENSE),
+        load_run("smollm2", ROOT / "runs").model_dump(mode="json"),
+    )
     run |= {"train": {"data": SOMEONE.model_dump(), **RECIPE}, "export": ["hf"]}
     run["score"] = {"method": "recommended"}
     run["evaluate"]["perplexity"] = {"data": run["train"]["data"], "seq_len": 20}
     run["compensate"] = {"num_rows": 24, "seq_len": 32, "validation": 0.25}
-    run["calibration"] |= {"num_samples": 40, "num_rows": None, "packing": "per_sample", "score": "all", "seq_len": 99}
+    run["calibration"] |= {
+        "num_samples": 40,
+        "num_rows": None,
+        "packing": "per_sample",
+        "score": "all",
+        "seq_len": 99,
+    }
     write_json(Path("runs/tiny.yaml"), run)
     targets = {"t": {"run": "tiny", "budget": "4blocks", "train": True}}
-    write_json(Path("params.yaml"), {"runs": ["tiny"], "targets": targets, "runtime": {"device": "cpu"}})
-    for role, first, last in (("train", 0, 20), ("calibration", 0, 60), ("perplexity", 55, 70), ("judge", 70, 90)):
-        write_texts(Path(f"data/sources/tiny/{role}.parquet"), [text_of(i) for i in range(first, last)])
+    write_json(
+        Path("params.yaml"), {"runs": ["tiny"], "targets": targets, "runtime": {"device": "cpu"}}
+    )
+    for role, first, last in (
+        ("train", 0, 20),
+        ("calibration", 0, 60),
+        ("perplexity", 55, 70),
+        ("judge", 70, 90),
+    ):
+        write_texts(
+            Path(f"data/sources/tiny/{role}.parquet"), [text_of(i) for i in range(first, last)]
+        )
     dag.write()
     settings.main("tiny")
     calibrate.main("tiny")
@@ -88,7 +113,9 @@ def test_rows_share_no_text_with_what_evaluates_or_judges(project):
     assert len(seen["search"]) == 40 and len(seen["fit"]) > 5 and len(seen["train"]) == 8
     assert all(max(numbers, default=0) < 55 for numbers in seen.values())
     judge = seen.pop("judge")
-    assert judge and not judge & set.union(*seen.values()) and not seen["train"] & seen["validation"]
+    assert (
+        judge and not judge & set.union(*seen.values()) and not seen["train"] & seen["validation"]
+    )
 
 
 def test_stage_compensates_and_the_export_has_the_weights(project):
@@ -96,13 +123,17 @@ def test_stage_compensates_and_the_export_has_the_weights(project):
     kept(plan_of(DENSE, ["mlp.2"], run="tiny", compensate="refit"))
     facts = read_json(Path("data/compensated/t/compensate.json"))
     weights = load_file("data/compensated/t/weights.safetensors")
-    assert facts["search"] == "greedy" and facts["perplexity"]["after"] < facts["perplexity"]["before"]
+    assert (
+        facts["search"] == "greedy" and facts["perplexity"]["after"] < facts["perplexity"]["before"]
+    )
     assert weights and all(name.endswith(("o_proj.weight", "down_proj.weight")) for name in weights)
     before = load_file(DENSE / "model.safetensors")
     found, card = exported()  # no layer is gone, so names are the dense model's
     assert {name for name in found if not torch.equal(before[name], found[name])} == weights.keys()
     assert all(torch.equal(found[name], weight) for name, weight in weights.items())
-    assert re.search(r"workflow and compensated without training \(refit, [\d,]+ tokens of `.+`\)", card)
+    assert re.search(
+        r"workflow and compensated without training \(refit, [\d,]+ tokens of `.+`\)", card
+    )
 
 
 def test_the_proposal_that_judges_find_best_is_kept(project):
@@ -111,7 +142,9 @@ def test_the_proposal_that_judges_find_best_is_kept(project):
     kept(plan_of(DENSE, ["mlp.2"], run="tiny"))
     facts = read_json(Path("data/compensated/t/compensate.json"))
     assert facts["judged"].keys() == {"greedy", "other"}
-    assert facts["search"] == best_loss({name: Loss({"": one["worst"]}) for name, one in facts["judged"].items()})
+    assert facts["search"] == best_loss(
+        {name: Loss({"": one["worst"]}) for name, one in facts["judged"].items()}
+    )
     plan = load_plan(Path(f"data/plans/t/{facts['search']}.json"))
     assert replace(load_plan(Path("data/compensated/t/plan.json")), kinds=None) == plan
 
@@ -129,7 +162,9 @@ def test_the_proposal_that_judges_find_best_is_kept(project):
     ],
 )
 def test_whole_layers_compete_where_they_come_near_the_budget(budget, expected):
-    assert [*proposals(Score(method="recommended"), tiny_model("llama").config.to_dict(), budget)] == expected
+    assert [
+        *proposals(Score(method="recommended"), tiny_model("llama").config.to_dict(), budget)
+    ] == expected
 
 
 def test_the_default_takes_the_layers_of_one_pass_and_shifted_ones_are_searched():
@@ -137,15 +172,25 @@ def test_the_default_takes_the_layers_of_one_pass_and_shifted_ones_are_searched(
     layers = searches(Score(method="recommended"))["layers"]
     (one_pass,) = searches(Score(method="relative-magnitude-frobenius")).values()
     assert layers == one_pass
-    assert (alone.unit, alone.acceleration, recipe("shifted").compensate) == ("shifted", "lazy+race", "refit")
+    assert (alone.unit, alone.acceleration, recipe("shifted").compensate) == (
+        "shifted",
+        "lazy+race",
+        "refit",
+    )
 
 
 def test_a_mixture_loses_attentions_alone_unless_the_method_is_named():
     config, score = tiny_model("mixtral").config.to_dict(), Score(method="recommended")
     (found,) = proposals(score, config, "0.02").values()
-    assert (found.candidates, found.unit, recipe("recommended").compensate) == ("mha", "block", "refit")
+    assert (found.candidates, found.unit, recipe("recommended").compensate) == (
+        "mha",
+        "block",
+        "refit",
+    )
     require_reached(score, config, "0.02")
-    with pytest.raises(UnreachableError, match=r"largest reachable is 4blocks.*its experts are for expert pruning"):
+    with pytest.raises(
+        UnreachableError, match=r"largest reachable is 4blocks.*its experts are for expert pruning"
+    ):
         require_reached(score, config, "0.4")
     require_reached(Score(method="greedy"), config, "0.4")
     require_reached(score, tiny_model("llama").config.to_dict(), "0.4")
@@ -155,15 +200,25 @@ def test_stage_trains_and_every_export_has_the_weights(project):
     before, _ = exported()
     train.main("t")
     out = Path("data/trained/t")
-    facts, weights = json.loads((out / "train.json").read_text()), load_file(out / "weights.safetensors")
+    facts, weights = (
+        json.loads((out / "train.json").read_text()),
+        load_file(out / "weights.safetensors"),
+    )
     assert facts["enabled"] and facts["rows"] == 8 and len(facts["losses"]) == 2
-    assert [validation["step"] for validation in facts["validations"]] == [0, 2] and facts["step"] == 2
+    assert [validation["step"] for validation in facts["validations"]] == [0, 2] and facts[
+        "step"
+    ] == 2
     linear = {name for name, weight in before.items() if weight.ndim == 2 and "_proj" in name}
-    assert weights.keys() == linear and not any(torch.equal(weights[name], before[name]) for name in linear)
+    assert weights.keys() == linear and not any(
+        torch.equal(weights[name], before[name]) for name in linear
+    )
     after, card = exported()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], weights.get(name, before[name])) for name in before)
-    words = "workflow and then trained (LoRA, rank 2, distilled from the dense model) on 8 rows of `someone/texts`"
+    words = (
+        "workflow and then trained (LoRA, rank 2, distilled from the dense model) on 8 rows of"
+        " `someone/texts`"
+    )
     assert words in card
     assert metadata_load("data/checkpoints/t/hf/README.md")["datasets"] == ["someone/texts"]
 
@@ -174,7 +229,13 @@ def test_stage_trains_what_was_compensated(project):
     plain = load_file("data/trained/t/weights.safetensors")
     norm, of = "model.norm.weight", pruning(DENSE, project).identity
     norms = {norm: load_file(DENSE / "model.safetensors")[norm] * 2}
-    save_healed(Path("data/compensated/t"), norms, of, "compensated by hand", HubTexts(source="hub", repo="some/one"))
+    save_healed(
+        Path("data/compensated/t"),
+        norms,
+        of,
+        "compensated by hand",
+        HubTexts(source="hub", repo="some/one"),
+    )
     train.main("t")
     weights = load_file("data/trained/t/weights.safetensors")
     assert weights.keys() == {*plain, norm} and torch.equal(weights[norm], norms[norm])
@@ -182,7 +243,10 @@ def test_stage_trains_what_was_compensated(project):
     assert not [path for path in Path("data/adapters").iterdir() if path.is_dir()]
     _, card = exported()
     assert "workflow and compensated by hand, then trained (LoRA, rank 2" in card
-    assert metadata_load("data/checkpoints/t/hf/README.md")["datasets"] == ["some/one", "someone/texts"]
+    assert metadata_load("data/checkpoints/t/hf/README.md")["datasets"] == [
+        "some/one",
+        "someone/texts",
+    ]
 
 
 @pytest.mark.parametrize("stage", ["compensated", "trained"])
@@ -197,7 +261,10 @@ def test_a_stage_refuses_a_model_whose_healed_weights_are_gone(project, stage):
 
 def test_training_is_quick_when_off(project):
     kept(replace(project, train=False))
-    code = "import sys; from stages.train import main; main('t'); assert 'torch' not in sys.modules, 'torch'"
+    code = (
+        "import sys; from stages.train import main; main('t'); assert 'torch' not in sys.modules,"
+        " 'torch'"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(ROOT)})
     (path,) = Path("data/trained/t").iterdir()
     assert path.name == "train.json" and json.loads(path.read_text()) == {"enabled": False}

@@ -27,13 +27,18 @@ def checkpoint(tmp_path):
     plan = plan_of(tiny_model().config.to_dict(), ["mha.1", "mlp.2"])
     (folder / "README.md").write_text(model_card(plan, dense, "hf", "modeling_blockpruned.py"))
     (folder / "config.json").write_text("{}")
-    write_sealed_json(folder / "verification.json", {"ok": True, "engine": "nobody", "manifest": manifest(folder)})
+    write_sealed_json(
+        folder / "verification.json", {"ok": True, "engine": "nobody", "manifest": manifest(folder)}
+    )
     return folder
 
 
 def test_what_is_verified_is_pushed_private_in_one_commit(checkpoint, monkeypatch):
     hub = PushHub(monkeypatch)
-    assert push(checkpoint, "me/small", True, LICENCE, "mine-0.2") == "https://hub.invalid/me/small/commit/1"
+    assert (
+        push(checkpoint, "me/small", True, LICENCE, "mine-0.2")
+        == "https://hub.invalid/me/small/commit/1"
+    )
     (_, card), (_, repo, made), (_, _, files, sent) = hub.calls
     assert card["base_model"] == "meta-llama/Llama-2-7b-hf" and repo == "me/small"
     assert card["base_model_relation"] == "finetune"
@@ -48,7 +53,9 @@ def test_what_is_verified_is_pushed_private_in_one_commit(checkpoint, monkeypatc
 
 def test_a_repository_of_another_visibility_gets_nothing(checkpoint, monkeypatch):
     hub = PushHub(monkeypatch, private=False)
-    with pytest.raises(InputError, match="'me/small' is there and public, and push.private is true; nothing was up"):
+    with pytest.raises(
+        InputError, match="'me/small' is there and public, and push.private is true; nothing was up"
+    ):
         push(checkpoint, "me/small", True, LICENCE, "mine-0.2")
     assert [name for name, *_ in hub.calls] == ["validate", "create_repo"]
 
@@ -58,7 +65,9 @@ def test_what_was_changed_or_added_since_stays_here(checkpoint, monkeypatch, nam
     hub = PushHub(monkeypatch)
     (checkpoint / name).parent.mkdir(exist_ok=True)
     (checkpoint / name).write_text('{"other": 1}')
-    with pytest.raises(InputError, match=f"hf is not what was verified: {name} changed, or came or went"):
+    with pytest.raises(
+        InputError, match=f"hf is not what was verified: {name} changed, or came or went"
+    ):
         push(checkpoint, "me/small", True, LICENCE, "mine-0.2")
     assert hub.calls == []
 
@@ -67,7 +76,9 @@ def test_a_card_without_the_bases_licence_stays_here(checkpoint, monkeypatch):
     hub = PushHub(monkeypatch)
     card = checkpoint / "README.md"
     card.write_text(card.read_text().replace("license: llama2\n", ""))  # a card may be edited
-    with pytest.raises(InputError, match=r"README\.md has no license, and the base model's is llama2: add it"):
+    with pytest.raises(
+        InputError, match=r"README\.md has no license, and the base model's is llama2: add it"
+    ):
         push(checkpoint, "me/small", True, LICENCE, "mine-0.2")
     assert hub.calls == []
     assert push(checkpoint, "me/small", True, {}, "mine-0.2")
@@ -106,7 +117,9 @@ def test_a_link_out_of_the_checkpoint_stays_here(checkpoint, monkeypatch, name):
     assert hub.calls == []
 
 
-@pytest.mark.parametrize("card", [b"---\n\xff\n---\n", b"---\nlicense: !!python/object/apply:os.system [ls]\n---\n"])
+@pytest.mark.parametrize(
+    "card", [b"---\n\xff\n---\n", b"---\nlicense: !!python/object/apply:os.system [ls]\n---\n"]
+)
 def test_a_card_that_is_no_yaml_is_refused_by_name(checkpoint, monkeypatch, card):
     hub = PushHub(monkeypatch)
     (checkpoint / "README.md").write_bytes(card)

@@ -1,4 +1,5 @@
-"""In transformers a pruned model is a model like any other: it saves itself, batches continuously, has other heads."""
+"""In transformers a pruned model is a model like any other: it saves itself, batches continuously,
+has other heads."""
 
 import inspect
 import subprocess
@@ -44,7 +45,9 @@ def test_no_norm_is_without_its_block(family):
     fresh = type(saved)._from_config(saved.config, experts_implementation="eager")
     for n, layer in enumerate([*decoder_layers(saved), *decoder_layers(fresh)]):
         for branch, hole in ((row.mha, "NoMHA"), (row.mlp, "NoMLP")):
-            is_hole = isinstance(getattr(layer, branch.names(layer)[0]), getattr(modeling_blockpruned, hole))
+            is_hole = isinstance(
+                getattr(layer, branch.names(layer)[0]), getattr(modeling_blockpruned, hole)
+            )
             assert all((norm in layer._modules) is not is_hole for norm in branch.norms), n
 
 
@@ -53,7 +56,8 @@ def test_no_norm_is_without_its_block(family):
     [("gemma3_text", "mha.0", True), ("gemma3_text", "mha.3", False), ("llama", "mha.0", False)],
 )
 def test_an_engine_that_looks_windows_up_by_number_is_refused(family, mask, told):
-    """As vLLM's and SGLang's backends of transformers' models do: attention i gets the window of layer i."""
+    """As vLLM's and SGLang's backends of transformers' models do: attention i gets the window of
+    layer i."""
     kept = pruned(family, parse_mask(mask))
     for model in (kept, AutoModel.from_config(kept.config)):
         with pytest.raises(ValueError, match="plugin") if told else nullcontext():
@@ -69,8 +73,13 @@ def batched(model, new=6):
     """What continuous batching generates for each prompt, or its error."""
     options = GenerationConfig(do_sample=False, max_new_tokens=new, eos_token_id=-1, pad_token_id=0)
     sizes = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64)
-    found = model.generate_batch(PROMPTS, generation_config=options, continuous_batching_config=sizes)
-    answers = {tuple(output.prompt_ids): output.error or output.generated_tokens for output in found.values()}
+    found = model.generate_batch(
+        PROMPTS, generation_config=options, continuous_batching_config=sizes
+    )
+    answers = {
+        tuple(output.prompt_ids): output.error or output.generated_tokens
+        for output in found.values()
+    }
     return [answers[tuple(prompt)] for prompt in PROMPTS]
 
 
@@ -81,7 +90,9 @@ def one_by_one(model, new=6):
         tokens = list(prompt)
         for _ in range(new):
             with torch.no_grad():
-                tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+                tokens.append(
+                    int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax())
+                )
         answers.append(tokens[len(prompt) :])
     return answers
 
@@ -96,7 +107,8 @@ def one_by_one(model, new=6):
     ],
 )
 def test_continuous_batching(family, mask):
-    """It generates what forward passes of the masked model do, and caches the attentions that are left."""
+    """It generates what forward passes of the masked model do, and caches the attentions that are
+    left."""
     model, removed = tiny_model(family, dtype=torch.float32), parse_mask(mask)
     with masked(model, removed):
         expected = one_by_one(model)
@@ -104,13 +116,16 @@ def test_continuous_batching(family, mask):
     prune_(model, removed)
     config = model.config
     manager = model.init_continuous_batching(
-        GenerationConfig(eos_token_id=-1), ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64)
+        GenerationConfig(eos_token_id=-1),
+        ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64),
     )
     cache = manager._create_batch_processor().cache
     left = [i for i in range(4) if f"mha.{i}" not in mask]
     assert sorted(cache.layer_to_allocator) == list(range(len(left)))
     groups = [cache.layer_to_allocator[k] for k in range(len(left))]
-    assert [[a is b for a in groups] for b in groups] == [[types[i] == types[j] for i in left] for j in left]
+    assert [[a is b for a in groups] for b in groups] == [
+        [types[i] == types[j] for i in left] for j in left
+    ]
     assert batched(model) == expected
     assert model.config is config
 
@@ -136,9 +151,18 @@ def test_other_classes_load_a_checkpoint(tmp_path, family):
     model = pruned(family)
     model.save_pretrained(tmp_path)
     states = model.base_model(IDS).last_hidden_state
-    decoder, report = AutoModel.from_pretrained(tmp_path, trust_remote_code=True, output_loading_info=True)
+    decoder, report = AutoModel.from_pretrained(
+        tmp_path, trust_remote_code=True, output_loading_info=True
+    )
     assert not report["missing_keys"] and torch.equal(decoder(IDS).last_hidden_state, states)
-    if family in ("baichuan", "cohere2", "ernie4_5", "granite", "qwen3_5_moe_text"):  # there is no such head
+    # there is no such head
+    if family in (
+        "baichuan",
+        "cohere2",
+        "ernie4_5",
+        "granite",
+        "qwen3_5_moe_text",
+    ):
         return
     classifier, report = AutoModelForSequenceClassification.from_pretrained(
         tmp_path, trust_remote_code=True, num_labels=3, output_loading_info=True
@@ -147,7 +171,9 @@ def test_other_classes_load_a_checkpoint(tmp_path, family):
     assert torch.equal(classifier.base_model(IDS).last_hidden_state, states)
     assert classifier(IDS).logits.shape == (2, 3)
     classifier.save_pretrained(tmp_path / "again")
-    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    again = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "again", trust_remote_code=True
+    )
     assert torch.equal(again(IDS).logits, classifier(IDS).logits)
 
 
@@ -167,7 +193,9 @@ def test_attentions_and_hidden_states(family):
         assert getattr(layer, module).layer_idx == number
         assert found.shape[1:] == (4, 14, 14)
     states = [state[0] if isinstance(state, tuple) else state for state in seen]
-    assert all(torch.equal(a, b) for a, b in zip(outputs.hidden_states[1:4], states[:3], strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(outputs.hidden_states[1:4], states[:3], strict=True)
+    )
 
 
 LOADED = """
@@ -183,7 +211,9 @@ print(*names, "baichuan" in CONFIG_MAPPING, "nemotron-nas" in CONFIG_MAPPING)
 
 def test_after_an_import_our_checkpoints_load_without_their_code_and_others_as_before(tmp_path):
     dense = fetch_tiny(tmp_path)
-    sliced = plan_of(dense, ["mha.1"], kind="slicegpt", method="slicegpt", details={"width": 24, "hidden": 32})
+    sliced = plan_of(
+        dense, ["mha.1"], kind="slicegpt", method="slicegpt", details={"width": 24, "hidden": 32}
+    )
     for name, plan in {"pruned": plan_of(dense, ["mha.1"]), "sliced": sliced}.items():
         made = pruning(dense, plan, rows=((1, 2, 3, 4),) * 8)
         save_pruned(made.prune_(made.load()), tmp_path / name)
@@ -204,5 +234,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused_by_name(tmp_path):
     config = read_json(tmp_path / "out/config.json")
     assert config["blockpruner_format"] == 1
     write_json(tmp_path / "out/config.json", config | {"blockpruner_format": 2})
-    with pytest.raises(ValueError, match="is of blockpruner's format 2, and this version reads 1; install a newer"):
+    with pytest.raises(
+        ValueError, match="is of blockpruner's format 2, and this version reads 1; install a newer"
+    ):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")

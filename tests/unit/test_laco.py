@@ -1,4 +1,5 @@
-"""LaCo against models built by hand from its formulas, a walk written as its notebook, and scans of all thresholds."""
+"""LaCo against models built by hand from its formulas, a walk written as its notebook, and scans of
+all thresholds."""
 
 import copy
 import json
@@ -32,18 +33,28 @@ from tests import tiny
 from tests.builders import material_of
 from tests.tiny import tiny_model, tolerance
 
-MODELS = [each for each in tiny.GRID if not each.values[0].startswith(("qwen3_moe", "qwen3_next", "qwen3_5"))]
+MODELS = [
+    each
+    for each in tiny.GRID
+    if not each.values[0].startswith(("qwen3_moe", "qwen3_next", "qwen3_5"))
+]
 """Those whose layers are of one kind."""
 OF_ALL = pytest.mark.parametrize("family", MODELS)
 OF_BOTH = pytest.mark.parametrize("variant", VARIANTS)
-MERGES = (Merge(3, 2), Merge(1, 1), Merge(1, 2))  # the third merges a merged layer and one merged before
+# the third merges a merged layer and one merged before
+MERGES = (
+    Merge(3, 2),
+    Merge(1, 1),
+    Merge(1, 2),
+)
 SETTINGS = {"count": 3, "lowest": 0, "highest": None, "interval": 1}
 ROWS = [[5, 17, 200, 3, 99, 41, 8], [250, 1, 0], [60, 61, 62, 63]]
 IDS = torch.tensor([[5, 17, 200, 3, 99, 41, 8, 250, 77]])
 
 
 def by_hand(dense, merges, variant):
-    """A model of fewer layers, made from its config, with weights put together by name from the dense state dict."""
+    """A model of fewer layers, made from its config, with weights put together by name from the
+    dense state dict."""
     prefix, depth = model_family(dense).layers + ".", dense.config.num_hidden_layers
     state = {name: value.clone() for name, value in dense.state_dict().items()}
     layers = []
@@ -51,15 +62,22 @@ def by_hand(dense, merges, variant):
         own = [name for name in state if name.startswith(f"{prefix}{i}.")]
         layers.append({name.removeprefix(f"{prefix}{i}."): state.pop(name) for name in own})
     lists = ("layer_types", "no_rope_layers")
-    kinds = {name: list(values) for name in lists if (values := getattr(dense.config, name, None)) is not None}
+    kinds = {
+        name: list(values)
+        for name in lists
+        if (values := getattr(dense.config, name, None)) is not None
+    }
     for merge in merges:
         first, last = merge.layer, merge.layer + merge.count
         new = dict(layers[first])
         for name, theta in layers[first].items():
             if variant == "paper":
-                new[name] = theta + sum(layers[first + k][name] - theta for k in range(1, merge.count + 1))
+                new[name] = theta + sum(
+                    layers[first + k][name] - theta for k in range(1, merge.count + 1)
+                )
             elif "norm" not in name:
-                for k in range(1, merge.count + 1):  # the notebook's loop: the base is the one already updated
+                # the notebook's loop: the base is the one already updated
+                for k in range(1, merge.count + 1):
                     new[name] = new[name] + (layers[first + k][name] - new[name])
         layers[first : last + 1] = [new]
         for values in kinds.values():
@@ -69,7 +87,11 @@ def by_hand(dense, merges, variant):
     for name, values in kinds.items():
         setattr(config, name, values)
     model = type(dense)._from_config(config, dtype=dense.dtype)
-    state |= {f"{prefix}{i}.{name}": value for i, layer in enumerate(layers) for name, value in layer.items()}
+    state |= {
+        f"{prefix}{i}.{name}": value
+        for i, layer in enumerate(layers)
+        for name, value in layer.items()
+    }
     model.load_state_dict(state)
     return model.eval()
 
@@ -86,7 +108,9 @@ def logits_of(model, ids):
 def test_layers_of_two_kinds_are_not_merged(family):
     model = tiny_model(family)
     logits = logits_of(model, torch.tensor([ROWS[0]]))
-    with pytest.raises(InputError, match=r"merges 1\+1 are of layers of different kinds.*another method"):
+    with pytest.raises(
+        InputError, match=r"merges 1\+1 are of layers of different kinds.*another method"
+    ):
         merge_(model, [Merge(1, 1)], "repo")
     assert torch.equal(logits_of(model, torch.tensor([ROWS[0]])), logits)
 
@@ -129,14 +153,26 @@ def test_paper_is_computed_in_float32_and_rounded_once():
 @OF_ALL
 def test_saved_it_is_a_plain_checkpoint(tmp_path, family, variant):
     tiny_model(family, layers=6).save_pretrained(tmp_path / "dense")
-    model = merge_(load_model(tmp_path / "dense", "float64", "cpu"), [Merge(2, 2), Merge(0, 1)], variant)
+    model = merge_(
+        load_model(tmp_path / "dense", "float64", "cpu"), [Merge(2, 2), Merge(0, 1)], variant
+    )
     model.save_pretrained(tmp_path / "merged")
     assert sorted(path.suffix for path in (tmp_path / "merged").iterdir())[-1] == ".safetensors"
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
-    assert config["model_type"] == family.split()[0] and config["num_hidden_layers"] == 3 and "auto_map" not in config
+    assert (
+        config["model_type"] == family.split()[0]
+        and config["num_hidden_layers"] == 3
+        and "auto_map" not in config
+    )
     options = {"config": read_config(tmp_path / "merged"), "experts_implementation": "eager"}
-    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True, **options)
-    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", output_loading_info=True, **options
+    )
+    assert (
+        not report["missing_keys"]
+        and not report["unexpected_keys"]
+        and not report["mismatched_keys"]
+    )
     assert type(loaded) is type(model) and len(decoder_layers(loaded)) == 3
     weights = loaded.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
@@ -147,7 +183,10 @@ def snapshot(model):
     """All that a merge changes for a while, to the bit."""
     return {
         "weights": {name: value.numpy().tobytes() for name, value in model.named_parameters()},
-        "numbers": [getattr(layer, model_family(model).mha.module).layer_idx for layer in decoder_layers(model)],
+        "numbers": [
+            getattr(layer, model_family(model).mha.module).layer_idx
+            for layer in decoder_layers(model)
+        ],
         "layers": list(decoder_layers(model)),
         "config": copy.deepcopy(model.config.to_dict()),
     }
@@ -178,7 +217,11 @@ def test_a_similarity_leaves_the_dense_model_to_the_bit(monkeypatch, family, var
 @given(st.integers(1, 12), st.lists(st.tuples(st.integers(-1, 12), st.integers(-1, 6)), max_size=5))
 def test_source_layers(depth, pairs):
     """Against a list of sets; a merge that runs out of the model is refused, whichever it is."""
-    merges, layers, possible = [Merge(*pair) for pair in pairs], [{layer} for layer in range(depth)], True
+    merges, layers, possible = (
+        [Merge(*pair) for pair in pairs],
+        [{layer} for layer in range(depth)],
+        True,
+    )
     for merge in merges:
         possible &= merge.layer >= 0 and merge.count > 0 and merge.layer + merge.count < len(layers)
         if possible:
@@ -206,7 +249,10 @@ def test_similarity_is_the_mean_cosine_after_the_final_norm(family, variant, bat
     for row in ROWS:
         with torch.no_grad():
             a, b = (
-                model(torch.tensor([row]), output_hidden_states=True).hidden_states[-1].numpy().ravel()
+                model(torch.tensor([row]), output_hidden_states=True)
+                .hidden_states[-1]
+                .numpy()
+                .ravel()
                 for model in (dense, other)
             )
         expected.append(a @ b / np.sqrt((a @ a) * (b @ b)))
@@ -232,7 +278,8 @@ def collapse(similarity, depth, *, threshold, **walk):
 
 
 def notebook_walk(similarity, depth, count, lowest, highest, interval, threshold):
-    """The public notebook's loop over a list of layers that really shrinks; the candidates asked, and the merges."""
+    """The public notebook's loop over a list of layers that really shrinks; the candidates asked,
+    and the merges."""
     model, merges, asked = list(range(depth)), (), []
     lay = highest - count
     while lay >= lowest:
@@ -258,19 +305,28 @@ def walks(draw, deepest=12):
     highest = draw(st.integers(2, depth - 1))
     lowest = draw(st.integers(0, highest - 2))
     count, interval = draw(st.integers(2, highest - lowest)), draw(st.integers(1, 4))
-    return {"depth": depth, "count": count, "lowest": lowest, "highest": highest, "interval": interval}
+    return {
+        "depth": depth,
+        "count": count,
+        "lowest": lowest,
+        "highest": highest,
+        "interval": interval,
+    }
 
 
 @st.composite
 def similarities(draw):
-    """Any function of the merges: unrelated values, values of few kinds (ties), or falling with what is merged."""
+    """Any function of the merges: unrelated values, values of few kinds (ties), or falling with
+    what is merged."""
     seed, kind = draw(st.integers(0, 10**6)), draw(st.sampled_from(["any", "ties", "falling"]))
 
     @cache
     def similarity(merges):
         value = random.Random(f"{seed} {merges}").uniform(-1, 1)
         if kind == "falling":
-            return 1 - sum(m.count * random.Random(f"{seed} {m.layer}").uniform(0.01, 0.1) for m in merges)
+            return 1 - sum(
+                m.count * random.Random(f"{seed} {m.layer}").uniform(0.01, 0.1) for m in merges
+            )
         return round(value, 1) if kind == "ties" else value
 
     return similarity
@@ -288,7 +344,8 @@ def test_the_walk_is_the_notebooks(walk, similarity, threshold):
 
 
 def all_results(similarity, walk):
-    """Merges by threshold, at every distinct similarity of any candidate that any sequence of decisions leads to."""
+    """Merges by threshold, at every distinct similarity of any candidate that any sequence of
+    decisions leads to."""
     candidates = set()
 
     def visit(layer, depth, merges):
@@ -334,7 +391,9 @@ def test_the_threshold_is_the_largest_that_meets_the_budget(walk, similarity):
             assert merges == scan[max(meeting)] and dropped(merges, depth) == wanted
             assert notebook_walk(similarity, threshold=threshold, **walk)[1] == merges
         else:
-            with pytest.raises(InputError, match=rf"removes {wanted} of {depth} layers at no threshold"):
+            with pytest.raises(
+                InputError, match=rf"removes {wanted} of {depth} layers at no threshold"
+            ):
                 search_threshold(measure, Walk(**walk), wanted)
         assert len(asked) == len(set(asked)), "a candidate was measured twice"
 
@@ -368,10 +427,15 @@ def test_a_walk_that_would_visit_no_layer_is_refused(wrong, message):
 
 def test_a_budget_out_of_reach_of_these_settings_is_refused_before_a_search():
     config = tiny_model("llama", 8).config.to_dict()
-    counts, options = resources_of(config)["parameters"], LacoOptions(count=3, lowest=2, highest=7, interval=1)
+    counts, options = (
+        resources_of(config)["parameters"],
+        LacoOptions(count=3, lowest=2, highest=7, interval=1),
+    )
     for text in ("2layers", "1.3x"):  # a speed-up is measured first
         require_merges(parse_budget(text, counts), options, config)
-    with pytest.raises(UnreachableError, match=r"budget '1layers': .*1 of 8 layers at no threshold"):
+    with pytest.raises(
+        UnreachableError, match=r"budget '1layers': .*1 of 8 layers at no threshold"
+    ):
         require_merges(parse_budget("1layers", counts), options, config)
 
 
@@ -379,7 +443,12 @@ def test_a_budget_out_of_reach_of_these_settings_is_refused_before_a_search():
 
 
 def test_a_killed_search_goes_on_where_it_was(tmp_path, monkeypatch):
-    model, rows, asked, own = tiny_model(layers=8), CalibrationSet(tuple(map(tuple, ROWS))), [], Similarity.__call__
+    model, rows, asked, own = (
+        tiny_model(layers=8),
+        CalibrationSet(tuple(map(tuple, ROWS))),
+        [],
+        Similarity.__call__,
+    )
     costs = resources_of(model.config.to_dict())["parameters"]
 
     def search(kill_after=math.inf):
@@ -392,7 +461,9 @@ def test_a_killed_search_goes_on_where_it_was(tmp_path, monkeypatch):
             return own(similarity, merges)
 
         monkeypatch.setattr(Similarity, "__call__", measure)
-        material = material_of(tmp_path, None, model.config.to_dict(), dtype="float64", dense=lambda: model)
+        material = material_of(
+            tmp_path, None, model.config.to_dict(), dtype="float64", dense=lambda: model
+        )
         job = SimpleNamespace(material=material, calibration=rows, resources={"parameters": costs})
         return plan_merges(LacoOptions(**SETTINGS), job, parse_budget("4layers", costs))
 

@@ -10,11 +10,14 @@ from tests.tiny import tiny_model
 
 
 def holes(model):
-    return tuple(tuple(getattr(model.config, f"layers_without_{kind}", ())) for kind in ("mha", "mlp"))
+    return tuple(
+        tuple(getattr(model.config, f"layers_without_{kind}", ())) for kind in ("mha", "mlp")
+    )
 
 
 def test_a_block_takes_what_its_absence_saves(monkeypatch):
-    """Of five layers three lose a block; medians, without the warm-up, and never less than nothing."""
+    """Of five layers three lose a block; medians, without the warm-up, and never less than
+    nothing."""
     timed = iter([9.0, 9.0, 9.0, 10.0, 7.0, 11.0, 11.0, 6.0, 12.0, 13.0, 7.5, 10.0])
     turns = []
 
@@ -26,7 +29,9 @@ def test_a_block_takes_what_its_absence_saves(monkeypatch):
     monkeypatch.setattr(latency, "generate", generate)
     steps = []
     asked = Latency(prompt_tokens=4, new_tokens=5, batch=3, repeats=3)
-    found = measure_latency(tiny_model(layers=5), asked, lambda done, total, detail: steps.append((done, total)))
+    found = measure_latency(
+        tiny_model(layers=5), asked, lambda done, total, detail: steps.append((done, total))
+    )
     dense, mha, mlp = ((), ()), ((0, 2, 4), ()), ((), (0, 2, 4))
     assert turns == [mlp, mha, dense, dense, mha, mlp, mlp, mha, dense, dense, mha, mlp]
     assert steps == [(i + 1, 12) for i in range(12)]

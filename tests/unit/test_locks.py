@@ -31,7 +31,10 @@ def test_the_second_learns_the_holder_and_waits_or_is_refused(tmp_path):
         with hold(path, "the first, with a longer name", refuse):
             waiting = threads.submit(second)
             assert let_go.wait(60) and not wait([waiting], timeout=0.1).done
-            with pytest.raises(BlockingIOError, match="held by the first, with a longer name$"), hold(path, "", refuse):
+            with (
+                pytest.raises(BlockingIOError, match="held by the first, with a longer name$"),
+                hold(path, "", refuse),
+            ):
                 pass
         assert waiting.result() == "second\n" and told == ["the first, with a longer name"]
     with hold(path, "third", refuse):
@@ -43,7 +46,10 @@ def test_a_name_that_is_not_yet_written_is_of_another_process(tmp_path):
     with hold(path, "first", refuse):
         for leave in (lambda: path.write_text(""), path.unlink):
             leave()
-            with pytest.raises(BlockingIOError, match="held by another process$"), hold(path, "second", refuse):
+            with (
+                pytest.raises(BlockingIOError, match="held by another process$"),
+                hold(path, "second", refuse),
+            ):
                 pass
 
 
@@ -66,13 +72,16 @@ def test_where_it_cannot_be_written_or_locked_is_named(tmp_path, monkeypatch, co
 
 def test_a_killed_holder_leaves_no_lock_and_its_child_keeps_it(tmp_path):
     script = (
-        "import subprocess, sys, time; from pathlib import Path; from blockpruner.store.locks import hold\n"
-        "with hold(Path(sys.argv[1]), 'a parent', print) as lock:\n"
-        "    child = subprocess.Popen(['sleep', '600'], pass_fds=(lock,))\n"
-        "    print(child.pid, flush=True); time.sleep(600)"
+        "import subprocess, sys, time; from pathlib import Path; from blockpruner.store.locks"
+        " import hold\nwith hold(Path(sys.argv[1]), 'a parent', print) as lock:\n    child ="
+        " subprocess.Popen(['sleep', '600'], pass_fds=(lock,))\n    print(child.pid, flush=True);"
+        " time.sleep(600)"
     )
     path = tmp_path / "a.lock"
-    command, environment = [sys.executable, "-c", script, path], {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command, environment = (
+        [sys.executable, "-c", script, path],
+        {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as parent:
         child = int(parent.stdout.readline())
         parent.kill()
@@ -84,7 +93,8 @@ def test_a_killed_holder_leaves_no_lock_and_its_child_keeps_it(tmp_path):
 
 
 def test_what_another_process_is_making_stays(tmp_path):
-    """The second is refused before it builds, and neither it nor `clear_left` removes what the first has made."""
+    """The second is refused before it builds, and neither it nor `clear_left` removes what the
+    first has made."""
 
     def second(folder):
         raise AssertionError("built twice")

@@ -1,4 +1,5 @@
-"""The table of masks: its losses are the model's, and the published one holds every mask that it names."""
+"""The table of masks: its losses are the model's, and the published one holds every mask that it
+names."""
 
 from itertools import combinations
 from math import comb
@@ -23,7 +24,9 @@ COUNT = 6
 
 def losses_of(path):
     table, _ = read_table(path, bench.SCHEMA)
-    return dict(zip(map(parse_mask, table["mask"].to_pylist()), table["nll"].to_pylist(), strict=True))
+    return dict(
+        zip(map(parse_mask, table["mask"].to_pylist()), table["nll"].to_pylist(), strict=True)
+    )
 
 
 def test_the_table_holds_all_singles_pairs_and_subsets(tmp_path):
@@ -31,7 +34,9 @@ def test_the_table_holds_all_singles_pairs_and_subsets(tmp_path):
     rows = CalibrationSet(tuple((n + 1, 2 * n, 7, n, 30 - n) for n in range(6)))
     store = TrialStore(store_fields(rows.digest, "tiny", "float32", "perplexity"), rows.row_keys)
     objective = Objective(rows, store, Engine(model))
-    found, sizes = bench.known(objective, count_parameters(model.config.to_dict()), COUNT, SilentObserver())
+    found, sizes = bench.known(
+        objective, count_parameters(model.config.to_dict()), COUNT, SilentObserver()
+    )
     bench.write(tmp_path / "tiny.parquet", found, sizes)
     losses = losses_of(tmp_path / "tiny.parquet")
     blocks = [parse_mask(block) for block in sizes]
@@ -40,7 +45,9 @@ def test_the_table_holds_all_singles_pairs_and_subsets(tmp_path):
     assert all(a | b in losses for a, b in combinations(units, 2))
     for mask in (DENSE, blocks[0] | blocks[3], DENSE.union(*blocks)):
         with masked(model, mask):
-            assert losses[mask] == pytest.approx([full_nll(model, row) for row in rows.rows], abs=1e-5)
+            assert losses[mask] == pytest.approx(
+                [full_nll(model, row) for row in rows.rows], abs=1e-5
+            )
 
 
 def test_the_published_table_is_whole():

@@ -1,5 +1,6 @@
-"""Greedy, one-shot, given and random removal against brute force over whole forward passes; what switching between
-methods and metrics computes, to the trial; every error of a `score` section; and what a kind brings."""
+"""Greedy, one-shot, given and random removal against brute force over whole forward passes; what
+switching between methods and metrics computes, to the trial; every error of a `score` section; and
+what a kind brings."""
 
 import random
 import re
@@ -37,7 +38,9 @@ LAYERS = 3
 ROWS = CalibrationSet((row(12, 1), row(7, 2), row(10, 3)))
 ROOT = Path(__file__).parents[2]
 INFLUENCES = [name for name, metric in METRICS.items() if metric.influence]
-MODELS = pytest.mark.parametrize("variant", ["llama", pytest.param("gpt_neox", marks=pytest.mark.slow)])
+MODELS = pytest.mark.parametrize(
+    "variant", ["llama", pytest.param("gpt_neox", marks=pytest.mark.slow)]
+)
 
 
 class Searched:
@@ -46,15 +49,20 @@ class Searched:
     def __init__(self, model=None, budget=None, rows=ROWS, **score):
         units = units_of(score.get("unit", "block"), score.get("candidates", "all"))
         budget = budget or f"{len(DENSE.union(*units))}blocks"
-        self.trace = searched(model or model_of("llama", LAYERS), rows, [budget], **score).of(budget)
+        self.trace = searched(model or model_of("llama", LAYERS), rows, [budget], **score).of(
+            budget
+        )
         self.order, self.perplexities = removed_in(self.trace), removals(self.trace, nested=True)[1]
         first = zip(self.trace[0].added, self.trace[0].scores, strict=True)
-        self.losses = {format_mask(unit): score.loss for unit, score in first if unit and score.row_loss}
+        self.losses = {
+            format_mask(unit): score.loss for unit, score in first if unit and score.row_loss
+        }
 
 
 @cache
 def lopsided(variant):
-    """A model whose first layer adds little, so that its removal comes early and changes what the others do."""
+    """A model whose first layer adds little, so that its removal comes early and changes what the
+    others do."""
     model = tiny_model(variant, LAYERS)
     for parameter in decoder_layers(model)[0].parameters():
         if parameter.dim() == 2:
@@ -92,26 +100,33 @@ def units_of(unit="block", candidates="all"):
     return removable_units(LAYERS, unit, candidates)
 
 
-# --- one-shot --------------------------------------------------------------------------------------------------------
+# --- one-shot
 
 
 @pytest.mark.parametrize("unit", ["layer", "block"])
 @pytest.mark.parametrize("metric", ["perplexity", *INFLUENCES])
 @MODELS
 def test_one_shot_is_the_ranking_of_the_formula(variant, metric, unit):
-    """Over layers by block influence: ShortGPT; by relative magnitude: the paper's RM; by perplexity: Shortened-LLM.
-    Over blocks: LLM-Drop, and the ablation of table 2. Every step reports its perplexity."""
+    """Over layers by block influence: ShortGPT; by relative magnitude: the paper's RM; by
+    perplexity: Shortened-LLM. Over blocks: LLM-Drop, and the ablation of table 2. Every step
+    reports its perplexity."""
     model = lopsided(variant)
     found = Searched(model, method="one_shot", unit=unit, metric=metric)
-    brute = {u: nll(model, u) for u in units_of(unit)} if metric == "perplexity" else brute_influences(model, metric)
+    brute = (
+        {u: nll(model, u) for u in units_of(unit)}
+        if metric == "perplexity"
+        else brute_influences(model, metric)
+    )
     wanted = {format_mask(u): brute[u] for u in units_of(unit)}
-    assert found.losses == pytest.approx(wanted, **{"abs" if metric == "perplexity" else "rel": 1e-10})
+    assert found.losses == pytest.approx(
+        wanted, **{"abs" if metric == "perplexity" else "rel": 1e-10}
+    )
     assert found.order == sorted(wanted, key=wanted.__getitem__)
     prefixes = [DENSE.union(*map(parse_mask, found.order[:k])) for k in range(len(found.order) + 1)]
     assert found.perplexities == perplexities_of(model, prefixes)
 
 
-# --- greedy ----------------------------------------------------------------------------------------------------------
+# --- greedy
 
 
 @pytest.mark.parametrize(
@@ -121,13 +136,17 @@ def test_greedy_by_perplexity(unit, candidates):
     """Over layers: greedy layers. Over blocks BlockPruner, and of one kind only, as in figure 4."""
     model = lopsided("llama")
     found = Searched(model, unit=unit, candidates=candidates)
-    assert found.order == brute_greedy(units_of(unit, candidates), lambda removed, u: nll(model, removed | u))
+    assert found.order == brute_greedy(
+        units_of(unit, candidates), lambda removed, u: nll(model, removed | u)
+    )
 
 
 @pytest.mark.parametrize("metric", ["kl", "js"])
 def test_greedy_by_divergence(metric):
     def loss(removed, unit):
-        return np.mean([divergence(metric, "llama", removed | unit, tokens) for tokens in ROWS.rows])
+        return np.mean(
+            [divergence(metric, "llama", removed | unit, tokens) for tokens in ROWS.rows]
+        )
 
     found = Searched(metric=metric)
     assert found.order == brute_greedy(units_of(), loss)
@@ -139,17 +158,21 @@ def test_greedy_by_divergence(metric):
 @pytest.mark.parametrize("metric", INFLUENCES)
 @MODELS
 def test_greedy_by_influence_measures_what_is_left_anew(variant, metric, unit):
-    """Figure 6, and LLM-Drop's iterative script: after each removal from the states of the model without it, and with
-    each step's perplexity."""
+    """Figure 6, and LLM-Drop's iterative script: after each removal from the states of the model
+    without it, and with each step's perplexity."""
     model = lopsided(variant)
     found = Searched(model, metric=metric, unit=unit)
     bases, moved = [DENSE, *(step.removed for step in found.trace)], set()
-    assert found.order == brute_greedy(units_of(unit), lambda removed, u: brute_influences(model, metric, removed)[u])
+    assert found.order == brute_greedy(
+        units_of(unit), lambda removed, u: brute_influences(model, metric, removed)[u]
+    )
     for base, step in zip(bases[:-1], found.trace, strict=True):
         brute = brute_influences(model, metric, base)
         for added, score in zip(step.added, step.scores, strict=True):
             if added is not None:
-                assert score.mask == base | added and score.loss == pytest.approx(brute[added], rel=1e-9)
+                assert score.mask == base | added and score.loss == pytest.approx(
+                    brute[added], rel=1e-9
+                )
         dense = brute_influences(model, metric)
         moved |= {unit for unit in brute if abs(brute[unit] - dense[unit]) > 1e-3}
     assert len(moved) > 1  # scores of the dense model would not have passed
@@ -165,7 +188,11 @@ def test_perplexity_is_over_the_scored_tokens():
             ids = torch.tensor([[t if t >= 0 else ~t for t in tokens]])
             with masked(model_of("llama", LAYERS), mask) as model, torch.no_grad():
                 lp = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
-            found.append(-np.mean([lp[t - 1, tokens[t]].item() for t in range(1, len(tokens)) if tokens[t] >= 0]))
+            found.append(
+                -np.mean(
+                    [lp[t - 1, tokens[t]].item() for t in range(1, len(tokens)) if tokens[t] >= 0]
+                )
+            )
         return np.mean(found)
 
     found = Searched(rows=rows)
@@ -173,10 +200,12 @@ def test_perplexity_is_over_the_scored_tokens():
     assert found.order == brute_greedy(units_of(), lambda removed, u: loss(removed | u))
 
 
-# --- no score at all -------------------------------------------------------------------------------------------------
+# --- no score at all
 
 
-@pytest.mark.parametrize(("unit", "candidates"), [("block", "all"), ("layer", "all"), ("block", "mlp")])
+@pytest.mark.parametrize(
+    ("unit", "candidates"), [("block", "all"), ("layer", "all"), ("block", "mlp")]
+)
 def test_random_is_a_permutation_by_its_seed(unit, candidates):
     score = {"method": "random", "unit": unit, "candidates": candidates}
     drawn = [Searched(**score, options={"seed": seed}).order for seed in (0, 0, 1, 42)]
@@ -216,20 +245,31 @@ def test_given_refuses(order, changes, named):
 def test_given_that_ends_nearest_to_a_ratio_meets_it():
     """Where one block more would be farther off than the end of the order."""
     order = ("mha.0", "mlp.0")
-    ratio = count_parameters(model_of("llama", LAYERS).config.to_dict()).ratio(parse_mask(",".join(order)))
+    ratio = count_parameters(model_of("llama", LAYERS).config.to_dict()).ratio(
+        parse_mask(",".join(order))
+    )
     ended = Searched(method="given", options={"order": order}, budget=f"{ratio + 1e-4:.6f}")
     assert ended.order == list(order)
 
 
 def test_the_official_sequence_is_shipped_and_its_first_17_removals_are_the_papers_ratio():
-    """Of the public code of arXiv 2406.10594 on Llama-2-7B with 64 samples; ratios from the config alone."""
-    run, resources = load_run("llama2-7b-official", ROOT / "runs"), resources_of(SHAPES["meta-llama/Llama-2-7b-hf"])
+    """Of the public code of arXiv 2406.10594 on Llama-2-7B with 64 samples; ratios from the config
+    alone."""
+    run, resources = (
+        load_run("llama2-7b-official", ROOT / "runs"),
+        resources_of(SHAPES["meta-llama/Llama-2-7b-hf"]),
+    )
     counts = resources["parameters"]
-    trace = searched(FakeScorer(), short_rows(1), ["20blocks"], resources, **run.score.model_dump()).of("20blocks")
+    trace = searched(
+        FakeScorer(), short_rows(1), ["20blocks"], resources, **run.score.model_dump()
+    ).of("20blocks")
     assert removed_in(trace) == [f"{text[:3]}.{text[3:]}" for text in OFFICIAL_ORDER.split()]
     prefixes = [step.removed for step in trace]
     assert f"{counts.ratio(prefixes[16]):.2%}" == "21.99%"
-    assert {kind: sum(b.kind is kind for b in prefixes[16]) for kind in BlockKind} == {"mha": 12, "mlp": 5}
+    assert {kind: sum(b.kind is kind for b in prefixes[16]) for kind in BlockKind} == {
+        "mha": 12,
+        "mlp": 5,
+    }
     for budget in ("0.22", "17blocks"):
         assert choose_prefix(parse_budget(budget, counts), prefixes, counts) == 17
     assert run.calibration.num_samples == 64
@@ -238,7 +278,7 @@ def test_the_official_sequence_is_shipped_and_its_first_17_removals_are_the_pape
     assert run.evaluate.perplexity == dense.evaluate.perplexity and not run.evaluate.zero_shot.bos
 
 
-# --- switching method and metric, and back ---------------------------------------------------------------------------
+# --- switching method and metric, and back
 
 COSTS = {
     "perplexity": "mha.0 mha.1 mha.2 mlp.0 mlp.1 mlp.2",
@@ -246,7 +286,8 @@ COSTS = {
     "js": "mlp.1 mlp.0 mha.0 mha.1 mha.2 mlp.2",
     "block_influence": "mlp.2 mlp.1 mha.2 mha.1 mlp.0 mha.0",
 }
-"""The blocks in the order of their costs by loss; the loss of a mask is the sum of its blocks' costs."""
+"""The blocks in the order of their costs by loss; the loss of a mask is the sum of its blocks'
+costs."""
 
 
 def cost_of(loss, base, mask, row):
@@ -258,35 +299,52 @@ def run(folder, budget="2blocks", **score):
     """What a run of the search computed, in trials by loss, and its removed mask."""
     scorer, rows = FakeScorer(cost_of, one_row=True), CalibrationSet(((1, 2, 3), (4, 5, 6)))
     found = scored(folder, scorer, small_config(LAYERS), [budget], rows, **score)
-    assert found.trials_computed * 2 == found.units_computed == len(scorer.asked) == len(set(scorer.asked))
+    assert (
+        found.trials_computed * 2
+        == found.units_computed
+        == len(scorer.asked)
+        == len(set(scorer.asked))
+    )
     current = found.current
     trace = read_trace(trace_directory(folder / "scores", current, budget), current.search)
-    steps = int(budget.removesuffix("blocks")) if current.nested else len(trace)  # longer ones may be left of before
+    # longer ones may be left of before
+    steps = int(budget.removesuffix("blocks")) if current.nested else len(trace)
     computed = Counter(loss for loss, *_ in scorer.asked)
     return {loss: n // 2 for loss, n in computed.items()}, format_mask(trace[steps - 1].removed)
 
 
 def test_switching_method_or_metric_and_back_computes_no_trial_again(tmp_path):
-    """Six blocks, two removed. A greedy search asks for the dense model, 6 single blocks and 5 pairs with the first."""
+    """Six blocks, two removed. A greedy search asks for the dense model, 6 single blocks and 5
+    pairs with the first."""
     influence, beam = (
         {"method": "one_shot", "metric": "block_influence"},
         {"method": "beam", "options": {"per": "none"}},
     )
     assert run(tmp_path) == ({"perplexity": 12}, "mha.0,mha.1")
-    # one pass for 6 units; of the dense model and of mlp.2 alone the perplexity is known, of both removed it is not
+    # one pass for 6 units; of the dense model and of mlp.2 alone the perplexity is known, of both
+    # removed it is not
     assert run(tmp_path, **influence) == ({"block_influence": 6, "perplexity": 1}, "mlp.1,mlp.2")
     assert run(tmp_path, metric="kl") == ({"kl": 12, "perplexity": 1}, "mha.2,mlp.0")
-    # all pairs but that of the two worst; the five with mha.0 are known, and one of those found above
+    # all pairs but that of the two worst; the five with mha.0 are known, and one of those found
+    # above
     assert run(tmp_path, **beam) == ({"perplexity": 8}, "mha.0,mha.1")
     assert run(tmp_path) == ({}, "mha.0,mha.1")
     # and further on: the third step's candidates
     assert run(tmp_path, budget="3blocks") == ({"perplexity": 4}, "mha.0,mha.1,mha.2")
     # one-shot asks for the scores of single blocks, which greedy knows; its masks are greedy's
     assert run(tmp_path, method="one_shot") == ({}, "mha.0,mha.1")
-    # Jensen-Shannon is of its own (the beam knows the perplexity), and so is an influence within what is left
+    # Jensen-Shannon is of its own (the beam knows the perplexity), and so is an influence within
+    # what is left
     assert run(tmp_path, metric="js") == ({"js": 12}, "mlp.0,mlp.1")
     assert run(tmp_path, metric="block_influence") == ({"block_influence": 5}, "mlp.1,mlp.2")
-    for again in (influence, {"metric": "kl"}, beam, {"metric": "js"}, {"metric": "block_influence"}, {}):
+    for again in (
+        influence,
+        {"metric": "kl"},
+        beam,
+        {"metric": "js"},
+        {"metric": "block_influence"},
+        {},
+    ):
         assert run(tmp_path, **again)[0] == {}
 
 
@@ -305,7 +363,7 @@ def test_tables_alone_seed_every_store(tmp_path, score):
     assert run(tmp_path, **score) == ({}, removed)
 
 
-# --- settings --------------------------------------------------------------------------------------------------------
+# --- settings
 
 
 @pytest.mark.parametrize(
@@ -337,7 +395,9 @@ def test_settings_that_make_no_sense(score, named):
 
 def test_every_score_section_in_the_documentation_is_valid():
     """Those of docs/methods.md, as a run file would have them."""
-    texts = re.findall(r"`(\{method: .*?\})`", (ROOT / "docs" / "methods.md").read_text(encoding="utf-8"))
+    texts = re.findall(
+        r"`(\{method: .*?\})`", (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    )
     sections = [Score(**yaml.safe_load(text)) for text in texts]
     assert {section.method for section in sections} == {*SEARCHES, *KINDS} - {"mask"}
     for section in sections:

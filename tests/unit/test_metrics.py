@@ -1,5 +1,6 @@
-"""Metrics against plain numpy: KL and Jensen-Shannon from the logits of whole forward passes, influences from the
-states that forward hooks record in the family's own model; every family, padded rows, scored and given tokens."""
+"""Metrics against plain numpy: KL and Jensen-Shannon from the logits of whole forward passes,
+influences from the states that forward hooks record in the family's own model; every family, padded
+rows, scored and given tokens."""
 
 import pickle
 from collections.abc import Iterator
@@ -36,10 +37,17 @@ INFLUENCES = sorted(name for name, metric in METRICS.items() if metric.influence
 DIVERGENCES = sorted(name for name, metric in METRICS.items() if metric.reference)
 
 
-ROWS = [row(12, 1), row(5, 2), row(12, 3, given=9), row(2, 4), row(9, 5, given=3), (7, 8, ~9, 10, ~11, ~12, 13)]
+ROWS = [
+    row(12, 1),
+    row(5, 2),
+    row(12, 3, given=9),
+    row(2, 4),
+    row(9, 5, given=3),
+    (7, 8, ~9, 10, ~11, ~12, 13),
+]
 
 
-# --- divergences -----------------------------------------------------------------------------------------------------
+# --- divergences
 
 
 def assert_divergences(found, loss, variant, rows, masks=MASKS, **model):
@@ -47,7 +55,9 @@ def assert_divergences(found, loss, variant, rows, masks=MASKS, **model):
     for mask in masks:
         for index, tokens in enumerate(rows):
             wanted = divergence(loss, variant, mask, tokens, **model)
-            assert found[mask, index] == pytest.approx(wanted, rel=near, abs=near), format_mask(mask)
+            assert found[mask, index] == pytest.approx(wanted, rel=near, abs=near), format_mask(
+                mask
+            )
 
 
 @pytest.mark.parametrize("batch_tokens", [1000, 24, 2], ids=["one batch", "batches", "rows"])
@@ -57,7 +67,8 @@ def test_divergences_equal_whole_forward_passes(variant, loss, batch_tokens):
     found = values_of(Engine(model_of(variant, LAYERS), batch_tokens), ROWS, loss)
     assert_divergences(found, loss, variant, ROWS)
     assert all(abs(found[DENSE, index]) < 1e-14 for index in range(len(ROWS)))
-    assert min(value for (mask, _), value in found.items() if mask) > 1e-3  # what is compared is far from nothing
+    # what is compared is far from nothing
+    assert min(value for (mask, _), value in found.items() if mask) > 1e-3
 
 
 @pytest.mark.parametrize("loss", DIVERGENCES)
@@ -83,23 +94,28 @@ def spy_on_references(engine):
     return rows_done
 
 
-@pytest.mark.parametrize("luck", [[], [True] * 3 + [False], [True] * 15 + [False], [True] * 21 + [False, True, False]])
+@pytest.mark.parametrize(
+    "luck", [[], [True] * 3 + [False], [True] * 15 + [False], [True] * 21 + [False, True, False]]
+)
 @pytest.mark.parametrize("fitting", [1, 2])
 @pytest.mark.parametrize("loss", DIVERGENCES)
 def test_out_of_memory_in_the_reference_and_after_it(loss, fitting, luck):
-    """Halved where a batch does not fit, be it of the dense model or of the masks; each reference is computed once."""
+    """Halved where a batch does not fit, be it of the dense model or of the masks; each reference
+    is computed once."""
     engine = CrampedEngine(model_of("llama", LAYERS), 1000, rows=fitting, luck=luck)
     referenced = spy_on_references(engine)
     found = values_of(engine, ROWS, loss)
     assert_divergences(found, loss, "llama", ROWS)
     assert sorted(referenced) == list(range(len(ROWS)))
-    failed_in_reference = any(task.metric == REFERENCE and len(task.span) > fitting for task, _ in engine.walks)
+    failed_in_reference = any(
+        task.metric == REFERENCE and len(task.span) > fitting for task, _ in engine.walks
+    )
     assert failed_in_reference and len(engine.walks) > 2
 
 
 def test_a_reference_is_computed_once_and_for_its_own_rows_only():
-    """Other rows, the same tokens given instead of scored, and another model are other references; rows that come
-    again, in other batches or another order, are not."""
+    """Other rows, the same tokens given instead of scored, and another model are other references;
+    rows that come again, in other batches or another order, are not."""
     engine = Engine(model_of("llama", LAYERS), 24)
     referenced = spy_on_references(engine)
     values_of(engine, ROWS, "kl")
@@ -109,7 +125,11 @@ def test_a_reference_is_computed_once_and_for_its_own_rows_only():
         backwards = ROWS[::-1]
         assert_divergences(values_of(engine, backwards, "js"), "js", "llama", backwards)
     assert len(referenced) == len(ROWS)
-    others = [row(12, 9), *(tuple(~t for t in tokens[:-1]) + tokens[-1:] for tokens in ROWS[:2]), ROWS[0][:-1]]
+    others = [
+        row(12, 9),
+        *(tuple(~t for t in tokens[:-1]) + tokens[-1:] for tokens in ROWS[:2]),
+        ROWS[0][:-1],
+    ]
     assert_divergences(values_of(engine, others, "kl"), "kl", "llama", others)
     assert len(referenced) == len(ROWS) + len(others)
     assert_divergences(values_of(engine, ROWS, "kl"), "kl", "llama", ROWS)
@@ -118,7 +138,9 @@ def test_a_reference_is_computed_once_and_for_its_own_rows_only():
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 7, 1000])
-@pytest.mark.parametrize("loss", sorted(name for name, metric in METRICS.items() if not metric.influence))
+@pytest.mark.parametrize(
+    "loss", sorted(name for name, metric in METRICS.items() if not metric.influence)
+)
 def test_losses_in_chunks(monkeypatch, loss, tokens):
     model = model_of("llama", LAYERS)
     whole = values_of(Engine(model), ROWS, loss)
@@ -134,12 +156,20 @@ def flipped(logits, targets, dense):
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_metric_of_ones_own(tmp_path, streamed):
     model_of("llama", LAYERS).save_pretrained(tmp_path)
-    engine = StreamingEngine(tmp_path, "float64", device="cpu") if streamed else Engine(model_of("llama", LAYERS))
-    metric = pickle.loads(pickle.dumps(Metric("flips", flipped, "flips", "share of tokens", "", reference=True)))
+    engine = (
+        StreamingEngine(tmp_path, "float64", device="cpu")
+        if streamed
+        else Engine(model_of("llama", LAYERS))
+    )
+    metric = pickle.loads(
+        pickle.dumps(Metric("flips", flipped, "flips", "share of tokens", "", reference=True))
+    )
     assert metric.name == "flips" and metric.name not in METRICS
     found = values_of(engine, ROWS, metric)
     for (mask, index), value in found.items():
-        best, left = (log_probabilities("llama", m, ROWS[index]).argmax(axis=1) for m in (DENSE, mask))
+        best, left = (
+            log_probabilities("llama", m, ROWS[index]).argmax(axis=1) for m in (DENSE, mask)
+        )
         assert value == pytest.approx(np.mean(best != left))
     assert max(found.values()) > 0
     engine.close()
@@ -162,7 +192,7 @@ def test_pieces_of_logits_keep_the_bits(loss, dtype, tokens, monkeypatch):
     assert torch.equal(found, loss.__wrapped__(*given))
 
 
-# --- influences ------------------------------------------------------------------------------------------------------
+# --- influences
 
 
 @pytest.mark.parametrize("batch_tokens", [1000, 24], ids=["one batch", "batches"])
@@ -172,7 +202,9 @@ def test_influences_of_blocks_and_layers(variant, base, batch_tokens):
     """Of what a base leaves; pads do not count, given tokens do."""
     model, base = model_of(variant, LAYERS), parse_mask(base)
     oracle = [recorded(model, base, tokens) for tokens in ROWS]
-    assert len(oracle[0]) == len(all_blocks(LAYERS)) + LAYERS - len(base) - len({block.layer for block in base})
+    assert len(oracle[0]) == len(all_blocks(LAYERS)) + LAYERS - len(base) - len(
+        {block.layer for block in base}
+    )
     masks = [base | unit for unit in oracle[0]]
     for name in INFLUENCES:
         found = values_of(Engine(model, batch_tokens), ROWS, name, masks, base)
@@ -184,8 +216,8 @@ def test_influences_of_blocks_and_layers(variant, base, batch_tokens):
 
 @pytest.mark.parametrize("variant", ["llama", "gpt_neox", "gemma2"])
 def test_adjacent_layers_are_a_unit(variant):
-    """From the state that the first one reads to the one that the last one leaves; what is removed already is not
-    counted, and units of several lengths share one pass."""
+    """From the state that the first one reads to the one that the last one leaves; what is removed
+    already is not counted, and units of several lengths share one pass."""
     model, base = model_of(variant, 4), parse_mask("mha.1,mlp.2")
     layers = removable_units(4, "layer", "all")
     runs = [(first, last) for first in range(4) for last in range(first, 4)]

@@ -1,4 +1,5 @@
-"""The nas export: read by mlx-lm, and by a plain forward pass from config.json and safetensors alone."""
+"""The nas export: read by mlx-lm, and by a plain forward pass from config.json and safetensors
+alone."""
 
 import json
 import math
@@ -22,14 +23,28 @@ from tests.plans import fetch_tiny, narrow_plan, plan_of, pruning
 
 ROOT = Path(__file__).parents[2]
 IDS = torch.randint(1, 257, (2, 20), generator=torch.Generator().manual_seed(3))
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 16}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 QWEN2 = {"use_sliding_window": False}
 CASES = {
     "attention": ("llama", {}, "mha.1,mha.3"),
-    "both": ("llama", {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True}, "mha.2,mlp.2,mha.4,mlp.3"),
+    "both": (
+        "llama",
+        {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True},
+        "mha.2,mlp.2,mha.4,mlp.3",
+    ),
     "first and last attention": ("llama", {"tie_word_embeddings": True}, "mha.0,mha.1,mha.5"),
-    "wide": ("llama", {"intermediate_size": 256, "rope_parameters": LLAMA3 | {"rope_type": "linear"}}, "mha.3"),
+    "wide": (
+        "llama",
+        {"intermediate_size": 256, "rope_parameters": LLAMA3 | {"rope_type": "linear"}},
+        "mha.3",
+    ),
     "whole layers": ("mistral", {"sliding_window": None}, "mha.1,mlp.1,mlp.4,mha.5"),
     "qwen2 mlp": ("qwen2", QWEN2 | {"tie_word_embeddings": True}, "mlp.0,mlp.3,mlp.5"),
     "narrow": ("llama", {"tie_word_embeddings": True}, {"mlp.0": range(7), "mlp.4": range(5, 40)}),
@@ -45,13 +60,18 @@ def export(dense, plan, out, dtype="float32"):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Of a case: the exported directory, the dense one, and its plan; made once, one of them with a fresh process."""
+    """Of a case: the exported directory, the dense one, and its plan; made once, one of them with a
+    fresh process."""
 
     @cache
     def make(case):
         family, config, removed = CASES[case]
         dense = fetch_tiny(tmp_path_factory.mktemp("nas"), family, 6, **config)
-        merges = {"kind": "laco", "order": ("2+2",), "details": {"merges": [[2, 2]], "variant": "paper"}}
+        merges = {
+            "kind": "laco",
+            "order": ("2+2",),
+            "details": {"merges": [[2, 2]], "variant": "paper"},
+        }
         if case == "narrow":
             plan = narrow_plan(dense, removed)
         else:
@@ -75,7 +95,9 @@ def dense_logits(dense, plan):
 def oracle(directory):
     """A DeciLM forward pass in float64 as its readers define it, from the files alone."""
     config = json.loads((directory / "config.json").read_text())
-    weights = {name: weight.double() for name, weight in load_file(directory / "model.safetensors").items()}
+    weights = {
+        name: weight.double() for name, weight in load_file(directory / "model.safetensors").items()
+    }
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     head, length = hidden // heads, IDS.shape[1]
     used = set()
@@ -88,7 +110,11 @@ def oracle(directory):
         return x @ get(f"{name}.weight").T + (get(f"{name}.bias") if bias else 0)
 
     def norm(x, name):
-        return x / (x.pow(2).mean(-1, keepdim=True) + config["rms_norm_eps"]).sqrt() * get(f"{name}.weight")
+        return (
+            x
+            / (x.pow(2).mean(-1, keepdim=True) + config["rms_norm_eps"]).sqrt()
+            * get(f"{name}.weight")
+        )
 
     rope = config["rope_theta"] ** (-torch.arange(0, head, 2, dtype=torch.float64) / head)
     scaling = config.get("rope_scaling", {"rope_type": "default"})
@@ -105,7 +131,9 @@ def oracle(directory):
 
     def rotate(x):  # [B, heads, T, head]
         a, b = x.chunk(2, dim=-1)
-        return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], dim=-1)
+        return torch.cat(
+            [a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], dim=-1
+        )
 
     x = get("model.embed_tokens.weight")[IDS]
     assert len(config["block_configs"]) == config["num_hidden_layers"]
@@ -115,7 +143,9 @@ def oracle(directory):
             y, bias = norm(x, f"{name}.input_layernorm"), config["attention_bias"]
             group = attention["n_heads_in_group"]
             q, k, v = (
-                linear(y, f"{name}.self_attn.{part}_proj", bias).unflatten(-1, (-1, head)).transpose(1, 2)
+                linear(y, f"{name}.self_attn.{part}_proj", bias)
+                .unflatten(-1, (-1, head))
+                .transpose(1, 2)
                 for part in "qkv"
             )
             assert (q.shape[1], k.shape[1]) == (heads, heads // group)
@@ -132,7 +162,9 @@ def oracle(directory):
             assert gate.shape[-1] == up.shape[-1] == width
             x = x + linear(torch.nn.functional.silu(gate) * up, f"{name}.mlp.down_proj", bias)
     tied = config["tie_word_embeddings"]
-    logits = norm(x, "model.norm") @ get("model.embed_tokens.weight" if tied else "lm_head.weight").T
+    logits = (
+        norm(x, "model.norm") @ get("model.embed_tokens.weight" if tied else "lm_head.weight").T
+    )
     assert used == weights.keys()
     return logits
 
@@ -150,26 +182,46 @@ def test_directory_says_the_masked_model(exported, case):
     if find_spec("mlx_lm") is None:
         assert (report["ok"], report["unchecked"]) == (None, "mlx_lm is not installed")
         return
-    assert report["ok"] and report["cache_layers"] == len(attentions) and not report["blockpruner_imported"]
+    assert (
+        report["ok"]
+        and report["cache_layers"] == len(attentions)
+        and not report["blockpruner_imported"]
+    )
     assert max(report["max_logit_difference"], report["max_logit_difference_cached"]) <= 1e-3
 
 
 def test_directory_is_complete(exported, tmp_path):
     directory, _, plan = exported("first and last attention")
     names = {path.name for path in directory.iterdir()}
-    assert names == {"README.md", "blockpruner_plan.json", "config.json", "configuration_decilm.py",
-                     "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-                     "verification.json"}  # fmt: skip
+    assert names == {
+        "README.md",
+        "blockpruner_plan.json",
+        "config.json",
+        "configuration_decilm.py",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "verification.json",
+    }
     loaded = AutoConfig.from_pretrained(directory, trust_remote_code=True)
     assert [block.attention.no_op for block in loaded.block_configs] == [False] * 3 + [True]
     loaded.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["block_configs"] == loaded.block_configs
+    assert (
+        json.loads((tmp_path / "config.json").read_text())["block_configs"] == loaded.block_configs
+    )
     assert {path.name for path in directory.parent.iterdir()} >= {"out", "model"}
     assert not list(directory.parent.glob(".*"))
-    assert len({(directory / name).stat().st_mode for name in ("model.safetensors", "config.json")}) == 1
+    assert (
+        len({(directory / name).stat().st_mode for name in ("model.safetensors", "config.json")})
+        == 1
+    )
     config = json.loads((directory / "config.json").read_text())
     # MHA 0, 1 and 5 are gone: MLPs 0 and 1 are folded, MLPs 4 and 5 lie in two layers
-    kinds = [(not block["attention"]["no_op"], not block["ffn"]["no_op"]) for block in config["block_configs"]]
+    kinds = [
+        (not block["attention"]["no_op"], not block["ffn"]["no_op"])
+        for block in config["block_configs"]
+    ]
     assert kinds == [(True, True)] * 3 + [(False, True)]
     card = (directory / "README.md").read_text()
     assert "library_name: mlx" in card and "from_pretrained" not in card
@@ -183,11 +235,16 @@ def test_directory_is_complete(exported, tmp_path):
     ("function", "fault"),
     [
         ("nas_weights", lambda made: made["model.norm.weight"].mul_(1.01)),
-        ("nas_config", lambda made: made["block_configs"][0]["attention"].update(n_heads_in_group=1)),
+        (
+            "nas_config",
+            lambda made: made["block_configs"][0]["attention"].update(n_heads_in_group=1),
+        ),
     ],
     ids=["weights", "heads"],
 )
-def test_a_wrong_checkpoint_fails_and_leaves_nothing(exported, tmp_path, monkeypatch, function, fault):
+def test_a_wrong_checkpoint_fails_and_leaves_nothing(
+    exported, tmp_path, monkeypatch, function, fault
+):
     _, dense, plan = exported("attention")
     right = getattr(nas, function)
 
@@ -208,7 +265,11 @@ def test_a_wrong_checkpoint_fails_and_leaves_nothing(exported, tmp_path, monkeyp
         ("qwen3", {}, "qwen3"),
         ("llama", {"dtype": "float64"}, "float64"),
         ("llama", {"head_dim": 12}, 12),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "dynamic",
+        ),
     ],
 )
 def test_what_the_format_cannot_hold_is_refused(tmp_path, family, changes, value):
@@ -219,6 +280,11 @@ def test_what_the_format_cannot_hold_is_refused(tmp_path, family, changes, value
     config = AutoConfig.for_model(family, **fields)
     config.save_pretrained(tmp_path / "model")
     with refused("export-limits") as error:
-        export(tmp_path / "model", plan_of(config.to_dict(), ["mha.1"], **plan), tmp_path / "out", dtype)
+        export(
+            tmp_path / "model",
+            plan_of(config.to_dict(), ["mha.1"], **plan),
+            tmp_path / "out",
+            dtype,
+        )
     assert error.value.value == value
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

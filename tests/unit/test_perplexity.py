@@ -13,9 +13,21 @@ from blockpruner.evaluation.suite import perplexity_of
 from blockpruner.inputs.texts import MixedText, TextKind, write_texts
 from blockpruner.model.models import masked, prune_
 from blockpruner.scoring import work
-from tests.tiny import VARIANTS, VARIANTS_DAILY, bos_tokenizer, full_nll, tiny_model, tiny_tokenizer, tolerance
+from tests.tiny import (
+    VARIANTS,
+    VARIANTS_DAILY,
+    bos_tokenizer,
+    full_nll,
+    tiny_model,
+    tiny_tokenizer,
+    tolerance,
+)
 
-TEXTS = ["The quick brown fox jumps over the lazy dog.", "Pack my box with five dozen jugs.", "Sphinx of quartz."]
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog.",
+    "Pack my box with five dozen jugs.",
+    "Sphinx of quartz.",
+]
 MASK = parse_mask("mha.1,mlp.2,mha.3,mlp.3")
 
 
@@ -26,7 +38,10 @@ def held_out_rows(tokenizer, texts, seq_len, max_rows=None):
 def test_rows_are_the_joined_texts_cut_and_the_tail_dropped():
     rows = held_out_rows(tiny_tokenizer(), TEXTS, 20)
     assert [len(row) for row in rows] == [20] * (len("\n\n".join(TEXTS)) // 20)
-    assert tiny_tokenizer().decode([i for row in rows for i in row]) == "\n\n".join(TEXTS)[: 20 * len(rows)]
+    assert (
+        tiny_tokenizer().decode([i for row in rows for i in row])
+        == "\n\n".join(TEXTS)[: 20 * len(rows)]
+    )
     assert held_out_rows(tiny_tokenizer(), TEXTS, 20, max_rows=2) == rows[:2]
 
 
@@ -44,19 +59,22 @@ def test_every_row_may_begin_as_the_tokenizer_begins_a_text(packing):
     read = tiny_tokenizer().decode([token for row in found.rows for token in row[1:]])
     assert read == text[: 19 * len(found.rows)] and len(found.rows) == len(text) // 19
     wanted = Perplexity(seq_len=20, packing="joined")
-    assert held_out(tiny_tokenizer(), [text], wanted.model_copy(update={"packing": packing})) == held_out(
-        tiny_tokenizer(), [text], wanted
-    )
+    assert held_out(
+        tiny_tokenizer(), [text], wanted.model_copy(update={"packing": packing})
+    ) == held_out(tiny_tokenizer(), [text], wanted)
     cut = held_out(bos_tokenizer(), TEXTS, Perplexity(seq_len=20, max_rows=3, packing="joined_bos"))
     assert cut.documents == tuple(TEXTS[:2]), "57 characters reach into the second text"
 
 
 @pytest.mark.parametrize("max_rows", [1, 2, 3, None])
 def test_joined_rows_name_their_texts(max_rows):
-    """The tokenizer makes a token of every character, so the texts of a row are those that its characters touch."""
+    """The tokenizer makes a token of every character, so the texts of a row are those that its
+    characters touch."""
     found = held_out(tiny_tokenizer(), TEXTS, Perplexity(seq_len=20, max_rows=max_rows))
     starts = [0, len(TEXTS[0]) + 2, len(TEXTS[0]) + len(TEXTS[1]) + 4]
-    touched = [text for text, start in zip(TEXTS, starts, strict=True) if start < 20 * len(found.rows)]
+    touched = [
+        text for text, start in zip(TEXTS, starts, strict=True) if start < 20 * len(found.rows)
+    ]
     assert list(found.documents) == (touched if max_rows else TEXTS)
 
 
@@ -90,23 +108,33 @@ def test_a_mix_has_as_many_rows_of_each_kind():
         held_out(tiny_tokenizer(), mix, wanted),
         [held_out(tiny_tokenizer(), own, wanted) for own in parts.values()],
     )
-    assert found.rows == alone[0].rows + alone[1].rows and found.documents == alone[0].documents + alone[1].documents
+    assert (
+        found.rows == alone[0].rows + alone[1].rows
+        and found.documents == alone[0].documents + alone[1].documents
+    )
     assert found.kinds == ("a",) * 3 + ("b",) * 3 and not alone[0].kinds
     with pytest.raises(InputError, match="^c: held-out perplexity has no row"):
         held_out(tiny_tokenizer(), [*mix, MixedText("short", TextKind("c", 1.0))], wanted)
 
 
 def test_no_row_says_how_long_a_row_may_be():
-    with pytest.raises(InputError, match=r"3 texts are 98 tokens.*seq_len 512; lower seq_len to at most 98"):
+    with pytest.raises(
+        InputError, match=r"3 texts are 98 tokens.*seq_len 512; lower seq_len to at most 98"
+    ):
         held_out_rows(tiny_tokenizer(), TEXTS, 512)
 
 
 @pytest.mark.parametrize(
-    "family", [one if one in VARIANTS_DAILY else pytest.param(one, marks=pytest.mark.slow) for one in VARIANTS]
+    "family",
+    [
+        one if one in VARIANTS_DAILY else pytest.param(one, marks=pytest.mark.slow)
+        for one in VARIANTS
+    ],
 )
 @pytest.mark.parametrize("state", ["dense", "masked", "pruned"])
 def test_equals_full_forwards(family, state, monkeypatch):
-    monkeypatch.setattr(work, "LOGITS_BYTES", 7 * 260 * 4)  # chunks of 7 tokens: 19 targets are not whole chunks
+    # chunks of 7 tokens: 19 targets are not whole chunks
+    monkeypatch.setattr(work, "LOGITS_BYTES", 7 * 260 * 4)
     rows = held_out_rows(tiny_tokenizer(), TEXTS, 20)
     model = tiny_model(family)
     with masked(tiny_model(family), MASK if state != "dense" else frozenset()) as reference:
@@ -116,7 +144,9 @@ def test_equals_full_forwards(family, state, monkeypatch):
         with masked(model, MASK):
             found = measure_perplexity(model, rows)
     else:
-        found = measure_perplexity(model if state == "dense" else prune_(model, MASK), rows, lambda *s: seen.append(s))
+        found = measure_perplexity(
+            model if state == "dense" else prune_(model, MASK), rows, lambda *s: seen.append(s)
+        )
         assert seen == [(i + 1, len(rows)) for i in range(len(rows))]
     rel = tolerance(family)
     assert found.row_nll == pytest.approx(expected, rel=rel)
@@ -148,14 +178,22 @@ def test_texts_that_others_look_at_are_passed_over():
 
 def test_the_largest_share_has_all_rows():
     shares = {"a": 3.0, "b": 1.0}
-    texts = [MixedText(f"{kind}{n} " * 20, TextKind(kind, share)) for kind, share in shares.items() for n in range(6)]
-    found = held_out(tiny_tokenizer(), texts, Perplexity(seq_len=40, max_rows=5, packing="documents"))
+    texts = [
+        MixedText(f"{kind}{n} " * 20, TextKind(kind, share))
+        for kind, share in shares.items()
+        for n in range(6)
+    ]
+    found = held_out(
+        tiny_tokenizer(), texts, Perplexity(seq_len=40, max_rows=5, packing="documents")
+    )
     assert found.kinds == ("a",) * 5 + ("b",) * 2
 
 
 def test_a_result_is_of_its_shares_and_of_what_was_passed_over(tmp_path):
     def key(share=1.0, **settings):
-        texts = [MixedText(f"text {n}", TextKind("ab"[n % 2], (share, 1.0)[n % 2])) for n in range(4)]
+        texts = [
+            MixedText(f"text {n}", TextKind("ab"[n % 2], (share, 1.0)[n % 2])) for n in range(4)
+        ]
         write_texts(tmp_path / "texts.parquet", texts)
         return perplexity_of(None, tmp_path / "texts.parquet", Perplexity(**settings), {}).key
 

@@ -1,4 +1,5 @@
-"""Our own texts: short pieces of many packages and texts, and how they mix with texts of one's own."""
+"""Our own texts: short pieces of many packages and texts, and how they mix with texts of one's
+own."""
 
 import json
 import re
@@ -23,7 +24,9 @@ LINES = "\n".join(f"line {number} of many" for number in range(400))
 
 
 def read(data, place, template=str):
-    return load_texts(TypeAdapter(Texts).validate_python(data), place / "cache", place / "pins.json", template)
+    return load_texts(
+        TypeAdapter(Texts).validate_python(data), place / "cache", place / "pins.json", template
+    )
 
 
 def test_a_piece_is_whole_lines_from_anywhere_and_always_the_same():
@@ -42,7 +45,12 @@ def packages(tmp_path, monkeypatch):
     """Three packages: with three modules, with a short one alone, and with none."""
     described = "Metadata-Version: 2.1\nName: p\n\n" + "The words of the README.\n" * 40
     contents = (
-        {"p/a.py": "a\n" * 900, "p/b.py": "b\n" * 900, "p/c.py": "c\n" * 900, "p.dist-info/METADATA": described},
+        {
+            "p/a.py": "a\n" * 900,
+            "p/b.py": "b\n" * 900,
+            "p/c.py": "c\n" * 900,
+            "p.dist-info/METADATA": described,
+        },
         {"q/a.py": "x = 1\n", "q.dist-info/METADATA": "Name: q\n\nshort"},
         {"r/data.txt": LINES},
     )
@@ -52,8 +60,12 @@ def packages(tmp_path, monkeypatch):
         with zipfile.ZipFile(archives[-1], "w") as file:
             for name, text in content.items():
                 file.writestr(name, text)
-    monkeypatch.setattr(pieces, "listed_packages", lambda data: [(str(n), "") for n in range(len(archives))])
-    monkeypatch.setattr(pieces, "package_file", lambda package, digest, cache: archives[int(package)])
+    monkeypatch.setattr(
+        pieces, "listed_packages", lambda data: [(str(n), "") for n in range(len(archives))]
+    )
+    monkeypatch.setattr(
+        pieces, "package_file", lambda package, digest, cache: archives[int(package)]
+    )
 
 
 def source(**more):
@@ -64,7 +76,11 @@ def source(**more):
 @pytest.mark.usefixtures("packages")
 def test_each_package_gives_a_few_pieces_of_different_files(tmp_path):
     found = pieces.pieces_of_packages(source(pieces=2), tmp_path)
-    assert len(found) == 2 and len({text[0] for text in found}) == 2 and all(len(text) <= 500 for text in found)
+    assert (
+        len(found) == 2
+        and len({text[0] for text in found}) == 2
+        and all(len(text) <= 500 for text in found)
+    )
     assert len(pieces.pieces_of_packages(source(pieces=9), tmp_path)) == 3
     (readme,) = pieces.pieces_of_packages(source(file="*.dist-info/METADATA"), tmp_path)
     assert set(readme.splitlines()) == {"The words of the README."}, "without the fields above it"
@@ -76,7 +92,9 @@ def test_the_list_is_pinned_free_to_use_and_holds_no_library_that_measures():
     form = re.compile(r"([\w.-]+)==[\w.+!-]+ --hash=sha256:[0-9a-f]{64}  # (.*)")
     found = [form.fullmatch(line) for line in lines]
     assert all(found) and len({one[1].lower() for one in found}) == len(lines) == 320
-    assert all(re.search("MIT|BSD|Apache|ISC|PSF|Python Software|Zope|Academic", one[2]) for one in found)
+    assert all(
+        re.search("MIT|BSD|Apache|ISC|PSF|Python Software|Zope|Academic", one[2]) for one in found
+    )
     measured = {name.partition("==")[0].lower() for name in LIBRARIES}
     assert not measured & {one[1].lower() for one in found}
     digest = sha256(content).hexdigest()
@@ -115,23 +133,33 @@ def test_texts_of_ones_own_are_half_unless_they_are_wanted_alone(tmp_path, metho
     parts = {"mine": 0.0, "ours": 0.0}
     for kind in by_kind(texts):
         parts["mine" if kind.name == "mine.jsonl" else "ours"] += kind.share
-    assert {name: share / sum(parts.values()) for name, share in parts.items() if share} == pytest.approx(expected)
+    assert {
+        name: share / sum(parts.values()) for name, share in parts.items() if share
+    } == pytest.approx(expected)
 
 
 def test_kinds_of_ones_own_file_share_its_half(tmp_path):
-    records = [{"text": "x" * n, "kind": "ab"[n % 2], "share": 1 + 2 * (n % 2)} for n in range(1, 9)]
+    records = [
+        {"text": "x" * n, "kind": "ab"[n % 2], "share": 1 + 2 * (n % 2)} for n in range(1, 9)
+    ]
     path, other = tmp_path / "own.json", tmp_path / "other.txt"
     path.write_text(json.dumps(records))
     other.write_text("other")
     of = [{"source": "path", "path": str(each)} for each in (path, other)]
-    shares = {kind.name: kind.share for kind in by_kind(read({"source": "mix", "of": of}, tmp_path))}
+    shares = {
+        kind.name: kind.share for kind in by_kind(read({"source": "mix", "of": of}, tmp_path))
+    }
     assert shares == pytest.approx({"a": 0.25, "b": 0.75, "other.txt": 1.0})
     assert {kind_of(text).name for text in read(of[1], tmp_path)} == {"other.txt"}
 
 
 def test_conversations_of_ours_need_no_template(tmp_path):
     path = tmp_path / "chat.json"
-    path.write_text(json.dumps([{"messages": [{"role": "user", "content": "Hi"}, {"role": "bot", "content": "Ho"}]}]))
+    path.write_text(
+        json.dumps(
+            [{"messages": [{"role": "user", "content": "Hi"}, {"role": "bot", "content": "Ho"}]}]
+        )
+    )
 
     def none(messages):
         raise InputError("no template")

@@ -1,4 +1,5 @@
-"""Stores that lose power before any of their writes: what had returned is on disk, and nothing is half there."""
+"""Stores that lose power before any of their writes: what had returned is on disk, and nothing is
+half there."""
 
 from __future__ import annotations
 
@@ -43,10 +44,13 @@ def work(done: Path) -> None:
 
 
 def check(folder: Path, done: set[str], mode: str = "killed") -> None:
-    """A cut of power may lose trials of the last second: all but the first one until the store is closed."""
+    """A cut of power may lose trials of the last second: all but the first one until the store is
+    closed."""
     store = TrialStore({"model": "m"}, ROWS, folder / "new/trials")
     for number in range(2):
-        is_promised = f"mha.{number}" in done and (mode == "killed" or number == 0 or "closed" in done)
+        is_promised = f"mha.{number}" in done and (
+            mode == "killed" or number == 0 or "closed" in done
+        )
         assert store.get(f"mha.{number}") in ([[1.0, 2.0]] if is_promised else [[1.0, 2.0], None])
     assert store.problems == [], "a cut leaves no log that has to be set aside"
     plan, model = folder / "new/plan.json", folder / "model"
@@ -55,7 +59,9 @@ def check(folder: Path, done: set[str], mode: str = "killed") -> None:
     else:
         assert "plan 0" not in done
     if model.exists():
-        assert (model / "below/weights").read_bytes() == bytes(100) and (model / "config").read_text() == "config"
+        assert (model / "below/weights").read_bytes() == bytes(100) and (
+            model / "config"
+        ).read_text() == "config"
     else:  # while it is replaced there is neither
         assert "model 0" not in done or ("plan 1" in done and "model 1" not in done)
 
@@ -69,11 +75,16 @@ def test_what_had_returned_is_on_disk(mode: str, tmp_path: Path) -> None:
     for cut in range(1, writes + 1):
         folder, done = tmp_path / f"disk{cut}", tmp_path / f"done{cut}"
         folder.mkdir()
-        assert forked(folder, partial(work, done), tmp_path / "log", cut, mode) == (-signal.SIGKILL, cut)
+        assert forked(folder, partial(work, done), tmp_path / "log", cut, mode) == (
+            -signal.SIGKILL,
+            cut,
+        )
         finished = set(done.read_text().splitlines()) if done.exists() else set()
         check(folder, finished, mode)
         if cut % 4 == 1:  # and what is left is no obstacle
-            assert forked(folder, partial(work, done), tmp_path / "log")[0] == 0, (tmp_path / "log").read_text()
+            assert forked(folder, partial(work, done), tmp_path / "log")[0] == 0, (
+                tmp_path / "log"
+            ).read_text()
             check(folder, {"mha.0", "mha.1", "closed", "plan 0", "plan 1", "model 0", "model 1"})
 
 
@@ -101,6 +112,9 @@ def test_a_careless_writer_is_caught(is_synced: bool, kept: dict[str, str], tmp_
         folder.mkdir()
         (folder / "file").write_text("old")
         cut = 3 if is_synced else 2  # the new folder comes last
-        assert forked(folder, partial(careless, is_synced), tmp_path / "log", cut, mode)[0] == -signal.SIGKILL
+        assert (
+            forked(folder, partial(careless, is_synced), tmp_path / "log", cut, mode)[0]
+            == -signal.SIGKILL
+        )
         found[mode] = (folder / "file").read_text()
     assert found == kept

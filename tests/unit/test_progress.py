@@ -10,7 +10,9 @@ def test_phase_and_stage_eta_are_computed_from_computed_phases_only(monkeypatch)
     """Iterations of 100 s, each a tenth of the way; two cached ones before must not count."""
     clock, out = [0.0], io.StringIO()
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
-    show = ConsoleObserver(Console(file=out, width=200, highlight=False, soft_wrap=True), interval=5.0)
+    show = ConsoleObserver(
+        Console(file=out, width=200, highlight=False, soft_wrap=True), interval=5.0
+    )
     for seconds, name, *arguments in [
         (0, "begin", "iteration 0", 0.0),
         (1, "end", "cached one", (), True),
@@ -34,7 +36,9 @@ def test_phase_and_stage_eta_are_computed_from_computed_phases_only(monkeypatch)
 def test_where_more_may_follow_no_time_left_is_shown(monkeypatch):
     clock, out = [0.0], io.StringIO()
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
-    show = ConsoleObserver(Console(file=out, width=200, highlight=False, soft_wrap=True), interval=5.0)
+    show = ConsoleObserver(
+        Console(file=out, width=200, highlight=False, soft_wrap=True), interval=5.0
+    )
     show.begin("budget 0.1, step 5, removed 4.1 of 10 %")
     clock[0] += 65
     show.advance(6, None, "candidate mha.1")
@@ -49,20 +53,31 @@ def test_where_more_may_follow_no_time_left_is_shown(monkeypatch):
 def test_a_resumed_phase_goes_at_the_pace_of_what_it_computes(monkeypatch):
     clock, out = [0.0], io.StringIO()
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
-    show = ConsoleObserver(Console(file=out, width=200, highlight=False, soft_wrap=True), interval=5.0)
+    show = ConsoleObserver(
+        Console(file=out, width=200, highlight=False, soft_wrap=True), interval=5.0
+    )
     show.begin("narrow")
     for seconds, done in ((10, 13), (10, 14), (10, 15)):
         clock[0] += seconds
         show.advance(done, 30, f"mlp.{done - 1}")
-    assert [line.partition("), ")[2] for line in out.getvalue().splitlines()][1:] == ["2m40s left", "2m30s left"]
+    assert [line.partition("), ")[2] for line in out.getvalue().splitlines()][1:] == [
+        "2m40s left",
+        "2m30s left",
+    ]
 
 
 def test_a_terminal_gets_a_bar_that_goes_away():
     out = io.StringIO()
-    show = ConsoleObserver(Console(file=out, width=120, force_terminal=True, color_system=None), interval=0.0)
+    show = ConsoleObserver(
+        Console(file=out, width=120, force_terminal=True, color_system=None), interval=0.0
+    )
     show.begin("iteration 0", 0.5)
     show.advance(3, 4, "candidate mha.1")
-    assert show._bar is not None and show._bar.tasks[0].completed == 3 and show._bar.tasks[0].total == 4
+    assert (
+        show._bar is not None
+        and show._bar.tasks[0].completed == 3
+        and show._bar.tasks[0].total == 4
+    )
     show.end("removed mha.1")
     assert show._bar is None and "candidate mha.1" in out.getvalue()
     assert out.getvalue().splitlines()[-1].endswith("iteration 0: removed mha.1 [0s]")

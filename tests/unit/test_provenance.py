@@ -14,14 +14,25 @@ from blockpruner.store.files import read_json
 from blockpruner.store.provenance import commit, file_sha256
 
 
-def test_only_code_and_settings_make_a_clone_dirty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_code_and_settings_make_a_clone_dirty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def git(*arguments: str) -> str:
         command = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     (tmp_path / "blockpruner").mkdir()
     (tmp_path / "runs").mkdir()
-    files = ["blockpruner/a.py", "runs/a.yaml", "runs/dvc.lock", "runs/pins.json", "dvc.lock", "README.md"]
+    files = [
+        "blockpruner/a.py",
+        "runs/a.yaml",
+        "runs/dvc.lock",
+        "runs/pins.json",
+        "dvc.lock",
+        "README.md",
+    ]
     for name in files:
         (tmp_path / name).write_text("before")
     git("init", "--quiet")
@@ -69,5 +80,9 @@ def test_a_fault_of_a_stage_is_one_line_and_a_log_beside_its_record(
         stages.run("score", main)
     (log,) = (tmp_path / "data/provenance").glob("*.log")
     (line,) = capsys.readouterr().err.splitlines()
-    assert end.value.code == 1 and line.startswith("error in stage score tiny: KeyError: 'tiny'") and log.name in line
+    assert (
+        end.value.code == 1
+        and line.startswith("error in stage score tiny: KeyError: 'tiny'")
+        and log.name in line
+    )
     assert "in main" in log.read_text() and not (tmp_path / "data/evidence").exists()

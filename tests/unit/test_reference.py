@@ -1,4 +1,5 @@
-"""The engine, the search and the refit against `blockpruner.reference`, which does the same in plain torch."""
+"""The engine, the search and the refit against `blockpruner.reference`, which does the same in
+plain torch."""
 
 import math
 import random
@@ -37,7 +38,9 @@ def test_rows_are_those_of_the_paper_packing():
     rows = reference.draw_rows(TEXTS, tiny_tokenizer(), 12, 32, seed=5)
     texts = TEXTS[:]
     random.Random(5).shuffle(texts)
-    assert rows.tolist() == [list(row) for row in pack_rows(texts, tiny_tokenizer(), 32, "joined").rows[:12]]
+    assert rows.tolist() == [
+        list(row) for row in pack_rows(texts, tiny_tokenizer(), 32, "joined").rows[:12]
+    ]
     with pytest.raises(ValueError, match=r"fill \d+ rows of 32 tokens, not 1000"):
         reference.draw_rows(TEXTS, tiny_tokenizer(), 1000, 32)
 
@@ -62,7 +65,9 @@ def test_greedy_search_removes_the_blocks_of_the_reference(family):
 
 
 @FAMILIES
-@pytest.mark.parametrize("names", [["mha.1", "mlp.1", "mha.2"], ["mha.0", "mlp.3"], ["mlp.0", "mha.3", "mlp.2"]])
+@pytest.mark.parametrize(
+    "names", [["mha.1", "mlp.1", "mha.2"], ["mha.0", "mlp.3"], ["mlp.0", "mha.3", "mlp.2"]]
+)
 def test_a_refit_is_the_reference_to_the_last_digits(family, names):
     model, plain = model_of(family), model_of(family)
     fit, validation = ROWS[:18], ROWS[18:]
@@ -88,7 +93,9 @@ def test_a_cut_model_is_the_masked_one_with_and_without_cache_and_from_its_file(
         expected = model(ids, use_cache=False).logits
     reference.cut_(model, blocks)
     plan = plan_of(tiny_model("llama").config.to_dict(), list(map(reference.block_name, blocks)))
-    assert sum(parameter.numel() for parameter in model.parameters()) == round(before * (1 - plan.ratio))
+    assert sum(parameter.numel() for parameter in model.parameters()) == round(
+        before * (1 - plan.ratio)
+    )
     reference.save(model, blocks, tmp_path / "out")
     for one in (model, reference.load(tmp_path / "out")):
         torch.testing.assert_close(one(ids).logits, expected)
@@ -101,10 +108,21 @@ def test_the_command_writes_a_smaller_model(tmp_path, capsys):
     checkpoint = save_tiny(tmp_path / "model")
     (tmp_path / "texts.txt").write_text("\n\n".join(TEXTS))
     out = tmp_path / "out"
-    given = [str(checkpoint), str(tmp_path / "texts.txt"), "--blocks", "2", "--rows", "8", "--seq-len", "32"]
+    given = [
+        str(checkpoint),
+        str(tmp_path / "texts.txt"),
+        "--blocks",
+        "2",
+        "--rows",
+        "8",
+        "--seq-len",
+        "32",
+    ]
     reference.main([*given, "--out", str(out)])
     printed = capsys.readouterr().out
     removed = re.findall(r"removed (\S+), perplexity", printed)
     assert "validation perplexity" in printed and format_mask(parse_mask(",".join(removed)))
-    assert (out / "model.safetensors").stat().st_size < (checkpoint / "model.safetensors").stat().st_size
+    assert (out / "model.safetensors").stat().st_size < (
+        checkpoint / "model.safetensors"
+    ).stat().st_size
     assert reference.load(out)(torch.tensor(ROWS[:1])).logits.isfinite().all()

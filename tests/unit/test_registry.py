@@ -36,7 +36,9 @@ def installed(monkeypatch):
 
     def install(*values):
         points = [EntryPoint(value, value, registry.GROUP) for value in values]
-        monkeypatch.setattr(registry, "entry_points", lambda group: points if group == registry.GROUP else [])
+        monkeypatch.setattr(
+            registry, "entry_points", lambda group: points if group == registry.GROUP else []
+        )
         registry.extension_rows.cache_clear()
 
     yield install

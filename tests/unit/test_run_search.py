@@ -1,4 +1,5 @@
-"""What a scored run reuses and what it computes: every input of the fingerprints, and budgets out of reach."""
+"""What a scored run reuses and what it computes: every input of the fingerprints, and budgets out
+of reach."""
 
 import shutil
 from dataclasses import replace
@@ -11,7 +12,13 @@ from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.registry import require_budgets
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.settings import Score
-from blockpruner.search.trace import read_trace, search_cost, table_path, trace_directory, write_iteration
+from blockpruner.search.trace import (
+    read_trace,
+    search_cost,
+    table_path,
+    trace_directory,
+    write_iteration,
+)
 from blockpruner.settings import Run, resolve
 from tests.builders import FakeScorer, scored, short_rows, small_config
 
@@ -21,14 +28,17 @@ ROWS = CalibrationSet(((1, 2, 3), (4, 5, 6)))
 
 def run(folder, rows=ROWS, budgets=("2blocks",), **changes):
     """What was computed; no unit is computed twice."""
-    scorer = FakeScorer(lambda loss, base, mask, row: sum(map(ord, format_mask(mask))) / 1000, one_row=True)
+    scorer = FakeScorer(
+        lambda loss, base, mask, row: sum(map(ord, format_mask(mask))) / 1000, one_row=True
+    )
     found = scored(folder, scorer, CONFIG, budgets, rows, **changes)
     assert found.units_computed == len(scorer.asked) == len(set(scorer.asked))
     return found
 
 
 def test_tables_of_a_search_that_went_another_way_are_dropped(tmp_path):
-    """As after a search in 16 bits on another device: what does not continue a trace is no part of it."""
+    """As after a search in 16 bits on another device: what does not continue a trace is no part of
+    it."""
 
     def traced(budget, **score):
         scorer = FakeScorer(lambda loss, base, mask, row: sum(map(ord, format_mask(mask))) / 1000)
@@ -37,7 +47,9 @@ def test_tables_of_a_search_that_went_another_way_are_dropped(tmp_path):
         return directory, found.current.search, read_trace(directory, found.current.search)
 
     directory, search, trace = traced("4blocks")
-    assert len(trace) == 4 and traced("2blocks")[2] == trace, "a longer trace serves a smaller budget"
+    assert len(trace) == 4 and traced("2blocks")[2] == trace, (
+        "a longer trace serves a smaller budget"
+    )
     write_iteration(directory, replace(trace[3], index=4), search)
     assert traced("2blocks")[2] == trace
     write_iteration(directory, replace(trace[3], index=2), search)
@@ -63,7 +75,8 @@ def costs(folder, current, steps):
 
 
 def test_what_a_search_took_is_kept_beside_its_tables_and_is_never_0(tmp_path):
-    """Also of a search that was interrupted, that finds all cached, whose tables or whose trials were deleted."""
+    """Also of a search that was interrupted, that finds all cached, whose tables or whose trials
+    were deleted."""
     part = run(tmp_path, budgets=("1blocks",))
     assert costs(tmp_path, part.current, 1)["trials_asked"] == 5
     whole = run(tmp_path, budgets=("1blocks", "3blocks"))
@@ -88,7 +101,10 @@ def test_what_a_search_took_is_kept_beside_its_tables_and_is_never_0(tmp_path):
         ({"rows": CalibrationSet(((1, 2, 3), (4, 5, 7)))}, 0),
         ({"identity": "other"}, 0),
         ({"dtype": "bfloat16"}, 0),
-        ({"metric": "kl"}, 3),  # the perplexity of what it chose, for people, is that of the first search
+        (
+            {"metric": "kl"},
+            3,
+        ),  # the perplexity of what it chose, for people, is that of the first search
     ],
     ids=str,
 )
@@ -100,10 +116,13 @@ def test_what_changes_a_trial_is_computed_anew(tmp_path, change, reused):
 
 
 @pytest.mark.parametrize(
-    ("change", "computed"), [({"candidates": "mha"}, 0), ({"unit": "layer"}, 1), ({"acceleration": "race"}, 0)], ids=str
+    ("change", "computed"),
+    [({"candidates": "mha"}, 0), ({"unit": "layer"}, 1), ({"acceleration": "race"}, 0)],
+    ids=str,
 )
 def test_another_search_reuses_trials_but_not_tables(tmp_path, change, computed):
-    """Of the two layers, the block search (mha.0 first) has seen layer 0 as a pair, so only layer 1 is new."""
+    """Of the two layers, the block search (mha.0 first) has seen layer 0 as a pair, so only layer 1
+    is new."""
     first, other = run(tmp_path), run(tmp_path, **change)
     assert other.current.search != first.current.search
     assert other.trials_computed == computed
@@ -128,7 +147,10 @@ def test_a_metric_with_another_version_computes_its_trials_anew(tmp_path, monkey
     before = resolve(settings, []).texts()
     monkeypatch.setitem(METRICS._rows, "perplexity", replace(METRICS["perplexity"], version=1))
     other = run(tmp_path)
-    assert other.trials_computed == first.trials_computed and other.current.search != first.current.search
+    assert (
+        other.trials_computed == first.trials_computed
+        and other.current.search != first.current.search
+    )
     after = resolve(settings, []).texts()
     assert {name for name in after if after[name] != before[name]} == {"score", "searches/greedy"}
 
@@ -147,10 +169,16 @@ def test_versions_separate(tmp_path, monkeypatch, version):
         (("1blocks", "5blocks"), {}, "the largest reachable is 4blocks"),
         (("2blocks", "3blocks"), {"unit": "layer"}, "nearest: 2blocks, 4blocks"),
         (("0.5kv",), {"candidates": "mlp"}, "the largest reachable is 2blocks, 0.0000kv"),
-        (("1blocks",), {"options": {"per": "kv"}, "candidates": "mlp"}, "no candidate takes anything of it"),
+        (
+            ("1blocks",),
+            {"options": {"per": "kv"}, "candidates": "mlp"},
+            "no candidate takes anything of it",
+        ),
     ],
 )
-def test_a_budget_out_of_reach_is_refused_before_anything_is_computed(tmp_path, budgets, score, reachable):
+def test_a_budget_out_of_reach_is_refused_before_anything_is_computed(
+    tmp_path, budgets, score, reachable
+):
     scorer = FakeScorer()
     with pytest.raises(InputError, match=reachable):
         scored(tmp_path, scorer, CONFIG, budgets, ROWS, **score)

@@ -1,4 +1,5 @@
-"""What flows decide without a server: stages to start, tables, names, params.yaml, the form's run file."""
+"""What flows decide without a server: stages to start, tables, names, params.yaml, the form's run
+file."""
 
 import json
 import shutil
@@ -46,7 +47,10 @@ def test_one_table_of_a_study_asks_for_its_targets_alone(project, capsys):
         shutil.copytree(ROOT / folder, folder)
     name, run = "llama2-7b", "llama2-7b"
     chosen = choose_study(name, ["table2"])
-    names = [f"{run}-{of}" for of in ("blockpruner-b21-99", "one-shot-perplexity-b20-95", "greedy-layers-b21-02")]
+    names = [
+        f"{run}-{of}"
+        for of in ("blockpruner-b21-99", "one-shot-perplexity-b20-95", "greedy-layers-b21-02")
+    ]
     assert chosen.targets == {run: names} and chosen.study == name
     assert len(choose_study(name).targets) == 13
     with refused("unknown-item") as caught:
@@ -55,16 +59,27 @@ def test_one_table_of_a_study_asks_for_its_targets_alone(project, capsys):
     assert paper.main(["--study", name, "--table", "2", "--figure", "8", "--dry-run"]) == 0
     *lines, model, _ = capsys.readouterr().out.splitlines()
     assert model == "model meta-llama/Llama-2-7b-hf: not fetched, on the hub, perhaps gated"
-    assert [line.partition(":")[0] for line in lines] == ["table2", "figure8"] and lines[1].endswith("; 1 trained")
+    assert [line.partition(":")[0] for line in lines] == ["table2", "figure8"] and lines[
+        1
+    ].endswith("; 1 trained")
     assert paper.main(["--study", name, "--figure", "2", "--dry-run"]) == 2
     assert Path("params.yaml").read_text() == PARAMS
 
 
 NEEDS = {
-    "fetch@a": (), "score@a": ("fetch@a",), "commit@x": ("score@a",), "build@x": ("score@a", "commit@x"),
-    "commit@y": ("score@a", "elsewhere"), "report": ("build@x", "commit@y", "score@a"),
-}  # fmt: skip
-ARROWS = {**NEEDS, "build@x": ("commit@x",), "commit@y": ("score@a",), "report": ("build@x", "commit@y")}
+    "fetch@a": (),
+    "score@a": ("fetch@a",),
+    "commit@x": ("score@a",),
+    "build@x": ("score@a", "commit@x"),
+    "commit@y": ("score@a", "elsewhere"),
+    "report": ("build@x", "commit@y", "score@a"),
+}
+ARROWS = {
+    **NEEDS,
+    "build@x": ("commit@x",),
+    "commit@y": ("score@a",),
+    "report": ("build@x", "commit@y"),
+}
 """Without those that lead past a stage on the way."""
 
 
@@ -94,7 +109,9 @@ def test_stages_start_behind_what_changed_and_are_left_out_behind_what_failed(
     run.with_options = lambda name, task_run_name: run
     monkeypatch.setattr(prune_module, "run_stage", run)
     states = run_stages(NEEDS, ["report"], stale.split(), 0, keep_going)
-    assert [state.name for state in states.values()] == [words.get(word, word) for word in expected.split()]
+    assert [state.name for state in states.values()] == [
+        words.get(word, word) for word in expected.split()
+    ]
     assert outcome(states).is_completed() == (not fails)
 
 
@@ -108,7 +125,8 @@ def test_stages_start_behind_what_changed_and_are_left_out_behind_what_failed(
     ],
 )
 def test_a_stage_that_has_earlier_outputs_back_has_changed(monkeypatch, line, changed):
-    """Settings that come back bring outputs of the cache; what depends on them must be looked at."""
+    """Settings that come back bring outputs of the cache; what depends on them must be looked
+    at."""
     monkeypatch.setattr(dvc, "_follow", lambda *given: (0, [line]))
     assert dvc.repro("train@a", 0, print) is changed
 
@@ -128,15 +146,18 @@ def test_a_table_has_a_row_for_each_model_that_is_measured_or_failed(tmp_path, m
 
 def test_a_flow_run_is_named_by_what_it_makes():
     assert Selection().words == "all runs"
-    assert Selection(runs=("a", "b"), budgets=("0.1", "7layers"), compensate="none", train=True).words == (
-        "a b 0.1 7layers none train"
+    assert (
+        Selection(runs=("a", "b"), budgets=("0.1", "7layers"), compensate="none", train=True).words
+        == "a b 0.1 7layers none train"
     )
     assert Selection(budgets=("0.2",)).words == "all runs 0.2"
 
 
 def test_added_run_and_target_keep_comments(project):
     shutil.copy("runs/smollm2.yaml", "runs/other.yaml")
-    chosen = choose(Selection(runs=("other",), budgets=("0.125", ".1250", "17blocks", "0.10kv", ".1kv")))
+    chosen = choose(
+        Selection(runs=("other",), budgets=("0.125", ".1250", "17blocks", "0.10kv", ".1kv"))
+    )
     chosen.write()
     names = {"b12-5": "0.125", "17blocks": "17blocks", "b10kv": "0.10kv"}
     assert chosen.additions == ("run other", *(f"target other-{name}" for name in names))
@@ -144,7 +165,10 @@ def test_added_run_and_target_keep_comments(project):
     new = [f'  other-{name}: {{run: other, budget: "{budget}"}}' for name, budget in names.items()]
     lines, before = Path("params.yaml").read_text().splitlines(), PARAMS.splitlines()
     assert all(line in lines for line in new)
-    assert [line for line in lines if line not in new and line != lines[1]] == [before[0], *before[2:]]
+    assert [line for line in lines if line not in new and line != lines[1]] == [
+        before[0],
+        *before[2:],
+    ]
     assert lines[1].split("#")[0].split() == ["runs:", "[smollm2,", "other]"]
     assert lines[1].split("#")[1] == before[1].split("#")[1]
 
@@ -166,7 +190,9 @@ def test_healed_targets_are_added_beside_the_plain_ones(project):
 def test_a_target_of_another_method_is_not_what_a_flow_asks_for(project):
     own = "  own: {run: smollm2, budget: '0.1', method: blockpruner, compensate: none}\n"
     Path("params.yaml").write_text(PARAMS.replace("report:\n", f"{own}report:\n"))
-    assert choose(Selection(budgets=("0.1",), compensate="none")).targets == {"smollm2": ["smollm2-b10-none"]}
+    assert choose(Selection(budgets=("0.1",), compensate="none")).targets == {
+        "smollm2": ["smollm2-b10-none"]
+    }
 
 
 def test_remotes_that_are_not_there_are_refused_before_any_work(project, monkeypatch):
@@ -185,7 +211,13 @@ def test_remotes_that_are_not_there_are_refused_before_any_work(project, monkeyp
 @pytest.mark.parametrize(
     ("message", "again"),
     [
-        ("stage fetch@a failed: hub repository 'a/b' cannot be used: timed out; check the network, or ...", True),
+        (
+            (
+                "stage fetch@a failed: hub repository 'a/b' cannot be used: timed out; check the"
+                " network, or ..."
+            ),
+            True,
+        ),
         ("stage fetch@network-b10 failed: disk full", False),
         ("stage train@a failed: no network of experts fits", False),
     ],
@@ -197,14 +229,24 @@ def test_only_a_fetch_that_the_network_failed_is_tried_again(message, again):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--budget", "1.5"], "budget '1.5' is not valid; give a share of all parameters between 0 and 1"),
+        (
+            ["--budget", "1.5"],
+            "budget '1.5' is not valid; give a share of all parameters between 0 and 1",
+        ),
         (["--compensate", "refit", "--train"], "for targets by budget only; name a budget"),
-        (["--run", "none"], "run 'none' is unknown: runs/none.yaml does not exist; existing runs: baichuan2-13b, "),
+        (
+            ["--run", "none"],
+            "run 'none' is unknown: runs/none.yaml does not exist; existing runs: baichuan2-13b, ",
+        ),
     ],
 )
 def test_bad_selection_is_refused_without_traceback(project, capsys, options, message):
     assert main(options) == 2
-    assert message in (said := capsys.readouterr().err) and "tmp" not in said and "Traceback" not in said
+    assert (
+        message in (said := capsys.readouterr().err)
+        and "tmp" not in said
+        and "Traceback" not in said
+    )
     assert Path("params.yaml").read_text() == PARAMS
 
 
@@ -218,15 +260,30 @@ def new(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "../elsewhere"}, r"path '../elsewhere' leads out of the workspace; put a copy inside"),
+        (
+            {"model": "../elsewhere"},
+            r"path '../elsewhere' leads out of the workspace; put a copy inside",
+        ),
         ({"model": "~"}, "path '~' leads out"),
         ({"texts": "link/texts.txt"}, "path 'link/texts.txt' leads out"),
-        ({"more": {"evaluate": {"zero_shot": {"data": {"source": "path", "path": "/tmp"}}}}}, "path '/tmp' leads out"),
-        ({"more": {"calibration": {"data": {"source": "mix", "of": [{"path": "/tmp"}]}}}}, "path '/tmp' leads out"),
-        ({"more": {"model": {"trust_remote_code": "yes"}}}, "trust_remote_code: a form cannot allow it"),
+        (
+            {"more": {"evaluate": {"zero_shot": {"data": {"source": "path", "path": "/tmp"}}}}},
+            "path '/tmp' leads out",
+        ),
+        (
+            {"more": {"calibration": {"data": {"source": "mix", "of": [{"path": "/tmp"}]}}}},
+            "path '/tmp' leads out",
+        ),
+        (
+            {"more": {"model": {"trust_remote_code": "yes"}}},
+            "trust_remote_code: a form cannot allow it",
+        ),
         ({"more": {"score": {"units": "layer"}}}, "runs/mine.yaml: score.units: "),
         ({"method": "best"}, "method 'best' is unknown"),
-        ({"name": "smollm2"}, "runs/smollm2.yaml is there and has other settings; choose another name"),
+        (
+            {"name": "smollm2"},
+            "runs/smollm2.yaml is there and has other settings; choose another name",
+        ),
         ({"budgets": ["a lot"]}, "budget 'a lot' is not valid"),
         ({"train": True, "more": {"train": None}}, "train: true"),
     ],
@@ -257,15 +314,22 @@ def test_a_source_is_named_in_one_string(project, text, source):
 
 @pytest.mark.parametrize(
     ("failure", "code", "words"),
-    [(httpx.ConnectError("gone"), 1, "the Prefect server went away"), (KeyboardInterrupt(), 130, "interrupted")],
+    [
+        (httpx.ConnectError("gone"), 1, "the Prefect server went away"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
 )
-def test_what_ends_a_flow_says_that_finished_work_is_kept(monkeypatch, tmp_path, capsys, failure, code, words):
+def test_what_ends_a_flow_says_that_finished_work_is_kept(
+    monkeypatch, tmp_path, capsys, failure, code, words
+):
     def start():
         raise failure
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prune_module.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(prune_module, "get_current_settings", lambda: SimpleNamespace(api=SimpleNamespace(url=None)))
+    monkeypatch.setattr(
+        prune_module, "get_current_settings", lambda: SimpleNamespace(api=SimpleNamespace(url=None))
+    )
     assert run_here(lambda: None, start) == code
     said = capsys.readouterr().err
     assert words in said and "kept: run again to go on" in said

@@ -1,4 +1,5 @@
-"""What `make serve` decides: the forms, where the server is, its password, the pages of the reports."""
+"""What `make serve` decides: the forms, where the server is, its password, the pages of the
+reports."""
 
 import socket
 import threading
@@ -79,7 +80,9 @@ def standing(port, status):
             running.shutdown()
 
 
-@pytest.mark.parametrize(("status", "words"), [(401, "wants another password"), (None, "does not answer")])
+@pytest.mark.parametrize(
+    ("status", "words"), [(401, "wants another password"), (None, "does not answer")]
+)
 def test_a_server_that_takes_no_report_is_refused(settings, port, status, words):
     url = f"http://127.0.0.1:{port}/api"
     with refused("no-server") as caught:
@@ -112,8 +115,16 @@ def test_report_pages_follow_the_files_and_nothing_else_is_served(tmp_path, monk
         Path("secret").touch()
         assert httpx.get(f"{url}/report/").text == "data/report"
         assert httpx.get(f"{url}/tables/one/plots/index.html").text == "data/tables/one/plots"
-        for path in ("", "models/index.html", "tables/", "../secret", "report/%2e%2e/models/index.html"):
-            with socket.create_connection(("127.0.0.1", port)) as raw:  # httpx would tidy the path up
+        for path in (
+            "",
+            "models/index.html",
+            "tables/",
+            "../secret",
+            "report/%2e%2e/models/index.html",
+        ):
+            with socket.create_connection(
+                ("127.0.0.1", port)
+            ) as raw:  # httpx would tidy the path up
                 raw.sendall(f"GET /{path} HTTP/1.0\r\n\r\n".encode())
                 assert raw.recv(100).split()[1] == b"404", path
         Path("data/report/linked").symlink_to(Path("secret").absolute())
@@ -122,16 +133,23 @@ def test_report_pages_follow_the_files_and_nothing_else_is_served(tmp_path, monk
         assert httpx.get(f"{url}/report/own").text == "data/report"
         for path in ("report/linked", "tables/two/index.html", "report/%00"):
             assert httpx.get(f"{url}/{path}").status_code == 404, path
-        for host, status in (("elsewhere.example:4201", 400), ("127.0.0.1", 200), ("LocalHost:1", 200)):
+        for host, status in (
+            ("elsewhere.example:4201", 400),
+            ("127.0.0.1", 200),
+            ("LocalHost:1", 200),
+        ):
             assert httpx.get(f"{url}/report/", headers={"Host": host}).status_code == status
 
 
-def test_the_server_is_for_its_own_page_and_its_files_for_this_user(settings, port, tmp_path, monkeypatch):
+def test_the_server_is_for_its_own_page_and_its_files_for_this_user(
+    settings, port, tmp_path, monkeypatch
+):
     """A program stands in for Python, which would take half a minute to start Prefect."""
     program, origins = tmp_path / "program", tmp_path / "origins"
     program.write_text(
         f"#!/bin/sh\ntouch {tmp_path}/prefect.db\n"
-        f'echo "$PREFECT_SERVER_CORS_ALLOWED_ORIGINS" > {origins}.new && mv {origins}.new {origins}\nexec sleep 60\n'
+        f'echo "$PREFECT_SERVER_CORS_ALLOWED_ORIGINS" > {origins}.new && mv {origins}.new'
+        f" {origins}\nexec sleep 60\n"
     )
     program.chmod(0o755)
     monkeypatch.setattr(serve.sys, "executable", str(program))

@@ -33,7 +33,9 @@ models = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in DAILY else pytest.mark.slow) for name in MODELS]
 )
 GENERATOR = torch.Generator().manual_seed(3)
-ROWS = [torch.randint(1, 257, (length,), generator=GENERATOR).tolist() for length in (30, 9, 17, 24, 2)]
+ROWS = [
+    torch.randint(1, 257, (length,), generator=GENERATOR).tolist() for length in (30, 9, 17, 24, 2)
+]
 IDS = torch.randint(1, 257, (2, 14), generator=GENERATOR)
 GENERATE = {"do_sample": False, "min_new_tokens": 8, "max_new_tokens": 8, "pad_token_id": 0}
 
@@ -47,22 +49,29 @@ def tiny(name, layers=3, dtype=torch.float64):
 
 @pytest.fixture
 def exact_norms(monkeypatch):
-    """transformers' norms compute in float32, whatever the dtype: that would hide any error below 1e-6."""
+    """transformers' norms compute in float32, whatever the dtype: that would hide any error below
+    1e-6."""
 
     def forward(self, x):
-        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return (
+            self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        )
 
     for family in SLICEABLE:
         module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-        monkeypatch.setattr(getattr(module, f"{FAMILIES[family].prefix}RMSNorm"), "forward", forward)
+        monkeypatch.setattr(
+            getattr(module, f"{FAMILIES[family].prefix}RMSNorm"), "forward", forward
+        )
 
 
 class Projected:
-    """Oracle: slicing is a projection of the dense model's residual stream before each block, and rotates nothing.
+    """Oracle: slicing is a projection of the dense model's residual stream before each block, and
+    rotates nothing.
 
-    x <- P x with P = Q_n Q_n^T, then x <- x + block(norm(x)): in the coordinates Q_n^T x that is the sliced network,
-    and |P x|^2 = |Q_n^T x|^2, so that the norm divides by the dense hidden size. Q as the public code has it: damping,
-    then eigenvectors sorted by eigenvalue; every row alone, unpadded.
+    x <- P x with P = Q_n Q_n^T, then x <- x + block(norm(x)): in the coordinates Q_n^T x that is
+    the sliced network, and |P x|^2 = |Q_n^T x|^2, so that the norm divides by the dense hidden
+    size. Q as the public code has it: damping, then eigenvectors sorted by eigenvalue; every row
+    alone, unpadded.
     """
 
     def __init__(self, model, rows, width):
@@ -85,7 +94,11 @@ class Projected:
         return self.model.model.embed_tokens.weight[ids]
 
     def norm(self, norm, x):
-        return norm.weight * x / torch.sqrt((x**2).mean(-1, keepdim=True) + self.model.config.rms_norm_eps)
+        return (
+            norm.weight
+            * x
+            / torch.sqrt((x**2).mean(-1, keepdim=True) + self.model.config.rms_norm_eps)
+        )
 
     def mask(self, layer, length):
         ago = torch.arange(length)[:, None] - torch.arange(length)[None]
@@ -103,7 +116,9 @@ class Projected:
     def mlp(self, layer, x):
         module = self.model.model.layers[layer]
         mlp, normed = module.mlp, self.norm(module.post_attention_layernorm, x)
-        return x + mlp.down_proj(torch.nn.functional.silu(mlp.gate_proj(normed)) * mlp.up_proj(normed))
+        return x + mlp.down_proj(
+            torch.nn.functional.silu(mlp.gate_proj(normed)) * mlp.up_proj(normed)
+        )
 
     def blocks(self):
         for layer in range(self.model.config.num_hidden_layers):
@@ -118,7 +133,9 @@ class Projected:
 
 
 @models
-@pytest.mark.parametrize(("width", "batch_tokens"), [(8, 10_000), (29, 1)], ids=["padded", "row by row"])
+@pytest.mark.parametrize(
+    ("width", "batch_tokens"), [(8, 10_000), (29, 1)], ids=["padded", "row by row"]
+)
 def test_sliced_equals_the_projected_dense_model(exact_norms, name, width, batch_tokens):
     model = tiny(name)
     oracle = Projected(copy.deepcopy(model), ROWS, width)
@@ -136,10 +153,18 @@ def test_parameters_are_counted_from_the_config(name, width):
     assert sliced_parameters(config, width) == (dense, slice_(model, ROWS, width).num_parameters())
 
 
-@pytest.mark.parametrize(("config", "width", "ratio"), [(LLAMA2_7B, 2864, 21.45), (LLAMA2_13B, 3584, 21.52)])
+@pytest.mark.parametrize(
+    ("config", "width", "ratio"), [(LLAMA2_7B, 2864, 21.45), (LLAMA2_13B, 3584, 21.52)]
+)
 def test_ratios_of_the_paper(config, width, ratio):
-    """Table 1 of arXiv 2406.10594, sparsity 0.30, written out: what is sliced, what is not, and the shortcuts."""
-    d, inner, layers, n = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"], width
+    """Table 1 of arXiv 2406.10594, sparsity 0.30, written out: what is sliced, what is not, and the
+    shortcuts."""
+    d, inner, layers, n = (
+        config["hidden_size"],
+        config["intermediate_size"],
+        config["num_hidden_layers"],
+        width,
+    )
     dense = 2 * 32000 * d + layers * (4 * d * d + 3 * d * inner) + (2 * layers + 1) * d
     sliced = 32000 * (n + d) + layers * (4 * n * d + 3 * n * inner) + (d - n) * inner
     sliced += (2 * layers - 1) * n * n + n * d
@@ -159,12 +184,15 @@ def test_width_of_a_ratio():
     with pytest.raises(InputError, match=r"from 0\.0019 \(width 3576\) to 0\.9719"):
         width_for_ratio(LLAMA2_7B, 5e-4)
     for ratio in (0.99, -0.2):
-        with pytest.raises(InputError, match=rf"ratio {ratio} .*from 0\.0019 \(width 3576\) to 0\.9719 \(width 8\)"):
+        with pytest.raises(
+            InputError, match=rf"ratio {ratio} .*from 0\.0019 \(width 3576\) to 0\.9719 \(width 8\)"
+        ):
             width_for_ratio(LLAMA2_7B, ratio)
 
 
 def test_kept_directions_hold_the_most_energy():
-    """Of the embedded calibration tokens: as much as the largest singular values say, and more than random ones."""
+    """Of the embedded calibration tokens: as much as the largest singular values say, and more than
+    random ones."""
     model, width = tiny("llama"), 12
     tokens = torch.tensor([token for row in ROWS for token in row])
     dense = model.get_input_embeddings()(tokens)
@@ -184,7 +212,9 @@ def test_cached_decoding_equals_uncached(name):
     mask = torch.ones_like(IDS)
     tokens = model.generate(IDS, attention_mask=mask, use_cache=False, **GENERATE)
     assert torch.equal(model.generate(IDS, attention_mask=mask, **GENERATE), tokens)
-    assert torch.equal(model.generate(IDS, attention_mask=mask, cache_implementation="static", **GENERATE), tokens)
+    assert torch.equal(
+        model.generate(IDS, attention_mask=mask, cache_implementation="static", **GENERATE), tokens
+    )
     padded = torch.cat([torch.zeros(2, 3, dtype=torch.int64), IDS], dim=1)
     left = (torch.arange(17) >= 3).long().expand(2, -1)
     assert torch.equal(model.generate(padded, attention_mask=left, **GENERATE)[:, 3:], tokens)
@@ -192,7 +222,9 @@ def test_cached_decoding_equals_uncached(name):
     whole, out = model(IDS, use_cache=False).logits, model(IDS[:, :5], use_cache=True)
     for position in range(5, 14):
         out = model(IDS[:, position : position + 1], cache=out.cache, use_cache=True)
-        assert (out.logits[:, -1] - whole[:, position]).abs().max() <= 1e-5  # Qwen3's head norms are in float32
+        assert (
+            out.logits[:, -1] - whole[:, position]
+        ).abs().max() <= 1e-5  # Qwen3's head norms are in float32
 
 
 LOAD = """
@@ -221,10 +253,17 @@ def test_saved_checkpoint_in_a_fresh_process(tmp_path):
         type(model.config).register_for_auto_class("AutoConfig")
         model.save_pretrained(tmp_path / name)
         expected[name] = model(IDS).logits
-        says.append(f"{FAMILIES[MODELS[name][0]].prefix}SliceGPTForCausalLM 24 {model.num_parameters()}")
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+        says.append(
+            f"{FAMILIES[MODELS[name][0]].prefix}SliceGPTForCausalLM 24 {model.num_parameters()}"
+        )
+    environment = os.environ | {
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "HF_HUB_OFFLINE": "1",
+    }
     command = [sys.executable, "-I", "-c", LOAD, str(tmp_path), *MODELS]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, cwd=tmp_path)
+    result = subprocess.run(
+        command, capture_output=True, text=True, env=environment, check=False, cwd=tmp_path
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == says
     for name, logits in expected.items():
@@ -253,8 +292,13 @@ def test_untied_for_good():
 
 def test_what_cannot_be_sliced():
     neox, split, overflowing = tiny_model("gpt_neox"), tiny("llama"), tiny("llama")
-    for call in (lambda: slice_(neox, ROWS, 24), lambda: sliced_parameters(neox.config.to_dict(), 24)):
-        with pytest.raises(InputError, match="'gpt_neox' cannot be sliced.*llama, mistral, qwen2, qwen3"):
+    for call in (
+        lambda: slice_(neox, ROWS, 24),
+        lambda: sliced_parameters(neox.config.to_dict(), 24),
+    ):
+        with pytest.raises(
+            InputError, match="'gpt_neox' cannot be sliced.*llama, mistral, qwen2, qwen3"
+        ):
             call()
     split.lm_head.to("meta")
     overflowing.get_input_embeddings().weight[5:].mul_(float("inf"))

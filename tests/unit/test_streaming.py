@@ -1,4 +1,5 @@
-"""The streamed engine against the engine in memory, bit for bit, and against full forward passes."""
+"""The streamed engine against the engine in memory, bit for bit, and against full forward
+passes."""
 
 import json
 import os
@@ -29,7 +30,9 @@ def save(directory, family="llama", dtype=torch.float64, shard="5GB", **config):
 
 def both(checkpoint, masks, rows, dtype="float64", batch_tokens=40, **options):
     """The streamed values and those of the engine in memory."""
-    streamed = StreamingEngine(checkpoint, dtype, device="cpu", batch_tokens=batch_tokens, **options)
+    streamed = StreamingEngine(
+        checkpoint, dtype, device="cpu", batch_tokens=batch_tokens, **options
+    )
     in_memory = Engine(load_model(checkpoint, dtype, "cpu"), batch_tokens)
     return score_all(streamed, masks, rows), score_all(in_memory, masks, rows)
 
@@ -37,12 +40,16 @@ def both(checkpoint, masks, rows, dtype="float64", batch_tokens=40, **options):
 def random_masks(count, layers=4, seed=11):
     chosen = random.Random(seed)
     blocks = all_blocks(layers)
-    return list({frozenset(chosen.sample(blocks, chosen.randint(0, len(blocks)))) for _ in range(count)})
+    return list(
+        {frozenset(chosen.sample(blocks, chosen.randint(0, len(blocks)))) for _ in range(count)}
+    )
 
 
 @pytest.mark.parametrize("family", GRID)
 @pytest.mark.parametrize(
-    ("tied", "lengths"), [(False, [16] * 5), (True, [16, 3, 9, 12, 2, 7])], ids=["untied, even", "tied, padded"]
+    ("tied", "lengths"),
+    [(False, [16] * 5), (True, [16, 3, 9, 12, 2, 7])],
+    ids=["untied, even", "tied, padded"],
 )
 def test_equals_the_engine_in_memory_and_full_forwards(tmp_path, family, tied, lengths):
     rows, masks = make_rows(lengths), sweep()
@@ -53,7 +60,9 @@ def test_equals_the_engine_in_memory_and_full_forwards(tmp_path, family, tied, l
     for mask in masks:
         with masked(model, mask):
             for index, row in enumerate(rows):
-                assert streamed[mask, index] == pytest.approx(full_nll(model, row), abs=tolerance(family))
+                assert streamed[mask, index] == pytest.approx(
+                    full_nll(model, row), abs=tolerance(family)
+                )
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt_neox"])
@@ -113,13 +122,16 @@ def test_a_tied_weight_that_is_stored_as_the_head(tmp_path):
 
 @pytest.mark.parametrize(("room", "passes"), [(4, 3), (9, 1)])
 def test_as_many_passes_as_the_states_need(tmp_path, monkeypatch, room, passes):
-    """Half of the free memory holds so many of nine states. The last pass has the dense model, so each reads all."""
+    """Half of the free memory holds so many of nine states. The last pass has the dense model, so
+    each reads all."""
     rows, tile = make_rows([16] * 12), 12 * 16 * 32 * 8
     engine = StreamingEngine(save(tmp_path), "float64", device="cpu", batch_tokens=1000)
     monkeypatch.setattr(streaming, "available_memory", lambda: 2 * room * tile)
     in_memory = Engine(load_model(tmp_path, "float64", "cpu"), 1000)
     assert score_all(engine, sweep(), rows) == score_all(in_memory, sweep(), rows)
-    assert engine._weights.bytes_read == passes * sum(weight.nbytes for weight in tiny_model().parameters())
+    assert engine._weights.bytes_read == passes * sum(
+        weight.nbytes for weight in tiny_model().parameters()
+    )
 
 
 def test_weights_and_states_that_do_not_fit_are_refused_before_reading(tmp_path, monkeypatch):
@@ -156,16 +168,24 @@ def test_a_file_that_is_cut_meanwhile_is_named(tmp_path):
     places = json.loads((tmp_path / "model.safetensors.index.json").read_bytes())["weight_map"]
     file = tmp_path / places["model.layers.2.mlp.up_proj.weight"]
     os.truncate(file, 4000)
-    with pytest.raises(InputError, match=rf"^{file} ends at byte 4000, before its last tensor does; fetch"):
+    with pytest.raises(
+        InputError, match=rf"^{file} ends at byte 4000, before its last tensor does; fetch"
+    ):
         score_all(engine, sweep(), make_rows([16]))
     assert not readers() and all(parameter.is_meta for parameter in engine._model.parameters())
 
 
 @pytest.mark.parametrize("most", [3, 1, 0])
 def test_batches_are_halved_where_memory_runs_out(tmp_path, monkeypatch, most):
-    """What a pass has left is done in another one; not even one row is an error that names the fix."""
-    engine, rows = StreamingEngine(save(tmp_path), "float64", device="cpu", batch_tokens=64), make_rows([16] * 7)
-    expected = score_all(Engine(load_model(tmp_path, "float64", "cpu"), 16 * max(1, most)), sweep(), rows)
+    """What a pass has left is done in another one; not even one row is an error that names the
+    fix."""
+    engine, rows = (
+        StreamingEngine(save(tmp_path), "float64", device="cpu", batch_tokens=64),
+        make_rows([16] * 7),
+    )
+    expected = score_all(
+        Engine(load_model(tmp_path, "float64", "cpu"), 16 * max(1, most)), sweep(), rows
+    )
     block = engine._block
 
     def small(which, hidden, *rest):
@@ -178,7 +198,9 @@ def test_batches_are_halved_where_memory_runs_out(tmp_path, monkeypatch, most):
         assert score_all(engine, sweep(), rows) == pytest.approx(expected, abs=1e-12)
         assert engine.origin()["batch_tokens"] == 16 * (2 if most == 3 else 1)
     else:
-        with pytest.raises(DeviceMemoryError, match=r"one row of 16 tokens.*CUDA out of memory") as raised:
+        with pytest.raises(
+            DeviceMemoryError, match=r"one row of 16 tokens.*CUDA out of memory"
+        ) as raised:
             score_all(engine, sweep(), rows)
         assert "streaming" not in str(raised.value)
     assert all(parameter.is_meta for parameter in engine._model.parameters())
@@ -214,7 +236,13 @@ def test_weights_that_do_not_match(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("family", "extra"),
     [
-        ("gpt_neox", {f"gpt_neox.layers.{i}.attention.bias": torch.ones(1, 1, 4, 4).bool() for i in range(4)}),
+        (
+            "gpt_neox",
+            {
+                f"gpt_neox.layers.{i}.attention.bias": torch.ones(1, 1, 4, 4).bool()
+                for i in range(4)
+            },
+        ),
         ("llama", {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}),
     ],
     ids=["masks of Pythia", "old rotary buffers"],
@@ -246,7 +274,9 @@ def test_a_missing_shard_or_no_weights_are_named(tmp_path):
         StreamingEngine(tmp_path, "float64", device="cpu")
     for file in tmp_path.glob("*.safetensors*"):
         file.unlink()
-    with pytest.raises(InputError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
+    with pytest.raises(
+        InputError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"
+    ):
         StreamingEngine(tmp_path, "float64", device="cpu")
 
 
@@ -261,7 +291,8 @@ def test_buffers_are_those_of_a_loaded_model(tmp_path, family):
 
 
 def test_memory_is_what_the_tightest_cgroup_leaves(tmp_path, monkeypatch):
-    """A limit less what is used and cannot be reclaimed: pages of files can, but for mapped ones."""
+    """A limit less what is used and cannot be reclaimed: pages of files can, but for mapped
+    ones."""
     own = re.findall(r"^0::/(.*)$", Path("/proc/self/cgroup").read_text(), re.MULTILINE)
     if not own:
         pytest.skip("this process is in no group of cgroups v2")
@@ -272,7 +303,9 @@ def test_memory_is_what_the_tightest_cgroup_leaves(tmp_path, monkeypatch):
     unlimited = memory.available_memory()
     (group / "memory.max").write_text("1000\n")
     (group / "memory.current").write_text("900\n")
-    (group / "memory.stat").write_text("anon 7\nactive_file 100\ninactive_file 200\nfile_mapped 50\n")
+    (group / "memory.stat").write_text(
+        "anon 7\nactive_file 100\ninactive_file 200\nfile_mapped 50\n"
+    )
     assert memory.available_memory() == 1000 - 900 + 250 < unlimited
     (group / "memory.current").write_text("1500\n")
     assert memory.available_memory() == 0

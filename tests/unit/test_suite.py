@@ -1,4 +1,5 @@
-"""The evaluation of a checkpoint: results, the store, and what is computed again when something changes or breaks."""
+"""The evaluation of a checkpoint: results, the store, and what is computed again when something
+changes or breaks."""
 
 import contextlib
 import json
@@ -61,7 +62,8 @@ class Recorder(SilentObserver):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Dense and pruned checkpoint, sources, and the results of the first evaluation, which nobody may change."""
+    """Dense and pruned checkpoint, sources, and the results of the first evaluation, which nobody
+    may change."""
     root = tmp_path_factory.mktemp("world")
     save_tiny(root / "dense", max_position_embeddings=512)
     model = tiny_model(dtype=torch.float32, max_position_embeddings=512)
@@ -78,7 +80,8 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def place(world, tmp_path, monkeypatch):
-    """A copy of the world to change, as the working folder (task files name their items relative to it)."""
+    """A copy of the world to change, as the working folder (task files name their items relative to
+    it)."""
     root = shutil.copytree(world.root, tmp_path / "copy")
     monkeypatch.chdir(root)
     return root
@@ -91,9 +94,17 @@ def evaluate(root, observer, checkpoint="pruned", subject=None, processes=1, **c
         "speed": {"prompt_tokens": 6, "new_tokens": 4, "repeats": 2, "batch": 1},
     }
     changed = {name: section | (changes.get(name) or {}) for name, section in sections.items()}
-    settings = Evaluate(**changed | {name: None for name, change in changes.items() if change is None})
+    settings = Evaluate(
+        **changed | {name: None for name, change in changes.items() if change is None}
+    )
     dense = Checkpoint(root / "dense", changes.get("dtype", "float32"), "cpu", False)
-    subject = subject(dense) if subject else dense if checkpoint == "dense" else dense.export(root / checkpoint)
+    subject = (
+        subject(dense)
+        if subject
+        else dense
+        if checkpoint == "dense"
+        else dense.export(root / checkpoint)
+    )
     places = [root / name for name in ("sources", "out", "store")]
     more = {"plan": PLAN, "search": SEARCH, "processes": processes}
     return suite.benchmark(subject, dense, *places, settings=settings, observer=observer, **more)
@@ -102,7 +113,8 @@ def evaluate(root, observer, checkpoint="pruned", subject=None, processes=1, **c
 def call_verified(checkpoint):
     """As after a verification that found no difference."""
     write_sealed_json(
-        checkpoint / "verification.json", {"ok": True, "engine": "transformers", "manifest": manifest(checkpoint)}
+        checkpoint / "verification.json",
+        {"ok": True, "engine": "transformers", "manifest": manifest(checkpoint)},
     )
 
 
@@ -117,7 +129,9 @@ def greedy_text(model, prompt):
     start = len(ids)
     while len(ids) < start + 48 and ids[-1] != tokenizer.eos_token_id:
         with torch.no_grad():
-            ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+            ids.append(
+                int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+            )
     return tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
 
 
@@ -137,20 +151,35 @@ def test_results(world):
     with masked(dense, MASK) as model:
         nlls = [full_nll(model, ids[i : i + 40]) for i in (0, 40, 80)]
         said = [greedy_text(model, sample["prompt"]) for sample in results["samples"]]
-    assert [sample["text"] for sample in results["samples"]] == said and len({*said}) == len(said) == 3
+    assert [sample["text"] for sample in results["samples"]] == said and len({*said}) == len(
+        said
+    ) == 3
     assert results["formats"] == ["pruned"]
     nll, found = mean(nlls), results["perplexity"]
-    assert found == {"perplexity": pytest.approx(math.exp(nll), rel=1e-4), "nll": pytest.approx(nll, rel=1e-5),
-                     "row_nll": pytest.approx(nlls, rel=1e-5), "rows": 3, "tokens": 120, "seq_len": 40}  # fmt: skip
+    assert found == {
+        "perplexity": pytest.approx(math.exp(nll), rel=1e-4),
+        "nll": pytest.approx(nll, rel=1e-5),
+        "row_nll": pytest.approx(nlls, rel=1e-5),
+        "rows": 3,
+        "tokens": 120,
+        "seq_len": 40,
+    }
     parameters = 2 * 260 * 32 + 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 32) + 2 * (3 * 32 * 48 + 32)
     assert (results["parameters"], results["weight_bytes"]) == (parameters, 4 * parameters)
     scores = results["tasks"]
     assert list(scores) == list(TASKS)
     assert [scores[task]["metric"] for task in TASKS] == ["acc_norm", "acc", "acc_norm"]
     for score in scores.values():
-        assert (score["value"], score["stderr"]) == (score[score["metric"]], score[f"{score['metric']}_stderr"])
-    assert results["average"]["value"] == pytest.approx(sum(s["value"] for s in scores.values()) / 3)
-    assert results["average"]["stderr"] == pytest.approx(math.sqrt(sum(s["stderr"] ** 2 for s in scores.values())) / 3)
+        assert (score["value"], score["stderr"]) == (
+            score[score["metric"]],
+            score[f"{score['metric']}_stderr"],
+        )
+    assert results["average"]["value"] == pytest.approx(
+        sum(s["value"] for s in scores.values()) / 3
+    )
+    assert results["average"]["stderr"] == pytest.approx(
+        math.sqrt(sum(s["stderr"] ** 2 for s in scores.values())) / 3
+    )
     chance = {"piqa": 0.5, "winogrande": 0.5, "arc_easy": (1 / 4 + 1 / 3 + 1 / 5) / 3}
     assert results["chance"] == pytest.approx(chance)
     speed = results["speed"]
@@ -159,12 +188,21 @@ def test_results(world):
     assert items.schema.names == ITEMS.names and items.num_rows == 9
     for task in TASKS:
         rows = [row for row in items.to_pylist() if row["task"] == task]
-        assert sum(row[scores[task]["metric"]] for row in rows) / len(rows) == pytest.approx(scores[task]["value"])
+        assert sum(row[scores[task]["metric"]] for row in rows) / len(rows) == pytest.approx(
+            scores[task]["value"]
+        )
     assert list(results["made"]) == PHASES
     for made in results["made"].values():
-        assert made["torch"] == version("torch") and (made["device"], made["attention"]) == ("cpu", "sdpa")
+        assert made["torch"] == version("torch") and (made["device"], made["attention"]) == (
+            "cpu",
+            "sdpa",
+        )
     figures = suite.headline(results, PLAN)
-    assert (figures["ratio"], figures["mha_removed"], figures["mlp_removed"]) == (round(PLAN.ratio, 4), 2, 2)
+    assert (figures["ratio"], figures["mha_removed"], figures["mlp_removed"]) == (
+        round(PLAN.ratio, 4),
+        2,
+        2,
+    )
     assert (figures["kv_cache"], figures["parameters"]) == (0.5, parameters)
     assert suite.headline(results, None)["kv_cache"] == 1.0
 
@@ -177,7 +215,9 @@ def test_a_model_in_memory_gives_what_its_checkpoint_gives(world, place):
     same = ("parameters", "weight_bytes", "perplexity", "tasks", "average", "chance", "samples")
     assert {key: found[key] for key in same} == {key: world.results[key] for key in same}
     assert observer.computed == PHASES and found["formats"] == []
-    assert found["speed"]["dense"]["kv_cache_bytes"] == 2 * found["speed"]["pruned"]["kv_cache_bytes"]
+    assert (
+        found["speed"]["dense"]["kv_cache_bytes"] == 2 * found["speed"]["pruned"]["kv_cache_bytes"]
+    )
     again = Recorder()
     evaluate(place, again, subject=lambda dense: InMemory(dense, PLAN, rows))
     assert again.cached == PHASES
@@ -185,7 +225,9 @@ def test_a_model_in_memory_gives_what_its_checkpoint_gives(world, place):
 
 def test_a_model_in_memory_has_its_healed_weights(place, tmp_path):
     """A last norm of zeros makes all tokens equally likely."""
-    save_healed(tmp_path / "healed", {"model.norm.weight": torch.zeros(32)}, "it", "healed by hand", SOMEONE)
+    save_healed(
+        tmp_path / "healed", {"model.norm.weight": torch.zeros(32)}, "it", "healed by hand", SOMEONE
+    )
     healed = find_healed([tmp_path / "healed"], "it")
     rows, results = CalibrationSet(((1, 2, 3, 4),)), []
     for weights in (None, healed):
@@ -197,7 +239,9 @@ def test_a_model_in_memory_has_its_healed_weights(place, tmp_path):
 
 def test_what_is_stored_is_neither_computed_nor_loaded(world, place, monkeypatch):
     monkeypatch.setattr(suite, "load_model", no_model)
-    monkeypatch.setattr("blockpruner.store.provenance.version", lambda package: "of another machine")
+    monkeypatch.setattr(
+        "blockpruner.store.provenance.version", lambda package: "of another machine"
+    )
     before = {path.name: path.read_bytes() for path in (place / "out").iterdir()}
     shutil.rmtree(place / "out")
     observer = Recorder()
@@ -209,11 +253,17 @@ def test_what_is_stored_is_neither_computed_nor_loaded(world, place, monkeypatch
 def test_two_processes_share_out_what_is_missing(world, place):
     shutil.rmtree(place / "store")
     observer, rows = Recorder(), CalibrationSet(((1, 2, 3, 4),))
-    found = evaluate(place, observer, subject=lambda dense: InMemory(dense, PLAN, rows), processes=2)
+    found = evaluate(
+        place, observer, subject=lambda dense: InMemory(dense, PLAN, rows), processes=2
+    )
     same = ("perplexity", "tasks", "average", "samples")
     assert {key: found[key] for key in same} == {key: world.results[key] for key in same}
     alone = len(observer.computed) - 1  # what the first process did; then speed
-    assert observer.computed[-1] == "speed" and alone < len(PHASES) - 1 and observer.cached == PHASES[:-1]
+    assert (
+        observer.computed[-1] == "speed"
+        and alone < len(PHASES) - 1
+        and observer.cached == PHASES[:-1]
+    )
 
 
 def test_what_is_not_to_be_timed_is_not(place, world, monkeypatch):
@@ -229,7 +279,9 @@ def test_what_is_not_to_be_timed_is_not(place, world, monkeypatch):
 
 
 def test_the_dense_model_alone(place):
-    results = evaluate(place, Recorder(), checkpoint="dense", zero_shot={"tasks": ["piqa"], "limit": 2})
+    results = evaluate(
+        place, Recorder(), checkpoint="dense", zero_shot={"tasks": ["piqa"], "limit": 2}
+    )
     assert list(results["speed"]) == ["dense"]
     assert results["parameters"] == tiny_model().num_parameters()
 
@@ -240,12 +292,17 @@ def test_any_mix_of_tasks(place):
     results = evaluate(place, Recorder(), zero_shot={"tasks": tasks, "limit": 2})
     scores = results["tasks"]
     assert [scores[task]["metric"] for task in tasks] == ["acc_norm", "acc", "acc"]
-    assert results["average"]["value"] == pytest.approx(sum(scores[task]["value"] for task in tasks) / 3)
+    assert results["average"]["value"] == pytest.approx(
+        sum(scores[task]["value"] for task in tasks) / 3
+    )
     assert results["chance"] == {"piqa": 0.5, "lambada_openai": 0.0, "mmlu_marketing": 0.25}
     rows = pq.read_table(place / "out" / "items.parquet").to_pylist()
     assert [row["task"] for row in rows] == [task for task in tasks for _ in range(2)]
     again = Recorder()
-    assert evaluate(place, again, zero_shot={"tasks": tasks, "limit": 2}) == results and not again.computed
+    assert (
+        evaluate(place, again, zero_shot={"tasks": tasks, "limit": 2}) == results
+        and not again.computed
+    )
 
 
 def change_text(root):
@@ -264,7 +321,9 @@ def change_item(root):
 
 def change_tokenizer(root):
     path = root / "pruned" / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"clean_up_tokenization_spaces": True}))
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"clean_up_tokenization_spaces": True})
+    )
     call_verified(root / "pruned")
 
 
@@ -285,7 +344,9 @@ def change_dense(root):
 def change_layout(root):
     """As a later version of transformers would write the same configs."""
     for path in (*root.glob("*/config.json"), *root.glob("*/generation_config.json")):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"transformers_version": "6.0.0"}))
+        path.write_text(
+            json.dumps(json.loads(path.read_text()) | {"transformers_version": "6.0.0"})
+        )
 
 
 @pytest.mark.parametrize(
@@ -318,7 +379,10 @@ def test_only_what_a_change_touches_is_computed_again(place, change, settings, a
 def test_rows_of_a_mix_keep_their_kinds(place):
     change_kinds(place)
     found = evaluate(place, Recorder())["perplexity"]
-    assert found["row_kind"] == ["a"] * (found["rows"] // 2) + ["b"] * (found["rows"] // 2) and found["rows"] > 2
+    assert (
+        found["row_kind"] == ["a"] * (found["rows"] // 2) + ["b"] * (found["rows"] // 2)
+        and found["rows"] > 2
+    )
 
 
 @pytest.mark.parametrize("name", ["EVAL_VERSION", "machine", "harness"])
@@ -329,10 +393,15 @@ def test_versions_and_machine_are_in_the_keys(place, name, monkeypatch):
         monkeypatch.setattr(suite, "machine", lambda: "another machine")
     else:
         known = suite.version
-        monkeypatch.setattr(suite, "version", lambda package: "0" if package == "lm-eval" else known(package))
+        monkeypatch.setattr(
+            suite, "version", lambda package: "0" if package == "lm-eval" else known(package)
+        )
     observer = Recorder()
     evaluate(place, observer)
-    assert observer.computed == {"EVAL_VERSION": PHASES, "machine": ["speed"], "harness": list(TASKS)}[name]
+    assert (
+        observer.computed
+        == {"EVAL_VERSION": PHASES, "machine": ["speed"], "harness": list(TASKS)}[name]
+    )
 
 
 def test_a_kill_loses_one_task(place, monkeypatch):
@@ -377,14 +446,22 @@ def test_an_entry_that_cannot_be_trusted_is_named_and_computed_again(world, plac
     observer = Recorder()
     assert evaluate(place, observer)["tasks"] == world.results["tasks"]
     assert observer.computed == ["piqa"]
-    assert len(observer.notes) == 1 and str(bad) in observer.notes[0] and f"{path.name}.bad" in observer.notes[0]
+    assert (
+        len(observer.notes) == 1
+        and str(bad) in observer.notes[0]
+        and f"{path.name}.bad" in observer.notes[0]
+    )
     assert path.with_name(f"{path.name}.bad").exists()
 
 
-@pytest.mark.parametrize("change", ["tokenizer.json", "model.safetensors", "custom_generate/generate.py"])
+@pytest.mark.parametrize(
+    "change", ["tokenizer.json", "model.safetensors", "custom_generate/generate.py"]
+)
 def test_an_export_that_was_changed_since_is_not_measured(place, change):
     path = place / "pruned" / change
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(path.read_bytes()[:-1] + b" " if path.exists() else b"")
-    with pytest.raises(InputError, match=rf"pruned is not what was verified: {change} changed, or came or went"):
+    with pytest.raises(
+        InputError, match=rf"pruned is not what was verified: {change} changed, or came or went"
+    ):
         evaluate(place, Recorder())

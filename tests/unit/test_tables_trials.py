@@ -24,7 +24,13 @@ from blockpruner.scoring.settings import Score
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.registry import request
 from blockpruner.search.run import search
-from blockpruner.search.trace import read_iteration, read_trace, seed_stores, table_path, write_iteration
+from blockpruner.search.trace import (
+    read_iteration,
+    read_trace,
+    seed_stores,
+    table_path,
+    write_iteration,
+)
 from blockpruner.store.files import (
     link_or_copy,
     replace_directory,
@@ -63,7 +69,9 @@ def test_every_field_of_the_fingerprint_separates_stores_and_there_is_no_other(t
     store(tmp_path).put(KEY, range(4), [1.0] * 4)
     for field in fields:
         found = TrialStore(fields | {field: "other"}, "abcd", tmp_path).get(KEY)
-        assert found is None if field != "calibration" else found == [1.0] * 4, "rows are known by content"
+        assert found is None if field != "calibration" else found == [1.0] * 4, (
+            "rows are known by content"
+        )
         assert field == "score_version" or store_fields(**FIELDS | {field: "other"}) != fields
     assert store(tmp_path).get(KEY) == [1.0] * 4
 
@@ -74,7 +82,9 @@ def test_rows_are_known_by_content_across_calibration_sets(tmp_path):
     large = store(tmp_path, "bcab", calibration="large")
     assert large.fingerprint == small.fingerprint
     assert [large.known(KEY, row, row + 1) for row in range(4)] == [True, False, True, True]
-    assert not large.known(KEY, 0, 4) and large.get(KEY)[2:] == [1.0, 2.0] and large.get(KEY)[0] == 2.0
+    assert (
+        not large.known(KEY, 0, 4) and large.get(KEY)[2:] == [1.0, 2.0] and large.get(KEY)[0] == 2.0
+    )
     large.put(KEY, [1], [3.0])
     assert store(tmp_path, "cb", calibration="other").get(KEY) == [3.0, 2.0]
     assert store(tmp_path, "xy", calibration="foreign").get(KEY) is None
@@ -82,27 +92,36 @@ def test_rows_are_known_by_content_across_calibration_sets(tmp_path):
 
 def test_of_two_facts_of_a_row_the_later_log_wins(tmp_path):
     for number, value in ((11, 1.0), (10, 2.0)):
-        journal = Journal(tmp_path / store(tmp_path).fingerprint / f"{number}-host.jsonl", {
-            "fingerprint": store(tmp_path).fingerprint, "rows": list("abcd")})  # fmt: skip
+        journal = Journal(
+            tmp_path / store(tmp_path).fingerprint / f"{number}-host.jsonl",
+            {"fingerprint": store(tmp_path).fingerprint, "rows": list("abcd")},
+        )
         journal.append({"trial": KEY, "start": 0, "loss": [value]})
         journal.close()
     assert store(tmp_path).get(KEY)[0] == 1.0
 
 
-# --- where 16-bit losses come from ----------------------------------------------------------------------------------
+# --- where 16-bit losses come from
 
 ROWS = short_rows(6)
 
 
 class Card(FakeScorer):
-    """A fake on a card of its own: the third digit after the point of each loss is the card's number, or that number
-    and one more in batches of half as many tokens."""
+    """A fake on a card of its own: the third digit after the point of each loss is the card's
+    number, or that number and one more in batches of half as many tokens."""
 
     def __init__(self, number, killed=None, halved=None, **facts):
         """Args: after how many losses it is killed, or its memory runs out."""
-        super().__init__(lambda loss, base, mask, row: by_text(loss, base, mask, row) + self.place / 1000)
+        super().__init__(
+            lambda loss, base, mask, row: by_text(loss, base, mask, row) + self.place / 1000
+        )
         self.place, self.killed, self.halved = number, killed, halved
-        self.facts = {"torch": "2.9", "device": f"card {number}", "attention": "sdpa", "batch_tokens": 8} | facts
+        self.facts = {
+            "torch": "2.9",
+            "device": f"card {number}",
+            "attention": "sdpa",
+            "batch_tokens": 8,
+        } | facts
 
     def origin(self):
         return self.facts
@@ -111,7 +130,11 @@ class Card(FakeScorer):
         for unit in super().run(tasks, rows):
             if self.killed is not None and len(self.asked) > self.killed:
                 raise KeyboardInterrupt
-            if self.halved is not None and len(self.asked) > self.halved and self.facts["batch_tokens"] == 8:
+            if (
+                self.halved is not None
+                and len(self.asked) > self.halved
+                and self.facts["batch_tokens"] == 8
+            ):
                 self.place, self.facts = self.place + 1, self.facts | {"batch_tokens": 4}
                 unit = replace(unit, loss=tuple(loss + 0.001 for loss in unit.loss))
             yield unit
@@ -137,13 +160,16 @@ def searched_on(card, folder, dtype="bfloat16", name="greedy", notes=None):
     """The steps of a search with its stores at `folder`."""
     asked = request(read_settings(Score, SEARCHES[name]))
     stores = {
-        loss: TrialStore(store_fields(ROWS.digest, "m", dtype, loss), ROWS.row_keys, folder) for loss in asked.losses
+        loss: TrialStore(store_fields(ROWS.digest, "m", dtype, loss), ROWS.row_keys, folder)
+        for loss in asked.losses
     }
     observer = SilentObserver()
     if notes is not None:
         observer.note = notes.append
     try:
-        traces, _ = search(asked, ROWS, stores, card, resources_of(small_config(6)), ["0.3"], observer)
+        traces, _ = search(
+            asked, ROWS, stores, card, resources_of(small_config(6)), ["0.3"], observer
+        )
         return next(iter(traces.values()))
     finally:
         for store in stores.values():
@@ -159,8 +185,14 @@ def test_a_16_bit_search_that_another_card_resumes_begins_again_there(tmp_path, 
     assert set().union(*cards(searched_on(Card(2), tmp_path, name=name))) == {2}
     resumed, undisturbed = Card(1), Card(1)
     steps = searched_on(resumed, tmp_path, name=name)
-    assert steps == searched_on(undisturbed, tmp_path / "new", name=name) and set().union(*cards(steps)) == {1}
-    assert len(undisturbed.asked) - killed - 6 <= len(resumed.asked) <= len(undisturbed.asked) - killed + 6
+    assert steps == searched_on(undisturbed, tmp_path / "new", name=name) and set().union(
+        *cards(steps)
+    ) == {1}
+    assert (
+        len(undisturbed.asked) - killed - 6
+        <= len(resumed.asked)
+        <= len(undisturbed.asked) - killed + 6
+    )
     again = Card(2)
     assert set().union(*cards(searched_on(again, tmp_path, name=name))) == {2} and not again.asked
 
@@ -169,14 +201,17 @@ def test_a_16_bit_search_that_another_card_resumes_begins_again_there(tmp_path, 
 def test_a_16_bit_search_whose_batches_are_halved_begins_again(tmp_path, name):
     notes, card = [], Card(1, halved=100)
     steps = searched_on(card, tmp_path, name=name, notes=notes)
-    assert set().union(*cards(steps)) == {2} and {step.origin["batch_tokens"] for step in steps} == {4}
+    assert set().union(*cards(steps)) == {2} and {
+        step.origin["batch_tokens"] for step in steps
+    } == {4}
     (note,) = notes
     assert "batch_tokens 4, before 8" in note and "begins again" in note
 
 
 @pytest.mark.parametrize("name", SEARCHES)
 def test_facts_of_32_bits_are_of_no_origin(tmp_path, name):
-    """Whatever the device, its batches and their halving, nothing is computed twice and no scorer is asked."""
+    """Whatever the device, its batches and their halving, nothing is computed twice and no scorer
+    is asked."""
     with pytest.raises(KeyboardInterrupt):
         searched_on(Card(1, killed=60), tmp_path, "float32", name)
     other, notes = Card(1, halved=10, device="another", attention="eager"), []
@@ -197,7 +232,9 @@ def test_a_32_bit_store_is_that_of_every_origin(tmp_path, dtype):
 
 
 @pytest.mark.parametrize(
-    "change", [{"torch": "2.10"}, {"device": "card 9"}, {"attention": "eager"}, {"batch_tokens": 16}, {}], ids=str
+    "change",
+    [{"torch": "2.10"}, {"device": "card 9"}, {"attention": "eager"}, {"batch_tokens": 16}, {}],
+    ids=str,
 )
 def test_every_fact_of_an_origin_separates_16_bit_stores(tmp_path, change):
     first, second = Card(1), Card(1, **change)
@@ -223,15 +260,21 @@ def test_a_clone_with_pulled_tables_reuses_those_of_its_own_origin(tmp_path, dty
         assert not card.asked and steps == first
     else:
         assert card.asked and set().union(*cards(steps)) == {2}
-        assert not (same := Card(1)).asked and searched_on(same, tmp_path / "clone", dtype) == first and not same.asked
+        assert (
+            not (same := Card(1)).asked
+            and searched_on(same, tmp_path / "clone", dtype) == first
+            and not same.asked
+        )
 
 
-# --- the journal --------------------------------------------------------------------------------------------------
+# --- the journal
 
 
 def entries_of(path, **header):
     problems = []
-    return [entry["n"] for entry in Journal(path, {"of": "tests"} | header).read(problems)], problems
+    return [
+        entry["n"] for entry in Journal(path, {"of": "tests"} | header).read(problems)
+    ], problems
 
 
 @pytest.fixture
@@ -263,18 +306,29 @@ def test_a_damaged_line_is_named_and_not_trusted(log):
 
 def test_a_foreign_log_is_set_aside(log):
     found, (problem,) = entries_of(log, of="others")
-    assert found == [] and "set aside as log.jsonl.bad" in problem and "tests" in problem and "others" in problem
+    assert (
+        found == []
+        and "set aside as log.jsonl.bad" in problem
+        and "tests" in problem
+        and "others" in problem
+    )
     assert log.with_name("log.jsonl.bad").exists() and not log.exists()
 
 
-# --- iteration tables ---------------------------------------------------------------------------------------------
+# --- iteration tables
 
 
 def iteration(index=0):
     rows = ((1.0, 2.0), (0.5, 1 / 3))
-    scores = tuple(MaskScore(mask, nll, 2) for mask, nll in zip((MASK, parse_mask("mlp.1")), rows, strict=True))
+    scores = tuple(
+        MaskScore(mask, nll, 2) for mask, nll in zip((MASK, parse_mask("mlp.1")), rows, strict=True)
+    )
     return Iteration(
-        index, scores, (None, parse_mask("mlp.1")), 1, nll=(None, MaskScore(scores[1].mask, (7.0, 0.1), 2))
+        index,
+        scores,
+        (None, parse_mask("mlp.1")),
+        1,
+        nll=(None, MaskScore(scores[1].mask, (7.0, 0.1), 2)),
     )
 
 
@@ -329,7 +383,7 @@ def test_an_influence_is_of_a_unit_within_a_base(tmp_path):
     assert trials.get("mlp.0,mha.1|mlp.2") is None and trials.get(KEY) is None
 
 
-# --- files and directories ----------------------------------------------------------------------------------------
+# --- files and directories
 
 
 def names_in(folder):
@@ -353,7 +407,9 @@ def test_a_failed_write_leaves_the_old_file(words, tmp_path):
     assert path.read_text() == "old" and names_in(tmp_path) == ["a.txt"]
 
 
-@pytest.mark.parametrize("words", ["I/O error: {} (os error 28)", 'IoError(Os {{ code: 28, message: "{}" }})'])
+@pytest.mark.parametrize(
+    "words", ["I/O error: {} (os error 28)", 'IoError(Os {{ code: 28, message: "{}" }})']
+)
 @pytest.mark.parametrize("write", [write_atomic, replace_directory])
 def test_a_full_disk_is_named_as_any_safetensors_words_it(tmp_path, write, words):
     """Of today and of 0.5, the oldest that is allowed."""
@@ -391,9 +447,9 @@ def test_what_a_kill_left_in_the_tables_is_removed_before_a_search(tmp_path):
 
 def test_processes_that_replace_one_directory_at_once_leave_a_whole_one(tmp_path):
     script = (
-        "import sys; from pathlib import Path; from blockpruner.store.files import replace_directory\n"
-        "def build(d):\n    for n in 'ab': (d / n).write_text(sys.argv[1])\n"
-        "for _ in range(200): replace_directory(Path('d'), build)"
+        "import sys; from pathlib import Path; from blockpruner.store.files import"
+        " replace_directory\ndef build(d):\n    for n in 'ab': (d / n).write_text(sys.argv[1])\nfor"
+        " _ in range(200): replace_directory(Path('d'), build)"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     commands = [[sys.executable, "-c", script, name] for name in ("1", "2")]

@@ -1,4 +1,5 @@
-"""A checkpoint's tokenizer: loaded without torch's models, and refused with the folder's name where it is damaged."""
+"""A checkpoint's tokenizer: loaded without torch's models, and refused with the folder's name where
+it is damaged."""
 
 import pytest
 
@@ -18,9 +19,13 @@ def test_it_is_the_one_that_was_saved(directory):
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"[]", lambda b: b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[: len(b) // 2], lambda b: b"[]", lambda b: b"\xff\xfe"]
+)
 def test_a_damaged_file_is_refused(directory, name, damage):
     path = directory / name
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(InputError, match=rf"the tokenizer in {directory} cannot .*fetch the checkpoint again"):
+    with pytest.raises(
+        InputError, match=rf"the tokenizer in {directory} cannot .*fetch the checkpoint again"
+    ):
         load_tokenizer(directory)

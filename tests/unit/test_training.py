@@ -1,4 +1,5 @@
-"""Training against LoRA, AdamW and the loss written out here in plain torch, and against itself after a kill."""
+"""Training against LoRA, AdamW and the loss written out here in plain torch, and against itself
+after a kill."""
 
 import math
 import pickle
@@ -33,8 +34,11 @@ from tests.plans import fetch_tiny, plan_of, pruning
 from tests.power import forked
 from tests.tiny import GRID, full_nll, tiny_model, tiny_tokenizer, tolerance
 
-MASK = parse_mask("mha.0,mlp.1,mha.2,mlp.2")  # an MLP-only layer, an attention-only layer, a layer that is gone
-ROWS = CalibrationSet(tuple(tuple((7 * r + 3 * k + r * k) % 250 + 1 for k in range(9 + 4 * r)) for r in range(4)))
+# an MLP-only layer, an attention-only layer, a layer that is gone
+MASK = parse_mask("mha.0,mlp.1,mha.2,mlp.2")
+ROWS = CalibrationSet(
+    tuple(tuple((7 * r + 3 * k + r * k) % 250 + 1 for k in range(9 + 4 * r)) for r in range(4))
+)
 FLAT = torch.ones(1)
 DATA = {"source": "path", "path": "texts.parquet"}
 SMALL = Train(data=DATA, rank=3, learning_rate=2e-3, epochs=3)
@@ -54,7 +58,9 @@ def train(model, states, recipe=SMALL, rows=ROWS, **options):
 
 
 def weights_of(model):
-    return {name: weight.detach().clone() for name, weight in model.state_dict(keep_vars=True).items()}
+    return {
+        name: weight.detach().clone() for name, weight in model.state_dict(keep_vars=True).items()
+    }
 
 
 def adapters_of(folder, model):
@@ -62,12 +68,18 @@ def adapters_of(folder, model):
     path = max(folder.glob("checkpoint-*/model.safetensors"), key=lambda path: path.stat().st_mtime)
     tensors = load_file(path)
     tensors = [tensors[f"masters.{number}"] for number in range(len(tensors))]
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != head_of(model)]
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != head_of(model)
+    ]
     return dict(zip(names, zip(tensors[::2], tensors[1::2], strict=True), strict=True))
 
 
 def head_of(model):
-    return next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    return next(
+        name for name, module in model.named_modules() if module is model.get_output_embeddings()
+    )
 
 
 class Watch(SilentObserver):
@@ -88,11 +100,12 @@ class Watch(SilentObserver):
         self.summary = summary
 
 
-# --- the training itself --------------------------------------------------------------------------------------
+# --- the training itself
 
 
 def steps_by_hand(parameters, loss_of):
-    """Three steps of AdamW without decay, gradients clipped to norm 1, lr (1 - k/3); changes the parameters in place.
+    """Three steps of AdamW without decay, gradients clipped to norm 1, lr (1 - k/3); changes the
+    parameters in place.
 
     Returns:
         The losses, and how often the gradient was clipped.
@@ -109,20 +122,28 @@ def steps_by_hand(parameters, loss_of):
                 g = g * min(1.0, 1.0 / (norm + 1e-6))
                 m[i] = 0.9 * m[i] + 0.1 * g
                 v[i] = 0.999 * v[i] + 0.001 * g**2
-                up, down = m[i] / (1 - 0.9 ** (k + 1)), (v[i] / (1 - 0.999 ** (k + 1))).sqrt() + 1e-8
+                up, down = (
+                    m[i] / (1 - 0.9 ** (k + 1)),
+                    (v[i] / (1 - 0.999 ** (k + 1))).sqrt() + 1e-8,
+                )
                 p -= 2e-3 * (1 - k / 3) * up / down
         losses.append(loss.item())
     return losses, clipped
 
 
-ALL_AT_ONCE = {"batch": 3, "accumulation": 2}  # a step takes all rows, so that no order is assumed; a short last batch
+# a step takes all rows, so that no order is assumed; a short last batch
+ALL_AT_ONCE = {
+    "batch": 3,
+    "accumulation": 2,
+}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_three_steps_of_lora_and_adamw_by_hand(tmp_path, family):
     """W + alpha/r B A, mean over rows of the row's mean NLL.
 
-    The start of A is that of a run of one step, whose gradient for A is zero since B starts at zero.
+    The start of A is that of a run of one step, whose gradient for A is zero since B starts at
+    zero.
     """
     recipe = changed(**ALL_AT_ONCE)
     train(pruned(family), tmp_path / "one", recipe.model_copy(update={"epochs": 1}))
@@ -130,14 +151,23 @@ def test_three_steps_of_lora_and_adamw_by_hand(tmp_path, family):
     model = pruned(family)
     base = weights_of(model)
     A = {name: a.clone().requires_grad_() for name, a in start.items()}
-    B = {name: torch.zeros(base[f"{name}.weight"].shape[0], 3, dtype=torch.float64).requires_grad_() for name in A}
+    B = {
+        name: torch.zeros(base[f"{name}.weight"].shape[0], 3, dtype=torch.float64).requires_grad_()
+        for name in A
+    }
 
     def loss():
-        merged = base | {f"{name}.weight": base[f"{name}.weight"] + 10 / 3 * B[name] @ A[name] for name in A}
+        merged = base | {
+            f"{name}.weight": base[f"{name}.weight"] + 10 / 3 * B[name] @ A[name] for name in A
+        }
         found = 0.0
         for row in ROWS.rows:
-            logits = functional_call(model, merged, (torch.tensor([row]),), {"use_cache": False}).logits[0, :-1]
-            found = found - logits.log_softmax(-1).gather(1, torch.tensor(row[1:])[:, None]).mean() / len(ROWS.rows)
+            logits = functional_call(
+                model, merged, (torch.tensor([row]),), {"use_cache": False}
+            ).logits[0, :-1]
+            found = found - logits.log_softmax(-1).gather(
+                1, torch.tensor(row[1:])[:, None]
+            ).mean() / len(ROWS.rows)
         return found
 
     losses, clipped = steps_by_hand([*A.values(), *B.values()], loss)
@@ -146,16 +176,24 @@ def test_three_steps_of_lora_and_adamw_by_hand(tmp_path, family):
     assert found["losses"] == pytest.approx(losses, abs=1e-6)  # the Trainer adds them as float32
     for name, weight in model.state_dict().items():
         layer = name.removesuffix(".weight")
-        expected = base[name] + (10 / 3 * B[layer] @ A[layer]).detach() if layer in A else base[name]
+        expected = (
+            base[name] + (10 / 3 * B[layer] @ A[layer]).detach() if layer in A else base[name]
+        )
         assert (weight - expected).abs().max() < 1e-8, name
 
 
 def test_three_steps_of_all_weights_by_hand(tmp_path):
     """All but embeddings and head, half of the loss the distance to the dense model."""
-    recipe, teacher, plain = changed(weights="all", distill=0.5, **ALL_AT_ONCE), tiny_model(), pruned()
+    recipe, teacher, plain = (
+        changed(weights="all", distill=0.5, **ALL_AT_ONCE),
+        tiny_model(),
+        pruned(),
+    )
     ends = {id(plain.get_input_embeddings().weight), id(plain.get_output_embeddings().weight)}
     own = [weight.requires_grad_() for weight in plain.parameters() if id(weight) not in ends]
-    losses, _ = steps_by_hand(own, lambda: sum(plain_loss(plain, teacher, row, recipe) for row in ROWS.rows) / 4)
+    losses, _ = steps_by_hand(
+        own, lambda: sum(plain_loss(plain, teacher, row, recipe) for row in ROWS.rows) / 4
+    )
     model = pruned()
     found = train(model, tmp_path, recipe, teacher=teacher)
     assert found["losses"] == pytest.approx(losses, abs=1e-6)
@@ -170,12 +208,16 @@ def test_rows_are_seen_once_an_epoch_in_a_seeded_order(tmp_path):
     recipe = changed(learning_rate=1e-30, batch=1, accumulation=1, epochs=2)
     orders = []
     for seed in (1, 9):  # the generator's seed is the sum of seed and epoch
-        losses = train(pruned(), tmp_path / str(seed), recipe.model_copy(update={"seed": seed}), rows)["losses"]
+        losses = train(
+            pruned(), tmp_path / str(seed), recipe.model_copy(update={"seed": seed}), rows
+        )["losses"]
         for epoch in (losses[:7], losses[7:]):
             assert sorted(epoch) == pytest.approx(sorted(nll))
         orders += [losses[:7], losses[7:]]
     assert len(set(map(tuple, orders))) == 4
-    by_two = train(pruned(), tmp_path / "two", recipe.model_copy(update={"seed": 1, "accumulation": 2}), rows)["losses"]
+    by_two = train(
+        pruned(), tmp_path / "two", recipe.model_copy(update={"seed": 1, "accumulation": 2}), rows
+    )["losses"]
     expected = [*zip(orders[0][::2], [*orders[0][1::2], None], strict=True)]
     assert by_two[:4] == pytest.approx([a if b is None else (a + b) / 2 for a, b in expected])
 
@@ -185,19 +227,42 @@ def test_rows_are_seen_once_an_epoch_in_a_seeded_order(tmp_path):
 def test_what_is_trained_learns_and_nothing_else(tmp_path, variant, weights):
     """Every linear layer but the head; or all weights but embeddings and head."""
     narrow = {parse_block("mlp.1"): range(5, 20)}
-    model = narrow_(tiny_model(dtype=torch.float32), narrow) if variant == "narrow" else pruned(variant, torch.float32)
-    kind, config, names = type(model), model.config.to_dict(), [name for name, _ in model.named_modules()]
-    before, ends = weights_of(model), (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    model = (
+        narrow_(tiny_model(dtype=torch.float32), narrow)
+        if variant == "narrow"
+        else pruned(variant, torch.float32)
+    )
+    kind, config, names = (
+        type(model),
+        model.config.to_dict(),
+        [name for name, _ in model.named_modules()],
+    )
+    before, ends = (
+        weights_of(model),
+        (model.get_input_embeddings().weight, model.get_output_embeddings().weight),
+    )
     if weights == "lora":
-        wanted = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        wanted = {
+            f"{name}.weight"
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear)
+        }
         wanted -= {f"{head_of(model)}.weight"}
     else:
-        wanted = {name for name, weight in model.named_parameters() if all(weight is not end for end in ends)}
+        wanted = {
+            name
+            for name, weight in model.named_parameters()
+            if all(weight is not end for end in ends)
+        }
     nll = sum(full_nll(model, row) for row in ROWS.rows)
     train(model, tmp_path, changed(weights=weights, epochs=12))
     after = weights_of(model)
     assert {name for name in before if not torch.equal(before[name], after[name])} == wanted
-    assert (type(model), model.config.to_dict(), [name for name, _ in model.named_modules()]) == (kind, config, names)
+    assert (type(model), model.config.to_dict(), [name for name, _ in model.named_modules()]) == (
+        kind,
+        config,
+        names,
+    )
     assert not model.training and not any(weight.requires_grad for weight in model.parameters())
     assert sum(full_nll(model, row) for row in ROWS.rows) < nll
 
@@ -205,12 +270,17 @@ def test_what_is_trained_learns_and_nothing_else(tmp_path, variant, weights):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_models_train_in_float32(tmp_path, dtype):
     model = pruned(dtype=dtype)
-    before, linear = weights_of(model), {n for n, module in model.named_modules() if isinstance(module, nn.Linear)}
+    before, linear = (
+        weights_of(model),
+        {n for n, module in model.named_modules() if isinstance(module, nn.Linear)},
+    )
     tables = {name: buffer.clone() for name, buffer in model.named_buffers()}
     nll = sum(full_nll(model, row) for row in ROWS.rows)
     train(model, tmp_path, changed(learning_rate=0.01, epochs=10))
     assert {weight.dtype for weight in model.parameters()} == {dtype}
-    assert {a.dtype for pair in adapters_of(tmp_path, pruned()).values() for a in pair} == {torch.float32}
+    assert {a.dtype for pair in adapters_of(tmp_path, pruned()).values() for a in pair} == {
+        torch.float32
+    }
     assert sum(full_nll(model, row) for row in ROWS.rows) < nll
     for name, weight in weights_of(model).items():
         if name.removesuffix(".weight") not in linear - {head_of(model)}:
@@ -219,16 +289,21 @@ def test_low_precision_models_train_in_float32(tmp_path, dtype):
 
 
 def test_divergence_says_what_to_lower(tmp_path):
-    with pytest.raises(NonFiniteLossError, match=r"loss of step \d is (nan|inf); lower train.learning_rate"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"loss of step \d is (nan|inf); lower train.learning_rate"
+    ):
         train(pruned(dtype=torch.float32), tmp_path, changed(learning_rate=1e30))
 
 
-# --- the loss -------------------------------------------------------------------------------------------------
+# --- the loss
 
 
 def plain_loss(model, teacher, row, wanted):
-    """The formula for one row, from whole logits of both models, sums over the vocabulary written out."""
-    z, dense = (each(torch.tensor([row]), use_cache=False).logits[0, :-1] for each in (model, teacher))
+    """The formula for one row, from whole logits of both models, sums over the vocabulary written
+    out."""
+    z, dense = (
+        each(torch.tensor([row]), use_cache=False).logits[0, :-1] for each in (model, teacher)
+    )
     loss = 0.0
     for t, target in enumerate(row[1:]):
         q, p = (torch.exp(x) / torch.exp(x).sum() for x in (z[t], dense[t]))
@@ -241,7 +316,8 @@ def plain_loss(model, teacher, row, wanted):
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("share", [0.7, 1.0])
 def test_gradient_is_that_of_the_plain_formula(monkeypatch, family, share):
-    """In chunks of 7 tokens, pieces of 4 and batches of rows of unlike lengths; Gemma 2 caps its logits."""
+    """In chunks of 7 tokens, pieces of 4 and batches of rows of unlike lengths; Gemma 2 caps its
+    logits."""
     monkeypatch.setattr(loss, "LOGITS_BYTES", 7 * 4 * 260)
     monkeypatch.setattr(losses, "PIECE_BYTES", 1)
     wanted, teacher = changed(distill=share), tiny_model(family)
@@ -255,37 +331,54 @@ def test_gradient_is_that_of_the_plain_formula(monkeypatch, family, share):
     expected.backward()
     close = tolerance(family)
     assert value.item() == pytest.approx(expected.item(), rel=close)
-    assert nll.item() == pytest.approx(sum(full_nll(models[1], row) for row in ROWS.rows) / 4, rel=close)
+    assert nll.item() == pytest.approx(
+        sum(full_nll(models[1], row) for row in ROWS.rows) / 4, rel=close
+    )
     head = head_of(models[0])
-    for (name, found), (_, plain) in zip(*(model.named_parameters() for model in models), strict=True):
+    for (name, found), (_, plain) in zip(
+        *(model.named_parameters() for model in models), strict=True
+    ):
         if plain.grad is not None and not name.startswith(head):
             assert (found.grad - plain.grad).norm() <= 10 * close * plain.grad.norm(), name
 
 
 def test_steps_smaller_than_the_last_bit_are_not_lost(tmp_path):
-    """bfloat16 weights of 0.5 and more lie 2^-8 apart or more; a step of 2e-4 alone changes none of them."""
+    """bfloat16 weights of 0.5 and more lie 2^-8 apart or more; a step of 2e-4 alone changes none of
+    them."""
     recipe = changed(weights="all", learning_rate=2e-4, epochs=20)
     model, exact = pruned(dtype=torch.bfloat16), pruned(dtype=torch.bfloat16).float()
     before = weights_of(model)
     train(model, tmp_path, recipe)
     train(exact, tmp_path, recipe)
     moved, goal = (
-        torch.cat([(w.float() - before[name].float())[before[name].abs() > 0.5] for name, w in each.named_parameters()])
+        torch.cat(
+            [
+                (w.float() - before[name].float())[before[name].abs() > 0.5]
+                for name, w in each.named_parameters()
+            ]
+        )
         for each in (model, exact)
     )
     assert (moved != 0).float().mean() > 0.1
     assert torch.corrcoef(torch.stack([moved, goal]))[0, 1] > 0.5
 
 
-# --- validation -----------------------------------------------------------------------------------------------
+# --- validation
 
 
 @pytest.mark.parametrize("weights", ["lora", "all"])
 def test_the_state_that_is_best_on_held_out_rows_is_kept(tmp_path, weights):
-    """Rows that contradict the held-out ones, and a rate that is too high in the end: the best is in between."""
+    """Rows that contradict the held-out ones, and a rate that is too high in the end: the best is
+    in between."""
     recipe = changed(weights=weights, epochs=8, learning_rate=0.02, validate_every=2)
     model = pruned()
-    found = train(model, tmp_path, recipe, CalibrationSet(ROWS.rows[:2]), validation=CalibrationSet(ROWS.rows[2:]))
+    found = train(
+        model,
+        tmp_path,
+        recipe,
+        CalibrationSet(ROWS.rows[:2]),
+        validation=CalibrationSet(ROWS.rows[2:]),
+    )
     assert [each["step"] for each in found["validations"]] == [0, 2, 4, 6, 8]
     nll = sum(full_nll(model, row) for row in ROWS.rows[2:]) / 2
     best = min(found["validations"], key=lambda each: each["nll"])
@@ -298,7 +391,11 @@ def test_the_state_that_is_best_on_held_out_rows_is_kept(tmp_path, weights):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_does_not_get_better_is_left_as_it_was(tmp_path, monkeypatch, weights, dtype):
     worse = count(1.0)
-    monkeypatch.setattr(trainer._Trainer, "prediction_step", lambda *_, **__: (torch.tensor(next(worse)), *[FLAT] * 2))
+    monkeypatch.setattr(
+        trainer._Trainer,
+        "prediction_step",
+        lambda *_, **__: (torch.tensor(next(worse)), *[FLAT] * 2),
+    )
     model, watch = pruned(dtype=dtype), Watch()
     recipe = changed(weights=weights, validate_every=1)
     found = train(model, tmp_path, recipe, validation=ROWS, observer=watch)
@@ -308,13 +405,16 @@ def test_what_does_not_get_better_is_left_as_it_was(tmp_path, monkeypatch, weigh
     assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
 
 
-# --- where memory ends ----------------------------------------------------------------------------------------
+# --- where memory ends
 
 
 @pytest.mark.parametrize("weights", ["lora", "all"])
-def test_a_full_device_gets_fewer_rows_at_once_then_checkpointing_and_the_same_weights(tmp_path, monkeypatch, weights):
-    """The device holds one row, and its layers only where they are computed anew; it is full at the second batch of a
-    step, when one gradient is there already, and in the middle of a backward pass."""
+def test_a_full_device_gets_fewer_rows_at_once_then_checkpointing_and_the_same_weights(
+    tmp_path, monkeypatch, weights
+):
+    """The device holds one row, and its layers only where they are computed anew; it is full at the
+    second batch of a step, when one gradient is there already, and in the middle of a backward
+    pass."""
     recipe = changed(weights=weights, epochs=2, **ALL_AT_ONCE)
     expected, found = pruned(), pruned()
     train(expected, tmp_path / "roomy", recipe)
@@ -330,7 +430,9 @@ def test_a_full_device_gets_fewer_rows_at_once_then_checkpointing_and_the_same_w
 
     monkeypatch.setattr(TrainingLoss, "__call__", full)
     facts = train(found, tmp_path / "full", recipe)
-    assert asked[:4] == [(3, False), (1, False), (2, False), (1, False)] and set(asked[4:]) == {(1, True)}
+    assert asked[:4] == [(3, False), (1, False), (2, False), (1, False)] and set(asked[4:]) == {
+        (1, True)
+    }
     assert len(facts["losses"]) == 2
     for name, weight in weights_of(found).items():
         torch.testing.assert_close(weight, weights_of(expected)[name], rtol=1e-5, atol=1e-7)
@@ -339,11 +441,13 @@ def test_a_full_device_gets_fewer_rows_at_once_then_checkpointing_and_the_same_w
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate much")
 
     monkeypatch.setattr(TrainingLoss, "__call__", always)
-    with pytest.raises(DeviceMemoryError, match=r"a row of [0-9]+ tokens does not fit .*; lower train.seq_len"):
+    with pytest.raises(
+        DeviceMemoryError, match=r"a row of [0-9]+ tokens does not fit .*; lower train.seq_len"
+    ):
         train(pruned(), tmp_path / "none", recipe)
 
 
-# --- what survives a kill -------------------------------------------------------------------------------------
+# --- what survives a kill
 
 
 KINDS = [
@@ -351,7 +455,13 @@ KINDS = [
     (torch.float32, {"validate_every": 2}, ROWS),
     (
         torch.bfloat16,
-        {"weights": "all", "distill": 0.5, "schedule": "cosine", "warmup": 0.4, "validate_every": 2},
+        {
+            "weights": "all",
+            "distill": 0.5,
+            "schedule": "cosine",
+            "warmup": 0.4,
+            "validate_every": 2,
+        },
         ROWS,
     ),
 ]
@@ -380,15 +490,22 @@ def test_a_killed_run_ends_in_the_same_weights(tmp_path, monkeypatch, dtype, cha
 
 
 STATE_FILES = (
-    "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.bin",
-    "seal.json", "best.safetensors",
-)  # fmt: skip
+    "model.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "trainer_state.json",
+    "training_args.bin",
+    "seal.json",
+    "best.safetensors",
+)
 DISTURBED = changed(epochs=3, batch=1, accumulation=2, validate_every=2)
 
 
 @pytest.fixture(scope="module")
 def disturbed(tmp_path_factory):
-    """The facts and weights of a training of six steps, and its last two states, as a kill at its end leaves them."""
+    """The facts and weights of a training of six steps, and its last two states, as a kill at its
+    end leaves them."""
     states, model = tmp_path_factory.mktemp("disturbed"), pruned()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "SECONDS", 0.0)
@@ -410,10 +527,16 @@ def empty(content):
 
 @pytest.mark.parametrize(
     ("names", "damage"),
-    [*(((name,), how) for name in STATE_FILES for how in (flip, empty)), (("*.pt", "*.json"), flip)],
+    [
+        *(((name,), how) for name in STATE_FILES for how in (flip, empty)),
+        (("*.pt", "*.json"), flip),
+    ],
 )
-def test_a_damaged_state_is_set_aside_and_the_weights_are_the_same(tmp_path, disturbed, names, damage):
-    """One file of the newer one of two states; or several files of both, so that training begins anew."""
+def test_a_damaged_state_is_set_aside_and_the_weights_are_the_same(
+    tmp_path, disturbed, names, damage
+):
+    """One file of the newer one of two states; or several files of both, so that training begins
+    anew."""
     facts, weights, killed = disturbed
     states, watch, model = shutil.copytree(killed, tmp_path / "states"), Watch(), pruned()
     _, newest = sorted(states.glob("checkpoint-*"))
@@ -423,11 +546,13 @@ def test_a_damaged_state_is_set_aside_and_the_weights_are_the_same(tmp_path, dis
     assert train(model, states, DISTURBED, validation=ROWS, observer=watch) == facts
     assert all(torch.equal(weight, weights[name]) for name, weight in weights_of(model).items())
     assert f"{newest.name}.bad" in watch.notes[0]
-    assert watch.steps == (1 if len(names) == 1 else 6)  # from the state after five steps, or from none
+    # from the state after five steps, or from none
+    assert watch.steps == (1 if len(names) == 1 else 6)
 
 
 def write_states(folder, sealed):
-    """Two states, as the Trainer writes them; `sealed` names the last one that was promised to be on disk."""
+    """Two states, as the Trainer writes them; `sealed` names the last one that was promised to be
+    on disk."""
     for step in (1, 2):
         drop_old_states(folder)
         write_atomic(folder / BEST, lambda path, step=step: path.write_bytes(b"best %d" % step))
@@ -450,7 +575,9 @@ def test_a_sealed_state_outlives_a_cut_of_power_before_any_write(tmp_path, mode)
         step = 0 if found is None else int(found.name.partition("-")[2])
         assert step in (least, least + 1), f"write {cut}"
         if found is not None:
-            content = {path.name: path.read_bytes() for path in found.iterdir() if path.name != "seal.json"}
+            content = {
+                path.name: path.read_bytes() for path in found.iterdir() if path.name != "seal.json"
+            }
             assert content == {
                 "optimizer.pt": b"%d" % step * 100,
                 "trainer_state.json": b"%d" % step * 100,
@@ -476,14 +603,19 @@ def files_of_at_most(size):
 def test_a_full_disk_at_any_file_of_a_state_is_named_and_costs_no_more(tmp_path):
     recipe, given = changed(epochs=2, validate_every=2), {"validation": ROWS}
     expected = train(pruned(), tmp_path / "undisturbed", recipe, **given)
-    sizes = {path.stat().st_size for path in (tmp_path / "undisturbed").rglob("*") if path.is_file()}
+    sizes = {
+        path.stat().st_size for path in (tmp_path / "undisturbed").rglob("*") if path.is_file()
+    }
     for size in (*sorted(sizes)[:-1], max(sizes) - 1):
-        with files_of_at_most(size), pytest.raises(StorageError, match=r"cannot write .*states.* kept"):
+        with (
+            files_of_at_most(size),
+            pytest.raises(StorageError, match=r"cannot write .*states.* kept"),
+        ):
             train(pruned(), tmp_path / "states", recipe, **given)
     assert train(pruned(), tmp_path / "states", recipe, **given) == expected
 
 
-# --- data and stage -------------------------------------------------------------------------------------------
+# --- data and stage
 
 
 def test_samples_end_where_the_text_ends_or_at_seq_len():
@@ -498,13 +630,18 @@ def test_samples_end_where_the_text_ends_or_at_seq_len():
     a, b, c, d = ids.values()
     assert sorted(rows) == sorted([(a, b, 258), (a, b, c, 258), (a, b, c, d)])
     assert sorted(rows_of(texts * 9, 27, 1)) == sorted(rows * 9)
-    with pytest.raises(InputError, match=r"train.num_samples \+ validation 4 is more than the 3 texts.*at most 3"):
+    with pytest.raises(
+        InputError, match=r"train.num_samples \+ validation 4 is more than the 3 texts.*at most 3"
+    ):
         rows_of(texts, 4, 0)
 
 
 def test_joined_rows_are_full_and_validation_rows_are_others():
     texts = [
-        f"{number} " + "abcd " * 7 + "\n" + f"the paragraph of {number} has well more than fifty characters"
+        f"{number} "
+        + "abcd " * 7
+        + "\n"
+        + f"the paragraph of {number} has well more than fifty characters"
         for number in range(30)
     ]
     notes, wanted = [], changed(num_rows=5, seq_len=32, validation=3)
@@ -513,25 +650,37 @@ def test_joined_rows_are_full_and_validation_rows_are_others():
     assert notes == ["4 of 30 training texts are evaluated too: they are not drawn"]
     text = tiny_tokenizer().decode([token for row in rows.rows + held.rows for token in row])
     assert not any(f"\n\n{number} " in text for number in range(4))
-    samples, others = training_rows(texts, tiny_tokenizer(), changed(num_samples=20, validation=10, seq_len=99))
-    assert (len(samples.rows), len(others.rows)) == (20, 10) and not set(samples.rows) & set(others.rows)
-    with pytest.raises(InputError, match=r"train.num_rows \+ validation 903 is more than the \d+ rows of 32 tokens"):
+    samples, others = training_rows(
+        texts, tiny_tokenizer(), changed(num_samples=20, validation=10, seq_len=99)
+    )
+    assert (len(samples.rows), len(others.rows)) == (20, 10) and not set(samples.rows) & set(
+        others.rows
+    )
+    with pytest.raises(
+        InputError, match=r"train.num_rows \+ validation 903 is more than the \d+ rows of 32 tokens"
+    ):
         training_rows(texts, tiny_tokenizer(), wanted.model_copy(update={"num_rows": 900}))
-    few, last = training_rows(texts, tiny_tokenizer(), wanted.model_copy(update={"num_rows": 900}), at_most=True)
+    few, last = training_rows(
+        texts, tiny_tokenizer(), wanted.model_copy(update={"num_rows": 900}), at_most=True
+    )
     assert len(few.rows) > 5 and len(last.rows) == 3 and not set(few.rows) & set(last.rows)
     held_out = wanted.model_copy(update={"validation": len(few.rows) + 3})
-    with pytest.raises(InputError, match=r"fill (\d+) rows of 32 tokens, of which \1 are held out; give more texts"):
+    with pytest.raises(
+        InputError, match=r"fill (\d+) rows of 32 tokens, of which \1 are held out; give more texts"
+    ):
         training_rows(texts, tiny_tokenizer(), held_out, at_most=True)
 
 
-# --- several processes -----------------------------------------------------------------------------------------
+# --- several processes
 
 
 SEVEN = CalibrationSet(ROWS.rows + tuple(row[::-1] for row in ROWS.rows[:3]))
 """Seven: in the last step of an epoch one process has a batch more than the other."""
 RECIPES = {
     "adapters": changed(epochs=2, accumulation=3),
-    "all weights": changed(weights="all", epochs=2, distill=0.5, accumulation=2, batch=2, validate_every=1),
+    "all weights": changed(
+        weights="all", epochs=2, distill=0.5, accumulation=2, batch=2, validate_every=1
+    ),
 }
 
 
@@ -540,11 +689,14 @@ def trained(kind, states, team=None, observer=None):
     model, team = pruned(), team or ALONE
     given = {"teacher": tiny_model(), "validation": CalibrationSet(ROWS.rows[:2])}
     states, observer = states / kind / str(team.rank), observer or SilentObserver()
-    return model, train_(model, SEVEN, RECIPES[kind], states=states, observer=observer, team=team, **given)
+    return model, train_(
+        model, SEVEN, RECIPES[kind], states=states, observer=observer, team=team, **given
+    )
 
 
 def work(team, device, observer, folder):
-    """Both kinds; the second one also killed after a step whose state is saved, and gone on with."""
+    """Both kinds; the second one also killed after a step whose state is saved, and gone on
+    with."""
     assert device == "cpu"
     for kind in RECIPES:
         model, facts = trained(kind, folder / "whole", team, observer)
@@ -556,7 +708,8 @@ def work(team, device, observer, folder):
         trained(kind, folder / "killed", team, Watch(last=2))
     ahead = folder / "killed" / kind / "0"
     if team.rank == 0:
-        shutil.copytree(ahead / "checkpoint-1", ahead / "checkpoint-3")  # a state that the other has not
+        # a state that the other has not
+        shutil.copytree(ahead / "checkpoint-1", ahead / "checkpoint-3")
     team.agree(0.0)
     before = sorted(path.name for path in ahead.iterdir())
     model, facts = trained(kind, folder / "killed", team, observer)
@@ -571,7 +724,10 @@ def test_two_processes_give_the_weights_of_one(tmp_path):
         weights, facts = torch.load(tmp_path / f"{kind}.pt")
         assert facts["losses"] == pytest.approx(wanted["losses"], abs=1e-6)
         assert facts["validations"][-1] == pytest.approx(wanted["validations"][-1], abs=1e-6)
-        assert any((weight - weights_of(pruned())[name]).abs().max() > 1e-3 for name, weight in weights.items())
+        assert any(
+            (weight - weights_of(pruned())[name]).abs().max() > 1e-3
+            for name, weight in weights.items()
+        )
         for name, weight in weights_of(expected).items():
             torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-9)
     for rank in (0, 1):
@@ -579,14 +735,24 @@ def test_two_processes_give_the_weights_of_one(tmp_path):
         assert "checkpoint-3" in before
         for name, weight in weights_of(expected).items():
             torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-9)
-    parts = [load_file(next((tmp_path / "whole/adapters" / rank).glob("c*/model.safetensors"))) for rank in "01"]
+    parts = [
+        load_file(next((tmp_path / "whole/adapters" / rank).glob("c*/model.safetensors")))
+        for rank in "01"
+    ]
     assert parts[0]["masters.0"].shape[0] + parts[1]["masters.0"].shape[0] == 3
     assert any("goes on after step" in note for note in observer.notes)
 
 
 def test_what_a_process_raises_arrives_as_itself(tmp_path):
     dense = fetch_tiny(tmp_path)
-    made, wanted = pruning(dense, plan_of(dense, ["mlp.1", "mha.2"])), changed(learning_rate=1e30, seq_len=32)
-    with pytest.raises(NonFiniteLossError, match=r"loss of step \d is (nan|inf); lower train.learning_rate"):
-        write_trained(tmp_path / "out", made, wanted, ROWS, None, tmp_path / "states", SilentObserver(), 2)
+    made, wanted = (
+        pruning(dense, plan_of(dense, ["mlp.1", "mha.2"])),
+        changed(learning_rate=1e30, seq_len=32),
+    )
+    with pytest.raises(
+        NonFiniteLossError, match=r"loss of step \d is (nan|inf); lower train.learning_rate"
+    ):
+        write_trained(
+            tmp_path / "out", made, wanted, ROWS, None, tmp_path / "states", SilentObserver(), 2
+        )
     assert not (tmp_path / "out").exists()

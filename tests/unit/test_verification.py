@@ -35,7 +35,9 @@ def user_site(python: str) -> Path:
 
 
 @pytest.mark.parametrize("way", ["PYTHONPATH", "PYTHONUSERBASE"])
-def test_packages_of_the_environment_are_found_and_those_of_the_working_folder_are_not(tmp_path, monkeypatch, way):
+def test_packages_of_the_environment_are_found_and_those_of_the_working_folder_are_not(
+    tmp_path, monkeypatch, way
+):
     """As after `module load`, and as after `pip install --user`."""
     monkeypatch.delenv("BLOCKPRUNER_TESTS_FORK", raising=False)
     monkeypatch.delenv("PYTHONNOUSERSITE", raising=False)
@@ -43,12 +45,18 @@ def test_packages_of_the_environment_are_found_and_those_of_the_working_folder_a
     if way == "PYTHONPATH":
         venv.create(tmp_path / "venv")
         python, place = str(tmp_path / "venv/bin/python"), tmp_path / "modules"
-        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", ".", str(tmp_path / "here"), str(place)]))
+        monkeypatch.setenv(
+            "PYTHONPATH", os.pathsep.join(["", ".", str(tmp_path / "here"), str(place)])
+        )
     else:
         monkeypatch.setenv(way, str(tmp_path / "user"))
         python = sys._base_executable
         place = user_site(python)
-    for folder, name in ((place, "engine_of_test"), (tmp_path / "here", "left_here"), (tmp_path / "out", "")):
+    for folder, name in (
+        (place, "engine_of_test"),
+        (tmp_path / "here", "left_here"),
+        (tmp_path / "out", ""),
+    ):
         folder.mkdir(parents=True)
         if name:
             (folder / f"{name}.py").touch()
@@ -72,6 +80,8 @@ def test_no_model_is_in_memory_when_the_fresh_process_loads_its_own(tmp_path, mo
         return model
 
     monkeypatch.setattr(Pruning, "load_for_export", loaded)
-    monkeypatch.setattr(verification, "verify_checkpoint", lambda *_: alive.append([each() for each in alive]))
+    monkeypatch.setattr(
+        verification, "verify_checkpoint", lambda *_: alive.append([each() for each in alive])
+    )
     EXPORTS[form].write(pruning(dense, plan_of(dense, ["mlp.1"])), tmp_path / "out")
     assert alive[1:] == [[None]]

@@ -1,4 +1,5 @@
-"""vLLM's plugin without vLLM: what it tells transformers and vLLM, and how holes are made in a decoder like vLLM's."""
+"""vLLM's plugin without vLLM: what it tells transformers and vLLM, and how holes are made in a
+decoder like vLLM's."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ def registry(monkeypatch):
 def test_vllm_gets_a_class_for_each_of_its_families_and_no_other(registry):
     added = {name: model for name, model in registry.models.items() if model != "vLLM's own"}
     assert added == {
-        (name := base.replace("For", "BlockPrunedFor")): f"blockpruner.model.vllm_models:{name}" for base in BASES
+        (name := base.replace("For", "BlockPrunedFor")): f"blockpruner.model.vllm_models:{name}"
+        for base in BASES
     }
 
 
@@ -66,7 +68,10 @@ def test_a_checkpoint_has_its_familys_config_without_remote_code(registry, tmp_p
     assert type(config) is CONFIG_MAPPING[family] and config.model_type == family
     assert (config.layers_without_mha, config.layers_without_mlp) == ([0, 2], [1])
     assert not hasattr(config, "auto_map") and not config.is_heterogeneous
-    assert registry.models[config.architectures[0]] == f"{vllm_plugin.MODELS}:{config.architectures[0]}"
+    assert (
+        registry.models[config.architectures[0]]
+        == f"{vllm_plugin.MODELS}:{config.architectures[0]}"
+    )
     before, after = json.loads((dense / "config.json").read_text()), config.to_dict()
     assert {key: after[key] for key in before} == before | {
         key: after[key] for key in ("architectures", "transformers_version")
@@ -83,15 +88,25 @@ def test_vllm_starts_where_the_plugin_fails(registry, monkeypatch, caplog):
 
 def test_no_type_of_others_is_registered(registry):
     assert not {"nemotron-nas", "baichuan"} & CONFIG_MAPPING._extra_content.keys()
-    assert all(name.endswith(("_blockpruned", "_slicegpt")) for name in CONFIG_MAPPING._extra_content)
+    assert all(
+        name.endswith(("_blockpruned", "_slicegpt")) for name in CONFIG_MAPPING._extra_content
+    )
 
 
 def test_the_entry_point_imports_nothing_else_of_ours():
     (entry,) = metadata.entry_points(group="vllm.general_plugins", name="blockpruner")
-    code = f"import sys, {entry.module}; print(*sorted(n for n in sys.modules if n.startswith('blockpruner')))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    code = (
+        f"import sys, {entry.module}; print(*sorted(n for n in sys.modules if"
+        " n.startswith('blockpruner')))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert entry.load() is vllm_plugin.register
-    assert found == ["blockpruner", *(f"blockpruner.model{name}" for name in ("", ".known", ".vllm_plugin"))]
+    assert found == [
+        "blockpruner",
+        *(f"blockpruner.model{name}" for name in ("", ".known", ".vllm_plugin")),
+    ]
 
 
 class Norm(nn.Module):
@@ -145,14 +160,18 @@ class Layer(nn.Module):
             self.pre_feedforward_layernorm, self.post_feedforward_layernorm = Norm(), Norm()
 
     def forward(self, positions, x, residual):
-        x, residual = (self.input_layernorm(x), x) if residual is None else self.input_layernorm(x, residual)
+        x, residual = (
+            (self.input_layernorm(x), x) if residual is None else self.input_layernorm(x, residual)
+        )
         x = self.self_attn(positions=positions, hidden_states=x)
         before_mlp = self.post_attention_layernorm
         if hasattr(self, "pre_feedforward_layernorm"):
             x, before_mlp = self.post_attention_layernorm(x), self.pre_feedforward_layernorm
         x, residual = before_mlp(x, residual)
         x = getattr(self, self.mlp_name)(x)
-        return (self.post_feedforward_layernorm(x) if hasattr(self, "post_feedforward_layernorm") else x), residual
+        return (
+            self.post_feedforward_layernorm(x) if hasattr(self, "post_feedforward_layernorm") else x
+        ), residual
 
 
 class Decoder(nn.Module):
@@ -162,7 +181,9 @@ class Decoder(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         compilation = vllm_config.compilation_config
-        self.layers = nn.ModuleList([Layer(n, compilation, self.around, self.mlp) for n in range(4)])
+        self.layers = nn.ModuleList(
+            [Layer(n, compilation, self.around, self.mlp) for n in range(4)]
+        )
 
     def forward(self, x):
         residual = None
@@ -175,7 +196,9 @@ def asked(mha, mlp):
     """A VllmConfig of a model with these holes."""
     config = SimpleNamespace(layers_without_mha=mha, layers_without_mlp=mlp)
     compilation = SimpleNamespace(static_forward_context={}, static_all_moe_layers=[])
-    return SimpleNamespace(model_config=SimpleNamespace(hf_config=config), compilation_config=compilation)
+    return SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=config), compilation_config=compilation
+    )
 
 
 def of(vllm_config):
@@ -196,15 +219,23 @@ def test_removed_blocks_add_nothing_and_are_nowhere(registry, around, mlp):
     gone += [f"layers.{n}.input_layernorm." for n in (0, 3)]
     after, before = "post_attention_layernorm", "pre_feedforward_layernorm"
     gone += [f"layers.{n}.{after}." for n in ((0, 3) if around else (1, 3))]
-    gone += [f"layers.{n}.{name}." for n in (1, 3) for name in (before, "post_feedforward_layernorm")]
+    gone += [
+        f"layers.{n}.{name}." for n in (1, 3) for name in (before, "post_feedforward_layernorm")
+    ]
     kept = [name for name, _ in whole.named_parameters() if not name.startswith(tuple(gone))]
     assert [name for name, _ in pruned.named_parameters()] == kept
     cached = with_holes.compilation_config.static_forward_context
-    assert [name for name in cached if name.endswith("attn")] == [f"model.layers.{n}.self_attn.attn" for n in (1, 2)]
-    assert with_holes.compilation_config.static_all_moe_layers == [f"model.layers.{n}.mlp.experts" for n in (0, 2)]
+    assert [name for name in cached if name.endswith("attn")] == [
+        f"model.layers.{n}.self_attn.attn" for n in (1, 2)
+    ]
+    assert with_holes.compilation_config.static_all_moe_layers == [
+        f"model.layers.{n}.mlp.experts" for n in (0, 2)
+    ]
     assert not set(cached) - set(dense.compilation_config.static_forward_context)
 
-    for name in [n for n, _ in whole.named_parameters() if n.startswith(tuple(gone)) and "norm" not in n]:
+    for name in [
+        n for n, _ in whole.named_parameters() if n.startswith(tuple(gone)) and "norm" not in n
+    ]:
         whole.get_parameter(name).data.zero_()
     pruned.load_state_dict({name: whole.get_parameter(name) for name in kept})
     x = torch.randn(5, 8)
@@ -226,7 +257,9 @@ def test_each_mlp_is_made_while_the_config_has_its_width(registry, monkeypatch):
     seen, vllm_config, made = [], asked([], []), Mixture.__init__
     config = vllm_config.model_config.hf_config
     config.intermediate_size, config.mlp_widths = 8, [8, 3, 8, 5]
-    monkeypatch.setattr(Mixture, "__init__", lambda *given: (seen.append(config.intermediate_size), made(*given))[1])
+    monkeypatch.setattr(
+        Mixture, "__init__", lambda *given: (seen.append(config.intermediate_size), made(*given))[1]
+    )
     base = type("LlamaForCausalLM", (Decoder,), {})
     registry.models["LlamaForCausalLM"] = SimpleNamespace(load_model_cls=lambda: base)
     importlib.import_module(vllm_plugin.MODELS).LlamaBlockPrunedForCausalLM(vllm_config=vllm_config)
@@ -239,8 +272,13 @@ def test_layers_of_other_names_are_refused_and_later_models_are_whole(registry):
     models = importlib.import_module(vllm_plugin.MODELS)
     with pytest.raises(ValueError, match=r"no hole could be made at \[\('mlp', 1\)\]"):
         models.LlamaBlockPrunedForCausalLM(vllm_config=asked([0], [1, 9]))
-    with pytest.raises(ValueError, match="not as blockpruner knows them"), models.holes(*of(asked([0], []))):
+    with (
+        pytest.raises(ValueError, match="not as blockpruner knows them"),
+        models.holes(*of(asked([0], []))),
+    ):
         nn.Sequential(nn.Linear(2, 2))
-    assert "layers.0.self_attn.weight" in dict(Decoder(vllm_config=asked([], [])).named_parameters())
+    assert "layers.0.self_attn.weight" in dict(
+        Decoder(vllm_config=asked([], [])).named_parameters()
+    )
     with pytest.raises(AttributeError, match="has no attribute 'LlamaForCausalLM'"):
         models.__getattr__("LlamaForCausalLM")

@@ -23,7 +23,8 @@ ROWS = CalibrationSet(tuple((1, 2, 3, number) for number in range(4)), kinds=KIN
 
 @pytest.fixture
 def heal(monkeypatch):
-    """Runs the choice on a tiny model, with losses that a test gives for each model in place of measured ones."""
+    """Runs the choice on a tiny model, with losses that a test gives for each model in place of
+    measured ones."""
 
     def run(losses, *removed, weights=None):
         dense = tiny_model(dtype=torch.float32)
@@ -68,7 +69,11 @@ def test_a_proposal_that_wins_by_the_mean_and_loses_a_kind_is_not_taken(heal):
     ("worse", "better", "expected"),
     [
         ({"a": 1.0, "b": 1.5}, {"a": 1.4, "b": 1.4}, "better"),
-        ({"a": 1.4, "b": 1.42}, {"a": 1.0, "b": 1.425}, "better"),  # a tie of the worst, and a lower mean
+        (
+            {"a": 1.4, "b": 1.42},
+            {"a": 1.0, "b": 1.425},
+            "better",
+        ),  # a tie of the worst, and a lower mean
         ({"a": 1.0, "b": 1.41}, {"a": 1.4, "b": 1.4}, "worse"),  # the same the other way round
     ],
 )
@@ -80,12 +85,16 @@ def test_the_worst_kind_decides_and_the_mean_where_it_is_level(worse, better, ex
     ("code", "expected"),
     [
         (lambda share: -0.2 * share, 1.0),  # helps
-        (lambda share: 4 * (share - 0.5) ** 2 + 0.1 * share - 1, 0.5),  # helps most if half of it is kept
+        (
+            lambda share: 4 * (share - 0.5) ** 2 + 0.1 * share - 1,
+            0.5,
+        ),  # helps most if half of it is kept
         (lambda share: 4 * share, 0.0),  # harms
     ],
 )
 def test_a_refit_that_harms_a_kind_is_scaled_or_left(heal, code, expected):
-    """The refit doubles the last norm; the loss of program text follows from how much of that is kept."""
+    """The refit doubles the last norm; the loss of program text follows from how much of that is
+    kept."""
     dense = size(tiny_model())
 
     def losses(model):

@@ -41,7 +41,9 @@ def scored(task_dir):
 
 def loglikelihood(model, context, continuation):
     """Oracle: sum of log p of the continuation's bytes in one plain forward."""
-    prompt, whole = (tiny_tokenizer()(text)["input_ids"] for text in (context, context + continuation))
+    prompt, whole = (
+        tiny_tokenizer()(text)["input_ids"] for text in (context, context + continuation)
+    )
     logits = model(torch.tensor([whole]), use_cache=False).logits[0].double().log_softmax(-1)
     return sum(logits[i - 1, whole[i]].item() for i in range(len(prompt), len(whole)))
 
@@ -55,7 +57,9 @@ def test_loglikelihoods_are_those_of_plain_forwards(scored, task):
     ]
     for row, item in zip(rows, ITEMS[task], strict=True):
         pairs = zip(item.contexts, item.continuations, strict=True)
-        assert row["loglikelihoods"] == pytest.approx([loglikelihood(model, *pair) for pair in pairs], rel=1e-4)
+        assert row["loglikelihoods"] == pytest.approx(
+            [loglikelihood(model, *pair) for pair in pairs], rel=1e-4
+        )
 
 
 @pytest.mark.parametrize("task", CHOICES)
@@ -74,7 +78,10 @@ def test_accuracies_follow_from_the_loglikelihoods(scored, task):
         np.array(row["loglikelihoods"]) / [len(choice) for choice in item.choices]
         for row, item in zip(rows, ITEMS[task], strict=True)
     ]
-    norm = np.array([np.argmax(v) == row["gold"] for v, row in zip(per_character, rows, strict=True)], dtype=float)
+    norm = np.array(
+        [np.argmax(v) == row["gold"] for v, row in zip(per_character, rows, strict=True)],
+        dtype=float,
+    )
     assert [row["acc_norm"] for row in rows] == norm.tolist()
     assert found.scores["acc_norm"] == pytest.approx(norm.mean())
     assert found.scores["acc_norm_stderr"] == pytest.approx(norm.std(ddof=1) / np.sqrt(len(norm)))
@@ -83,7 +90,9 @@ def test_accuracies_follow_from_the_loglikelihoods(scored, task):
 @pytest.mark.parametrize("task", CHOICES)
 def test_p_of_the_right_choice_is_a_softmax(scored, task):
     for row, item in zip(scored[task].items.to_pylist(), ITEMS[task], strict=True):
-        lengths = [len(choice) for choice in item.choices] if BENCHMARKS[task].metric == "acc_norm" else 1
+        lengths = (
+            [len(choice) for choice in item.choices] if BENCHMARKS[task].metric == "acc_norm" else 1
+        )
         scores = torch.tensor(row["loglikelihoods"], dtype=torch.float64) / torch.tensor(lengths)
         assert row["p_gold"] == pytest.approx(scores.softmax(0)[item.gold].item())
 
@@ -100,9 +109,13 @@ def test_p_of_a_last_word_is_its_own(scored):
 def test_limit_progress_and_silence(task_dir, scored, capfd):
     level = logging.getLogger("lm_eval").level
     steps = []
-    found = evaluate(pruned_model(), tiny_tokenizer(), "piqa", task_dir, 3, 2, lambda *step: steps.append(step))
+    found = evaluate(
+        pruned_model(), tiny_tokenizer(), "piqa", task_dir, 3, 2, lambda *step: steps.append(step)
+    )
     whole = scored["piqa"].items.to_pylist()
-    assert [row["prompt_hash"] for row in found.items.to_pylist()] == [row["prompt_hash"] for row in whole[:3]]
+    assert [row["prompt_hash"] for row in found.items.to_pylist()] == [
+        row["prompt_hash"] for row in whole[:3]
+    ]
     assert steps[-1] == (6, 6)
     assert capfd.readouterr() == ("", "")
     assert logging.getLogger("lm_eval").level == level
@@ -113,16 +126,19 @@ def test_limit_progress_and_silence(task_dir, scored, capfd):
 def test_the_command_line_gives_the_same_items(scored, task_dir, tmp_path):
     save_pruned(pruned_model(), tmp_path / "checkpoint")
     tiny_tokenizer().save_pretrained(tmp_path / "checkpoint")
-    results, samples = command_line(tmp_path / "checkpoint", task_dir, list(BENCHMARKS), tmp_path / "out")
+    results, samples = command_line(
+        tmp_path / "checkpoint", task_dir, list(BENCHMARKS), tmp_path / "out"
+    )
     for task, ours in scored.items():
         assert_same(results[task], samples[task], ours)
 
 
-# --- tasks without choices ----------------------------------------------------------------------------------------
+# --- tasks without choices
 
 
 def speller(cycle):
-    """A model that says the next letter of `cycle` after each of its letters, whatever came before."""
+    """A model that says the next letter of `cycle` after each of its letters, whatever came
+    before."""
     model = tiny_model(layers=1, dtype=torch.float32, max_position_embeddings=512)
     prune_(model, parse_mask("mha.0,mlp.0"))
     ids = tiny_tokenizer()(cycle)["input_ids"]
@@ -156,10 +172,23 @@ def test_a_sum_is_right_if_the_last_number_said_is(tmp_path):
     rows = [{"question": "What?", "answer": f"so\n#### {answer}"} for answer in ("42", "43", "4,2")]
     write_task("gsm8k", tmp_path, {"test": pa.Table.from_pylist(rows)}, location=tmp_path)
     steps = []
-    args = (speller(": 42;"), tiny_tokenizer(), "gsm8k", tmp_path, None, 2, lambda *step: steps.append(step))
+    args = (
+        speller(": 42;"),
+        tiny_tokenizer(),
+        "gsm8k",
+        tmp_path,
+        None,
+        2,
+        lambda *step: steps.append(step),
+    )
     found = evaluate(*args)
     assert found.items.column("response").to_pylist() == [(" 42;:" * 52)[:256]] * 3
-    assert found.items.column("exact_match").to_pylist() == [1.0, 0.0, 1.0]  # commas are not looked at
+    # commas are not looked at
+    assert found.items.column("exact_match").to_pylist() == [
+        1.0,
+        0.0,
+        1.0,
+    ]
     assert found.scores["exact_match"] == pytest.approx(2 / 3)
     assert steps == [(2, 3), (3, 3)]
 
@@ -176,18 +205,27 @@ def test_bos_is_what_the_tokenizer_adds_or_none(task_dir, bos):
         lambda m, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
     )
     evaluate(model, tokenizer, "piqa", task_dir, 2, bos=bos)
-    assert sum((ids == 257).sum().item() for ids in seen) == (4 if bos else 0)  # two items of two choices
+    # two items of two choices
+    assert sum((ids == 257).sum().item() for ids in seen) == (4 if bos else 0)
 
 
 @pytest.mark.parametrize("task", ["piqa", "gsm8k"])
 def test_items_beyond_the_vocabulary_are_refused(task_dir, task):
     """On a GPU such a token would end the process."""
-    small = tiny_model(dtype=torch.float32, max_position_embeddings=1024, vocab_size=40, bos_token_id=1, eos_token_id=2)
+    small = tiny_model(
+        dtype=torch.float32,
+        max_position_embeddings=1024,
+        vocab_size=40,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     with refused("token-without-embedding"):
         evaluate(small, tiny_tokenizer(), task, task_dir, 2)
 
 
-def test_where_a_devices_memory_ends_requests_are_scored_in_halves_and_none_twice(task_dir, scored, monkeypatch):
+def test_where_a_devices_memory_ends_requests_are_scored_in_halves_and_none_twice(
+    task_dir, scored, monkeypatch
+):
     whole, sizes, done = HFLM._model_call, [], []
 
     def scarce(self, inputs, *args, **kwargs):
@@ -197,7 +235,13 @@ def test_where_a_devices_memory_ends_requests_are_scored_in_halves_and_none_twic
         return whole(self, inputs, *args, **kwargs)
 
     monkeypatch.setattr(HFLM, "_model_call", scarce)
-    found = evaluate(pruned_model(), tiny_tokenizer(), "hellaswag", task_dir, advance=lambda *each: done.append(each))
+    found = evaluate(
+        pruned_model(),
+        tiny_tokenizer(),
+        "hellaswag",
+        task_dir,
+        advance=lambda *each: done.append(each),
+    )
     expected = scored["hellaswag"].items.to_pylist()
     for own, item in zip(found.items.to_pylist(), expected, strict=True):
         assert own["loglikelihoods"] == pytest.approx(item["loglikelihoods"], rel=1e-5)

@@ -1,4 +1,5 @@
-"""A few invented items for every benchmark, with the prompts that lm-eval's stock tasks must make of them."""
+"""A few invented items for every benchmark, with the prompts that lm-eval's stock tasks must make
+of them."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ class Item:
 
 
 def _item(row: dict[str, Any], context: str, choices: tuple[str, ...], gold: int) -> Item:
-    return Item(row, (context,) * len(choices), tuple(f" {choice}" for choice in choices), choices, gold)
+    return Item(
+        row, (context,) * len(choices), tuple(f" {choice}" for choice in choices), choices, gold
+    )
 
 
 def _piqa(goal: str, solutions: tuple[str, str], label: int) -> Item:
@@ -38,13 +41,26 @@ def _piqa(goal: str, solutions: tuple[str, str], label: int) -> Item:
 
 
 def _winogrande(before: str, after: str, options: tuple[str, str], answer: int) -> Item:
-    row = {"sentence": f"{before}_{after}", "option1": options[0], "option2": options[1], "answer": str(answer + 1)}
+    row = {
+        "sentence": f"{before}_{after}",
+        "option1": options[0],
+        "option2": options[1],
+        "answer": str(answer + 1),
+    }
     contexts = tuple(before + option for option in options)
     return Item(row, contexts, (f" {after.strip()}",) * 2, contexts, answer)
 
 
-def _hellaswag(activity: str, before: str, after: str, raw: list[str], label: int, context: str, *read: str) -> Item:
-    row = {"activity_label": activity, "ctx_a": before, "ctx_b": after, "endings": raw, "label": str(label)}
+def _hellaswag(
+    activity: str, before: str, after: str, raw: list[str], label: int, context: str, *read: str
+) -> Item:
+    row = {
+        "activity_label": activity,
+        "ctx_a": before,
+        "ctx_b": after,
+        "endings": raw,
+        "label": str(label),
+    }
     return _item(row, f"{activity}: {context}", read, label)
 
 
@@ -55,26 +71,44 @@ def _arc(question: str, choices: tuple[str, ...], labels: str, gold: int) -> Ite
 
 
 def _openbookqa(stem: str, choices: tuple[str, ...], gold: int) -> Item:
-    row = {"question_stem": stem, "choices": {"text": list(choices), "label": list("ABCD")}, "answerKey": "ABCD"[gold]}
+    row = {
+        "question_stem": stem,
+        "choices": {"text": list(choices), "label": list("ABCD")},
+        "answerKey": "ABCD"[gold],
+    }
     return _item(row, stem, choices, gold)
 
 
 def _truthfulqa(question: str, choices: tuple[str, ...]) -> Item:
-    row = {"question": question, "mc1_targets": {"choices": list(choices), "labels": [1] + [0] * (len(choices) - 1)}}
+    row = {
+        "question": question,
+        "mc1_targets": {"choices": list(choices), "labels": [1] + [0] * (len(choices) - 1)},
+    }
     return _item(row, f"{TRUTHFULQA_PROMPT}\n\nQ: {question}\nA:", choices, 0)
 
 
 def _race(article: str, problems: list[dict[str, Any]], context: str, gold: int) -> Item:
-    return _item({"article": article, "problems": repr(problems)}, context, tuple(problems[-1]["options"]), gold)
+    return _item(
+        {"article": article, "problems": repr(problems)},
+        context,
+        tuple(problems[-1]["options"]),
+        gold,
+    )
 
 
 def _swag(start: str, endings: tuple[str, ...], gold: int) -> Item:
-    row = {"startphrase": start, **{f"ending{i}": ending for i, ending in enumerate(endings)}, "label": gold}
+    row = {
+        "startphrase": start,
+        **{f"ending{i}": ending for i, ending in enumerate(endings)},
+        "label": gold,
+    }
     return _item(row, start, endings, gold)
 
 
 def _aqua(question: str, choices: tuple[str, ...], gold: int) -> Item:
-    return _item({"query": question, "choices": list(choices), "gold": [gold]}, question, choices, gold)
+    return _item(
+        {"query": question, "choices": list(choices), "gold": [gold]}, question, choices, gold
+    )
 
 
 def _mmlu(subject: str, question: str, choices: tuple[str, ...], gold: int) -> Item:
@@ -121,7 +155,12 @@ ITEMS: dict[str, list[Item]] = {
             "Juggling",
             "A man stands [header] still.",
             "he",
-            ["throws balls [title] up.", "eats  soup.", "is gone.", "sings a very long song to a cat."],
+            [
+                "throws balls [title] up.",
+                "eats  soup.",
+                "is gone.",
+                "sings a very long song to a cat.",
+            ],
             0,
             "A man stands still. He",
             "throws balls. up.",
@@ -148,8 +187,15 @@ ITEMS: dict[str, list[Item]] = {
         _arc("What do plants need?", ("Light", "Cars", "Books", "Salt", "Noise"), "ABCDE", 0),
     ],
     "arc_challenge": [
-        _arc("Why is the sky blue?", ("It is painted", "Light scatters", "It is wet", "Birds"), "ABCD", 1),
-        _arc("What falls faster in a vacuum?", ("A feather", "A stone", "Neither", "Air"), "1234", 2),
+        _arc(
+            "Why is the sky blue?",
+            ("It is painted", "Light scatters", "It is wet", "Birds"),
+            "ABCD",
+            1,
+        ),
+        _arc(
+            "What falls faster in a vacuum?", ("A feather", "A stone", "Neither", "Air"), "1234", 2
+        ),
     ],
     "openbookqa": [
         _openbookqa("Ice is", ("hot", "frozen water", "a kind of metal", "air"), 1),
@@ -163,11 +209,24 @@ ITEMS: dict[str, list[Item]] = {
         _race(
             "Tom has a dog.",
             [
-                {"question": "Who has a dog?", "answer": "B", "options": ["Ann", "Tom", "Eve", "Al"]},
-                {"question": "The dog is  _  .", "answer": "A", "options": ["Tom's", "Ann's", "red", "old"]},
-                {"question": "What has Tom?", "answer": "C", "options": ["A cat", "A hat", "A dog", "No pet at all"]},
+                {
+                    "question": "Who has a dog?",
+                    "answer": "B",
+                    "options": ["Ann", "Tom", "Eve", "Al"],
+                },
+                {
+                    "question": "The dog is  _  .",
+                    "answer": "A",
+                    "options": ["Tom's", "Ann's", "red", "old"],
+                },
+                {
+                    "question": "What has Tom?",
+                    "answer": "C",
+                    "options": ["A cat", "A hat", "A dog", "No pet at all"],
+                },
             ],
-            "Article: Tom has a dog.\n\nQuestion: Who has a dog?\nAnswer: Tom\nThe dog is Tom's\nWhat has Tom?",
+            "Article: Tom has a dog.\n\nQuestion: Who has a dog?\nAnswer: Tom\nThe dog is"
+            " Tom's\nWhat has Tom?",
             2,
         ),
         _race(
@@ -178,27 +237,47 @@ ITEMS: dict[str, list[Item]] = {
         ),
     ],
     "swag": [
-        _swag("She opens the door. She", ("walks in.", "is a door.", "eats it.", "sings to the roof for an hour."), 0),
+        _swag(
+            "She opens the door. She",
+            ("walks in.", "is a door.", "eats it.", "sings to the roof for an hour."),
+            0,
+        ),
         _swag("A dog barks. It", ("reads.", "wants out.", "flies off.", "is a cat."), 1),
     ],
     "agieval_aqua_rat": [
-        _aqua("Q: What is 2 + 3? Answer Choices:\nA:", ("(A)4", "(B)5", "(C)16", "(D)7", "(E)8"), 1),
+        _aqua(
+            "Q: What is 2 + 3? Answer Choices:\nA:", ("(A)4", "(B)5", "(C)16", "(D)7", "(E)8"), 1
+        ),
         _aqua("Q: Half of 6? Answer Choices:\nA:", ("(A)3", "(B)2", "(C)1", "(D)60", "(E)0"), 0),
     ],
     **{
         f"mmlu_{subject}": [
-            _mmlu(subject.replace("_", " "), "The Nile is", ("a hill", "a river", "a city", "a sea"), 1),
-            _mmlu(subject.replace("_", " "), "A week has", ("7 days", "6 days", "5 days", "8 days"), 0),
+            _mmlu(
+                subject.replace("_", " "),
+                "The Nile is",
+                ("a hill", "a river", "a city", "a sea"),
+                1,
+            ),
+            _mmlu(
+                subject.replace("_", " "), "A week has", ("7 days", "6 days", "5 days", "8 days"), 0
+            ),
         ]
         for subject in MMLU_SUBJECTS
     },
 }
 """Of the tasks with choices."""
 
-PASSAGES = [("The cat sat on the", " mat"), ('"It is so," he said to them', " twice."), ("Up and", " down")]
+PASSAGES = [
+    ("The cat sat on the", " mat"),
+    ('"It is so," he said to them', " twice."),
+    ("Up and", " down"),
+]
 """Of lambada_openai: all but the last word, and that."""
 
-SUMS = [("What is 40 + 2?", "40 + 2 = <<40+2=42>>42\n#### 42"), ("How many are 6 twos?", "6 * 2 = 12\n#### 12")]
+SUMS = [
+    ("What is 40 + 2?", "40 + 2 = <<40+2=42>>42\n#### 42"),
+    ("How many are 6 twos?", "6 * 2 = 12\n#### 12"),
+]
 """Of gsm8k: question and answer."""
 
 TEXTS = {
@@ -210,7 +289,9 @@ TEXTS = {
 
 def tables_of(name: str) -> dict[str, pa.Table]:
     """The items as the split that is scored. A task's other split holds the last item only."""
-    table = pa.Table.from_pylist([item.row for item in ITEMS[name]] if name in ITEMS else TEXTS[name])
+    table = pa.Table.from_pylist(
+        [item.row for item in ITEMS[name]] if name in ITEMS else TEXTS[name]
+    )
     if len(BENCHMARKS[name].splits) == 2:
         return {"validation": table.slice(table.num_rows - 1), "test": table}
     return dict.fromkeys(BENCHMARKS[name].splits, table)

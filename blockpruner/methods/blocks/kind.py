@@ -37,7 +37,11 @@ from blockpruner.search.trace import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PER_WORDS = {"parameters": " per parameter saved", "kv": " per KV cache saved", "latency": " per time saved"}
+PER_WORDS = {
+    "parameters": " per parameter saved",
+    "kv": " per KV cache saved",
+    "latency": " per time saved",
+}
 
 
 def score(job: Job) -> tuple[Current, Counts]:
@@ -55,17 +59,30 @@ def score(job: Job) -> tuple[Current, Counts]:
         own, influence = (stores[loss], stores[NLL.name]), asked.metric.influence
         for problem in seed_stores(job.folder / fingerprint, fingerprint, *own, influence):
             observer.note(f"warning: {problem}")
-        observer.note(f"calibration: {len(rows.rows)} rows, in all {rows.tokens:,} tokens; search {fingerprint}")
+        observer.note(
+            f"calibration: {len(rows.rows)} rows, in all {rows.tokens:,} tokens; search"
+            f" {fingerprint}"
+        )
         scorer = job.material.scorer
-        traces, counts = search(asked, rows, stores, scorer, job.resources, job.budgets, observer, keep)
+        traces, counts = search(
+            asked, rows, stores, scorer, job.resources, job.budgets, observer, keep
+        )
     for budget, trace in traces.items():
-        drop_strays(trace_directory(job.folder, current, budget), trace, current.nested, fingerprint)
+        drop_strays(
+            trace_directory(job.folder, current, budget), trace, current.nested, fingerprint
+        )
     return current, counts
 
 
-def choose(order: Sequence[Mask], perplexities: Sequence[float], config: Config, budget: str, current: Current) -> Plan:
-    """Choose the prefix of a removal sequence that meets a budget; raises InputError that names the largest or nearest
-    budget that can be met. Order and perplexities are as from `removals`."""
+def choose(
+    order: Sequence[Mask],
+    perplexities: Sequence[float],
+    config: Config,
+    budget: str,
+    current: Current,
+) -> Plan:
+    """Choose the prefix of a removal sequence that meets a budget; raises InputError that names the
+    largest or nearest budget that can be met. Order and perplexities are as from `removals`."""
     resources = known_resources(config, budget, current)
     prefixes, counts = list(accumulate(order, or_)), resources["parameters"]
     wanted = parse_budget(budget, counts)
@@ -84,35 +101,55 @@ def listed(order: Sequence[Mask], counts: Costs) -> dict[str, Any]:
 
 
 def require_of(plan: Plan, config: Config, model: str, pruned: int | None) -> None:
-    """Refuse a plan of another shape than the model of this name has, or that does not follow from what it removes;
-    `pruned` is as `Kind.pruned` says."""
+    """Refuse a plan of another shape than the model of this name has, or that does not follow from
+    what it removes; `pruned` is as `Kind.pruned` says."""
     resources = resources_of(config)
     counts = resources["parameters"]
-    order = [parse_mask(unit) & counts.blocks.keys() for unit in plan.order]  # a deeper model has others
+    # a deeper model has others
+    order = [parse_mask(unit) & counts.blocks.keys() for unit in plan.order]
     own = sizes(resources, DENSE.union(*order), pruned) | listed(order, counts)
-    own["removes"] = {**plan.removes, **own["removes"]}  # there may also be a time that was measured
+    # there may also be a time that was measured
+    own["removes"] = {
+        **plan.removes,
+        **own["removes"],
+    }
     for name, value in own.items():
         if getattr(plan, name) != value:
             raise InputError(
-                f"the plan is of another model: its base is {plan.base}, and its {name} is {getattr(plan, name)!r}, "
-                f"which for {model} is {value!r}; give the model that the plan was made for, and an unchanged plan",
-                rule="plan-differs", key=name, value=getattr(plan, name),
-            )  # fmt: skip
+                f"the plan is of another model: its base is {plan.base}, and its {name} is"
+                f" {getattr(plan, name)!r}, which for {model} is {value!r}; give the model that the"
+                " plan was made for, and an unchanged plan",
+                rule="plan-differs",
+                key=name,
+                value=getattr(plan, name),
+            )
 
 
-def commit(scores: Path, config: Config, budget: str, current: Current) -> tuple[Plan, Sequence[Path]]:
-    resources, directory = known_resources(config, budget, current), trace_directory(scores, current, budget)
+def commit(
+    scores: Path, config: Config, budget: str, current: Current
+) -> tuple[Plan, Sequence[Path]]:
+    resources, directory = (
+        known_resources(config, budget, current),
+        trace_directory(scores, current, budget),
+    )
     trace = read_trace(directory, current.search)
     if not trace:
         raise InputError(f"{directory} has no iteration for budget {budget!r}; run its stage score")
     order, perplexities = removals(trace, current.nested)
     if current.nested:  # it may have been scored for other budgets
-        prefixes, wanted = list(accumulate(order, or_)), parse_budget(budget, resources["parameters"])
+        prefixes, wanted = (
+            list(accumulate(order, or_)),
+            parse_budget(budget, resources["parameters"]),
+        )
         costs = resources[wanted.resource]
-        remaining = [unit for unit in units_of(request(current.score), resources) if not unit <= prefixes[-1]]
+        remaining = [
+            unit for unit in units_of(request(current.score), resources) if not unit <= prefixes[-1]
+        ]
         if not is_settled(wanted, prefixes, costs, remaining):
             reached = wanted.amount(prefixes[-1], costs)
-            raise InputError(f"the run is scored up to {reached}, not to budget {budget!r}; run its stage score")
+            raise InputError(
+                f"the run is scored up to {reached}, not to budget {budget!r}; run its stage score"
+            )
     plan = choose(order, perplexities, config, budget, current)
     used = len(plan.order) if plan.nested else len(trace)
     return plan, [table_path(directory, index) for index in range(used)]
@@ -120,17 +157,24 @@ def commit(scores: Path, config: Config, budget: str, current: Current) -> tuple
 
 def words(plan: Plan, unit: str) -> str:
     search, metric = SEARCHES[plan.method], METRICS[plan.metric]
-    if search.asks == "nothing":  # then neither metric nor calibration text has a part in what is removed
+    # then neither metric nor calibration text has a part in what is removed
+    if search.asks == "nothing":
         return f"{search.title}, {unit}"
-    return f"{search.title}, {unit}, by {metric.title}{PER_WORDS.get(str(plan.options.get('per')), '')}"
+    return (
+        f"{search.title}, {unit}, by"
+        f" {metric.title}{PER_WORDS.get(str(plan.options.get('per')), '')}"
+    )
 
 
 def card(plan: Plan) -> str:
     by = "" if SEARCHES[plan.method].asks == "nothing" else f" by {code(plan.metric)}"
-    options = ", ".join(code(f"{key}: {value}") for key, value in plan.options.items() if key != "order")
+    options = ", ".join(
+        code(f"{key}: {value}") for key, value in plan.options.items() if key != "order"
+    )
     return (
-        f"without {plan.blocks['mha']} of its {plan.layers} MHA and {plan.blocks['mlp']} of its {plan.layers} MLP "
-        f"blocks, chosen by `{plan.method}` search{by}{f' ({options})' if options else ''}"
+        f"without {plan.blocks['mha']} of its {plan.layers} MHA and {plan.blocks['mlp']} of its"
+        f" {plan.layers} MLP blocks, chosen by `{plan.method}`"
+        f" search{by}{f' ({options})' if options else ''}"
     )
 
 

@@ -15,7 +15,14 @@ from blockpruner.core.families import Config, Costs
 from blockpruner.core.options import Options
 from blockpruner.core.plan import Plan
 from blockpruner.methods.kind import Job
-from blockpruner.methods.laco.walk import Merge, Merges, Walk, dropped, layers_after, search_threshold
+from blockpruner.methods.laco.walk import (
+    Merge,
+    Merges,
+    Walk,
+    dropped,
+    layers_after,
+    search_threshold,
+)
 from blockpruner.methods.weights import Details, Left, weights_kind
 from blockpruner.scoring.work import Rows
 from blockpruner.store.journal import Journal
@@ -40,40 +47,65 @@ class LacoOptions(Options):
 
 
 def plan_merges(options: LacoOptions, job: Job, budget: Budget) -> Details:
-    """LaCo's merges that remove the number of layers nearest to the budget, as [layer, count] in order, with what was
-    measured of them. Raises InputError for a budget or settings that no walk meets; it names what is nearest."""
+    """LaCo's merges that remove the number of layers nearest to the budget, as [layer, count] in
+    order, with what was measured of them. Raises InputError for a budget or settings that no walk
+    meets; it names what is nearest."""
     material, costs = job.material, job.resources[budget.resource]
     assert material.trials is not None  # only searches of masks keep trials in memory
     from blockpruner.methods.laco.merging import Similarity, merged_nll
 
     walk, wanted = _asked(options, budget, costs)
-    of = {"calibration": job.calibration.digest, "model": material.identity, "dtype": material.dtype}
+    of = {
+        "calibration": job.calibration.digest,
+        "model": material.identity,
+        "dtype": material.dtype,
+    }
     fields = {**of, "variant": options.variant, "plan_version": PLAN_VERSION}
     of_search, problems = fingerprint(fields), list[str]()
     path = material.trials / f"laco-{of_search}.jsonl"
     with closing(Journal(path, {"fingerprint": of_search, "fields": fields})) as log:
-        known: dict[Merges, float] = {tuple(_merges(entry)): entry["similarity"] for entry in log.read(problems)}
+        known: dict[Merges, float] = {
+            tuple(_merges(entry)): entry["similarity"] for entry in log.read(problems)
+        }
         for problem in problems:
             material.observer.note(f"warning: {problem}")
 
         @cache
         def measure() -> Similarity:
             """The model is loaded when the first similarity is not known."""
-            return Similarity(material.dense(), job.calibration.rows, options.variant, material.observer.advance)
+            return Similarity(
+                material.dense(), job.calibration.rows, options.variant, material.observer.advance
+            )
 
         def similarity(merges: Merges) -> float:
             if merges not in known:
                 known[merges] = measure()(merges)
-                log.append({"merges": [[merge.layer, merge.count] for merge in merges], "similarity": known[merges]})
+                log.append(
+                    {
+                        "merges": [[merge.layer, merge.count] for merge in merges],
+                        "similarity": known[merges],
+                    }
+                )
             return known[merges]
 
         try:
             threshold, merges = search_threshold(similarity, walk, wanted)
         except InputError as error:
             raise type(error)(f"budget {budget.text!r}: {error}") from error
-        reached, nll = similarity(merges), merged_nll(material.dense(), job.calibration.rows, merges, options.variant)
-    found: Details = {"variant": options.variant, "merges": [[merge.layer, merge.count] for merge in merges]}
-    measured = {"threshold": threshold, "similarity": reached, "layers": dropped(merges, walk.depth), "nll": nll}
+        reached, nll = (
+            similarity(merges),
+            merged_nll(material.dense(), job.calibration.rows, merges, options.variant),
+        )
+    found: Details = {
+        "variant": options.variant,
+        "merges": [[merge.layer, merge.count] for merge in merges],
+    }
+    measured = {
+        "threshold": threshold,
+        "similarity": reached,
+        "layers": dropped(merges, walk.depth),
+        "nll": nll,
+    }
     return found | measured
 
 
@@ -87,7 +119,8 @@ def _asked(options: LacoOptions, budget: Budget, costs: Costs) -> tuple[Walk, in
 
 
 def require_merges(budget: Budget, options: LacoOptions, config: Config) -> None:
-    """Refuse settings by which no walk, whatever the similarities, removes the layers that a budget asks for."""
+    """Refuse settings by which no walk, whatever the similarities, removes the layers that a budget
+    asks for."""
     costs = resources_of(config).get(budget.resource)
     if costs is None:  # a speed-up, which is measured first
         return
@@ -131,17 +164,19 @@ LACO = weights_kind(
     identity=lambda plan, rows: (
         {name: plan.details[name] for name in ("merges", "variant")} | {"weights": WEIGHTS_VERSION}
     ),
-    words=lambda plan, unit: f"LaCo ({plan.details['variant']}), layers merged, by cosine similarity",
+    words=lambda plan, unit: (
+        f"LaCo ({plan.details['variant']}), layers merged, by cosine similarity"
+    ),
     taken_out=lambda plan: f"{plan.blocks['mha']} layers by merging",
     card=lambda plan: (
-        f"with {plan.blocks['mha']} of its {plan.layers} layers merged into others by LaCo (arXiv 2402.11187, variant "
-        f"`{plan.details['variant']}`, merges {', '.join(plan.order)})"
+        f"with {plan.blocks['mha']} of its {plan.layers} layers merged into others by LaCo (arXiv"
+        f" 2402.11187, variant `{plan.details['variant']}`, merges {', '.join(plan.order)})"
     ),
     options=LacoOptions,
     require=require_merges,
     steps=lambda plan: (
-        f"merges {', '.join(plan.order)}, in order (N+k: the k layers above layer N of that moment into it), each "
-        f"above a similarity of {plan.details['threshold']:.4g}"
+        f"merges {', '.join(plan.order)}, in order (N+k: the k layers above layer N of that moment"
+        f" into it), each above a similarity of {plan.details['threshold']:.4g}"
     ),
     exports=frozenset({"hf", "nas", "mlx", "gguf"}),
     version=PLAN_VERSION,

@@ -1,7 +1,8 @@
 """LaCo's merges in a live model, for a while or for good, and how similar the model stays.
 
-Decides the parameters of merged layers, and the similarity of a merged model to the dense one. Which merges are tried
-and accepted is decided in `walk`. A merged model is a plain model of its own family with fewer layers.
+Decides the parameters of merged layers, and the similarity of a merged model to the dense one.
+Which merges are tried and accepted is decided in `walk`. A merged model is a plain model of its own
+family with fewer layers.
 """
 
 import math
@@ -18,7 +19,13 @@ from transformers import PreTrainedModel
 from blockpruner.core.blocks import DENSE
 from blockpruner.core.errors import InputError
 from blockpruner.methods.laco.walk import Merge, Merges, layers_after
-from blockpruner.model.models import decoder_layers, keep_layers_, model_family, replace_parameters_, restored
+from blockpruner.model.models import (
+    decoder_layers,
+    keep_layers_,
+    model_family,
+    replace_parameters_,
+    restored,
+)
 from blockpruner.scoring.batches import Batch
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.work import Rows, Task
@@ -28,17 +35,27 @@ Layers = Sequence[nn.Module]
 
 
 def merge_(model: PreTrainedModel, merges: Sequence[Merge], variant: str) -> PreTrainedModel:
-    """Merge layers of the model in place, for good, in the order of `merges`; `variant` is a key of `VARIANTS`. Raises
-    InputError if the model has no layers for a merge; it is unchanged. Class and config stay the family's own, so that
-    transformers needs no code of ours. A merged layer keeps its own type (sliding window or full)."""
+    """Merge layers of the model in place, for good, in the order of `merges`; `variant` is a key of
+    `VARIANTS`. Raises InputError if the model has no layers for a merge; it is unchanged. Class and
+    config stay the family's own, so that transformers needs no code of ours. A merged layer keeps
+    its own type (sliding window or full)."""
     layers = decoder_layers(model)
     after = layers_after(merges, len(layers))
     for sources in after:
-        if len({frozenset(name for name, _ in layers[source].named_parameters()) for source in sources}) > 1:
+        if (
+            len(
+                {
+                    frozenset(name for name, _ in layers[source].named_parameters())
+                    for source in sources
+                }
+            )
+            > 1
+        ):
             raise InputError(
-                f"LaCo's merges {', '.join(map(str, merges))} are of layers of different kinds "
-                "(dense MLPs and experts, or linear and full attentions), whose parameters cannot be added; keep to "
-                "layers of one kind (score.options: lowest, highest), or choose another method"
+                f"LaCo's merges {', '.join(map(str, merges))} are of layers of different kinds"
+                " (dense MLPs and experts, or linear and full attentions), whose parameters cannot"
+                " be added; keep to layers of one kind (score.options: lowest, highest), or choose"
+                " another method"
             )
     remaining = list(layers)
     for merge in merges:
@@ -56,8 +73,11 @@ def merge_(model: PreTrainedModel, merges: Sequence[Merge], variant: str) -> Pre
 
 
 @contextmanager
-def merged(model: PreTrainedModel, merges: Sequence[Merge], variant: str) -> Iterator[PreTrainedModel]:
-    """The model after `merge_`, restored on exit. Only parameters that a merge computes take memory."""
+def merged(
+    model: PreTrainedModel, merges: Sequence[Merge], variant: str
+) -> Iterator[PreTrainedModel]:
+    """The model after `merge_`, restored on exit. Only parameters that a merge computes take
+    memory."""
     with restored(model):
         yield merge_(model, merges, variant)
 
@@ -67,11 +87,12 @@ class Similarity:
 
         s(merges) = mean over rows of cos(flat(X), flat(X_merges))
 
-    X, X_merges [T, H]: a row's last hidden states in the dense and in the merged model, after the final norm, as in
-    LaCo's public notebook (`hidden_states[-1]`). A row is one vector of T x H numbers, without pads; the cosine is
-    taken in float64. The dense states of all rows are held in memory, in the model's dtype. A call raises InputError
-    for a merge that is not possible, or hidden states that are not finite. Meanwhile `advance` receives the rows done,
-    their number, and the candidate's last merge.
+    X, X_merges [T, H]: a row's last hidden states in the dense and in the merged model, after the
+    final norm, as in LaCo's public notebook (`hidden_states[-1]`). A row is one vector of T x H
+    numbers, without pads; the cosine is taken in float64. The dense states of all rows are held in
+    memory, in the model's dtype. A call raises InputError for a merge that is not possible, or
+    hidden states that are not finite. Meanwhile `advance` receives the rows done, their number, and
+    the candidate's last merge.
     """
 
     def __init__(
@@ -94,23 +115,30 @@ class Similarity:
         values: list[float] = []
         with merged(self._model, merges, self._variant):
             for dense, states in zip(self._dense, self._states(), strict=True):
-                values.append(cosine_similarity(dense.double().flatten(), states.double().flatten(), dim=0).item())
+                values.append(
+                    cosine_similarity(
+                        dense.double().flatten(), states.double().flatten(), dim=0
+                    ).item()
+                )
                 if not math.isfinite(values[-1]):
                     raise InputError(
-                        f"the hidden states of row {len(values) - 1} are not finite, dense or after the merges "
-                        f"{', '.join(map(str, merges))}; try a wider dtype (model.dtype: float32), or leave the row "
-                        "out. Similarities measured before are kept"
+                        f"the hidden states of row {len(values) - 1} are not finite, dense or after"
+                        f" the merges {', '.join(map(str, merges))}; try a wider dtype"
+                        " (model.dtype: float32), or leave the row out. Similarities measured"
+                        " before are kept"
                     )
                 self._advance(len(values), len(self._rows), str(merges[-1]))
         return fmean(values)
 
     def _states(self) -> Iterator[Tensor]:
-        """Each row's last hidden states [T, H] in the model as it is now. Pads follow every real token, so causal
-        attention never sees them."""
+        """Each row's last hidden states [T, H] in the model as it is now. Pads follow every real
+        token, so causal attention never sees them."""
         home = self._model.get_input_embeddings().weight.device
         for span in self._batches:
             rows = [self._rows[i] for i in span]
-            states = self._decoder(input_ids=Batch.of(rows, home).input_ids, use_cache=False).last_hidden_state
+            states = self._decoder(
+                input_ids=Batch.of(rows, home).input_ids, use_cache=False
+            ).last_hidden_state
             for row, state in zip(rows, states, strict=True):
                 yield state[: len(row)]
 
@@ -125,11 +153,12 @@ def merged_nll(model: PreTrainedModel, rows: Rows, merges: Merges, variant: str)
 
 
 def _last_linears(layers: Layers) -> dict[str, Tensor]:
-    """LaCo's public notebook: theta* = theta_{l+m} for the linear modules, while norms stay those of layer l.
+    """LaCo's public notebook: theta* = theta_{l+m} for the linear modules, while norms stay those
+    of layer l.
 
-    The notebook adds theta_{l+k} minus the base as updated so far, and all terms but the last cancel. It does so for
-    the weights of linear modules only. Its models have no biases; here a bias goes with its module, and the matrices of
-    experts and of their router are linear, too.
+    The notebook adds theta_{l+k} minus the base as updated so far, and all terms but the last
+    cancel. It does so for the weights of linear modules only. Its models have no biases; here a
+    bias goes with its module, and the matrices of experts and of their router are linear, too.
     """
     return {
         f"{path}.{name}": parameter
@@ -141,8 +170,9 @@ def _last_linears(layers: Layers) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _sum_of_differences(layers: Layers) -> dict[str, Tensor]:
-    """theta* = theta_l + sum_k (theta_{l+k} - theta_l), k = 1..m, for all parameters of the layer, norms included. This
-    is the equation of arXiv 2402.11187, section 2, in float32 at least and rounded once."""
+    """theta* = theta_l + sum_k (theta_{l+k} - theta_l), k = 1..m, for all parameters of the layer,
+    norms included. This is the equation of arXiv 2402.11187, section 2, in float32 at least and
+    rounded once."""
     base, *others = (dict(layer.named_parameters()) for layer in layers)
     result = {}
     for name, parameter in base.items():
@@ -154,4 +184,7 @@ def _sum_of_differences(layers: Layers) -> dict[str, Tensor]:
     return result
 
 
-VARIANTS: dict[str, Callable[[Layers], dict[str, Tensor]]] = {"repo": _last_linears, "paper": _sum_of_differences}
+VARIANTS: dict[str, Callable[[Layers], dict[str, Tensor]]] = {
+    "repo": _last_linears,
+    "paper": _sum_of_differences,
+}

@@ -1,7 +1,7 @@
 """Narrower MLPs as a kind of method: the widths that lose least for a budget. Nothing is searched.
 
-Each MLP may lose channels step by step (`levels`). The step that costs least for each parameter is taken next, in any
-MLP; several of one MLP count as one where that is cheaper.
+Each MLP may lose channels step by step (`levels`). The step that costs least for each parameter is
+taken next, in any MLP; several of one MLP count as one where that is cheaper.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
 class NarrowOptions(Options):
     step: int | None = Field(default=None, ge=1)
-    """Channels that leave an MLP at once; null: an eighth of its width, in multiples of 256 or 64 if it has as many."""
+    """Channels that leave an MLP at once; null: an eighth of its width, in multiples of 256 or 64
+    if it has as many."""
 
 
 def step_of(options: NarrowOptions, width: int) -> int:
@@ -46,21 +47,27 @@ def step_of(options: NarrowOptions, width: int) -> int:
 
 
 def plan_widths(options: NarrowOptions, job: Job) -> Callable[[Budget], Details]:
-    """Plans MLPs' widths for budgets; levels that are not known are measured for the first of them. The details are
-    `channels`, the kept ones of each narrowed MLP, and `cost`, what the levels cost in all."""
+    """Plans MLPs' widths for budgets; levels that are not known are measured for the first of them.
+    The details are `channels`, the kept ones of each narrowed MLP, and `cost`, what the levels cost
+    in all."""
     config = job.material.config
     known = cache(lambda: known_widths(step_of(options, int(config["intermediate_size"])), job))
-    return lambda budget: choose(wanted=require_widths(budget, options, config), known=known(), config=config)
+    return lambda budget: choose(
+        wanted=require_widths(budget, options, config), known=known(), config=config
+    )
 
 
 def known_widths(step: int, job: Job) -> dict[str, list[Width]]:
-    """What each width of each MLP costs. An MLP's are kept beside the trials once they are measured, and all together
-    in the run's folder of scores: no budget measures them again."""
+    """What each width of each MLP costs. An MLP's are kept beside the trials once they are
+    measured, and all together in the run's folder of scores: no budget measures them again."""
     from blockpruner.methods.narrow.levels import Levels, Width, by_cost, measure_levels
 
     material, rows, observer = job.material, job.calibration.rows, job.material.observer
     if len(rows) < 2:
-        raise InputError("narrow measures costs on some rows and sums the others: 1 row is too few; give more texts")
+        raise InputError(
+            "narrow measures costs on some rows and sums the others: 1 row is too few; give more"
+            " texts"
+        )
     facts = {**job.store_fields(NLL.name), "step": step, "version": PLAN_VERSION}
     name, problems = f"levels-{fingerprint(facts)}", list[str]()
     log = Journal(material.trials / f"{name}.jsonl", facts) if material.trials else None
@@ -68,7 +75,9 @@ def known_widths(step: int, job: Job) -> dict[str, list[Width]]:
     kept = (read_kept_json(table, observer.note) or {"levels": []})["levels"]
     units = (*kept, *(log.read(problems) if log else ()))
     found = {
-        unit["block"]: Levels(unit["block"], [Width(**width) for width in unit["widths"]], unit["rise"])
+        unit["block"]: Levels(
+            unit["block"], [Width(**width) for width in unit["widths"]], unit["rise"]
+        )
         for unit in units
     }
     for problem in problems:
@@ -87,12 +96,14 @@ def known_widths(step: int, job: Job) -> dict[str, list[Width]]:
 
 
 def require_widths(budget: Budget, options: NarrowOptions, config: Config) -> int:
-    """The number of channels, of all MLPs, whose removal is nearest to a budget; raises UnreachableError for one out of
-    reach, or a family whose MLPs are mixtures."""
+    """The number of channels, of all MLPs, whose removal is nearest to a budget; raises
+    UnreachableError for one out of reach, or a family whose MLPs are mixtures."""
     share = share_of(budget, "narrow")
     family, counts = FAMILIES[str(config["model_type"])], count_parameters(config)
     if not family.has_one_mlp:
-        raise UnreachableError(f"narrow is for families with one MLP in a layer, not for {family.model_type}")
+        raise UnreachableError(
+            f"narrow is for families with one MLP in a layer, not for {family.model_type}"
+        )
     width, layers = int(config["intermediate_size"]), int(config["num_hidden_layers"])
     step, one = step_of(options, width), channel_parameters(config) / counts.total
     most, wanted = layers * ((width - 1) // step * step), round(share / one)
@@ -105,27 +116,40 @@ def require_widths(budget: Budget, options: NarrowOptions, config: Config) -> in
 def channel_parameters(config: Config) -> int:
     """The parameters of one channel of an MLP."""
     count = FAMILIES[str(config["model_type"])].mlp_parameters
-    return count({**config, "intermediate_size": 2}, 0) - count({**config, "intermediate_size": 1}, 0)
+    return count({**config, "intermediate_size": 2}, 0) - count(
+        {**config, "intermediate_size": 1}, 0
+    )
 
 
 def choose(known: Mapping[str, list[Width]], config: Config, wanted: int) -> Details:
-    """The channels that MLPs keep so that about `wanted` are gone, at the least cost; see `plan_widths`."""
+    """The channels that MLPs keep so that about `wanted` are gone, at the least cost; see
+    `plan_widths`."""
     width = int(config["intermediate_size"])
     gone, cost = dict.fromkeys(known, 0), dict.fromkeys(known, 0.0)
     taken = dict[str, "Width"]()
     while (left := wanted - sum(gone.values())) > 0:
         steps = (
-            ((level.cost - cost[block]) / (more := width - level.channels - gone[block]), more, block, level)
+            (
+                (level.cost - cost[block]) / (more := width - level.channels - gone[block]),
+                more,
+                block,
+                level,
+            )
             for block, levels in known.items()
             for level in levels
-            if 0 < width - level.channels - gone[block] <= 2 * left  # no step that goes farther than none
+            if 0
+            < width - level.channels - gone[block]
+            <= 2 * left  # no step that goes farther than none
         )
         best = min(steps, key=lambda step: step[0], default=None)
         if best is None:
             break
         _, more, block, level = best
         gone[block], cost[block], taken[block] = gone[block] + more, level.cost, level
-    return {"channels": {block: taken[block].kept for block in known if block in taken}, "cost": sum(cost.values())}
+    return {
+        "channels": {block: taken[block].kept for block in known if block in taken},
+        "cost": sum(cost.values()),
+    }
 
 
 def _left(details: Details, config: Config) -> Left:
@@ -157,7 +181,10 @@ NARROW = weights_kind(
     identity=lambda plan, rows: {"channels": plan.details["channels"]},
     words=lambda plan, unit: "narrower MLPs, by measured cost",
     taken_out=lambda plan: f"channels of {len(plan.gone)} MLPs",
-    card=lambda plan: f"with {len(plan.gone)} of its {plan.layers} MLPs narrowed, to the channels that matter most",
+    card=lambda plan: (
+        f"with {len(plan.gone)} of its {plan.layers} MLPs narrowed, to the channels that matter"
+        " most"
+    ),
     is_part=True,
     of_fit=True,
     options=NarrowOptions,

@@ -1,15 +1,16 @@
 """How narrow each MLP may become, which channels it keeps, and what that costs.
 
-From features X [tokens, p] of an MLP's writer W [p, d], each token divided by the size of the residual stream behind
-the block, and H = X^T X / tokens + s mean(diag(X^T X)) / tokens: a channel j of the best writer for those that are left
-costs |w_j|^2 / [H^-1]_jj. The cheapest leave some at a time, and the others' part of writer and H^-1 is brought up to
-date in closed form (structured OBS; ZipLM, arXiv 2302.04089, equations 2 and 3). What the stream loses,
-|X (W - W')|^2 / tokens, is its mean squared relative change.
+From features X [tokens, p] of an MLP's writer W [p, d], each token divided by the size of the
+residual stream behind the block, and H = X^T X / tokens + s mean(diag(X^T X)) / tokens: a channel j
+of the best writer for those that are left costs |w_j|^2 / [H^-1]_jj. The cheapest leave some at a
+time, and the others' part of writer and H^-1 is brought up to date in closed form (structured OBS;
+ZipLM, arXiv 2302.04089, equations 2 and 3). What the stream loses, |X (W - W')|^2 / tokens, is its
+mean squared relative change.
 
-A change of the stream costs several times as much in one layer as in another. So the KL divergence of the model with
-one MLP narrowed is measured, once for each, and a level's cost is what the stream loses times the divergence for that.
-It says what the loss rises by, as far as the dense model predicts texts well, and with far less noise: tokens that the
-text decides otherwise cancel.
+A change of the stream costs several times as much in one layer as in another. So the KL divergence
+of the model with one MLP narrowed is measured, once for each, and a level's cost is what the stream
+loses times the divergence for that. It says what the loss rises by, as far as the dense model
+predicts texts well, and with far less noise: tokens that the text decides otherwise cancel.
 """
 
 from __future__ import annotations
@@ -34,11 +35,13 @@ STRENGTH = 0.003
 """The pull to smaller writers, s."""
 
 JUDGING, MOST, EVERY = 8, 8, 2
-"""One of eight rows measures divergences, at most eight do, at every other token. The other rows are summed."""
+"""One of eight rows measures divergences, at most eight do, at every other token. The other rows
+are summed."""
 
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
-"""What the writer of an MLP reads and what its module gives, batch by batch; as from `Streams.written`."""
+"""What the writer of an MLP reads and what its module gives, batch by batch; as from
+`Streams.written`."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,9 @@ class Levels:
 def measure_levels(
     model: PreTrainedModel, rows: Rows, channels: int, known: Container[str], observer: Observer
 ) -> Iterator[Levels]:
-    """The levels of each MLP that is not in `known`: so many channels gone, twice as many and more. There are two rows
-    or more, of any lengths; all real tokens count. The model's device also takes `work.widths_bytes`."""
+    """The levels of each MLP that is not in `known`: so many channels gone, twice as many and more.
+    There are two rows or more, of any lengths; all real tokens count. The model's device also takes
+    `work.widths_bytes`."""
     places = range(len(rows))[JUDGING - 1 :: JUDGING][:MOST] or [len(rows) - 1]
     judging = [rows[place] for place in places]
     summed = [row for place, row in enumerate(rows) if place not in places]
@@ -80,17 +84,23 @@ def measure_levels(
         before, read = streams.dense, dict[BlockId, list[tuple[Tensor, Tensor]]]()
         for block in step:
             if str(block) in mlps and str(block) not in known:
-                read[block] = [streams.written(block, state, number) for number, state in enumerate(before)]
+                read[block] = [
+                    streams.written(block, state, number) for number, state in enumerate(before)
+                ]
                 adds = [streams.added(block, gives) for _, gives in read[block]]
             else:
                 adds = [streams.adds(block, state, number) for number, state in enumerate(before)]
-            streams.dense = [state + added for state, added in zip(streams.dense, adds, strict=True)]
+            streams.dense = [
+                state + added for state, added in zip(streams.dense, adds, strict=True)
+            ]
         for block, pairs in read.items():
             gram, gain = _moments(streams, pairs, block)
             weight, rise, widths = streams.weight(block).T.double(), None, list[Width]()
             for width, change in levels(gram, weight, gain, channels):
                 widths.append(width)
-                if rise is None and (2 * width.channels < len(weight) or width.channels <= channels):
+                if rise is None and (
+                    2 * width.channels < len(weight) or width.channels <= channels
+                ):
                     moved = _final_without(streams, pairs, block, change)
                     rise = streams.divergence(moved, dense, EVERY) / (width.cost or 1)
             assert rise is not None
@@ -101,13 +111,14 @@ def measure_levels(
 def by_cost(found: Sequence[Levels]) -> dict[str, list[Width]]:
     """The widths of all MLPs with what each costs, as far as is known."""
     return {
-        levels.block: [replace(width, cost=width.cost * levels.rise) for width in levels.widths] for levels in found
+        levels.block: [replace(width, cost=width.cost * levels.rise) for width in levels.widths]
+        for levels in found
     }
 
 
 def _moments(streams: Streams, pairs: Pairs, block: BlockId) -> tuple[Tensor, Tensor]:
-    """X^T X / tokens [p, p] of an MLP, and how many times columns of W count [d], float64. Behind a norm these are its
-    gains, and X is also divided by the size of what the module gives."""
+    """X^T X / tokens [p, p] of an MLP, and how many times columns of W count [d], float64. Behind a
+    norm these are its gains, and X is also divided by the size of what the module gives."""
     weight, norm, tokens = streams.weight(block), streams.norm_behind(block), 0
     gram = torch.zeros(2 * weight.shape[1:], dtype=streams.dense[0].dtype, device=weight.device)
     for number in streams.fitted:
@@ -123,19 +134,23 @@ def _moments(streams: Streams, pairs: Pairs, block: BlockId) -> tuple[Tensor, Te
     return symmetric_(gram).div_(tokens), gain.to(gram.device, torch.float64)
 
 
-def _final_without(streams: Streams, pairs: Pairs, block: BlockId, change: Tensor) -> dict[int, Tensor]:
+def _final_without(
+    streams: Streams, pairs: Pairs, block: BlockId, change: Tensor
+) -> dict[int, Tensor]:
     """The final states of the judging rows with this much less in the writer of a block [p, d]."""
     moved = {}
     for number in streams.held_out:
         reads, gives = pairs[number]
         less = gives - (reads.to(change.device) @ change.to(reads.dtype)).to(gives)
-        moved[number] = streams.dense[number] + streams.added(block, less) - streams.added(block, gives)
+        moved[number] = (
+            streams.dense[number] + streams.added(block, less) - streams.added(block, gives)
+        )
     return streams.final_states(block, moved)
 
 
 def levels(gram: Tensor, weight: Tensor, gain: Tensor, step: int) -> Iterator[tuple[Width, Tensor]]:
-    """The widths of one MLP, each with W less the best writer of its channels, [p, d]; here a width's cost is what
-    the stream loses.
+    """The widths of one MLP, each with W less the best writer of its channels, [p, d]; here a
+    width's cost is what the stream loses.
 
     Args:
         gram: X^T X / tokens [p, p], in float32 or wider; what a width loses is computed so.
@@ -149,7 +164,9 @@ def levels(gram: Tensor, weight: Tensor, gain: Tensor, step: int) -> Iterator[tu
     for goal in range(len(weight) - step, 0, -step):
         goes = torch.zeros_like(kept, dtype=torch.bool)
         for more in [at_once] * ((len(kept) - goal) // at_once) + [(len(kept) - goal) % at_once]:
-            costs = ((left * gain).square().sum(1) / inverse.diagonal()).masked_fill(goes, torch.inf)
+            costs = ((left * gain).square().sum(1) / inverse.diagonal()).masked_fill(
+                goes, torch.inf
+            )
             now = costs.argsort(stable=True)[:more]
             columns, own = inverse[:, now], left[now]
             across = columns @ torch.linalg.inv(columns[now])

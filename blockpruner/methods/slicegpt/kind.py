@@ -1,4 +1,5 @@
-"""SliceGPT as a kind of method: the width whose ratio is nearest to a budget. Nothing is searched."""
+"""SliceGPT as a kind of method: the width whose ratio is nearest to a budget. Nothing is
+searched."""
 
 from __future__ import annotations
 
@@ -20,13 +21,18 @@ if TYPE_CHECKING:
 
 
 def plan_width(options: Options, job: Job) -> Callable[[Budget], Details]:
-    """Plans SliceGPT's width whose ratio is nearest to a budget; `hidden` in its details is the dense model's."""
+    """Plans SliceGPT's width whose ratio is nearest to a budget; `hidden` in its details is the
+    dense model's."""
     config = job.material.config
-    return lambda budget: {"width": require_width(budget, options, config), "hidden": int(config["hidden_size"])}
+    return lambda budget: {
+        "width": require_width(budget, options, config),
+        "hidden": int(config["hidden_size"]),
+    }
 
 
 def require_width(budget: Budget, options: Options, config: Config) -> int:
-    """The width that `plan_width` plans; raises UnreachableError as `width_for_ratio` and `sliced_parameters` do."""
+    """The width that `plan_width` plans; raises UnreachableError as `width_for_ratio` and
+    `sliced_parameters` do."""
     return width_for_ratio(config, share_of(budget, "slicegpt"))
 
 
@@ -42,12 +48,16 @@ SLICEGPT = weights_kind(
     plan=plan_width,
     left=lambda details, config: Left(pruned=sliced_parameters(config, details["width"])[1]),
     apply_=_apply,
-    identity=lambda plan, rows: {"width": plan.details["width"], "rows": rows, "weights": WEIGHTS_VERSION},
+    identity=lambda plan, rows: {
+        "width": plan.details["width"],
+        "rows": rows,
+        "weights": WEIGHTS_VERSION,
+    },
     words=lambda plan, unit: "SliceGPT, hidden width sliced",
     taken_out=lambda plan: f"width {plan.details['hidden']:,} → {plan.details['width']:,}",
     card=lambda plan: (
-        f"with its residual stream sliced from {plan.details['hidden']:,} to {plan.details['width']:,} columns by "
-        "SliceGPT (arXiv 2401.15024)"
+        f"with its residual stream sliced from {plan.details['hidden']:,} to"
+        f" {plan.details['width']:,} columns by SliceGPT (arXiv 2401.15024)"
     ),
     require=require_width,
     exports=frozenset({"hf"}),

@@ -1,21 +1,23 @@
-"""SliceGPT (arXiv 2401.15024): the residual stream loses the directions that hold least of the calibration signal.
+"""SliceGPT (arXiv 2401.15024): the residual stream loses the directions that hold least of the
+calibration signal.
 
-Decides how weights are rotated and sliced. `widths` decides the width, and `modeling_slicegpt.py`, which ships in the
-checkpoint, how a sliced model runs.
+Decides how weights are rotated and sliced. `widths` decides the width, and `modeling_slicegpt.py`,
+which ships in the checkpoint, how a sliced model runs.
 
-Each block (MHA or MLP) reads the residual stream X [tokens, d] in a basis B [d, n] of its own: of the eigenvectors of
-X^T X, summed over the calibration tokens, the n of the largest eigenvalues. RMSNorm without its scale commutes with
-rotations, so for a block between the bases B and B':
+Each block (MHA or MLP) reads the residual stream X [tokens, d] in a basis B [d, n] of its own: of
+the eigenvectors of X^T X, summed over the calibration tokens, the n of the largest eigenvalues.
+RMSNorm without its scale commutes with rotations, so for a block between the bases B and B':
 
     norm scale g and B into what reads:   W diag(g) B
     B' into what writes:                  B'^T W, B'^T b
     a shortcut past the block:            X B -> X B (B^T B')
 
-X comes from the model as sliced so far: X B B^T + block(X B), from the embedding on. The output of the last MLP is not
-sliced: a rotation of it would cancel in the head, and B' is the identity there.
+X comes from the model as sliced so far: X B B^T + block(X B), from the embedding on. The output of
+the last MLP is not sliced: a rotation of it would cancel in the head, and B' is the identity there.
 
-As in the public code, X is the input of a norm; in the paper's text it is the output. The public code also adds 1 % of
-the mean diagonal to X^T X. That moves every eigenvalue and no eigenvector, and is left out here.
+As in the public code, X is the input of a norm; in the paper's text it is the output. The public
+code also adds 1 % of the mean diagonal to X^T X. That moves every eigenvalue and no eigenvector,
+and is left out here.
 """
 
 import torch
@@ -35,25 +37,37 @@ CHUNK = 8192
 
 
 @torch.no_grad()  # not inference_mode: its tensors could not be trained afterwards
-def slice_(model: PreTrainedModel, rows: Rows, width: int, *, batch_tokens: int | str = "auto") -> PreTrainedModel:
-    """Slice the residual stream of a dense model in eval mode to `width` columns, in place, for good. Raises InputError
-    for a family that cannot be sliced, a wrong width, a model on several devices, or a signal that is not finite.
+def slice_(
+    model: PreTrainedModel, rows: Rows, width: int, *, batch_tokens: int | str = "auto"
+) -> PreTrainedModel:
+    """Slice the residual stream of a dense model in eval mode to `width` columns, in place, for
+    good. Raises InputError for a family that cannot be sliced, a wrong width, a model on several
+    devices, or a signal that is not finite.
 
     Model and config become the SliceGPT classes of the family, which `save_pretrained` and
-    `from_pretrained(..., trust_remote_code=True)` round-trip; tied embeddings are untied. At the full width the model
-    is only rotated and its logits stay. The model's device also sums and solves the Gram matrices in float64, and the
-    host's memory holds the rows' signal in the model's dtype: tokens x hidden size. (The paper has 1,024 Alpaca samples
-    of 2,048 tokens.)
+    `from_pretrained(..., trust_remote_code=True)` round-trip; tied embeddings are untied. At the
+    full width the model is only rotated and its logits stay. The model's device also sums and
+    solves the Gram matrices in float64, and the host's memory holds the rows' signal in the model's
+    dtype: tokens x hidden size. (The paper has 1,024 Alpaca samples of 2,048 tokens.)
     """
     family = sliceable_family(model.config.model_type)
     hidden, layers = int(model.config.hidden_size), decoder_layers(model)
     if not 1 <= width <= hidden:
-        raise InputError(f"width {width} is not valid for a hidden size of {hidden}; give 1 to {hidden}")
+        raise InputError(
+            f"width {width} is not valid for a hidden size of {hidden}; give 1 to {hidden}"
+        )
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) > 1:
-        raise InputError(f"a model on {', '.join(devices)} cannot be sliced; load it on one device, or on the CPU")
+        raise InputError(
+            f"a model on {', '.join(devices)} cannot be sliced; load it on one device, or on"
+            " the CPU"
+        )
 
-    embedding, norm, head = model.get_input_embeddings(), model.get_submodule(family.final_norm), model.lm_head
+    embedding, norm, head = (
+        model.get_input_embeddings(),
+        model.get_submodule(family.final_norm),
+        model.lm_head,
+    )
     eps = float(model.config.rms_norm_eps)
     signal = _Signal(model, rows, batch_tokens)
     into = first = principal_directions(signal.gram(), width)
@@ -94,18 +108,21 @@ def slice_(model: PreTrainedModel, rows: Rows, width: int, *, batch_tokens: int 
 
 
 def principal_directions(gram: Tensor, width: int) -> Tensor:
-    """B [d, width]: the `width` orthonormal directions of most energy, from X^T X [d, d]; both are float64."""
+    """B [d, width]: the `width` orthonormal directions of most energy, from X^T X [d, d]; both are
+    float64."""
     if not gram.isfinite().all():
         raise InputError(
-            "the residual stream of the calibration rows is not finite; use a wider dtype (model.dtype: float32)"
+            "the residual stream of the calibration rows is not finite; use a wider dtype"
+            " (model.dtype: float32)"
         )
     vectors: Tensor = torch.linalg.eigh(gram)[1]  # by ascending eigenvalue
     return vectors.flip(1)[:, :width]
 
 
 class _Signal(Engine):
-    """The residual stream of the calibration rows before a block, [B, T, d] a batch, in the dense model's basis. The
-    engine batches the rows, and records the arguments that the family's decoder passes to its layers."""
+    """The residual stream of the calibration rows before a block, [B, T, d] a batch, in the dense
+    model's basis. The engine batches the rows, and records the arguments that the family's decoder
+    passes to its layers."""
 
     def __init__(self, model: PreTrainedModel, rows: Rows, batch_tokens: int | str) -> None:
         super().__init__(model, batch_tokens)
@@ -123,7 +140,8 @@ class _Signal(Engine):
         return total
 
     def pass_(self, index: int, norm: str, module: str, basis: Tensor) -> None:
-        """Move the stream past a block of layer `index` that reads it in `basis` and still writes d columns."""
+        """Move the stream past a block of layer `index` that reads it in `basis` and still writes d
+        columns."""
         layer, basis = self._layers[index], basis.to(self._states[0].dtype)
         for number, batch in enumerate(self._batches):
             sliced = self._states[number].to(self._home) @ basis
@@ -137,7 +155,9 @@ class _Signal(Engine):
 
 def _product(weight: Tensor, matrix: Tensor) -> Tensor:
     """weight [R, d] @ matrix [d, n] float64, rounded once to the weight's dtype; [R, n]."""
-    return torch.cat([(part.double() @ matrix).to(weight.dtype) for part in torch.split(weight, CHUNK)])
+    return torch.cat(
+        [(part.double() @ matrix).to(weight.dtype) for part in torch.split(weight, CHUNK)]
+    )
 
 
 def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:

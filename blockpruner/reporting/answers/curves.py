@@ -32,12 +32,14 @@ TITLES = {
     "blockpruner-by-kl": "BlockPruner by KL",
 }
 SEARCHED, MASKS, CRITICAL, HEALING = "12 samples", "masks", "critical", "healing"
-"""Names of calibrations: that of searches which are compared, of given masks of one size, of single blocks, and of
-masks that are healed in each way."""
+"""Names of calibrations: that of searches which are compared, of given masks of one size, of single
+blocks, and of masks that are healed in each way."""
 
 
 def title_of(method: str) -> str:
-    return TITLES.get(method) or (RECIPES[method].title if method in RECIPES else method.replace("-", " "))
+    return TITLES.get(method) or (
+        RECIPES[method].title if method in RECIPES else method.replace("-", " ")
+    )
 
 
 def known(rises: np.ndarray) -> bool:
@@ -46,7 +48,8 @@ def known(rises: np.ndarray) -> bool:
 
 
 def at_size(points: Points, key: str, size: float, **where: object) -> dict[str, float]:
-    """What a method loses at a size, with its interval; nothing where no draw has a model of the size."""
+    """What a method loses at a size, with its interval; nothing where no draw has a model of the
+    size."""
     rises = points.curve(size, **where)
     return interval(key, points.against(rises) if known(rises) else None)
 
@@ -57,34 +60,55 @@ def compared(points: Points) -> Sequence[str]:
 
 
 def measured(points: Points) -> Table:
-    """Perplexity over dense of every method at every size that was measured, over all kinds of text alike."""
+    """Perplexity over dense of every method at every size that was measured, over all kinds of text
+    alike."""
     lines = []
     for key, cells in points.frame.groupby(["budget", "calibration", "heal", "method"]):
         budget, calibration, heal, method = key
         cells = cells.drop_duplicates("seed")
         rises = np.stack(cells["nll"]) - points.dense["nll"]
-        line: dict[str, object] = {"budget": budget, "calibration": calibration, "method": title_of(method)}
-        line |= {"healing": heal, "removed_pct": 100 * cells["ratio"].mean(), "draws": cells["seed"].nunique()}
+        line: dict[str, object] = {
+            "budget": budget,
+            "calibration": calibration,
+            "method": title_of(method),
+        }
+        line |= {
+            "healing": heal,
+            "removed_pct": 100 * cells["ratio"].mean(),
+            "draws": cells["seed"].nunique(),
+        }
         lines.append(line | interval("heldout_x", points.against(rises)))
-    return table_of_frame("sizes", "Methods at the sizes measured", pd.DataFrame(lines), MEASURED_NOTE)
+    return table_of_frame(
+        "sizes", "Methods at the sizes measured", pd.DataFrame(lines), MEASURED_NOTE
+    )
 
 
 def sizes(points: Points) -> list[Table]:
-    """Perplexity over dense at each size, plain and refitted, over all kinds of text alike: of the methods that the
-    study compares, and of all others; or of every method at the sizes measured."""
+    """Perplexity over dense at each size, plain and refitted, over all kinds of text alike: of the
+    methods that the study compares, and of all others; or of every method at the sizes measured."""
     if not points.compared:
         return [measured(points)]
     own, found = points.frame[points.frame["calibration"] == ""], []
     variants = [method for method in own["method"].unique() if method not in points.compared]
-    titles = ("sizes", "Methods at equal size", points.compared), ("variants", "Other methods at equal size", variants)
+    titles = (
+        ("sizes", "Methods at equal size", points.compared),
+        ("variants", "Other methods at equal size", variants),
+    )
     for name, title, methods in titles:
         lines = []
         for method in (method for method in methods if (own["method"] == method).any()):
             line: dict[str, object] = {"method": title_of(method)}
             line["draws"] = own[own["method"] == method]["seed"].nunique()
-            for heal, size in product((heal for heal in (PLAIN, REFIT) if (own["heal"] == heal).any()), SIZES):
+            for heal, size in product(
+                (heal for heal in (PLAIN, REFIT) if (own["heal"] == heal).any()), SIZES
+            ):
                 line |= at_size(
-                    points, f"{heal}_{100 * size:.0f}_pct_x", size, method=method, heal=heal, calibration=""
+                    points,
+                    f"{heal}_{100 * size:.0f}_pct_x",
+                    size,
+                    method=method,
+                    heal=heal,
+                    calibration="",
                 )
             lines.append(line)
         found += [table_of_frame(name, title, pd.DataFrame(lines), SIZES_NOTE)] if lines else []
@@ -97,7 +121,14 @@ def healing(points: Points, method: str = BLOCKPRUNER) -> Table | None:
     for heal in own["heal"].unique():
         line: dict[str, object] = {"healing": heal, "draws": own["seed"].nunique()}
         for size in SIZES:
-            line |= at_size(points, f"{100 * size:.0f}_pct_x", size, method=method, heal=heal, calibration=HEALING)
+            line |= at_size(
+                points,
+                f"{100 * size:.0f}_pct_x",
+                size,
+                method=method,
+                heal=heal,
+                calibration=HEALING,
+            )
         lines.append(line)
     title = f"{title_of(method)}, healed in each way"
     return table_of_frame("healing", title, pd.DataFrame(lines), SIZES_NOTE) if lines else None
@@ -108,7 +139,9 @@ def trained(points: Points) -> Table | None:
     own = points.frame[points.frame["calibration"] == ""]
     refit, after = (own[own["heal"] == heal] for heal in (REFIT, TRAINED))
     both = after.merge(refit, on=["method", "seed", "budget", "ratio"], suffixes=("", "_refit"))
-    both["nll"] = [points.dense["nll"] + row["nll"] - row["nll_refit"] for _, row in both.iterrows()]
+    both["nll"] = [
+        points.dense["nll"] + row["nll"] - row["nll_refit"] for _, row in both.iterrows()
+    ]
     lines, changes = [], replace(points, frame=both)
     for method in (method for method in compared(points) if (both["method"] == method).any()):
         line: dict[str, object] = {"method": title_of(method)}
@@ -117,40 +150,54 @@ def trained(points: Points) -> Table | None:
             line |= at_size(changes, f"at_{100 * size:.0f}", size, method=method)
         lines.append(line)
     note = "Perplexity of the trained model over that of the refitted one; brackets as above."
-    return table_of_frame("trained", "Trained after a refit", pd.DataFrame(lines), note) if lines else None
+    return (
+        table_of_frame("trained", "Trained after a refit", pd.DataFrame(lines), note)
+        if lines
+        else None
+    )
 
 
 ALONE = (BLOCKPRUNER, "mha-only", "mlp-only")
 MEASURED_NOTE = (
-    "× the dense model, every kind of text alike, at the share removed on average over draws. Brackets: 95 % over "
-    "draws and documents together; of one draw over documents alone."
+    "× the dense model, every kind of text alike, at the share removed on average over draws."
+    " Brackets: 95 % over draws and documents together; of one draw over documents alone."
 )
 SIZES_NOTE = (
-    "× the dense model, every kind of text alike, at 10, 20 and 30 % of all parameters removed: between the sizes "
-    "measured, by monotone cubic curves of each row's loss. Brackets: 95 % over draws and documents together. "
-    "Draws without a model of a size do not count there; of one draw, brackets are over documents alone."
+    "× the dense model, every kind of text alike, at 10, 20 and 30 % of all parameters removed:"
+    " between the sizes measured, by monotone cubic curves of each row's loss. Brackets: 95 % over"
+    " draws and documents together. Draws without a model of a size do not count there; of one"
+    " draw, brackets are over documents alone."
 )
 
 
 def texts(points: Points, size: float) -> Table | None:
     """What methods lose at one size on each kind of text."""
     lines = []
-    frame = points.frame[(points.frame["calibration"] == "") & points.frame["method"].isin(compared(points))]
+    frame = points.frame[
+        (points.frame["calibration"] == "") & points.frame["method"].isin(compared(points))
+    ]
     frame = frame[frame["heal"].isin(HEALS)]
     for (heal, method), own in frame.groupby(["heal", "method"], sort=False):
         rises = points.curve(size, method=method, heal=heal, calibration="")
         if known(rises):
             effects = {kind: points.against(rises, kind=kind) for kind in points.texts}
             line = {"method": title_of(method), "healing": heal, "draws": own["seed"].nunique()}
-            lines.append(line | {k: v for kind, e in effects.items() for k, v in interval(f"{kind}_x", e).items()})
+            lines.append(
+                line
+                | {k: v for kind, e in effects.items() for k, v in interval(f"{kind}_x", e).items()}
+            )
     name = f"By kind of text at {size:.0%} removed"
     note = "× the dense model; brackets as above."
-    return table_of_frame(f"texts-{100 * size:.0f}", name, pd.DataFrame(lines), note) if lines else None
+    return (
+        table_of_frame(f"texts-{100 * size:.0f}", name, pd.DataFrame(lines), note)
+        if lines
+        else None
+    )
 
 
 def quality(points: Points, name: str, methods: Sequence[str]) -> Plot | None:
-    """Perplexity over the share removed, a panel for each healing of a method other than BlockPruner; bands are the
-    range over draws."""
+    """Perplexity over the share removed, a panel for each healing of a method other than
+    BlockPruner; bands are the range over draws."""
     frame = points.frame[points.frame["calibration"] == ""]
     frame = frame[frame["method"].isin(methods)]
     heals = list(frame[frame["method"] != BLOCKPRUNER]["heal"].unique())
@@ -171,15 +218,23 @@ def quality(points: Points, name: str, methods: Sequence[str]) -> Plot | None:
                 line = line.sort_values(("ratio", "mean"))
                 colour, shape = marks[method]
                 at = 100 * line["ratio", "mean"]
-                axes.plot(at, line["x", "mean"], color=colour, marker=shape, markersize=4, label=title_of(method))
-                axes.fill_between(at, line["x", "min"], line["x", "max"], color=colour, alpha=0.2, linewidth=0)
+                axes.plot(
+                    at,
+                    line["x", "mean"],
+                    color=colour,
+                    marker=shape,
+                    markersize=4,
+                    label=title_of(method),
+                )
+                axes.fill_between(
+                    at, line["x", "min"], line["x", "max"], color=colour, alpha=0.2, linewidth=0
+                )
             plots.scale_(axes, [1.0, top])
             axes.set_ylim(1, top)
             axes.set_title(heal)
             plots.label_(axes, REMOVED, "perplexity, × dense" if axes is panels[0] else "")
-        lines = {
-            line.get_label(): line for axes in figure.axes for line in axes.get_lines()
-        }  # not all are in each panel
+        # not all are in each panel
+        lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
         axes.legend(handles=lines.values(), loc="upper left", bbox_to_anchor=(1.01, 1.0))
 
     return plots.render(name, QUALITY_CAPTION, (4.6 * len(heals) + 2.5, 4.4), fill)
@@ -188,8 +243,8 @@ def quality(points: Points, name: str, methods: Sequence[str]) -> Plot | None:
 TOP = 10.0
 """The axis of perplexity, × dense, ends here: beyond, a model is broken."""
 QUALITY_CAPTION = (
-    "Perplexity on the test texts over the share of parameters removed; bands hold all draws. What lies above the "
-    "axes is in the table."
+    "Perplexity on the test texts over the share of parameters removed; bands hold all draws. What"
+    " lies above the axes is in the table."
 )
 
 
@@ -200,8 +255,13 @@ def blocks(points: Points, method: str = "blockpruner", budget: str = "0.22") ->
     own = own[own["plan"] != ""]
     if not len(own):
         return None
-    gone = pd.Series([block for plan in own["plan"] for block in parse_mask(plan.replace(" ", ","))]).value_counts()
+    gone = pd.Series(
+        [block for plan in own["plan"] for block in parse_mask(plan.replace(" ", ","))]
+    ).value_counts()
     shares = {block: count / len(own) for block, count in gone.items()}
     layers = max(block.layer for block in gone.index) + 1
-    caption = f"In what share of {len(own)} draws {title_of(method)} removes each block, for a budget of {budget}."
+    caption = (
+        f"In what share of {len(own)} draws {title_of(method)} removes each block, for a budget of"
+        f" {budget}."
+    )
     return plots.block_map(f"blocks-{method}", caption, layers, shares)

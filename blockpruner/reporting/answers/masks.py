@@ -27,7 +27,8 @@ with extra("report"):
 
 @dataclass(frozen=True)
 class Signal:
-    """How far the loss of a mask before healing tells its loss after it: over masks, with intervals of a bootstrap."""
+    """How far the loss of a mask before healing tells its loss after it: over masks, with intervals
+    of a bootstrap."""
 
     heal: str
     tokens: float
@@ -48,7 +49,9 @@ class Signal:
         chance, count = np.random.default_rng(SEED), len(self.before)
         draws = chance.integers(count, size=(MASK_RESAMPLES, count))
         values = np.array([statistic(self.before[own], self.after[own]) for own in draws])
-        return Effect(statistic(self.before, self.after), percentiles(values, 0.95), two_sided(values, 0.0))
+        return Effect(
+            statistic(self.before, self.after), percentiles(values, 0.95), two_sided(values, 0.0)
+        )
 
 
 MASK_RESAMPLES = 2000
@@ -61,7 +64,9 @@ def slope(before: Floats, after: Floats) -> float:
 
 
 def rank(before: Floats, after: Floats) -> float:
-    return float(stats.spearmanr(before, after).statistic) if np.ptp(before) and np.ptp(after) else 0.0
+    return (
+        float(stats.spearmanr(before, after).statistic) if np.ptp(before) and np.ptp(after) else 0.0
+    )
 
 
 def signals(points: Points) -> list[Signal]:
@@ -89,9 +94,14 @@ def masks(points: Points) -> Table | None:
         ends = {"lowest_x": math.exp(signal.after.min()), "highest_x": math.exp(signal.after.max())}
         line = {"healing": signal.title, "masks": len(signal.before), **ends}
         line |= interval("slope", signal.of(slope)) | interval("rank_correlation", signal.of(rank))
-        lines.append(line | ({"rank_with_refit": rank(signal.refitted, signal.after)} if signal.tokens else {}))
+        lines.append(
+            line
+            | ({"rank_with_refit": rank(signal.refitted, signal.after)} if signal.tokens else {})
+        )
     return (
-        table_of_frame("masks", "Masks of one size after healing", pd.DataFrame(lines), MASKS_NOTE) if lines else None
+        table_of_frame("masks", "Masks of one size after healing", pd.DataFrame(lines), MASKS_NOTE)
+        if lines
+        else None
     )
 
 
@@ -107,9 +117,10 @@ def critical(points: Points) -> Table | None:
 
 
 MASKS_NOTE = (
-    "Slope and rank correlation of log perplexity after healing on that before it, over masks; brackets: 95 % over "
-    "resampled masks. A slope of 1: healing leaves every ratio as it was; of 0: the mask does not matter any more. "
-    "Rank with refit: rank correlation of log perplexity with that after the refit alone."
+    "Slope and rank correlation of log perplexity after healing on that before it, over masks;"
+    " brackets: 95 % over resampled masks. A slope of 1: healing leaves every ratio as it was; of"
+    " 0: the mask does not matter any more. Rank with refit: rank correlation of log perplexity"
+    " with that after the refit alone."
 )
 
 
@@ -123,9 +134,22 @@ def healed_masks(points: Points) -> Plot | None:
         for signal, (colour, shape) in zip(found, MARKS, strict=False):
             x, y = np.exp(signal.before), np.exp(signal.after)
             style = {"color": colour, "markersize": 4.5, "alpha": 0.8}
-            axes.plot(x[~signal.searched], y[~signal.searched], shape, **style, label=f"{signal.title}: random masks")
+            axes.plot(
+                x[~signal.searched],
+                y[~signal.searched],
+                shape,
+                **style,
+                label=f"{signal.title}: random masks",
+            )
             label = f"{signal.title}: found by a search"
-            axes.plot(x[signal.searched], y[signal.searched], shape, **style, markerfacecolor="none", label=label)
+            axes.plot(
+                x[signal.searched],
+                y[signal.searched],
+                shape,
+                **style,
+                markerfacecolor="none",
+                label=label,
+            )
             line = np.polyfit(signal.before, signal.after, 1)
             ends = np.array([signal.before.min(), signal.before.max()])
             axes.plot(np.exp(ends), np.exp(np.polyval(line, ends)), color=colour, linewidth=1)
@@ -141,4 +165,7 @@ def healed_masks(points: Points) -> Plot | None:
     return plots.render("masks", HEALED_CAPTION, (7.5, 4.4), fill)
 
 
-HEALED_CAPTION = "Each mark is a mask; all remove the same share of the parameters. Lines: least squares of the logs."
+HEALED_CAPTION = (
+    "Each mark is a mask; all remove the same share of the parameters. Lines: least squares of the"
+    " logs."
+)

@@ -1,7 +1,7 @@
 """What the targets of a study measured, read from data/evidence into values.
 
-Decides what the tables may use. A target without evidence, or with evidence that cannot be compared with its dense
-model, has a reason in its place.
+Decides what the tables may use. A target without evidence, or with evidence that cannot be compared
+with its dense model, has a reason in its place.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,8 @@ from blockpruner.settings import Target
 from blockpruner.store.plans import load_plan
 
 FIVE = ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
-"""The tasks of the paper's average. Where all were measured, the average is theirs, whatever else was measured."""
+"""The tasks of the paper's average. Where all were measured, the average is theirs, whatever else
+was measured."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,11 @@ class Row:
         return " + ".join(filter(None, (title, self.healing)))
 
 
-def read_rows(subjects: Sequence[Subject], asked: Mapping[str, Target], evidence: Path) -> list[Row]:
-    """Read the dense model and all targets of each run; `asked` has all filled in that their run decides."""
+def read_rows(
+    subjects: Sequence[Subject], asked: Mapping[str, Target], evidence: Path
+) -> list[Row]:
+    """Read the dense model and all targets of each run; `asked` has all filled in that their run
+    decides."""
     rows: list[Row] = []
     for subject in subjects:
         name = f"{subject.run}-dense"
@@ -84,8 +88,13 @@ def read_rows(subjects: Sequence[Subject], asked: Mapping[str, Target], evidence
             if dense is not None:
                 found, why = _measured(evidence / target, evidence / name)
             assert one.method and one.compensate, target
-            healing = [*(() if one.compensate == "none" else (one.compensate,)), *(("training",) if one.train else ())]
-            rows.append(Row(target, subject, one.method, " + ".join(healing), one.budget, found, why))
+            healing = [
+                *(() if one.compensate == "none" else (one.compensate,)),
+                *(("training",) if one.train else ()),
+            ]
+            rows.append(
+                Row(target, subject, one.method, " + ".join(healing), one.budget, found, why)
+            )
     return rows
 
 
@@ -97,13 +106,16 @@ def _measured(folder: Path, dense: Path | None) -> tuple[Measured | None, str]:
 
 
 def _read(folder: Path, dense: Path | None) -> Measured:
-    """Read one model; `dense` is the folder of the model that it is compared with. Raises InputError if it has no
-    results, a file is damaged, or its items are other ones than those of the dense model."""
+    """Read one model; `dense` is the folder of the model that it is compared with. Raises
+    InputError if it has no results, a file is damaged, or its items are other ones than those of
+    the dense model."""
     if not (folder / "results.json").exists():
         raise InputError("not measured yet")
     facts = read_results(folder)
     tasks = facts["tasks"]
-    metrics = {task: tasks[task]["metric"] for task in (FIVE if tasks.keys() >= set(FIVE) else tasks)}
+    metrics = {
+        task: tasks[task]["metric"] for task in (FIVE if tasks.keys() >= set(FIVE) else tasks)
+    }
     items = read_items([folder] if dense is None else [folder, dense], metrics)
     plan = None if dense is None else load_plan(folder / "plan.json")
     race = Race.of(facts["speed"]) if facts["speed"] else None

@@ -1,7 +1,7 @@
 """Tables of data frames. Decides how a column is called and rounded.
 
-A number's standard error and the ends of its interval are columns of their own, named after it: avg_pct, avg_pct_se,
-ppl_x, ppl_x_low, ppl_x_high.
+A number's standard error and the ends of its interval are columns of their own, named after it:
+avg_pct, avg_pct_se, ppl_x, ppl_x_low, ppl_x_high.
 """
 
 import math
@@ -52,7 +52,9 @@ COLUMNS: Mapping[str, Shown] = {
     "masks": Shown("masks", 0),
     "avg_vs_dense": Shown("points against dense", 1, signed=True),
     "avg_vs_blockpruner": Shown("points against BlockPruner", 1, signed=True),
-    "p_gold_vs_blockpruner": Shown("p of the right answer, points against BlockPruner", 1, signed=True),
+    "p_gold_vs_blockpruner": Shown(
+        "p of the right answer, points against BlockPruner", 1, signed=True
+    ),
     "between_pct": Shown("between values, %", 1),
     "draws_pct": Shown("between draws, %", 1),
     "share_pct": Shown("share of variance, %", 0),
@@ -74,18 +76,25 @@ COLUMNS: Mapping[str, Shown] = {
 
 
 def table_of_frame(name: str, title: str, frame: pd.DataFrame, note: str = "") -> Table:
-    """Make a table for people: a cell has its number, its error and its interval; columns without any value go."""
-    keys = [key for key in frame.columns if not key.endswith(EXTRAS) and frame[key].map(_is_known).any()]
+    """Make a table for people: a cell has its number, its error and its interval; columns without
+    any value go."""
+    keys = [
+        key for key in frame.columns if not key.endswith(EXTRAS) and frame[key].map(_is_known).any()
+    ]
     words = {key: key.removesuffix("_x").replace("_pct", " %").replace("_", " ") for key in keys}
     titles = {key: f"{words[key]}, × dense" if key.endswith("_x") else words[key] for key in keys}
     shown = {key: COLUMNS.get(key, Shown(titles[key])) for key in keys}
     columns = tuple(Column(key, shown[key].title) for key in keys)
-    rows = tuple(tuple(_cell(row, key, shown[key]) for key in keys) for row in frame.to_dict("records"))
+    rows = tuple(
+        tuple(_cell(row, key, shown[key]) for key in keys) for row in frame.to_dict("records")
+    )
     return Table(name, title, columns, rows, (note,) if note else ())
 
 
 def _is_known(value: Any) -> bool:
-    return value is not None and value != "" and not (isinstance(value, float) and math.isnan(value))
+    return (
+        value is not None and value != "" and not (isinstance(value, float) and math.isnan(value))
+    )
 
 
 def _cell(row: Mapping[str, Any], key: str, shown: Shown) -> Cell:
@@ -94,5 +103,7 @@ def _cell(row: Mapping[str, Any], key: str, shown: Shown) -> Cell:
         return None
     if isinstance(value, str):
         return value
-    error, low, high = (float(row[key + end]) if _is_known(row.get(key + end)) else None for end in EXTRAS)
+    error, low, high = (
+        float(row[key + end]) if _is_known(row.get(key + end)) else None for end in EXTRAS
+    )
     return Number(float(value), shown.digits, error, low, high, shown.signed)

@@ -55,23 +55,30 @@ def conditions(rows: Sequence[Row]) -> Iterator[str]:
     for run, labels in {row.subject.run: row.subject.labels for row in rows}.items():
         done = {word for row in rows if row.subject.run == run for word in row.healing.split(" + ")}
         more = {"refit": labels.compensation, "training": labels.training}
-        text = "; ".join([labels.conditions, *(f"{word}: {how}" for word, how in more.items() if word in done)])
+        text = "; ".join(
+            [labels.conditions, *(f"{word}: {how}" for word, how in more.items() if word in done)]
+        )
         alike.setdefault(SEED.sub("", text), {})[run] = text
     for runs in alike.values():
-        seeds = ", ".join(dict.fromkeys(seed for text in runs.values() for seed in SEED.findall(text)))
+        seeds = ", ".join(
+            dict.fromkeys(seed for text in runs.values() for seed in SEED.findall(text))
+        )
         yield f"{', '.join(runs)}: {SEED.sub(seeds, next(iter(runs.values())))}."
 
 
 PREFACE = (
-    "Measured by the pipeline of this project; nothing on this page is typed by hand. What holds for one model, and "
-    "for a small one above all, need not hold for another."
+    "Measured by the pipeline of this project; nothing on this page is typed by hand. What holds"
+    " for one model, and for a small one above all, need not hold for another."
 )
 
 
 def figures(frame: pd.DataFrame) -> list[Plot]:
     """Draw every figure of which something was measured."""
     known = measured(frame)
-    drawn = ((curve, [own for _, own in curve.points(known).groupby("model", sort=False)]) for curve in FIGURES)
+    drawn = (
+        (curve, [own for _, own in curve.points(known).groupby("model", sort=False)])
+        for curve in FIGURES
+    )
     return [_draw(curve, models) for curve, models in drawn if models]
 
 
@@ -83,7 +90,10 @@ def _draw(curve: Curve, models: Sequence[pd.DataFrame]) -> Plot:
                 _lines(curve, y, axes, own)
                 axes.set_title(own["model"].iloc[0])
 
-    caption, size = f"{curve.title}. {curve.note}".rstrip(), (max(8.0, 5.0 * len(curve.y)), 4.2 * len(models))
+    caption, size = (
+        f"{curve.title}. {curve.note}".rstrip(),
+        (max(8.0, 5.0 * len(curve.y)), 4.2 * len(models)),
+    )
     return plots.render(curve.name, caption, size, fill)
 
 

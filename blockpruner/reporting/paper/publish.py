@@ -1,16 +1,17 @@
 """`python -m blockpruner.reporting.paper.publish [STUDY ...]`: the results of studies into docs/.
 
-Their tables and figures go to docs/results/. Then, and without a study, every marked block of README.md and docs/*.md
-is filled from docs/results/<name>.csv:
+Their tables and figures go to docs/results/. Then, and without a study, every marked block of
+README.md and docs/*.md is filled from docs/results/<name>.csv:
 
     <!-- table: texts-10; healing=refit|trained; -draws -->
     ...
     <!-- /table -->
 
-keeps the rows with one of these values, and leaves out columns that begin so. `BlockPruner: BlockPruner, lazy` writes a
-cell in another way. Each may be missing.
+keeps the rows with one of these values, and leaves out columns that begin so. `BlockPruner:
+BlockPruner, lazy` writes a cell in another way. Each may be missing.
 
-A single number is filled likewise, of the only row that has these values; `!` leaves its interval out:
+A single number is filled likewise, of the only row that has these values; `!` leaves its interval
+out:
 
     <!-- value: sizes; method=BlockPruner; at_20_x! -->1.71<!-- / -->
 """
@@ -33,14 +34,16 @@ PUBLISHED = "published.json"
 
 VALUE = re.compile(r"<!-- value: (?P<name>[\w-]+); (?P<where>[^>]+) -->.*?<!-- / -->", re.DOTALL)
 BLOCK = re.compile(
-    r"(?P<indent>[ ]*)<!-- table: (?P<name>[\w-]+)(?P<where>(?:; [^;>]+?)*) -->\n.*?(?P=indent)<!-- /table -->",
+    r"(?P<indent>[ ]*)<!-- table: (?P<name>[\w-]+)(?P<where>(?:; [^;>]+?)*) -->\n.*?(?P=indent)<!--"
+    r" /table -->",
     re.DOTALL,
 )
 
 
 def publish(study: str, root: Path = Path()) -> None:
-    """Copy the results of a study to docs/results/; raises InputError if its tables are not made. PUBLISHED counts how
-    often the tables of a study of experiments have changed there: test texts are looked at once a release."""
+    """Copy the results of a study to docs/results/; raises InputError if its tables are not made.
+    PUBLISHED counts how often the tables of a study of experiments have changed there: test texts
+    are looked at once a release."""
     source, out = root / "data" / "tables" / study, root / "docs" / "results"
     if not (source / "index.html").exists():
         fix = f"`python -m flows.paper --study {study}` makes it"
@@ -70,7 +73,9 @@ def filled(text: str, folder: Path) -> str:
         for key, values in (part.split("=") for part in parts):
             own = frame[key].astype(str) if key in frame else pd.Series(dtype=str)
             if missing := [value for value in values.split("|") if not (own == value).any()]:
-                raise InputError(f"{found['name']}.csv has no row with {key}={missing[0]}", rule="no-rows")
+                raise InputError(
+                    f"{found['name']}.csv has no row with {key}={missing[0]}", rule="no-rows"
+                )
             frame = frame[own.isin(values.split("|"))]
         return frame
 
@@ -80,7 +85,9 @@ def filled(text: str, folder: Path) -> str:
         for start in (part.removeprefix("-") for part in parts if not re.search("=|: ", part)):
             left = [name for name in frame if not name.startswith(start)]
             if len(left) == len(frame.columns):
-                raise InputError(f"{found['name']}.csv has no column {start!r} to leave out", rule="no-column")
+                raise InputError(
+                    f"{found['name']}.csv has no column {start!r} to leave out", rule="no-column"
+                )
             frame = frame[left]
         frame = frame.replace(dict(part.split(": ") for part in parts if ": " in part))
         lines = to_markdown(table_of_frame("", "", frame)).splitlines()
@@ -92,7 +99,8 @@ def filled(text: str, folder: Path) -> str:
         frame = chosen(found, where)
         if len(frame) != 1:
             raise InputError(
-                f"a page has a number of {len(frame)} rows: {found['where']!r} in {found['name']}.csv; name one row",
+                f"a page has a number of {len(frame)} rows: {found['where']!r} in"
+                f" {found['name']}.csv; name one row",
                 rule="not-one-row",
             )
         shown = [key for key in frame if f"{key}!" == column or key.startswith(column)]

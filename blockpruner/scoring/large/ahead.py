@@ -1,7 +1,7 @@
 """What is needed one after another, fetched by a thread while the one before is in use.
 
-Decides in which order a thread, a device and its streams wait for each other. What is fetched, and how many buffers
-there are, is decided by the caller.
+Decides in which order a thread, a device and its streams wait for each other. What is fetched, and
+how many buffers there are, is decided by the caller.
 """
 
 from collections import deque
@@ -19,13 +19,17 @@ Found = TypeVar("Found")
 
 
 def in_turn(
-    device: torch.device, jobs: Sequence[Job], buffers: Sequence[Tensor], fetch: Callable[[Job, Tensor], Found]
+    device: torch.device,
+    jobs: Sequence[Job],
+    buffers: Sequence[Tensor],
+    fetch: Callable[[Job, Tensor], Found],
 ) -> Generator[Found]:
     """Yield what is fetched for each job, in order; it is valid until the next one is asked for.
 
-    With one buffer nothing is fetched ahead. What the thread asks of a device comes after what was asked before, as far
-    as it concerns a buffer, and before what is asked later; nobody waits for a device. When the thread's `fetch`
-    returns, it may still be copying to a device; its errors are raised here.
+    With one buffer nothing is fetched ahead. What the thread asks of a device comes after what was
+    asked before, as far as it concerns a buffer, and before what is asked later; nobody waits for a
+    device. When the thread's `fetch` returns, it may still be copying to a device; its errors are
+    raised here.
     """
     waiting, fetching = deque(jobs), deque[Future[tuple[Found, Tensor, Any]]]()
     free = deque((buffer, accelerator.mark(device)) for buffer in buffers)

@@ -1,11 +1,11 @@
 """Scoring on Ray workers that each hold a replica of the model.
 
-A lost worker costs the one answer that it was computing; the others take over its work. When the last one is lost, the
-run ends, and another run goes on from what is stored. A piece of work never splits a batch, so losses have the same
-bits on however many of the workers.
+A lost worker costs the one answer that it was computing; the others take over its work. When the
+last one is lost, the run ends, and another run goes on from what is stored. A piece of work never
+splits a batch, so losses have the same bits on however many of the workers.
 
-Workers import this package. A Ray that is started here has it; the nodes of a shared cluster must have the same
-version of blockpruner, and the checkpoint at the same path.
+Workers import this package. A Ray that is started here has it; the nodes of a shared cluster must
+have the same version of blockpruner, and the checkpoint at the same path.
 """
 
 import os
@@ -31,7 +31,8 @@ from blockpruner.store.files import read_json
 from blockpruner.store.trials import SIXTEEN_BITS, Origin
 
 GRANT_SECONDS = 60
-"""How long Ray may take to grant the workers' resources, which others of a shared cluster may use."""
+"""How long Ray may take to grant the workers' resources, which others of a shared cluster may
+use."""
 
 PIECES = 2
 """Pieces of work for each worker."""
@@ -42,8 +43,10 @@ OBJECT_STORE_BYTES = 128 * 2**20
 PRIVATE = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_enable_metrics_collection": "0",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # despite its name the one switch, on any system, that keeps to loopback
-    "RAY_worker_niceness": "0",  # 15 by default: on a shared machine workers would wait for everything else
+    # Despite its name, this is the one switch, on any system, that keeps to loopback.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # It is 15 by default: on a shared machine, workers would wait for everything else.
+    "RAY_worker_niceness": "0",
 }
 """Environment of a private Ray: it reports nothing, and listens on this machine only."""
 
@@ -55,21 +58,40 @@ class WorkerLostError(InputError):
 class Replica:
     """A worker: one scorer in a process of its own."""
 
-    def __init__(self, checkpoint: Path, dtype: str, runtime: Runtime, trust_remote_code: bool) -> None:
-        self._checkpoint, self._dtype, self._runtime, self._trusted = checkpoint, dtype, runtime, trust_remote_code
+    def __init__(
+        self, checkpoint: Path, dtype: str, runtime: Runtime, trust_remote_code: bool
+    ) -> None:
+        self._checkpoint, self._dtype, self._runtime, self._trusted = (
+            checkpoint,
+            dtype,
+            runtime,
+            trust_remote_code,
+        )
 
     def load(self) -> tuple[str, Origin, float]:
-        """Load the model; return name, origin and `growth`. Errors of a constructor would not arrive as themselves."""
+        """Load the model; return name, origin and `growth`. Errors of a constructor would not
+        arrive as themselves."""
         memory = available_memory() // self._runtime.workers if self._runtime.streaming else None
         alone = self._runtime.model_copy(update={"executor": "local"})
-        made = make_scorer(self._checkpoint, self._dtype, alone, trust_remote_code=self._trusted, memory=memory)
+        made = make_scorer(
+            self._checkpoint, self._dtype, alone, trust_remote_code=self._trusted, memory=memory
+        )
         self._scorer = cast(Any, made)
-        return f"process {os.getpid()} on {socket.gethostname()}", self._scorer.origin(), self._scorer.growth
+        return (
+            f"process {os.getpid()} on {socket.gethostname()}",
+            self._scorer.origin(),
+            self._scorer.growth,
+        )
 
     def run(self, tasks: Sequence[Task], rows: Rows, limit: int) -> Iterator[ScoredRows | int]:
-        """Yield values; where memory runs out, the tokens to each later batch before the next value."""
+        """Yield values; where memory runs out, the tokens to each later batch before the next
+        value."""
         self._scorer.limit = limit
-        tasks = [replace(task, span=part) for task in tasks for part in self._scorer.row_batches(rows, task.span)]
+        tasks = [
+            replace(task, span=part)
+            for task in tasks
+            for part in self._scorer.row_batches(rows, task.span)
+        ]
         for scored in self._scorer.run(tasks, rows):
             if (tokens := self._scorer.origin()["batch_tokens"]) < limit:
                 limit = tokens
@@ -89,23 +111,33 @@ class _Worker:
 
 
 class RayScorer:
-    """Replicas of the model, each an actor with one device (with device: split, with an equal share of them). Without
-    `ray_address` a Ray of this machine is started for this process alone, on loopback, and ended with it. A Ray to
-    which this process is connected already is used and left as it is."""
+    """Replicas of the model, each an actor with one device (with device: split, with an equal share
+    of them). Without `ray_address` a Ray of this machine is started for this process alone, on
+    loopback, and ended with it. A Ray to which this process is connected already is used and left
+    as it is."""
 
     def __init__(
-        self, checkpoint: Path, dtype: str, runtime: Runtime, trust_remote_code: bool, note: Callable[[str], object]
+        self,
+        checkpoint: Path,
+        dtype: str,
+        runtime: Runtime,
+        trust_remote_code: bool,
+        note: Callable[[str], object],
     ) -> None:
         self._runtime, self._note = runtime, note
         config = read_json(checkpoint / "config.json")
-        self._steps = steps_of(config["num_hidden_layers"], FAMILIES[config["model_type"]].is_parallel(config))
+        self._steps = steps_of(
+            config["num_hidden_layers"], FAMILIES[config["model_type"]].is_parallel(config)
+        )
         self._workers: list[_Worker] = []
         self._rows: Rows | None = None
         self._reference: Any = None
         self._group: Any = None
         self._ray, self._connected = connect(runtime.ray_address, runtime.streaming)
         try:
-            needs = resources(runtime, [node["Resources"] for node in self._ray.nodes() if node["Alive"]])
+            needs = resources(
+                runtime, [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+            )
             self._group = self._reserve(needs)
             replica = self._ray.remote(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0))(Replica)
             strategy = self._ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy
@@ -128,15 +160,19 @@ class RayScorer:
             raise _own(error) from None
         except self._ray.exceptions.RayError as error:
             raise WorkerLostError(
-                f"a Ray worker died while it was loading the model: {_reason(error)} Where memory is short, lower "
-                "runtime.workers, or set runtime.streaming: true"
+                f"a Ray worker died while it was loading the model: {_reason(error)} Where memory"
+                " is short, lower runtime.workers, or set runtime.streaming: true"
             ) from error
         for worker, (name, origin, growth) in zip(self._workers, loaded, strict=True):
             worker.name, worker.origin, self._growth = name, origin, growth
-            if dtype in SIXTEEN_BITS and origin != {**loaded[0][1], "batch_tokens": origin["batch_tokens"]}:
+            if dtype in SIXTEEN_BITS and origin != {
+                **loaded[0][1],
+                "batch_tokens": origin["batch_tokens"],
+            }:
                 raise InputError(
-                    f"Ray's workers compute with {dict(origin)} and {dict(loaded[0][1])}: in {dtype} their losses may "
-                    "differ by more than candidates do; use nodes that are alike, or model.dtype: float32"
+                    f"Ray's workers compute with {dict(origin)} and {dict(loaded[0][1])}: in"
+                    f" {dtype} their losses may differ by more than candidates do; use nodes that"
+                    " are alike, or model.dtype: float32"
                 )
         self._limit = min(int(worker.origin["batch_tokens"]) for worker in self._workers)
 
@@ -148,8 +184,8 @@ class RayScorer:
         return {**self._workers[0].origin, "batch_tokens": self._limit}
 
     def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows]:
-        """Yield values as workers report them. Raises what a worker's engine raised, as itself, and WorkerLostError if
-        the last worker died."""
+        """Yield values as workers report them. Raises what a worker's engine raised, as itself, and
+        WorkerLostError if the last worker died."""
         # more pieces balance better, but each streamed one reads all weights
         pieces = len(self._workers) * (1 if self._runtime.streaming else PIECES)
         waiting = deque(share_out(tasks, rows, pieces, self._steps))
@@ -158,7 +194,9 @@ class RayScorer:
                 for worker in self._workers:
                     if worker.job is None and waiting:
                         worker.piece, worker.answers = waiting.popleft(), []
-                        worker.job = worker.actor.run.remote(worker.piece, self._shared(rows), self._limit)
+                        worker.job = worker.actor.run.remote(
+                            worker.piece, self._shared(rows), self._limit
+                        )
                 busy = [worker for worker in self._workers if worker.job is not None]
                 (ready,), _ = self._ray.wait([worker.job for worker in busy])
                 worker = next(worker for worker in busy if worker.job is ready)
@@ -174,7 +212,10 @@ class RayScorer:
                 else:
                     if isinstance(found, int):
                         self._limit = min(self._limit, found)
-                        self._note(f"{worker.name} ran out of memory; batches have {found} tokens at most from now on")
+                        self._note(
+                            f"{worker.name} ran out of memory; batches have {found} tokens at most"
+                            " from now on"
+                        )
                     else:
                         worker.answers.append(found)
                         yield found
@@ -204,8 +245,9 @@ class RayScorer:
             return group
         self._ray.util.remove_placement_group(group)
         raise InputError(
-            f"Ray has not granted {workers} workers with {_figures(needs)} each within {GRANT_SECONDS} s: others use "
-            "its nodes; wait, or lower runtime.workers or runtime.threads"
+            f"Ray has not granted {workers} workers with {_figures(needs)} each within"
+            f" {GRANT_SECONDS} s: others use its nodes; wait, or lower runtime.workers or"
+            " runtime.threads"
         )
 
     def _shared(self, rows: Rows) -> Any:
@@ -218,16 +260,21 @@ class RayScorer:
         """Go on with the other workers; raises WorkerLostError where there is none."""
         if self._workers == [lost]:
             raise WorkerLostError(
-                f"the last Ray worker died, {lost.name}: {_reason(error)} Run again: all that is finished is kept. "
-                "Where memory is short, lower runtime.workers or runtime.batch_tokens, or set runtime.streaming: true"
+                f"the last Ray worker died, {lost.name}: {_reason(error)} Run again: all that is"
+                " finished is kept. Where memory is short, lower runtime.workers or"
+                " runtime.batch_tokens, or set runtime.streaming: true"
             ) from error
         self._workers.remove(lost)
         self._ray.kill(lost.actor)
-        self._note(f"{lost.name} was lost; {len(self._workers)} workers go on with its work. {_reason(error)}")
+        self._note(
+            f"{lost.name} was lost; {len(self._workers)} workers go on with its work."
+            f" {_reason(error)}"
+        )
 
 
 def _reason(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if not line.startswith("\t")]  # tabs: identifiers
+    # tabs: identifiers
+    lines = [line for line in str(error).splitlines() if not line.startswith("\t")]
     return textwrap.shorten(" ".join(lines), 300)
 
 
@@ -238,14 +285,17 @@ def _own(error: Exception) -> Exception:
 
 
 def connect(address: str | None, streaming: bool = False) -> tuple[Any, bool]:
-    """Ray, and whether this call connected this process to it. While `streaming`, workers share the memory out, and a
-    private Ray shall not kill one that uses it. Raises InputError if ray is not installed, or nothing answers at the
-    address."""
+    """Ray, and whether this call connected this process to it. While `streaming`, workers share the
+    memory out, and a private Ray shall not kill one that uses it. Raises InputError if ray is not
+    installed, or nothing answers at the address."""
     if address is None:
-        os.environ.update(PRIVATE | ({"RAY_memory_monitor_refresh_ms": "0"} if streaming else {}))  # read at import
-        if "ray" not in sys.modules:  # else Ray's processes would want a token that this one does not send
+        # read at import
+        os.environ.update(PRIVATE | ({"RAY_memory_monitor_refresh_ms": "0"} if streaming else {}))
+        # else Ray's processes would want a token that this one does not send
+        if "ray" not in sys.modules:
             os.environ["RAY_AUTH_MODE"] = "token"  # keeps other users of this machine out
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray's own is a file that all may read
+            # Ray's own is a file that all may read
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     with extra("ray"):
         import ray
         import ray.util.scheduling_strategies
@@ -259,27 +309,33 @@ def connect(address: str | None, streaming: bool = False) -> tuple[Any, bool]:
         ray.init(address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise InputError(
-            f"runtime.ray_address {address!r} does not answer as a Ray cluster: {textwrap.shorten(str(error), 300)}; "
-            "give <host>:<port> of its head, or null for a Ray of this machine"
+            f"runtime.ray_address {address!r} does not answer as a Ray cluster:"
+            f" {textwrap.shorten(str(error), 300)}; give <host>:<port> of its head, or null for a"
+            " Ray of this machine"
         ) from error
     return ray, True
 
 
 def resources(runtime: Runtime, nodes: Sequence[Mapping[str, float]]) -> dict[str, int]:
-    """What Ray keeps for each worker: CPU cores, and GPUs if the device is one. With threads: auto on CPUs, or device:
-    split, each worker gets the largest equal share of the cores, or of the GPUs, that the nodes can hold; a worker is
-    on one node. The nodes are as "Resources" in `ray.nodes`. Raises InputError if they do not hold the workers."""
+    """What Ray keeps for each worker: CPU cores, and GPUs if the device is one. With threads: auto
+    on CPUs, or device: split, each worker gets the largest equal share of the cores, or of the
+    GPUs, that the nodes can hold; a worker is on one node. The nodes are as "Resources" in
+    `ray.nodes`. Raises InputError if they do not hold the workers."""
     workers, device, threads = runtime.workers, runtime.device, runtime.threads
     if device.startswith("cuda:"):
         raise InputError(
-            f"runtime.device {device!r}: with executor: ray it is Ray that assigns devices; use auto or cuda"
+            f"runtime.device {device!r}: with executor: ray it is Ray that assigns devices; use"
+            " auto or cuda"
         )
-    on_gpu = device in ("cuda", "split") or (device == "auto" and any(node.get("GPU", 0) >= 1 for node in nodes))
+    on_gpu = device in ("cuda", "split") or (
+        device == "auto" and any(node.get("GPU", 0) >= 1 for node in nodes)
+    )
     needs = {"CPU": 1 if threads == "auto" else threads} | ({"GPU": 1} if on_gpu else {})
     if (fit := _places(needs, nodes)) < workers:
         raise InputError(
-            f"runtime.workers {workers} with {_figures(needs)} each: Ray's nodes have room for {fit}, and none is on "
-            "two nodes; lower runtime.workers or runtime.threads, add nodes, or use another runtime.device"
+            f"runtime.workers {workers} with {_figures(needs)} each: Ray's nodes have room for"
+            f" {fit}, and none is on two nodes; lower runtime.workers or runtime.threads, add"
+            " nodes, or use another runtime.device"
         )
     if device == "split":
         needs["GPU"] = _largest("GPU", needs, workers, nodes)
@@ -290,10 +346,14 @@ def resources(runtime: Runtime, nodes: Sequence[Mapping[str, float]]) -> dict[st
 
 def _places(needs: Mapping[str, int], nodes: Sequence[Mapping[str, float]]) -> int:
     """How many workers the nodes hold."""
-    return sum(min(int(node.get(kind, 0)) // count for kind, count in needs.items()) for node in nodes)
+    return sum(
+        min(int(node.get(kind, 0)) // count for kind, count in needs.items()) for node in nodes
+    )
 
 
-def _largest(kind: str, needs: Mapping[str, int], workers: int, nodes: Sequence[Mapping[str, float]]) -> int:
+def _largest(
+    kind: str, needs: Mapping[str, int], workers: int, nodes: Sequence[Mapping[str, float]]
+) -> int:
     """The most that each worker can have of `kind` with its other needs."""
     most = max(int(node.get(kind, 0)) for node in nodes)
     return next(n for n in range(most, 0, -1) if _places({**needs, kind: n}, nodes) >= workers)

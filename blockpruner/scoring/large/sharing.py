@@ -8,20 +8,27 @@ from blockpruner.scoring.walk import Step, runs
 from blockpruner.scoring.work import Rows, ScoredRows, Task
 
 
-def share_out(tasks: Sequence[Task], rows: Rows, pieces: int, steps: Sequence[Step]) -> list[list[Task]]:
-    """Split tasks into at most `pieces` pieces of about the same work. Masks stay in the order of the walk, where
-    neighbours share the longest prefixes, and the sequence of all tasks' masks is cut. Row ranges stay whole."""
+def share_out(
+    tasks: Sequence[Task], rows: Rows, pieces: int, steps: Sequence[Step]
+) -> list[list[Task]]:
+    """Split tasks into at most `pieces` pieces of about the same work. Masks stay in the order of
+    the walk, where neighbours share the longest prefixes, and the sequence of all tasks' masks is
+    cut. Row ranges stay whole."""
     leaves: list[tuple[int, Mask, int]] = []
     for number, task in enumerate(tasks):
         tokens = len(task.span) * max(len(rows[i]) for i in task.span)
         for group, ran in runs(steps, task.masks):
-            leaves += [(number, mask, tokens * (1 + len(ran))) for mask in group]  # a block or the head counts one
+            # a block or the head counts one
+            leaves += [(number, mask, tokens * (1 + len(ran))) for mask in group]
     done, whole = 0, sum(work for _, _, work in leaves)
     shared: dict[int, dict[int, list[Mask]]] = {}
     for number, mask, work in leaves:
         shared.setdefault(done * pieces // whole, {}).setdefault(number, []).append(mask)
         done += work
-    return [[replace(tasks[n], masks=tuple(masks)) for n, masks in piece.items()] for piece in shared.values()]
+    return [
+        [replace(tasks[n], masks=tuple(masks)) for n, masks in piece.items()]
+        for piece in shared.values()
+    ]
 
 
 def unfinished(tasks: Sequence[Task], known: Iterable[ScoredRows]) -> list[Task]:

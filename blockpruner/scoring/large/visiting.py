@@ -1,7 +1,9 @@
-"""A model in the host's memory whose layers are on a device one at a time: for a fit that has no room for all of them.
+"""A model in the host's memory whose layers are on a device one at a time: for a fit that has no
+room for all of them.
 
-A layer comes when one of its modules is called, and stays until another one comes. Its parameters are the same objects
-all the time, and what was changed on the device is changed in the host's memory, too.
+A layer comes when one of its modules is called, and stays until another one comes. Its parameters
+are the same objects all the time, and what was changed on the device is changed in the host's
+memory, too.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ swap_: Any = torch.utils.swap_tensors
 def load_for_fit(
     directory: Path, dtype: str, device: str, trust_remote_code: bool, attention: str = "auto"
 ) -> PreTrainedModel:
-    """The model whose weights are fitted, on its device; with visiting layers where the device is too small for all."""
+    """The model whose weights are fitted, on its device; with visiting layers where the device is
+    too small for all."""
     place, config = resolve_device(device), read_json(directory / "config.json")
     fits = place.type == "cpu" or fit_bytes(config, dtype) <= accelerator.total_memory(place)
     if fits or device == "split":

@@ -1,7 +1,9 @@
-"""The weights of a checkpoint, read from its safetensors with `preadv` into a model's parameters, and taken out again.
+"""The weights of a checkpoint, read from its safetensors with `preadv` into a model's parameters,
+and taken out again.
 
-Decides how a tensor gets from disk to where it is used: never mapped, in the dtype and on the device of scoring, under
-the model's own names, and while others are computed with. `streaming` decides which weights are in memory at what time.
+Decides how a tensor gets from disk to where it is used: never mapped, in the dtype and on the
+device of scoring, under the model's own names, and while others are computed with. `streaming`
+decides which weights are in memory at what time.
 """
 
 import json
@@ -49,11 +51,12 @@ class _Stored:
 
 
 class Weights:
-    """Puts a checkpoint's tensors into a model's parameters, and takes them out again. A weight may be stored in parts:
-    the model has one matrix for all experts of a mixture."""
+    """Puts a checkpoint's tensors into a model's parameters, and takes them out again. A weight may
+    be stored in parts: the model has one matrix for all experts of a mixture."""
 
     names: dict[str, tuple[str, ...]]
-    """Each weight to be read, with the parameters that use it (a head may share the embedding's)."""
+    """Each weight to be read, with the parameters that use it (a head may share the
+    embedding's)."""
 
     def __init__(self, model: PreTrainedModel, checkpoint: Path, device: torch.device) -> None:
         self._model, self._device = model, device
@@ -71,8 +74,8 @@ class Weights:
         self._use(self._read(names, self._slab(self.bytes(names))))
 
     def in_turn(self, groups: Sequence[Sequence[str]]) -> Generator[None]:
-        """Have one group of weights after another in memory: each from when it is yielded until the next one is asked
-        for. A thread reads the next group meanwhile."""
+        """Have one group of weights after another in memory: each from when it is yielded until the
+        next one is asked for. A thread reads the next group meanwhile."""
         memory = [self._slab(max(map(self.bytes, groups))) for _ in range(SLABS)]
         with closing(in_turn(self._device, groups, memory, self._read)) as read:
             for names, tensors in zip(groups, read, strict=True):
@@ -85,21 +88,31 @@ class Weights:
 
     def _read(self, names: Sequence[str], slab: Tensor) -> dict[str, Tensor]:
         start, tensors = 0, {}
-        for name in sorted(names, key=lambda name: (self._stored[name][0].file, self._stored[name][0].offset)):
+        for name in sorted(
+            names, key=lambda name: (self._stored[name][0].file, self._stored[name][0].offset)
+        ):
             empty, parts = self._empty[name], self._stored[name]
-            # a model in memory uses tensors where safetensors maps them, aligned as in the file; it uses a copy of a
-            # tensor that is put together, or not aligned to its own items
-            is_mapped = len(parts) == 1 and self._is_used_as_stored(name) and parts[0].offset % empty.itemsize == 0
+            # a model in memory uses tensors where safetensors maps them, aligned as in the file; it
+            # uses a copy of a tensor that is put together, or not aligned to its own items
+            is_mapped = (
+                len(parts) == 1
+                and self._is_used_as_stored(name)
+                and parts[0].offset % empty.itemsize == 0
+            )
             first = start + (parts[0].offset % VECTOR if is_mapped else 0)
             target = slab[first : first + empty.nbytes].view(empty.dtype)
-            for part, piece in zip(parts, torch.split(target, [part.shape.numel() for part in parts]), strict=True):
+            for part, piece in zip(
+                parts, torch.split(target, [part.shape.numel() for part in parts]), strict=True
+            ):
                 self._fill(piece, part, self._is_used_as_stored(name))
             tensors[name] = target.view(empty.shape)
             start += aligned(empty.nbytes + VECTOR)
         return tensors
 
     def _is_used_as_stored(self, name: str) -> bool:
-        return self._device.type == "cpu" and all(p.dtype == self._empty[name].dtype for p in self._stored[name])
+        return self._device.type == "cpu" and all(
+            p.dtype == self._empty[name].dtype for p in self._stored[name]
+        )
 
     def _fill(self, target: Tensor, stored: _Stored, direct: bool) -> None:
         if stored.file not in self._files:
@@ -133,11 +146,12 @@ class Weights:
 def skeleton(
     checkpoint: Path, dtype: str, device: torch.device, attention: str, trust_remote_code: bool
 ) -> PreTrainedModel:
-    """The model with its parameters on the meta device and its buffers, which no checkpoint holds, on `device`."""
+    """The model with its parameters on the meta device and its buffers, which no checkpoint holds,
+    on `device`."""
     config = read_config(checkpoint, trust_remote_code)
     options = kernel_options(attention, dtype, device)
-    # parameters lose their memory, which is still untouched, when a module registers them; torch types the hook as one
-    # that returns nothing, and takes what it returns
+    # parameters lose their memory, which is still untouched, when a module registers them; torch
+    # types the hook as one that returns nothing, and takes what it returns
     with usable(attention), register_module_parameter_registration_hook(_on_meta):  # type: ignore[arg-type]
         model = AutoModelForCausalLM.from_config(
             config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, **options
@@ -148,13 +162,16 @@ def skeleton(
 
 
 def _on_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
-    return parameter if parameter.is_meta else nn.Parameter(parameter.to("meta"), requires_grad=False)
+    return (
+        parameter if parameter.is_meta else nn.Parameter(parameter.to("meta"), requires_grad=False)
+    )
 
 
 def _matched(
     model: PreTrainedModel, checkpoint: Path, expected: dict[str, nn.Parameter]
 ) -> tuple[dict[str, list[_Stored]], dict[str, tuple[str, ...]]]:
-    """The checkpoint's tensors by the model's names, and the parameters that use each; checked as `load_model` does."""
+    """The checkpoint's tensors by the model's names, and the parameters that use each; checked as
+    `load_model` does."""
     changes = get_model_conversion_mapping(model)
     renamings = [change for change in changes if isinstance(change, WeightRenaming)]
     merges = [change for change in changes if isinstance(change, WeightConverter)]
@@ -163,20 +180,34 @@ def _matched(
     for key, entry in _read_headers(checkpoint).items():
         name, pattern = rename_source_key(key, renamings, merges, model.base_model_prefix, expected)
         # in a mixture: expert by expert, and the matrices of an expert in the order of the patterns
-        place = [] if pattern is None else [*map(int, re.findall(r"experts\.(\d+)\.", key)), patterns.index(pattern)]
+        place = (
+            []
+            if pattern is None
+            else [*map(int, re.findall(r"experts\.(\d+)\.", key)), patterns.index(pattern)]
+        )
         parts.setdefault(name, []).append((place, entry))
-    stored = {name: [entry for _, entry in sorted(found, key=lambda pair: pair[0])] for name, found in parts.items()}
+    stored = {
+        name: [entry for _, entry in sorted(found, key=lambda pair: pair[0])]
+        for name, found in parts.items()
+    }
     uses: dict[str, tuple[str, ...]] = {name: (name,) for name in expected}
     for one, other in model.all_tied_weights_keys.items():
-        if one not in stored or other not in stored:  # where both are stored they may differ, so each is read
+        # where both are stored they may differ, so each is read
+        if one not in stored or other not in stored:
             absent, present = (one, other) if other in stored or one not in stored else (other, one)
             uses[present] += uses.pop(absent)
-    ignored = re.compile("|".join([*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]))
+    ignored = re.compile(
+        "|".join([*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"])
+    )
     shared = stored.keys() & uses.keys()
     problems = {
         "missing keys": uses.keys() - stored.keys(),
         "unexpected keys": {key for key in stored.keys() - uses.keys() if not ignored.search(key)},
-        "mismatched keys": {key for key in shared if not _make_up(expected[key].shape, [p.shape for p in stored[key]])},
+        "mismatched keys": {
+            key
+            for key in shared
+            if not _make_up(expected[key].shape, [p.shape for p in stored[key]])
+        },
         f"not of a dtype that is streamed ({', '.join(FLOATS)})": {
             key for key in shared if any(part.dtype is None for part in stored[key])
         },
@@ -191,10 +222,13 @@ def _matched(
 
 
 def _make_up(whole: torch.Size, parts: Sequence[torch.Size]) -> bool:
-    """Whether the parts, one after another, are the weight: itself, or matrices [*, H] of a weight [E, I, H]."""
+    """Whether the parts, one after another, are the weight: itself, or matrices [*, H] of a weight
+    [E, I, H]."""
     if len(parts) == 1:
         return parts[0] == whole
-    return sum(part.numel() for part in parts) == whole.numel() and all(part[1:] == whole[2:] for part in parts)
+    return sum(part.numel() for part in parts) == whole.numel() and all(
+        part[1:] == whole[2:] for part in parts
+    )
 
 
 def _read_headers(checkpoint: Path) -> dict[str, _Stored]:
@@ -203,24 +237,41 @@ def _read_headers(checkpoint: Path) -> dict[str, _Stored]:
     if single.exists():
         files = [single]
     elif index.exists():
-        files = [checkpoint / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+        files = [
+            checkpoint / name
+            for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        ]
     else:
-        raise InputError(f"{checkpoint} holds neither {single.name} nor {index.name}; fetch the checkpoint again")
+        raise InputError(
+            f"{checkpoint} holds neither {single.name} nor {index.name}; fetch the checkpoint again"
+        )
     return {name: entry for file in files for name, entry in _read_header(file).items()}
 
 
 def _read_header(path: Path) -> dict[str, _Stored]:
-    """The header of a safetensors file: its length in 8 bytes, then JSON of name -> dtype, shape, offsets."""
+    """The header of a safetensors file: its length in 8 bytes, then JSON of name -> dtype, shape,
+    offsets."""
     try:
-        with safe_open(path, framework="pt"), path.open("rb", buffering=0) as file:  # which checks header and size
+        # which checks header and size
+        with (
+            safe_open(path, framework="pt"),
+            path.open("rb", buffering=0) as file,
+        ):
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be read as safetensors: {error}; fetch the checkpoint again") from error
+        raise InputError(
+            f"{path} cannot be read as safetensors: {error}; fetch the checkpoint again"
+        ) from error
     header.pop("__metadata__", None)
     start = 8 + length
     return {
-        name: _Stored(path, start + entry["data_offsets"][0], FLOATS.get(entry["dtype"]), torch.Size(entry["shape"]))
+        name: _Stored(
+            path,
+            start + entry["data_offsets"][0],
+            FLOATS.get(entry["dtype"]),
+            torch.Size(entry["shape"]),
+        )
         for name, entry in header.items()
     }
 
@@ -231,7 +282,10 @@ def read_into(file: int, target: Tensor, offset: int, name: str) -> None:
     while data:
         count = os.preadv(file, [data], offset)
         if count == 0:
-            raise InputError(f"{name} ends at byte {offset}, before its last tensor does; fetch the checkpoint again")
+            raise InputError(
+                f"{name} ends at byte {offset}, before its last tensor does; fetch the checkpoint"
+                " again"
+            )
         data, offset = data[count:], offset + count
 
 
