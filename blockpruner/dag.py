@@ -1,9 +1,9 @@
 """dag.yaml: what dvc.yaml makes its stages of beyond params.yaml. `python -m blockpruner.dag`
 writes it.
 
-DVC cannot work out which searches the targets need, which local paths a run names, and what moves
-results besides the settings: the machine and its packages. A flow writes the file before it starts
-stages; a stage refuses a stale one.
+DVC cannot work out which searches the targets need, which local paths a run names, the defaults of
+settings, and what moves results besides the settings: the machine and its packages. A flow writes
+the file before it starts stages; a stage refuses a stale one.
 """
 
 import sys
@@ -17,9 +17,10 @@ import yaml
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Local, Runtime
 from blockpruner.inputs.sources import read_yaml
-from blockpruner.params import load_params, load_run
+from blockpruner.params import load_params, load_run, run_schema
 from blockpruner.settings import Sources, resolve
 from blockpruner.store.files import write_text
+from blockpruner.store.provenance import fingerprint
 from blockpruner.store.trials import SIXTEEN_BITS
 from blockpruner.studies import load_study
 
@@ -55,7 +56,8 @@ def device_name(device: str) -> str:
 def derived(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """The content of the file. The machine and packages are those `recorded`."""
     params = load_params()
-    found: dict[str, Any] = {"searches": {}, "pruned": {}, "local": {}, "fetched": {}, "tables": {}}
+    found: dict[str, Any] = {"defaults": fingerprint(without_words(run_schema(())))}
+    found |= {"searches": {}, "pruned": {}, "local": {}, "fetched": {}, "tables": {}}
     for name in params.runs:
         run = load_run(name)
         settings = resolve(run, params.targets_of(name))
@@ -76,6 +78,13 @@ def derived(recorded: Mapping[str, Any]) -> dict[str, Any]:
         folder = name if load_study(name).experiments else "models"
         found["tables"][name] = {"manifests": f"data/manifests/{folder}"}
     return {**recorded, **found}
+
+
+def without_words(schema: Any) -> Any:
+    """A JSON schema without descriptions, which change no result."""
+    if isinstance(schema, dict):
+        return {key: without_words(value) for key, value in schema.items() if key != "description"}
+    return [without_words(value) for value in schema] if isinstance(schema, list) else schema
 
 
 def local_paths(sources: Sources) -> list[str]:

@@ -87,9 +87,7 @@ def run_schema(named: Collection[str]) -> dict[str, Any]:
     score = found["$defs"]["Score"]
     score["properties"]["method"]["enum"] = names()
     paper = ", ".join(name for name, one in RECIPES.items() if one.published)
-    found["properties"][
-        "calibration"
-    ] |= {  # also on the file that says when stages read settings anew
+    found["properties"]["calibration"] |= {
         "default": completed({})["calibration"],
         "description": (
             f"Without `data`, its default. For these methods it is the paper's set: {paper}."

@@ -5,12 +5,16 @@ import random
 import pytest
 
 from blockpruner import versions
+from blockpruner.inputs import sources, texts
 from tests.golden import CHAIN, ENTRIES, FOLDER, World, current, kept, measure, problem, renew
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return World(tmp_path_factory.mktemp("golden"))
+    with pytest.MonkeyPatch.context() as patch:  # the world has texts of its own
+        patch.setattr(texts, "pieces_of_library", texts.pieces_of_library)
+        patch.setattr(sources, "OURS", sources.OURS)
+        yield World(tmp_path_factory.mktemp("golden"))
 
 
 @pytest.mark.parametrize(

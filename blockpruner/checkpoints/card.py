@@ -76,8 +76,8 @@ def model_card(
 # {plain(plan.target)}
 
 {code(base)} {KINDS[plan.kind].card(plan)}: {sizes}
-({plan.ratio:.2%} removed), made by [BlockPruner](https://arxiv.org/abs/2406.10594)'s workflow and
-{since}.
+({plan.ratio:.2%} removed), made by
+[BlockPruner](https://arxiv.org/abs/2406.10594)'s workflow and {since}.
 
 {told_parts}
 {loading}{_serving(form, dense, module)}{LIMITS}{_steps(plan)}"""
