@@ -93,7 +93,7 @@ def make_project(folder: Path, targets: dict[str, str], **calibration: Any) -> P
         half_written = shutil.ignore_patterns("*.pyc.*")  # by another worker
         shutil.copytree(ROOT / name, project / name, ignore=half_written)
     (project / "runs").mkdir()
-    for name in ("dvc.yaml", ".dvcignore", "runs/schema.json", "runs/sources.yaml"):
+    for name in ("dvc.yaml", ".dvcignore", "runs/sources.yaml"):
         shutil.copy(ROOT / name, project / name)
     with (project / "runs/sources.yaml").open("a") as file:
         file.write(yaml.safe_dump({SHIPPED: write_shipped(inputs / "shipped")}))
