@@ -4,10 +4,11 @@ docs/results.md.
     BLOCKPRUNER_DATA=... python -m benchmarks.kinds FOLDER
         [--models smollm2,qwen,gemma] [--cells NAME,...]
 
-FOLDER keeps a checkpoint's losses (losses.jsonl), one line a cell and draw; a kill loses one. The
-tables are printed from what is there. A cell is a command with a name, as `CELLS` has it. Draws
-differ by the seeds of all texts. Each checkpoint also answers five plain questions (`QUESTIONS`);
-`--answers` prints those of the first draws.
+Losses are kept in docs/results/kinds.jsonl (`RECORDS`), one line a cell and draw: what is there
+is not computed again, and a kill loses one cell. The table is made from them. FOLDER holds what is
+large and can go. A cell is a command with a name, as `CELLS` has it. Draws differ by the seeds of all
+texts. Each checkpoint also answers five plain questions (`QUESTIONS`); `--answers` prints those of
+the first draws.
 
 Held-out: Python of five libraries and of this project, mathematics (MATH), dialogue (tool calls),
 WikiText-2, stories and news (CoQA). Each kind has 16 rows of 512 tokens, each of documents of its
@@ -29,7 +30,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
 from pydantic import TypeAdapter
 from scipy import stats
 from transformers import AutoTokenizer, PreTrainedModel
@@ -45,9 +45,18 @@ from blockpruner.inputs.texts import load_texts
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model.models import load_model
 
+PACKAGES = {5: 5800, 20: 1500, 80: 900, 160: 820}
+"""How many packages give text, and the characters of a piece: about 240 thousand in all."""
+RECORDS = Path("docs/results/kinds.jsonl")
 MODELS = {"smollm2": "smollm2-135m", "qwen": "qwen25-coder-0.5b", "gemma": "gemma3-270m"}
 OWN = ("--texts", "own.jsonl")
 """One's own file of one kind: articles of an encyclopaedia."""
+
+
+def rate(value: str) -> tuple[str, str]:
+    """The option for a rate of training."""
+    return "--set", f"train.learning_rate={value}"
+
 
 CELLS: Mapping[str, Sequence[str]] = {
     "default 10 %": ("--budget", "0.10"),
@@ -56,9 +65,19 @@ CELLS: Mapping[str, Sequence[str]] = {
     "shifted layers 10 %": ("--budget", "0.10", "--method", "shifted"),
     "own file 10 %": ("--budget", "0.10", *OWN),
     "own file only 10 %": ("--budget", "0.10", *OWN, "--only-texts"),
-    "trained 10 %": ("--budget", "0.10", "--train", "all"),
-    "trained 20 %": ("--budget", "0.20", "--train", "all"),
+    "trained 10 %, rate 1e-4": ("--budget", "0.10", "--train", "all", *rate("1e-4")),
+    "trained 10 %, rate 3e-4": ("--budget", "0.10", "--train", "all", *rate("3e-4")),
+    "trained 20 %, rate 1e-4": ("--budget", "0.20", "--train", "all", *rate("1e-4")),
+    "trained 20 %, rate 3e-4": ("--budget", "0.20", "--train", "all", *rate("3e-4")),
+    **{
+        f"Python of {packages} packages, channels 10 %": (
+            *("--budget", "0.10", "--method", "narrow", "--only-texts"),
+            *("--texts", f"packages-{packages}.jsonl"),
+        )
+        for packages in PACKAGES
+    },
 }
+"""The cells of packages are fitted to as much Python, of few packages or of many."""
 
 LIBRARIES = {  # five libraries of which no line is in the default texts
     "Django==5.1.4": "236e023f021f5ce7dee5779de7b286565fdea5f4ab86bae5338e3f7b69896cf0",
@@ -80,11 +99,15 @@ widened."""
 ROWS = Perplexity(seq_len=512, max_rows=16, packing="documents")
 
 
-def source(name: str) -> list[str]:
+def write_texts(path: Path, texts: Sequence[str]) -> None:
+    """Write a file for `--texts`."""
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def source(name: str, **changes: int) -> list[str]:
     """The texts of a source by its name."""
-    found: Texts = TypeAdapter(Texts).validate_python(
-        with_sources({"source": name}, named_sources())
-    )
+    settings = with_sources({"source": name}, named_sources()) | changes
+    found: Texts = TypeAdapter(Texts).validate_python(settings)
     return load_texts(found, cache_folder() / "cache", cache_folder() / "pins.json", str)
 
 
@@ -127,7 +150,8 @@ def measured(folder: Path, rows: Mapping[str, Sequence[Sequence[int]]]) -> dict[
     this clone."""
     model = load_model(folder, "bfloat16", "cpu", trust_remote_code=True)
     nll = {
-        kind: list(measure_perplexity(model, own, batch=4).row_nll) for kind, own in rows.items()
+        kind: [round(nll, 6) for nll in measure_perplexity(model, own, batch=4).row_nll]
+        for kind, own in rows.items()
     }
     return {
         "nll": nll,
@@ -136,8 +160,13 @@ def measured(folder: Path, rows: Mapping[str, Sequence[Sequence[int]]]) -> dict[
 
 
 def answer(model: PreTrainedModel, tokenizer: Any, question: str) -> str:
-    """The first line of the greedy answer of at most 24 tokens."""
-    given = tokenizer(f"Question: {question}\nAnswer:", return_tensors="pt")
+    """The first line of the greedy answer of at most 24 tokens, in the words of the
+    chat template where there is one."""
+    prompt = f"Question: {question}\nAnswer:"
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": question}]
+        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    given = tokenizer(prompt, return_tensors="pt")
     tokens = model.generate(
         **given, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id
     )
@@ -168,8 +197,7 @@ def pruned(
             str(out),
             "--json",
         ]
-        texts = keep / "own.jsonl"
-        command = [str(texts) if word == "own.jsonl" else word for word in command]
+        command = [str(keep / word) if word.endswith(".jsonl") else word for word in command]
         told = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
         plan = told["plan"]
         return {"method": plan["method"], "judged": plan.get("kinds", {}), **measured(out, rows)}
@@ -215,15 +243,15 @@ def main() -> None:
     if "BLOCKPRUNER_DATA" not in os.environ:
         sys.exit("BLOCKPRUNER_DATA is not set: the folder that holds wikitext2_raw_test.parquet")
     given.folder.mkdir(parents=True, exist_ok=True)
-    log = given.folder / "losses.jsonl"
-    known = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    texts, own = never_fitted(), given.folder / "own.jsonl"
-    own.write_text(
-        "".join(
-            json.dumps({"text": text}) + "\n" for text in source("encyclopaedia") if len(text) > 400
+    known = [json.loads(line) for line in RECORDS.read_text().splitlines()]
+    texts = never_fitted()
+    articles = [text for text in source("encyclopaedia") if len(text) > 400]
+    write_texts(given.folder / "own.jsonl", articles)
+    for packages, length in PACKAGES.items():
+        pieces = source(
+            "python-of-packages", packages=packages, pieces=320 // packages, length=length
         )
-    )
-    torch.set_num_threads(os.cpu_count() or 1)
+        write_texts(given.folder / f"packages-{packages}.jsonl", pieces)
 
     def done(model: str, cell: str, draw: int) -> dict[str, Any] | None:
         return next(
@@ -237,7 +265,7 @@ def main() -> None:
 
     def add(**fields: Any) -> None:
         known.append(fields)
-        with log.open("a") as file:
+        with RECORDS.open("a") as file:
             file.write(json.dumps(fields) + "\n")
 
     for name in given.models.split(","):
