@@ -6,8 +6,8 @@ docs/results.md.
 
 Losses are kept in docs/results/kinds.jsonl (`RECORDS`), one line a cell and draw: what is there
 is not computed again, and a kill loses one cell. The table is made from them. FOLDER holds what is
-large and can go. A cell is a command with a name, as `CELLS` has it. Draws differ by the seeds of all
-texts. Each checkpoint also answers five plain questions (`QUESTIONS`); `--answers` prints those of
+large and can go. A cell is a command with a name, as `CELLS` has it. Draws differ by the seeds of
+all texts. Each checkpoint also answers five plain questions (`QUESTIONS`); `--answers` prints those of
 the first draws.
 
 Held-out: Python of five libraries and of this project, mathematics (MATH), dialogue (tool calls),
@@ -65,12 +65,12 @@ CELLS: Mapping[str, Sequence[str]] = {
     "shifted layers 10 %": ("--budget", "0.10", "--method", "shifted"),
     "own file 10 %": ("--budget", "0.10", *OWN),
     "own file only 10 %": ("--budget", "0.10", *OWN, "--only-texts"),
-    "trained 10 %, rate 1e-4": ("--budget", "0.10", "--train", "all", *rate("1e-4")),
-    "trained 10 %, rate 3e-4": ("--budget", "0.10", "--train", "all", *rate("3e-4")),
-    "trained 20 %, rate 1e-4": ("--budget", "0.20", "--train", "all", *rate("1e-4")),
-    "trained 20 %, rate 3e-4": ("--budget", "0.20", "--train", "all", *rate("3e-4")),
+    "trained 10 % at 1e-4": ("--budget", "0.10", "--train", "all", *rate("1e-4")),
+    "trained 10 % at 3e-4": ("--budget", "0.10", "--train", "all", *rate("3e-4")),
+    "trained 20 % at 1e-4": ("--budget", "0.20", "--train", "all", *rate("1e-4")),
+    "trained 20 % at 3e-4": ("--budget", "0.20", "--train", "all", *rate("3e-4")),
     **{
-        f"Python of {packages} packages, channels 10 %": (
+        f"Python of {packages} packages 10 %": (
             *("--budget", "0.10", "--method", "narrow", "--only-texts"),
             *("--texts", f"packages-{packages}.jsonl"),
         )
