@@ -7,8 +7,8 @@ docs/results.md.
 Losses are kept in docs/results/kinds.jsonl (`RECORDS`), one line a cell and draw: what is there
 is not computed again, and a kill loses one cell. The table is made from them. FOLDER holds what is
 large and can go. A cell is a command with a name, as `CELLS` has it. Draws differ by the seeds of
-all texts. Each checkpoint also answers five plain questions (`QUESTIONS`); `--answers` prints those of
-the first draws.
+all texts. Each checkpoint also answers five plain questions (`QUESTIONS`); `--answers` prints those
+of the first draws.
 
 Held-out: Python of five libraries and of this project, mathematics (MATH), dialogue (tool calls),
 WikiText-2, stories and news (CoQA). Each kind has 16 rows of 512 tokens, each of documents of its
