@@ -30,6 +30,7 @@ import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
 
@@ -65,9 +66,7 @@ def draw_rows(
     token_ids = tokenizer("\n\n".join(shuffled))["input_ids"]
     available = len(token_ids) // seq_len
     if available < count:
-        raise ValueError(
-            f"the texts fill {available} rows of {seq_len} tokens, not {count}: give more texts"
-        )
+        raise ValueError(f"the texts fill {available} rows of {seq_len} tokens, not {count}")
     return torch.tensor(token_ids[: count * seq_len]).reshape(count, seq_len)
 
 
@@ -93,8 +92,7 @@ def output_projection(model: PreTrainedModel, block: Block) -> nn.Linear:
 
 @contextmanager
 def masked(model: PreTrainedModel, removed: Iterable[Block]) -> Iterator[None]:
-    """Let some blocks add zero to the residual stream inside the `with`: x + 0 is the model without
-    the block."""
+    """Let some blocks add zero to the residual stream inside the `with`: x + 0 skips a block."""
 
     def return_zeros(module: nn.Module, inputs: Any, output: Any) -> Any:
         if isinstance(output, tuple):  # attention also returns its weights
@@ -110,27 +108,23 @@ def masked(model: PreTrainedModel, removed: Iterable[Block]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def mean_nll(model: PreTrainedModel, rows: Tensor) -> float:
-    """The mean over rows of the row's mean negative log-likelihood, in nats a token."""
+def perplexity(model: PreTrainedModel, rows: Tensor) -> float:
+    """exp of the mean over rows of the row's mean negative log-likelihood (NLL)."""
     row_means = []
     for row in rows:
         logits = model(input_ids=row[None], use_cache=False).logits[0, :-1]
-        log_probabilities = torch.log_softmax(
-            logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1
-        )
+        # Half precision is too coarse for a sum over the vocabulary.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        log_probabilities = torch.log_softmax(logits, dim=-1)
         token_nll = -log_probabilities.gather(-1, row[1:, None])
         row_means.append(float(token_nll.double().mean()))
-    return math.fsum(row_means) / len(row_means)
+    return math.exp(math.fsum(row_means) / len(row_means))
 
 
-def perplexity(model: PreTrainedModel, rows: Tensor) -> float:
-    """exp of the mean over rows of the row's mean NLL."""
-    return math.exp(mean_nll(model, rows))
+Scores = dict[Block, float]
 
 
-def score_blocks(
-    model: PreTrainedModel, rows: Tensor, removed: Sequence[Block]
-) -> dict[Block, float]:
+def score_blocks(model: PreTrainedModel, rows: Tensor, removed: Sequence[Block]) -> Scores:
     """The perplexity without each block that is left, beside the blocks that are already removed
     (paper, Section 3.2).
 
@@ -155,11 +149,8 @@ def search(model: PreTrainedModel, rows: Tensor, count: int) -> list[Block]:
         # The block whose absence hurts least is the least important one.
         least_important = min(scores, key=scores.__getitem__)
         removed.append(least_important)
-        print(
-            f"{step}: removed {block_name(least_important)}, perplexity"
-            f" {scores[least_important]:.4f}",
-            flush=True,
-        )
+        name, score = block_name(least_important), scores[least_important]
+        print(f"{step}: removed {name}, perplexity {score:.4f}", flush=True)
     return removed
 
 
@@ -171,19 +162,16 @@ def block_name(block: Block) -> str:
 # --- 4. Cut the blocks out
 
 
-class RemovedAttention(nn.Module):
-    """In place of a removed attention: adds nothing, and has no weights and no part of the KV
-    cache."""
+class RemovedBlock(nn.Module):
+    """Stands where a block was: adds nothing, has no weights and no part of the KV cache."""
 
-    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
-        return torch.zeros_like(hidden_states), None
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
 
-
-class RemovedMLP(nn.Module):
-    """In place of a removed MLP."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return torch.zeros_like(hidden_states)
+    def forward(self, hidden_states: Tensor, **_: Any) -> Any:
+        zeros = torch.zeros_like(hidden_states)
+        return (zeros, None) if self.kind == "mha" else zeros  # attention also returns its weights
 
 
 def cut_(model: PreTrainedModel, removed: Iterable[Block]) -> None:
@@ -194,14 +182,13 @@ def cut_(model: PreTrainedModel, removed: Iterable[Block]) -> None:
     """
     for kind, index in removed:
         layer = model.model.layers[index]
-        setattr(layer, MODULE_OF_KIND[kind], RemovedAttention() if kind == "mha" else RemovedMLP())
+        setattr(layer, MODULE_OF_KIND[kind], RemovedBlock(kind))
         setattr(layer, NORM_OF_KIND[kind], nn.Identity())
-    attentions = [layer.self_attn for layer in model.model.layers]
-    kept_attentions = [
-        attention for attention in attentions if not isinstance(attention, RemovedAttention)
-    ]
-    for cache_index, attention in enumerate(kept_attentions):
-        attention.layer_idx = cache_index
+    cache_index = 0
+    for layer in model.model.layers:
+        if not isinstance(layer.self_attn, RemovedBlock):
+            layer.self_attn.layer_idx = cache_index
+            cache_index += 1
 
 
 # --- 5. Refit
@@ -227,9 +214,7 @@ def block_output(model: PreTrainedModel, block: Block, hidden: Tensor) -> Tensor
         return cast(Tensor, module(normed))
     seq_len = hidden.shape[1]
     positions = torch.arange(seq_len, device=hidden.device)[None]
-    causal_mask = torch.full(
-        (seq_len, seq_len), -math.inf, dtype=hidden.dtype, device=hidden.device
-    ).triu(1)
+    causal_mask = torch.full((seq_len, seq_len), -math.inf).to(hidden).triu(1)
     attention_output, _ = module(
         hidden_states=normed,
         position_embeddings=model.model.rotary_emb(hidden, positions),
@@ -264,9 +249,8 @@ def refit_(
     """
     rows = torch.cat([fit_rows, validation_rows])
     is_fit_row = torch.arange(len(rows)) < len(fit_rows)
-    in_order = [
-        (kind, layer) for layer in range(len(model.model.layers)) for kind in ("mha", "mlp")
-    ]
+    layers = range(len(model.model.layers))
+    in_order = [(kind, layer) for layer in layers for kind in ("mha", "mlp")]
     first_removed = min(map(in_order.index, removed))
     dense = pruned = model.model.embed_tokens(rows)
     old_weights: dict[Block, Tensor] = {}
@@ -274,7 +258,7 @@ def refit_(
     for position, block in enumerate(in_order):
         following = in_order[position + 1 :]
         if block not in removed:
-            span_after = removed_span(following, removed)
+            span_after = list(takewhile(removed.__contains__, following))
             # The dense stream passes the block before its weights change; the removed span behind
             # it, too.
             target = dense
@@ -291,18 +275,8 @@ def refit_(
             else:
                 dense = pruned = dense + block_output(model, block, dense)
         else:
-            dense = dense + block_output(model, block, dense)
+            dense = dense + block_output(model, block, dense)  # only the dense model has this block
     return keep_best_step_(model, removed, old_weights, new_weights, validation_rows)
-
-
-def removed_span(following: Sequence[Block], removed: Sequence[Block]) -> list[Block]:
-    """The removed blocks from here up to the next one that is left."""
-    span = []
-    for block in following:
-        if block not in removed:
-            break
-        span.append(block)
-    return span
 
 
 def fitted_weight(
@@ -315,16 +289,12 @@ def fitted_weight(
     scale = 1 / target.norm(dim=-1, keepdim=True)
     features = block_input(model, block, pruned) * scale
     residuals = (target - pruned - block_output(model, block, pruned)) * scale
-    fit_features, fit_residuals = (
-        features[is_fit_row].flatten(0, 1),
-        residuals[is_fit_row].flatten(0, 1),
-    )
+    fit_features = features[is_fit_row].flatten(0, 1)
+    fit_residuals = residuals[is_fit_row].flatten(0, 1)
     validation_features = features[~is_fit_row].flatten(0, 1)
     validation_residuals = residuals[~is_fit_row].flatten(0, 1)
-    best_change, least_error = (
-        torch.zeros_like(fit_features.T @ fit_residuals),
-        float(validation_residuals.square().sum()),
-    )
+    best_change = torch.zeros_like(fit_features.T @ fit_residuals)
+    least_error = float(validation_residuals.square().sum())
     for penalty in RIDGE_PENALTIES:
         change = ridge_solution(fit_features, fit_residuals, penalty)
         error = float((validation_residuals - validation_features @ change).square().sum())
@@ -349,9 +319,8 @@ def keep_best_step_(
 
     def set_step_(step: float) -> None:
         for block, new_weight in new_weights.items():
-            output_projection(model, block).weight.copy_(
-                torch.lerp(old_weights[block], new_weight, step)
-            )
+            weight = torch.lerp(old_weights[block], new_weight, step)
+            output_projection(model, block).weight.copy_(weight)
 
     perplexity_by_step = {}
     for step in STEP_SIZES:
@@ -367,8 +336,7 @@ def keep_best_step_(
 
 
 def save(model: PreTrainedModel, removed: Sequence[Block], folder: Path) -> None:
-    """Write the config, the weights that are left, and the names of the removed blocks. `load`
-    reads them."""
+    """Write the config, the remaining weights, and the names of the removed blocks for `load`."""
     folder.mkdir(parents=True)
     model.config.save_pretrained(folder)
     weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
@@ -404,20 +372,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     texts = re.split(r"\n\s*\n", options.texts.read_text())
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model).eval()
-    # Half of the rows choose blocks. The others are for the refit: three quarters are fitted, the
-    # rest decides.
+    # Half of the rows choose blocks; of the rest, a quarter chooses the step of the refit.
     rows = draw_rows(texts, tokenizer, 2 * options.rows, options.seq_len)
     search_rows, refit_rows = rows[: options.rows], rows[options.rows :]
+    fit_rows = refit_rows[: 3 * options.rows // 4]
     validation_rows = refit_rows[3 * options.rows // 4 :]
     dense_perplexity = perplexity(model, validation_rows)
     removed = search(model, search_rows, options.blocks)
-    step = refit_(model, removed, refit_rows[: 3 * options.rows // 4], validation_rows)
+    step = refit_(model, removed, fit_rows, validation_rows)
     cut_(model, removed)
     pruned_perplexity = perplexity(model, validation_rows)
-    print(
-        f"refit by {step:.0%}; validation perplexity {dense_perplexity:.2f} ->"
-        f" {pruned_perplexity:.2f}"
-    )
+    print(f"refit by {step:.0%}")
+    print(f"validation perplexity {dense_perplexity:.2f} -> {pruned_perplexity:.2f}")
     if options.out:
         save(model, removed, options.out)
         tokenizer.save_pretrained(options.out)
