@@ -28,25 +28,25 @@ multiprocessing: Any = torch.multiprocessing  # untyped
 
 
 @dataclass(frozen=True)
-class Team:
+class ProcessGroup:
     """The processes, as one of them sees them."""
 
     count: int = 1
     rank: int = 0
     mesh: DeviceMesh | None = None
 
-    def part(self, whole: Tensor) -> Tensor:
+    def shard(self, whole: Tensor) -> Tensor:
         """This process's part of a tensor that all have: some of its first dimension."""
         return distribute_tensor(whole, self.mesh, [Shard(0)]).to_local().clone()
 
-    def whole(self, part: Tensor, shape: torch.Size) -> Tensor:
+    def all_gather(self, part: Tensor, shape: torch.Size) -> Tensor:
         """The contiguous tensor of which every process has a part."""
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(
             part, self.mesh, [Shard(0)], shape=shape, stride=stride
         ).full_tensor()
 
-    def summed(self, tensor: Tensor) -> Tensor:
+    def reduce_scatter(self, tensor: Tensor) -> Tensor:
         """This process's part of the sum of all processes' tensors."""
         return (
             DTensor.from_local(tensor, self.mesh, [Partial()])
@@ -54,14 +54,14 @@ class Team:
             .to_local()
         )
 
-    def agree(self, value: float, how: Any = distributed.ReduceOp.SUM) -> float:
+    def all_reduce(self, value: float, how: Any = distributed.ReduceOp.SUM) -> float:
         """The sum, or the least, of all processes' values: the same number in each."""
         found = torch.tensor(value, dtype=torch.float64)
         if self.count > 1:
             distributed.all_reduce(found, how)
         return float(found)
 
-    def common(self, found: set[int]) -> set[int]:
+    def intersection(self, found: set[int]) -> set[int]:
         """The numbers that every process has found."""
         everyones: list[Any] = [found] * self.count
         if self.count > 1:
@@ -69,7 +69,7 @@ class Team:
         return set.intersection(*everyones)
 
 
-ALONE = Team()
+SINGLE_PROCESS = ProcessGroup()
 
 
 class _Events(SilentObserver):
@@ -82,7 +82,7 @@ class _Events(SilentObserver):
             )
 
 
-def together(
+def run_processes(
     count: int, device: str, work: Callable[..., object], observer: Observer, *given: Any
 ) -> None:
     """Run `work`(team, device, observer, *given) in processes of this machine, each with a GPU of
@@ -140,7 +140,7 @@ def _begin(
             kind if kind == "cpu" else f"{kind}:{rank}",
             SilentObserver() if rank else _Events(queue),
         )
-        work(Team(count, rank, mesh), device, observer, *given)
+        work(ProcessGroup(count, rank, mesh), device, observer, *given)
         distributed.barrier()
     except Exception as error:
         with suppress(pickle.PickleError, TypeError):
