@@ -1,9 +1,9 @@
-"""Several processes of this machine, each on a device of its own, that do one thing together.
+"""Several processes of this machine, each on a device of its own, that work on one thing.
 
-In training each computes its share of a step's batches with a whole copy of the model. The float32
-masters, their gradients and the optimizer's moments are divided among them (ZeRO, arXiv 1910.02054,
-stage 2): the sum of a gradient goes to the process that holds that part as soon as the backward
-pass has it.
+In training each process computes its share of a step's batches with a full copy of the model. The
+float32 master weights, their gradients and the optimizer's moments are sharded (ZeRO, arXiv
+1910.02054, stage 2): the sum of a gradient goes to the process that holds that shard as soon as the
+backward pass has it.
 """
 
 import os
@@ -35,112 +35,112 @@ class ProcessGroup:
     rank: int = 0
     mesh: DeviceMesh | None = None
 
-    def shard(self, whole: Tensor) -> Tensor:
-        """This process's part of a tensor that all have: some of its first dimension."""
-        return distribute_tensor(whole, self.mesh, [Shard(0)]).to_local().clone()
+    def shard(self, tensor: Tensor) -> Tensor:
+        """This process's shard, along the first dimension, of a tensor that all processes have."""
+        return distribute_tensor(tensor, self.mesh, [Shard(0)]).to_local().clone()
 
-    def all_gather(self, part: Tensor, shape: torch.Size) -> Tensor:
-        """The contiguous tensor of which every process has a part."""
+    def all_gather(self, shard: Tensor, shape: torch.Size) -> Tensor:
+        """The contiguous tensor of this shape whose shards the processes have."""
         stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(
-            part, self.mesh, [Shard(0)], shape=shape, stride=stride
-        ).full_tensor()
+        sharded = DTensor.from_local(shard, self.mesh, [Shard(0)], shape=shape, stride=stride)
+        return sharded.full_tensor()
 
     def reduce_scatter(self, tensor: Tensor) -> Tensor:
-        """This process's part of the sum of all processes' tensors."""
-        return (
-            DTensor.from_local(tensor, self.mesh, [Partial()])
-            .redistribute(placements=[Shard(0)])
-            .to_local()
-        )
+        """This process's shard of the sum of all processes' tensors."""
+        addends = DTensor.from_local(tensor, self.mesh, [Partial()])
+        return addends.redistribute(placements=[Shard(0)]).to_local()
 
-    def all_reduce(self, value: float, how: Any = distributed.ReduceOp.SUM) -> float:
-        """The sum, or the least, of all processes' values: the same number in each."""
-        found = torch.tensor(value, dtype=torch.float64)
+    def all_reduce(self, value: float, operation: Any = distributed.ReduceOp.SUM) -> float:
+        """The sum, or the minimum, of all processes' values: the same number in each."""
+        result = torch.tensor(value, dtype=torch.float64)
         if self.count > 1:
-            distributed.all_reduce(found, how)
-        return float(found)
+            distributed.all_reduce(result, operation)
+        return float(result)
 
-    def intersection(self, found: set[int]) -> set[int]:
-        """The numbers that every process has found."""
-        everyones: list[Any] = [found] * self.count
+    def intersection(self, numbers: set[int]) -> set[int]:
+        """The numbers that are in every process's set."""
+        sets: list[Any] = [numbers] * self.count
         if self.count > 1:
-            distributed.all_gather_object(everyones, found)
-        return set.intersection(*everyones)
+            distributed.all_gather_object(sets, numbers)
+        return set.intersection(*sets)
 
 
 SINGLE_PROCESS = ProcessGroup()
 
 
-class _Events(SilentObserver):
-    """Sends events to the process that waits."""
+class _QueueObserver(SilentObserver):
+    """Sends events to the parent process."""
 
     def __init__(self, queue: Any) -> None:
         for name in ("note", "begin", "advance", "end"):
             setattr(
-                self, name, lambda *given, _name=name, **named: queue.put((_name, given, named))
+                self,
+                name,
+                lambda *values, _name=name, **options: queue.put((_name, values, options)),
             )
 
 
 def run_processes(
-    count: int, device: str, work: Callable[..., object], observer: Observer, *given: Any
+    count: int, device: str, work: Callable[..., object], observer: Observer, *arguments: Any
 ) -> None:
-    """Run `work`(team, device, observer, *given) in processes of this machine, each with a GPU of
-    its own; `device` is as `runtime.device`, and on the CPU the processes share the threads. Raises
-    what a process raised; all others are ended."""
+    """Run `work`(group, device, observer, *arguments) in `count` processes of this machine.
+
+    `device` is as `runtime.device`: each process has a GPU of its own, or on the CPU its share of
+    the threads. Raises what a process raised, and ends all others.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        queue, kind = (
-            multiprocessing.get_context("spawn").SimpleQueue(),
-            resolve_device(device).type,
-        )
-        begun: Any = multiprocessing.start_processes(
-            _begin, (count, kind, folder, queue, work, given), count, join=False
+        queue = multiprocessing.get_context("spawn").SimpleQueue()
+        device_type = resolve_device(device).type
+        processes: Any = multiprocessing.start_processes(
+            _run_rank, (count, device_type, folder, queue, work, arguments), count, join=False
         )
         try:
-            over = False
-            while not over:
-                over = begun.join(timeout=0.2)
+            all_done = False
+            while not all_done:
+                all_done = processes.join(timeout=0.2)
                 while not queue.empty():
-                    name, values, named = queue.get()
-                    getattr(observer, name)(*values, **named)
+                    name, values, options = queue.get()
+                    getattr(observer, name)(*values, **options)
         except multiprocessing.ProcessRaisedException:
-            for path in sorted(
-                Path(folder).glob("error-*"), key=lambda path: path.stat().st_mtime_ns
-            ):
+            # The earliest error is the cause: later ones are of processes that lost their peer.
+            errors = Path(folder).glob("error-*")
+            for path in sorted(errors, key=lambda path: path.stat().st_mtime_ns):
                 with suppress(pickle.PickleError, AttributeError):
                     raise pickle.loads(path.read_bytes()) from None
             raise
         finally:
-            for process in begun.processes:
+            for process in processes.processes:
                 process.kill()
                 process.join()
 
 
-def _begin(
+def _run_rank(
     rank: int,
     count: int,
-    kind: str,
+    device_type: str,
     folder: str,
     queue: Any,
     work: Callable[..., object],
-    given: Any,
+    arguments: Any,
 ) -> None:
-    if kind == "cpu":
+    """The life of one process."""
+    if device_type == "cpu":
+        device = device_type
         torch.set_num_threads(max(1, torch.get_num_threads() // count))
     else:
+        device = f"{device_type}:{rank}"
         torch.accelerator.set_device_index(rank)
     if sys.platform == "linux":
+        # The host's name may resolve to an address that no interface has.
         os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     distributed.init_process_group(
         init_method=f"file://{folder}/meeting", rank=rank, world_size=count
     )
     try:
-        mesh = init_device_mesh(kind, (count,))
-        device, observer = (
-            kind if kind == "cpu" else f"{kind}:{rank}",
-            SilentObserver() if rank else _Events(queue),
-        )
-        work(ProcessGroup(count, rank, mesh), device, observer, *given)
+        group = ProcessGroup(count, rank, init_device_mesh(device_type, (count,)))
+        # One process reports the progress of all.
+        observer = SilentObserver() if rank else _QueueObserver(queue)
+        work(group, device, observer, *arguments)
         distributed.barrier()
     except Exception as error:
         with suppress(pickle.PickleError, TypeError):
