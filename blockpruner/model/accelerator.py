@@ -131,7 +131,7 @@ def fits(work: Callable[[], object], is_least: bool) -> bool:
 
 
 @contextmanager
-def named_if_too_large(what: str, fix: str) -> Iterator[None]:
+def named_if_too_large(work: str, fix: str) -> Iterator[None]:
     """Turn the end of a device's memory inside the `with` into a DeviceMemoryError that names the
     work and a fix."""
     try:
@@ -141,7 +141,7 @@ def named_if_too_large(what: str, fix: str) -> Iterator[None]:
             raise
         reason = str(error).partition(". ")[0]
         raise DeviceMemoryError(
-            f"{what} does not fit into the device's memory beside the model ({reason}); {fix}"
+            f"{work} does not fit into the device's memory beside the model ({reason}); {fix}"
         ) from error
 
 

@@ -53,7 +53,9 @@ class ModelArgs:
         self.source_layers = config.get("source_layers") or list(range(layer_count))
         self.depth = self.source_layers[-1] + 1
         self.dropped = set(range(self.depth)) - set(self.source_layers)
-        self.holes = {name: {self.source_layers[i] for i in config[name]} for name in BLOCKS}
+        self.holes = {}
+        for name in BLOCKS:
+            self.holes[name] = {self.source_layers[layer] for layer in config[name]}
         fields = {
             # Some of mlx-lm's models require fields that newer configs leave out.
             "head_dim": config["hidden_size"] // config["num_attention_heads"],

@@ -67,11 +67,7 @@ def _check(block: BlockId, channels: Channels, model: PreTrainedModel) -> None:
     """Raise InputError unless the block is an MLP of the model that has these channels."""
     layers = decoder_layers(model)
     width = int(model.config.intermediate_size)
-    is_mlp = (
-        block.kind == BlockKind.MLP
-        and block.layer < len(layers)
-        and hasattr(layers[block.layer], model_family(model).mlp.module)
-    )
+    is_mlp = block.kind == BlockKind.MLP and block.layer < len(layers)
     if not is_mlp or not channels or channels[-1] >= width:
         raise InputError(
             f"{block} cannot keep {len(channels)} channels up to {max(channels, default=None)}: the"
@@ -85,16 +81,18 @@ def _check(block: BlockId, channels: Channels, model: PreTrainedModel) -> None:
 def _keep_channels_(linear: nn.Linear, channels: Channels, dense_width: int, dim: int) -> None:
     """Leave only some channels: rows (`dim` 0) of a projection that writes them, columns (1) of the
     one that reads them."""
+    weight = linear.weight
     # Phi-3 has the gate and the up projection in one matrix, one above the other.
-    starts = torch.arange(0, linear.weight.shape[dim], dense_width)
-    index = (starts[:, None] + torch.tensor(channels)).flatten().to(linear.weight.device)
-    linear.weight = _parameter(linear.weight.index_select(dim, index), linear.weight)
+    starts = torch.arange(0, weight.shape[dim], dense_width)
+    index = starts[:, None] + torch.tensor(channels)
+    index = index.flatten().to(weight.device)
+    linear.weight = _selected(weight, index, dim)
     if linear.bias is not None and dim == 0:
-        linear.bias = _parameter(linear.bias.index_select(0, index), linear.bias)
+        linear.bias = _selected(linear.bias, index, dim)
     linear.out_features, linear.in_features = linear.weight.shape
 
 
-def _parameter(values: Tensor, replaced: Tensor) -> nn.Parameter:
-    """A parameter that shares no memory with the dense model."""
-    values = values.detach().clone(memory_format=torch.contiguous_format)
-    return nn.Parameter(values, replaced.requires_grad)
+def _selected(parameter: Tensor, index: Tensor, dim: int) -> nn.Parameter:
+    """Some rows or columns of a parameter, in memory of their own."""
+    values = parameter.detach().index_select(dim, index)
+    return nn.Parameter(values, parameter.requires_grad)

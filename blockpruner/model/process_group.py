@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ class ProcessGroup:
 
     def shard(self, tensor: Tensor) -> Tensor:
         """This process's shard, along the first dimension, of a tensor that all processes have."""
-        return distribute_tensor(tensor, self.mesh, [Shard(0)]).to_local().clone()
+        sharded = distribute_tensor(tensor, self.mesh, [Shard(0)])
+        return sharded.to_local().clone()
 
     def all_gather(self, shard: Tensor, shape: torch.Size) -> Tensor:
         """The contiguous tensor of this shape whose shards the processes have."""
@@ -73,11 +75,11 @@ class _QueueObserver(SilentObserver):
 
     def __init__(self, queue: Any) -> None:
         for name in ("note", "begin", "advance", "end"):
-            setattr(
-                self,
-                name,
-                lambda *values, _name=name, **options: queue.put((_name, values, options)),
-            )
+            setattr(self, name, partial(self._send, queue, name))
+
+    @staticmethod
+    def _send(queue: Any, name: str, *values: Any, **options: Any) -> None:
+        queue.put((name, values, options))
 
 
 def run_processes(

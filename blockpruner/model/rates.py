@@ -34,23 +34,27 @@ def product_rate(dtype: str) -> float:
     return 2 * x.numel() * len(weight) / min(seconds)
 
 
-def fast_dtype(own: str, device: str, folder: Path | None = None) -> str:
+def fast_dtype(model_dtype: str, device: str, folder: Path | None = None) -> str:
     """A model's own dtype, or float32 on a CPU that is faster in it.
 
     A folder keeps the choice for this processor, number of threads and torch, since another dtype
     is another search.
     """
-    if own not in ("bfloat16", "float16") or resolve_device(device).type != "cpu":
-        return own
-    facts = {"processor": processor(), "threads": torch.get_num_threads(), "own": own}
-    facts |= computing()
+    if model_dtype not in ("bfloat16", "float16") or resolve_device(device).type != "cpu":
+        return model_dtype
+    facts = {
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "own": model_dtype,
+        **computing(),
+    }
     choice_file = folder and folder / f"dtype-{fingerprint(facts)}.json"
     if choice_file:
         choice = read_kept_json(choice_file, lambda damaged: None)
         if choice:
             return str(choice["dtype"])
-    is_faster = product_rate("float32") > MIN_SPEEDUP * product_rate(own)
-    dtype = "float32" if is_faster else own
+    is_faster = product_rate("float32") > MIN_SPEEDUP * product_rate(model_dtype)
+    dtype = "float32" if is_faster else model_dtype
     if choice_file:
         write_sealed_json(choice_file, facts | {"dtype": dtype})
     return dtype

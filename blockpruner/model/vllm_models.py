@@ -100,12 +100,14 @@ def holes(config: Any, compilation: Any) -> Iterator[None]:
             config.intermediate_size = dense_width
     # A process of a pipeline builds only some of the layers.
     built = set(numbers.values())
-    expected = {(kind, number) for kind in removed for number in removed[kind] & built}
-    missing = expected - layers_with_holes.keys()
+    missing = []
+    for kind, numbers_of_kind in removed.items():
+        for number in sorted(numbers_of_kind & built):
+            if (kind, number) not in layers_with_holes:
+                missing.append((kind, number))
     if missing or not built:
         raise ValueError(
-            "vLLM's layers are not as blockpruner knows them: no hole could be made at"
-            f" {sorted(missing)}"
+            f"vLLM's layers are not as blockpruner knows them: no hole could be made at {missing}"
         )
     for (kind, _), layer in layers_with_holes.items():
         for name in norms(layer, kind):
@@ -118,8 +120,10 @@ def layer_number(attention: nn.Module) -> int:
         return int(attention.layer_idx)  # type: ignore[arg-type]  # no module
     # vLLM's are named after the layer, as in "model.layers.3.self_attn.attn".
     for module in attention.modules():
-        if hasattr(module, "layer_name"):
-            return int(next(filter(str.isdigit, str(module.layer_name).split("."))))
+        name = getattr(module, "layer_name", "")
+        numbers = [piece for piece in name.split(".") if piece.isdigit()]
+        if numbers:
+            return int(numbers[0])
     raise ValueError(f"vLLM's {type(attention).__name__} has no layer name")
 
 
