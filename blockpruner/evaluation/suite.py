@@ -82,7 +82,7 @@ class Checkpoint:
     def model(self) -> PreTrainedModel:
         trusted = self.trust_remote_code if self.dense is None else has_our_code(self.directory)
         beside = None if self.beside is None else self.beside.model
-        return load_model(self.directory, self.dtype, self.device, trusted, beside=beside)
+        return load_model(self.directory, self.dtype, self.device, trusted, shared_with=beside)
 
     @cached_property
     def tokenizer(self) -> Any:

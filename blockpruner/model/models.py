@@ -148,12 +148,12 @@ def load_model(
     device: str = "auto",
     trust_remote_code: bool = False,
     attention: str = "auto",
-    beside: PreTrainedModel | None = None,
+    shared_with: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
     """Load a checkpoint directory for inference.
 
     Weights go to their device as they are read. A tensor that is equal to one of the model
-    `beside`, on the same device, is shared with it; a split model shares none.
+    `shared_with`, on the same device, is shared with it; a split model shares none.
 
     Raises:
         InputError: the weights are damaged or do not match the config, or the attention is not
@@ -162,7 +162,7 @@ def load_model(
     """
     target = resolve_device(device)
     options = kernel_options(attention, dtype, target)
-    shares = beside is not None and device != "split"
+    shares = shared_with is not None and device != "split"
     device_map: dict[str, torch.device] | None = None
     if device == "split":
         device_map = _balanced_device_map(directory, dtype, trust_remote_code)
@@ -185,7 +185,7 @@ def load_model(
                 **options,
             )
         if shares:
-            _share_(model, beside)
+            _share_(model, shared_with)
         if device_map is None:
             model.to(target)
     _require_match(directory, report)

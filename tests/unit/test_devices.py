@@ -386,7 +386,7 @@ def test_a_second_model_takes_memory_only_for_weights_that_differ(variant, check
         dense = load_model(folder, "float64")
         gc.collect()
         live = card.live
-        model = load_model(tmp_path / "pruned", "float64", "auto", True, beside=dense)
+        model = load_model(tmp_path / "pruned", "float64", "auto", True, shared_with=dense)
         gc.collect()
         buffer_bytes = sum(buffer.nbytes for buffer in pruned.buffers())
         assert card.live - live == layer_matrices[0].nbytes + buffer_bytes
