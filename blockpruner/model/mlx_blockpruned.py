@@ -52,10 +52,12 @@ class ModelArgs:
         layer_count = config["num_hidden_layers"]
         self.source_layers = config.get("source_layers") or list(range(layer_count))
         self.depth = self.source_layers[-1] + 1
-        self.dropped = set(range(self.depth)) - set(self.source_layers)
+        # A layer that was dropped is one without both blocks.
+        dropped = set(range(self.depth)) - set(self.source_layers)
         self.holes = {}
         for name in BLOCKS:
-            self.holes[name] = {self.source_layers[layer] for layer in config[name]}
+            removed = [self.source_layers[layer] for layer in config[name]]
+            self.holes[name] = dropped.union(removed)
         fields = {
             # Some of mlx-lm's models require fields that newer configs leave out.
             "head_dim": config["hidden_size"] // config["num_attention_heads"],
@@ -94,7 +96,7 @@ class ModelArgs:
         return {"sliding_window_pattern": self.depth + 1}
 
     def attends(self, layer):
-        return layer not in self.holes["layers_without_mha"] and layer not in self.dropped
+        return layer not in self.holes["layers_without_mha"]
 
     def dense_name(self, name):
         """The name of a weight in the dense model."""
@@ -108,7 +110,7 @@ class ModelArgs:
 def remove_blocks_(layer, number, args, weight_names):
     """Replace a layer's removed blocks by holes, and norms without weights by the identity."""
     for name, blocks in BLOCKS.items():
-        if number in args.holes[name] or number in args.dropped:
+        if number in args.holes[name]:
             for block in blocks:
                 if block in layer:
                     layer[block] = Hole(layer[block])
@@ -136,7 +138,10 @@ def Model(args):
         def sanitize(self, weights):
             """The weights by the numbers of the dense model's layers; then blocks without weights
             are taken out."""
-            weights = {args.dense_name(name): weight for name, weight in weights.items()}
+            renamed = {}
+            for name, weight in weights.items():
+                renamed[args.dense_name(name)] = weight
+            weights = renamed
             if hasattr(super(), "sanitize"):
                 weights = super().sanitize(weights)
             for number, layer in enumerate(self.layers):

@@ -419,7 +419,8 @@ def restored(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     for layer in dense_layers:
         for module in layer.modules():
             saved_modules.append((module, dict(module._modules), dict(module._parameters)))
-    attentions = [getattr(layer, model_family(model).mha.names(layer)[0]) for layer in dense_layers]
+    mha = model_family(model).mha
+    attentions = [getattr(layer, mha.names(layer)[0]) for layer in dense_layers]
     cache_indices = [attention.layer_idx for attention in attentions]
     config = model.config
     config_class = config.__class__
@@ -546,11 +547,16 @@ def remove_(model: PreTrainedModel, mask: Mask, kept_layers: Sequence[int]) -> N
     _check(mask, len(layers))
     without_mha = {block.layer for block in mask if block.kind is BlockKind.MHA}
     without_mlp = {block.layer for block in mask if block.kind is BlockKind.MLP}
-    branches = ((family.mha.module, *family.mha.norms), (family.mlp.module, *family.mlp.norms))
+    blockpruned_class = model_class(family)
+    branches = blockpruned_class.layer_branches
     blockpruned.remove_blocks_(layers, without_mha, without_mlp, branches)
     keep_layers_(model, [(index, index) for index in kept_layers])
-    config.__class__ = model_class(family).config_class
-    new_indices = range(len(kept_layers))
-    config.layers_without_mha = [new for new in new_indices if kept_layers[new] in without_mha]
-    config.layers_without_mlp = [new for new in new_indices if kept_layers[new] in without_mlp]
+    config.__class__ = blockpruned_class.config_class
+    config.layers_without_mha = _positions(kept_layers, without_mha)
+    config.layers_without_mlp = _positions(kept_layers, without_mlp)
     config.source_layers = list(kept_layers)
+
+
+def _positions(kept_layers: Sequence[int], layers: set[int]) -> list[int]:
+    """The positions of some layers among those that are kept."""
+    return [position for position, layer in enumerate(kept_layers) if layer in layers]
