@@ -58,6 +58,7 @@ AUTO_CLASSES = (
 Branches = tuple[tuple[str, ...], tuple[str, ...]]
 """Attributes of the MHA and of the MLP branch in a decoder layer: module, then its norms."""
 
+# The norms of each branch, by where a family has them: before it, after it, or both.
 BEFORE = (("self_attn", "input_layernorm"), ("mlp", "post_attention_layernorm"))
 AFTER = (("self_attn", "post_attention_layernorm"), ("mlp", "post_feedforward_layernorm"))
 AROUND = (
@@ -68,10 +69,11 @@ AROUND_GLM4 = (
     ("self_attn", "input_layernorm", "post_self_attn_layernorm"),
     ("mlp", "post_attention_layernorm", "post_mlp_layernorm"),
 )
-"""Where a family has its norms."""
 
-LINEAR, LINEAR_TYPE, FULL = "linear_attn", "linear_attention", "full_attention"
-"""In hybrids: the module of a linear attention, and the types of layers with and without one."""
+# Hybrids: the module of a linear attention, and the types of layers with and without one.
+LINEAR = "linear_attn"
+LINEAR_TYPE = "linear_attention"
+FULL = "full_attention"
 
 
 class NoMHA(nn.Module):
@@ -96,7 +98,7 @@ class NoMLP(nn.Module):
 
 
 def unchanged(hidden_states: torch.Tensor) -> torch.Tensor:
-    """In place of a removed block's norm."""
+    """A function in place of a removed block's norm."""
     return hidden_states
 
 
@@ -170,9 +172,8 @@ class BlockPrunedConfigMixin:
     layers_without_mlp: list[int] = field(default_factory=list)
     source_layers: list[int] | None = None
 
-    allow_global_per_layer_attribute_access = (
-        True  # `intermediate_size` is the width of all other MLPs
-    )
+    # transformers asks for it: `intermediate_size` is the width of all other MLPs.
+    allow_global_per_layer_attribute_access = True
 
     @property
     def mlp_widths(self):
@@ -214,8 +215,11 @@ class BlockPrunedConfigMixin:
 
     def get_text_config(self, decoder=None, encoder=None):
         """Caches ask for the decoder's config, and only they pass `decoder` for a text model."""
-        has_holes = self.layers_without_mha or is_all_linear(getattr(self, "layer_types", None))
-        return self.cache_config() if decoder and has_holes else self
+        if not decoder:
+            return self
+        if self.layers_without_mha or is_all_linear(getattr(self, "layer_types", None)):
+            return self.cache_config()
+        return self
 
     def to_dict(self):
         self._register_in_peft()
@@ -362,7 +366,7 @@ def alibi_slopes(heads: int) -> list[float]:
 
 
 class NoRotation(nn.Module):
-    """In place of rotary tables: cosine 1 and sine 0."""
+    """Rotary tables that turn nothing: cosine 1 and sine 0."""
 
     def forward(
         self, x: torch.Tensor, position_ids: torch.Tensor

@@ -120,7 +120,7 @@ def layer_number(attention: nn.Module) -> int:
         return int(attention.layer_idx)  # type: ignore[arg-type]  # no module
     # vLLM's are named after the layer, as in "model.layers.3.self_attn.attn".
     for module in attention.modules():
-        name = getattr(module, "layer_name", "")
+        name = str(getattr(module, "layer_name", ""))
         numbers = [piece for piece in name.split(".") if piece.isdigit()]
         if numbers:
             return int(numbers[0])
