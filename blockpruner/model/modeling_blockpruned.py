@@ -257,15 +257,15 @@ class BlockPrunedMixin:
     layer_branches: Branches
 
     def __init__(self, config):
-        # The family's own code builds all MLPs of one width, and would refuse the field.
+        # The family's own code reads one width for all MLPs, and so do those that are replaced.
         widths = config.mlp_widths
         spec = config.__dict__.pop("_heterogeneity_spec", None)
         super().__init__(config)
-        if spec is not None:
-            config._heterogeneity_spec = spec
         layers = self.base_model.get_submodule(self.decoder_layers.partition(".")[2])
         mha_branch, mlp_branch = self.layer_branches
         narrow_mlps_(layers, widths, config, mlp_branch[0])
+        if spec is not None:
+            config._heterogeneity_spec = spec
         without_mha = set(config.layers_without_mha)
         without_mlp = set(config.layers_without_mlp)
         remove_blocks_(layers, without_mha, without_mlp, self.layer_branches)
