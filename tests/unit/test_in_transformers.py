@@ -184,12 +184,15 @@ def test_attentions_and_hidden_states(family):
     outputs = model(IDS, output_attentions=True, output_hidden_states=True)
     assert model.config.layers_without_mha == [0, 2]
     module = model_family(model).mha.module
-    assert [getattr(layers[index], module).layer_idx for index in (1, 3)] == [0, 1]
+    for cache_index, index in enumerate((1, 3)):
+        assert getattr(layers[index], module).layer_idx == cache_index
     assert [attention.shape for attention in outputs.attentions] == [(2, 4, 14, 14)] * 2
     assert len(outputs.hidden_states) == 5
     # The last hidden state is behind the final norm.
-    for state, output in zip(outputs.hidden_states[1:4], layer_outputs[:3], strict=True):
-        assert torch.equal(state, output[0] if isinstance(output, tuple) else output)
+    for index in range(3):
+        output = layer_outputs[index]
+        states = output[0] if isinstance(output, tuple) else output
+        assert torch.equal(outputs.hidden_states[index + 1], states)
 
 
 LOADED = """
@@ -210,8 +213,9 @@ def test_after_an_import_our_checkpoints_load_without_their_code_and_others_as_b
         "pruned": plan_of(dense, ["mha.1"]),
         "sliced": plan_of(dense, ["mha.1"], kind="slicegpt", method="slicegpt", details=details),
     }
+    rows = ((1, 2, 3, 4),) * 8
     for name, plan in plans.items():
-        save_pruned(pruned_by(dense, plan, rows=((1, 2, 3, 4),) * 8), tmp_path / name)
+        save_pruned(pruned_by(dense, plan, rows=rows), tmp_path / name)
     process = subprocess.run(
         [sys.executable, "-c", LOADED, tmp_path / "pruned", tmp_path / "sliced"],
         capture_output=True,
