@@ -53,7 +53,10 @@ cases = pytest.mark.parametrize(
     ("form", "heads"), CASES, ids=[f"{form} {heads} heads" for form, heads in CASES]
 )
 
-SLOPES = {4: [1 / 4, 1 / 16, 1 / 64, 1 / 256], 6: [1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8]}
+SLOPES = {
+    4: [2**-2, 2**-4, 2**-6, 2**-8],
+    6: [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3],
+}
 
 
 def original(form, heads=4, **changes):
@@ -154,9 +157,7 @@ def attention(config, packed):
     """The heads' outputs [T, HIDDEN] of queries, keys and values [T, 3 HIDDEN]."""
     heads = config["num_attention_heads"]
     length = len(packed)
-    q, k, v = (
-        matrix.view(length, heads, -1).transpose(0, 1) for matrix in packed.split(HIDDEN, dim=-1)
-    )
+    q, k, v = packed.view(length, 3, heads, -1).permute(1, 2, 0, 3)
     bias = torch.full((length, length), float("-inf"), dtype=torch.float64).triu(1)
     if "max_position_embeddings" in config:  # 7B
         q = rotated(q)
@@ -284,7 +285,8 @@ def test_7b_becomes_a_plain_llama_checkpoint(tmp_path):
     stored = load_file(paths[0]) | load_file(paths[1])
     index = read_json(directory / "model.safetensors.index.json")
     assert index["weight_map"].keys() == stored.keys()
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in stored.values())
+    size = sum(tensor.nbytes for tensor in stored.values())
+    assert index["metadata"]["total_size"] == size
     for layer in range(LAYERS):
         prefix = f"model.layers.{layer}.self_attn."
         packed = torch.cat([stored[f"{prefix}{name}_proj.weight"] for name in "qkv"])
