@@ -27,37 +27,37 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 SETUP = vars(backend_registration).get("_setup_privateuseone_for_python_backend")
-"""None: this torch is too old to have devices that are written in Python, and no test can use
-them."""
+"""None where torch is too old for devices that are written in Python."""
 
 TOTAL = 2**40
 """Bytes of a device, unless it is given a limit."""
 
 
 class Card:
-    """One device: what lives there, and since `reset` what lived there at most."""
+    """One device: the bytes of storages that live there, their peak, and their limit."""
 
     def __init__(self) -> None:
         self.live = self.peak = 0
         self.limit = TOTAL
-        self.seen: set[int] = set()
+        self.storages: set[int] = set()
 
     def hold(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.seen:
+        key = storage._cdata
+        size = storage.nbytes()
+        if key in self.storages:
             return
         if self.live + size > self.limit:
             raise torch.OutOfMemoryError(
                 f"CUDA out of memory. Tried to allocate {size} bytes. A made-up device is full."
             )
-        self.seen.add(key)
+        self.storages.add(key)
         self.live += size
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._free, key, size)
 
     def _free(self, key: int, size: int) -> None:
-        self.seen.discard(key)
+        self.storages.discard(key)
         self.live -= size
 
 
@@ -65,30 +65,30 @@ CARDS = (Card(), Card())
 
 
 class Stream:
-    """What a thread asks of a device. That of the main thread is done at once."""
+    """A queue of copies. The main thread's stream is never late."""
 
     def __init__(self, device: Any = None) -> None:
         self.late: deque[Callable[[], object]] = deque()
-        self.asked = 0
+        self.queued = 0
         self.waited: list[Event] = []
-        """Events that came before what was asked next."""
+        """The events that this stream waited for."""
         self._lock = threading.Lock()
 
-    def ask(self, copy: Callable[[], object]) -> None:
+    def queue(self, copy: Callable[[], object]) -> None:
         self.late.append(copy)
-        self.asked += 1
+        self.queued += 1
 
     def record_event(self) -> Event:
-        return Event(self, self.asked)
+        return Event(self, self.queued)
 
     def wait_event(self, event: Event) -> None:
         self.waited.append(event)
         event.synchronize()
 
-    def do(self, number: int) -> None:
-        """All that was asked up to a number."""
+    def complete(self, number: int) -> None:
+        """Do the first `number` copies."""
         with self._lock, torch.inference_mode():
-            while self.asked - len(self.late) < number:
+            while self.queued - len(self.late) < number:
                 self.late[0]()
                 self.late.popleft()
 
@@ -99,19 +99,19 @@ class Event:
     number: int
 
     def synchronize(self) -> None:
-        self.stream.do(self.number)
+        self.stream.complete(self.number)
 
 
 class Module:
-    """What `torch.cuda` is for CUDA. There are no devices unless `fake_devices` says so."""
+    """The counterpart of `torch.cuda`. There are no devices outside of `fake_devices`."""
 
     __name__ = "torch.made_up"
-    here = 0
-    synchronized = 0
+    count = 0
     Stream = Stream
 
     def __init__(self) -> None:
-        self.main, self.streams = Stream(), threading.local()
+        self.main = Stream()
+        self.streams = threading.local()
 
     def current_stream(self, device: Any = None) -> Stream:
         return getattr(self.streams, "own", self.main)
@@ -123,10 +123,10 @@ class Module:
         return True
 
     def is_available(self) -> bool:
-        return self.here > 0
+        return self.count > 0
 
     def device_count(self) -> int:
-        return self.here
+        return self.count
 
     def current_device(self) -> int:
         return 0
@@ -136,12 +136,10 @@ class Module:
 
     def manual_seed_all(self, seed: int) -> None: ...
     def empty_cache(self) -> None: ...
+    def synchronize(self, device: Any = None) -> None: ...
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
-
-    def synchronize(self, device: Any = None) -> None:
-        self.synchronized += 1
 
     def get_device_name(self, device: Any) -> str:
         return "Made-up Card"
@@ -170,7 +168,7 @@ def _card(device: Any) -> Card:
 
 
 class Wrapped(torch.Tensor):
-    """A tensor on a made-up device; `held` is the one that computes."""
+    """A tensor on a made-up device, with the CPU's tensor that computes."""
 
     held: torch.Tensor
 
@@ -203,63 +201,70 @@ COPIES = {
     torch.ops.aten.copy_.default,
     torch.ops.aten.set_.source_Storage,
 }
-"""What may have tensors of several devices."""
+"""Operations on tensors of several devices."""
 
 
 def run(func: Any, args: Any, kwargs: Any) -> Any:
+    """Compute an operation of torch on the CPU, with the errors and the memory of a device."""
     leaves, spec = tree_flatten((args, kwargs))
     wrapped = [leaf for leaf in leaves if isinstance(leaf, Wrapped)]
-    asked = kwargs.get("device")
-    asked = None if asked is None else torch.device(asked)
-    if not wrapped and (asked is None or asked.type != "gpu"):
+    device = None
+    if kwargs.get("device") is not None:
+        device = torch.device(kwargs["device"])
+    if not wrapped and (device is None or device.type != "gpu"):
         return func(*args, **kwargs)
-    # under inference_mode torch hands over whole what else comes in parts
+    # Under inference_mode torch does not decompose operations before it dispatches them.
     if func._can_decompose():
         with _Mode():
             return func.decompose(*args, **kwargs)
-    devices = {leaf.device for leaf in wrapped}
     if func not in COPIES:
-        plain = [
-            leaf
-            for leaf in leaves
-            if isinstance(leaf, torch.Tensor) and not isinstance(leaf, Wrapped)
-        ]
-        # a number may come from the CPU, and so may an index
-        devices |= {
-            leaf.device for leaf in plain if leaf.dim() and not func.__name__.startswith("index.")
-        }
-        if len(devices) > 1:
-            names = " and ".join(sorted(map(str, devices)))
-            raise RuntimeError(
-                f"Expected all tensors to be on the same device, but found {names} in {func}"
-            )
+        _require_one_device(func, leaves)
     inner = [leaf.held if isinstance(leaf, Wrapped) else leaf for leaf in leaves]
     inner_args, inner_kwargs = tree_unflatten(inner, spec)
-    if "device" in inner_kwargs and asked is not None:
+    if device is None:
+        device = wrapped[0].device
+    else:
         inner_kwargs = {**inner_kwargs, "device": torch.device("cpu")}
-    place = asked if asked is not None else wrapped[0].device
-    if place.type == "gpu" and place.index is None:
-        place = torch.device("gpu", 0)
     stream = MODULE.current_stream()
-    if func is torch.ops.aten.copy_.default and stream is not MODULE.main and (*args, False)[2]:
-        stream.ask(partial(func, *inner_args))
+    is_late = func is torch.ops.aten.copy_.default and stream is not MODULE.main
+    if is_late and len(args) > 2 and args[2]:  # non_blocking
+        stream.queue(partial(func, *inner_args))
         return args[0]
-    found = func(*inner_args, **inner_kwargs)
-    if func is torch.ops.aten._to_copy.default and found is inner_args[0]:
-        found = found.clone()
-    if place.type == "cpu":
-        return found
-
-    def wrap(tensor: torch.Tensor) -> Wrapped:
-        same = next((leaf for leaf in wrapped if leaf.held is tensor), None)
-        if same is not None:
-            return same
-        _card(place).hold(tensor)
-        with torch.inference_mode(False):
-            return Wrapped(tensor, place)
-
-    result = tree_map_only(torch.Tensor, wrap, found)
+    result = func(*inner_args, **inner_kwargs)
+    if func is torch.ops.aten._to_copy.default and result is inner_args[0]:
+        result = result.clone()
+    if device.type == "cpu":
+        return result
+    result = tree_map_only(torch.Tensor, partial(_wrap, wrapped, device), result)
     return return_and_correct_aliasing(func, args, kwargs, result)
+
+
+def _require_one_device(func: Any, leaves: list[Any]) -> None:
+    """Raise torch's error for tensors of several devices."""
+    devices = set()
+    for leaf in leaves:
+        if not isinstance(leaf, torch.Tensor):
+            continue
+        # A number may be on the CPU, and so may an index.
+        may_be_elsewhere = leaf.dim() == 0 or func.__name__.startswith("index.")
+        if isinstance(leaf, Wrapped) or not may_be_elsewhere:
+            devices.add(leaf.device)
+    if len(devices) > 1:
+        names = " and ".join(sorted(map(str, devices)))
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but found {names} in {func}"
+        )
+
+
+def _wrap(wrapped: list[Wrapped], device: torch.device, tensor: torch.Tensor) -> Wrapped:
+    """A result on the device: an argument itself where the operation returned it."""
+    for argument in wrapped:
+        if argument.held is tensor:
+            return argument
+    device = torch.device("gpu", device.index or 0)
+    _card(device).hold(tensor)
+    with torch.inference_mode(False):
+        return Wrapped(tensor, device)
 
 
 class _Mode(TorchDispatchMode):
@@ -268,15 +273,13 @@ class _Mode(TorchDispatchMode):
 
 
 class _Functions(TorchFunctionMode):
-    """`torch.tensor` asks no dispatcher when it copies to a device."""
+    """`torch.tensor` copies to a device without the dispatcher."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if (
-            func in (torch.tensor, torch.as_tensor)
-            and torch.device(kwargs.get("device") or "cpu").type == "gpu"
-        ):
-            return func(*args, **{**kwargs, "device": "cpu"}).to(kwargs["device"])
+        device = torch.device(kwargs.get("device") or "cpu")
+        if func in (torch.tensor, torch.as_tensor) and device.type == "gpu":
+            return func(*args, **{**kwargs, "device": "cpu"}).to(device)
         return func(*args, **kwargs)
 
 
@@ -287,21 +290,21 @@ def _register() -> None:
 
 
 def start_gradients() -> None:
-    """Have torch start its gradients' threads while the devices are there: it does so once, at the
-    first backward pass of a process, and for devices that come later there is none."""
+    """Let torch start its threads for gradients while the devices exist: it does so once, at the
+    first backward pass of a process, and devices that come later get no thread."""
     with fake_devices():
         torch.ones(1, requires_grad=True).backward()
 
 
 @contextmanager
 def fake_devices(count: int = 2) -> Iterator[tuple[Card, ...]]:
-    """Within, torch has so many made-up devices."""
+    """Let torch have made-up devices inside the `with`."""
     _register()
-    MODULE.here = count
+    MODULE.count = count
     for card in CARDS:
         card.limit, card.peak = TOTAL, card.live
     try:
         with _Functions(), _Mode():
             yield CARDS[:count]
     finally:
-        MODULE.here = 0
+        MODULE.count = 0

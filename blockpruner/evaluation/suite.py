@@ -41,7 +41,7 @@ from blockpruner.methods.registry import model_facts
 from blockpruner.model import accelerator
 from blockpruner.model.classes import has_our_code
 from blockpruner.model.models import load_model, placement, resolve_device
-from blockpruner.model.team import Team, together
+from blockpruner.model.process_group import ProcessGroup, run_processes
 from blockpruner.store.files import read_json, replace_directory, write_sealed_json, write_table
 from blockpruner.store.manifest import (
     REPORT_FILE,
@@ -82,7 +82,7 @@ class Checkpoint:
     def model(self) -> PreTrainedModel:
         trusted = self.trust_remote_code if self.dense is None else has_our_code(self.directory)
         beside = None if self.beside is None else self.beside.model
-        return load_model(self.directory, self.dtype, self.device, trusted, beside=beside)
+        return load_model(self.directory, self.dtype, self.device, trusted, shared_with=beside)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -246,7 +246,7 @@ def benchmark(
     evaluator = Evaluator(ResultsStore(store, observer.note), observer)
     if processes > 1 and any(evaluator.store.load(each.key) is None for each in evaluations):
         with TemporaryDirectory() as claims:
-            together(processes, dense.device, _settle, observer, store, claims, *given)
+            run_processes(processes, dense.device, _settle, observer, store, claims, *given)
     if settings.speed is not None:
         evaluations.append(speed_of(subject, whole, settings.speed, subject.key))
     found = {
@@ -302,7 +302,7 @@ def _without_speed(
 
 
 def _settle(
-    team: Team,
+    team: ProcessGroup,
     device: str,
     observer: Observer,
     store: Path,

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from blockpruner.core.errors import InputError
-from blockpruner.model.team import Team
+from blockpruner.model.process_group import ProcessGroup
 from blockpruner.store.files import (
     link_or_copy,
     make_folder,
@@ -50,12 +50,12 @@ def drop_old_states(states: Path) -> None:
         _drop(state)
 
 
-def last_state(states: Path, team: Team, note: Callable[[str], object]) -> Path | None:
+def last_state(states: Path, team: ProcessGroup, note: Callable[[str], object]) -> Path | None:
     """The last state that every process has whole; later ones are removed. A damaged state is set
     aside, and `note` gets a line."""
     make_folder(states)
     whole = {step for step, state in _states(states).items() if _is_whole(state, note)}
-    last = max(team.common(whole), default=None)
+    last = max(team.intersection(whole), default=None)
     for step, state in _states(states).items():
         if last is None or step > last:
             _drop(state)

@@ -19,7 +19,7 @@ from blockpruner.methods.healed import (
     parameter_digests,
     save_healed,
 )
-from blockpruner.model.team import ALONE, Team, together
+from blockpruner.model.process_group import SINGLE_PROCESS, ProcessGroup, run_processes
 from blockpruner.scoring.metrics import perplexity
 from blockpruner.store.files import read_json, replace_directory, write_json
 from blockpruner.store.locks import hold, this_process
@@ -66,14 +66,14 @@ def write_trained(
         lambda holder: observer.note(f"{holder} trains the same; waiting for it"),
     ):
         if processes == 1:
-            _write(ALONE, pruning.device, observer, *given)
+            _write(SINGLE_PROCESS, pruning.device, observer, *given)
         else:
-            together(processes, pruning.device, _write, observer, *given)
+            run_processes(processes, pruning.device, _write, observer, *given)
         shutil.rmtree(own)
 
 
 def _write(
-    team: Team,
+    team: ProcessGroup,
     device: str,
     observer: Observer,
     folder: Path,

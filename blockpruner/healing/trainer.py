@@ -38,7 +38,7 @@ from blockpruner.healing.weights import TrainedWeights, trained_weights_
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model import accelerator
 from blockpruner.model.models import decoder_layers
-from blockpruner.model.team import ALONE, Team
+from blockpruner.model.process_group import SINGLE_PROCESS, ProcessGroup
 from blockpruner.store.files import writing
 from blockpruner.store.tensors import read_tensors, write_tensors
 
@@ -55,7 +55,7 @@ def train_(
     validation: CalibrationSet | None,
     states: Path,
     observer: Observer,
-    team: Team = ALONE,
+    team: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, Any]:
     """Train a pruned model on `rows`, in place. Its class and config stay as they are, and it is
     left without adapters.
@@ -229,7 +229,7 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         if done < self.todo:
             return torch.zeros(())
         mine, self.lost = self.lost, 0.0
-        return torch.tensor(team.agree(mine))
+        return torch.tensor(team.all_reduce(mine))
 
     def rehearse(self) -> None:
         """Have all processes of a team take parts of one size: on the longest rows, whose gradient
@@ -241,8 +241,8 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self._gradient(self.model, [_batch(longest)], math.inf)
         self.model.closed = False
         self._clear()
-        self.most = round(self.team.agree(self.most, distributed.ReduceOp.MIN))
-        if self.team.agree(self.again) and not self.again:
+        self.most = round(self.team.all_reduce(self.most, distributed.ReduceOp.MIN))
+        if self.team.all_reduce(self.again) and not self.again:
             self._compute_again_()
 
     def _gradient(self, model: nn.Module, batches: list[dict[str, Tensor]], count: Any) -> Tensor:
@@ -286,7 +286,7 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         """Clip a team's gradients to the norm that all their parts have together."""
         gradients = [weight.grad for weight in parameters if weight.grad is not None]
         norm = math.sqrt(
-            self.team.agree(sum(float(each.double().square().sum()) for each in gradients))
+            self.team.all_reduce(sum(float(each.double().square().sum()) for each in gradients))
         )
         for each in gradients:
             each.mul_(min(1.0, most / (norm + 1e-6)))
@@ -319,7 +319,8 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             each / self.team.count for each in self._losses(inputs, len(inputs["lengths"]))
         )
         loss, nll = (
-            torch.tensor(self.team.agree(float(each)), dtype=each.dtype) for each in (loss, nll)
+            torch.tensor(self.team.all_reduce(float(each)), dtype=each.dtype)
+            for each in (loss, nll)
         )
         return loss, nll[None], nll[None]
 
@@ -345,7 +346,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         weights: TrainedWeights,
         states: Path,
         least: float,
-        team: Team,
+        team: ProcessGroup,
     ) -> None:
         self.observer, self.last, self.weights, self.states, self.least = (
             observer,
@@ -368,7 +369,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.began, is_last = time.monotonic(), state.global_step == state.max_steps
         control.should_save = (
-            is_last or self.team.agree(self.team.rank == 0 and self.began >= self.next) > 0
+            is_last or self.team.all_reduce(self.team.rank == 0 and self.began >= self.next) > 0
         )
         if control.should_save:
             drop_old_states(self.states)

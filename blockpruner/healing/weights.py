@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from blockpruner.core.errors import extra
 from blockpruner.healing.settings import Train
-from blockpruner.model.team import Team
+from blockpruner.model.process_group import ProcessGroup
 from blockpruner.scoring.losses import wide
 
 
@@ -24,7 +24,7 @@ class TrainedWeights(nn.Module):
     moved with them."""
 
     def __init__(
-        self, live: Mapping[str, nn.Parameter], end_: Callable[[], object], team: Team
+        self, live: Mapping[str, nn.Parameter], end_: Callable[[], object], team: ProcessGroup
     ) -> None:
         """`live` is what the model computes with, by name; `end_` leaves the model with plain
         weights alone."""
@@ -42,12 +42,14 @@ class TrainedWeights(nn.Module):
         """Round the masters to the weights that the model computes with."""
         for weight, master in self.pairs:
             weight.copy_(
-                master if self.team.count == 1 else self.team.whole(master.detach(), weight.shape)
+                master
+                if self.team.count == 1
+                else self.team.all_gather(master.detach(), weight.shape)
             )
 
     def _master(self, weight: nn.Parameter) -> nn.Parameter:
         if self.team.count > 1:
-            return nn.Parameter(self.team.part(wide(weight.detach())))
+            return nn.Parameter(self.team.shard(wide(weight.detach())))
         return nn.Parameter(weight.detach().float()) if wide(weight) is not weight else weight
 
     def _collect_(self, master: nn.Parameter, weight: Tensor) -> None:
@@ -57,11 +59,11 @@ class TrainedWeights(nn.Module):
         if self.closed:
             return
         if self.team.count > 1:
-            gradient = self.team.summed(wide(gradient))
+            gradient = self.team.reduce_scatter(wide(gradient))
         master.grad = wide(gradient) if master.grad is None else master.grad.add_(gradient)
 
 
-def trained_weights_(model: PreTrainedModel, recipe: Train, team: Team) -> TrainedWeights:
+def trained_weights_(model: PreTrainedModel, recipe: Train, team: ProcessGroup) -> TrainedWeights:
     """Prepare a model for training. "lora": adapters on every linear layer but the head; the end
     merges them into the model's own weights. "all": all weights but embeddings and head."""
     if recipe.weights == "lora":

@@ -1,7 +1,6 @@
-"""The devices next to the CPU, of whatever kind torch finds (CUDA, ROCm, XPU): which are here, and
-their memory.
+"""The devices next to the CPU, of any kind that torch finds (CUDA, ROCm, XPU), and their memory.
 
-What runs there is decided elsewhere. Apple's GPUs are left out: they know no float64, in which
+What runs there is decided elsewhere. Apple's GPUs are left out: they have no float64, in which
 losses are summed.
 """
 
@@ -19,50 +18,55 @@ OUT_OF_MEMORY = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUBLAS_STATUS_NOT_INITIALIZED",
 )
-"""What libraries say that find no memory for their own workspace; the last one is a handle that
-could not be made."""
+"""Messages of libraries that get no memory for their own workspace. The third one is of a handle
+that could not be created."""
 
 
 def kind() -> str | None:
-    """The type of device that torch computes on here, for instance "cuda"; None if there is only
-    the CPU."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return None if found is None or found.type == "mps" else found.type
+    """The type of device that torch computes on, for instance "cuda"; None if there is only the
+    CPU."""
+    if not torch.accelerator.is_available():
+        return None
+    device = torch.accelerator.current_accelerator()
+    if device is None or device.type == "mps":
+        return None
+    return device.type
 
 
 def devices() -> list[torch.device]:
-    found = kind()
-    return (
-        []
-        if found is None
-        else [torch.device(found, index) for index in range(torch.accelerator.device_count())]
-    )
+    """All devices of this machine but the CPU."""
+    device_type = kind()
+    if device_type is None:
+        return []
+    return [torch.device(device_type, index) for index in range(torch.accelerator.device_count())]
 
 
 def name(device: torch.device) -> str:
     """The product's name; "cpu" for the CPU."""
-    return str(_module(device).get_device_name(device)) if device.type == kind() else device.type
+    if device.type != kind():
+        return device.type
+    return str(_module(device).get_device_name(device))
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until all that was asked of a device is done; at once on a CPU."""
+    """Wait until a device is done; returns at once on a CPU."""
     _module(device).synchronize(device)
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes."""
+    """The bytes of a device."""
     return int(_module(device).mem_get_info(device)[1])
 
 
 def free_memory(device: torch.device) -> int:
-    """Free bytes, with those that torch holds in reserve."""
+    """The free bytes of a device, with those that torch holds in reserve."""
     module = _module(device)
     free, _ = module.mem_get_info(device)
     return int(free + module.memory_reserved(device) - module.memory_allocated(device))
 
 
 def begin_stream(device: torch.device) -> None:
-    """Have what this thread asks of a device run beside what other threads ask of it; nothing on a
+    """Let this thread's work on a device run parallel to that of other threads; nothing on a
     CPU."""
     if device.type != "cpu":
         module = _module(device)
@@ -70,59 +74,66 @@ def begin_stream(device: torch.device) -> None:
 
 
 def mark(device: torch.device) -> Any:
-    """An event: all that this thread has asked of a device is done. None on a CPU, where it is done
-    at once."""
-    return None if device.type == "cpu" else _module(device).current_stream(device).record_event()
+    """The event that this thread's work on a device is done. None on a CPU, where it is done at
+    once."""
+    if device.type == "cpu":
+        return None
+    return _module(device).current_stream(device).record_event()
 
 
 def follow(device: torch.device, event: Any) -> None:
-    """Have what this thread asks of a device from now on begin after an event; the thread does not
-    wait."""
+    """Let this thread's next work on a device begin after an event; the thread does not wait."""
     if event is not None:
         _module(device).current_stream(device).wait_event(event)
 
 
 def reset_peak(device: torch.device) -> None:
+    """Count `peak` anew from here."""
     _module(device).reset_peak_memory_stats(device)
 
 
 def peak(device: torch.device) -> int:
-    """The most bytes that this process's tensors took on the device at once since `reset_peak`."""
+    """The maximum of bytes of this process's tensors on the device since `reset_peak`."""
     return int(_module(device).max_memory_allocated(device))
 
 
 def empty_cache() -> None:
     """Give what torch holds in reserve back to the devices."""
-    if found := kind():
-        _module(torch.device(found)).empty_cache()
+    device_type = kind()
+    if device_type is not None:
+        _module(torch.device(device_type)).empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device's memory is used up: torch's own error, or that of a library without room
     for its workspace."""
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        words in str(error) for words in OUT_OF_MEMORY
-    )
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return any(message in str(error) for message in OUT_OF_MEMORY)
 
 
 def fits(work: Callable[[], object], is_least: bool) -> bool:
-    """Do work. False if a device's memory ended meanwhile, and what the work took there is free
-    again. If it `is_least`, less cannot be done at once: the device's error is raised."""
+    """Do work; False if a device's memory ended meanwhile, and the memory of the work is free
+    again.
+
+    If the work `is_least`, it cannot be split further, and the device's error is raised.
+    """
     try:
         work()
         return True
     except RuntimeError as error:
         if is_least or not is_out_of_memory(error):
             raise
-    # after the handler: its traceback keeps the tensors of the failed work alive
+    # After the handler: its traceback keeps the tensors of the failed work alive.
     gc.collect()
     empty_cache()
     return False
 
 
 @contextmanager
-def named_if_too_large(what: str, fix: str) -> Iterator[None]:
-    """Within, a DeviceMemoryError with these words is raised where a device's memory ends."""
+def named_if_too_large(work: str, fix: str) -> Iterator[None]:
+    """Turn the end of a device's memory inside the `with` into a DeviceMemoryError that names the
+    work and a fix."""
     try:
         yield
     except RuntimeError as error:
@@ -130,9 +141,10 @@ def named_if_too_large(what: str, fix: str) -> Iterator[None]:
             raise
         reason = str(error).partition(". ")[0]
         raise DeviceMemoryError(
-            f"{what} does not fit into the device's memory beside the model ({reason}); {fix}"
+            f"{work} does not fit into the device's memory beside the model ({reason}); {fix}"
         ) from error
 
 
 def _module(device: torch.device) -> Any:
+    """torch.cuda for CUDA, torch.xpu for XPU."""
     return torch.get_device_module(device)

@@ -11,12 +11,10 @@ class Block(dict):
     """A dict whose values are attributes, too."""
 
     def __init__(self, fields):
-        super().__init__(
-            {
-                key: Block(value) if isinstance(value, dict) else value
-                for key, value in fields.items()
-            }
-        )
+        super().__init__(fields)
+        for key, value in fields.items():
+            if isinstance(value, dict):
+                self[key] = Block(value)
 
     def __getattr__(self, name):
         try:
@@ -33,4 +31,4 @@ class DeciLMConfig(LlamaConfig):
 
     def __init__(self, block_configs=(), **fields):
         super().__init__(**fields)
-        self.block_configs = [Block(each) for each in block_configs]
+        self.block_configs = [Block(fields_of_layer) for fields_of_layer in block_configs]

@@ -1,10 +1,10 @@
-"""Our model types, made known to transformers: after `import blockpruner`, a pruned checkpoint
-loads without its code.
+"""Registers our model types in transformers: after `import blockpruner`, a pruned checkpoint loads
+without its code.
 
 Decides which types these are: those that only our exports write. A type of others is never
-registered, since transformers would then read their models by our class. transformers is not
-imported for it: its table of configs gets the types when it is made, and a class is loaded when a
-checkpoint asks for it.
+registered, since transformers would then read their models by our class. Importing blockpruner does
+not import transformers: its table of configs gets the types when it is loaded, and our classes are
+loaded with the first checkpoint that needs them.
 """
 
 import sys
@@ -17,13 +17,13 @@ from typing import Any
 
 TABLE = "transformers.models.auto.configuration_auto"
 FORMAT_KEY, FORMAT = "blockpruner_format", 1
-"""The number of a pruned checkpoint's format, in its config.json; one without it is of the
-first."""
+"""The number of a pruned checkpoint's format, in its config.json; without one it is 1."""
 
 
 def require_format(fields: Mapping[str, Any]) -> None:
     """Raise ValueError for a config.json of a format that this version does not read."""
-    if (number := fields.get(FORMAT_KEY, FORMAT)) != FORMAT:
+    number = fields.get(FORMAT_KEY, FORMAT)
+    if number != FORMAT:
         raise ValueError(
             f"this checkpoint is of blockpruner's format {number!r}, and this version reads"
             f" {FORMAT}; install a newer blockpruner"
@@ -49,13 +49,15 @@ def add_types(table: ModuleType) -> None:
 
 
 class TableWatch(MetaPathFinder):
-    """Finds nothing, but has `add_types` called when transformers' module of configs is loaded."""
+    """Calls `add_types` when transformers' module of configs is loaded, and finds no module
+    itself."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if name != TABLE:
             return None
+        # Once is enough, and `find_spec` below would find this finder again.
         sys.meta_path.remove(self)
         spec = find_spec(name)
         assert spec is not None and spec.loader is not None
@@ -70,7 +72,7 @@ class TableWatch(MetaPathFinder):
 
 
 def watch() -> None:
-    """Add our types now, if transformers has its table, or as soon as it has."""
+    """Add our types to transformers' table, at once or when it is loaded."""
     if TABLE in sys.modules:
         add_types(sys.modules[TABLE])
     else:

@@ -40,33 +40,8 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    Cohere2Config,
-    Ernie4_5Config,
-    Exaone4Config,
-    Gemma2Config,
-    Gemma3TextConfig,
-    Glm4Config,
-    GlmConfig,
-    GPTNeoXConfig,
-    GraniteConfig,
-    HunYuanDenseV1Config,
     LlamaConfig,
     LlamaForCausalLM,
-    Ministral3Config,
-    MinistralConfig,
-    MistralConfig,
-    MixtralConfig,
-    Olmo2Config,
-    Olmo3Config,
-    Phi3Config,
-    Qwen2Config,
-    Qwen3_5MoeTextConfig,
-    Qwen3_5TextConfig,
-    Qwen3Config,
-    Qwen3MoeConfig,
-    Qwen3NextConfig,
-    SeedOssConfig,
-    SmolLM3Config,
 )
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaModel, LlamaPreTrainedModel
@@ -83,6 +58,7 @@ AUTO_CLASSES = (
 Branches = tuple[tuple[str, ...], tuple[str, ...]]
 """Attributes of the MHA and of the MLP branch in a decoder layer: module, then its norms."""
 
+# The norms of each branch, by where a family has them: before it, after it, or both.
 BEFORE = (("self_attn", "input_layernorm"), ("mlp", "post_attention_layernorm"))
 AFTER = (("self_attn", "post_attention_layernorm"), ("mlp", "post_feedforward_layernorm"))
 AROUND = (
@@ -93,10 +69,11 @@ AROUND_GLM4 = (
     ("self_attn", "input_layernorm", "post_self_attn_layernorm"),
     ("mlp", "post_attention_layernorm", "post_mlp_layernorm"),
 )
-"""Where a family has its norms."""
 
-LINEAR, LINEAR_TYPE, FULL = "linear_attn", "linear_attention", "full_attention"
-"""In hybrids: the module of a linear attention, and the types of layers with and without one."""
+# Hybrids: the module of a linear attention, and the types of layers with and without one.
+LINEAR = "linear_attn"
+LINEAR_TYPE = "linear_attention"
+FULL = "full_attention"
 
 
 class NoMHA(nn.Module):
@@ -121,7 +98,7 @@ class NoMLP(nn.Module):
 
 
 def unchanged(hidden_states: torch.Tensor) -> torch.Tensor:
-    """In place of a removed block's norm."""
+    """A function in place of a removed block's norm."""
     return hidden_states
 
 
@@ -131,43 +108,57 @@ def name_in(layer: nn.Module, module: str) -> str:
     return module if hasattr(layer, module) else LINEAR
 
 
+def is_all_linear(layer_types) -> bool:
+    """Whether a model has linear attentions alone."""
+    return set(layer_types or ()) == {LINEAR_TYPE}
+
+
 def remove_blocks_(layers: nn.ModuleList, mha: set[int], mlp: set[int], branches: Branches) -> None:
-    """Replace the branches of the given layers, norms included, by holes."""
-    for removed, (module, *norms), hole in ((mha, branches[0], NoMHA), (mlp, branches[1], NoMLP)):
+    """Replace the branches of some layers, norms included, by holes."""
+    for removed, branch, hole_class in zip((mha, mlp), branches, (NoMHA, NoMLP), strict=True):
+        module, *norms = branch
         for index in removed:
-            name = name_in(layers[index], module)
-            setattr(layers[index], name, NoLinearAttention() if name == LINEAR else hole())
-            for (
-                norm
-            ) in norms:  # tools find norms by modules' names, and look for the linears behind each
-                layers[index]._modules.pop(norm, None)
-                setattr(layers[index], norm, unchanged)
+            layer = layers[index]
+            name = name_in(layer, module)
+            setattr(layer, name, NoLinearAttention() if name == LINEAR else hole_class())
+            for norm in norms:
+                # No module may stay: tools (llm-compressor's AWQ) find norms by modules' names, and
+                # look for the linears behind each.
+                layer._modules.pop(norm, None)
+                setattr(layer, norm, unchanged)
 
 
 def narrow_mlps_(layers: nn.ModuleList, widths, config, module: str) -> None:
     """Replace the MLPs that are not as wide as the family's by narrower ones."""
     for layer, width in zip(layers, widths or (), strict=False):
-        if width != config.intermediate_size:
-            narrow, kind = copy.copy(config), type(getattr(layer, module))
-            narrow.intermediate_size = width
-            takes_width = "intermediate_size" in inspect.signature(kind).parameters
-            setattr(layer, module, kind(narrow, width) if takes_width else kind(narrow))
+        if width == config.intermediate_size:
+            continue
+        narrow_config = copy.copy(config)
+        narrow_config.intermediate_size = width
+        mlp_class = type(getattr(layer, module))
+        if "intermediate_size" in inspect.signature(mlp_class).parameters:
+            mlp = mlp_class(narrow_config, width)
+        else:
+            mlp = mlp_class(narrow_config)
+        setattr(layer, module, mlp)
 
 
-def drop_layers_(layers: nn.ModuleList, kept) -> None:
-    """Keep only the given layers, in order."""
+def drop_layers_(layers: nn.ModuleList, kept_layers) -> None:
+    """Keep only some layers, in order."""
     for index in reversed(range(len(layers))):
-        if index not in kept:
+        if index not in kept_layers:
             del layers[index]
 
 
 def number_attentions_(layers: nn.ModuleList, module: str) -> None:
     """Number the remaining attentions 0..n-1: a cache takes an attention's number for its slot, and
     takes the length of the past from slot 0."""
-    found = (getattr(layer, name_in(layer, module)) for layer in layers)
-    present = [attention for attention in found if not isinstance(attention, NoMHA)]
-    for number, attention in enumerate(present):
-        attention.layer_idx = number
+    number = 0
+    for layer in layers:
+        attention = getattr(layer, name_in(layer, module))
+        if not isinstance(attention, NoMHA):
+            attention.layer_idx = number
+            number += 1
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
@@ -181,9 +172,8 @@ class BlockPrunedConfigMixin:
     layers_without_mlp: list[int] = field(default_factory=list)
     source_layers: list[int] | None = None
 
-    allow_global_per_layer_attribute_access = (
-        True  # `intermediate_size` is the width of all other MLPs
-    )
+    # transformers asks for it: `intermediate_size` is the width of all other MLPs.
+    allow_global_per_layer_attribute_access = True
 
     @property
     def mlp_widths(self):
@@ -199,63 +189,64 @@ class BlockPrunedConfigMixin:
         }
 
     def cache_config(self):
-        """This config as a cache must see it: one layer for each attention. What is written to it
-        is written here."""
-        removed = set(self.layers_without_mha)
+        """This config as a cache must see it: one layer for each attention. Attributes that are set
+        on it are set on this config, too."""
+        attentions = [i for i in range(self.num_hidden_layers) if i not in self.layers_without_mha]
         config = copy.deepcopy(self)
         config.per_layer_config = None
         config.layers_without_mha = config.layers_without_mlp = []
-        config.num_hidden_layers = self.num_hidden_layers - len(removed)
-        if getattr(self, "layer_types", None) is not None:
-            config.layer_types = [t for i, t in enumerate(self.layer_types) if i not in removed]
-            # a cache asks an attention of another type for its length: 0
-            if {*config.layer_types} == {LINEAR_TYPE}:
-                config.num_hidden_layers, config.layer_types = (
-                    config.num_hidden_layers + 1,
-                    [*config.layer_types, FULL],
-                )
-        config.__dict__["_whole"] = self
+        config.num_hidden_layers = len(attentions)
+        layer_types = getattr(self, "layer_types", None)
+        if layer_types is not None:
+            layer_types = [layer_types[i] for i in attentions]
+            # A cache takes its length from a full attention: an unused one has length 0.
+            if is_all_linear(layer_types):
+                layer_types.append(FULL)
+                config.num_hidden_layers += 1
+            config.layer_types = layer_types
+        config.__dict__["_model_config"] = self
         return config
 
     def __setattr__(self, name, value):
         super().__setattr__(name, value)
-        if (whole := self.__dict__.get("_whole")) is not None:
-            setattr(whole, name, value)
+        model_config = self.__dict__.get("_model_config")
+        if model_config is not None:
+            setattr(model_config, name, value)
 
     def get_text_config(self, decoder=None, encoder=None):
         """Caches ask for the decoder's config, and only they pass `decoder` for a text model."""
-        if decoder and (
-            self.layers_without_mha
-            or {*(getattr(self, "layer_types", None) or ())} == {LINEAR_TYPE}
-        ):
+        if not decoder:
+            return self
+        if self.layers_without_mha or is_all_linear(getattr(self, "layer_types", None)):
             return self.cache_config()
         return self
 
     def to_dict(self):
-        self._tell_peft()
+        self._register_in_peft()
+        fields = super().to_dict()
+        fields["auto_map"] = dict(type(self).auto_map)
+        fields.pop("_model_config", None)
+        fields_by_layer = {}
+        for index, width in enumerate(self.mlp_widths or ()):
+            if width != fields["intermediate_size"]:
+                fields_by_layer[index] = {"intermediate_size": width}
         holes = {"attention": self.layers_without_mha, "mlp": self.layers_without_mlp}
-        fields = super().to_dict() | {"auto_map": dict(type(self).auto_map)}
-        layers = {i: {"intermediate_size": width} for i, width in enumerate(self.mlp_widths or ())}
-        layers = {
-            i: own
-            for i, own in layers.items()
-            if own["intermediate_size"] != fields["intermediate_size"]
-        }
         for name, removed in holes.items():
-            for i in removed:
-                layers.setdefault(i, {}).setdefault("skip", []).append(name)
-        fields["per_layer_config"] = {str(i): layers[i] for i in sorted(layers)}
-        fields.pop("_whole", None)
+            for index in removed:
+                fields_by_layer.setdefault(index, {}).setdefault("skip", []).append(name)
+        fields["per_layer_config"] = {str(i): fields_by_layer[i] for i in sorted(fields_by_layer)}
         return fields
 
-    def _tell_peft(self):
-        """Give PEFT's tables of default targets the base family's also for this model type. PEFT
-        takes a config's fields as a dict and then looks up the model type, so that this is the
-        moment."""
-        base = self.model_type.removesuffix("_blockpruned")
-        for name, table in vars(sys.modules.get("peft.utils.constants", object)).items():
-            if name.startswith("TRANSFORMERS_MODELS_TO_") and base in table:
-                table.setdefault(self.model_type, table[base])
+    def _register_in_peft(self):
+        """Give this model type the base family's default targets in PEFT's tables. PEFT takes a
+        config's fields as a dict and then looks up the model type, so it happens here."""
+        constants = sys.modules.get("peft.utils.constants")
+        if constants is None:
+            return
+        base_type = self.model_type.removesuffix("_blockpruned")
+        for name, table in vars(constants).items():
+            if name.startswith("TRANSFORMERS_MODELS_TO_") and base_type in table:
+                table.setdefault(self.model_type, table[base_type])
 
 
 class BlockPrunedMixin:
@@ -266,28 +257,28 @@ class BlockPrunedMixin:
     layer_branches: Branches
 
     def __init__(self, config):
-        widths, spec = config.mlp_widths, config.__dict__.pop("_heterogeneity_spec", None)
-        super().__init__(config)  # the family's own code reads one width
+        # The family's own code reads one width for all MLPs, and so do those that are replaced.
+        widths = config.mlp_widths
+        spec = config.__dict__.pop("_heterogeneity_spec", None)
+        super().__init__(config)
         layers = self.base_model.get_submodule(self.decoder_layers.partition(".")[2])
-        narrow_mlps_(layers, widths, config, self.layer_branches[1][0])
+        mha_branch, mlp_branch = self.layer_branches
+        narrow_mlps_(layers, widths, config, mlp_branch[0])
         if spec is not None:
             config._heterogeneity_spec = spec
-        remove_blocks_(
-            layers,
-            set(config.layers_without_mha),
-            set(config.layers_without_mlp),
-            self.layer_branches,
-        )
-        number_attentions_(layers, module=self.layer_branches[0][0])
+        without_mha = set(config.layers_without_mha)
+        without_mlp = set(config.layers_without_mlp)
+        remove_blocks_(layers, without_mha, without_mlp, self.layer_branches)
+        number_attentions_(layers, mha_branch[0])
 
     @classmethod
     def _can_set_experts_implementation(cls):
         """As the base family: transformers looks for an answer in the file of the class, and this
-        is another one."""
-        family = next(
-            base for base in cls.__mro__ if base.__module__.startswith("transformers.models.")
-        )
-        return family._can_set_experts_implementation()
+        is another file."""
+        for base in cls.__mro__:
+            if base.__module__.startswith("transformers.models."):
+                return base._can_set_experts_implementation()
+        return False
 
     def init_continuous_batching(self, *args, **kwargs):
         """The manager sizes its paged cache by `config`, layer by layer, and attentions have
@@ -302,66 +293,80 @@ class BlockPrunedMixin:
             )
         with self._config_of_cache():
             manager = super().init_continuous_batching(*args, **kwargs)
-        create = manager._create_batch_processor
+        create_batch_processor = manager._create_batch_processor
 
         def create_for_attentions():
             with self._config_of_cache():
-                return create()
+                return create_batch_processor()
 
         manager._create_batch_processor = create_for_attentions
         return manager
 
     @contextmanager
     def _config_of_cache(self):
-        whole, self.config = self.config, self.config.cache_config()
+        model_config = self.config
+        self.config = model_config.cache_config()
         try:
             yield
         finally:
-            self.config = whole
+            self.config = model_config
+
+
+def refuse_linear_prefill(cache, *inputs):
+    """Raise ValueError for several tokens after a past in a cache of linear attentions alone: it
+    does not count its tokens, so their positions would be wrong."""
+    if all(tokens is None or tokens.shape[1] <= 1 for tokens in inputs):
+        return
+    for layer in getattr(cache, "layers", ()):
+        states = getattr(layer, "has_previous_state", {})
+        if any(states.values()) and not cache.get_seq_length():
+            raise ValueError(
+                "this model has linear attentions alone, whose cache is read a token at a time only"
+            )
+
+
+def refuse_windows_by_number(config):
+    """Raise ValueError if attention i would get the window of another layer from layer i."""
+    layer_types = getattr(config, "layer_types", None)
+    if not layer_types:
+        return
+    cache_types = config.cache_config().layer_types
+    if cache_types != layer_types[: len(cache_types)]:
+        raise ValueError(
+            "this engine takes the window of an attention from the layer of the same number, and"
+            " here these differ: results would be wrong; vLLM needs blockpruner's plugin, and"
+            " transformers needs nothing"
+        )
 
 
 def checked(forward):
-    """Make a forward refuse an engine that looks up an attention's window by its new number, and a
-    cache of linear attentions alone, which does not count, before more tokens than one."""
+    """A forward that refuses what would silently be wrong in a model with holes."""
 
     @functools.wraps(forward)
     def run(self, *args, **kwargs):
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
-        tokens = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-        if any(given is not None and given.shape[1] > 1 for given in tokens):
-            states = [
-                getattr(layer, "has_previous_state", {}) for layer in getattr(cache, "layers", ())
-            ]
-            if any(any(state.values()) for state in states) and not cache.get_seq_length():
-                raise ValueError(
-                    "this model has linear attentions alone, whose cache is read a token at a time"
-                    " only"
-                )
-        if kwargs.get("attention_instances") is not None and (
-            types := getattr(self.config, "layer_types", None)
-        ):
-            left = self.config.cache_config().layer_types
-            if left != types[: len(left)]:
-                raise ValueError(
-                    "this engine takes the window of an attention from the layer of the same"
-                    " number, and here these differ: results would be wrong; vLLM needs"
-                    " blockpruner's plugin, and transformers needs nothing"
-                )
+        inputs = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        refuse_linear_prefill(cache, *inputs)
+        # vLLM and SGLang pass their attentions to transformers' models.
+        if kwargs.get("attention_instances") is not None:
+            refuse_windows_by_number(self.config)
         return forward(self, *args, **kwargs)
 
     return run
 
 
 def alibi_slopes(heads: int) -> list[float]:
-    """2^(-8 i / n) for i = 1 to n where the n heads are a power of two; where they are not, those
-    of the power of two below, then every other one of the power of two above (arXiv 2108.12409)."""
-    below = 1 << (heads.bit_length() - 1)
-    first, second = ([2.0 ** (-8 * i / n) for i in range(1, n + 1)] for n in (below, 2 * below))
-    return first + second[::2][: heads - below]
+    """The slope of each head (arXiv 2108.12409): 2^(-8 i / n) for i = 1 to n where the number of
+    heads n is a power of two."""
+    power = 1 << (heads.bit_length() - 1)
+    slopes = [2.0 ** (-8 * i / power) for i in range(1, power + 1)]
+    # Other heads take every other slope of the next power of two.
+    between = [2.0 ** (-8 * i / (2 * power)) for i in range(1, 2 * power, 2)]
+    return slopes + between[: heads - power]
 
 
 class NoRotation(nn.Module):
-    """In place of rotary tables: cosine 1 and sine 0."""
+    """Rotary tables that turn nothing: cosine 1 and sine 0."""
 
     def forward(
         self, x: torch.Tensor, position_ids: torch.Tensor
@@ -390,36 +395,35 @@ class BaichuanModel(LlamaModel):
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, **kwargs
     ):
-        # before transformers 5.20 the latter
+        # transformers names it `past_key_values` before 5.20.
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        past_length = 0 if cache is None else cache.get_seq_length()
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         mask = create_causal_mask(
             self.config, x, attention_mask, cache, position_ids, allow_is_causal_skip=False
         )
         if attention_mask is None and position_ids is None:
-            mask = mask[:1]  # all rows see alike; a bias for each would be large
-        mask = self.with_alibi(mask, 0 if cache is None else cache.get_seq_length(), x.dtype)
+            mask = mask[:1]  # the same for all rows; a bias for each would be large
+        mask = self.with_alibi(mask, past_length, x.dtype)
         return super().forward(
             attention_mask=mask, position_ids=position_ids, inputs_embeds=x, **kwargs
         )
 
-    def with_alibi(self, mask: torch.Tensor, past, dtype: torch.dtype) -> torch.Tensor:
+    def with_alibi(self, mask: torch.Tensor, past_length: int, dtype: torch.dtype) -> torch.Tensor:
         """A mask [B, 1, Q, K], of booleans or added to scores, as one [B, H, Q, K] that is added to
-        scores.
-
-        The distance is taken before it is scaled, and both in float32 at least: a bfloat16 does not
-        tell apart tokens that are far along."""
+        scores."""
+        # bfloat16 cannot tell positions beyond 256 apart: the product is float32 at least, and
+        # rounded at the end.
         wide = torch.promote_types(dtype, torch.float32)
-        queries, keys = (torch.arange(n, device=mask.device) for n in mask.shape[-2:])
-        slopes = torch.tensor(
-            alibi_slopes(self.config.num_attention_heads), dtype=wide, device=mask.device
-        )
-        bias = (slopes[:, None, None] * (keys - (past + queries)[:, None])).to(dtype)
-        return (
-            torch.where(mask, bias, torch.finfo(dtype).min)
-            if mask.dtype == torch.bool
-            else bias + mask
-        )
+        slopes = alibi_slopes(self.config.num_attention_heads)
+        slopes = torch.tensor(slopes, dtype=wide, device=mask.device)
+        queries = past_length + torch.arange(mask.shape[-2], device=mask.device)
+        keys = torch.arange(mask.shape[-1], device=mask.device)
+        distances = keys - queries[:, None]
+        bias = (slopes[:, None, None] * distances).to(dtype)
+        if mask.dtype == torch.bool:
+            return torch.where(mask, bias, torch.finfo(dtype).min)
+        return bias + mask
 
 
 class BaichuanForCausalLM(LlamaForCausalLM):
@@ -427,87 +431,93 @@ class BaichuanForCausalLM(LlamaForCausalLM):
     _supports_flash_attn = _supports_flex_attn = False
 
     def __init__(self, config):
-        LlamaPreTrainedModel.__init__(self, config)  # Llama's own would build a LlamaModel first
+        # Llama's own __init__ would build a LlamaModel first.
+        LlamaPreTrainedModel.__init__(self, config)
         self.model = BaichuanModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
 
-def add_family(config, prefix, branches: Branches = BEFORE, layers="model.layers", models=None):
+def add_family(
+    prefix, branches: Branches = BEFORE, layers="model.layers", config=None, models=None
+):
     """Define a family's block-pruned classes in this module, and let the Auto classes build them
     from their config.
 
     Args:
-        config: the base family's config class.
-        prefix: of the classes' names, as in <prefix>BlockPrunedForCausalLM.
+        prefix: the beginning of the classes' names, as in <prefix>BlockPrunedForCausalLM.
         layers: the path of the decoder's layers in the causal LM.
+        config: the base family's config class; None: transformers' <prefix>Config.
         models: the base family's model class for each Auto class; None: as transformers has them.
     """
-    models = models or {
-        auto: auto._model_mapping[config] for auto in AUTO_CLASSES if config in auto._model_mapping
-    }
-    names = {
-        auto: f"{prefix}BlockPruned{auto.__name__.removeprefix('AutoModel') or 'Model'}"
-        for auto in models
-    }
-    config_name, module = f"{prefix}BlockPrunedConfig", __name__.rpartition(".")[2]
-    entries = {"AutoConfig": config_name} | {auto.__name__: name for auto, name in names.items()}
-    described = {
-        "model_type": f"{config.model_type}_blockpruned",
-        "auto_map": {entry: f"{module}.{name}" for entry, name in entries.items()},
-        "_auto_class": "AutoConfig",  # whoever saves a config or a model saves this file too
-    }
-    pruned = type(
-        config_name, (BlockPrunedConfigMixin, config), {"__module__": __name__} | described
-    )
-    placed = {
+    config = config or getattr(transformers, f"{prefix}Config")
+    if models is None:
+        autos = [auto for auto in AUTO_CLASSES if config in auto._model_mapping]
+        models = {auto: auto._model_mapping[config] for auto in autos}
+    file_name = __name__.rpartition(".")[2]
+    config_name = f"{prefix}BlockPrunedConfig"
+    auto_map = {"AutoConfig": f"{file_name}.{config_name}"}
+    config_attributes = {
         "__module__": __name__,
-        "config_class": pruned,
-        "decoder_layers": layers,
-        "layer_branches": branches,
+        "model_type": f"{config.model_type}_blockpruned",
+        "auto_map": auto_map,
+        "_auto_class": "AutoConfig",  # saving a config or a model saves this file, too
     }
-    globals()[config_name] = pruned
-    for auto, model in models.items():
-        own = {"_auto_class": auto.__name__, "forward": checked(model.forward)}
-        found = type(names[auto], (BlockPrunedMixin, model), placed | own)
-        globals()[names[auto]] = found
-        auto.register(pruned, found)
+    config_class = type(config_name, (BlockPrunedConfigMixin, config), config_attributes)
+    globals()[config_name] = config_class
+    for auto, base in models.items():
+        head = auto.__name__.removeprefix("AutoModel") or "Model"
+        model_name = f"{prefix}BlockPruned{head}"
+        auto_map[auto.__name__] = f"{file_name}.{model_name}"
+        model_attributes = {
+            "__module__": __name__,
+            "_auto_class": auto.__name__,
+            "config_class": config_class,
+            "decoder_layers": layers,
+            "layer_branches": branches,
+            "forward": checked(base.forward),
+        }
+        model_class = type(model_name, (BlockPrunedMixin, base), model_attributes)
+        globals()[model_name] = model_class
+        auto.register(config_class, model_class)
 
 
-add_family(LlamaConfig, "Llama")
+for _prefix in (
+    "Llama",
+    "Mistral",
+    "Mixtral",
+    "Ministral",
+    "Ministral3",
+    "Phi3",
+    "SmolLM3",
+    "Qwen2",
+    "Qwen3",
+    "Qwen3Moe",
+    "Qwen3Next",
+    "SeedOss",
+    "Ernie4_5",
+    "Glm",
+    "Granite",
+    "HunYuanDenseV1",
+):
+    add_family(_prefix)
+for _prefix in ("Olmo2", "Olmo3", "Exaone4"):
+    add_family(_prefix, AFTER)
+add_family("Qwen3_5", config=transformers.Qwen3_5TextConfig)
+add_family("Qwen3_5Moe", config=transformers.Qwen3_5MoeTextConfig)
+add_family("Gemma2", AROUND)
+add_family("Gemma3", AROUND, config=transformers.Gemma3TextConfig)
+add_family("Glm4", AROUND_GLM4)
+# Both branches read one norm, which stays.
+add_family("Cohere2", (("self_attn",), ("mlp",)))
 add_family(
-    BaichuanConfig,
-    "Baichuan",
-    models={AutoModel: BaichuanModel, AutoModelForCausalLM: BaichuanForCausalLM},
-)
-add_family(MistralConfig, "Mistral")
-add_family(Qwen2Config, "Qwen2")
-add_family(Qwen3Config, "Qwen3")
-add_family(Phi3Config, "Phi3")
-add_family(Gemma2Config, "Gemma2", AROUND)
-add_family(Gemma3TextConfig, "Gemma3", AROUND)
-add_family(Olmo2Config, "Olmo2", AFTER)
-add_family(Olmo3Config, "Olmo3", AFTER)
-add_family(Exaone4Config, "Exaone4", AFTER)
-add_family(SmolLM3Config, "SmolLM3")
-add_family(SeedOssConfig, "SeedOss")
-add_family(Ernie4_5Config, "Ernie4_5")
-add_family(HunYuanDenseV1Config, "HunYuanDenseV1")
-add_family(MinistralConfig, "Ministral")
-add_family(Ministral3Config, "Ministral3")
-add_family(GlmConfig, "Glm")
-add_family(Glm4Config, "Glm4", AROUND_GLM4)
-add_family(GraniteConfig, "Granite")
-add_family(Cohere2Config, "Cohere2", (("self_attn",), ("mlp",)))  # both read one norm, which stays
-add_family(MixtralConfig, "Mixtral")
-add_family(Qwen3MoeConfig, "Qwen3Moe")
-add_family(Qwen3NextConfig, "Qwen3Next")
-add_family(Qwen3_5TextConfig, "Qwen3_5")
-add_family(Qwen3_5MoeTextConfig, "Qwen3_5Moe")
-add_family(
-    GPTNeoXConfig,
     "GPTNeoX",
     (("attention", "input_layernorm"), ("mlp", "post_attention_layernorm")),
     "gpt_neox.layers",
+)
+add_family(
+    "Baichuan",
+    config=BaichuanConfig,
+    models={AutoModel: BaichuanModel, AutoModelForCausalLM: BaichuanForCausalLM},
 )

@@ -35,8 +35,8 @@ BLOCKS = (
     ("input_layernorm", "self_attn", ("q_proj", "k_proj", "v_proj"), "o_proj", "attn_shortcut"),
     ("post_attention_layernorm", "mlp", ("gate_proj", "up_proj"), "down_proj", "mlp_shortcut"),
 )
-"""A decoder layer's two blocks: norm, module, the linears that read the residual stream, the one
-that writes to it, and the shortcut around them."""
+"""A decoder layer's two blocks: norm, module, the linears that read the residual stream, the output
+projection, and the shortcut around them."""
 
 
 class ScaleFreeRMSNorm(nn.Module):
@@ -62,15 +62,31 @@ class SlicedLayerMixin:
     """A decoder layer whose residual stream changes its basis around each block."""
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = self.attn_shortcut(hidden_states) + attended
-        return self.mlp_shortcut(hidden_states) + self.mlp(
-            self.post_attention_layernorm(hidden_states)
-        )
+        normed = self.input_layernorm(hidden_states)
+        attention_output, _ = self.self_attn(hidden_states=normed, **kwargs)
+        hidden_states = self.attn_shortcut(hidden_states) + attention_output
+        normed = self.post_attention_layernorm(hidden_states)
+        return self.mlp_shortcut(hidden_states) + self.mlp(normed)
 
 
-def resized(linear: nn.Linear, columns: int, rows: int) -> nn.Linear:
-    return nn.Linear(columns, rows, bias=linear.bias is not None)
+def resize_(block: nn.Module, name: str, in_features: int, out_features: int) -> None:
+    """Replace a linear of a block by one of another size."""
+    has_bias = getattr(block, name).bias is not None
+    setattr(block, name, nn.Linear(in_features, out_features, bias=has_bias))
+
+
+def slice_layer_(layer: nn.Module, config, mlp_columns: int) -> None:
+    """Give a layer the shapes of a sliced residual stream, of which its MLP writes `mlp_columns`
+    columns."""
+    width = config.sliced_width
+    for norm, module, readers, writer, shortcut in BLOCKS:
+        block = getattr(layer, module)
+        columns = mlp_columns if module == "mlp" else width
+        for reader in readers:
+            resize_(block, reader, width, getattr(block, reader).out_features)
+        resize_(block, writer, getattr(block, writer).in_features, columns)
+        setattr(layer, norm, ScaleFreeRMSNorm(config.hidden_size, config.rms_norm_eps))
+        setattr(layer, shortcut, nn.Linear(width, columns, bias=False))
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
@@ -98,22 +114,14 @@ class SliceGPTMixin:
 
     def __init__(self, config):
         super().__init__(config)
-        width, decoder = config.sliced_width, self.model
-        for index, layer in enumerate(decoder.layers):
+        for layer in self.model.layers:
             layer.__class__ = self.layer_class
-            for norm, module, readers, writer, shortcut in BLOCKS:
-                block = getattr(layer, module)
-                last = module == "mlp" and index == config.num_hidden_layers - 1
-                columns = config.hidden_size if last else width
-                for name in readers:
-                    reader = getattr(block, name)
-                    setattr(block, name, resized(reader, width, reader.out_features))
-                output = getattr(block, writer)
-                setattr(block, writer, resized(output, output.in_features, columns))
-                setattr(layer, norm, ScaleFreeRMSNorm(config.hidden_size, config.rms_norm_eps))
-                setattr(layer, shortcut, nn.Linear(width, columns, bias=False))
-        decoder.embed_tokens = nn.Embedding(config.vocab_size, width, config.pad_token_id)
-        decoder.norm = ScaleFreeRMSNorm(config.hidden_size, config.rms_norm_eps)
+            is_last = layer is self.model.layers[-1]
+            slice_layer_(layer, config, config.hidden_size if is_last else config.sliced_width)
+        self.model.embed_tokens = nn.Embedding(
+            config.vocab_size, config.sliced_width, config.pad_token_id
+        )
+        self.model.norm = ScaleFreeRMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class LlamaSlicedLayer(SlicedLayerMixin, LlamaDecoderLayer):

@@ -6,6 +6,7 @@ the same thing.
 """
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -27,54 +28,57 @@ from blockpruner.model import modeling_blockpruned as blockpruned
 from blockpruner.model.allocator import keep_freed_memory
 from blockpruner.model.classes import model_class, read_config
 
-Part = TypeVar("Part", bound=nn.Module)
+Module = TypeVar("Module", bound=nn.Module)
+
+LOADING_PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+"""The fields of transformers' loading report that are empty when weights and config match."""
 
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Within, transformers draws no bars of its own; those of downloads are elsewhere."""
-    shown = transformers_logging.is_progress_bar_enabled()
+    """Hide transformers' own progress bars inside the `with`; those of downloads are elsewhere."""
+    was_enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if was_enabled:
             transformers_logging.enable_progress_bar()
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device of `runtime.device`: "auto" is the first one, or the CPU; "split" begins at the
-    first one."""
-    here = accelerator.devices()
+    """The device of `runtime.device`: "auto" is the first GPU, or the CPU; "split" begins at the
+    first GPU."""
+    gpus = accelerator.devices()
     if device == "auto":
-        return here[0] if here else torch.device("cpu")
+        return gpus[0] if gpus else torch.device("cpu")
     if device == "split":
-        if not here:
+        if not gpus:
             raise InputError(
                 "runtime.device 'split' needs CUDA devices, and there is none here; use auto"
             )
-        return here[0]
+        return gpus[0]
     try:
-        found = torch.device(device)
+        resolved = torch.device(device)
     except RuntimeError:
-        found = torch.device("meta")
-    if found.type not in ("cpu", "cuda", accelerator.kind()):
+        resolved = torch.device("meta")
+    if resolved.type == "cpu":
+        return resolved
+    if resolved.type not in ("cuda", accelerator.kind()):
         message = f"runtime.device {device!r} is unknown; valid: auto, cpu, cuda, cuda:<n>, split"
         raise InputError(message, rule="unknown-device", key="runtime.device", value=device)
-    if found.type == "cpu":
-        return found
-    found = torch.device(found.type, found.index or 0)
-    if found not in here:
-        message = f"runtime.device {device!r} is not here: {len(here)} CUDA devices; use auto"
+    resolved = torch.device(resolved.type, resolved.index or 0)
+    if resolved not in gpus:
+        message = f"runtime.device {device!r} is not here: {len(gpus)} CUDA devices; use auto"
         raise InputError(message, rule="absent-device", key="runtime.device", value=device)
-    return found
+    return resolved
 
 
 def require_plain(model: nn.Module) -> None:
     """Refuse a model that cannot be changed in place: with adapters, quantized, offloaded; raises
     InputError."""
-    adapted = any(type(module).__module__.startswith("peft.") for module in model.modules())
-    if adapted or not isinstance(model, PreTrainedModel):
+    has_adapters = any(type(module).__module__.startswith("peft.") for module in model.modules())
+    if has_adapters or not isinstance(model, PreTrainedModel):
         raise InputError(
             f"a {type(model).__name__} is wrapped or has adapters, and pruning needs the plain"
             " transformers model; merge adapters first: PeftModel.from_pretrained(model,"
@@ -84,10 +88,8 @@ def require_plain(model: nn.Module) -> None:
         )
     require_supported(model.config.to_dict())
     require_float64(model)
-    if (
-        len({module.weight.dtype for module in model.modules() if isinstance(module, nn.Linear)})
-        > 1
-    ):
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if len({linear.weight.dtype for linear in linears}) > 1:
         message = (
             "the model's layers are of several dtypes; convert it first, as in"
             " model.to(torch.bfloat16)"
@@ -105,7 +107,7 @@ def require_plain(model: nn.Module) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within, a model is in evaluation mode; at the end each module is in its own again."""
+    """Put a model into evaluation mode inside the `with`; on exit each module has its old mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -126,12 +128,11 @@ def require_float64(model: PreTrainedModel) -> None:
 
 
 def placement(model: PreTrainedModel) -> dict[str, str]:
-    """Where a model computes and by which attention kernel, for `provenance.environment`."""
-    kernel = model.config._attn_implementation or "eager"
+    """The device and the attention kernel of a model, for `provenance.environment`."""
     return {
         "device": model.device.type,
         "device_name": accelerator.name(model.device),
-        "attention": kernel,
+        "attention": model.config._attn_implementation or "eager",
     }
 
 
@@ -147,45 +148,59 @@ def load_model(
     device: str = "auto",
     trust_remote_code: bool = False,
     attention: str = "auto",
-    beside: PreTrainedModel | None = None,
+    shared_with: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
-    """Load a checkpoint directory for inference. Raises InputError for weights that are damaged or
-    do not match the config, or an attention that is not installed; and DeviceMemoryError where the
-    model does not fit.
+    """Load a checkpoint directory for inference.
 
-    Weights go to their device as they are read. Where a tensor is equal to one of a model on the
-    same device, `beside` it, that one is taken; a split shares none.
+    Weights go to their device as they are read. A tensor that is equal to one of the model
+    `shared_with`, on the same device, is shared with it; a split model shares none.
+
+    Raises:
+        InputError: the weights are damaged or do not match the config, or the attention is not
+            installed.
+        DeviceMemoryError: the model does not fit.
     """
-    place = resolve_device(device)
-    keep_freed_memory(False)
-    options = kernel_options(attention, dtype, place)
-    reading = {
-        "local_files_only": True,
-        "use_safetensors": True,
-        "trust_remote_code": trust_remote_code,
-    }
-    reading |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    mismatch = f"the weights in {directory} do not match its config.json "
-    repair = "fetch the checkpoint again, or repair its config"
-    places: dict[str, torch.device] | None = None
+    target = resolve_device(device)
+    options = kernel_options(attention, dtype, target)
+    shares = shared_with is not None and device != "split"
+    device_map: dict[str, torch.device] | None = None
     if device == "split":
-        places = _spread(directory, dtype, trust_remote_code)
-    elif beside is None and place.type != "cpu":
-        places = {"": place}
-    try:
+        device_map = _balanced_device_map(directory, dtype, trust_remote_code)
+    elif not shares and target.type != "cpu":
+        device_map = {"": target}
+    # The memory of weights goes back to the system with the model; that of activations is reused.
+    keep_freed_memory(False)
+    with _explained_errors(directory, device):
         with usable(attention), without_bars():
-            config = read_config(directory, trust_remote_code)
             model, report = AutoModelForCausalLM.from_pretrained(
                 directory,
-                config=config,
+                config=read_config(directory, trust_remote_code),
                 dtype=getattr(torch, dtype),
-                device_map=places,
-                **reading,
+                device_map=device_map,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
                 **options,
             )
-        if beside is not None and device != "split":
-            _share_(model, beside)
-        result: PreTrainedModel = model if places else model.to(place)
+        if shares:
+            _share_(model, shared_with)
+        if device_map is None:
+            model.to(target)
+    _require_match(directory, report)
+    keep_freed_memory(target.type == "cpu")
+    loaded: PreTrainedModel = model.eval().requires_grad_(False)
+    return loaded
+
+
+@contextmanager
+def _explained_errors(directory: Path, device: str) -> Iterator[None]:
+    """Turn transformers' errors of loading a checkpoint into InputErrors."""
+    try:
+        yield
+    except InputError:
+        raise
     except SafetensorError as error:
         raise InputError(
             f"weights in {directory} are truncated or damaged ({error}); fetch the checkpoint again"
@@ -193,84 +208,99 @@ def load_model(
     except RuntimeError as error:
         if accelerator.is_out_of_memory(error):
             raise _too_large(directory, device) from error
-        if "conversion" not in str(error):  # parts of a weight that do not add up to it
+        # transformers merges the experts of a mixture: it fails where shapes do not add up.
+        if "conversion" not in str(error):
             raise
+        raise _mismatch(directory, "experts that are missing or of other shapes") from error
+    except Exception as error:
+        # A wrong config.json, or an adapter's next to it, raises anything.
         raise InputError(
-            f"{mismatch}(experts that are missing or of other shapes); {repair}"
+            f"the model in {directory} cannot be loaded ({error!r}); fetch the checkpoint again, or"
+            " repair its config"
         ) from error
-    except InputError:
-        raise
-    except (
-        Exception
-    ) as error:  # transformers takes config.json, and an adapter's beside it, for its own
-        raise InputError(
-            f"the model in {directory} cannot be loaded ({error!r}); {repair}"
-        ) from error
-    problems = [
-        f"{name.replace('_', ' ')}: {', '.join(sorted(str(key) for key in report[name])[:5])}"
-        for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
-        if report.get(name)
-    ]
+
+
+def _require_match(directory: Path, report: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose weights are not those of its config."""
+    problems = []
+    for problem in LOADING_PROBLEMS:
+        keys = sorted(map(str, report.get(problem) or ()))
+        if keys:
+            problems.append(f"{problem.replace('_', ' ')}: {', '.join(keys[:5])}")
     if problems:
-        raise InputError(f"{mismatch}({'; '.join(problems)}); {repair}")
-    keep_freed_memory(place.type == "cpu")
-    return result.eval().requires_grad_(False)
+        raise _mismatch(directory, "; ".join(problems))
+
+
+def _mismatch(directory: Path, reason: str) -> InputError:
+    return InputError(
+        f"the weights in {directory} do not match its config.json ({reason}); fetch the checkpoint"
+        " again, or repair its config"
+    )
 
 
 def _share_(model: PreTrainedModel, other: PreTrainedModel) -> None:
-    """Replace each parameter of a model by an equal one of another model, or else by one on the
-    device of that."""
-    known: dict[tuple[Any, ...], list[nn.Parameter]] = {}
+    """Replace each parameter by an equal one of another model, or move it to that model's
+    device."""
+    candidates: dict[tuple[Any, ...], list[nn.Parameter]] = defaultdict(list)
     for weight in other.parameters():
-        known.setdefault(_beginning(weight), []).append(weight)
-    new = {}
-    for own in list(model.parameters()):
-        moved = own.to(other.device)
-        equal = (weight for weight in known.get(_beginning(own), ()) if torch.equal(weight, moved))
-        new[own] = next(equal, nn.Parameter(moved, requires_grad=False))
-    replace_parameters_(model, new)
+        candidates[_sharing_key(weight)].append(weight)
+    replacements = {}
+    for parameter in list(model.parameters()):
+        moved = parameter.to(other.device)
+        replacements[parameter] = nn.Parameter(moved, requires_grad=False)
+        for weight in candidates[_sharing_key(parameter)]:
+            if torch.equal(weight, moved):
+                replacements[parameter] = weight
+                break
+    replace_parameters_(model, replacements)
 
 
-def _beginning(weight: Tensor) -> tuple[Any, ...]:
-    """What is alike in equal weights, and in few others."""
+def _sharing_key(weight: Tensor) -> tuple[Any, ...]:
+    """A cheap key, the same for equal weights: only weights of one key are compared in full."""
     return weight.shape, weight.dtype, *weight.flatten()[:16].tolist()
 
 
-def replace_parameters_(model: nn.Module, new: Mapping[nn.Parameter, nn.Parameter]) -> None:
-    """Replace parameters of a model wherever they stand in it; the old ones may belong to another
-    model, too."""
+def replace_parameters_(
+    model: nn.Module, replacements: Mapping[nn.Parameter, nn.Parameter]
+) -> None:
+    """Replace parameters in all modules of a model; another model may use the old ones, too."""
     for module in model.modules():
-        for name, old in module._parameters.items():
-            module._parameters[name] = None if old is None else new.get(old, old)
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = replacements.get(parameter, parameter)
 
 
 def move_buffers_(model: PreTrainedModel, device: torch.device) -> None:
-    """Move a model's buffers to a device; its parameters stay where they are."""
+    """Move a model's buffers to a device; its parameters stay on theirs."""
     for module in model.modules():
-        module._buffers.update(
-            {name: buffer.to(device) for name, buffer in module._buffers.items()}
-        )
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = buffer.to(device)
 
 
 def kernel_options(attention: str, dtype: str, device: torch.device) -> dict[str, str]:
-    """Keyword arguments for transformers' implementation of attention and, in float64, of experts:
-    the usual one knows no float64. Raises InputError if flash attention has no kernel for this
-    dtype or device."""
-    if attention.startswith("flash") and (
-        device.type != "cuda" or dtype not in ("bfloat16", "float16")
-    ):
+    """Keyword arguments of transformers for the kernels of attention and experts.
+
+    Raises InputError if flash attention has no kernel for this dtype or device.
+    """
+    has_flash_kernel = device.type == "cuda" and dtype in ("bfloat16", "float16")
+    if attention.startswith("flash") and not has_flash_kernel:
         raise InputError(
             f"runtime.attention {attention} has no kernel for {dtype} on {device.type}: it needs a"
             " CUDA device and model.dtype bfloat16 or float16; use auto or sdpa"
         )
-    options = {} if attention == "auto" else {"attn_implementation": attention}
-    return options | ({"experts_implementation": "eager"} if dtype == "float64" else {})
+    options = {}
+    if attention != "auto":
+        options["attn_implementation"] = attention
+    if dtype == "float64":
+        # The grouped product of experts, which is the default, has no float64.
+        options["experts_implementation"] = "eager"
+    return options
 
 
 @contextmanager
 def usable(attention: str) -> Iterator[None]:
-    """Within, a model is made; raises InputError if this attention is not installed, or the model
-    does not have it."""
+    """Refuse an attention that is not installed, or that the model made inside the `with` does not
+    have; raises InputError."""
     try:
         yield
     except (ImportError, ValueError) as error:
@@ -282,9 +312,10 @@ def usable(attention: str) -> Iterator[None]:
         ) from error
 
 
-def _spread(directory: Path, dtype: str, trust_remote_code: bool) -> dict[str, torch.device]:
-    """Which device each part of a model goes to, if all devices share it; a tenth of each stays
-    free."""
+def _balanced_device_map(
+    directory: Path, dtype: str, trust_remote_code: bool
+) -> dict[str, torch.device]:
+    """The device of each module if all devices share a model; a tenth of each stays free."""
     from accelerate import infer_auto_device_map
     from accelerate.utils import get_balanced_memory
 
@@ -293,14 +324,17 @@ def _spread(directory: Path, dtype: str, trust_remote_code: bool) -> dict[str, t
         model = AutoModelForCausalLM.from_config(
             config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
         )
-    devices, whole = accelerator.devices(), model._no_split_modules
-    room = {
-        number: accelerator.free_memory(device) * 9 // 10 for number, device in enumerate(devices)
+    devices = accelerator.devices()
+    limits = {
+        index: accelerator.free_memory(device) * 9 // 10 for index, device in enumerate(devices)
     }
-    numbers = infer_auto_device_map(model, get_balanced_memory(model, room, whole), whole)
-    if not set(numbers.values()) <= room.keys():  # the rest would go to the disk
+    unsplit = model._no_split_modules
+    balanced_limits = get_balanced_memory(model, limits, unsplit)
+    index_by_module = infer_auto_device_map(model, balanced_limits, unsplit)
+    # What does not fit would go to the host or to the disk, and be slow.
+    if not set(index_by_module.values()) <= limits.keys():
         raise _too_large(directory, "split")
-    return {name: devices[number] for name, number in numbers.items()}
+    return {name: devices[index] for name, index in index_by_module.items()}
 
 
 def _too_large(directory: Path, device: str) -> DeviceMemoryError:
@@ -311,17 +345,16 @@ def _too_large(directory: Path, device: str) -> DeviceMemoryError:
 
 
 def room_beside(model: PreTrainedModel, device: torch.device) -> int:
-    """Bytes: nine tenths of a device's memory, less the model's weights there."""
+    """Bytes: nine tenths of a device's memory, less the model's weights on it."""
     weights: int = sum(weight.nbytes for weight in model.parameters() if weight.device == device)
     return accelerator.total_memory(device) * 9 // 10 - weights
 
 
-def shared_copy(model: Part) -> Part:
-    """A model, or a part of one, with its own modules and config over the same tensors; it can be
-    pruned while the first stays whole."""
-    return copy.deepcopy(
-        model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    )
+def shared_copy(module: Module) -> Module:
+    """A model, or a module of one, with modules and config of its own over the same tensors: it can
+    be pruned without a change to the original."""
+    tensors = chain(module.parameters(), module.buffers())
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
 def model_family(model: PreTrainedModel) -> Family:
@@ -330,84 +363,94 @@ def model_family(model: PreTrainedModel) -> Family:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder's layers, as the list in the model."""
     layers: nn.ModuleList = attrgetter(model_family(model).layers)(model)
     return layers
 
 
 def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     """The function from a decoder's last states [..., H] to logits [..., V], scaled and capped as
-    in the family. Of 16-bit states that want no gradient they are float32 on CUDA: the product adds
-    up in float32, and is not rounded."""
-    head, family = model.get_output_embeddings(), model_family(model)
+    in the family.
+
+    Logits of 16-bit states without gradient are float32 on CUDA: the product adds up in float32,
+    and is not rounded.
+    """
+    head = model.get_output_embeddings()
+    family = model_family(model)
     cap: float | None = getattr(model.config, family.logit_cap) if family.logit_cap else None
-    scale: float = 1.0
+    scale = 1.0
     if family.logit_scale is not None:
         field, power = family.logit_scale
         scale = float(getattr(model.config, field)) ** power
 
-    def logits(states: Tensor) -> Tensor:
+    def logits_of(states: Tensor) -> Tensor:
         if widens(head) and not states.requires_grad:
-            wide = torch.mm(states.flatten(0, -2), head.weight.T, out_dtype=torch.float32)
-            found = wide.view(*states.shape[:-1], -1)
+            flat = states.flatten(0, -2)
+            product = torch.mm(flat, head.weight.T, out_dtype=torch.float32)
+            logits = product.view(*states.shape[:-1], -1)
         else:
-            found = head(states)
-        found = found if scale == 1 else found * scale
-        return found if cap is None else cap * torch.tanh(found / cap)
+            logits = head(states)
+        if scale != 1:
+            logits = logits * scale
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
+        return logits
 
-    return logits
+    return logits_of
 
 
 def widens(head: nn.Linear) -> bool:
-    """Whether there is a product of this kind: torch has it on CUDA, from 2.8 on, and not on
-    ROCm."""
-    kinds: list[str] = torch.ops.aten.mm.overloads()  # type: ignore[no-untyped-call]
-    is_narrow, is_cuda = head.weight.dtype.itemsize == 2, head.weight.device.type == "cuda"
-    return (
-        is_cuda
-        and torch.version.hip is None
-        and is_narrow
-        and head.bias is None
-        and "dtype" in kinds
-    )
+    """Whether a head's product of 16-bit numbers can give float32: torch has it on CUDA, from 2.8
+    on, and not on ROCm."""
+    if head.weight.device.type != "cuda" or torch.version.hip is not None:
+        return False
+    if head.weight.dtype.itemsize != 2 or head.bias is not None:
+        return False
+    return "dtype" in torch.ops.aten.mm.overloads()
 
 
 @contextmanager
 def restored(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """Within, layers, modules, parameters and config may be replaced; on exit the model is as
-    before, to the bit."""
-    layers, config = decoder_layers(model), model.config
-    dense = list(layers)
-    modules = [
-        (part, dict(part._modules), dict(part._parameters))
-        for layer in dense
-        for part in layer.modules()
-    ]
-    attentions = [getattr(layer, model_family(model).mha.names(layer)[0]) for layer in dense]
-    numbers = [attention.layer_idx for attention in attentions]
-    config_class, fields = config.__class__, dict(config.__dict__)
+    """Let layers, modules, parameters and config be replaced inside the `with`; on exit the model
+    is as before, to the bit."""
+    layers = decoder_layers(model)
+    dense_layers = list(layers)
+    saved_modules = []
+    for layer in dense_layers:
+        for module in layer.modules():
+            saved_modules.append((module, dict(module._modules), dict(module._parameters)))
+    mha = model_family(model).mha
+    attentions = [getattr(layer, mha.names(layer)[0]) for layer in dense_layers]
+    cache_indices = [attention.layer_idx for attention in attentions]
+    config = model.config
+    config_class = config.__class__
+    config_fields = dict(config.__dict__)
     try:
         yield model
     finally:
         del layers[:]
-        layers.extend(dense)
-        for part, children, parameters in modules:
-            for name in children.keys() & part.__dict__.keys():  # in place of a norm
-                delattr(part, name)
-            part._modules.clear()
-            part._modules.update(children)
-            part._parameters.update(parameters)
-        for attention, number in zip(attentions, numbers, strict=True):
-            attention.layer_idx = number
+        layers.extend(dense_layers)
+        for module, children, parameters in saved_modules:
+            # A removed norm is a plain function, which hides the module of the same name.
+            for name in children.keys() & module.__dict__.keys():
+                delattr(module, name)
+            module._modules.clear()
+            module._modules.update(children)
+            module._parameters.update(parameters)
+        for attention, cache_index in zip(attentions, cache_indices, strict=True):
+            attention.layer_idx = cache_index
         config.__class__ = config_class
         config.__dict__.clear()
-        config.__dict__.update(fields)
+        config.__dict__.update(config_fields)
 
 
 @contextmanager
 def masked(model: PreTrainedModel, mask: Mask) -> Iterator[PreTrainedModel]:
-    """The model without the blocks of `mask`, with every layer kept; restored on exit. Raises
-    InputError for a block that the model does not have. Meanwhile remaining attentions are
-    renumbered and the config describes the holes: cached decoding is right, too."""
+    """The model without the blocks of `mask`, with every layer kept; restored on exit.
+
+    Raises InputError for a block that the model does not have. Meanwhile the attentions that are
+    left are renumbered and the config describes the holes, so cached decoding is right, too.
+    """
     with restored(model):
         remove_(model, mask, range(len(decoder_layers(model))))
         yield model
@@ -415,71 +458,105 @@ def masked(model: PreTrainedModel, mask: Mask) -> Iterator[PreTrainedModel]:
 
 def prune_(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
     """Remove the blocks of `mask` from the model in place, for good. Raises InputError for a block
-    that it has not.
+    that the model does not have.
 
-    Layers that lose both blocks are dropped, and remaining attentions renumbered 0..n-1 (else
-    cached decoding is silently wrong). If the rest fills whole layers (`blocks.pack_layers`), the
-    model keeps its own class with fewer layers. Else model and config become the block-pruned
+    Layers that lose both blocks are dropped. If the rest fills full layers (`blocks.pack_layers`),
+    the model keeps its own class with fewer layers. Else model and config become the block-pruned
     classes of the family, which `save_pretrained` and `from_pretrained(...,
     trust_remote_code=True)` round-trip.
     """
-    family, layers = model_family(model), decoder_layers(model)
+    family = model_family(model)
+    layers = decoder_layers(model)
     _check(mask, len(layers))
-    packed = pack_layers(mask, len(layers))
-    whole = [(mha, mlp) for mha, mlp in packed if mha is not None and mlp is not None]
-    fields = model.config.to_dict()
-    # by these a cache counts
-    counts = any(mha is not None and not is_linear(fields, mha) for mha, _ in packed)
-    if (
-        len(whole) == len(packed)
-        and not family.is_parallel(fields)
-        and (counts or family.mha.linear is None)
-    ):
-        for mha, mlp in whole:
+    full_layers = _full_layers(model, mask)
+    if full_layers is not None:
+        for mha, mlp in full_layers:
             for name in (family.mlp.module, *family.mlp.norms):
                 setattr(layers[mha], name, getattr(layers[mlp], name))
-        keep_layers_(model, whole)
+        keep_layers_(model, full_layers)
         return model
-    kept = [
-        n for n in range(len(layers)) if not mask.issuperset(BlockId(kind, n) for kind in BlockKind)
-    ]
-    remove_(model, mask, kept)
-    model.__class__ = model_class(family)
-    # weights of a loaded model may have had other names (GPT-NeoX's head, experts); the new class
-    # reads its own
-    model._weight_conversions = []
+    kept_layers = []
+    for index in range(len(layers)):
+        blocks = {BlockId(kind, index) for kind in BlockKind}
+        if not blocks <= mask:
+            kept_layers.append(index)
+    remove_(model, mask, kept_layers)
+    become_blockpruned_(model)
     return model
 
 
-def keep_layers_(model: PreTrainedModel, kept: Sequence[tuple[int, int]]) -> None:
-    """Keep these layers alone, their attentions numbered anew, and make the config describe them;
-    each has the MHA of one layer, whose place it has, and the MLP of another."""
-    family, layers, config = model_family(model), decoder_layers(model), model.config
-    blockpruned.drop_layers_(layers, [mha for mha, _ in kept])
+def become_blockpruned_(model: PreTrainedModel) -> None:
+    """Give a model the block-pruned class of its family."""
+    model.__class__ = model_class(model_family(model))
+    # The weights of a loaded model may have had other names in the file (GPT-NeoX's head, experts),
+    # which saving would restore; the new class reads its own names.
+    model._weight_conversions = []
+
+
+def _full_layers(model: PreTrainedModel, mask: Mask) -> list[tuple[int, int]] | None:
+    """The layers without the blocks of `mask`, each by the layers of its MHA and its MLP. None if
+    the family's own class cannot run them."""
+    family = model_family(model)
+    fields = model.config.to_dict()
+    # A parallel layer's blocks read the same states, so blocks of two layers cannot share one.
+    if family.is_parallel(fields):
+        return None
+    full_layers = []
+    has_full_attention = False
+    for mha, mlp in pack_layers(mask, len(decoder_layers(model))):
+        if mha is None or mlp is None:
+            return None
+        full_layers.append((mha, mlp))
+        has_full_attention = has_full_attention or not is_linear(fields, mha)
+    # A hybrid's cache takes its length from a full attention.
+    if family.mha.linear is not None and not has_full_attention:
+        return None
+    return full_layers
+
+
+def keep_layers_(model: PreTrainedModel, layer_pairs: Sequence[tuple[int, int]]) -> None:
+    """Keep some layers, number their attentions anew, and make the config describe them.
+
+    A pair names the layer that an MHA comes from, which is the one that stays, and the layer of
+    the MLP in it.
+    """
+    family = model_family(model)
+    layers = decoder_layers(model)
+    config = model.config
+    blockpruned.drop_layers_(layers, [mha for mha, _ in layer_pairs])
     blockpruned.number_attentions_(layers, family.mha.module)
-    for field, value in family.renumbered(config.to_dict(), kept).items():
+    for field, value in family.renumbered(config.to_dict(), layer_pairs).items():
         setattr(config, field, value)
-    config.num_hidden_layers = len(kept)
+    config.num_hidden_layers = len(layer_pairs)
 
 
-def _check(mask: Mask, layers: int) -> None:
-    beyond = frozenset(block for block in mask if block.layer >= layers)
+def _check(mask: Mask, layer_count: int) -> None:
+    beyond = frozenset(block for block in mask if block.layer >= layer_count)
     if beyond:
         raise InputError(
-            f"mask removes {format_mask(beyond)}, but the model has layers 0 to {layers - 1}"
+            f"mask removes {format_mask(beyond)}, but the model has layers 0 to {layer_count - 1}"
         )
 
 
-def remove_(model: PreTrainedModel, mask: Mask, kept: Sequence[int]) -> None:
-    """Cut the holes, keep the layers `kept`, number the attentions, and enter all that into the
-    config."""
-    family, layers, config = model_family(model), decoder_layers(model), model.config
+def remove_(model: PreTrainedModel, mask: Mask, kept_layers: Sequence[int]) -> None:
+    """Cut the holes, drop all layers but `kept_layers`, number the attentions, and enter all that
+    into the config."""
+    family = model_family(model)
+    layers = decoder_layers(model)
+    config = model.config
     _check(mask, len(layers))
-    mha, mlp = ({block.layer for block in mask if block.kind is kind} for kind in BlockKind)
-    branches = ((family.mha.module, *family.mha.norms), (family.mlp.module, *family.mlp.norms))
-    blockpruned.remove_blocks_(layers, mha, mlp, branches)
-    keep_layers_(model, [(layer, layer) for layer in kept])
-    config.__class__ = model_class(family).config_class
-    config.layers_without_mha = [n for n, layer in enumerate(kept) if layer in mha]
-    config.layers_without_mlp = [n for n, layer in enumerate(kept) if layer in mlp]
-    config.source_layers = list(kept)
+    without_mha = {block.layer for block in mask if block.kind is BlockKind.MHA}
+    without_mlp = {block.layer for block in mask if block.kind is BlockKind.MLP}
+    blockpruned_class = model_class(family)
+    branches = blockpruned_class.layer_branches
+    blockpruned.remove_blocks_(layers, without_mha, without_mlp, branches)
+    keep_layers_(model, [(index, index) for index in kept_layers])
+    config.__class__ = blockpruned_class.config_class
+    config.layers_without_mha = _positions(kept_layers, without_mha)
+    config.layers_without_mlp = _positions(kept_layers, without_mlp)
+    config.source_layers = list(kept_layers)
+
+
+def _positions(kept_layers: Sequence[int], layers: set[int]) -> list[int]:
+    """The positions of some layers among those that are kept."""
+    return [position for position, layer in enumerate(kept_layers) if layer in layers]

@@ -1,5 +1,5 @@
-"""Narrower MLPs in a live model: channels leave, with their rows of what reads and their columns of
-what writes."""
+"""Narrower MLPs in a live model: a channel leaves with its rows of the gate and up projections and
+its column of the down projection."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,10 +8,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from blockpruner.core.blocks import DENSE, BlockId, Channels
+from blockpruner.core.blocks import DENSE, BlockId, BlockKind, Channels
 from blockpruner.core.errors import InputError
-from blockpruner.model.classes import model_class
-from blockpruner.model.models import decoder_layers, model_family, remove_, restored, shared_copy
+from blockpruner.model.models import (
+    become_blockpruned_,
+    decoder_layers,
+    model_family,
+    remove_,
+    restored,
+    shared_copy,
+)
 
 
 @contextmanager
@@ -21,63 +27,72 @@ def narrowed(
     """The model with narrower MLPs; restored on exit. Arguments and errors are those of
     `narrow_`."""
     with restored(model):
-        _narrow_(model, channels)
+        _replace_mlps_(model, channels)
         yield model
 
 
 def narrow_(model: PreTrainedModel, channels: Mapping[BlockId, Channels]) -> PreTrainedModel:
-    """Narrow MLPs of the model in place, for good, to the `channels` that each keeps; the tensors
-    of the others stay as they are. Model and config become the block-pruned classes of the family.
-    Raises InputError for a block that is no MLP of the model, or a channel that it does not
-    have."""
-    _narrow_(model, channels)
-    model.__class__ = model_class(model_family(model))
-    model._weight_conversions = []  # as in `prune_`
+    """Narrow MLPs of the model in place, for good, to the `channels` that each keeps.
+
+    The tensors of other blocks stay as they are. Model and config become the block-pruned classes
+    of the family. Raises InputError for a block that is no MLP of the model, or a channel that it
+    does not have.
+    """
+    _replace_mlps_(model, channels)
+    become_blockpruned_(model)
     return model
 
 
-def _narrow_(model: PreTrainedModel, channels: Mapping[BlockId, Channels]) -> None:
-    family, layers, config = model_family(model), decoder_layers(model), model.config
-    width = int(config.intermediate_size)
-    widths = [width] * len(layers)
-    for block, kept in channels.items():
-        whole = (
-            getattr(layers[block.layer], family.mlp.module, None)
-            if block.layer < len(layers)
-            else None
-        )
-        if block.kind != "mlp" or whole is None or not kept or kept[-1] >= width:
-            raise InputError(
-                f"{block} cannot keep {len(kept)} channels up to {max(kept, default=None)}: the"
-                f" model has {len(layers)} MLPs of {width} channels",
-                rule="no-such-channels",
-                key=str(block),
-                value=len(kept),
-            )
-        mlp = shared_copy(whole)
-        for name, child in mlp.named_children():
-            if isinstance(child, nn.Linear):
-                _narrow_linear_(child, list(kept), width, name == family.mlp.output)
-        setattr(layers[block.layer], family.mlp.module, mlp)
-        widths[block.layer] = len(kept)
+def _replace_mlps_(model: PreTrainedModel, channels: Mapping[BlockId, Channels]) -> None:
+    family = model_family(model)
+    layers = decoder_layers(model)
+    dense_width = int(model.config.intermediate_size)
+    widths = [dense_width] * len(layers)
+    for block, kept_channels in channels.items():
+        _check(block, kept_channels, model)
+        layer = layers[block.layer]
+        mlp = shared_copy(getattr(layer, family.mlp.module))
+        for name, linear in mlp.named_children():
+            if isinstance(linear, nn.Linear):
+                dim = int(name == family.mlp.output)
+                _keep_channels_(linear, kept_channels, dense_width, dim)
+        setattr(layer, family.mlp.module, mlp)
+        widths[block.layer] = len(kept_channels)
+    # No block leaves, but the config gets the fields of a block-pruned model.
     remove_(model, DENSE, range(len(layers)))
-    config.mlp_widths = widths
+    model.config.mlp_widths = widths
 
 
-def _narrow_linear_(linear: nn.Linear, kept: list[int], width: int, is_writer: bool) -> None:
-    """Leave these channels; a reader may hold several matrices, one above the other."""
-    starts = range(0, linear.weight.shape[is_writer], width)
-    index = torch.tensor(
-        [channel + start for start in starts for channel in kept], device=linear.weight.device
-    )
-    weight, bias = linear.weight.index_select(int(is_writer), index), linear.bias
-    if bias is not None and not is_writer:
-        bias = _parameter(bias.index_select(0, index), bias)
-    linear.out_features, linear.in_features = weight.shape
-    linear.weight, linear.bias = _parameter(weight, linear.weight), bias
+def _check(block: BlockId, channels: Channels, model: PreTrainedModel) -> None:
+    """Raise InputError unless the block is an MLP of the model that has these channels."""
+    layers = decoder_layers(model)
+    width = int(model.config.intermediate_size)
+    is_mlp = block.kind == BlockKind.MLP and block.layer < len(layers)
+    if not is_mlp or not channels or channels[-1] >= width:
+        raise InputError(
+            f"{block} cannot keep {len(channels)} channels up to {max(channels, default=None)}: the"
+            f" model has {len(layers)} MLPs of {width} channels",
+            rule="no-such-channels",
+            key=str(block),
+            value=len(channels),
+        )
 
 
-def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
-    return nn.Parameter(
-        value.detach().clone(memory_format=torch.contiguous_format), like.requires_grad
-    )
+def _keep_channels_(linear: nn.Linear, channels: Channels, dense_width: int, dim: int) -> None:
+    """Leave only some channels: rows (`dim` 0) of a projection that writes them, columns (1) of the
+    one that reads them."""
+    weight = linear.weight
+    # Phi-3 has the gate and the up projection in one matrix, one above the other.
+    starts = torch.arange(0, weight.shape[dim], dense_width)
+    index = starts[:, None] + torch.tensor(channels)
+    index = index.flatten().to(weight.device)
+    linear.weight = _selected(weight, index, dim)
+    if linear.bias is not None and dim == 0:
+        linear.bias = _selected(linear.bias, index, dim)
+    linear.out_features, linear.in_features = linear.weight.shape
+
+
+def _selected(parameter: Tensor, index: Tensor, dim: int) -> nn.Parameter:
+    """Some rows or columns of a parameter, in memory of their own."""
+    values = parameter.detach().index_select(dim, index)
+    return nn.Parameter(values, parameter.requires_grad)

@@ -1,4 +1,4 @@
-"""vLLM's plugin: what vLLM must know to load an `hf` checkpoint without remote code.
+"""vLLM's plugin, which lets vLLM load an `hf` checkpoint without remote code.
 
 Decides how their configs are read, and which of vLLM's classes get one for models with holes
 (`vllm_models`): those of every family that both vLLM and transformers have. No type of others is
@@ -16,7 +16,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from blockpruner.model.known import require_format
 
-PRUNED, MODELS = "_blockpruned", "blockpruner.model.vllm_models"
+PRUNED = "_blockpruned"
+MODELS = "blockpruner.model.vllm_models"
 
 
 class BlockPrunedConfig:
@@ -31,39 +32,35 @@ class BlockPrunedConfig:
     def from_dict(cls, fields: Mapping[str, Any], **kwargs: Any) -> Any:
         require_format(fields)
         family = str(fields["model_type"]).removesuffix(PRUNED)
-        kept = {
-            name: value
-            for name, value in fields.items()
-            if name not in ("auto_map", "per_layer_config")
-        }
-        width = fields.get("intermediate_size")
-        own = {
-            int(layer): each.get("intermediate_size", width)
-            for layer, each in fields["per_layer_config"].items()
-        }
-        if {*own.values()} - {width}:
-            kept["mlp_widths"] = [
-                own.get(layer, width) for layer in range(fields["num_hidden_layers"])
-            ]
-        return CONFIG_MAPPING[family].from_dict(kept | {"model_type": family}, **kwargs)
+        family_fields = dict(fields, model_type=family)
+        family_fields.pop("auto_map", None)
+        fields_by_layer = family_fields.pop("per_layer_config")
+        dense_width = fields.get("intermediate_size")
+        widths = [dense_width] * fields["num_hidden_layers"]
+        for layer, layer_fields in fields_by_layer.items():
+            widths[int(layer)] = layer_fields.get("intermediate_size", dense_width)
+        if set(widths) - {dense_width}:
+            family_fields["mlp_widths"] = widths
+        return CONFIG_MAPPING[family].from_dict(family_fields, **kwargs)
 
 
 def register() -> None:
-    """Make the configs known to transformers and the models to vLLM. What fails is logged: vLLM
-    calls this outside of a try, and would not start for any model."""
+    """Register the configs in transformers and the models in vLLM. Errors are logged: vLLM calls
+    this outside of a try, and would not start for any model."""
     try:
         _register()
-    except Exception as error:  # of a vLLM or transformers that is not as this module knows it
+    except Exception as error:
+        # Another version of vLLM or transformers may raise anything.
         logging.getLogger(__name__).warning("vLLM starts without blockpruner's models: %r", error)
 
 
 def _register() -> None:
     from vllm import ModelRegistry
 
-    known = ModelRegistry.get_supported_archs()
+    supported = ModelRegistry.get_supported_archs()
     for family, architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
         prefix, suffix, _ = architecture.partition("ForCausalLM")
-        if suffix and architecture in known:
+        if suffix and architecture in supported:
             AutoConfig.register(family + PRUNED, BlockPrunedConfig, exist_ok=True)
             name = f"{prefix}BlockPruned{suffix}"
             ModelRegistry.register_model(name, f"{MODELS}:{name}")

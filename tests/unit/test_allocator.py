@@ -1,5 +1,4 @@
-"""Tensors that come and go are given the same memory again: counted in pages that the system had to
-fill."""
+"""Short-lived tensors reuse memory, which is counted in pages that the system had to fill."""
 
 import platform
 import resource

@@ -5,7 +5,6 @@ Norms are computed in float64 here and patched to be so in transformers, which r
 the original does. Rotary tables are float32 in both.
 """
 
-import json
 import random
 from types import SimpleNamespace
 
@@ -24,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from blockpruner.checkpoints.hf import code_file
 from blockpruner.checkpoints.verification import reference_outputs, verify_checkpoint
-from blockpruner.core.blocks import BlockId, BlockKind, format_mask, parse_mask
+from blockpruner.core.blocks import BlockId, BlockKind, parse_mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import count_parameters
 from blockpruner.inputs.tokenizers import load_tokenizer
@@ -32,6 +31,7 @@ from blockpruner.model.modeling_blockpruned import BaichuanConfig, BaichuanForCa
 from blockpruner.model.models import load_model, masked, prune_
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.large.streaming import StreamingEngine
+from blockpruner.store.files import read_json, write_json
 from tests.oracles import make_rows, score_all, sweep
 from tests.plans import fetch, save_pruned
 
@@ -53,7 +53,10 @@ cases = pytest.mark.parametrize(
     ("form", "heads"), CASES, ids=[f"{form} {heads} heads" for form, heads in CASES]
 )
 
-SLOPES = {4: [1 / 4, 1 / 16, 1 / 64, 1 / 256], 6: [1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8]}
+SLOPES = {
+    4: [2**-2, 2**-4, 2**-6, 2**-8],
+    6: [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3],
+}
 
 
 def original(form, heads=4, **changes):
@@ -108,37 +111,41 @@ def original(form, heads=4, **changes):
 
 
 def write(folder, config, tensors, dtype=torch.float64):
-    """Two shards, of which the second begins in the midst of the layers."""
+    """Two shards; the second one begins in the midst of the layers."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
     names = sorted(tensors)
-    places = {}
-    for n, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), 1):
-        file = f"model-{n:05}-of-00002.safetensors"
-        save_file(
-            {name: tensors[name].to(dtype) for name in part},
-            folder / file,
-            metadata={"format": "pt"},
-        )
-        places |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": places})
-    )
+    middle = len(names) // 2
+    shards = {
+        "model-00001-of-00002.safetensors": names[:middle],
+        "model-00002-of-00002.safetensors": names[middle:],
+    }
+    weight_map = {}
+    for file, names_in_shard in shards.items():
+        weights = {name: tensors[name].to(dtype) for name in names_in_shard}
+        save_file(weights, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names_in_shard, file)
+    write_json(folder / "config.json", config)
+    index = {"metadata": {}, "weight_map": weight_map}
+    write_json(folder / "model.safetensors.index.json", index)
     (folder / "modeling_baichuan.py").write_text("raise RuntimeError('remote code was run')\n")
     return folder
 
 
-def fetched(root, *original, dtype=torch.float64, **settings):
-    return fetch(write(root / "original", *original, dtype), root / "model", **settings)
+def fetched(root, config, tensors, dtype=torch.float64, **settings):
+    return fetch(write(root / "original", config, tensors, dtype), root / "model", **settings)
 
 
 def rotated(x):
     """Rotary embedding of [heads, T, d]: numbers i and i + d/2 turn by t / 10000^(2i/d)."""
     half = x.shape[-1] // 2
-    frequencies = 1 / 10000 ** (torch.arange(0, 2 * half, 2, dtype=torch.float32) / (2 * half))
-    angles = torch.arange(x.shape[-2], dtype=torch.float32)[:, None] * frequencies
-    cos, sin = angles.cos().double(), angles.sin().double()
-    a, b = x[..., :half], x[..., half:]
+    exponents = torch.arange(0, 2 * half, 2, dtype=torch.float32) / (2 * half)
+    frequencies = 1 / 10000**exponents
+    positions = torch.arange(x.shape[-2], dtype=torch.float32)
+    angles = positions[:, None] * frequencies
+    cos = angles.cos().double()
+    sin = angles.sin().double()
+    a = x[..., :half]
+    b = x[..., half:]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
@@ -146,38 +153,49 @@ def rms(x, weight):
     return weight * x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
 
 
+def attention(config, packed):
+    """The heads' outputs [T, HIDDEN] of queries, keys and values [T, 3 HIDDEN]."""
+    heads = config["num_attention_heads"]
+    length = len(packed)
+    q, k, v = packed.view(length, 3, heads, -1).permute(1, 2, 0, 3)
+    bias = torch.full((length, length), float("-inf"), dtype=torch.float64).triu(1)
+    if "max_position_embeddings" in config:  # 7B
+        q = rotated(q)
+        k = rotated(k)
+    else:
+        # As the 13B's code has it: the slope times the key's position. The query's position adds
+        # the same to all keys.
+        slopes = torch.tensor(SLOPES[heads], dtype=torch.float64)
+        bias = bias + slopes[:, None, None] * torch.arange(length)
+    scores = q @ k.transpose(1, 2) / (HIDDEN / heads) ** 0.5 + bias
+    return (scores.softmax(-1) @ v).transpose(0, 1).reshape(length, -1)
+
+
 def formulas(config, tensors, ids, removed=frozenset()):
     """Logits [T, V] of token ids [T] without the blocks `removed`."""
-    heads, is_7b = config["num_attention_heads"], "max_position_embeddings" in config
     x = tensors["model.embed_tokens.weight"][ids]
-    future = torch.full((len(ids), len(ids)), float("-inf"), dtype=torch.float64).triu(1)
-    for n in range(LAYERS):
-        w = {name.removeprefix(f"model.layers.{n}."): tensor for name, tensor in tensors.items()}
-        if BlockId(BlockKind.MHA, n) not in removed:
-            packed = rms(x, w["input_layernorm.weight"]) @ w["self_attn.W_pack.weight"].T
-            q, k, v = (
-                part.view(len(ids), heads, -1).transpose(0, 1)
-                for part in packed.split(HIDDEN, dim=-1)
-            )
-            if is_7b:
-                q, k, mask = rotated(q), rotated(k), future
-            else:  # as its code has it: a slope times the key's position, which is the same for all keys of a query
-                slopes = torch.tensor(SLOPES[heads], dtype=torch.float64)
-                mask = future + slopes[:, None, None] * torch.arange(len(ids))
-            scores = q @ k.transpose(1, 2) / (HIDDEN / heads) ** 0.5 + mask
-            x = (
-                x
-                + (scores.softmax(-1) @ v).transpose(0, 1).reshape(len(ids), -1)
-                @ w["self_attn.o_proj.weight"].T
-            )
-        if BlockId(BlockKind.MLP, n) not in removed:
-            h = rms(x, w["post_attention_layernorm.weight"])
-            gate, up = h @ w["mlp.gate_proj.weight"].T, h @ w["mlp.up_proj.weight"].T
-            x = x + (gate * gate.sigmoid() * up) @ w["mlp.down_proj.weight"].T
+    for layer in range(LAYERS):
+
+        def weight(name, layer=layer):
+            return tensors[f"model.layers.{layer}.{name}.weight"]
+
+        if BlockId(BlockKind.MHA, layer) not in removed:
+            h = rms(x, weight("input_layernorm"))
+            heads = attention(config, h @ weight("self_attn.W_pack").T)
+            x = x + heads @ weight("self_attn.o_proj").T
+        if BlockId(BlockKind.MLP, layer) not in removed:
+            h = rms(x, weight("post_attention_layernorm"))
+            gate = h @ weight("mlp.gate_proj").T
+            up = h @ weight("mlp.up_proj").T
+            x = x + (gate * gate.sigmoid() * up) @ weight("mlp.down_proj").T
     head = tensors["lm_head.weight"]
-    if config["vocab_size"] != 64_000:
+    if config["vocab_size"] != 64_000:  # Baichuan 2 has a normalized head
         head = head / head.pow(2).sum(dim=1, keepdim=True).sqrt()
     return rms(x, tensors["model.norm.weight"]) @ head.T
+
+
+def assert_equal_logits(logits, expected):
+    assert (logits - expected).abs().max() <= 1e-10
 
 
 @pytest.fixture
@@ -186,66 +204,67 @@ def exact_norms(monkeypatch):
 
 
 @cases
-def test_fetched_model_says_what_the_formulas_say(tmp_path, exact_norms, form, heads):
+def test_a_fetched_model_computes_the_formulas(tmp_path, exact_norms, form, heads):
     config, tensors = original(form, heads)
     directory = fetched(tmp_path, config, tensors)
     for mask in map(parse_mask, MASKS):
         expected = formulas(config, tensors, IDS, mask)
         model = load_model(directory, "float64", "cpu")
         with masked(model, mask):
-            assert (model(IDS[None]).logits[0] - expected).abs().max() <= 1e-10, format_mask(mask)
-        assert (prune_(model, mask)(IDS[None]).logits[0] - expected).abs().max() <= 1e-10, (
-            format_mask(mask)
-        )
+            assert_equal_logits(model(IDS[None]).logits[0], expected)
+        assert_equal_logits(prune_(model, mask)(IDS[None]).logits[0], expected)
 
 
 @pytest.mark.parametrize("mask", ["", "mha.0,mha.2,mlp.1"])
 @pytest.mark.parametrize("heads", [4, 6])
 def test_decoding_and_padding_with_alibi(tmp_path, exact_norms, mask, heads):
     config, tensors = original("2-13B", heads)
-    model = prune_(
-        load_model(fetched(tmp_path, config, tensors), "float64", "cpu"), parse_mask(mask)
-    )
+    removed = parse_mask(mask)
+    model = prune_(load_model(fetched(tmp_path, config, tensors), "float64", "cpu"), removed)
     tokens = IDS
     for _ in range(6):
-        logits = formulas(config, tensors, tokens, parse_mask(mask))
+        logits = formulas(config, tensors, tokens, removed)
         tokens = torch.cat([tokens, logits[-1:].argmax(-1)])
     ones = torch.ones(1, len(IDS), dtype=torch.int64)
-    assert torch.equal(model.generate(IDS[None], attention_mask=ones, **GREEDY)[0], tokens)
-    static = GREEDY | {"cache_implementation": "static"}
-    assert torch.equal(model.generate(IDS[None], attention_mask=ones, **static)[0], tokens)
+    for options in ({}, {"cache_implementation": "static"}):
+        generated = model.generate(IDS[None], attention_mask=ones, **GREEDY, **options)
+        assert torch.equal(generated[0], tokens)
 
-    expected, cache, found = formulas(config, tensors, IDS, parse_mask(mask)), None, []
-    for part in IDS.split([4, 1, 3, 3]):  # a first part, then one token and several at once
-        step = model(part[None], cache=cache, use_cache=True)
-        cache, found = step.cache, [*found, step.logits[0]]
-    assert (torch.cat(found) - expected).abs().max() <= 1e-10
+    expected = formulas(config, tensors, IDS, removed)
+    cache = None
+    logits = []
+    for ids in IDS.split([4, 1, 3, 3]):  # one token, and several at once after a past
+        step = model(ids[None], cache=cache, use_cache=True)
+        cache = step.cache
+        logits.append(step.logits[0])
+    assert_equal_logits(torch.cat(logits), expected)
 
-    rows = torch.stack(
-        [torch.cat([torch.zeros(3, dtype=torch.int64), IDS]), torch.cat([IDS, IDS[:3]])]
-    )
-    is_real = torch.ones(2, len(IDS) + 3, dtype=torch.int64)
-    is_real[0, :3] = 0
-    padded, full = model(rows, attention_mask=is_real).logits
-    assert (padded[3:] - expected).abs().max() <= 1e-10
-    assert (full - formulas(config, tensors, rows[1], parse_mask(mask))).abs().max() <= 1e-10
+    padding = torch.zeros(3, dtype=torch.int64)
+    rows = torch.stack([torch.cat([padding, IDS]), torch.cat([IDS, IDS[:3]])])
+    is_token = torch.ones_like(rows)
+    is_token[0, :3] = 0
+    padded, full = model(rows, attention_mask=is_token).logits
+    assert_equal_logits(padded[3:], expected)
+    assert_equal_logits(full, formulas(config, tensors, rows[1], removed))
 
 
 def test_slopes():
-    assert all(alibi_slopes(heads) == slopes for heads, slopes in SLOPES.items())
-    assert alibi_slopes(40) == pytest.approx(
-        [2 ** -(i / 4) for i in range(1, 33)] + [2 ** -((2 * j + 1) / 8) for j in range(8)]
-    )
+    for heads, slopes in SLOPES.items():
+        assert alibi_slopes(heads) == slopes
+    slopes = [2 ** -(i / 4) for i in range(1, 33)]
+    slopes += [2 ** -((2 * j + 1) / 8) for j in range(8)]
+    assert alibi_slopes(40) == pytest.approx(slopes)
 
 
 def test_bias_keeps_its_precision_in_bfloat16():
-    """It is rounded once, far along too, where bfloat16 has steps of 4 and more between
-    positions."""
+    """It is rounded once, also at far positions, between which bfloat16 has steps of 4 and more."""
     sizes = {"hidden_size": 24, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 9}
     model = BaichuanForCausalLM(BaichuanConfig(num_attention_heads=12, **sizes)).model
-    bias = model.with_alibi(torch.ones(1, 1, 900, 900, dtype=torch.bool), 100, torch.bfloat16)
+    mask = torch.ones(1, 1, 900, 900, dtype=torch.bool)
+    bias = model.with_alibi(mask, 100, torch.bfloat16)
     slopes = torch.tensor(alibi_slopes(12), dtype=torch.float64)
-    exact = slopes[:, None, None] * (torch.arange(900) - 100 - torch.arange(900)[:, None])
+    positions = torch.arange(900)
+    exact = slopes[:, None, None] * (positions - 100 - positions[:, None])
     assert ((bias.double() - exact).abs() <= exact.abs() / 255.9).all()
 
 
@@ -253,31 +272,31 @@ def test_7b_becomes_a_plain_llama_checkpoint(tmp_path):
     """Weights stay in bfloat16, except the head, and in as many files."""
     config, tensors = original("2-7B")
     directory = fetched(tmp_path, config, tensors, dtype=torch.bfloat16, trust_remote_code=True)
-    found = json.loads((directory / "config.json").read_text())
-    assert not {"auto_map", "z_loss_weight", "model_max_length"} & found.keys()
+    llama_config = read_json(directory / "config.json")
+    assert not {"auto_map", "z_loss_weight", "model_max_length"} & llama_config.keys()
     assert AutoConfig.from_pretrained(directory).rope_parameters["rope_theta"] == 10000
     assert type(AutoModelForCausalLM.from_pretrained(directory)) is LlamaForCausalLM
     assert not list(directory.glob("*.py"))
     assert len({path.stat().st_mode for path in directory.glob("*.[js]*")}) == 1
-    shards = [load_file(path) for path in sorted(directory.glob("model-*.safetensors"))]
-    index = json.loads((directory / "model.safetensors.index.json").read_text())
-    assert len(shards) == len(list(directory.glob("*.safetensors"))) == 2
-    stored = {name: tensor for shard in shards for name, tensor in shard.items()}
+    assert count_parameters(llama_config).total == sum(map(torch.numel, tensors.values()))
+
+    paths = sorted(directory.glob("*.safetensors"))
+    assert len(paths) == 2
+    stored = load_file(paths[0]) | load_file(paths[1])
+    index = read_json(directory / "model.safetensors.index.json")
     assert index["weight_map"].keys() == stored.keys()
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in stored.values())
-    for n in range(LAYERS):
-        prefix = f"model.layers.{n}.self_attn."
+    size = sum(tensor.nbytes for tensor in stored.values())
+    assert index["metadata"]["total_size"] == size
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}.self_attn."
         packed = torch.cat([stored[f"{prefix}{name}_proj.weight"] for name in "qkv"])
         assert torch.equal(packed, tensors[f"{prefix}W_pack.weight"].bfloat16())
-    head = F.normalize(tensors["lm_head.weight"].bfloat16().float())
-    assert (stored["lm_head.weight"] - head).abs().max() <= 1e-7
-    assert {name for name, tensor in stored.items() if tensor.dtype != torch.bfloat16} == {
-        "lm_head.weight"
-    }
-    bfloat16 = load_model(directory, "bfloat16", "cpu").lm_head.weight
-    assert torch.equal(bfloat16, stored["lm_head.weight"].bfloat16())
-    counts = count_parameters(found)
-    assert counts.total == sum(tensor.numel() for tensor in tensors.values())
+    head = stored.pop("lm_head.weight")
+    assert head.dtype == torch.float32
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    normalized = F.normalize(tensors["lm_head.weight"].bfloat16().float())
+    assert (head - normalized).abs().max() <= 1e-7
+    assert torch.equal(load_model(directory, "bfloat16", "cpu").lm_head.weight, head.bfloat16())
 
 
 @pytest.mark.parametrize("form", ["2-7B", "2-13B"])
@@ -285,26 +304,23 @@ def test_streaming_of_mixed_dtypes(tmp_path, form):
     config, tensors = original(form)
     directory = fetched(tmp_path, config, tensors, dtype=torch.bfloat16)
     rows = [[token % VOCABULARY for token in row] for row in make_rows([9, 4, 9])]
-    streamed = score_all(
-        StreamingEngine(directory, "bfloat16", device="cpu", batch_tokens=20), sweep(), rows
-    )
-    assert streamed == score_all(
-        Engine(load_model(directory, "bfloat16", "cpu"), 20), sweep(), rows
-    )
+    streaming = StreamingEngine(directory, "bfloat16", device="cpu", batch_tokens=20)
+    engine = Engine(load_model(directory, "bfloat16", "cpu"), 20)
+    assert score_all(streaming, sweep(), rows) == score_all(engine, sweep(), rows)
 
 
 @pytest.mark.usefixtures("in_process")
-def test_whole_layers_ship_the_modelling_file(tmp_path):
-    """What is left is no block-pruned model, but transformers has no Baichuan either."""
+def test_full_layers_ship_the_modelling_file(tmp_path):
+    """The rest is no block-pruned model, but transformers has no Baichuan either."""
     directory = fetched(tmp_path, *original("2-13B", 6))
     model = prune_(load_model(directory, "float64", "cpu"), parse_mask("mha.1,mlp.1"))
     plan = SimpleNamespace(layers=LAYERS, blocks={"mha": 1, "mlp": 1})
     save_file(reference_outputs(model, plan), tmp_path / "reference")
     save_pruned(model, tmp_path / "out")
     verify_checkpoint(tmp_path / "out", tmp_path / "reference", 1e-10)
-    report = json.loads((tmp_path / "out" / "verification.json").read_text())
+    report = read_json(tmp_path / "out" / "verification.json")
     assert report["ok"] and report["class"] == "BaichuanForCausalLM"
-    assert code_file(model) == "modeling_blockpruned.py"  # which the card says, and how to load it
+    assert code_file(model) == "modeling_blockpruned.py"
 
 
 @pytest.mark.parametrize(
@@ -381,14 +397,18 @@ def sentencepiece_model(tmp_path_factory):
 
 
 def with_tokenizer(folder, model):
-    """Beside the weights, as on the hub."""
-    word = {
-        "__type": "AddedToken",
-        "lstrip": False,
-        "normalized": True,
-        "rstrip": False,
-        "single_word": True,
-    }
+    """The files of the tokenizer next to the weights, as on the hub."""
+
+    def token(content):
+        return {
+            "__type": "AddedToken",
+            "content": content,
+            "lstrip": False,
+            "normalized": True,
+            "rstrip": False,
+            "single_word": True,
+        }
+
     settings = {
         "auto_map": {"AutoTokenizer": ["tokenization_baichuan.BaichuanTokenizer", None]},
         "add_bos_token": False,
@@ -398,20 +418,24 @@ def with_tokenizer(folder, model):
         "model_max_length": 4096,
         "sp_model_kwargs": {},
         "tokenizer_class": "BaichuanTokenizer",
-        "eos_token": word | {"content": "</s>"},
-        "pad_token": word | {"content": "<unk>"},
-        "unk_token": word | {"content": "<unk>"},
+        "eos_token": token("</s>"),
+        "pad_token": token("<unk>"),
+        "unk_token": token("<unk>"),
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
-    special = {key: word | {"content": content} for key, content in names.items()}
-    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    special_tokens = {
+        "bos_token": token("<s>"),
+        "eos_token": token("</s>"),
+        "unk_token": token("<unk>"),
+        "pad_token": token("<unk>"),
+    }
+    write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "special_tokens_map.json", special_tokens)
     (folder / "tokenizer.model").write_bytes(model.read_bytes())
     return folder
 
 
 @pytest.mark.parametrize("form", ["2-7B", "2-13B"])
-def test_tokenizer_gives_sentencepieces_ids(tmp_path, sentencepiece_model, form):
+def test_tokenizer_gives_the_ids_of_sentencepiece(tmp_path, sentencepiece_model, form):
     import sentencepiece
 
     folder = with_tokenizer(write(tmp_path / "original", *original(form)), sentencepiece_model)
@@ -422,15 +446,12 @@ def test_tokenizer_gives_sentencepieces_ids(tmp_path, sentencepiece_model, form)
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
     assert type(AutoTokenizer.from_pretrained(directory)) is type(tokenizer)
     reference = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
-    choose = random.Random(3)
-    texts = TEXTS + [
-        "".join(choose.choices("abcdefgh the  \n\t0123456789你好世界城é😀.,", k=20))
-        for _ in range(300)
-    ]
-    for text in texts:
-        assert tokenizer(text)["input_ids"] == reference.encode(text), text
-        assert tokenizer.decode(reference.encode(text)) == reference.decode(
-            reference.encode(text)
-        ), text
+    generator = random.Random(3)
+    alphabet = "abcdefgh the  \n\t0123456789你好世界城é😀.,"
+    random_texts = ["".join(generator.choices(alphabet, k=20)) for _ in range(300)]
+    for text in TEXTS + random_texts:
+        ids = reference.encode(text)
+        assert tokenizer(text)["input_ids"] == ids, text
+        assert tokenizer.decode(ids) == reference.decode(ids), text
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 0)
     assert tokenizer("a</s>")["input_ids"][-1] == 2

@@ -27,7 +27,7 @@ from blockpruner.healing.trainer import train_
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import decoder_layers, prune_
 from blockpruner.model.narrow import narrow_
-from blockpruner.model.team import ALONE, together
+from blockpruner.model.process_group import SINGLE_PROCESS, run_processes
 from blockpruner.scoring import losses
 from blockpruner.store.files import write_atomic
 from tests.plans import fetch_tiny, plan_of, pruning
@@ -571,7 +571,7 @@ def test_a_sealed_state_outlives_a_cut_of_power_before_any_write(tmp_path, mode)
         folder.mkdir()
         sealed.write_text("0")
         code, _ = forked(folder, lambda: write_states(folder, sealed), tmp_path / "log", cut, mode)
-        found, least = last_state(folder, ALONE, notes.append), int(sealed.read_text())
+        found, least = last_state(folder, SINGLE_PROCESS, notes.append), int(sealed.read_text())
         step = 0 if found is None else int(found.name.partition("-")[2])
         assert step in (least, least + 1), f"write {cut}"
         if found is not None:
@@ -686,7 +686,7 @@ RECIPES = {
 
 def trained(kind, states, team=None, observer=None):
     """The model, and the facts."""
-    model, team = pruned(), team or ALONE
+    model, team = pruned(), team or SINGLE_PROCESS
     given = {"teacher": tiny_model(), "validation": CalibrationSet(ROWS.rows[:2])}
     states, observer = states / kind / str(team.rank), observer or SilentObserver()
     return model, train_(
@@ -710,7 +710,7 @@ def work(team, device, observer, folder):
     if team.rank == 0:
         # a state that the other has not
         shutil.copytree(ahead / "checkpoint-1", ahead / "checkpoint-3")
-    team.agree(0.0)
+    team.all_reduce(0.0)
     before = sorted(path.name for path in ahead.iterdir())
     model, facts = trained(kind, folder / "killed", team, observer)
     (folder / f"killed {team.rank}").write_bytes(pickle.dumps((before, facts, weights_of(model))))
@@ -718,7 +718,7 @@ def work(team, device, observer, folder):
 
 def test_two_processes_give_the_weights_of_one(tmp_path):
     observer = Watch()
-    together(2, "cpu", work, observer, tmp_path)
+    run_processes(2, "cpu", work, observer, tmp_path)
     for kind in RECIPES:
         expected, wanted = trained(kind, tmp_path / "alone")
         weights, facts = torch.load(tmp_path / f"{kind}.pt")

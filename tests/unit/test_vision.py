@@ -1,10 +1,10 @@
-"""Models that also read pictures: what is taken out of them is their text model."""
+"""Models that also read pictures: their text model is taken out of them."""
 
 import json
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from blockpruner.core.errors import InputError
@@ -13,6 +13,7 @@ from blockpruner.core.settings import LocalModel
 from blockpruner.inputs.checkpoints import cached_checkpoint, fetch_config
 from blockpruner.inputs.vision import text_config
 from blockpruner.model.models import load_model
+from blockpruner.store.files import read_json, write_json
 from tests.tiny import tiny_tokenizer
 
 TEXT = {
@@ -27,7 +28,7 @@ TEXT = {
     "pad_token_id": 0,
     "sliding_window": 6,
 }
-EYES = {
+VISION = {
     "hidden_size": 16,
     "intermediate_size": 16,
     "num_hidden_layers": 1,
@@ -43,9 +44,19 @@ DELTA = {
     "linear_value_head_dim": 6,
 }
 MODELS = {
-    "gemma3": ({"query_pre_attn_scalar": 8}, EYES, {"mm_tokens_per_image": 4}, "Gemma3ForCausalLM"),
-    "mistral3": ({}, EYES | {"head_dim": 8}, {"tie_word_embeddings": False}, "MistralForCausalLM"),
-    "mistral3 ministral3": ({}, EYES | {"head_dim": 8}, {}, "Ministral3ForCausalLM"),
+    "gemma3": (
+        {"query_pre_attn_scalar": 8},
+        VISION,
+        {"mm_tokens_per_image": 4},
+        "Gemma3ForCausalLM",
+    ),
+    "mistral3": (
+        {},
+        VISION | {"head_dim": 8},
+        {"tie_word_embeddings": False},
+        "MistralForCausalLM",
+    ),
+    "mistral3 ministral3": ({}, VISION | {"head_dim": 8}, {}, "Ministral3ForCausalLM"),
     "qwen3_vl": (
         {
             "rope_parameters": {
@@ -89,16 +100,22 @@ MODELS = {
 IDS = torch.tensor([[5, 17, 200, 3, 99, 41, 8, 250, 77]])
 
 
-def saved(folder, name):
-    """A random model with eyes, in float32, saved."""
-    text, eyes, more, _ = MODELS[name]
-    kind, _, inner = name.partition(" ")
-    parts = {
-        "text_config": TEXT | text | ({"model_type": inner} if inner else {}),
-        "vision_config": eyes,
-    }
+@torch.no_grad()
+def logits_of(model):
+    return model(input_ids=IDS).logits
+
+
+def save_model(folder, name):
+    """A random model that reads pictures, in float32, saved."""
+    text_fields, vision_fields, fields, _ = MODELS[name]
+    model_type, _, text_type = name.partition(" ")
+    text_config = TEXT | text_fields
+    if text_type:
+        text_config["model_type"] = text_type
     torch.manual_seed(3)
-    config = AutoConfig.for_model(kind, **parts, **more)
+    config = AutoConfig.for_model(
+        model_type, text_config=text_config, vision_config=vision_fields, **fields
+    )
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
     model.save_pretrained(folder, max_shard_size="20KB")
     tiny_tokenizer().save_pretrained(folder)
@@ -106,69 +123,59 @@ def saved(folder, name):
     return model
 
 
+def replace_weights(folder, weights):
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def fetched(root, note=print):
+    """The text model of the model in `root / "all"`."""
+    source = LocalModel(source="path", path=str(root / "all"), dtype="float32")
+    return cached_checkpoint(source, root / "cache", root / "pins", note)
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_the_text_model_is_what_the_whole_is_without_pictures(tmp_path, name):
-    model, notes = saved(tmp_path / "whole", name), []
-    source = LocalModel(source="path", path=str(tmp_path / "whole"), dtype="float32")
-    taken = cached_checkpoint(source, tmp_path / "cache", tmp_path / "pins", notes.append)
-    assert (
-        any("reads pictures" in line for line in notes)
-        and not (taken / "preprocessor_config.json").exists()
-    )
-    config = json.loads((taken / "config.json").read_text())
+def test_the_text_model_computes_as_the_full_model_without_pictures(tmp_path, name):
+    model = save_model(tmp_path / "all", name)
+    notes = []
+    folder = fetched(tmp_path, notes.append)
+    assert any("reads pictures" in note for note in notes)
+    assert not (folder / "preprocessor_config.json").exists()
+    config = read_json(folder / "config.json")
     assert config["architectures"] == [MODELS[name][3]] and "vision_config" not in config
-    told = json.loads(json.dumps(fetch_config(source, tmp_path / "pins")))
-    assert told == config
-    text = load_model(taken, "float32", "cpu")
-    assert type(text).__name__ == MODELS[name][3]
-    with torch.no_grad():
-        assert torch.equal(text(IDS).logits, model(input_ids=IDS).logits)
-    assert count_parameters(config).total == sum(weight.numel() for weight in text.parameters())
+    source = LocalModel(source="path", path=str(tmp_path / "all"), dtype="float32")
+    assert json.loads(json.dumps(fetch_config(source, tmp_path / "pins"))) == config
+    text_model = load_model(folder, "float32", "cpu")
+    assert type(text_model).__name__ == MODELS[name][3]
+    assert torch.equal(logits_of(text_model), logits_of(model))
+    assert count_parameters(config).total == text_model.num_parameters()
 
 
-def test_weights_by_their_new_names(tmp_path):
-    """As in memory, where the first models have other names on disk; with a head that is no
-    embedding."""
-    model = saved(tmp_path / "whole", "mistral3")
-    for path in tmp_path.glob("whole/*.safetensors*"):
-        assert path.suffix == ".json" or not any(
-            name.startswith("model.language") for name in load_file(path)
-        )
-        path.unlink()
-    save_file(
-        model.state_dict(), tmp_path / "whole" / "model.safetensors", metadata={"format": "pt"}
-    )
-    source = LocalModel(source="path", path=str(tmp_path / "whole"), dtype="float32")
-    text = load_model(
-        cached_checkpoint(source, tmp_path / "cache", tmp_path / "pins"), "float32", "cpu"
-    )
-    with torch.no_grad():
-        assert torch.equal(text(IDS).logits, model(input_ids=IDS).logits)
+def test_weights_by_the_names_in_memory(tmp_path):
+    """transformers writes the names of the first versions of these models, which are others."""
+    model = save_model(tmp_path / "all", "mistral3")
+    index = read_json(tmp_path / "all" / "model.safetensors.index.json")
+    assert not index["weight_map"].keys() & model.state_dict().keys() - {"lm_head.weight"}
+    replace_weights(tmp_path / "all", model.state_dict())
+    text_model = load_model(fetched(tmp_path), "float32", "cpu")
+    assert torch.equal(logits_of(text_model), logits_of(model))
 
 
-def test_other_models_are_not_touched(tmp_path):
-    """Whatever their text models are; and one whose weights have other names is refused."""
+def test_other_models_are_not_touched():
     assert text_config({"model_type": "idefics3", "text_config": {"model_type": "llama"}}) is None
-    saved(tmp_path / "whole", "gemma3")
-    for path in tmp_path.glob("whole/*.safetensors*"):
-        path.unlink()
-    save_file({"model.text_model.layers.0.weight": IDS}, tmp_path / "whole" / "model.safetensors")
+
+
+def test_weights_of_other_names_are_refused(tmp_path):
+    save_model(tmp_path / "all", "gemma3")
+    replace_weights(tmp_path / "all", {"model.text_model.layers.0.weight": IDS})
     with pytest.raises(InputError, match="no text model by a name that is known"):
-        cached_checkpoint(
-            LocalModel(source="path", path=str(tmp_path / "whole")),
-            tmp_path / "cache",
-            tmp_path / "pins",
-        )
+        fetched(tmp_path)
 
 
 def test_a_text_model_of_another_family_is_refused(tmp_path):
-    folder = tmp_path / "whole"
-    saved(folder, "gemma3")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(
-        json.dumps(config | {"text_config": {"model_type": "gpt2"}})
-    )
+    save_model(tmp_path / "all", "gemma3")
+    path = tmp_path / "all" / "config.json"
+    write_json(path, read_json(path) | {"text_config": {"model_type": "gpt2"}})
     with pytest.raises(InputError, match="gemma3"):
-        cached_checkpoint(
-            LocalModel(source="path", path=str(folder)), tmp_path / "cache", tmp_path / "pins"
-        )
+        fetched(tmp_path)

@@ -21,7 +21,8 @@ from blockpruner.core.families import FAMILIES
 from blockpruner.model import vllm_plugin
 from tests.plans import fetch_tiny, plan_of, pruning, save_pruned
 
-BASES = {f"{family.prefix}ForCausalLM" for family in FAMILIES.values() if family.in_vllm}
+FAMILIES_IN_VLLM = [name for name, family in FAMILIES.items() if family.in_vllm]
+BASES = [f"{FAMILIES[name].prefix}ForCausalLM" for name in FAMILIES_IN_VLLM]
 
 
 class Registry:
@@ -53,29 +54,25 @@ def registry(monkeypatch):
 
 def test_vllm_gets_a_class_for_each_of_its_families_and_no_other(registry):
     added = {name: model for name, model in registry.models.items() if model != "vLLM's own"}
-    assert added == {
-        (name := base.replace("For", "BlockPrunedFor")): f"blockpruner.model.vllm_models:{name}"
-        for base in BASES
-    }
+    names = [base.replace("For", "BlockPrunedFor") for base in BASES]
+    assert added == {name: f"blockpruner.model.vllm_models:{name}" for name in names}
 
 
-@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.in_vllm])
+@pytest.mark.parametrize("family", FAMILIES_IN_VLLM)
 def test_a_checkpoint_has_its_familys_config_without_remote_code(registry, tmp_path, family):
     dense = fetch_tiny(tmp_path, family)
-    made = pruning(dense, plan_of(dense, ["mha.0", "mlp.1", "mha.2"]))
-    save_pruned(made.prune_(made.load()), tmp_path / "pruned")
+    step = pruning(dense, plan_of(dense, ["mha.0", "mlp.1", "mha.2"]))
+    save_pruned(step.prune_(step.load()), tmp_path / "pruned")
     config = AutoConfig.from_pretrained(tmp_path / "pruned")
     assert type(config) is CONFIG_MAPPING[family] and config.model_type == family
     assert (config.layers_without_mha, config.layers_without_mlp) == ([0, 2], [1])
     assert not hasattr(config, "auto_map") and not config.is_heterogeneous
-    assert (
-        registry.models[config.architectures[0]]
-        == f"{vllm_plugin.MODELS}:{config.architectures[0]}"
-    )
-    before, after = json.loads((dense / "config.json").read_text()), config.to_dict()
-    assert {key: after[key] for key in before} == before | {
-        key: after[key] for key in ("architectures", "transformers_version")
-    }
+    architecture = config.architectures[0]
+    assert registry.models[architecture] == f"{vllm_plugin.MODELS}:{architecture}"
+    dense_fields = json.loads((dense / "config.json").read_text())
+    fields = config.to_dict()
+    for name in dense_fields.keys() - {"architectures", "transformers_version"}:
+        assert fields[name] == dense_fields[name], name
 
 
 def test_vllm_starts_where_the_plugin_fails(registry, monkeypatch, caplog):
@@ -87,26 +84,23 @@ def test_vllm_starts_where_the_plugin_fails(registry, monkeypatch, caplog):
 
 
 def test_no_type_of_others_is_registered(registry):
-    assert not {"nemotron-nas", "baichuan"} & CONFIG_MAPPING._extra_content.keys()
-    assert all(
-        name.endswith(("_blockpruned", "_slicegpt")) for name in CONFIG_MAPPING._extra_content
-    )
+    for model_type in CONFIG_MAPPING._extra_content:
+        assert model_type.endswith(("_blockpruned", "_slicegpt"))
 
 
 def test_the_entry_point_imports_nothing_else_of_ours():
     (entry,) = metadata.entry_points(group="vllm.general_plugins", name="blockpruner")
-    code = (
-        f"import sys, {entry.module}; print(*sorted(n for n in sys.modules if"
-        " n.startswith('blockpruner')))"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
     assert entry.load() is vllm_plugin.register
-    assert found == [
+    code = f"import sys, {entry.module}; print(*sys.modules)"
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert {name for name in process.stdout.split() if name.startswith("blockpruner")} == {
         "blockpruner",
-        *(f"blockpruner.model{name}" for name in ("", ".known", ".vllm_plugin")),
-    ]
+        "blockpruner.model",
+        "blockpruner.model.known",
+        "blockpruner.model.vllm_plugin",
+    }
 
 
 class Norm(nn.Module):
@@ -150,40 +144,45 @@ class Mixture(nn.Linear):
 class Layer(nn.Module):
     """Like those of Llama, or of Gemma, which also has norms after its blocks."""
 
-    def __init__(self, number, compilation, around, mlp):
+    def __init__(self, number, compilation, has_post_norms, mlp):
         super().__init__()
         self.self_attn = Attention(number, compilation)
         setattr(self, mlp, Mixture(number, compilation))
         self.mlp_name = mlp
-        self.input_layernorm, self.post_attention_layernorm = Norm(), Norm()
-        if around:
-            self.pre_feedforward_layernorm, self.post_feedforward_layernorm = Norm(), Norm()
+        self.has_post_norms = has_post_norms
+        self.input_layernorm = Norm()
+        self.post_attention_layernorm = Norm()
+        if has_post_norms:
+            self.pre_feedforward_layernorm = Norm()
+            self.post_feedforward_layernorm = Norm()
 
     def forward(self, positions, x, residual):
-        x, residual = (
-            (self.input_layernorm(x), x) if residual is None else self.input_layernorm(x, residual)
-        )
+        if residual is None:
+            residual = x
+            x = self.input_layernorm(x)
+        else:
+            x, residual = self.input_layernorm(x, residual)
         x = self.self_attn(positions=positions, hidden_states=x)
-        before_mlp = self.post_attention_layernorm
-        if hasattr(self, "pre_feedforward_layernorm"):
-            x, before_mlp = self.post_attention_layernorm(x), self.pre_feedforward_layernorm
-        x, residual = before_mlp(x, residual)
-        x = getattr(self, self.mlp_name)(x)
-        return (
-            self.post_feedforward_layernorm(x) if hasattr(self, "post_feedforward_layernorm") else x
-        ), residual
+        mlp = getattr(self, self.mlp_name)
+        if not self.has_post_norms:
+            x, residual = self.post_attention_layernorm(x, residual)
+            return mlp(x), residual
+        x = self.post_attention_layernorm(x)
+        x, residual = self.pre_feedforward_layernorm(x, residual)
+        return self.post_feedforward_layernorm(mlp(x)), residual
 
 
 class Decoder(nn.Module):
-    around, mlp = False, "mlp"
+    has_post_norms = False
+    mlp = "mlp"
 
     def __init__(self, *, vllm_config, prefix=""):
         super().__init__()
         torch.manual_seed(0)
-        compilation = vllm_config.compilation_config
-        self.layers = nn.ModuleList(
-            [Layer(n, compilation, self.around, self.mlp) for n in range(4)]
-        )
+        self.layers = nn.ModuleList()
+        for number in range(4):
+            compilation = vllm_config.compilation_config
+            self.layers.append(Layer(number, compilation, self.has_post_norms, self.mlp))
 
     def forward(self, x):
         residual = None
@@ -192,54 +191,68 @@ class Decoder(nn.Module):
         return x + residual
 
 
-def asked(mha, mlp):
+def config_without(mha=(), mlp=(), **fields):
     """A VllmConfig of a model with these holes."""
-    config = SimpleNamespace(layers_without_mha=mha, layers_without_mlp=mlp)
-    compilation = SimpleNamespace(static_forward_context={}, static_all_moe_layers=[])
+    config = SimpleNamespace(layers_without_mha=mha, layers_without_mlp=mlp, **fields)
     return SimpleNamespace(
-        model_config=SimpleNamespace(hf_config=config), compilation_config=compilation
+        model_config=SimpleNamespace(hf_config=config),
+        compilation_config=SimpleNamespace(static_forward_context={}, static_all_moe_layers=[]),
     )
 
 
-def of(vllm_config):
-    return vllm_config.model_config.hf_config, vllm_config.compilation_config
-
-
-@pytest.mark.parametrize(("around", "mlp"), [(False, "mlp"), (True, "block_sparse_moe")])
-def test_removed_blocks_add_nothing_and_are_nowhere(registry, around, mlp):
-    base = type("LlamaForCausalLM", (Decoder,), {"around": around, "mlp": mlp})
+def register_base(registry, **attributes):
+    """A Llama of these attributes in the registry, and the plugin's module of models."""
+    base = type("LlamaForCausalLM", (Decoder,), attributes)
     registry.models["LlamaForCausalLM"] = SimpleNamespace(load_model_cls=lambda: base)
-    models = importlib.import_module(vllm_plugin.MODELS)
-    with_holes, dense = asked([0, 3], [1, 3]), asked([], [])
-    pruned = models.LlamaBlockPrunedForCausalLM(vllm_config=with_holes)
+    return base, importlib.import_module(vllm_plugin.MODELS)
+
+
+@pytest.mark.parametrize(
+    ("has_post_norms", "mlp", "mha_norms", "mlp_norms"),
+    [
+        (False, "mlp", ["input_layernorm"], ["post_attention_layernorm"]),
+        (
+            True,
+            "block_sparse_moe",
+            ["input_layernorm", "post_attention_layernorm"],
+            ["pre_feedforward_layernorm", "post_feedforward_layernorm"],
+        ),
+    ],
+)
+def test_removed_blocks_add_nothing_and_are_nowhere(
+    registry, has_post_norms, mlp, mha_norms, mlp_norms
+):
+    base, models = register_base(registry, has_post_norms=has_post_norms, mlp=mlp)
+    vllm_config = config_without([0, 3], [1, 3])
+    pruned = models.LlamaBlockPrunedForCausalLM(vllm_config=vllm_config)
     assert models.LlamaBlockPrunedForCausalLM is type(pruned) and issubclass(type(pruned), base)
 
-    whole = base(vllm_config=dense)
-    gone = [f"layers.{n}.self_attn." for n in (0, 3)] + [f"layers.{n}.{mlp}." for n in (1, 3)]
-    gone += [f"layers.{n}.input_layernorm." for n in (0, 3)]
-    after, before = "post_attention_layernorm", "pre_feedforward_layernorm"
-    gone += [f"layers.{n}.{after}." for n in ((0, 3) if around else (1, 3))]
-    gone += [
-        f"layers.{n}.{name}." for n in (1, 3) for name in (before, "post_feedforward_layernorm")
-    ]
-    kept = [name for name, _ in whole.named_parameters() if not name.startswith(tuple(gone))]
-    assert [name for name, _ in pruned.named_parameters()] == kept
-    cached = with_holes.compilation_config.static_forward_context
-    assert [name for name in cached if name.endswith("attn")] == [
-        f"model.layers.{n}.self_attn.attn" for n in (1, 2)
-    ]
-    assert with_holes.compilation_config.static_all_moe_layers == [
-        f"model.layers.{n}.mlp.experts" for n in (0, 2)
-    ]
-    assert not set(cached) - set(dense.compilation_config.static_forward_context)
-
-    for name in [
-        n for n, _ in whole.named_parameters() if n.startswith(tuple(gone)) and "norm" not in n
-    ]:
-        whole.get_parameter(name).data.zero_()
-    pruned.load_state_dict({name: whole.get_parameter(name) for name in kept})
+    dense = base(vllm_config=config_without())
+    removed_blocks = (
+        "layers.0.self_attn",
+        "layers.3.self_attn",
+        f"layers.1.{mlp}",
+        f"layers.3.{mlp}",
+    )
+    removed_norms = [f"layers.{n}.{norm}" for norm in mha_norms for n in (0, 3)]
+    removed_norms += [f"layers.{n}.{norm}" for norm in mlp_norms for n in (1, 3)]
+    expected = []
+    for name, parameter in dense.named_parameters():
+        module = name.rpartition(".")[0]
+        if module in removed_blocks:
+            parameter.data.zero_()
+        elif module not in removed_norms:
+            expected.append(name)
+    assert [name for name, _ in pruned.named_parameters()] == expected
+    pruned.load_state_dict({name: dense.get_parameter(name) for name in expected})
     x = torch.randn(5, 8)
-    torch.testing.assert_close(pruned(x), whole(x))
+    torch.testing.assert_close(pruned(x), dense(x))
+
+    experts = [f"model.layers.{n}.mlp.experts" for n in (0, 2)]
+    attentions = [f"model.layers.{n}.self_attn.attn" for n in (1, 2)]
+    compilation = vllm_config.compilation_config
+    assert set(compilation.static_forward_context) == {*experts, *attentions}
+    assert compilation.static_all_moe_layers == experts
 
 
 def test_widths_are_those_of_transformers_own_form():
@@ -254,31 +267,37 @@ def test_widths_are_those_of_transformers_own_form():
 
 
 def test_each_mlp_is_made_while_the_config_has_its_width(registry, monkeypatch):
-    seen, vllm_config, made = [], asked([], []), Mixture.__init__
+    vllm_config = config_without(intermediate_size=8, mlp_widths=[8, 3, 8, 5])
     config = vllm_config.model_config.hf_config
-    config.intermediate_size, config.mlp_widths = 8, [8, 3, 8, 5]
-    monkeypatch.setattr(
-        Mixture, "__init__", lambda *given: (seen.append(config.intermediate_size), made(*given))[1]
-    )
-    base = type("LlamaForCausalLM", (Decoder,), {})
-    registry.models["LlamaForCausalLM"] = SimpleNamespace(load_model_cls=lambda: base)
-    importlib.import_module(vllm_plugin.MODELS).LlamaBlockPrunedForCausalLM(vllm_config=vllm_config)
-    assert seen == [8, 3, 8, 5] and config.intermediate_size == 8
+    widths = []
+
+    class WideMixture(Mixture):
+        def __init__(self, number, compilation):
+            widths.append(config.intermediate_size)
+            super().__init__(number, compilation)
+
+    monkeypatch.setitem(globals(), "Mixture", WideMixture)
+    _, models = register_base(registry)
+    models.LlamaBlockPrunedForCausalLM(vllm_config=vllm_config)
+    assert widths == [8, 3, 8, 5] and config.intermediate_size == 8
 
 
-def test_layers_of_other_names_are_refused_and_later_models_are_whole(registry):
-    base = type("LlamaForCausalLM", (Decoder,), {"mlp": "feed_forward"})
-    registry.models["LlamaForCausalLM"] = SimpleNamespace(load_model_cls=lambda: base)
-    models = importlib.import_module(vllm_plugin.MODELS)
+def test_layers_of_other_names_are_refused_and_later_models_are_dense(registry):
+    _, models = register_base(registry, mlp="feed_forward")
     with pytest.raises(ValueError, match=r"no hole could be made at \[\('mlp', 1\)\]"):
-        models.LlamaBlockPrunedForCausalLM(vllm_config=asked([0], [1, 9]))
-    with (
-        pytest.raises(ValueError, match="not as blockpruner knows them"),
-        models.holes(*of(asked([0], []))),
-    ):
-        nn.Sequential(nn.Linear(2, 2))
-    assert "layers.0.self_attn.weight" in dict(
-        Decoder(vllm_config=asked([], [])).named_parameters()
-    )
+        models.LlamaBlockPrunedForCausalLM(vllm_config=config_without([0], [1, 9]))
+    dense = Decoder(vllm_config=config_without())
+    assert "layers.0.self_attn.weight" in dict(dense.named_parameters())
     with pytest.raises(AttributeError, match="has no attribute 'LlamaForCausalLM'"):
         models.__getattr__("LlamaForCausalLM")
+
+
+def test_a_model_without_decoder_layers_is_refused(registry):
+    _, models = register_base(registry)
+    vllm_config = config_without([0])
+    config = vllm_config.model_config.hf_config
+    with (
+        pytest.raises(ValueError, match="not as blockpruner knows them"),
+        models.holes(config, vllm_config.compilation_config),
+    ):
+        nn.Sequential(nn.Linear(2, 2))
