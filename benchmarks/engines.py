@@ -29,26 +29,26 @@ from blockpruner.reporting.paper.tables import interval
 from blockpruner.reporting.statistics import ratio_of_medians
 from blockpruner.store.files import write_text
 
-SHORT, LONG = (
-    Speed(prompt_tokens=128, new_tokens=64),
-    Speed(prompt_tokens=2048, new_tokens=24, batch=8),
-)
+SHORT = Speed(prompt_tokens=128, new_tokens=64)
+LONG = Speed(prompt_tokens=2048, new_tokens=24, batch=8)
 REPEATS = {"transformers": 10, "transformers_kv": 4, "llama_cpp": 12}
 
 
 def files(models: Mapping[str, PreTrainedModel], model: Path, folder: Path) -> dict[str, Path]:
     """A GGUF file of each model."""
-    tokenizer, found = load_tokenizer(model), {}
-    for name, each in models.items():
-        found[name] = folder / f"{name.replace(' ', '-')}.gguf"
-        write(each, vocabulary(tokenizer, each.config.to_dict()), "F16", found[name])
-    return found
+    tokenizer = load_tokenizer(model)
+    paths = {}
+    for name, pruned in models.items():
+        path = folder / f"{name.replace(' ', '-')}.gguf"
+        write(pruned, vocabulary(tokenizer, pruned.config.to_dict()), "F16", path)
+        paths[name] = path
+    return paths
 
 
 def llama_cpp(paths: Mapping[str, Path], tokens: int, repeats: int) -> dict[str, list[float]]:
     """Seconds of decoding so many tokens, each repeat."""
     servers = {name: Server(path, 512, os.devnull) for name, path in paths.items()}
-    found: dict[str, list[float]] = {name: [] for name in paths}
+    seconds: dict[str, list[float]] = {name: [] for name in paths}
     prompt = list(range(1000, 1128))
     for repeat, name in turns(list(servers), repeats):
         answer = servers[name].post(
@@ -59,19 +59,22 @@ def llama_cpp(paths: Mapping[str, Path], tokens: int, repeats: int) -> dict[str,
             temperature=0,
             cache_prompt=False,
         )
-        if repeat:
-            found[name].append(answer["timings"]["predicted_ms"] / 1000)
-    return found
+        # The first repeat warms up.
+        if repeat > 0:
+            seconds[name].append(answer["timings"]["predicted_ms"] / 1000)
+    return seconds
 
 
 def transformers(
     models: Mapping[str, PreTrainedModel], settings: Speed, repeats: int
 ) -> dict[str, list[float]]:
-    told, settings = observer(), settings.model_copy(update={"repeats": repeats})
-    timed = measure_speed(
-        models, settings, lambda done, total: told.advance(done, total, "generations")
+    watcher = observer()
+    speeds = measure_speed(
+        models,
+        settings.model_copy(update={"repeats": repeats}),
+        lambda done, total: watcher.advance(done, total, "generations"),
     )
-    return {name: speed.decode_seconds.samples for name, speed in timed.items()}
+    return {name: speed.decode_seconds.samples for name, speed in speeds.items()}
 
 
 def main() -> None:
@@ -81,19 +84,17 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("masks", nargs="+", metavar="NAME=BLOCKS")
-    given = parser.parse_args()
-    masks = {
-        name: parse_mask(blocks)
-        for name, _, blocks in (text.partition("=") for text in given.masks)
-    }
-    dense = load_model(given.model, "bfloat16", "cpu")
-    models = {"dense": dense} | {
-        n: prune_(load_model(given.model, "bfloat16", "cpu"), m) for n, m in masks.items()
-    }
+    options = parser.parse_args()
+    dense = load_model(options.model, "bfloat16", "cpu")
+    masks = {}
+    models = {"dense": dense}
+    for text in options.masks:
+        name, _, blocks = text.partition("=")
+        masks[name] = parse_mask(blocks)
+        models[name] = prune_(load_model(options.model, "bfloat16", "cpu"), masks[name])
     with tempfile.TemporaryDirectory() as folder:
-        decoded = llama_cpp(
-            files(models, given.model, Path(folder)), SHORT.new_tokens, REPEATS["llama_cpp"]
-        )
+        paths = files(models, options.model, Path(folder))
+        decoded = llama_cpp(paths, SHORT.new_tokens, REPEATS["llama_cpp"])
     seconds = {
         "transformers": transformers(models, SHORT, REPEATS["transformers"]),
         "transformers_kv": transformers(models, LONG, REPEATS["transformers_kv"]),
@@ -108,7 +109,7 @@ def main() -> None:
         for engine, times in seconds.items():
             line |= interval(f"{engine}_x", ratio_of_medians(times["dense"], times[name]))
         lines.append(line)
-    write_text(given.out, pd.DataFrame(lines).round(4).to_csv(index=False))
+    write_text(options.out, pd.DataFrame(lines).round(4).to_csv(index=False))
 
 
 if __name__ == "__main__":

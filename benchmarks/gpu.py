@@ -1,5 +1,4 @@
-"""What a GPU shows: that `blockpruner prune` and training run there, and how fast, each with its
-baseline from the run.
+"""What a GPU shows: an iteration of the search, a refit and generation, and how fast each is.
 
     python -m benchmarks.gpu [--shape llama3-8b] [--memory 24]
         [--out data/benchmarks/gpu.json] [part ...]
@@ -8,16 +7,15 @@ It needs no network and no checkpoint: models have the widths of the shape and r
 weights. A large card is held to `--memory` GiB, as a small one. Without an accelerator all parts
 are rehearsed at tiny shapes.
 
-A part yields facts, and each is in the file as soon as it is known. Keys are words with units,
-since they are printed as they are. The parts that say most come first, and one that fails does not
-stop the others. Prints what the file holds; exits with 1 if a part failed.
+A part yields facts, and each is in the file as soon as it is known. Keys have units, since they are
+printed as they are. A part that fails does not stop the others. Prints what the file holds; exits
+with 1 if a part failed.
 """
 
 import argparse
 import gc
 import json
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,9 +35,6 @@ from blockpruner.core.families import Config, attention_heads, count_parameters
 from blockpruner.core.progress import SilentObserver
 from blockpruner.evaluation.settings import Speed
 from blockpruner.evaluation.speed import measure_speed, weight_bytes
-from blockpruner.healing.settings import Train
-from blockpruner.healing.trainer import train_
-from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model import accelerator
 from blockpruner.model.models import decoder_layers, prune_, resolve_device, shared_copy
 from blockpruner.scoring.engine import Engine
@@ -182,11 +177,16 @@ def clocked(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - started, result
 
 
-def peak(s: Setting, reset: bool = False) -> float | None:
-    """GiB that tensors took at once since the last reset."""
-    if s.is_real and reset:
-        accelerator.reset_peak(s.device)
-    return accelerator.peak(s.device) / GIB if s.is_real else None
+def reset_peak(setting: Setting) -> None:
+    if setting.is_real:
+        accelerator.reset_peak(setting.device)
+
+
+def peak(setting: Setting) -> float | None:
+    """GiB that tensors took at once since the last reset; None for a rehearsal."""
+    if not setting.is_real:
+        return None
+    return accelerator.peak(setting.device) / GIB
 
 
 def scored(engine: Engine, rows: Rows, masks: Sequence[Mask]) -> None:
@@ -195,42 +195,29 @@ def scored(engine: Engine, rows: Rows, masks: Sequence[Mask]) -> None:
         pass
 
 
-def machine(s: Setting) -> Iterator[Facts]:
-    """Rates of products on the card, and of copies between it and the host."""
-    size, count = (4096, 2**28) if s.is_real else (64, 2**20)
-    for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        x = torch.randn(size, size, device=s.device).to(dtype)
-        seconds = min(clocked(s.device, partial(torch.mm, x, x))[0] for _ in range(5))
-        yield {f"products in {dtype}, TFLOP/s": 2 * size**3 / seconds / 1e12}
-    here, there = (
-        torch.zeros(count, dtype=torch.uint8),
-        torch.zeros(count, dtype=torch.uint8, device=s.device),
-    )
-    for name, host in (("pageable", here), ("pinned", here.pin_memory() if s.is_real else here)):
-        for way, target, source in (("to the card", there, host), ("from the card", host, there)):
-            seconds = min(clocked(s.device, partial(target.copy_, source))[0] for _ in range(3))
-            yield {f"copies {way}, {name}, GB/s": count / seconds / 1e9}
-
-
-def iteration(s: Setting) -> Iterator[Facts]:
+def iteration(setting: Setting) -> Iterator[Facts]:
     """The first iteration of the exact search."""
-    model, rows = s.model(), s.data(s.rows, s.length)
-    flops, masks = Flops.of(model.config.to_dict(), s.rows, s.length), [DENSE]
-    masks += [frozenset({block}) for block in all_blocks(len(decoder_layers(model)))]
+    model = setting.model()
+    rows = setting.data(setting.rows, setting.length)
+    masks = [DENSE]
+    for block in all_blocks(len(decoder_layers(model))):
+        masks.append(frozenset({block}))
+    flops = Flops.of(model.config.to_dict(), setting.rows, setting.length)
+    exact_flops = flops.exact(masks)
     engine = Engine(model)
-    scored(engine, rows, [DENSE])  # to warm up
-    peak(s, reset=True)
-    seconds, _ = clocked(s.device, partial(scored, engine, rows, masks))
-    exact = flops.exact(masks)
+    # The first pass warms up.
+    scored(engine, rows, [DENSE])
+    reset_peak(setting)
+    seconds, _ = clocked(setting.device, partial(scored, engine, rows, masks))
     yield {
         "masks": len(masks),
-        "rows": s.rows,
-        "tokens of each": s.length,
+        "rows": setting.rows,
+        "tokens of each": setting.length,
         "exact iteration, s": seconds,
-        "gain over full passes, bound by FLOPs": flops.naive(masks) / exact,
-        "PFLOP": exact / 1e15,
-        "TFLOP/s": exact / seconds / 1e12,
-        "peak memory, GiB": peak(s),
+        "gain over full passes, bound by FLOPs": flops.naive(masks) / exact_flops,
+        "PFLOP": exact_flops / 1e15,
+        "TFLOP/s": exact_flops / seconds / 1e12,
+        "peak memory, GiB": peak(setting),
     }
 
 
@@ -244,109 +231,65 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def texts(s: Setting) -> list[str]:
-    """Letters that fill the rows of searches, fits and judging."""
-    size = max(4 * s.length, 512)
-    count = max(4 * s.rows * s.length // size, 16)
-    return [bytes(97 + id_ for id_ in row).decode() for row in random_rows(26, count, size)]
+def texts(setting: Setting) -> list[str]:
+    """Random letters that fill the rows of searches, fits and validation."""
+    size = max(4 * setting.length, 512)
+    count = max(4 * setting.rows * setting.length // size, 16)
+    letters = []
+    for row in random_rows(26, count, size):
+        letters.append(bytes(97 + number for number in row).decode())
+    return letters
 
 
-class Phases(SilentObserver):
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._begun = ("", 0.0)
-
-    def begin(self, phase: str, overall: float | None = None) -> None:
-        self._begun = (phase.partition(",")[0], time.perf_counter())
-
-    def end(
-        self, summary: str, table: Sequence[Mapping[str, Any]] = (), cached: bool = False
-    ) -> None:
-        phase, began = self._begun
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
-
-
-def recommended(s: Setting) -> Iterator[Facts]:
-    """What `blockpruner prune` does by default: widths, searches, refits, and the choice among
-    them."""
-    model, phases = s.model(), Phases()
-    # blocks that matter differently, as in a trained model
+def refit(setting: Setting) -> Iterator[Facts]:
+    """What `blockpruner prune` does by default: searches, refits, and the choice among them."""
+    model = setting.model()
+    # Blocks differ in importance, as in a trained model.
     for number, weight in enumerate(model.parameters()):
         if weight.dim() == 2 and weight.shape[0] == model.config.hidden_size:
             weight.mul_(0.1 + number * 7 % 11 / 10)
-    peak(s, reset=True)
-    options: dict[str, Any] = {
-        "seq_len": s.length,
-        "num_rows": s.rows,
-        "device": str(s.device),
-        "observer": phases,
-    }
-    budget = "0.1" if s.is_real else "0.2"
-    seconds, result = clocked(
-        s.device, partial(prune, model, byte_tokenizer(), texts(s), budget, **options)
+    reset_peak(setting)
+    run = partial(
+        prune,
+        model,
+        byte_tokenizer(),
+        texts(setting),
+        "0.1" if setting.is_real else "0.2",
+        seq_len=setting.length,
+        num_rows=setting.rows,
+        device=str(setting.device),
+        observer=SilentObserver(),
     )
-    yield {"layers": len(decoder_layers(model)), "removed": result.plan.ratio, "seconds": seconds}
-    yield {f"{phase}, s": spent for phase, spent in phases.seconds.items()} | {
-        "peak memory, GiB": peak(s)
-    }
+    seconds, result = clocked(setting.device, run)
+    yield {"removed": result.plan.ratio, "seconds": seconds, "peak memory, GiB": peak(setting)}
     perplexity = result.compensation["perplexity"]
-    yield at_most(
-        "held-out perplexity, refitted relative to pruned",
-        perplexity["after"] / perplexity["before"],
-        1,
-    )
+    ratio = perplexity["after"] / perplexity["before"]
+    yield at_most("held-out perplexity, refitted relative to pruned", ratio, 1)
 
 
-def training(s: Setting) -> Iterator[Facts]:
-    """Ten distilled steps of adapters, student and teacher over the same tensors."""
-    dense = s.model()
-    layers = len(decoder_layers(dense))
-    student = prune_(shared_copy(dense), frozenset({BlockId(BlockKind.MLP, layers // 2)}))
-    rows = CalibrationSet(s.data(20, min(512, s.length)))
-    recipe = Train(
-        data={"source": "path", "path": "random"},
-        distill=1.0,
-        batch=2,
-        accumulation=1,
-        learning_rate=1e-3,
-    )
-    peak(s, reset=True)
-    with tempfile.TemporaryDirectory() as folder:
-        rest = {
-            "teacher": dense,
-            "validation": None,
-            "states": Path(folder),
-            "observer": SilentObserver(),
-        }
-        seconds, facts = clocked(s.device, partial(train_, student, rows, recipe, **rest))
-    losses = facts["losses"]
-    yield {"tokens of a step": 2 * len(rows.rows[0]), "seconds of a step": seconds / len(losses)}
-    yield {"first loss": losses[0], "last loss": losses[-1], "peak memory, GiB": peak(s)}
-
-
-def generation(s: Setting) -> Iterator[Facts]:
+def generation(setting: Setting) -> Iterator[Facts]:
     """The dense model and a pruned one over the same tensors."""
-    dense = s.model()
+    dense = setting.model()
     layers = len(decoder_layers(dense))
     mask = frozenset(BlockId(BlockKind.MHA, layer) for layer in range(layers // 2, layers, 2))
-    both = {"dense": dense, "pruned": prune_(shared_copy(dense), mask)}
-    measured = measure_speed(both, Speed(prompt_tokens=64, new_tokens=64, repeats=3))
-    for name, speed in measured.items():
+    models_by_name = {"dense": dense, "pruned": prune_(shared_copy(dense), mask)}
+    speeds = measure_speed(models_by_name, Speed(prompt_tokens=64, new_tokens=64, repeats=3))
+    for name, speed in speeds.items():
+        weights = weight_bytes(models_by_name[name])
         yield {
             f"{name}: prefill, tokens/s": speed.prefill_tokens_per_second,
             f"{name}: decode, tokens/s": speed.decode_tokens_per_second,
-            f"{name}: weights, GiB": weight_bytes(both[name]) / GIB,
+            f"{name}: weights, GiB": weights / GIB,
             f"{name}: peak ({speed.peak_memory}), GiB": speed.peak_memory_bytes / GIB,
         }
-    for name, speed in measured.items():
-        what = f"{name}: weights, relative to the peak of generation"
-        yield at_most(what, weight_bytes(both[name]) / speed.peak_memory_bytes, 1)
-    fewer = measured["pruned"].peak_memory_bytes / measured["dense"].peak_memory_bytes
-    yield at_most("peak of generation, pruned relative to dense", fewer, 1)
+        share = weights / speed.peak_memory_bytes
+        yield at_most(f"{name}: weights, relative to the peak of generation", share, 1)
+    ratio = speeds["pruned"].peak_memory_bytes / speeds["dense"].peak_memory_bytes
+    yield at_most("peak of generation, pruned relative to dense", ratio, 1)
 
 
 PARTS: Mapping[str, Callable[[Setting], Iterator[Facts]]] = {
-    part.__name__: part for part in (machine, iteration, training, recommended, generation)
+    part.__name__: part for part in (iteration, refit, generation)
 }
 
 
@@ -356,54 +299,60 @@ def main(arguments: Sequence[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; all, if none is given"
-    )
+    names = ", ".join(PARTS)
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"{names}; all by default")
     parser.add_argument("--shape", choices=tuple(MODELS), default="llama3-8b")
-    parser.add_argument(
-        "--memory", type=float, default=24.0, help="GiB of the card that may be used"
-    )
+    parser.add_argument("--memory", type=float, default=24.0, help="GiB of the card to use")
     parser.add_argument("--out", type=Path, default=Path("data/benchmarks/gpu.json"))
-    given = parser.parse_args(arguments)
-    if unknown := set(given.parts) - PARTS.keys():
-        parser.error(f"unknown part {', '.join(sorted(unknown))}; valid: {', '.join(PARTS)}")
+    options = parser.parse_args(arguments)
+    unknown = set(options.parts) - PARTS.keys()
+    if unknown:
+        parser.error(f"unknown part {', '.join(sorted(unknown))}; valid: {names}")
     device = resolve_device("auto")
-    s = Setting(given.shape, device, rows=16, length=2048)
-    if device.type == "cpu" or given.shape == "tiny":
-        s = Setting("tiny", device, rows=2, length=32)
-    if s.is_real:
-        room = min(int(given.memory * GIB), accelerator.total_memory(s.device))
-        torch.get_device_module(s.device).set_per_process_memory_fraction(
-            room / accelerator.total_memory(s.device)
-        )
-        accelerator.total_memory = lambda device: room
-        accelerator.free_memory = lambda device: (
-            room - torch.get_device_module(device).memory_allocated(device)
-        )
-    place = {
-        "shape": s.shape,
-        "device": accelerator.name(s.device) if s.is_real else NO_DEVICE,
+    if device.type == "cpu" or options.shape == "tiny":
+        setting = Setting("tiny", device, rows=2, length=32)
+    else:
+        setting = Setting(options.shape, device, rows=16, length=2048)
+    if setting.is_real:
+        limit_memory(device, options.memory)
+    machine = {
+        "shape": setting.shape,
+        "device": accelerator.name(device) if setting.is_real else NO_DEVICE,
         "commit": commit(),
+        "memory": f"{options.memory:g} GiB",
+        **environment(),
     }
-    place["memory"] = f"{given.memory:g} GiB"
-    kept: dict[str, Any] = {"where": place | environment(), "parts": {}}
-    print(json.dumps(kept["where"], indent=1), flush=True)
-    for name in given.parts or PARTS:
-        record = kept["parts"][name] = {"ended": "killed", "facts": {}}
-        started = time.perf_counter()
+    print(json.dumps(machine, indent=1), flush=True)
+    records: dict[str, Any] = {}
+    has_failed = False
+    for name in options.parts or PARTS:
+        record = records[name] = {"ended": "killed", "facts": {}}
+        start = time.perf_counter()
         try:
-            for facts in PARTS[name](s):
+            for facts in PARTS[name](setting):
                 record["facts"] |= facts
-                write_json(given.out, kept)
-            record["ended"] = f"{time.perf_counter() - started:.0f} s"
-        except Exception as error:  # also errors of kernels
+                write_json(options.out, {"where": machine, "parts": records})
+            record["ended"] = f"{time.perf_counter() - start:.0f} s"
+        # A missing kernel or too little memory raises errors of many classes.
+        except Exception as error:
             traceback.print_exc()
+            has_failed = True
             record["ended"] = f"failed: {type(error).__name__}: {str(error).strip()[:300]}"
-        write_json(given.out, kept)
+        write_json(options.out, {"where": machine, "parts": records})
         print(json.dumps({name: record}, indent=1), flush=True)
         gc.collect()
         accelerator.empty_cache()
-    return int(any(record["ended"].startswith("failed") for record in kept["parts"].values()))
+    return int(has_failed)
+
+
+def limit_memory(device: torch.device, gib: float) -> None:
+    """Let torch and the planning of work use a part of the card."""
+    total = accelerator.total_memory(device)
+    limit = min(int(gib * GIB), total)
+    module = torch.get_device_module(device)
+    module.set_per_process_memory_fraction(limit / total)
+    accelerator.total_memory = lambda device: limit
+    accelerator.free_memory = lambda device: limit - module.memory_allocated(device)
 
 
 if __name__ == "__main__":

@@ -43,66 +43,64 @@ CHUNK = 512
 
 def make(model: Path, texts: Path, table: Path) -> None:
     """Compute the table, which is written when it is whole; the trials beside it are kept."""
-    seen, source = observer(), {"source": "path", "path": str(model)}
-    wanted = Calibration(
-        data={**source, "path": str(texts)}, split="all", num_rows=ROWS, seq_len=LENGTH
-    )
-    rows = draw_rows(read_texts(texts), load_tokenizer(model), wanted, (), seen.note)
-    own, trials = (
-        LocalModel(source="path", path=str(model), dtype="bfloat16"),
-        table.with_suffix(".trials"),
-    )
-    with open_material(model, own, Runtime(), trials, seen) as material:
+    watcher = observer()
+    source = {"source": "path", "path": str(texts)}
+    settings = Calibration(data=source, split="all", num_rows=ROWS, seq_len=LENGTH)
+    rows = draw_rows(read_texts(texts), load_tokenizer(model), settings, (), watcher.note)
+    local_model = LocalModel(source="path", path=str(model), dtype="bfloat16")
+    trials = table.with_suffix(".trials")
+    with open_material(model, local_model, Runtime(), trials, watcher) as material:
         fields = store_fields(rows.digest, material.identity, "bfloat16", "perplexity")
         store = TrialStore(fields, rows.row_keys, trials)
-        ask = Objective(rows, store, material.scorer, seen)
+        objective = Objective(rows, store, material.scorer, watcher)
         costs = count_parameters(material.config)
-        found, sizes = known(ask, costs, BLOCKS, seen)
-        about = {
+        losses, sizes = row_losses(objective, costs, BLOCKS, watcher)
+        metadata = {
             "model": material.identity,
             "rows": rows.digest,
-            "origin": json.dumps(dict(ask.origin)),
+            "origin": json.dumps(dict(objective.origin)),
         }
-        write(table, found, sizes, **about)
+        write(table, losses, sizes, **metadata)
         store.close()
 
 
-def known(
-    ask: Callable[..., list[MaskScore]], costs: Costs, count: int, seen: Observer
+def row_losses(
+    objective: Callable[..., list[MaskScore]], costs: Costs, count: int, watcher: Observer
 ) -> tuple[dict[Mask, tuple[float, ...]], dict[str, int]]:
-    """The row losses of all single blocks, all pairs, and all subsets of those `count` blocks whose
-    removal alone costs least for what they take; and what each of these takes, in units of the
+    """The row losses of all single blocks, all pairs, and all subsets of the `count` blocks whose
+    removal alone costs least for their size; and the sizes of these blocks, in units of the
     smallest one."""
     singles = [Mask({block}) for block in costs.blocks]
-    dense, *alone = ask([DENSE, *singles])
-    found = {score.mask: score.row_loss for score in (dense, *alone)}
-    rises = {score.mask: score.rise_over(dense) / costs.ratio(score.mask) for score in alone}
-    blocks = sorted(singles, key=rises.__getitem__)[:count]
-    masks = [one | other for one, other in combinations(singles, 2)]
-    masks += [
-        DENSE.union(*chosen)
-        for size in range(3, count + 1)
-        for chosen in combinations(blocks, size)
-    ]
+    dense, *single_scores = objective([DENSE, *singles])
+    losses = {dense.mask: dense.row_loss}
+    rise_by_size = {}
+    for score in single_scores:
+        losses[score.mask] = score.row_loss
+        rise_by_size[score.mask] = score.rise_over(dense) / costs.ratio(score.mask)
+    cheapest = sorted(singles, key=rise_by_size.__getitem__)[:count]
+    masks = [DENSE.union(*pair) for pair in combinations(singles, 2)]
+    for size in range(3, count + 1):
+        masks += [DENSE.union(*subset) for subset in combinations(cheapest, size)]
+    # Neighbours in this order share the beginning of their forward passes.
     masks.sort(key=lambda mask: sorted((block.layer, block.kind) for block in mask))
     for start in range(0, len(masks), CHUNK):
-        seen.begin(f"masks from {start} of {len(masks)}", start / len(masks))
-        found |= {score.mask: score.row_loss for score in ask(masks[start : start + CHUNK])}
-        seen.end(f"{len(found)} masks")
+        watcher.begin(f"masks from {start} of {len(masks)}", start / len(masks))
+        for score in objective(masks[start : start + CHUNK]):
+            losses[score.mask] = score.row_loss
+        watcher.end(f"{len(losses)} masks")
     smallest = min(costs.blocks.values())
-    return found, {
-        format_mask(mask): round(sum(costs.blocks[block] for block in mask) / smallest)
-        for mask in blocks
-    }
+    sizes = {}
+    for mask in cheapest:
+        (block,) = mask
+        sizes[format_mask(mask)] = round(costs.blocks[block] / smallest)
+    return losses, sizes
 
 
 def write(
-    path: Path, found: Mapping[Mask, Sequence[float]], sizes: Mapping[str, int], **about: str
+    path: Path, losses: Mapping[Mask, Sequence[float]], sizes: Mapping[str, int], **metadata: str
 ) -> None:
-    table = pa.table(
-        {"mask": [format_mask(mask) for mask in found], "nll": list(found.values())}, SCHEMA
-    )
-    write_table(path, table, {**about, "sizes": json.dumps(sizes)})
+    columns = {"mask": [format_mask(mask) for mask in losses], "nll": list(losses.values())}
+    write_table(path, pa.table(columns, SCHEMA), {**metadata, "sizes": json.dumps(sizes)})
 
 
 if __name__ == "__main__":

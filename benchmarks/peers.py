@@ -71,28 +71,29 @@ class Counter:
         self.tokens, self.started, self.stamps = 0, time.perf_counter(), dict[str, Any]()
 
     def watch(self, model: Any) -> Any:
-        def count(module: Any, given: Any, named: Any) -> None:
-            self.tokens += named.get("input_ids", given[0] if given else None).numel()
+        def count(module: Any, inputs: Any, named: Any) -> None:
+            self.tokens += named.get("input_ids", inputs[0] if inputs else None).numel()
 
         model.register_forward_pre_hook(count, with_kwargs=True)
         return model.eval()
 
-    def print(self, *words: Any) -> None:
-        self.stamps[" ".join(map(str, words))] = self.now()
+    def print(self, *values: Any) -> None:
+        self.stamps[" ".join(map(str, values))] = self.usage()
 
-    def now(self) -> tuple[float, float, int]:
+    def usage(self) -> tuple[float, float, int]:
         """Seconds, those of the processors, and tokens so far."""
         return time.perf_counter() - self.started, time.process_time(), self.tokens
 
 
-def blocks_of(found: list[Any]) -> list[str]:
+def blocks_of(removed: list[Any]) -> list[str]:
     """Names of blocks from numbers of layers, or from pairs of a kind and a layer."""
-    pairs = [
-        pair if isinstance(pair, tuple) else (kind, pair)
-        for pair in found
-        for kind in ("mha", "mlp")
-    ]
-    return list(dict.fromkeys(f"{kind}.{layer}" for kind, layer in pairs))
+    names: dict[str, None] = {}
+    for entry in removed:
+        # A whole layer is both of its blocks.
+        pairs = [entry] if isinstance(entry, tuple) else [("mha", entry), ("mlp", entry)]
+        for kind, layer in pairs:
+            names[f"{kind}.{layer}"] = None
+    return list(names)
 
 
 def drive(
@@ -104,107 +105,152 @@ def drive(
     import transformers
 
     sys.path[:0] = [code, f"{code}/src"]
-    counter, ids, count = Counter(), torch.tensor(rows), LAYERS[budget]
-    layers = json.loads((Path(model) / "config.json").read_text())["num_hidden_layers"]
-    plain, to = transformers.AutoModelForCausalLM.from_pretrained, torch.Tensor.to
+    counter = Counter()
+    from_pretrained = transformers.AutoModelForCausalLM.from_pretrained
 
     def load(*_: Any, **__: Any) -> Any:
-        return counter.watch(plain(model, torch_dtype=torch.bfloat16, use_cache=False))
+        return counter.watch(from_pretrained(model, torch_dtype=torch.bfloat16, use_cache=False))
 
-    torch.Tensor.to = lambda self, *a, **k: to(
-        self, *("cpu" if each == "cuda" else each for each in a), **k
-    )
-    torch.cuda.is_available = lambda: name == "EvoPress"
+    keep_on_cpu(name)
     os.chdir(folder)
-    if name == "BlockPruner":
-        import block_search
-
-        args = SimpleNamespace(
-            block_type="mix", cal_dataset="own", cal_nsamples=ROWS, ppl_search_path=folder
-        )
-        args.del_block_num, args.model_path, block_search.print = (
-            5 * count // 2,
-            "model",
-            counter.print,
-        )
-        batches = [
-            {"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(8)
-        ]
-        block_search.block_search_by_ppl(args, load(), batches)
-    elif name == "SLEB":
-        import sleb
-
-        def get_llm(_: str) -> Any:
-            found = load()
-            found.seqlen, found.name = LENGTH, "llama"
-            return found
-
-        score, sleb.get_llm, sleb.print = sleb.get_loss, get_llm, counter.print
-        sleb.get_trainloaders = lambda *_, **__: SimpleNamespace(input_ids=ids.reshape(1, -1))
-        sleb.get_loss = lambda model, rows, bs, device: score(model, rows, bs, torch.device("cpu"))
-        sleb.sleb("llama", layers, count, eval_ppl=False, result_folder=folder)
-    elif name == "Shortened-LLM":
-        # an old copy of peft, for checkpoints of adapters
-        for missing in (
-            "LLMPruner",
-            "LLMPruner.peft",
-        ):
-            sys.modules[missing] = ModuleType(missing)
-        sys.modules["LLMPruner.peft"].PeftModel = None
-        import dataset
-        import utils
-
-        without = utils.get_block_pruned_network
-        dataset.get_examples, utils.get_model = lambda **_: ids, lambda **_: (load(), None, "")
-        utils.get_block_pruned_network = lambda *a, **k: counter.watch(without(*a, **k).bfloat16())
-        words = f" --device cpu --num_calib_data {ROWS} --output_dir {folder}/scores --use_bfloat"
-        sys.argv = words.split(" ")
-        runpy.run_path(f"{code}/src/anal_block_sensitivity_ppl.py", run_name="__main__")
-        order = [
-            int(part) for part in (Path(folder) / "scores/block_order.csv").read_text().split(",")
-        ]
-        for each in LAYERS.values():
-            counter.print(order[:each])
-    else:
-        import evo_drop_search as evo
-
-        evo.AutoModelForCausalLM = SimpleNamespace(from_pretrained=load)
-        evo.AutoTokenizer = SimpleNamespace(from_pretrained=lambda *_, **__: None)
-        evo.get_data = lambda *_, **__: list(ids.split(1))
-        scored, most = sum(2 * layers - step for step in range(5 * count // 2)), ROWS * LENGTH
-        words = (
-            f" --model_name_or_path {model} --calibration_data own --calibration_tokens {most}"
-            " --no_eval"
-        )
-        words += (
-            f" --calibration_sequence_length {LENGTH} --sparsity {(count + 0.5) / layers} --dtype"
-            " bfloat16"
-        )
-        words += (
-            f" --generations {scored // (CHILDREN + FINALISTS)} --offspring {CHILDREN}"
-            " --initially_generated 8"
-        )
-        words += (
-            f" --initial_tokens {most} --survivors_per_selection 2 1 --tokens_per_selection {most}"
-            f" {most}"
-        )
-        sys.argv = f"{words} --fitness_fn kl --drop_config_dir {folder}".split(" ")
-        evo.main()
-        kinds = {"attn+mlp": ("mha", "mlp"), "attn": ("mha",), "mlp": ("mlp",), "none": ()}
-        lines = enumerate((Path(folder) / "layer_drop_config.txt").read_text().split())
-        counter.print([(kind, layer) for layer, words in lines for kind in kinds[words]])
-    steps = [
-        (words[words.index("[") :], stamp)
-        for words, stamp in counter.stamps.items()
-        if words.endswith("]")
-    ]
-    return [(blocks_of(ast.literal_eval(words)), stamp) for words, stamp in steps]
+    DRIVERS[name](counter, load, torch.tensor(rows), LAYERS[budget], code, folder, model)
+    steps = []
+    for line, stamp in counter.stamps.items():
+        # A line that ends in a list of layers or blocks is a step.
+        if line.endswith("]"):
+            removed = ast.literal_eval(line[line.index("[") :])
+            steps.append((blocks_of(removed), stamp))
+    return steps
 
 
-def environment(peer: str, given: argparse.Namespace) -> tuple[Path, Path]:
+def keep_on_cpu(name: str) -> None:
+    """Peers move tensors to "cuda", and EvoPress refuses to run without it."""
+    import torch
+
+    to = torch.Tensor.to
+
+    def to_cpu(self: Any, *arguments: Any, **options: Any) -> Any:
+        devices = ["cpu" if argument == "cuda" else argument for argument in arguments]
+        return to(self, *devices, **options)
+
+    torch.Tensor.to = to_cpu
+    torch.cuda.is_available = lambda: name == "EvoPress"
+
+
+def layer_count(model: str) -> int:
+    return int(json.loads((Path(model) / "config.json").read_text())["num_hidden_layers"])
+
+
+def drive_blockpruner(
+    counter: Counter, load: Any, ids: Any, count: int, code: str, folder: str, model: str
+) -> None:
+    import block_search
+    import torch
+
+    options = SimpleNamespace(
+        block_type="mix",
+        cal_dataset="own",
+        cal_nsamples=ROWS,
+        ppl_search_path=folder,
+        del_block_num=5 * count // 2,
+        model_path="model",
+    )
+    block_search.print = counter.print
+    batches = []
+    for batch in ids.split(8):
+        batches.append({"input_ids": batch, "attention_mask": torch.ones_like(batch)})
+    block_search.block_search_by_ppl(options, load(), batches)
+
+
+def drive_sleb(
+    counter: Counter, load: Any, ids: Any, count: int, code: str, folder: str, model: str
+) -> None:
+    import sleb
+    import torch
+
+    get_loss = sleb.get_loss
+
+    def get_llm(_: str) -> Any:
+        loaded = load()
+        loaded.seqlen, loaded.name = LENGTH, "llama"
+        return loaded
+
+    sleb.get_llm = get_llm
+    sleb.print = counter.print
+    sleb.get_trainloaders = lambda *_, **__: SimpleNamespace(input_ids=ids.reshape(1, -1))
+    sleb.get_loss = lambda model, rows, bs, device: get_loss(model, rows, bs, torch.device("cpu"))
+    sleb.sleb("llama", layer_count(model), count, eval_ppl=False, result_folder=folder)
+
+
+def drive_shortened_llm(
+    counter: Counter, load: Any, ids: Any, count: int, code: str, folder: str, model: str
+) -> None:
+    # It imports an old copy of peft, which only checkpoints of adapters need.
+    for module in ("LLMPruner", "LLMPruner.peft"):
+        sys.modules[module] = ModuleType(module)
+    sys.modules["LLMPruner.peft"].PeftModel = None
+    import dataset
+    import utils
+
+    get_pruned = utils.get_block_pruned_network
+    dataset.get_examples = lambda **_: ids
+    utils.get_model = lambda **_: (load(), None, "")
+    utils.get_block_pruned_network = lambda *arguments, **options: counter.watch(
+        get_pruned(*arguments, **options).bfloat16()
+    )
+    options = f" --device cpu --num_calib_data {ROWS} --output_dir {folder}/scores --use_bfloat"
+    sys.argv = options.split(" ")
+    runpy.run_path(f"{code}/src/anal_block_sensitivity_ppl.py", run_name="__main__")
+    numbers = (Path(folder) / "scores/block_order.csv").read_text().split(",")
+    order = [int(number) for number in numbers]
+    for layers in LAYERS.values():
+        counter.print(order[:layers])
+
+
+def drive_evopress(
+    counter: Counter, load: Any, ids: Any, count: int, code: str, folder: str, model: str
+) -> None:
+    import evo_drop_search
+
+    evo_drop_search.AutoModelForCausalLM = SimpleNamespace(from_pretrained=load)
+    evo_drop_search.AutoTokenizer = SimpleNamespace(from_pretrained=lambda *_, **__: None)
+    evo_drop_search.get_data = lambda *_, **__: list(ids.split(1))
+    layers = layer_count(model)
+    # As many candidates as an exact search of blocks scores.
+    scored = sum(2 * layers - step for step in range(5 * count // 2))
+    tokens = ROWS * LENGTH
+    options = (
+        f" --model_name_or_path {model} --calibration_data own --calibration_tokens {tokens}"
+        f" --no_eval --calibration_sequence_length {LENGTH}"
+        f" --sparsity {(count + 0.5) / layers} --dtype bfloat16"
+        f" --generations {scored // (CHILDREN + FINALISTS)} --offspring {CHILDREN}"
+        f" --initially_generated 8 --initial_tokens {tokens} --survivors_per_selection 2 1"
+        f" --tokens_per_selection {tokens} {tokens} --fitness_fn kl --drop_config_dir {folder}"
+    )
+    sys.argv = options.split(" ")
+    evo_drop_search.main()
+    kinds = {"attn+mlp": ("mha", "mlp"), "attn": ("mha",), "mlp": ("mlp",), "none": ()}
+    lines = (Path(folder) / "layer_drop_config.txt").read_text().split()
+    removed = []
+    for layer, line in enumerate(lines):
+        removed += [(kind, layer) for kind in kinds[line]]
+    counter.print(removed)
+
+
+DRIVERS = {
+    "BlockPruner": drive_blockpruner,
+    "SLEB": drive_sleb,
+    "Shortened-LLM": drive_shortened_llm,
+    "EvoPress": drive_evopress,
+}
+"""What runs each peer's program with its hard-coded device, rows and tokenizer replaced."""
+
+
+def environment(peer: str, options: argparse.Namespace) -> tuple[Path, Path]:
     """The Python of a peer's environment, and the folder of its code."""
     repository, commit, transformers = PEERS[peer]
-    code, env = given.out / "code" / repository.partition("/")[2], given.out / "envs" / transformers
+    code = options.out / "code" / repository.partition("/")[2]
+    env = options.out / "envs" / transformers
     if not code.exists():
         subprocess.run(["git", "clone", "-q", f"https://github.com/{repository}", code], check=True)
         subprocess.run(["git", "-C", code, "checkout", "-q", commit], check=True)
@@ -233,7 +279,7 @@ def run(command: list[Any]) -> tuple[dict[str, float], Any]:
 class Measured:
     """What is known of each contender, kept in a file."""
 
-    def __init__(self, given: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace) -> None:
         from blockpruner.evaluation.perplexity import held_out
         from blockpruner.evaluation.settings import Perplexity
         from blockpruner.inputs.calibration import draw_rows
@@ -243,40 +289,42 @@ class Measured:
         from blockpruner.model.models import load_model
 
         self.load = partial(load_model, dtype="bfloat16", device="cpu")
-        self.given, self.file = given, given.out / "found.json"
-        self.found: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
-        tokenizer, source = (
-            load_tokenizer(given.model),
-            {"source": "path", "path": str(given.texts)},
-        )
-        wanted = Calibration(data=source, split="all", num_rows=ROWS, seq_len=LENGTH)
-        rows = draw_rows(read_texts(given.texts), tokenizer, wanted, (), print).rows
-        (given.out / "rows.json").write_text(json.dumps(rows))
-        asked = Perplexity(seq_len=HELD_OUT[1], max_rows=HELD_OUT[0], packing="documents")
-        self.heldout = held_out(tokenizer, read_texts(given.heldout), asked).rows
+        self.options, self.file = options, options.out / "found.json"
+        self.results: dict[str, Any] = {}
+        if self.file.exists():
+            self.results = json.loads(self.file.read_text())
+        tokenizer = load_tokenizer(options.model)
+        source = {"source": "path", "path": str(options.texts)}
+        settings = Calibration(data=source, split="all", num_rows=ROWS, seq_len=LENGTH)
+        rows = draw_rows(read_texts(options.texts), tokenizer, settings, (), print).rows
+        (options.out / "rows.json").write_text(json.dumps(rows))
+        max_rows, seq_len = HELD_OUT
+        heldout_settings = Perplexity(seq_len=seq_len, max_rows=max_rows, packing="documents")
+        self.heldout = held_out(tokenizer, read_texts(options.heldout), heldout_settings).rows
 
-    def keep(self, name: str, budget: str, model: Any, **own: Any) -> None:
+    def keep(self, name: str, budget: str, model: Any, **facts: Any) -> None:
         """Keep facts, with the held-out perplexity of a model."""
         from blockpruner.evaluation.perplexity import measure_perplexity
 
-        own["perplexity"] = measure_perplexity(model, self.heldout).perplexity
-        self.found.setdefault(name, {})[budget] = own
-        self.file.write_text(json.dumps(self.found, indent=1))
-        print(f"{name} {budget}: {own}", file=sys.stderr, flush=True)
+        facts["perplexity"] = measure_perplexity(model, self.heldout).perplexity
+        self.results.setdefault(name, {})[budget] = facts
+        self.file.write_text(json.dumps(self.results, indent=1))
+        print(f"{name} {budget}: {facts}", file=sys.stderr, flush=True)
 
     def peer(self, name: str) -> None:
         from blockpruner.core.blocks import parse_mask
         from blockpruner.core.families import count_parameters
         from blockpruner.model.models import prune_
 
-        costs = count_parameters(json.loads((self.given.model / "config.json").read_text()))
-        python, code = environment(name, self.given)
-        once = name != "EvoPress"  # steps on the way to the larger budget answer the smaller one
-        for budget in (
-            each for each in (("0.2",) if once else LAYERS) if each not in self.found.get(name, {})
-        ):
+        costs = count_parameters(json.loads((self.options.model / "config.json").read_text()))
+        python, code = environment(name, self.options)
+        # Of a greedy search, a step on the way to the larger budget answers the smaller one.
+        has_steps = name != "EvoPress"
+        for budget in ("0.2",) if has_steps else LAYERS:
+            if budget in self.results.get(name, {}):
+                continue
             with tempfile.TemporaryDirectory() as folder:
-                model, rows = self.given.model.absolute(), self.given.out / "rows.json"
+                model, rows = self.options.model.absolute(), self.options.out / "rows.json"
                 command = [
                     python,
                     __file__,
@@ -293,26 +341,35 @@ class Measured:
                 (costs.ratio(parse_mask(",".join(blocks))), blocks, stamp)
                 for blocks, stamp in steps
             ]
-            for wanted in LAYERS if once else (budget,):
-                ratio, blocks, stamp = min(steps, key=lambda step: abs(step[0] - float(wanted)))
-                own = dict(zip(("seconds", "cpu", "tokens"), stamp, strict=True))
-                pruned = prune_(self.load(self.given.model), parse_mask(",".join(blocks)))
-                self.keep(name, wanted, pruned, removed=ratio, **own)
+            for target in LAYERS if has_steps else (budget,):
+                ratio, blocks, stamp = min(steps, key=lambda step: abs(step[0] - float(target)))
+                facts = dict(zip(("seconds", "cpu", "tokens"), stamp, strict=True))
+                pruned = prune_(self.load(self.options.model), parse_mask(",".join(blocks)))
+                self.keep(name, target, pruned, removed=ratio, **facts)
 
     def ours(self, name: str) -> None:
-        for budget in (each for each in LAYERS if each not in self.found.get(name, {})):
+        for budget in LAYERS:
+            if budget in self.results.get(name, {}):
+                continue
             with tempfile.TemporaryDirectory() as folder:
                 command = [
                     sys.executable,
                     "-m",
                     "blockpruner",
                     "prune",
-                    self.given.model,
+                    self.options.model,
                     "--budget",
                     budget,
                     "--json",
                 ]
-                command += ["--texts", self.given.texts, "--seq-len", LENGTH, "--dtype", "bfloat16"]
+                command += [
+                    "--texts",
+                    self.options.texts,
+                    "--seq-len",
+                    LENGTH,
+                    "--dtype",
+                    "bfloat16",
+                ]
                 command += [
                     "--out",
                     f"{folder}/out",
@@ -328,20 +385,23 @@ class Measured:
                 )
 
 
-def draw(found: dict[str, Any], out: Path) -> None:
+def draw(results: dict[str, Any], out: Path) -> None:
     """Draw perplexity over seconds."""
     from matplotlib.figure import Figure
 
-    dense = found["dense"]["0"]["perplexity"]
+    dense = results["dense"]["0"]["perplexity"]
     figure = Figure(figsize=(9, 4), layout="constrained")
     for axes, budget in zip(figure.subplots(1, 2), LAYERS, strict=True):
-        for name, own in ((name, own[budget]) for name, own in found.items() if budget in own):
-            peer, point = name in PEERS, (own["cpu"], own["perplexity"] / dense)
+        for name, facts_by_budget in results.items():
+            if budget not in facts_by_budget:
+                continue
+            facts = facts_by_budget[budget]
+            peer, point = name in PEERS, (facts["cpu"], facts["perplexity"] / dense)
             axes.plot(*point, "o" if peer else "s", color=f"tab:{'gray' if peer else 'blue'}")
             side = {"ha": "right", "va": "bottom"} if peer else {"ha": "left", "va": "top"}
-            words = name if peer or name.startswith("recommended") else f"ours, {name}"
+            label = name if peer or name.startswith("recommended") else f"ours, {name}"
             axes.annotate(
-                words, point, (-5 if peer else 5, 0), textcoords="offset points", fontsize=7, **side
+                label, point, (-5 if peer else 5, 0), textcoords="offset points", fontsize=7, **side
             )
         axes.set(
             xscale="log",
@@ -355,8 +415,8 @@ def draw(found: dict[str, Any], out: Path) -> None:
 
 def main(arguments: list[str]) -> None:
     if arguments[:1] == ["drive"]:
-        *words, rows = arguments[1:]
-        print("\n" + json.dumps(drive(*words, json.loads(Path(rows).read_text()))))
+        *texts, rows = arguments[1:]
+        print("\n" + json.dumps(drive(*texts, json.loads(Path(rows).read_text()))))
         return
     parser = argparse.ArgumentParser("python -m benchmarks.peers", description=__doc__)
     for name in ("model", "texts", "heldout"):
@@ -365,25 +425,27 @@ def main(arguments: list[str]) -> None:
         "--only", nargs="*", default=[*OURS, *PEERS], help=", ".join([*OURS, *PEERS])
     )
     parser.add_argument("--out", type=Path, default=Path("data/benchmarks/peers"))
-    given = parser.parse_args(arguments)
-    given.out.mkdir(parents=True, exist_ok=True)
-    measured = Measured(given)
-    if "dense" not in measured.found:
-        measured.keep("dense", "0", measured.load(given.model))
-    for name in given.only:
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    measured = Measured(options)
+    if "dense" not in measured.results:
+        measured.keep("dense", "0", measured.load(options.model))
+    for name in options.only:
         (measured.peer if name in PEERS else measured.ours)(name)
-    dense = measured.found["dense"]["0"]["perplexity"]
+    dense = measured.results["dense"]["0"]["perplexity"]
     print(
         "| | removed | seconds | of processors | tokens | perplexity, x dense"
         " |\n|---|---:|---:|---:|---:|---:|"
     )
     for budget in LAYERS:
-        for name, f in (
-            (name, own[budget]) for name, own in measured.found.items() if budget in own
-        ):
-            figures = " | ".join(f"{f[key]:,.0f}" for key in ("seconds", "cpu", "tokens"))
-            print(f"| {name} | {f['removed']:.1%} | {figures} | {f['perplexity'] / dense:.2f} |")
-    draw(measured.found, given.out)
+        for name, facts_by_budget in measured.results.items():
+            if budget not in facts_by_budget:
+                continue
+            facts = facts_by_budget[budget]
+            figures = " | ".join(f"{facts[key]:,.0f}" for key in ("seconds", "cpu", "tokens"))
+            ratio = facts["perplexity"] / dense
+            print(f"| {name} | {facts['removed']:.1%} | {figures} | {ratio:.2f} |")
+    draw(measured.results, options.out)
 
 
 if __name__ == "__main__":

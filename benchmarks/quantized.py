@@ -33,10 +33,11 @@ def losses(path: Path, text: Path) -> list[float]:
     """Nats a token of each window. The program prints the perplexity of all windows up to each."""
     command = ["llama-perplexity", "-m", path, "-f", text, "-c", "512", "--chunks", str(WINDOWS)]
     threads = ["-t", str(torch.get_num_threads())]
-    told = subprocess.run([*command, *threads], check=True, capture_output=True, text=True)
-    means = [math.log(float(found)) for found in re.findall(r"\[\d+\]([\d.]+),", told.stdout)]
-    sums = [0.0, *(n * mean for n, mean in enumerate(means, 1))]
-    return [after - before for before, after in pairwise(sums)]
+    output = subprocess.run([*command, *threads], check=True, capture_output=True, text=True).stdout
+    sums = [0.0]
+    for count, perplexity in enumerate(re.findall(r"\[\d+\]([\d.]+),", output), 1):
+        sums.append(count * math.log(float(perplexity)))
+    return [longer - shorter for shorter, longer in pairwise(sums)]
 
 
 def main() -> None:
@@ -47,35 +48,35 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("dense", type=Path)
     parser.add_argument("pruned", nargs="+", metavar="NAME=FOLDER")
-    given = parser.parse_args()
-    folders = {"dense": given.dense} | {
-        n: Path(f) for n, _, f in (text.partition("=") for text in given.pruned)
-    }
-    with tempfile.TemporaryDirectory() as place:
+    options = parser.parse_args()
+    folders = {"dense": options.dense}
+    for text in options.pruned:
+        name, _, path = text.partition("=")
+        folders[name] = Path(path)
+    with tempfile.TemporaryDirectory() as workspace:
         paths: dict[tuple[str, str], Path] = {}
         for name, folder in folders.items():
             model = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16").requires_grad_(
                 False
             )
-            paths[name, "F16"] = plain = files({name: model}, folder, Path(place))[name]
+            paths[name, "F16"] = plain = files({name: model}, folder, Path(workspace))[name]
             for quantization in QUANTIZATIONS:
                 paths[name, quantization] = path = plain.with_suffix(f".{quantization}")
                 subprocess.run(
                     ["llama-quantize", plain, path, quantization], check=True, capture_output=True
                 )
-        read, told = dict[tuple[str, str], list[float]](), observer()
-        told.begin("perplexity")
+        watcher = observer()
+        watcher.begin("perplexity")
+        window_losses: dict[tuple[str, str], list[float]] = {}
         for key, path in paths.items():
-            read[key] = losses(path, given.text)
-            told.advance(len(read), len(paths), " ".join(key))
-        told.end(f"{len(paths)} files")
+            window_losses[key] = losses(path, options.text)
+            watcher.advance(len(window_losses), len(paths), " ".join(key))
+        watcher.end(f"{len(paths)} files")
         named = {" ".join(key): path for key, path in paths.items()}
         seconds, lines = llama_cpp(named, SHORT.new_tokens, REPEATS["llama_cpp"]), []
         for key, path in paths.items():
-            rises = [
-                after - before
-                for before, after in zip(read["dense", "F16"], read[key], strict=True)
-            ]
+            pairs = zip(window_losses["dense", "F16"], window_losses[key], strict=True)
+            rises = [loss - dense_loss for dense_loss, loss in pairs]
             rise, speed = (
                 average({"": rises}),
                 ratio_of_medians(seconds["dense F16"], seconds[" ".join(key)]),
@@ -83,7 +84,7 @@ def main() -> None:
             line = {"model": key[0], "precision": key[1], "bytes": path.stat().st_size}
             times = {name: math.exp(nats) for name, nats in interval("perplexity_x", rise).items()}
             lines.append(line | times | interval("decode_x", speed))
-    pd.DataFrame(lines).round(4).to_csv(given.out, index=False)
+    pd.DataFrame(lines).round(4).to_csv(options.out, index=False)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from functools import cache as cached
 from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
@@ -23,7 +24,7 @@ from blockpruner.core.progress import Observer, stderr_observer
 from blockpruner.core.settings import MixedTexts, Runtime, Texts, read_settings
 from blockpruner.evaluation.perplexity import HeldOutPerplexity, held_out, measure_perplexity
 from blockpruner.evaluation.settings import Perplexity
-from blockpruner.healing.choice import keep
+from blockpruner.healing.choice import Healing, keep
 from blockpruner.inputs.calibration import CalibrationSet, require_embedded
 from blockpruner.inputs.checkpoints import (
     GENERATION_FILE,
@@ -33,7 +34,7 @@ from blockpruner.inputs.checkpoints import (
     licence_beside,
 )
 from blockpruner.inputs.sources import cache_folder, named_sources, shipped_texts, with_sources
-from blockpruner.inputs.texts import MixedText, TextKind, judging_texts, kind_of, listed, load_texts
+from blockpruner.inputs.texts import MixedText, TextKind, kind_of, listed, load_texts
 from blockpruner.inputs.tokenizers import conversation
 from blockpruner.methods.apply import Loaded, Made
 from blockpruner.methods.healed import FILE, Healed, find_healed, parameter_digests, set_weights_
@@ -65,16 +66,16 @@ IN_MEMORY = "in memory"
 OWN = TextKind("your texts", 1.0)
 """Texts in memory that are of no kind."""
 NO_CONTENT = ("_name_or_path", "transformers_version")
-"""Fields of a config that say where a model came from."""
+"""Fields of a config that tell where a model came from, and nothing of its content."""
 
 
 @dataclass(frozen=True)
 class _Base:
-    """What is known of a dense model beside its weights."""
+    """The facts on a dense model that exports take over, next to its weights."""
 
     config: str
     """Its config.json."""
-    place: str
+    origin: str
     """The folder or the repository that it was loaded from; empty if it was not."""
     folder: Path | None
     """The folder that has its weights, as `_folder_of`."""
@@ -86,13 +87,15 @@ class _Base:
 
     @cached_property
     def licence(self) -> dict[str, Any]:
-        """What its card says; nothing where a hub does not answer."""
-        if self._is_folder or not self.place:
-            return licence_beside(Path(self.place)) if self.place else {}
+        """The licence of its card; empty if a hub does not answer."""
+        if not self.origin:
+            return {}
+        if self._is_folder:
+            return licence_beside(Path(self.origin))
         from huggingface_hub import hf_hub_download
 
         try:
-            return licence_beside(Path(hf_hub_download(self.place, CARD_FILE)).parent)
+            return licence_beside(Path(hf_hub_download(self.origin, CARD_FILE)).parent)
         except Exception:  # also errors of its HTTP library, which differs between versions
             return {}
 
@@ -100,16 +103,16 @@ class _Base:
         """Write what an export reads of a fetched model, without weights."""
         write_text(directory / "config.json", self.config)
         tokenizer.save_pretrained(directory)
-        source = {"source": "path", "path": self.place or IN_MEMORY}
-        if self.place and not self._is_folder:
-            source = {"source": "hub", "repo": self.place}
+        source = {"source": "path", "path": self.origin or IN_MEMORY}
+        if self.origin and not self._is_folder:
+            source = {"source": "hub", "repo": self.origin}
         write_json(directory / SOURCE_FILE, {"source": source, "licence": self.licence})
         if self._is_folder:
-            copy_files(Path(self.place), directory, LICENCE_FILES)
+            copy_files(Path(self.origin), directory, LICENCE_FILES)
 
     @property
     def _is_folder(self) -> bool:
-        return bool(self.place) and Path(self.place).is_dir()
+        return bool(self.origin) and Path(self.origin).is_dir()
 
 
 @dataclass(frozen=True)
@@ -167,25 +170,27 @@ class Pruned:
             InputError: an unknown format, one that cannot hold the model, or a place that is not
                 empty; before anything is written, except where only the writing shows it.
         """
-        places = {
-            form: Path(f"{folder}{'' if form == 'hf' else f'-{form}'}").absolute()
-            for form in formats
-        }
+        folders = {}
+        for form in formats:
+            suffix = "" if form == "hf" else f"-{form}"
+            folders[form] = Path(f"{folder}{suffix}").absolute()
         dtype = str(self.model.dtype).removeprefix("torch.")
         require_exports(formats, KINDS[self.plan.kind], dtype)
-        with tempfile.TemporaryDirectory() as own:
-            dense, name = Path(own), Path(folder).absolute().name
-            plan, healed = replace(self.plan, target=name, base=self.base.identity), self.healed
-            if parameter_digests(self.model) != self.digests:
-                plan, healed = unmeasured(plan), _changed(healed)
+        plan = replace(self.plan, target=Path(folder).absolute().name, base=self.base.identity)
+        healed = self.healed
+        # Its owner may have trained the model since: then no measurement is of these weights.
+        if parameter_digests(self.model) != self.digests:
+            plan, healed = unmeasured(plan), _changed(healed)
+        with tempfile.TemporaryDirectory() as directory:
+            dense = Path(directory)
             self.base.write(dense, self.tokenizer)
-            if (generation := self.model.generation_config) is not None:
+            generation = self.model.generation_config
+            if generation is not None:
                 write_text(dense / GENERATION_FILE, generation.to_json_string())
-            made = Made(
-                dense, plan, CalibrationSet(()), dtype, "cpu", healed=healed, model=self.model
-            )
-            pipeline.export(made, places)
-        return places
+            no_rows = CalibrationSet(())
+            made = Made(dense, plan, no_rows, dtype, "cpu", healed=healed, model=self.model)
+            pipeline.export(made, folders)
+        return folders
 
     save = save_pretrained
 
@@ -199,8 +204,8 @@ class Pruned:
         """
         with tempfile.TemporaryDirectory() as folder:
             name = repo.rpartition("/")[2]
-            (place,) = self.save_pretrained(Path(folder) / name, [format]).values()
-            return push(place, repo, private, self.base.licence, name)
+            (written,) = self.save_pretrained(Path(folder) / name, [format]).values()
+            return push(written, repo, private, self.base.licence, name)
 
 
 def prune(
@@ -265,124 +270,186 @@ def prune(
             and the model is as it was.
     """
     require_plain(model)
-    own_texts = listed(texts, partial(conversation, lambda: tokenizer))
-    search, measure = _search(method), _metric(metric)
+    user_texts = listed(texts, partial(conversation, lambda: tokenizer))
+    search_row, metric_row = _search(method), _metric(metric)
     if callable(metric) and cache is not None:
-        message = (
+        raise InputError(
             "cache keeps scores by a metric's name, and a function may change; give a row, or no"
-            " cache"
+            " cache",
+            rule="cache-of-function",
+            key="cache",
         )
-        raise InputError(message, rule="cache-of-function", key="cache")
-    if search is not None and search.name in RECIPES:
-        message = (
-            f"a search of your own is called {search.name!r}, as a recipe is; give it another name"
-        )
-        raise InputError(message, rule="name-of-recipe", key="method", value=search.name)
+    progress = observer or stderr_observer()
     with ExitStack() as stack:
-        if search is not None:
-            stack.enter_context(SEARCHES.added(search))
+        # The rows of this call are registered while it runs: settings name them as any other.
+        if search_row is not None:
+            stack.enter_context(SEARCHES.added(search_row))
         if not isinstance(metric, str):
-            stack.enter_context(METRICS.added(measure))
-        name = search.name if search else str(method)
-        changed = {"candidates": candidates, "options": options or {}, "metric": measure.name}
-        optional = {"unit": unit, "acceleration": acceleration}
-        changed |= {name: value for name, value in optional.items() if value is not None}
-        sizes = {"seq_len": seq_len, "num_rows": num_rows}
-        drawn = {name: value for name, value in sizes.items() if value is not None}
-        source = {"source": "path", "path": IN_MEMORY}
-        own: dict[str, Any] = {
-            "calibration": drawn,
-            "score": changed,
-            "compensate": compensate,
-            "train": train,
-        }
-        read_settings(Runtime, {"batch_tokens": batch_tokens})
-        values = {"model": source} | sections(name, data=source, only_texts=only_texts, **own)
-        run = read_settings(Run, with_sources(values, named_sources()))
-        check_run(run)
-        length = min(
-            run.calibration.seq_len, model.config.max_position_embeddings or run.calibration.seq_len
+            stack.enter_context(METRICS.added(metric_row))
+        runtime = read_settings(Runtime, {"batch_tokens": batch_tokens})
+        run = _read_run(
+            model.config.max_position_embeddings,
+            search_row.name if search_row else str(method),
+            only_texts=only_texts,
+            calibration={"seq_len": seq_len, "num_rows": num_rows},
+            score={"unit": unit, "acceleration": acceleration},
+            scored={"candidates": candidates, "options": options, "metric": metric_row.name},
+            compensate=compensate,
+            train=train,
         )
-        run = run.model_copy(
-            update={"calibration": run.calibration.model_copy(update={"seq_len": length})}
-        )
-        recipe = run.train and run.train.fitted(model.config.max_position_embeddings)
-        if not all(kind_of_method(one.method).is_part for one in searches(run.score).values()):
-            name, advice = run.score.method, "use a run file and the stages"
-            message = f"method {name!r} makes other weights, which prune does not; {advice}"
-            raise InputError(message, rule="method-of-weights", key="method", value=name)
         if device != "auto" or model.device.type == "cpu":
             model.to(resolve_device(device))
+        runtime = runtime.model_copy(update={"device": _device(model)})
+        scores = None if cache is None else Path(cache)
         stack.enter_context(evaluating(model))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        wanted = f"{budget:.12f}".rstrip("0") if isinstance(budget, int | float) else str(budget)
-        shown, scores = observer or stderr_observer(), None if cache is None else Path(cache)
-        config, origin = model.config.to_dict(), model.name_or_path
-        base = _Base(model.config.to_json_string(use_diff=False), origin, _folder_of(model))
-        chosen = compensation(run.compensate.method, run.score.method)
-        judged = is_judged(run.score.method, chosen) or max_loss is not None
-        pool = _pool(run.calibration.data, own_texts, judged, tokenizer, shown)
-        rows = pipeline.calibrate(
-            run.calibration,
-            run.compensate,
-            recipe,
-            pool,
+        return _prune(
+            run,
+            runtime,
+            model,
             tokenizer,
-            config,
-            shown.note,
-            judged=judged,
-            at_most=True,
+            user_texts,
+            _budget(budget),
+            max_loss,
+            scores,
+            folder,
+            progress,
         )
-        pipeline.require_fit(rows, run.compensate, chosen)
-        identity = IN_MEMORY if cache is None else _identity(model)
-        dtype = str(model.dtype).removeprefix("torch.")
-        material = Material(
-            identity, dtype, config, scores, Engine(model, batch_tokens), lambda: model, shown
+
+
+def _prune(
+    run: Run,
+    runtime: Runtime,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    user_texts: Sequence[str],
+    budget: str,
+    max_loss: float | None,
+    scores: Path | None,
+    folder: Path,
+    progress: Observer,
+) -> Pruned:
+    """The steps of the pipeline, on a model in memory; `folder` is temporary."""
+    config = model.config.to_dict()
+    base = _Base(model.config.to_json_string(use_diff=False), model.name_or_path, _folder_of(model))
+    method = compensation(run.compensate.method, run.score.method)
+    judged = is_judged(run.score.method, method) or max_loss is not None
+    rows = pipeline.calibrate(
+        run.calibration,
+        run.compensate,
+        run.train,
+        _pool(run.calibration.data, user_texts, judged, tokenizer, progress),
+        tokenizer,
+        config,
+        progress.note,
+        judged=judged,
+        at_most=True,
+    )
+    dtype = str(model.dtype).removeprefix("torch.")
+    pipeline.check(
+        rows, config, dtype, runtime, run.score, run.compensate, method, run.train, budget
+    )
+    identity = IN_MEMORY if scores is None else _identity(model)
+    engine = Engine(model, runtime.batch_tokens)
+    material = Material(identity, dtype, config, scores, engine, lambda: model, progress)
+    pipeline.score(material, rows, run.score, [budget], folder)
+    proposed = pipeline.commit(
+        folder, run.score, config, budget, rows, target="", run="", compensate=method
+    )
+    best = pipeline.heal(lambda: model, proposed, rows, progress)
+    current = Current.load(folder / best.name)
+    trace = read_trace(trace_directory(folder / best.name, current, budget), current.search)
+    plan = replace(best.plan, train=run.train is not None)
+    healed, weights = best.healed(run.calibration.data), best.weights
+    if run.train is not None:
+        write_text(folder / "config.json", base.config)
+        loaded = Loaded(
+            folder, plan, rows.search, dtype, runtime.device, model=model, base=identity
         )
-        pipeline.score(material, rows, run.score, [wanted], folder)
-        found = pipeline.commit(
-            folder, run.score, config, wanted, rows, target="", run="", compensate=chosen
-        )
-        healed = pipeline.heal(lambda: model, found, rows, shown)
-        current = Current.load(folder / healed.name)
-        trace = read_trace(trace_directory(folder / healed.name, current, wanted), current.search)
-        firm = stabilities(trace, str(current.score.options.get("per", "none")))
-        plan, weights, data = (
-            replace(healed.plan, train=recipe is not None),
-            healed.weights,
-            run.calibration.data,
-        )
-        told, learns = (
-            healed.healed(data),
-            [weight for weight in model.parameters() if weight.requires_grad],
-        )
-        if recipe is not None:
-            place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            write_text(place / "config.json", base.config)
-            stack.callback(lambda: [weight.requires_grad_() for weight in learns])
-            made = Loaded(place, plan, rows.search, dtype, device, model=model, base=identity)
-            keep(place / "compensated", healed, made, data)
-            made = replace(made, healed=find_healed([place / "compensated"], made.identity))
-            pipeline.train(
-                made, recipe, rows, (scores or place) / "training", place / "trained", shown
+        healed, weights = _train(run, loaded, best, rows, scores or folder, progress)
+        plan = healed.plan(plan) if healed else plan
+    pipeline.require_kept(plan, max_loss)  # until here the model is as it was
+    pruned = KINDS[plan.kind].apply_(model, plan, ())
+    set_weights_(pruned, weights)
+    return Pruned(
+        model=pruned,
+        tokenizer=tokenizer,
+        plan=plan,
+        steps=tuple(trace),
+        stability=stabilities(trace, str(current.score.options.get("per", "none"))),
+        compensation=best.facts,
+        healed=healed,
+        base=base,
+        digests=parameter_digests(pruned),
+    )
+
+
+def _read_run(
+    context: int | None,
+    method: str,
+    *,
+    only_texts: bool,
+    calibration: Mapping[str, Any],
+    score: Mapping[str, Any],
+    scored: Mapping[str, Any],
+    compensate: str | None,
+    train: str | None,
+) -> Run:
+    """The settings of a call, as a run file would have them, with rows that fit into the model's
+    context; raises InputError. None leaves a value of `calibration` and `score` to the method."""
+    source = {"source": "path", "path": IN_MEMORY}
+    drawn = {name: value for name, value in calibration.items() if value is not None}
+    optional = {name: value for name, value in score.items() if value is not None}
+    values = sections(
+        method,
+        data=source,
+        only_texts=only_texts,
+        calibration=drawn,
+        score={**scored, "options": scored["options"] or {}, **optional},
+        compensate=compensate,
+        train=train,
+    )
+    run = read_settings(Run, with_sources({"model": source} | values, named_sources()))
+    check_run(run)
+    for search in searches(run.score).values():
+        if not kind_of_method(search.method).is_part:
+            raise InputError(
+                f"method {run.score.method!r} makes other weights, which prune does not; use a run"
+                " file and the stages",
+                rule="method-of-weights",
+                key="method",
+                value=run.score.method,
             )
-            told = find_healed([place / "trained"], made.identity)
-            weights = read_tensors(place / "trained" / FILE)[0]
-            plan = told.plan(plan) if told else plan
-        pipeline.require_kept(plan, max_loss)
-        pruned = KINDS[plan.kind].apply_(model, plan, ())
-        set_weights_(pruned, weights)
-        return Pruned(
-            pruned,
-            tokenizer,
-            plan,
-            tuple(trace),
-            firm,
-            healed.facts,
-            told,
-            base,
-            parameter_digests(pruned),
-        )
+    length = min(run.calibration.seq_len, context or run.calibration.seq_len)
+    changes = {
+        "calibration": run.calibration.model_copy(update={"seq_len": length}),
+        "train": run.train and run.train.fitted(context),
+    }
+    return run.model_copy(update=changes)
+
+
+def _train(
+    run: Run,
+    loaded: Loaded,
+    best: Healing,
+    rows: pipeline.Rows,
+    states: Path,
+    observer: Observer,
+) -> tuple[Healed | None, Mapping[str, torch.Tensor]]:
+    """The trained weights, and the facts on them. They are kept in the folder of the dense model,
+    and its states where a call that is made again finds them."""
+    assert run.train is not None
+    compensated, trained = loaded.dense / "compensated", loaded.dense / "trained"
+    keep(compensated, best, loaded, run.calibration.data)
+    loaded = replace(loaded, healed=find_healed([compensated], loaded.identity))
+    trainable = [weight for weight in loaded.model.parameters() if weight.requires_grad]
+    try:
+        pipeline.train(loaded, run.train, rows, states / "training", trained, observer)
+    finally:
+        # Training freezes the dense model; its owner gets it back as it was.
+        for weight in trainable:
+            weight.requires_grad_()
+    return find_healed([trained], loaded.identity), read_tensors(trained / FILE)[0]
 
 
 def evaluate(
@@ -409,36 +476,50 @@ def evaluate(
     require_float64(model)
     texts = listed(texts, partial(conversation, lambda: tokenizer))
     seq_len = min(seq_len, model.config.max_position_embeddings or seq_len)
-    wanted = read_settings(
+    settings = read_settings(
         Perplexity, {"seq_len": seq_len, "max_rows": max_rows, "packing": packing}
     )
-    rows = held_out(tokenizer, texts, wanted).rows
+    rows = held_out(tokenizer, texts, settings).rows
     require_embedded(rows, tokenizer, model.config.to_dict())
     with evaluating(model):
         return measure_perplexity(model, rows)
 
 
 def _pool(
-    data: Texts, own: Sequence[str], judged: bool, tokenizer: Any, observer: Observer
+    data: Texts, user_texts: Sequence[str], judged: bool, tokenizer: Any, observer: Observer
 ) -> pipeline.Pool:
-    """The texts of a run, of which those in memory are `own`; ours are beside them if `data` is a
-    mix. If it is `judged`, also the texts that judge."""
-    named = [text if kind_of(text) else MixedText(text, OWN) for text in own]
-    if not judged and not isinstance(data, MixedTexts):
-        return pipeline.Pool(named, train=named)
-    kept = cache_folder()
-    template = partial(conversation, lambda: tokenizer)
-    try:
-        ours = load_texts(shipped_texts(), kept / "cache", kept / "pins.json", template)
-    except InputError as error:
-        if isinstance(data, MixedTexts):
+    """The texts of a run, also those that judge if it is `judged`. Ours are added to the user's if
+    `data` is a mix."""
+    folder = cache_folder()
+
+    @cached
+    def load(source: Texts) -> list[str]:
+        template = partial(conversation, lambda: tokenizer)
+        return load_texts(source, folder / "cache", folder / "pins.json", template)
+
+    texts = [text if kind_of(text) else MixedText(text, OWN) for text in user_texts]
+    if isinstance(data, MixedTexts):
+        try:
+            texts += load(shipped_texts())
+        except InputError as error:
             raise InputError(
                 f"{error}; or do without (only_texts=True)", rule=error.rule
             ) from error
-        observer.note(f"warning: what other kinds of text lose is not judged: {error}")
-        ours = []
-    texts = [*named, *ours] if isinstance(data, MixedTexts) else named
-    return pipeline.Pool(texts, train=texts, judge=judging_texts(ours) if judged else ())
+    judge = pipeline.our_judging_texts(load, observer.note) if judged else ()
+    return pipeline.Pool(texts, train=texts, judge=judge)
+
+
+def _budget(budget: float | str) -> str:
+    """A budget as in params.yaml, of a number without an exponent."""
+    if isinstance(budget, int | float):
+        return f"{budget:.12f}".rstrip("0")
+    return str(budget)  # what is no budget at all is refused by this text
+
+
+def _device(model: PreTrainedModel) -> str:
+    """The device of a model in memory, as `runtime.device` names it."""
+    devices = {parameter.device for parameter in model.parameters()}
+    return "split" if len(devices) > 1 else str(model.device)
 
 
 def _name(function: Callable[..., Any]) -> str:
@@ -446,59 +527,74 @@ def _name(function: Callable[..., Any]) -> str:
 
 
 def _changed(healed: Healed | None) -> Healed:
-    """What a card says of weights that their owner has changed since, as by training."""
-    changed = healed or Healed(Path(), "", "", (), "")
-    before = f"{healed.words}, " if healed else ""
+    """The facts on weights that their owner has changed since `prune`, as by training."""
+    history = f"{healed.words}, " if healed else ""
     return replace(
-        changed, words=f"{before}then changed, after which nothing was measured", perplexity={}
+        healed or Healed(Path(), "", "", (), ""),
+        words=f"{history}then changed, after which nothing was measured",
+        perplexity={},
     )
 
 
 def _identity(model: PreTrainedModel) -> str:
     """The identity of a model in memory: its config, its weights, and all other tensors and numbers
     in its modules."""
-    config = {
-        name: value for name, value in model.config.to_dict().items() if name not in NO_CONTENT
-    }
-    tensors = {**model.state_dict(), **dict(model.named_buffers())}
-    weights = {
-        name: sha256(tensor_bytes(tensor.detach().cpu())).hexdigest()
-        for name, tensor in tensors.items()
-    }
-    numbers = {
-        name: {key: value for key, value in vars(module).items() if isinstance(value, int | float)}
-        for name, module in model.named_modules()
-    }
-    return fingerprint({"config": config, "weights": weights, "numbers": numbers})
+    config = model.config.to_dict()
+    content = {name: value for name, value in config.items() if name not in NO_CONTENT}
+    weights = {}
+    for name, tensor in {**model.state_dict(), **dict(model.named_buffers())}.items():
+        weights[name] = sha256(tensor_bytes(tensor.detach().cpu())).hexdigest()
+    numbers = {}
+    for name, module in model.named_modules():
+        fields = vars(module).items()
+        numbers[name] = {key: value for key, value in fields if isinstance(value, int | float)}
+    return fingerprint({"config": content, "weights": weights, "numbers": numbers})
 
 
 def _folder_of(model: PreTrainedModel) -> Path | None:
-    """The folder that a model was loaded from, for the hub that in its cache, if the files still
-    have its weights."""
+    """The folder that a model was loaded from, if its files still have the model's weights. A model
+    of the hub has it in the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
-    place, state, found = model.name_or_path, model.state_dict(), False
-    config: Any = f"{place}/config.json"
-    if not Path(place).is_dir():
-        with suppress(ValueError):  # the name is no repository's
-            revision = getattr(model.config, "_commit_hash", None)
-            config = try_to_load_from_cache(place, "config.json", revision=revision)
-    if not place or not isinstance(config, str):
+    origin = model.name_or_path
+    if not origin:
         return None
+    config: Any = f"{origin}/config.json"
+    if not Path(origin).is_dir():
+        revision = getattr(model.config, "_commit_hash", None)
+        with suppress(ValueError):  # the name is no repository's
+            config = try_to_load_from_cache(origin, "config.json", revision=revision)
+    if not isinstance(config, str):
+        return None
+    state = model.state_dict()
+    compared = set[str]()
     for path in Path(config).parent.glob("model*.safetensors"):
         with safe_open(path, framework="pt") as file:
             for name in state.keys() & set(file.keys()):
-                found = torch.equal(file.get_tensor(name).to(state[name]), state[name])
-                if not found:
+                if not torch.equal(file.get_tensor(name).to(state[name]), state[name]):
                     return None
-    return Path(config).parent if found else None
+                compared.add(name)
+    return Path(config).parent if compared else None
 
 
 def _search(method: str | Search | Callable[..., Any]) -> Search | None:
-    """The row of a search that no registry has; None for a name."""
-    if isinstance(method, str | Search):
-        return None if isinstance(method, str) else method
-    return Search(name := _name(method), name, method, nested=False)
+    """The row of a search that no registry has; None for a name. Raises InputError for a row that
+    is called as a recipe is."""
+    if isinstance(method, str):
+        return None
+    if isinstance(method, Search):
+        row = method
+    else:
+        name = _name(method)
+        row = Search(name, name, method, nested=False)
+    if row.name in RECIPES:
+        raise InputError(
+            f"a search of your own is called {row.name!r}, as a recipe is; give it another name",
+            rule="name-of-recipe",
+            key="method",
+            value=row.name,
+        )
+    return row
 
 
 def _metric(metric: str | Metric | Callable[..., Any]) -> Metric:

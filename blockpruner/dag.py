@@ -29,7 +29,7 @@ COMMAND = "python -m blockpruner.dag"
 HEAD = f"# Derived from params.yaml, runs/, studies/ and the machine. `{COMMAND}` writes it.\n"
 
 
-def here(runtime: Runtime) -> dict[str, Any]:
+def machine_facts(runtime: Runtime) -> dict[str, Any]:
     """The machine and its packages, as far as they move results beyond rounding in 32 bits, and
     speeds."""
     machine = {
@@ -37,10 +37,14 @@ def here(runtime: Runtime) -> dict[str, Any]:
         "threads": runtime.threads,
         "attention": runtime.attention,
     }
-    packages = {
-        name: version(name).partition("+")[0] for name in ("torch", "transformers", "lm_eval")
-    }
-    return {"lm_eval": packages.pop("lm_eval"), "machine": machine | packages}
+    for package in ("torch", "transformers"):
+        machine[package] = _release(package)
+    return {"lm_eval": _release("lm_eval"), "machine": machine}
+
+
+def _release(package: str) -> str:
+    """The version of a package without the name of its build, as in 2.9.0+cpu."""
+    return version(package).partition("+")[0]
 
 
 def device_name(device: str) -> str:
@@ -56,41 +60,59 @@ def device_name(device: str) -> str:
 def derived(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """The content of the file. The machine and packages are those `recorded`."""
     params = load_params()
-    found: dict[str, Any] = {"defaults": fingerprint(without_words(run_schema(())))}
-    found |= {"searches": {}, "pruned": {}, "local": {}, "fetched": {}, "tables": {}}
+    searches: dict[str, Any] = {}
+    pruned: dict[str, Any] = {}
+    local: dict[str, Any] = {}
+    fetched: dict[str, Any] = {}
+    tables: dict[str, Any] = {}
     for name in params.runs:
         run = load_run(name)
         settings = resolve(run, params.targets_of(name))
         # In 16 bits a search is of one device; in 32 bits its trials are the same everywhere.
         machine = {"machine": dict(recorded["machine"])} if run.model.dtype in SIXTEEN_BITS else {}
         for method in settings.searches:
-            found["searches"][f"{name}-{method}"] = {"run": name, "method": method, **machine}
+            searches[f"{name}-{method}"] = {"run": name, "method": method, **machine}
         paths = local_paths(settings.sources)
         for number, path in enumerate(paths):
-            found["local"][f"{name}-{number}"] = {"run": name, "path": path}
-        found["fetched"][name] = {
-            "local": f"data/local/{name}" if paths else f"data/settings/{name}/sources.json"
-        }
+            local[f"{name}-{number}"] = {"run": name, "path": path}
+        # Without local paths a run is fetched again only if its sources change.
+        digests = f"data/local/{name}" if paths else f"data/settings/{name}/sources.json"
+        fetched[name] = {"local": digests}
     for name, target in params.targets.items():
         method = target.method or load_run(target.run).score.method
-        found["pruned"][name] = {"run": target.run, "method": method}
+        pruned[name] = {"run": target.run, "method": method}
     for name in params.studies:
+        # A study without experiments is of the models of params.yaml.
         folder = name if load_study(name).experiments else "models"
-        found["tables"][name] = {"manifests": f"data/manifests/{folder}"}
-    return {**recorded, **found}
+        tables[name] = {"manifests": f"data/manifests/{folder}"}
+    return {
+        **recorded,
+        "defaults": fingerprint(without_words(run_schema(()))),
+        "searches": searches,
+        "pruned": pruned,
+        "local": local,
+        "fetched": fetched,
+        "tables": tables,
+    }
 
 
 def without_words(schema: Any) -> Any:
     """A JSON schema without descriptions, which change no result."""
     if isinstance(schema, dict):
         return {key: without_words(value) for key, value in schema.items() if key != "description"}
-    return [without_words(value) for value in schema] if isinstance(schema, list) else schema
+    if isinstance(schema, list):
+        return [without_words(value) for value in schema]
+    return schema
 
 
 def local_paths(sources: Sources) -> list[str]:
-    named = [sources.model, sources.zero_shot.data, *sources.texts.values()]
-    parts = [part for one in named for part in getattr(one, "of", (one,))]
-    return sorted({part.path for part in parts if isinstance(part, Local)})
+    """The paths that a run names; a mix names those of its parts."""
+    paths = set()
+    for source in (sources.model, sources.zero_shot.data, *sources.texts.values()):
+        for data in getattr(source, "of", (source,)):
+            if isinstance(data, Local):
+                paths.add(data.path)
+    return sorted(paths)
 
 
 def read_dag() -> dict[str, Any]:
@@ -99,23 +121,26 @@ def read_dag() -> dict[str, Any]:
 
 def write() -> None:
     """Write the file for the settings and the machine of today."""
-    write_text(FILE, HEAD + yaml.safe_dump(derived(here(load_params().runtime)), sort_keys=False))
+    content = derived(machine_facts(load_params().runtime))
+    write_text(FILE, HEAD + yaml.safe_dump(content, sort_keys=False))
 
 
 def require_current(machine: bool = False) -> None:
     """Refuse a file that is stale: of other settings, or also of another machine or other packages,
     whose results would pass for those of this one."""
     recorded = read_dag()
-    kept = {key: recorded.get(key) for key in ("lm_eval", "machine")}
-    now = derived(here(load_params().runtime) if machine else kept)
-    stale = [key for key, value in now.items() if recorded.get(key) != value]
+    facts = {key: recorded.get(key) for key in ("lm_eval", "machine")}
+    if machine:
+        facts = machine_facts(load_params().runtime)
+    current = derived(facts)
+    stale = [key for key, value in current.items() if recorded.get(key) != value]
     if stale:
-        message = (
-            f"{FILE}: {', '.join(stale)} not as params.yaml, runs/, studies/ and this machine"
-            " have it"
-        )
         raise InputError(
-            f"{message}; run `{COMMAND}`, then again", rule="dag-stale", key=stale[0], value=FILE
+            f"{FILE}: {', '.join(stale)} not as params.yaml, runs/, studies/ and this machine have"
+            f" it; run `{COMMAND}`, then again",
+            rule="dag-stale",
+            key=stale[0],
+            value=FILE,
         )
 
 

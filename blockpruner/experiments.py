@@ -7,7 +7,7 @@ one point, and no loss of a search. What is asked is decided by studies, and wha
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -15,13 +15,14 @@ from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 from transformers import PreTrainedModel
 
 from blockpruner import pipeline
 from blockpruner.core.blocks import BlockKind
+from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
 from blockpruner.core.settings import Runtime, merged, read_settings
 from blockpruner.evaluation.benchmarks import BENCHMARKS
@@ -49,142 +50,10 @@ from blockpruner.store.provenance import fingerprint, made
 from blockpruner.studies import Experiment, Heal, score_of_method
 from blockpruner.versions import PLAN_VERSION, SCORE_VERSION, SEARCH_VERSION, WEIGHTS_VERSION
 
+Compute = Callable[[], dict[str, Any]]
+
 BATCH = 8
 """Held-out rows that are computed at once."""
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What all points of a run have in common."""
-
-    run: Run
-    dense: Checkpoint
-    sources: Path
-    """Folder of the texts and the tasks' items, as the stage `fetch` wrote them."""
-    data: Path
-    """Folder of the trial stores, of results of before and of states of training."""
-    observer: Observer
-
-    @cached_property
-    def texts(self) -> dict[str, list[str]]:
-        return {path.stem: read_texts(path) for path in self.sources.glob("*.parquet")}
-
-    @cached_property
-    def heldout(self) -> HeldOut:
-        return held_out(
-            self.dense.tokenizer, self.texts["perplexity"], self.run.evaluate.perplexity
-        )
-
-    @cached_property
-    def store(self) -> ResultsStore:
-        return ResultsStore(self.data / "evaluations", self.observer.note)
-
-    def kept(self, key: Mapping[str, Any], compute: Any) -> dict[str, Any]:
-        """A result by its key, from the store or computed now."""
-        found = self.store.load(key)
-        if found is None:
-            found = replace(Stored(compute()), made=made(**placement(self.dense.model)))
-            self.store.save(key, found)
-        return found.value
-
-    def key(self, tasks: bool) -> dict[str, Any]:
-        """What decides the measurement of a model."""
-        items = (
-            self.run.evaluate.zero_shot.model_dump(mode="json") | {"harness": version("lm-eval")}
-            if tasks
-            else None
-        )
-        return {
-            "kind": "point",
-            "batch": BATCH,
-            "rows": self.heldout.digest,
-            "tasks": items,
-            **self.dense.key,
-        }
-
-    def measure(self, model: PreTrainedModel, tasks: bool) -> dict[str, Any]:
-        """The NLL of each held-out row, and of each item of a task the score and the p of the right
-        answer."""
-        advance, items = self.observer.advance, self.run.evaluate.zero_shot
-        found = measure_perplexity(
-            model, self.heldout.rows, lambda done, total: advance(done, total, "rows"), BATCH
-        )
-        scores = dict[str, Any]()
-        for task in items.tasks if tasks else ():
-            given = self.dense.tokenizer, task, self.sources / "tasks", items.limit
-            table = evaluate(model, *given, advance=lambda *_: None, bos=items.bos).items
-            own = {
-                "score": table[BENCHMARKS[task].metric].to_pylist(),
-                "p_gold": table["p_gold"].to_pylist(),
-            }
-            scores[task] = {
-                key: [round(value, 5) for value in values] for key, values in own.items()
-            }
-        return {"nll": list(found.row_nll), "items": json.dumps(scores)}
-
-    def rows(
-        self, calibration: Calibration, kind: str | None, train: Train | None, judged: bool
-    ) -> pipeline.Rows:
-        """The rows of a draw; `kind` is the only kind of text that the search sees. Fits see all
-        kinds."""
-        own = [
-            text
-            for text in self.texts["calibration"]
-            if kind is None or getattr(kind_of(text), "name", "") == kind
-        ]
-        fit = self.texts.get("compensate", self.texts["calibration"])
-        pool = pipeline.Pool(own, fit, self.texts.get("train"), evaluated=self.heldout.documents)
-        compensate = self.run.compensate.model_copy(update={"seed": calibration.seed})
-        config = read_json(self.dense.directory / "config.json")
-        given = (
-            calibration,
-            compensate,
-            train,
-            pool,
-            self.dense.tokenizer,
-            config,
-            self.observer.note,
-        )
-        return pipeline.calibrate(*given, judged=judged)
-
-    def train(
-        self, healing: Healing, pruning: Pruning, wanted: Train, rows: pipeline.Rows
-    ) -> PreTrainedModel:
-        """The model of a plan, trained."""
-        with TemporaryDirectory(dir=self.data) as folder:
-            before, after = Path(folder, "before"), Path(folder, "after")
-            choice.keep(before, healing, pruning, wanted.data)
-            pruning = replace(pruning, healed=find_healed([before], pruning.identity))
-            pipeline.train(pruning, wanted, rows, self.data / "adapters", after, self.observer)
-            healed = find_healed([after, before], pruning.identity)
-            return InMemory(self.dense, healing.plan, rows.search, healed).model
-
-
-def measured(
-    wanted: Experiment,
-    run: Run,
-    dense: Checkpoint,
-    sources: Path,
-    data: Path,
-    runtime: Runtime,
-    observer: Observer,
-) -> tuple[pa.Table, dict[str, str]]:
-    """Measure every point of an experiment, in the schema POINTS; what is known is not computed
-    again. With it comes what is said of the held-out rows: their kinds of text as JSON, and their
-    digest. Raises InputError for settings, texts or budgets that do not fit together. `sources` and
-    `data` are as in `Bench`."""
-    bench = Bench(run, dense, sources, data, observer)
-    scores = {name: score_of_method(run, name, fields) for name, fields in wanted.methods.items()}
-    observer.begin("dense model", 0.0)
-    own = bench.kept(bench.key(wanted.tasks), lambda: bench.measure(dense.model, wanted.tasks))
-    found = [{**DENSE_POINT, **own}]
-    observer.end(f"perplexity {_perplexity(found[0]):.2f}")
-    with open_material(dense.directory, run.model, runtime, data / "trials", observer) as material:
-        found += _points(wanted, scores, bench, material)
-    kinds = bench.heldout.kinds or ("",) * len(bench.heldout.rows)
-    about = {"kinds": json.dumps(kinds), "digest": bench.heldout.digest}
-    return pa.Table.from_pylist(found, POINTS), about
-
 
 DENSE_POINT: Mapping[str, Any] = {
     "calibration": "",
@@ -199,141 +68,324 @@ DENSE_POINT: Mapping[str, Any] = {
 }
 
 
+@dataclass(frozen=True)
+class Bench:
+    """What all points of a run have in common."""
+
+    run: Run
+    dense: Checkpoint
+    sources: Path
+    """Folder of the texts and the tasks' items, as the stage `fetch` wrote them."""
+    data: Path
+    """Folder of the trial stores, of earlier results and of states of training."""
+    observer: Observer
+
+    @cached_property
+    def texts(self) -> dict[str, list[str]]:
+        return {path.stem: read_texts(path) for path in self.sources.glob("*.parquet")}
+
+    @cached_property
+    def heldout(self) -> HeldOut:
+        settings = self.run.evaluate.perplexity
+        return held_out(self.dense.tokenizer, self.texts["perplexity"], settings)
+
+    @cached_property
+    def store(self) -> ResultsStore:
+        return ResultsStore(self.data / "evaluations", self.observer.note)
+
+    def cached(self, key: Mapping[str, Any], compute: Compute) -> dict[str, Any]:
+        """A result by its key, from the store or computed now."""
+        stored = self.store.load(key)
+        if stored is None:
+            stored = replace(Stored(compute()), made=made(**placement(self.dense.model)))
+            self.store.save(key, stored)
+        return stored.value
+
+    def key(self, tasks: bool) -> dict[str, Any]:
+        """What decides the measurement of a model."""
+        items = None
+        if tasks:
+            settings = self.run.evaluate.zero_shot.model_dump(mode="json")
+            items = {**settings, "harness": version("lm-eval")}
+        key = {"kind": "point", "batch": BATCH, "rows": self.heldout.digest, "tasks": items}
+        return {**key, **self.dense.key}
+
+    def measure(self, model: PreTrainedModel, tasks: bool) -> dict[str, Any]:
+        """The NLL of each held-out row, and of each item of a task the score and the p of the right
+        answer."""
+
+        def advance(done: int, total: int) -> None:
+            self.observer.advance(done, total, "rows")
+
+        perplexity = measure_perplexity(model, self.heldout.rows, advance, BATCH)
+        items = self._items(model) if tasks else {}
+        return {"nll": list(perplexity.row_nll), "items": json.dumps(items)}
+
+    def _items(self, model: PreTrainedModel) -> dict[str, Any]:
+        settings = self.run.evaluate.zero_shot
+        folder, tokenizer = self.sources / "tasks", self.dense.tokenizer
+        values = {}
+        for task in settings.tasks:
+            result = evaluate(
+                model,
+                tokenizer,
+                task,
+                folder,
+                settings.limit,
+                advance=lambda *_: None,
+                bos=settings.bos,
+            )
+            scores = result.items[BENCHMARKS[task].metric].to_pylist()
+            p_gold = result.items["p_gold"].to_pylist()
+            values[task] = {
+                "score": [round(score, 5) for score in scores],
+                "p_gold": [round(p, 5) for p in p_gold],
+            }
+        return values
+
+    def rows(
+        self, calibration: Calibration, kind: str | None, train: Train | None, judged: bool
+    ) -> pipeline.Rows:
+        """The rows of a draw; `kind` is the only kind of text that the search sees. Fits see all
+        kinds."""
+        texts = self.texts["calibration"]
+        fit = self.texts.get("compensate", texts)
+        if kind is not None:
+            texts = [text for text in texts if getattr(kind_of(text), "name", "") == kind]
+        heldout = self.heldout.documents
+        pool = pipeline.Pool(texts, fit, self.texts.get("train"), evaluated=heldout)
+        return pipeline.calibrate(
+            calibration,
+            self.run.compensate.model_copy(update={"seed": calibration.seed}),
+            train,
+            pool,
+            self.dense.tokenizer,
+            read_json(self.dense.directory / "config.json"),
+            self.observer.note,
+            judged=judged,
+        )
+
+    def train(
+        self, healing: Healing, pruning: Pruning, settings: Train, rows: pipeline.Rows
+    ) -> PreTrainedModel:
+        """The model of a plan, trained."""
+        # Weights are large, so they go as soon as the model is loaded.
+        with TemporaryDirectory(dir=self.data) as folder:
+            compensated, trained = Path(folder, "before"), Path(folder, "after")
+            choice.keep(compensated, healing, pruning, settings.data)
+            pruning = replace(pruning, healed=find_healed([compensated], pruning.identity))
+            adapters = self.data / "adapters"
+            pipeline.train(pruning, settings, rows, adapters, trained, self.observer)
+            healed = find_healed([trained, compensated], pruning.identity)
+            return InMemory(self.dense, healing.plan, rows.search, healed).model
+
+
+def measured(
+    experiment: Experiment,
+    run: Run,
+    dense: Checkpoint,
+    sources: Path,
+    data: Path,
+    runtime: Runtime,
+    observer: Observer,
+) -> tuple[pa.Table, dict[str, str]]:
+    """Measure every point of an experiment, in the schema POINTS; what is known is not computed
+    again. With it come facts about the held-out rows: their kinds of text as JSON, and their
+    digest. Raises InputError for settings, texts or budgets that do not fit together. `sources` and
+    `data` are as in `Bench`."""
+    bench = Bench(run, dense, sources, data, observer)
+    # All settings are checked before anything is computed.
+    scores = {
+        name: score_of_method(run, name, fields) for name, fields in experiment.methods.items()
+    }
+    observer.begin("dense model", 0.0)
+    dense_result = bench.cached(
+        bench.key(experiment.tasks), lambda: bench.measure(dense.model, experiment.tasks)
+    )
+    observer.end(f"perplexity {_perplexity(dense_result):.2f}")
+    points = [{**DENSE_POINT, **dense_result}]
+    # Points are taken one by one: a kill loses one at most, since each is stored.
+    with open_material(dense.directory, run.model, runtime, data / "trials", observer) as material:
+        points += _points(experiment, scores, bench, material)
+    kinds = bench.heldout.kinds or ("",) * len(bench.heldout.rows)
+    facts = {"kinds": json.dumps(kinds), "digest": bench.heldout.digest}
+    return pa.Table.from_pylist(points, POINTS), facts
+
+
 def _perplexity(row: Mapping[str, Any]) -> float:
     return math.exp(math.fsum(row["nll"]) / len(row["nll"]))
 
 
-def _points(
-    wanted: Experiment, scores: Mapping[str, Score], bench: Bench, material: Material
-) -> Iterator[dict[str, Any]]:
-    cells = list(product(wanted.calibrations.items(), wanted.seeds, scores.items()))
-    for number, ((name, changes), seed, (method, score)) in enumerate(cells):
-        own = merged(bench.run.calibration.model_dump(mode="json"), {**changes, "seed": seed})
-        kind = own.pop("kind", None)
-        calibration = read_settings(Calibration, own)
+@dataclass(frozen=True)
+class DrawSearch:
+    """A method's search on one draw of calibration rows."""
+
+    bench: Bench
+    material: Material
+    score: Score
+    calibration: Calibration
+    kind: str | None
+    """The only kind of text that it sees."""
+    rows: pipeline.Rows
+    folder: Path
+    """Where its steps are."""
+    counts: Mapping[str, Any]
+    """What it took, as `taken` reads it."""
+
+    @classmethod
+    def run(
+        cls,
+        bench: Bench,
+        material: Material,
+        score: Score,
+        changes: Mapping[str, Any],
+        budgets: Sequence[str],
+    ) -> Self:
+        """Search as far as the budgets go; `changes` are to the run's calibration."""
+        settings = merged(bench.run.calibration.model_dump(mode="json"), changes)
+        kind = settings.pop("kind", None)
+        calibration = read_settings(Calibration, settings)
         judged = len(searches(score)) > 1
         rows = bench.rows(calibration, kind, None, judged)
-        words = ", ".join(
-            filter(None, (name, method, f"draw {seed}" if len(wanted.seeds) > 1 else ""))
-        )
-        bench.observer.note(f"{number + 1} of {len(cells)}: {words}")
-        folder = (
-            bench.data
-            / "experiments"
-            / fingerprint(
-                {
-                    "model": material.identity,
-                    "rows": rows.search.digest,
-                    "score": score.model_dump(),
-                }
-            )
-        )
-        counts = pipeline.score(material, rows, score, wanted.budgets, folder)
-        key: dict[str, Any] = {
+        identity = {
+            "model": material.identity,
+            "rows": rows.search.digest,
+            "score": score.model_dump(),
+        }
+        folder = bench.data / "experiments" / fingerprint(identity)
+        counts = pipeline.score(material, rows, score, budgets, folder)
+        # A search that finds its losses in the trial store takes no time: the counts of the first
+        # time are kept.
+        key = {
             "kind": "search",
             "folder": folder.name,
-            "budgets": list(wanted.budgets),
+            "budgets": list(budgets),
+            "version": [SCORE_VERSION, SEARCH_VERSION, PLAN_VERSION],
         }
-        key["version"] = [SCORE_VERSION, SEARCH_VERSION, PLAN_VERSION]
-        counts = bench.kept(key, lambda counts=counts: counts)
-        for budget, (heal, how) in product(wanted.budgets, wanted.heal.items()):
-            overall = (number + wanted.budgets.index(budget) / len(wanted.budgets)) / len(cells)
-            bench.observer.begin(f"{words}, {budget}, {heal}", overall)
-            point = {
-                "calibration": name,
-                "method": method,
-                "budget": budget,
-                "heal": heal,
-                "seed": seed,
-            }
-            row = _point(
-                point,
-                bench,
-                material,
-                score,
-                rows,
-                folder,
-                how,
-                wanted,
-                (calibration, kind),
-                counts,
-            )
-            if row is not None:
-                yield row
-                bench.observer.end(f"{row['ratio']:.1%} removed, perplexity {_perplexity(row):.2f}")
+        counts = bench.cached(key, lambda: counts)
+        return cls(bench, material, score, calibration, kind, rows, folder, counts)
 
+    def can_compensate(self) -> bool:
+        methods = [search.method for search in searches(self.score).values()]
+        return all(kind_of_method(method).is_part for method in methods)
 
-def _point(
-    point: Mapping[str, Any],
-    bench: Bench,
-    material: Material,
-    score: Score,
-    rows: pipeline.Rows,
-    folder: Path,
-    how: Heal,
-    wanted: Experiment,
-    drawn: tuple[Calibration, str | None],
-    counts: Mapping[str, Any],
-) -> dict[str, Any] | None:
-    """One point; None where the method's weights cannot be compensated."""
-    if how.compensate != "none" and not all(
-        kind_of_method(s.method).is_part for s in searches(score).values()
-    ):
-        return None
-    own: dict[str, Any] = {"target": "", "run": "", "compensate": how.compensate}
-    proposals = pipeline.commit(folder, score, material.config, point["budget"], rows, **own)
-    train = None
-    if how.train is not None:
-        given = (bench.run.train or Train()).model_dump(mode="json")
-        train = read_settings(Train, merged(given, {**how.train, "seed": point["seed"]}))
-        rows = bench.rows(drawn[0], drawn[1], train, len(searches(score)) > 1)
-    facts: dict[str, Any] = {
-        "plans": {each.name: model_facts(each.plan, rows.search.digest) for each in proposals}
-    }
-    facts |= (
-        {"heal": how.compensate, "version": WEIGHTS_VERSION}
-        if how.compensate != "none" or train
-        else {}
-    )
-    facts |= {"fit": [rows.fit.digest, rows.tuning.digest]} if how.compensate != "none" else {}
-    facts |= {"judge": rows.judge.digest} if len(proposals) > 1 else {}
-    if train is not None:
-        recipe = train.model_dump(mode="json", exclude={"data"})
-        facts |= {"train": recipe, "trained": [rows.train.digest, rows.validation.digest]}
+    def point(self, budget: str, heal: Heal, tasks: bool) -> dict[str, Any]:
+        """Commit to a budget, heal and measure: the columns of a point that the experiment does not
+        decide."""
+        bench, rows = self.bench, self.rows
+        config = self.material.config
+        proposals = pipeline.commit(
+            self.folder,
+            self.score,
+            config,
+            budget,
+            rows,
+            target="",
+            run="",
+            compensate=heal.compensate,
+        )
+        train = self._training(heal)
+        if train is not None:
+            judged = len(searches(self.score)) > 1
+            rows = bench.rows(self.calibration, self.kind, train, judged)
 
-    def compute() -> dict[str, Any]:
-        began = monotonic()
-        healing = pipeline.heal(lambda: bench.dense.model, proposals, rows, bench.observer)
-        place = (
-            bench.dense.directory,
+        def compute() -> dict[str, Any]:
+            start = monotonic()
+            healing = pipeline.heal(lambda: bench.dense.model, proposals, rows, bench.observer)
+            model = self._healed_model(healing, train, rows)
+            seconds = round(monotonic() - start, 1)
+            result = bench.measure(model, tasks)
+            return {"chosen": healing.name, "heal_seconds": seconds, **result}
+
+        facts = _weight_facts(proposals, heal, train, rows)
+        result = bench.cached({**bench.key(tasks), **facts}, compute)
+        plans = {proposal.name: proposal.plan for proposal in proposals}
+        plan = plans[result.pop("chosen")]
+        return {**self._plan_columns(plan), **result}
+
+    def _training(self, heal: Heal) -> Train | None:
+        if heal.train is None:
+            return None
+        settings = (self.bench.run.train or Train()).model_dump(mode="json")
+        changes = {**heal.train, "seed": self.calibration.seed}
+        return read_settings(Train, merged(settings, changes))
+
+    def _healed_model(
+        self, healing: Healing, train: Train | None, rows: pipeline.Rows
+    ) -> PreTrainedModel:
+        dense = self.bench.dense
+        if train is None:
+            return choice.model_of(dense.model, healing, rows.search)
+        pruning = Pruning(
+            dense.directory,
             healing.plan,
             rows.search,
-            bench.dense.dtype,
-            bench.dense.device,
+            dense.dtype,
+            dense.device,
+            dense.trust_remote_code,
         )
-        pruning = Pruning(*place, bench.dense.trust_remote_code)
-        if train is None:
-            model = choice.model_of(bench.dense.model, healing, rows.search)
-        else:
-            model = bench.train(healing, pruning, train, rows)
-        spent = monotonic() - began
+        return self.bench.train(healing, pruning, train, rows)
+
+    def _plan_columns(self, plan: Plan) -> dict[str, Any]:
+        costs: dict[str, Any] = taken(self.counts, plan)
+        # Losses that were known take no time, so the seconds would be too few.
+        if costs["trials_computed"] < costs["trials_asked"]:
+            costs["seconds"] = None
         return {
-            "chosen": healing.name,
-            "heal_seconds": round(spent, 1),
-            **bench.measure(model, wanted.tasks),
+            "plan": " ".join(sorted(plan.removed)) or fingerprint(model_facts(plan, "")),
+            "ratio": plan.ratio,
+            "mha": plan.blocks[BlockKind.MHA],
+            "mlp": plan.blocks[BlockKind.MLP],
+            "search_ppl": plan.calibration["perplexity"],
+            **costs,
         }
 
-    value = bench.kept({**bench.key(wanted.tasks), **facts}, compute)
-    chosen = value.pop("chosen")
-    (plan,) = (each.plan for each in proposals if each.name == chosen)
-    took: dict[str, Any] = taken(counts, plan)
-    if took["trials_computed"] < took["trials_asked"]:
-        took["seconds"] = None
-    what = " ".join(sorted(plan.removed)) or fingerprint(model_facts(plan, ""))
-    size = {
-        "plan": what,
-        "ratio": plan.ratio,
-        "mha": plan.blocks[BlockKind.MHA],
-        "mlp": plan.blocks[BlockKind.MLP],
-    }
-    return {**point, **size, "search_ppl": plan.calibration["perplexity"], **took, **value}
+
+def _weight_facts(
+    proposals: Sequence[pipeline.Proposal], heal: Heal, train: Train | None, rows: pipeline.Rows
+) -> dict[str, Any]:
+    """What decides the weights of a healed model, for the key of its measurement."""
+    digest = rows.search.digest
+    plans = {proposal.name: model_facts(proposal.plan, digest) for proposal in proposals}
+    facts: dict[str, Any] = {"plans": plans}
+    is_compensated = heal.compensate != "none"
+    # Plain models depend on no version of healing: raising it leaves their results valid.
+    if is_compensated or train:
+        facts["heal"] = heal.compensate
+        facts["version"] = WEIGHTS_VERSION
+    if is_compensated:
+        facts["fit"] = [rows.fit.digest, rows.tuning.digest]
+    # Several proposals are judged by rows that no search has seen.
+    if len(proposals) > 1:
+        facts["judge"] = rows.judge.digest
+    if train is not None:
+        facts["train"] = train.model_dump(mode="json", exclude={"data"})
+        facts["trained"] = [rows.train.digest, rows.validation.digest]
+    return facts
+
+
+def _points(
+    experiment: Experiment, scores: Mapping[str, Score], bench: Bench, material: Material
+) -> Iterator[dict[str, Any]]:
+    observer = bench.observer
+    draws = list(product(experiment.calibrations.items(), experiment.seeds, scores.items()))
+    for index, ((calibration, changes), seed, (method, score)) in enumerate(draws):
+        names = [calibration, method]
+        if len(experiment.seeds) > 1:
+            names.append(f"draw {seed}")
+        title = ", ".join(filter(None, names))
+        observer.note(f"{index + 1} of {len(draws)}: {title}")
+        changes = {**changes, "seed": seed}
+        search = DrawSearch.run(bench, material, score, changes, experiment.budgets)
+        columns = {"calibration": calibration, "method": method, "seed": seed}
+        for step, budget in enumerate(experiment.budgets):
+            progress = (index + step / len(experiment.budgets)) / len(draws)
+            for name, heal in experiment.heal.items():
+                observer.begin(f"{title}, {budget}, {name}", progress)
+                # A method that changes weights cannot be refitted: there is no such point.
+                if heal.compensate != "none" and not search.can_compensate():
+                    continue
+                point = search.point(budget, heal, experiment.tasks)
+                yield {**columns, "budget": budget, "heal": name, **point}
+                perplexity = _perplexity(point)
+                observer.end(f"{point['ratio']:.1%} removed, perplexity {perplexity:.2f}")

@@ -36,21 +36,23 @@ def load_params(path: Path = Path("params.yaml"), text: str | None = None) -> Pa
 def load_run(name: str, directory: Path = Path("runs"), text: str | None = None) -> Run:
     """Read runs/<name>.yaml, or check the `text` that it is going to hold."""
     if name in NO_RUNS or not NAME.fullmatch(name):
-        message = (
-            f"run name {name!r} is not valid: at most 100 letters, digits, '_' and '-', and"
-            " none of "
+        raise InputError(
+            f"run name {name!r} is not valid: at most 100 letters, digits, '_' and '-', and none of"
+            f" {', '.join(sorted(NO_RUNS))}",
+            rule="run-name",
+            value=name,
         )
-        raise InputError(message + ", ".join(sorted(NO_RUNS)), rule="run-name", value=name)
     path = directory / f"{name}.yaml"
     if text is None and not path.exists():
-        known = (
-            ", ".join(sorted({file.stem for file in directory.glob("*.yaml")} - NO_RUNS)) or "none"
+        stems = {file.stem for file in directory.glob("*.yaml")} - NO_RUNS
+        raise InputError(
+            f"run {name!r} is unknown: {path} does not exist; existing runs:"
+            f" {', '.join(sorted(stems)) or 'none'}",
+            rule="unknown-run",
+            value=name,
         )
-        message = f"run {name!r} is unknown: {path} does not exist; existing runs: {known}"
-        raise InputError(message, rule="unknown-run", value=name)
-    run = read_settings(
-        Run, with_sources(completed(read_values(path, text)), named_sources(directory)), f"{path}: "
-    )
+    values = completed(read_values(path, text))
+    run = read_settings(Run, with_sources(values, named_sources(directory)), f"{path}: ")
     with named(f"{path}: "):
         check_run(run)
     return run
@@ -58,10 +60,10 @@ def load_run(name: str, directory: Path = Path("runs"), text: str | None = None)
 
 def read_values(path: Path, text: str | None = None) -> dict[str, Any]:
     """The values of a run file, with those of each named source."""
-    found = with_sources(read_yaml(path, text), named_sources(path.parent), f"{path}: ")
-    if not isinstance(found, dict):
+    values = with_sources(read_yaml(path, text), named_sources(path.parent), f"{path}: ")
+    if not isinstance(values, dict):
         raise InputError(f"{path} is no run file: it holds no keys", rule="yaml")
-    return found
+    return values
 
 
 def load_sections(run: str) -> Sections:
@@ -77,32 +79,36 @@ def read_file(path: Path, model: type[T]) -> T:
 
 def run_schema(named: Collection[str]) -> dict[str, Any]:
     """The JSON schema of a run file, in which a source may also be one of the names."""
-    found = Run.model_json_schema()
-    found["$defs"]["Named"] = {
+    schema = Run.model_json_schema()
+    definitions = schema["$defs"]
+    definitions["Named"] = {
         "description": "A source by its name. Keys beside the name replace its own.",
         "properties": {"source": {"enum": sorted(named)}},
         "required": ["source"],
         "type": "object",
     }
-    score = found["$defs"]["Score"]
+    score = definitions["Score"]
     score["properties"]["method"]["enum"] = names()
-    paper = ", ".join(name for name, one in RECIPES.items() if one.published)
-    found["properties"]["calibration"] |= {
+    paper = ", ".join(name for name, recipe in RECIPES.items() if recipe.published)
+    schema["properties"]["calibration"] |= {
         "default": completed({})["calibration"],
         "description": (
             f"Without `data`, its default. For these methods it is the paper's set: {paper}."
         ),
     }
-    score["allOf"] = [  # the options of each method
-        {
+    # Each method has options of its own, which a schema ties to its name.
+    score["allOf"] = []
+    for name in method_names():
+        options = row_of(name).options.model_json_schema()
+        rule = {
             "if": {"properties": {"method": {"const": name}}},
-            "then": {"properties": {"options": row_of(name).options.model_json_schema()}},
+            "then": {"properties": {"options": options}},
         }
-        for name in method_names()
-    ]
-    parts = [*found["$defs"].values(), found]
-    for field in (field for part in parts for field in part.get("properties", {}).values()):
-        field = field.get("items", field)
-        if field.pop("discriminator", None) and named:
-            field["oneOf"].append({"$ref": "#/$defs/Named"})
-    return found
+        score["allOf"].append(rule)
+    for section in [*definitions.values(), schema]:
+        for field in section.get("properties", {}).values():
+            choice = field.get("items", field)
+            # Pydantic marks a choice between kinds of source; a name is one more kind.
+            if choice.pop("discriminator", None) and named:
+                choice["oneOf"].append({"$ref": "#/$defs/Named"})
+    return schema

@@ -16,7 +16,7 @@ algorithm (arXiv 2406.10594, Algorithm 1) removes them one at a time:
    least squares.
 
 The product computes the same and is fast: `scoring.walk` shares the common beginning of the
-candidates of step 2, `scoring.accelerate` leaves candidates out, `store.trials` keeps every score
+candidates of step 2, `search.racing` leaves candidates out, `store.trials` keeps every score
 on disk, and `healing` runs step 5 for many models at once. The tests compare it with this file to
 1e-10 in float64. This file is for models whose layers have `self_attn.o_proj` and `mlp.down_proj`,
 with a norm before each and none behind: Llama, Mistral, Qwen2, Qwen3. A refit's rows must fit into

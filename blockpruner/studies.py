@@ -7,7 +7,7 @@ calibration and its evaluation is decided by the run files that it names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -99,11 +99,11 @@ def score_of_method(run: Run, name: str, fields: Mapping[str, Any]) -> Score:
     """The `score` section of one of an experiment's methods; raises InputError if it is not
     valid."""
     base = score_of(run, fields.get("method", name))
-    score = read_settings(
-        Score, {**base.model_dump(exclude_defaults=True), "method": base.method, **fields}
-    )
-    for one in searches(score).values():
-        check_score(one)
+    defaults = base.model_dump(exclude_defaults=True)
+    values = {**defaults, "method": base.method, **fields}
+    score = read_settings(Score, values)
+    for search in searches(score).values():
+        check_score(search)
     return score
 
 
@@ -113,41 +113,41 @@ def target_name(run: str, method: str, budget: str, compensate: str | None, trai
     value, unit = read_budget(budget)
     size = f"b{100 * value:g}{unit}" if unit in ("", "kv") else budget
     parts = [run, method, size, compensate, "train" if train else ""]
-    return "-".join(part for part in parts if part).replace(".", "-").replace("_", "-")
+    name = "-".join(part for part in parts if part)
+    return name.replace(".", "-").replace("_", "-")
 
 
 def targets_of(study: Study) -> dict[str, Target]:
     """List all targets of a study by name; raises InputError for a run, method or budget that is
     none, or two targets of one name that differ."""
-    found: dict[str, Target] = {}
-    cells = [
-        (
-            target_name(
-                run, method, budget, compensate if compensate != "none" else None, grid.train
-            ),
-            Target(run=run, budget=budget, method=method, compensate=compensate, train=grid.train),
-        )
-        for grid in study.grids
-        for run, method, budget, compensate in product(
-            grid.runs or study.runs, grid.methods, grid.budgets, grid.compensate
-        )
-    ]
-    for name, target in (*cells, *study.targets.items()):
+    named_targets = [cell for grid in study.grids for cell in _cells(grid, study.runs)]
+    targets: dict[str, Target] = {}
+    for name, target in (*named_targets, *study.targets.items()):
         if target.run not in study.runs:
+            message = f"target {name!r} is of run {target.run!r}, which is not in runs"
+            valid = ", ".join(study.runs)
             raise InputError(
-                f"target {name!r} is of run {target.run!r}, which is not in runs; valid:"
-                f" {', '.join(study.runs)}",
-                rule="unknown-run",
-                key="runs",
-                value=target.run,
+                f"{message}; valid: {valid}", rule="unknown-run", key="runs", value=target.run
             )
         if target.method is not None:
+            # Raises InputError for a method that there is not.
             recipe(target.method)
-        if found.setdefault(name, target) != target:
-            raise InputError(
-                f"two targets are called {name!r}; rename one", rule="same-name", value=name
-            )
-    return found
+        if targets.setdefault(name, target) != target:
+            message = f"two targets are called {name!r}; rename one"
+            raise InputError(message, rule="same-name", value=name)
+    return targets
+
+
+def _cells(grid: TargetGrid, runs: Sequence[str]) -> Iterator[tuple[str, Target]]:
+    """List the targets of a grid with their names."""
+    cells = product(grid.runs or runs, grid.methods, grid.budgets, grid.compensate)
+    for run, method, budget, compensate in cells:
+        suffix = None if compensate == "none" else compensate
+        name = target_name(run, method, budget, suffix, grid.train)
+        target = Target(
+            run=run, budget=budget, method=method, compensate=compensate, train=grid.train
+        )
+        yield name, target
 
 
 def study_names(folder: Path = FOLDER) -> list[str]:
@@ -159,13 +159,9 @@ def load_study(name: str, folder: Path = FOLDER) -> Study:
     InputError if there is no such file, or a key or value is not valid."""
     path = folder / f"{name}.yaml"
     if not NAME.fullmatch(name) or not path.exists():
-        known = ", ".join(study_names(folder)) or "none"
-        raise InputError(
-            f"study {name!r} is unknown: {path} does not exist; existing studies: {known}",
-            rule="unknown-study",
-            key="studies",
-            value=name,
-        )
+        existing = ", ".join(study_names(folder)) or "none"
+        message = f"study {name!r} is unknown: {path} does not exist; existing studies: {existing}"
+        raise InputError(message, rule="unknown-study", key="studies", value=name)
     study = read_file(path, Study)
     with named(f"{path}: "):
         return study.model_copy(update={"targets": targets_of(study), "grids": ()})
@@ -179,16 +175,18 @@ def points_of_study(
     from blockpruner.reporting.labels import labels, name_of
     from blockpruner.reporting.points import Points
 
-    found = {}
-    for run in study.runs:
-        folders = [
-            evidence / f"{name}-{key}" for key, one in study.experiments.items() if one.run == run
-        ]
-        if known := [Points.read(folder) for folder in folders if folder.exists()]:
+    points_by_run: dict[str, list[Points]] = {run: [] for run in study.runs}
+    for key, experiment in study.experiments.items():
+        folder = evidence / f"{name}-{key}"
+        if folder.exists():
+            points_by_run[experiment.run].append(Points.read(folder))
+    results = {}
+    for run, measured in points_by_run.items():
+        if measured:
             settings = resolve(load_run(run), [])
-            points = replace(Points.joined(known), compared=study.compared)
-            found[run] = name_of(settings.model), [labels(settings).conditions], points
-    return found
+            points = replace(Points.joined(measured), compared=study.compared)
+            results[run] = name_of(settings.model), [labels(settings).conditions], points
+    return results
 
 
 def rows_of_study(study: Study, evidence: Path) -> list[Row]:
@@ -197,34 +195,43 @@ def rows_of_study(study: Study, evidence: Path) -> list[Row]:
     from blockpruner.reporting.paper.evidence import Subject, read_rows  # loads much
     from blockpruner.reporting.paper.published import MODELS
 
-    runs, subjects = {}, []
+    subjects = []
+    targets = {}
     for run in study.runs:
-        own = [one for one in study.targets.values() if one.run == run]
-        runs[run] = settings = resolve(load_run(run), own)
-        name, drawn = MODELS.get(getattr(settings.model, "repo", "")), settings.calibration
-        samples = None if drawn.num_rows else drawn.num_samples
-        subjects.append(Subject(run, labels(settings), name, origin(drawn.data), samples))
-    asked = {}
-    for target, wanted in study.targets.items():
-        settings = runs[wanted.run]
-        method = wanted.method or settings.score.score.method
-        chosen = wanted.compensate or compensation(settings.compensate.method, method)
-        asked[target] = wanted.model_copy(update={"method": method, "compensate": chosen})
-    return read_rows(subjects, asked, evidence)
+        targets_of_run = {
+            name: target for name, target in study.targets.items() if target.run == run
+        }
+        settings = resolve(load_run(run), list(targets_of_run.values()))
+        calibration = settings.calibration
+        subject = Subject(
+            run,
+            labels(settings),
+            paper=MODELS.get(getattr(settings.model, "repo", "")),
+            texts=origin(calibration.data),
+            samples=None if calibration.num_rows else calibration.num_samples,
+        )
+        subjects.append(subject)
+        for name, target in targets_of_run.items():
+            method = target.method or settings.score.score.method
+            default = compensation(settings.compensate.method, method)
+            changes = {"method": method, "compensate": target.compensate or default}
+            targets[name] = target.model_copy(update=changes)
+    return read_rows(subjects, targets, evidence)
 
 
 def write_tables(name: str, data: Path) -> list[str]:
     """Make the tables and figures of a study of what data/evidence holds, at data/tables/<name>;
-    the lines say where they are, and what was not measured."""
+    the lines name the page, and what was not measured."""
+    # matplotlib and pandas load slowly, and most callers only read the file.
     from blockpruner.reporting.answers.page import write_answers
     from blockpruner.reporting.paper.page import write_study
 
     study, out = load_study(name), data / "tables" / name
-    missing = list[str]()
+    lines = []
     if study.experiments:
         write_answers(out, study.title, points_of_study(study, name, data / "evidence"))
     else:
         rows = rows_of_study(study, data / "evidence")
         write_study(out, study.title, rows, data / "paper")
-        missing = [f"not measured: {row.target}: {row.reason}" for row in rows if row.reason]
-    return [*missing, f"tables: {out / 'index.html'}"]
+        lines = [f"not measured: {row.target}: {row.reason}" for row in rows if row.reason]
+    return [*lines, f"tables: {out / 'index.html'}"]

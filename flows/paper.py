@@ -10,7 +10,7 @@ Which stages run is decided by flows.selection, and how by flows.prune.
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from prefect import flow
@@ -20,7 +20,7 @@ from blockpruner.core.errors import InputError
 from blockpruner.params import load_run
 from blockpruner.reporting.formats import size
 from blockpruner.reporting.paper.publish import main as publish
-from blockpruner.studies import load_study, write_tables
+from blockpruner.studies import Experiment, load_study, write_tables
 from flows.prune import build, run_here
 from flows.selection import EVIDENCE, PUBLISHED, Chosen, choose_study, study_frame, study_items
 
@@ -42,99 +42,97 @@ def check(study: str) -> int:
     """Compare with the paper; 1 if what must agree does not."""
     from blockpruner.reporting.paper.needs import differences
 
-    agreed, faults, others = differences(study_frame(study), PUBLISHED)
-    for kind, lines in (("warning", others), ("differs", faults)):
-        for line in lines:
-            print(f"{kind}: {line}", file=sys.stderr)
+    agreed, errors, notes = differences(study_frame(study), PUBLISHED)
+    for line in notes:
+        print(f"warning: {line}", file=sys.stderr)
+    for line in errors:
+        print(f"differs: {line}", file=sys.stderr)
     print(f"{agreed} numbers agree with the paper's", file=sys.stderr)
-    return int(bool(faults))
+    return 1 if errors else 0
 
 
 def forecast(chosen: Chosen, only: Sequence[str]) -> Iterator[str]:
     """What a study takes, as far as its files and this folder show; `only` as in `paper`."""
+    # pandas loads slowly, and a run of the flow does not use it.
     from blockpruner.reporting.paper.needs import takes
-    from blockpruner.reporting.points import Points
 
     study = load_study(chosen.study)
-    for item, (title, models) in (study_items(chosen.study) if study.targets else {}).items():
-        if item in (only or (item,)):
+    items = study_items(chosen.study) if study.targets else {}
+    for item, (title, models) in items.items():
+        if not only or item in only:
             yield f"{item}: {title}: {takes(models)}"
-    for key, one in study.experiments.items():
-        if key in (only or (key,)):
-            searches = len(one.methods) * len(one.seeds) * len(one.calibrations)
-            models = searches * len(one.budgets) * len(one.heal)
-            evidence = EVIDENCE / f"{chosen.study}-{key}"
-            measured = len(Points.read(evidence).frame) if evidence.exists() else 0
-            what = f"{', '.join(one.methods)} at {', '.join(one.budgets)}"
-            yield (
-                f"{key}: {one.run}: {what}: {models} models ({measured} measured); {searches}"
-                " searches"
-            )
-    yield from dict.fromkeys(
-        _model_of(run) for run in (*chosen.targets, *chosen.experiments.values())
-    )
+    for key, experiment in study.experiments.items():
+        if not only or key in only:
+            cost = _experiment_cost(experiment, EVIDENCE / f"{chosen.study}-{key}")
+            yield f"{key}: {experiment.run}: {cost}"
+    runs = dict.fromkeys((*chosen.targets, *chosen.experiments.values()))
+    yield from dict.fromkeys(_model_line(run) for run in runs)
     yield (
         "not known before the run: hours of computing, the size of a download, and whether a gate"
         " lets you in"
     )
 
 
-def _model_of(run: str) -> str:
-    model, files = load_run(run).model, [*Path("data/models", run).glob("*")]
+def _experiment_cost(experiment: Experiment, evidence: Path) -> str:
+    from blockpruner.reporting.points import Points
+
+    searches = len(experiment.methods) * len(experiment.seeds) * len(experiment.calibrations)
+    models = searches * len(experiment.budgets) * len(experiment.heal)
+    measured = len(Points.read(evidence).frame) if evidence.exists() else 0
+    methods, budgets = ", ".join(experiment.methods), ", ".join(experiment.budgets)
+    return f"{methods} at {budgets}: {models} models ({measured} measured); {searches} searches"
+
+
+def _model_line(run: str) -> str:
+    """Where the model of a run is."""
+    model = load_run(run).model
+    files = list(Path("data/models", run).glob("*"))
     if files:
-        return f"model {model.title}: fetched, {size(sum(file.stat().st_size for file in files))}"
-    place = {"hub": "on the hub, perhaps gated", "path": "on this machine"}.get(
-        model.source, "in a package"
-    )
-    return f"model {model.title}: not fetched, {place}"
+        total = sum(file.stat().st_size for file in files)
+        return f"model {model.title}: fetched, {size(total)}"
+    places = {"hub": "on the hub, perhaps gated", "path": "on this machine"}
+    return f"model {model.title}: not fetched, {places.get(model.source, 'in a package')}"
+
+
+def arguments() -> argparse.ArgumentParser:
+    description = (__doc__ or "").split("\n\n")[1]
+    parser = argparse.ArgumentParser(prog="python -m flows.paper", description=description)
+    flag, repeated = {"action": "store_true"}, {"action": "append", "default": []}
+    add: Callable[..., object] = parser.add_argument
+    add("--study", required=True, metavar="NAME", help="studies/NAME.yaml")
+    add("--table", **repeated, metavar="N", help="only this table, such as 2")
+    add("--figure", **repeated, metavar="N", help="only this figure, such as 7")
+    add("--experiment", **repeated, metavar="NAME", help="only this experiment")
+    add("--dry-run", **flag, help="print what each table, figure and experiment takes")
+    add("--tables", **flag, help="make the pages of data/evidence; nothing is measured")
+    add("--check", **flag, help="compare the dense model and ShortGPT with the paper")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """0: up to date; 1: a target failed or a check; 2: refused, nothing changed; 130:
     interrupted."""
-    parser = argparse.ArgumentParser(
-        prog="python -m flows.paper", description=(__doc__ or "").split("\n\n")[1]
-    )
-    parser.add_argument("--study", required=True, metavar="NAME", help="studies/NAME.yaml")
-    parser.add_argument(
-        "--table", action="append", default=[], metavar="N", help="only this table, such as 2"
-    )
-    parser.add_argument(
-        "--figure", action="append", default=[], metavar="N", help="only this figure, such as 7"
-    )
-    parser.add_argument(
-        "--experiment", action="append", default=[], metavar="NAME", help="only this experiment"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print what each table, figure and experiment takes"
-    )
-    parser.add_argument(
-        "--tables", action="store_true", help="make the pages of data/evidence; nothing is measured"
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="compare the dense model and ShortGPT with the paper"
-    )
-    given = parser.parse_args(argv)
-    only = (
-        *(f"table{n}" for n in given.table),
-        *(f"figure{n}" for n in given.figure),
-        *(["check"] * given.check),
-    )
-    only += tuple(given.experiment)
+    options = arguments().parse_args(argv)
+    study = options.study
+    names = [f"table{number}" for number in options.table]
+    names += [f"figure{number}" for number in options.figure]
+    if options.check:
+        names.append("check")
+    only = (*names, *options.experiment)
     try:
-        if given.tables:
-            print("\n".join(write_tables(given.study, Path("data"))))
-            return publish([given.study]) if load_study(given.study).experiments else 0
-        if given.dry_run:
-            print("\n".join(forecast(choose_study(given.study, only), only)))
+        if options.tables:
+            print("\n".join(write_tables(study, Path("data"))))
+            return publish([study]) if load_study(study).experiments else 0
+        if options.dry_run:
+            print("\n".join(forecast(choose_study(study, only), only)))
             return 0
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
-    ended = run_here(
-        lambda: choose_study(given.study, only), lambda: paper(given.study, only, return_state=True)
+    status = run_here(
+        lambda: choose_study(study, only), lambda: paper(study, only, return_state=True)
     )
-    return check(given.study) if given.check and ended == 0 else ended
+    return check(study) if options.check and status == 0 else status
 
 
 if __name__ == "__main__":

@@ -10,41 +10,38 @@ from functools import partial
 from blockpruner import pipeline
 from blockpruner.core.progress import observer
 from blockpruner.dag import read_dag, require_current
-from blockpruner.methods.recipes import compensation
 from blockpruner.methods.score import headline, open_material
-from blockpruner.params import load_params
+from blockpruner.params import load_params, load_run
 from blockpruner.store.files import write_json
 from blockpruner.store.trials import trials_root
 from stages import DATA, run, searched, sections
 
 
 def main(name: str) -> None:
-    entry, runtime, watch = read_dag()["searches"][name], load_params().runtime, observer()
+    entry, runtime, progress = read_dag()["searches"][name], load_params().runtime, observer()
     require_current(machine="machine" in entry)  # in 16 bits the search is of one machine
     run_name, method = entry["run"], entry["method"]
-    asked, model, checkpoint = (
-        searched(run_name, method),
-        sections(run_name).model,
-        DATA / "models" / run_name,
-    )
+    search = searched(run_name, method)
+    model = sections(run_name).model
+    checkpoint = DATA / "models" / run_name
+    folder = DATA / "scores" / run_name / method
     rows = pipeline.Rows.load(DATA / "calibration" / run_name, "search", "fit", "judge")
-    with open_material(checkpoint, model, runtime, trials_root(), watch) as material:
-        healed, budget = compensation(None, method), asked.budgets[0] if asked.budgets else "0.1"
-        pipeline.require_room(
-            material.config, model.dtype, runtime, asked.score, healed, None, budget
-        )
-        place = DATA / "scores" / run_name / method
+    with open_material(checkpoint, model, runtime, trials_root(), progress) as material:
+        # These settings only refuse: the stage does not depend on them.
+        params, targeted = load_params(), load_run(run_name)
+        targets = params.targets_of(run_name)
+        pipeline.check_targets(rows, material.config, params.runtime, targeted, targets, method)
         latency = partial(
-            pipeline.latency, material, place, checkpoint, model, asked.score, runtime
+            pipeline.latency, material, folder, checkpoint, model, search.score, runtime
         )
-        found = pipeline.score(material, rows, asked.score, asked.budgets, place, latency)
-    for search, counts in found.items():
-        watch.note(
-            f"{search}: {counts['trials_computed']} trials computed, {counts['trials_reused']}"
+        counts = pipeline.score(material, rows, search.score, search.budgets, folder, latency)
+    for search_name, count in counts.items():
+        progress.note(
+            f"{search_name}: {count['trials_computed']} trials computed, {count['trials_reused']}"
             " reused"
         )
-    write_json(DATA / "provenance" / f"{name}-search.json", found)
-    figures = {search: headline(counts) for search, counts in found.items()}
+    write_json(DATA / "provenance" / f"{name}-search.json", counts)
+    figures = {search_name: headline(count) for search_name, count in counts.items()}
     write_json(DATA / "metrics" / run_name / f"{method}.json", figures)
 
 

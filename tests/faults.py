@@ -1,10 +1,9 @@
 """What is lost when a stage breaks, and whether a second run ends in the same outputs: a matrix,
 measured.
 
-    unshare --mount python -m tests.faults [word ...]     nine cells a stage; those whose names hold
-    all the words python -m tests.faults every [word ...]               a cut before every write,
-    one row a stage and mode
+    unshare --mount python -m tests.faults [word ...]
 
+It has nine cells for each stage. Words choose the cells whose names hold all of them.
 The stages of a tiny random model run once undisturbed; the project is kept as it was before `score`
 and `materialize`. A cell copies that, breaks the stage once, runs it again, and compares its
 outputs with the undisturbed ones:
@@ -14,8 +13,7 @@ outputs with the undisturbed ones:
 - `disk full`: the project is on a small file system with room for a share of what the stage writes.
   It is mounted, so this needs root and a mount namespace.
 
-Stages run in forks; `every` verifies checkpoints within them. Prints Markdown; exits with 1 if a
-cell is not good.
+Stages run in forks. Prints Markdown; exits with 1 if a cell is not good.
 """
 
 from __future__ import annotations
@@ -27,17 +25,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import stages
-from blockpruner.checkpoints import verification
 from blockpruner.store.files import TEMPORARY
-from tests.fakes import InProcess
 from tests.integration.project import make_project, set_targets
 from tests.power import MODES, forked
 
@@ -101,8 +96,8 @@ class Undisturbed:
         self.folder = folder
         project = make_project(folder / "made", TARGETS, num_samples=14)
         set_targets(project, TARGETS, batch_tokens=96)
-        for code in ("blockpruner", "stages", "flows"):  # the forks have loaded it
-            shutil.rmtree(project / code)
+        for package in ("blockpruner", "stages", "flows"):  # the forks have loaded them
+            shutil.rmtree(project / package)
         self.writes = {}
         for stage in RUN:
             if stage in OUTPUTS:
@@ -132,16 +127,13 @@ class Undisturbed:
 
 def cut(undisturbed: Undisturbed, stage: str, mode: str, share: float) -> dict[str, Any]:
     """The stage is cut at a write, a share of all of them."""
-    return cut_before(undisturbed, stage, mode, max(1, round(share * undisturbed.writes[stage])))
-
-
-def cut_before(undisturbed: Undisturbed, stage: str, mode: str, write: int) -> dict[str, Any]:
+    write = max(1, round(share * undisturbed.writes[stage]))
     with undisturbed.copied(stage) as project:
         log = project.parent / "log"
         code, at = forked(project, work_of(stage), log, write, mode)
         facts = afterwards(undisturbed, project, stage, log.read_text())
         broken = code == -signal.SIGKILL and at == write
-        return facts | {"broken": broken, "ended": code == 0, "how": f"before write {write}"}
+        return facts | {"broken": broken, "how": f"before write {write}"}
 
 
 def full(undisturbed: Undisturbed, stage: str, share: float) -> dict[str, Any]:
@@ -209,47 +201,20 @@ def cells() -> dict[str, Callable[[Undisturbed], dict[str, Any]]]:
     return found
 
 
-def every(undisturbed: Undisturbed, stage: str, mode: str) -> dict[str, Any]:
-    """The stage is cut before each of its writes in turn; the facts are those of the worst cut."""
-    found = [
-        cut_before(undisturbed, stage, mode, write + 1)
-        for write in range(undisturbed.writes[stage])
-    ]
-    # the number of syncs depends on the time
-    found = [facts for facts in found if not facts["ended"]]
-    bad = [facts for facts in found if not is_good(facts)]
-    worst = bad[0] if bad else max(found, key=lambda facts: facts["twice"])
-    return worst | {
-        "how": f"{len(found)} cuts, {len(bad)} bad" + (f", the first {worst['how']}" if bad else "")
-    }
-
-
 def is_good(facts: dict[str, Any]) -> bool:
     return facts["broken"] and facts["same"] and facts["twice"] <= 1 and not facts["traceback"]
 
 
 def main(words: list[str]) -> int:
-    if words[:1] == ["every"]:
-        words, found = (
-            words[1:],
-            {
-                f"{s}, {m}, every write": partial(every, stage=s, mode=m)
-                for s in OUTPUTS
-                for m in MODES
-            },
-        )
-        verified: AbstractContextManager[Any] = patch.object(verification, "subprocess", InProcess)
-    else:
-        found, verified = cells(), nullcontext()
-    wanted = {name: cell for name, cell in found.items() if all(word in name for word in words)}
+    chosen = {name: cell for name, cell in cells().items() if all(word in name for word in words)}
     good = []
     print(
         "| stage | fault | where | how | units kept | computed twice | good | what a person sees |"
     )
     print("|---|---|---|---|---:|---:|---|---|")
-    with verified, tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         undisturbed = Undisturbed(Path(folder))
-        for name, cell in wanted.items():
+        for name, cell in chosen.items():
             facts = cell(undisturbed)
             good.append(is_good(facts))
             shown = (

@@ -1,7 +1,7 @@
 """The model card of a checkpoint: README.md, from its plan.
 
-Decides what a finder of the directory reads: the base model, its licence, what was done to it, with
-which data, scores, how to load and serve it, its limits.
+Decides what a reader learns: the base model, its licence, what was done to it, with which data,
+scores, how to load and serve it, its limits.
 """
 
 from collections.abc import Mapping
@@ -22,13 +22,13 @@ from blockpruner.store.files import read_json
 from blockpruner.store.manifest import SOURCE_FILE
 
 HERE = "<this directory>"
-"""What stands in a card for the checkpoint's place."""
+"""The placeholder of a card for the checkpoint's folder or repository."""
 
 HEALED = ("dense", "before", "after")
 """The columns of the table of a healing, keys of `Healed.perplexity`."""
 
 LIBRARIES = {"hf": "transformers", "nas": "mlx", "mlx": "mlx", "gguf": "gguf"}
-"""The hub's name of what loads a format."""
+"""The hub's name of the library that loads a format."""
 
 LIMITS = """
 ## Limits
@@ -41,10 +41,8 @@ and bias were not measured. Compare it with its base on texts of your own.
 def base_of(dense: Path) -> tuple[str, bool]:
     """The name of a fetched model, and whether it is a repository of the hub."""
     source: dict[str, Any] = read_json(dense / SOURCE_FILE)["source"]
-    return (
-        source.get("repo") or source.get("package") or Path(source.get("path", "")).name,
-        "repo" in source,
-    )
+    name = source.get("repo") or source.get("package") or Path(source.get("path", "")).name
+    return name, "repo" in source
 
 
 def model_card(
@@ -56,59 +54,87 @@ def model_card(
     note: str = "",
     loading: str | None = None,
 ) -> str:
-    """README.md of a checkpoint. `dense` is the base model's directory, `module` the modelling file
-    in the checkpoint, `note` a remark about the format, and `loading` tells how to load it; None:
-    with transformers."""
-    base, is_hub = base_of(dense)
-    front: dict[str, Any] = {"library_name": LIBRARIES[form], "pipeline_tag": "text-generation"}
-    front |= {"tags": ["blockpruner", "pruned"]} | licence_of(dense)
-    front |= {"base_model": base, "base_model_relation": "finetune"} if is_hub else {}
-    front |= {"datasets": list(healed.datasets)} if healed and healed.datasets else {}
-    told = healed.perplexity if healed else {}
-    front |= {"model-index": [{"name": plan.target, "results": _results(told)}]} if told else {}
-    since = healed.words if healed else "not retrained"
+    """README.md of a checkpoint.
+
+    Args:
+        dense: The folder of the base model.
+        form: The name of the format, as in `EXPORTS`.
+        module: The modelling file in the checkpoint.
+        note: A remark about the format.
+        loading: How to load the checkpoint; None for transformers.
+    """
+    base, _ = base_of(dense)
+    perplexity_by_step = healed.perplexity if healed else {}
+    healing = healed.words if healed else "not retrained"
+    front = yaml.safe_dump(
+        _front_matter(plan, dense, form, healed), sort_keys=False, allow_unicode=True
+    )
     sizes = f"{plan.parameters['pruned']:,} of {plan.parameters['dense']:,} parameters"
-    loading = _loading(module) if loading is None else loading
-    told_parts = f"{_perplexity(plan)}{_healing(told)}{_kinds(plan)}{note}"
+    if loading is None:
+        loading = _loading(module)
+    scores = f"{_perplexity(plan)}{_healing(perplexity_by_step)}{_kinds(plan)}"
     return f"""---
-{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
+{front}---
 
 # {plain(plan.target)}
 
 {code(base)} {KINDS[plan.kind].card(plan)}: {sizes}
 ({plan.ratio:.2%} removed), made by
-[BlockPruner](https://arxiv.org/abs/2406.10594)'s workflow and {since}.
+[BlockPruner](https://arxiv.org/abs/2406.10594)'s workflow and {healing}.
 
-{told_parts}
+{scores}{note}
 {loading}{_serving(form, dense, module)}{LIMITS}{_steps(plan)}"""
 
 
-def _results(told: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+def _front_matter(plan: Plan, dense: Path, form: str, healed: Healed | None) -> dict[str, Any]:
+    """What the hub reads from a card."""
+    base, is_hub = base_of(dense)
+    front: dict[str, Any] = {
+        "library_name": LIBRARIES[form],
+        "pipeline_tag": "text-generation",
+        "tags": ["blockpruner", "pruned"],
+        **licence_of(dense),
+    }
+    if is_hub:
+        front["base_model"] = base
+        front["base_model_relation"] = "finetune"
+    if healed and healed.datasets:
+        front["datasets"] = list(healed.datasets)
+    if healed and healed.perplexity:
+        results = _results(healed.perplexity)
+        front["model-index"] = [{"name": plan.target, "results": results}]
+    return front
+
+
+def _results(perplexity_by_step: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
     """The perplexity after the last healing, as the hub reads it from a card."""
-    name, found = list(told.items())[-1]
-    dataset = {"type": "custom", "name": f"rows held out from {name}"}
-    metrics = [{"type": "perplexity", "value": found["after"]}]
-    return [{"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics}]
-
-
-def _healing(told: Mapping[str, Mapping[str, float]]) -> str:
-    if not told:
-        return ""
-    rows = [
-        (name, *(f"{found[key]:.3f}" if key in found else "–" for key in HEALED))
-        for name, found in told.items()
+    step, perplexity = list(perplexity_by_step.items())[-1]
+    return [
+        {
+            "task": {"type": "text-generation"},
+            "dataset": {"type": "custom", "name": f"rows held out from {step}"},
+            "metrics": [{"type": "perplexity", "value": perplexity["after"]}],
+        }
     ]
-    lines = "\n".join(f"| rows held out from {' | '.join(row)} |" for row in rows)
-    return f"\n| perplexity | {' | '.join(HEALED)} |\n|---|---:|---:|---:|\n{lines}\n"
+
+
+def _healing(perplexity_by_step: Mapping[str, Mapping[str, float]]) -> str:
+    if not perplexity_by_step:
+        return ""
+    lines = [f"| perplexity | {' | '.join(HEALED)} |", "|---|---:|---:|---:|"]
+    for step, perplexity in perplexity_by_step.items():
+        cells = [f"{perplexity[key]:.3f}" if key in perplexity else "–" for key in HEALED]
+        lines.append(f"| rows held out from {step} | {' | '.join(cells)} |")
+    return "\n" + "\n".join(lines) + "\n"
 
 
 def _kinds(plan: Plan) -> str:
-    pairs, warning = in_words(plan.kinds or {})
-    if not pairs:
+    losses, warning = in_words(plan.kinds or {})
+    if not losses:
         return ""
-    lines = "\n".join(f"- {plain(kind)}: {lost}" for kind, lost in pairs)
-    more = f"\n{plain(warning)}\n" if warning else ""
-    return f"\nPerplexity by kind of text, of rows that were set aside:\n\n{lines}\n{more}"
+    lines = "\n".join(f"- {plain(kind)}: {loss}" for kind, loss in losses)
+    note = f"\n{plain(warning)}\n" if warning else ""
+    return f"\nPerplexity by kind of text, of rows that were set aside:\n\n{lines}\n{note}"
 
 
 def _perplexity(plan: Plan) -> str:
@@ -122,12 +148,14 @@ def _perplexity(plan: Plan) -> str:
 
 
 def _loading(module: str | None) -> str:
-    option, no = (", trust_remote_code=True", ", trust_remote_code=False") if module else ("", "")
+    model_option = ", trust_remote_code=True" if module else ""
+    # Without the option, transformers asks whether it may run the code for the tokenizer, too.
+    tokenizer_option = ", trust_remote_code=False" if module else ""
     text = f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{HERE}"{option})
-tokenizer = AutoTokenizer.from_pretrained("{HERE}"{no})
+model = AutoModelForCausalLM.from_pretrained("{HERE}"{model_option})
+tokenizer = AutoTokenizer.from_pretrained("{HERE}"{tokenizer_option})
 ```
 """
     if module:
@@ -139,9 +167,13 @@ tokenizer = AutoTokenizer.from_pretrained("{HERE}"{no})
 
 
 def _serving(form: str, dense: Path, module: str | None) -> str:
-    if form == "hf" and (module == "modeling_slicegpt.py" or "vLLM" not in engines_of(form, dense)):
-        return ""
-    engine, command = EXPORTS[form].engines[-1], EXPORTS[form].commands[-1].format(path=HERE)
+    if form == "hf":
+        # vLLM lacks SliceGPT's models, and some families.
+        is_sliced = module == "modeling_slicegpt.py"
+        if is_sliced or "vLLM" not in engines_of(form, dense):
+            return ""
+    engine = EXPORTS[form].engines[-1]
+    command = EXPORTS[form].commands[-1].format(path=HERE)
     plugin = " with a plugin, and runs no code of this directory" if module else ""
     return f"""
 {engine} serves it{plugin}:
@@ -153,15 +185,14 @@ def _serving(form: str, dense: Path, module: str | None) -> str:
 
 
 def _plugin() -> str:
-    about = metadata("blockpruner")
-    urls = dict(url.split(", ", 1) for url in about.get_all("Project-URL", ()))
-    address = (
-        f"from {urls['Source']}"
-        if "Source" in urls
-        else "which has no public address yet: ask its author for it"
-    )
+    package = metadata("blockpruner")
+    address = "which has no public address yet: ask its author for it"
+    for entry in package.get_all("Project-URL", ()):
+        name, url = entry.split(", ", 1)
+        if name == "Source":
+            address = f"from {url}"
     return f"""
-The plugin is in the Python package `blockpruner` {about["Version"]}, {address}.
+The plugin is in the Python package `blockpruner` {package["Version"]}, {address}.
 In its folder, `pip install --no-deps .` installs it beside vLLM.
 """
 
@@ -169,12 +200,13 @@ In its folder, `pip install --no-deps .` installs it beside vLLM.
 def _steps(plan: Plan) -> str:
     if not KINDS[plan.kind].removes_blocks:
         return ""
+    # The order of the steps means something only if each budget continues the smaller one.
     if not plan.nested:
         return f"\nRemoved: {', '.join(plan.removed)}.\n"
-    steps = "\n".join(
-        f"| {k} | {unit} | {ratio:.2%} |"
-        for k, (unit, ratio) in enumerate(zip(plan.order, plan.ratios, strict=True), 1)
-    )
+    rows = []
+    for step, (unit, ratio) in enumerate(zip(plan.order, plan.ratios, strict=True), 1):
+        rows.append(f"| {step} | {unit} | {ratio:.2%} |")
+    steps = "\n".join(rows)
     return f"""
 | step | removed | share of parameters removed so far |
 |---:|---|---:|

@@ -1,5 +1,5 @@
-"""The `gguf` export: files for llama.cpp in 16 and in 8 bits, and what llama.cpp's own program
-quantizes further.
+"""The `gguf` export: files for llama.cpp in F16 and Q8_0, and further quantizations by llama.cpp's
+own program.
 
 Decides architecture, names and order of the tensors, and what is refused. If every layer is whole,
 the architecture is the family's own; else it is `deci`, whose layers may lack an attention. A layer
@@ -10,12 +10,10 @@ attention, too.
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -25,7 +23,7 @@ from blockpruner.checkpoints.card import base_of
 from blockpruner.checkpoints.hf import save_other_files
 from blockpruner.checkpoints.packing import PackedModel, pack_model, require_fit
 from blockpruner.checkpoints.registry import QUANTIZER
-from blockpruner.checkpoints.verification import limited, reference_outputs, write_verified
+from blockpruner.checkpoints.verification import limited, load_pruned, write_verified
 from blockpruner.checkpoints.vocabulary import vocabulary
 from blockpruner.core.errors import InputError, extra
 from blockpruner.core.families import attention_heads
@@ -58,9 +56,11 @@ NAMES = {
     "down_proj": "ffn_down",
 }
 
+NORMS = ("attn_norm", "ffn_norm")
+
 TOLERANCE = 1e-3
 """Root mean square error of log probabilities, relative to the largest logit, that is always
-accepted. SmolLM2-135M in 16 bits has 1.3e-4, dense or pruned, and 2e-2 where something is wrong."""
+accepted. SmolLM2-135M in F16 has 1.3e-4, dense or pruned, and 2e-2 where something is wrong."""
 
 STUB = 32
 """Width of an MLP of zeros: one block of llama.cpp's quantizations."""
@@ -84,39 +84,43 @@ llama-cli -m model-Q8_0.gguf
 def export_gguf(pruning: Pruning, out: Path, quantizations: Sequence[str] = ()) -> None:
     """Write the pruned model as GGUF files; `quantizations` are more files, by llama.cpp's names,
     for instance Q4_K_M (`require_quantizations`)."""
-    plan, dense, trusted = pruning.plan, pruning.dense, pruning.trust_remote_code
-    config = read_config(dense, trusted).to_dict()
-    require_fit("gguf", config, plan)
-    tokenizer = load_tokenizer(dense, trusted)
-    (base, is_hub), more = base_of(dense), facts(tokenizer, config)
-    words = vocabulary(tokenizer, config) | {"name": plan.target, **licence_of(dense)}
-    words |= {"base_model_count": 1, "base_model_name": (0, base)}
-    words |= {"base_model_repo_url": (0, f"https://huggingface.co/{base}")} if is_hub else {}
-
-    def note(reduced: PreTrainedModel, reference: Path) -> None:
-        narrow = torch.tensor(reduced.dtype != torch.float32)
-        save_file(reference_outputs(reduced, plan) | more | {"narrow": narrow}, reference)
+    config = read_config(pruning.dense, pruning.trust_remote_code).to_dict()
+    require_fit("gguf", config, pruning.plan)
+    tokenizer = load_tokenizer(pruning.dense, pruning.trust_remote_code)
+    metadata = {
+        **vocabulary(tokenizer, config),
+        "name": pruning.plan.target,
+        **licence_of(pruning.dense),
+        **_base_metadata(pruning.dense),
+    }
 
     def write_all(directory: Path, reference: Path) -> float:
-        model = pruning.load_for_export()
-        pruned = pruning.prune_(model, partial(note, reference=reference))
+        pruned = load_pruned(pruning, reference, **facts(tokenizer, config))
         for precision in verify_llama_cpp.PRECISIONS:
-            write(pruned, words, precision, directory / f"model-{precision}.gguf")
+            write(pruned, metadata, precision, directory / f"model-{precision}.gguf")
         for name in quantizations:
             _quantize(directory, name)
-        save_other_files(pruning, directory, "gguf", loading=LOADING, more=())
+        save_other_files(pruning, directory, "gguf", patterns=(), loading=LOADING)
         return TOLERANCE
 
     write_verified(out, write_all, verify_llama_cpp)
 
 
+def _base_metadata(dense: Path) -> dict[str, Any]:
+    base, is_hub = base_of(dense)
+    metadata: dict[str, Any] = {
+        "base_model_count": 1,
+        "base_model_name": (0, base),
+    }
+    if is_hub:
+        metadata["base_model_repo_url"] = (0, f"https://huggingface.co/{base}")
+    return metadata
+
+
 def require_quantizations(names: Sequence[str]) -> None:
-    """Raise InputError for a quantization that llama.cpp has not, or if its program is not here."""
-    valid = [
-        kind.name.removeprefix("MOSTLY_")
-        for kind in LlamaFileType
-        if kind.name.startswith("MOSTLY_")
-    ]
+    """Raise InputError for an unknown quantization, or if llama.cpp's program is not installed."""
+    kinds = [kind.name for kind in LlamaFileType]
+    valid = [name.removeprefix("MOSTLY_") for name in kinds if name.startswith("MOSTLY_")]
     for name in names:
         if name not in valid:
             raise InputError(
@@ -131,131 +135,168 @@ def require_quantizations(names: Sequence[str]) -> None:
 
 
 def _quantize(directory: Path, name: str) -> None:
-    command = [QUANTIZER, "model-F16.gguf", target := f"model-{name}.gguf", name]
-    options: dict[str, Any] = {"text": True, "errors": "replace"}  # it prints tokens
+    target = f"model-{name}.gguf"
     with limited(QUANTIZER, directory) as seconds:
         result = subprocess.run(
-            command, cwd=directory, capture_output=True, check=False, timeout=seconds, **options
+            [QUANTIZER, "model-F16.gguf", target, name],
+            cwd=directory,
+            capture_output=True,
+            check=False,
+            text=True,
+            # It prints tokens, which may be parts of characters.
+            errors="replace",
+            timeout=seconds,
         )
     if result.returncode or not (directory / target).is_file():
-        said = result.stderr.strip().rpartition("\n")[2] or f"exit code {result.returncode}"
+        last_line = result.stderr.strip().rpartition("\n")[2]
+        reason = last_line or f"exit code {result.returncode}"
         raise InputError(
-            f"export gguf:{name}: {QUANTIZER} failed: {said}. Choose another quantization, or"
+            f"export gguf:{name}: {QUANTIZER} failed: {reason}. Choose another quantization, or"
             " export gguf"
         )
 
 
 def facts(tokenizer: Any, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What is compared apart from logits: the tokens [T] of a text that ends with a special one,
-    and the bytes that an attention caches for each token."""
-    text, (_, kv_heads, head) = TEXT + (tokenizer.eos_token or ""), attention_heads(config)
+    """The reference apart from logits: the tokens [T] of a text that ends with a special one, and
+    the bytes that an attention caches for each token."""
+    text = TEXT + (tokenizer.eos_token or "")
+    text_bytes = list(text.encode())
+    _, kv_heads, head_dim = attention_heads(config)
     return {
-        "text": torch.tensor(list(text.encode()), dtype=torch.uint8),
+        "text": torch.tensor(text_bytes, dtype=torch.uint8),
         "text_tokens": torch.tensor(tokenizer(text).input_ids),
-        "cache_bytes": torch.tensor(2 * 2 * kv_heads * head),
+        # keys and values, of two bytes
+        "cache_bytes": torch.tensor(2 * 2 * kv_heads * head_dim),
     }
 
 
-def write(model: PreTrainedModel, words: Mapping[str, Any], precision: str, path: Path) -> None:
-    """Write a pruned model as one file. Norms and biases stay in 32 bits; a matrix whose rows are
-    no multiple of the quantization's block stays in 16."""
-    parts = pack_model(model)
-    architecture = WHOLE[model_family(model).model_type] if parts.is_whole else "deci"
-
-    def kind(tensor: Tensor) -> Any:
-        wanted = GGMLQuantizationType[precision]
-        if tensor.ndim == 1:
-            return GGMLQuantizationType.F32
-        return GGMLQuantizationType.F16 if tensor.shape[1] % GGML_QUANT_SIZES[wanted][0] else wanted
-
+def write(model: PreTrainedModel, metadata: Mapping[str, Any], precision: str, path: Path) -> None:
+    """Write a pruned model as one file. `metadata` is by the name of the `GGUFWriter.add_*` that
+    takes each value, or tuple of values."""
+    packed = pack_model(model)
+    architecture = "deci"
+    if packed.is_whole:
+        architecture = WHOLE[model_family(model).model_type]
     writer = GGUFWriter(path, architecture)
-    keys = hyperparameters(model.config.to_dict(), parts, architecture) | dict(words)
-    keys |= {"file_type": LlamaFileType[f"MOSTLY_{precision}"], "quantization_version": 2}
-    for name, value in keys.items():
-        getattr(writer, f"add_{name}")(*(value if isinstance(value, tuple) else (value,)))
-    for name, tensor in tensors(model, parts, architecture):
-        block, size = GGML_QUANT_SIZES[kind(tensor)]
-        writer.add_tensor_info(
-            name, tensor.shape, None, tensor.numel() // block * size, kind(tensor)
-        )
+    values = hyperparameters(model.config.to_dict(), packed, architecture)
+    values.update(metadata)
+    values["file_type"] = LlamaFileType[f"MOSTLY_{precision}"]
+    values["quantization_version"] = 2
+    for name, value in values.items():
+        arguments = value if isinstance(value, tuple) else (value,)
+        getattr(writer, f"add_{name}")(*arguments)
+    # The file begins with the sizes of all tensors. The tensors are made a second time for their
+    # content, so that the whole model is never held twice.
+    for name, tensor in tensors(model, packed, architecture):
+        kind = _quantization(tensor, precision)
+        block_size, block_bytes = GGML_QUANT_SIZES[kind]
+        size = tensor.numel() // block_size * block_bytes
+        writer.add_tensor_info(name, tensor.shape, None, size, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    # once more: the whole model is never held twice
-    for _, tensor in tensors(model, parts, architecture):
-        writer.write_tensor_data(quants.quantize(tensor.float().cpu().numpy(), kind(tensor)))
+    for _, tensor in tensors(model, packed, architecture):
+        array = tensor.float().cpu().numpy()
+        kind = _quantization(tensor, precision)
+        writer.write_tensor_data(quants.quantize(array, kind))
     writer.close()
 
 
+def _quantization(tensor: Tensor, precision: str) -> Any:
+    """The type of a tensor in a file of some precision."""
+    if tensor.ndim == 1:
+        # llama.cpp wants norms and biases in fp32.
+        return GGMLQuantizationType.F32
+    kind = GGMLQuantizationType[precision]
+    block_size, _ = GGML_QUANT_SIZES[kind]
+    # A row must hold whole blocks.
+    if tensor.shape[1] % block_size:
+        return GGMLQuantizationType.F16
+    return kind
+
+
 def hyperparameters(
-    config: Mapping[str, Any], parts: PackedModel, architecture: str
+    config: Mapping[str, Any], packed: PackedModel, architecture: str
 ) -> dict[str, Any]:
     """By the name of the `GGUFWriter.add_*` that takes each. `deci` has numbers of heads and widths
     for each layer."""
-    (heads, kv_heads, head), rope = attention_heads(config), config["rope_parameters"]
+    heads, kv_heads, head_dim = attention_heads(config)
+    rope = config["rope_parameters"]
+    has_attention = [layer is not None for layer, _ in packed.layers]
     counts: dict[str, Any] = {
-        "head_count": [heads if mha else 0 for mha, _ in parts.layers],
-        "head_count_kv": [kv_heads if mha else 0 for mha, _ in parts.layers],
-        "feed_forward_length": [width or STUB for width in parts.widths],
+        "head_count": [heads * is_present for is_present in has_attention],
+        "head_count_kv": [kv_heads * is_present for is_present in has_attention],
+        "feed_forward_length": [width or STUB for width in packed.widths],
     }
     if architecture != "deci":
-        counts = {name: values[0] for name, values in counts.items()}
-    scaling = {
-        "rope_scaling_type": RopeScalingType.LINEAR,
-        "rope_scaling_factor": rope.get("factor"),
-    }
-    return {
-        "block_count": len(parts.layers),
+        counts = {name: counts_by_layer[0] for name, counts_by_layer in counts.items()}
+    values = {
+        "block_count": len(packed.layers),
         "context_length": config["max_position_embeddings"],
         "embedding_length": config["hidden_size"],
         "vocab_size": config["vocab_size"],
         "layer_norm_rms_eps": config["rms_norm_eps"],
         "rope_freq_base": rope["rope_theta"],
-        **dict.fromkeys(("rope_dimension_count", "key_length", "value_length"), head),
+        "rope_dimension_count": head_dim,
+        "key_length": head_dim,
+        "value_length": head_dim,
         **counts,
-        **(scaling if rope["rope_type"] == "linear" else {}),
     }
+    if rope["rope_type"] == "linear":
+        values["rope_scaling_type"] = RopeScalingType.LINEAR
+        values["rope_scaling_factor"] = rope.get("factor")
+    return values
 
 
 def tensors(
-    model: PreTrainedModel, parts: PackedModel, architecture: str
+    model: PreTrainedModel, packed: PackedModel, architecture: str
 ) -> Iterator[tuple[str, Tensor]]:
     """Names and weights in llama.cpp's form."""
-    family, config = model_family(model), model.config
-    query_heads, kv_heads, head = attention_heads(config.to_dict())
-    heads = {"q_proj": query_heads, "k_proj": kv_heads}
-    yield "token_embd.weight", parts.embedding
+    yield "token_embd.weight", packed.embedding
     yield "output_norm.weight", model.get_decoder().norm.weight
-    if parts.head is not None:
-        yield "output.weight", parts.head
-    rope = config.rope_parameters
-    if rope["rope_type"] == "llama3":
-        plain = rope["rope_theta"] ** -(torch.arange(0, head, 2) / head)
-        yield (
-            "rope_freqs.weight",
-            plain / ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0],
-        )
-    for n, layer in enumerate(parts.layers):
-        for source, branch, norm in zip(
-            layer, (family.mha, family.mlp), ("attn_norm", "ffn_norm"), strict=True
-        ):
-            if source is None:
+    if packed.head is not None:
+        yield "output.weight", packed.head
+    if model.config.rope_parameters["rope_type"] == "llama3":
+        yield "rope_freqs.weight", _rope_factors(model.config)
+    family = model_family(model)
+    branches = (family.mha, family.mlp)
+    heads, kv_heads, _ = attention_heads(model.config.to_dict())
+    # llama.cpp rotates `qwen2` as transformers does.
+    rotated = {}
+    if architecture != "qwen2":
+        rotated = {"q_proj": heads, "k_proj": kv_heads}
+    for index, blocks in enumerate(packed.layers):
+        prefix = f"blk.{index}"
+        for layer, branch, norm in zip(blocks, branches, NORMS, strict=True):
+            if layer is None:
                 continue
-            yield f"blk.{n}.{norm}.weight", getattr(source, str(branch.norm)).weight
-            for name, weight in getattr(source, branch.module).named_parameters():
-                projection, part = name.split(".")
-                if projection in heads and architecture != "qwen2":
-                    weight = _interleaved(weight, heads[projection])
-                yield f"blk.{n}.{NAMES[projection]}.{part}", weight
-        if layer[1] is None:
-            yield f"blk.{n}.ffn_norm.weight", torch.ones(config.hidden_size)
-            wide, high = (STUB, config.hidden_size), (config.hidden_size, STUB)
-            for name, shape in (("gate", wide), ("up", wide), ("down", high)):
-                yield f"blk.{n}.ffn_{name}.weight", torch.zeros(shape)
+            yield f"{prefix}.{norm}.weight", layer.get_parameter(f"{branch.norm}.weight")
+            module = layer.get_submodule(branch.module)
+            for name, weight in module.state_dict().items():
+                projection, parameter = name.split(".")
+                if projection in rotated:
+                    weight = _interleaved(weight, rotated[projection])
+                yield f"{prefix}.{NAMES[projection]}.{parameter}", weight
+        if blocks[1] is None:
+            width = model.config.hidden_size
+            yield f"{prefix}.ffn_norm.weight", torch.ones(width)
+            yield f"{prefix}.ffn_gate.weight", torch.zeros(STUB, width)
+            yield f"{prefix}.ffn_up.weight", torch.zeros(STUB, width)
+            yield f"{prefix}.ffn_down.weight", torch.zeros(width, STUB)
+
+
+def _rope_factors(config: Any) -> Tensor:
+    """By how much Llama 3 slows each rotation down, [head_dim / 2]."""
+    _, _, head_dim = attention_heads(config.to_dict())
+    exponents = torch.arange(0, head_dim, 2) / head_dim
+    plain_frequencies = config.rope_parameters["rope_theta"] ** -exponents
+    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    return cast(Tensor, plain_frequencies / frequencies)
 
 
 def _interleaved(weight: Tensor, heads: int) -> Tensor:
     """Rows of queries or keys [heads x d, ...] in the order of llama.cpp's `llama` and `deci`. The
     two numbers that a rotation mixes are neighbours there; in transformers they are half a head
     apart."""
-    return weight.view(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+    halves = weight.view(heads, 2, -1, *weight.shape[1:])
+    return halves.transpose(1, 2).reshape(weight.shape)

@@ -7,16 +7,15 @@ card, and `verification.json`, the report of a fresh process that compared it wi
 model. A directory that failed does not exist. Of all code, only our modelling file may lie in it.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from blockpruner.checkpoints.card import model_card
-from blockpruner.checkpoints.verification import reference_outputs, tolerance_of, write_verified
+from blockpruner.checkpoints.verification import load_pruned, tolerance_of, write_verified
 from blockpruner.inputs.checkpoints import (
     GENERATION_FILE,
     LICENCE_FILES,
@@ -33,7 +32,8 @@ from blockpruner.store.files import let_others_read, read_json, write_json, writ
 from blockpruner.store.manifest import CARD_FILE
 from blockpruner.store.plans import PLAN_FILE, save_plan
 
-MORE = (*TOKENIZER_FILES, GENERATION_FILE)
+DENSE_FILES = (*TOKENIZER_FILES, GENERATION_FILE)
+"""Patterns of the dense model's files that a checkpoint takes over."""
 
 COUNTED = """
 Its layers attend in more than one way, in another order than the base model's. transformers and
@@ -43,48 +43,52 @@ and would compute another model.
 
 
 def export_hf(pruning: Pruning, out: Path) -> None:
-    plan = pruning.plan
-
     def write(directory: Path, reference: Path) -> float:
-        model = pruning.load_for_export()  # gone when the fresh process loads its own
-        pruned = pruning.prune_(
-            model, lambda reduced: save_file(reference_outputs(reduced.cpu(), plan), reference)
-        )
+        # The model is gone when the fresh process loads its own.
+        pruned = load_pruned(pruning, reference)
         save_pruned(pruned, directory)
-        save_other_files(
-            pruning, directory, "hf", module=code_file(pruned), note=remark(pruned, pruning.dense)
-        )
-        return tolerance_of(model)
+        module = code_file(pruned)
+        note = remark(pruned, pruning.dense)
+        save_other_files(pruning, directory, "hf", module=module, note=note)
+        return tolerance_of(pruned)
 
     write_verified(out, write)
 
 
 def remark(pruned: PreTrainedModel, dense: Path) -> str:
-    """What a plain checkpoint's card must say of engines that know its family."""
+    """The warning in a plain checkpoint's card for engines that know its family."""
     if code_file(pruned) is not None:
         return ""
-    configs = (pruned.config, read_config(dense))
+    dense_config = read_config(dense)
     for field in ("layer_types", "no_rope_layers"):
-        left, before = (getattr(config, field, None) or [] for config in configs)
-        if left != before[: len(left)]:
+        kinds = getattr(pruned.config, field, None) or []
+        dense_kinds = getattr(dense_config, field, None) or []
+        if kinds != dense_kinds[: len(kinds)]:
             return COUNTED
     return ""
 
 
 def save_other_files(
-    pruning: Pruning, directory: Path, form: str, more: Sequence[str] = MORE, **told: Any
+    pruning: Pruning,
+    directory: Path,
+    form: str,
+    patterns: Sequence[str] = DENSE_FILES,
+    **card_options: Any,
 ) -> None:
-    """The card of a checkpoint (`told`: what else `model_card` takes), its plan, and files of the
-    dense model, without code: licence and `more`."""
-    copy_files(pruning.dense, directory, (*more, *LICENCE_FILES))
-    write_text(
-        directory / CARD_FILE,
-        model_card(pruning.plan, pruning.dense, form, healed=pruning.healed, **told),
-    )
+    """The card of a checkpoint (`card_options`: as `model_card` takes them), its plan, and files of
+    the dense model, without code: the licence, and those of `patterns`."""
+    copy_files(pruning.dense, directory, (*patterns, *LICENCE_FILES))
+    healed = pruning.healed
+    card = model_card(pruning.plan, pruning.dense, form, healed=healed, **card_options)
+    write_text(directory / CARD_FILE, card)
     save_plan(pruning.plan, directory / PLAN_FILE)
-    if (healed := pruning.healed) is not None:
-        kept = {"words": healed.words, "datasets": healed.datasets, "perplexity": healed.perplexity}
-        write_json(directory / HEALED_FILE, kept)
+    if healed is not None:
+        facts = {
+            "words": healed.words,
+            "datasets": healed.datasets,
+            "perplexity": healed.perplexity,
+        }
+        write_json(directory / HEALED_FILE, facts)
 
 
 def save_pruned(model: PreTrainedModel, directory: Path) -> None:
@@ -92,33 +96,49 @@ def save_pruned(model: PreTrainedModel, directory: Path) -> None:
     file is saved too, and `auto_map` names it. Other code, and `auto_map` of others, is left
     out."""
     code = code_file(model)
-    kinds = {type(model): "AutoModelForCausalLM", type(model.config): "AutoConfig"} if code else {}
     with without_bars(), ExitStack() as stack:
-        for kind, entry in kinds.items():
-            # another save of the class asks for no code
-            stack.callback(setattr, kind, "_auto_class", kind._auto_class)
-            kind.register_for_auto_class(entry)
+        if code is not None:
+            stack.enter_context(_registered(type(model), "AutoModelForCausalLM"))
+            stack.enter_context(_registered(type(model.config), "AutoConfig"))
         model.save_pretrained(directory, max_shard_size="5GB")
     drop_code_(directory, code)
     config = read_json(directory / "config.json")
-    own = {FORMAT_KEY: FORMAT} if code else {}
-    write_json(directory / "config.json", config | _for_older_readers(config) | own)
+    config |= _rope_fields_before_v5(config)
+    if code is not None:
+        config[FORMAT_KEY] = FORMAT
+        assert (directory / code).exists()
+    write_json(directory / "config.json", config)
     let_others_read(directory)
-    assert not code or (directory / code).exists()
 
 
-def _for_older_readers(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_parameters` by the names that configs had before transformers 5, which mlx-lm still
-    reads: without them it takes its own base, and computes something else."""
-    rotary = config.get("rope_parameters") or {}
-    local = rotary.get("sliding_attention", {})
-    rotary = rotary.get("full_attention", rotary)
-    old = {"rope_local_base_freq": local["rope_theta"]} if local else {}
-    if rotary.get("rope_type", "default") != "default":
-        old["rope_scaling"] = {key: value for key, value in rotary.items() if key != "rope_theta"}
-    return old | {
-        key: rotary[key] for key in ("rope_theta", "partial_rotary_factor") if key in rotary
-    }
+@contextmanager
+def _registered(kind: Any, auto_class: str) -> Iterator[None]:
+    """Within, transformers saves the code of a class; later saves of the class are without it."""
+    previous = kind._auto_class
+    kind.register_for_auto_class(auto_class)
+    try:
+        yield
+    finally:
+        kind._auto_class = previous
+
+
+def _rope_fields_before_v5(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_parameters` by the names that configs had before transformers 5. mlx-lm still reads
+    those: without them it takes its own base, and computes something else."""
+    rope = config.get("rope_parameters") or {}
+    fields: dict[str, Any] = {}
+    # Gemma 3 has one rotation for each kind of attention.
+    if rope.get("sliding_attention"):
+        fields["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+    rope = rope.get("full_attention", rope)
+    if rope.get("rope_type", "default") != "default":
+        scaling = dict(rope)
+        scaling.pop("rope_theta", None)
+        fields["rope_scaling"] = scaling
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in rope:
+            fields[key] = rope[key]
+    return fields
 
 
 def code_file(model: PreTrainedModel) -> str | None:

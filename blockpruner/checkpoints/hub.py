@@ -20,40 +20,44 @@ from blockpruner.store.plans import PLAN_FILE, load_plan
 def files_to_push(checkpoint: Path, licence: Mapping[str, Any]) -> list[str]:
     """The files of a checkpoint directory that may be uploaded, sorted; raises InputError if it was
     not verified, has changed since, or its card names no licence though the base has this one."""
-    report = checkpoint / REPORT_FILE
-    if not report.exists():
+    report_path = checkpoint / REPORT_FILE
+    card_path = checkpoint / CARD_FILE
+    if not report_path.exists():
         raise InputError(
             f"{checkpoint} is not a verified checkpoint; give a folder that `blockpruner prune`, or"
             " the stage materialize, has written"
         )
-    found = read_json(report)
-    if found.get("ok") is not True:
+    report = read_json(report_path)
+    if report.get("ok") is not True:
+        reason = report.get("unchecked", "the engine disagreed")
         raise InputError(
-            f"{checkpoint} was not verified ({found.get('unchecked', 'the engine disagreed')});"
-            " install the engine and export it again"
+            f"{checkpoint} was not verified ({reason}); install the engine and export it again"
         )
-    if not (checkpoint / CARD_FILE).is_file():
+    if not card_path.is_file():
         raise InputError(
             f"{checkpoint} has no {CARD_FILE}, the model card; put one there, or export again"
         )
-    files = require_verified(checkpoint)
-    for name in (*files, REPORT_FILE, CARD_FILE):
+    names = sorted([*require_verified(checkpoint), REPORT_FILE, CARD_FILE])
+    for name in names:
         require_inside(checkpoint / name, checkpoint)
-    if not card_fields(checkpoint).get("license") and licence:
+    if licence and not card_fields(checkpoint).get("license"):
         raise InputError(
-            f"{checkpoint / CARD_FILE} has no license, and the base model's is"
-            f" {licence['license']}: add it to the card, or export again"
+            f"{card_path} has no license, and the base model's is {licence['license']}: add it to"
+            " the card, or export again"
         )
-    return sorted([*files, REPORT_FILE, CARD_FILE])
+    return names
 
 
 def base_licence(checkpoint: Path, cache: Path) -> dict[str, Any]:
     """The licence of the checkpoint's base, if the folder of `--cache` still has that model."""
     plan = checkpoint / PLAN_FILE
     base = load_plan(plan).base if plan.is_file() else None
-    places = (source.parent for source in (cache / "cache/models").glob(f"[!.]*/{SOURCE_FILE}"))
-    known = (place for place in places if ".bad" not in place.suffixes)
-    return next((licence_of(dense) for dense in known if checkpoint_identity(dense) == base), {})
+    for source in (cache / "cache/models").glob(f"[!.]*/{SOURCE_FILE}"):
+        dense = source.parent
+        # Damaged models that were set aside have the suffix ".bad".
+        if ".bad" not in dense.suffixes and checkpoint_identity(dense) == base:
+            return licence_of(dense)
+    return {}
 
 
 def push(checkpoint: Path, repo: str, private: bool, licence: Mapping[str, Any], name: str) -> str:
@@ -62,7 +66,8 @@ def push(checkpoint: Path, repo: str, private: bool, licence: Mapping[str, Any],
     the repository is there and not as private as was asked, or the hub refuses."""
     from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 
-    files, api = files_to_push(checkpoint, licence), HfApi()
+    files = files_to_push(checkpoint, licence)
+    api = HfApi()
     try:
         ModelCard.load(checkpoint / CARD_FILE).validate()
         api.create_repo(repo, private=private, exist_ok=True)
@@ -72,16 +77,20 @@ def push(checkpoint: Path, repo: str, private: bool, licence: Mapping[str, Any],
                 f" push.private is {str(private).lower()}; nothing was uploaded: change one of"
                 " them, or push to another repository"
             )
+        # llama.cpp loads a repository by another option than a file.
         card = (checkpoint / CARD_FILE).read_text(encoding="utf-8")
         card = card.replace(f"-m {HERE}/model-Q8_0.gguf", f"-hf {repo}:Q8_0").replace(HERE, repo)
-        contents = {file: str(checkpoint / file) for file in files} | {CARD_FILE: card.encode()}
-        operations = [CommitOperationAdd(file, content) for file, content in contents.items()]
+        contents: dict[str, Any] = {file: str(checkpoint / file) for file in files}
+        contents[CARD_FILE] = card.encode()
         commit = api.create_commit(
-            repo, operations, commit_message=f"{name}: pruned with blockpruner"
+            repo,
+            [CommitOperationAdd(file, content) for file, content in contents.items()],
+            commit_message=f"{name}: pruned with blockpruner",
         )
     except InputError:
         raise
-    except Exception as error:  # as in `inputs.hub`
+    except Exception as error:
+        # The hub's library raises errors of many kinds, as in `inputs.hub`.
         raise hub_error(
             repo, error, "check the name, the network, and that your token may write there"
         ) from error

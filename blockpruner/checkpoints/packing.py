@@ -1,5 +1,4 @@
-"""The blocks of a pruned model in layers, as engines want them: a layer has an MHA, an MLP, or
-both.
+"""The blocks of a pruned model in the layers of an engine: a layer has an MHA, an MLP, or both.
 
 Decides in which layer a block ends up, what the embedding is, and which models fit. Each format
 decides how a layer is written.
@@ -26,23 +25,28 @@ FOLD_ROWS = 4096
 
 
 ROPE_TYPES = ("default", "linear", "llama3")
-"""The kinds that transformers, vLLM, mlx-lm and llama.cpp compute alike."""
+"""The kinds that transformers, vLLM, mlx-lm and llama.cpp compute in the same way."""
 
 
-def require_fit(
-    form: str, config: Mapping[str, Any], plan: Plan, **limits: tuple[Any, Sequence[Any]]
-) -> None:
+Limit = tuple[Any, Sequence[Any]]
+"""The value of a model's field, and the valid ones."""
+Limits = dict[str, Limit]
+
+
+def require_fit(form: str, config: Mapping[str, Any], plan: Plan, **limits: Limit) -> None:
     """Raise InputError for a model or a plan that a format cannot hold, or that its engines compute
-    otherwise; `limits` are the format's own: by field, the value of the model and the valid
-    ones."""
-    found: dict[str, tuple[Any, Sequence[Any]]] = {
+    otherwise; `limits` are the format's own, by field."""
+    rope = config.get("rope_parameters", {})
+    rope_type = rope.get("rope_type", "default")
+    all_limits: Limits = {
         "model_type": (config["model_type"], READABLE),
         "sliding_window": (config.get("sliding_window"), (None,)),
-        "rope_type": (config.get("rope_parameters", {}).get("rope_type", "default"), ROPE_TYPES),
+        "rope_type": (rope_type, ROPE_TYPES),
         "hidden_act": (config.get("hidden_act"), ("silu",)),
         **limits,
     }
-    for field, (value, valid) in found.items():
+    for field, (value, valid) in all_limits.items():
+        # An engine that ignores a field computes another model, without an error.
         if value not in valid:
             raise InputError(
                 f"export {form}: engines that read models without some blocks do not know {field}"
@@ -62,62 +66,82 @@ def require_fit(
         )
 
 
+Layer = tuple[nn.Module | None, nn.Module | None]
+"""The decoder layers that hold the MHA and the MLP of a new layer; None for no block."""
+
+
 @dataclass(frozen=True)
 class PackedModel:
     """A pruned model in as few layers as possible."""
 
-    layers: tuple[tuple[nn.Module | None, nn.Module | None], ...]
-    """For each new layer, the decoder layers that hold its MHA and its MLP; None where it has none.
-    The first has an MHA."""
+    layers: tuple[Layer, ...]
+    """The new layers. The first has an MHA."""
     embedding: Tensor
     """[V, H]."""
     head: Tensor | None
-    """[V, H]; None where it is the embedding."""
+    """[V, H]; None for a head that is tied to the embedding."""
 
     @property
     def widths(self) -> list[int]:
         """The width of each new layer's MLP; 0 without one."""
-        return [
-            0 if layer is None else layer.get_parameter("mlp.down_proj.weight").shape[1]
-            for _, layer in self.layers
-        ]
+        return [0 if layer is None else _mlp_width(layer) for _, layer in self.layers]
 
     @property
     def is_whole(self) -> bool:
-        """All layers have the same shape, and lack nothing."""
-        return (
-            all(mha is not None for mha, _ in self.layers)
-            and 0 not in self.widths
-            and len({*self.widths}) == 1
-        )
+        """Whether all layers have the same shape, and both blocks."""
+        has_blocks = all(None not in blocks for blocks in self.layers)
+        widths = set(self.widths)
+        return has_blocks and len(widths) == 1
+
+
+def _mlp_width(layer: nn.Module) -> int:
+    weight = layer.get_parameter("mlp.down_proj.weight")
+    return weight.shape[1]
 
 
 @torch.no_grad()
 def pack_model(model: PreTrainedModel) -> PackedModel:
     """The blocks of a pruned model (`models.prune_`) in as few layers as their order allows. vLLM
-    and llama.cpp need an MHA in their first layer. MLPs before the first MHA see a token's
+    and llama.cpp need an MHA in their first layer. MLPs before the first MHA read a token's
     embedding alone, and are folded into it, in float32: E' = E + MLP(norm(E)). The head is untied
     then."""
-    family, layers = model_family(model), decoder_layers(model)
-    holes: Mask = frozenset(
-        BlockId(kind, index)
-        for index, layer in enumerate(layers)
-        for kind, hole in ((BlockKind.MHA, NoMHA), (BlockKind.MLP, NoMLP))
-        if isinstance(getattr(layer, family.branch(kind).module), hole)
-    )
-    result = [
-        (None if mha is None else layers[mha], None if mlp is None else layers[mlp])
-        for mha, mlp in pack_layers(holes, len(layers))
-    ]
-    embedding, tied = model.get_input_embeddings().weight, bool(model.config.tie_word_embeddings)
-    head = None if tied else model.lm_head.weight
-    while result and result[0][0] is None:
-        layer = result.pop(0)[1]
-        assert layer is not None and family.mlp.norm is not None and family.mlp.post is None
-        norm, mlp = getattr(layer, family.mlp.norm), getattr(layer, family.mlp.module)
-        head = embedding if head is None else head
-        with in_float32(norm, mlp):
-            embedding = torch.cat(
-                [part + mlp(norm(part)) for part in map(Tensor.float, embedding.split(FOLD_ROWS))]
-            )
-    return PackedModel(tuple(result), embedding, head)
+    layers = decoder_layers(model)
+    packed: list[Layer] = []
+    removed = _removed_blocks(model)
+    for mha, mlp in pack_layers(removed, len(layers)):
+        mha_layer = None if mha is None else layers[mha]
+        mlp_layer = None if mlp is None else layers[mlp]
+        packed.append((mha_layer, mlp_layer))
+    embedding: Tensor = model.get_input_embeddings().weight
+    head = None
+    if not model.config.tie_word_embeddings:
+        head = model.lm_head.weight
+    branch = model_family(model).mlp
+    while packed and packed[0][0] is None:
+        layer = packed.pop(0)[1]
+        assert layer is not None and branch.norm is not None and branch.post is None
+        # The folded embedding is no longer the head.
+        if head is None:
+            head = embedding
+        norm = layer.get_submodule(branch.norm)
+        mlp_module = layer.get_submodule(branch.module)
+        folded = []
+        with in_float32(norm, mlp_module):
+            for rows in torch.split(embedding, FOLD_ROWS):
+                x = rows.float()
+                folded.append(x + mlp_module(norm(x)))
+        embedding = torch.cat(folded)
+    return PackedModel(tuple(packed), embedding, head)
+
+
+def _removed_blocks(model: PreTrainedModel) -> Mask:
+    family = model_family(model)
+    removed = set()
+    for index, layer in enumerate(decoder_layers(model)):
+        mha = layer.get_submodule(family.mha.module)
+        mlp = layer.get_submodule(family.mlp.module)
+        if isinstance(mha, NoMHA):
+            removed.add(BlockId(BlockKind.MHA, index))
+        if isinstance(mlp, NoMLP):
+            removed.add(BlockId(BlockKind.MLP, index))
+    return frozenset(removed)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from blockpruner.core.errors import InputError, missing
 from blockpruner.core.families import FAMILIES, Config
@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 
 
 Writer = Callable[["Pruning", Path], None]
-"""Writes a pruned model, with its healed weights, as a directory at a path, verified. It raises
-InputError, and leaves nothing there, where the format cannot hold the model or its engine does not
-reproduce it."""
+"""Writes a pruned model, with its healed weights, as a verified directory. It raises InputError and
+writes nothing if the format cannot hold the model or its engine does not reproduce it."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +38,14 @@ class Export:
     commands: tuple[str, ...] = ()
     """How to start its engines, in their order; {path} is the checkpoint's folder."""
     package: str = ""
-    """What its writer imports and only an extra installs, which has the same name; "" for
-    nothing."""
+    """The package that its writer imports and only the extra of the same name installs."""
 
     @property
     def write(self) -> Writer:
-        found: Writer = (
-            pkgutil.resolve_name(self.writer) if isinstance(self.writer, str) else self.writer
-        )
-        return found
+        # A name keeps the engine's package from being imported before it is used.
+        if isinstance(self.writer, str):
+            return cast(Writer, pkgutil.resolve_name(self.writer))
+        return self.writer
 
 
 def require_exports(names: Sequence[str], kind: Kind, dtype: str) -> None:
@@ -56,10 +54,10 @@ def require_exports(names: Sequence[str], kind: Kind, dtype: str) -> None:
     for name in names:
         row = EXPORTS[name]
         if not _holds(row, kind):
-            valid = ", ".join(other.name for other in EXPORTS.values() if _holds(other, kind))
+            valid = [export.name for export in EXPORTS.values() if _holds(export, kind)]
             raise InputError(
                 f"export: {name} cannot hold what {kind.title} makes of a model; valid with it:"
-                f" {valid}"
+                f" {', '.join(valid)}"
             )
         if row.dtypes is not None and dtype not in row.dtypes:
             raise InputError(
@@ -72,13 +70,17 @@ def require_families(names: Sequence[str], config: Config) -> None:
     """Raise InputError for a format that cannot hold models of a family or window, before anything
     is computed."""
     model_type = str(config["model_type"]).removesuffix("_blockpruned")
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    for row in map(EXPORTS.__getitem__, names):
+    window = None
+    if config.get("use_sliding_window", True):
+        window = config.get("sliding_window")
+    for name in names:
+        row = EXPORTS[name]
         if row.families is not None and model_type not in row.families:
             raise InputError(
                 f"export: {row.name} ({', '.join(row.engines)}) has no {model_type} models that"
-                f" lack blocks; it has {', '.join(row.families)}; {_others(row, model_type)}"
+                f" lack blocks; it has {', '.join(row.families)}; {_alternative(row, model_type)}"
             )
+        # mlx-lm has windows of its own for some families: the export checks them.
         if row.families == READABLE and window is not None:
             raise InputError(
                 f"export: {row.name} has no models with a sliding window (here {window}); leave"
@@ -86,31 +88,37 @@ def require_families(names: Sequence[str], config: Config) -> None:
             )
 
 
-def _others(row: Export, model_type: str) -> str:
-    """What to do about a format that cannot hold a family."""
-    for other in EXPORTS.values():
-        common = [engine for engine in row.engines if engine in other.engines]
-        if other.families is not None and model_type in other.families and common:
-            return f"for {common[0]} name {other.name}"
+def _alternative(row: Export, model_type: str) -> str:
+    """The fix for a format that cannot hold a family."""
+    for candidate in EXPORTS.values():
+        common = [engine for engine in row.engines if engine in candidate.engines]
+        if common and model_type in (candidate.families or ()):
+            return f"for {common[0]} name {candidate.name}"
     return "leave it out (docs/serving.md says what other engines load)"
 
 
 def engines_of(form: str, model: Path) -> tuple[str, ...]:
-    """The engines that load a format of the model of a folder, its own or the dense model's. Of the
-    `hf` format vLLM lacks some families, and SliceGPT's models."""
-    row, path = EXPORTS[form], model / "config.json"
-    base = (
-        str(read_json(path).get("model_type")).removesuffix("_blockpruned") if path.exists() else ""
-    )
-    is_unknown = base.endswith("_slicegpt") or (base in FAMILIES and not FAMILIES[base].in_vllm)
-    return tuple(name for name in row.engines if name != "vLLM" or not is_unknown)
+    """The engines that load a format of the model of a folder, pruned or dense. Of the `hf` format
+    vLLM lacks some families, and SliceGPT's models."""
+    config_path = model / "config.json"
+    model_type = ""
+    if config_path.exists():
+        model_type = str(read_json(config_path).get("model_type")).removesuffix("_blockpruned")
+    # SliceGPT's models, and folders without a config, are of no family.
+    family = FAMILIES.get(model_type)
+    is_unsupported = family is not None and not family.in_vllm
+    engines = EXPORTS[form].engines
+    if is_unsupported or model_type.endswith("_slicegpt"):
+        return tuple(name for name in engines if name != "vLLM")
+    return engines
 
 
 def require_packages(names: Sequence[str]) -> None:
-    """Raise MissingPackageError for a format that cannot be written here, before a search takes
+    """Raise MissingPackageError for a format whose package is not installed, before a search takes
     hours."""
-    for package in filter(None, (EXPORTS[name].package for name in names)):
-        if find_spec(package) is None:
+    for name in names:
+        package = EXPORTS[name].package
+        if package and find_spec(package) is None:
             raise missing(package, package)
 
 
@@ -118,9 +126,12 @@ def _holds(row: Export, kind: Kind) -> bool:
     return kind.exports is None or row.name in kind.exports
 
 
-HERE, NARROW = "blockpruner.checkpoints.", ("float32", "float16", "bfloat16")
+PACKAGE = "blockpruner.checkpoints."
+NARROW = ("float32", "float16", "bfloat16")
+"""The dtypes of mlx."""
+
 READABLE = ("llama", "mistral", "qwen2")
-"""Families that readers of DeciLM know, in which a layer may lack blocks: mlx-lm and llama.cpp."""
+"""Families that mlx-lm and llama.cpp read in the format of DeciLM, whose layers may lack blocks."""
 
 MLX = (
     *READABLE,
@@ -141,10 +152,10 @@ MLX = (
 """Families that mlx-lm computes as transformers does, blocks removed or not."""
 
 WINDOWED = ("gemma3_text", "exaone4", "cohere2", "ministral3")
-"""Those of whose sliding windows it knows."""
+"""The families of `MLX` whose sliding windows mlx-lm computes."""
 
 QUANTIZER = "llama-quantize"
-"""llama.cpp's program, which no Python package brings along."""
+"""llama.cpp's program, which no Python package contains."""
 
 EXPORTS: Registry[Export] = Registry(
     "export",
@@ -154,14 +165,14 @@ EXPORTS: Registry[Export] = Registry(
             "hf",
             "transformers checkpoint",
             ("transformers", "vLLM"),
-            HERE + "hf:export_hf",
+            PACKAGE + "hf:export_hf",
             commands=("blockpruner chat {path}", "vllm serve {path} --host 127.0.0.1 --port 8000"),
         ),
         Export(
             "nas",
             "DeciLM checkpoint",
             ("vLLM without our plugin", "mlx-lm"),
-            HERE + "nas:export_nas",
+            PACKAGE + "nas:export_nas",
             NARROW,
             READABLE,
             commands=(
@@ -173,7 +184,7 @@ EXPORTS: Registry[Export] = Registry(
             "mlx",
             "checkpoint for mlx-lm",
             ("mlx-lm",),
-            HERE + "mlx:export_mlx",
+            PACKAGE + "mlx:export_mlx",
             NARROW,
             MLX,
             commands=(
@@ -184,7 +195,7 @@ EXPORTS: Registry[Export] = Registry(
             "gguf",
             "GGUF files in 16 and 8 bits",
             ("llama.cpp",),
-            HERE + "gguf:export_gguf",
+            PACKAGE + "gguf:export_gguf",
             families=READABLE,
             commands=("llama-server -m {path}/model-Q8_0.gguf --port 8080",),
             package="gguf",

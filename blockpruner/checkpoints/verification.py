@@ -1,8 +1,8 @@
 """Verification of a checkpoint: a fresh process must compute what the model in memory computes.
 
-Decides what the reference holds, what a report leads to, and that it lists the files that were
-verified. Each engine has a script of its own that loads and runs a checkpoint (`verify.py` for
-transformers) and knows nothing of blockpruner.
+Decides what the reference holds, what follows from a report, and that it lists the files that were
+verified. Each engine has a script that loads and runs a checkpoint (`verify.py` for transformers)
+and does not import blockpruner.
 """
 
 import json
@@ -19,62 +19,79 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from blockpruner.checkpoints import verify
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
+from blockpruner.methods.apply import Pruning
 from blockpruner.model.classes import has_our_code
 from blockpruner.store.files import new_directory, write_sealed_json
 from blockpruner.store.manifest import REPORT_FILE, manifest
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-"""By the dtype that is computed in: the largest difference of a logit, relative to the largest
-logit."""
+"""The largest difference of a logit, relative to the largest logit, by the dtype that computes."""
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 12
 
 LIMIT = 1800.0
-"""Seconds that a program may take for a checkpoint, and so many more for each GiB of it: far more
-than slow disks and few cores need. What takes longer hangs."""
+"""Seconds that a program may take for a checkpoint, plus as many for each GiB of it: far more than
+slow disks and few cores need. A program that takes longer hangs."""
 
 
 @torch.inference_mode()
 def reference_outputs(model: PreTrainedModel, plan: Plan) -> dict[str, torch.Tensor]:
-    """What the pruned model of a plan computes: greedy tokens [B, T + n] from seeded random prompts
-    [B, T], and their logits, in one pass and token by token through the KV cache. 16 bits are
-    computed in float32, a weight at a time."""
+    """The outputs of the pruned model of a plan: greedy tokens [B, T + n] from seeded random
+    prompts [B, T], and their logits [B, T + n, V], in one pass and token by token through the KV
+    cache. bf16 and fp16 are computed in float32, a weight at a time."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(
-        0, model.config.vocab_size, (PROMPTS, PROMPT_TOKENS), generator=generator
-    ).to(model.device)
+    shape = (PROMPTS, PROMPT_TOKENS)
+    prompts = torch.randint(0, model.config.vocab_size, shape, generator=generator)
     with verify.in_float32(model):
-        cached, tokens, _ = verify.stepped(model, ids, PROMPT_TOKENS, PROMPT_TOKENS + NEW_TOKENS)
+        cached, tokens, _ = verify.stepped(
+            model, prompts.to(model.device), PROMPT_TOKENS, PROMPT_TOKENS + NEW_TOKENS
+        )
         logits = model(tokens, use_cache=False).logits
-    attentions = torch.tensor(plan.layers - plan.blocks["mha"])
-    result = {"tokens": tokens, "logits": logits, "cached": cached, "attentions": attentions}
-    result["prompt"] = torch.tensor(PROMPT_TOKENS)
-    return {name: tensor.cpu().contiguous().clone() for name, tensor in result.items()}
+    outputs = {
+        "tokens": tokens,
+        "logits": logits,
+        "cached": cached,
+        "attentions": torch.tensor(plan.layers - plan.blocks["mha"]),
+        "prompt": torch.tensor(PROMPT_TOKENS),
+        "narrow": torch.tensor(model.dtype != torch.float32),
+    }
+    for name, tensor in outputs.items():
+        outputs[name] = tensor.cpu().contiguous().clone()
+    return outputs
+
+
+def load_pruned(pruning: Pruning, reference: Path, **facts: torch.Tensor) -> PreTrainedModel:
+    """The pruned model, whose outputs are written to the file `reference`, with more facts for its
+    engine."""
+
+    def save_reference(reduced: PreTrainedModel) -> None:
+        outputs = reference_outputs(reduced.cpu(), pruning.plan)
+        save_file(outputs | facts, reference)
+
+    return pruning.prune_(pruning.load_for_export(), save_reference)
 
 
 def tolerance_of(model: PreTrainedModel) -> float:
-    """`TOLERANCE` of what a model is verified in; that of float32 for eager and linear attention,
-    never wider."""
-    is_hybrid = "linear_attention" in (getattr(model.config, "layer_types", None) or ())
-    is_wide = (
-        model.dtype is torch.float64
-        and model.config._attn_implementation != "eager"
-        and not is_hybrid
-    )
-    return TOLERANCE[torch.float64 if is_wide else torch.float32]
+    """The `TOLERANCE` of the dtype in which a model is verified."""
+    layer_types = getattr(model.config, "layer_types", None) or ()
+    # Eager and linear attention compute a part in float32, even in a model of float64.
+    is_rounded = model.config._attn_implementation == "eager" or "linear_attention" in layer_types
+    is_float64 = model.dtype is torch.float64 and not is_rounded
+    return TOLERANCE[torch.float64 if is_float64 else torch.float32]
 
 
 def write_verified(
     out: Path, write: Callable[[Path, Path], float], script: ModuleType = verify
 ) -> None:
-    """Write a new checkpoint directory at `out` and verify it; a directory that fails does not
-    exist. `write` is called with the directory and with the file for the reference, which it
-    writes; it returns the tolerance."""
+    """Write a new checkpoint directory at `out` and verify it; a directory that fails is removed.
+    `write` gets the directory and the file for the reference, writes both, and returns the
+    tolerance."""
 
     def build(directory: Path) -> None:
         reference = directory.with_name("reference.safetensors")
@@ -86,9 +103,10 @@ def write_verified(
 
 @contextmanager
 def limited(program: str, folder: Path) -> Iterator[float]:
-    """Within, a program reads the checkpoint in a folder, for the yielded seconds at most;
+    """The seconds within which a program must have read the checkpoint in a folder; raises
     InputError if it hangs."""
-    seconds = LIMIT * (1 + sum(path.stat().st_size for path in folder.iterdir()) / 2**30)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    seconds = LIMIT * (1 + size / 2**30)
     try:
         yield seconds
     except TimeoutExpired:
@@ -108,18 +126,28 @@ def verify_checkpoint(
     hangs. The report of an engine that is not installed is "unchecked". Code that is not ours is
     refused before it could run. The script prints one JSON object when called with checkpoint,
     reference and tolerance. Its ENGINE is the Python module that it needs."""
-    engine: str = script.ENGINE
     has_our_code(directory)
+    engine: str = script.ENGINE
     if find_spec(engine) is None:
         report: dict[str, Any] = {
             "ok": None,
             "engine": engine,
             "unchecked": f"{engine} is not installed",
         }
-        write_sealed_json(directory / REPORT_FILE, report | {"manifest": manifest(directory)})
-        return
+    else:
+        report = _run_script(script, directory, reference, tolerance)
+    report["manifest"] = manifest(directory)
+    write_sealed_json(directory / REPORT_FILE, report)
+
+
+def _run_script(
+    script: ModuleType, directory: Path, reference: Path, tolerance: float
+) -> dict[str, Any]:
+    """The report of an engine's script; raises InputError if it fails."""
     modules = reference.with_name("modules")
-    environment = os.environ | {
+    environment = {
+        **os.environ,
+        # transformers copies the code of a checkpoint into this cache.
         "HF_MODULES_CACHE": str(modules),
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": _python_path(),
@@ -133,27 +161,32 @@ def verify_checkpoint(
         str(tolerance),
     ]
     try:
-        with limited(engine, directory) as limit:
+        with limited(script.ENGINE, directory) as seconds:
             result = subprocess.run(
-                command, capture_output=True, text=True, env=environment, check=False, timeout=limit
+                command,
+                capture_output=True,
+                text=True,
+                env=environment,
+                check=False,
+                timeout=seconds,
             )
     finally:
         shutil.rmtree(modules, ignore_errors=True)
     lines = result.stdout.strip().splitlines()
     if result.returncode != 0 or not lines:
-        said = lines[-1] if lines else result.stderr.strip().rpartition("\n")[2]
+        # A report without "ok", or else the last line of a traceback.
+        reason = lines[-1] if lines else result.stderr.strip().rpartition("\n")[2]
         raise InputError(
             "the exported checkpoint does not reproduce the model in memory in a fresh process"
-            f" ({engine}): {said}. Nothing was left behind; please report this with the family and"
-            " the plan"
+            f" ({script.ENGINE}): {reason}. Nothing was left behind; please report this with the"
+            " family and the plan"
         )
-    write_sealed_json(
-        directory / REPORT_FILE, json.loads(lines[-1]) | {"manifest": manifest(directory)}
-    )
+    return dict(json.loads(lines[-1]))
 
 
 def _python_path() -> str:
-    """PYTHONPATH without the working folder: packages come from the rest of it, as for this
-    process."""
-    named = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-    return os.pathsep.join(path for path in named if Path(path).resolve() != Path.cwd().resolve())
+    """PYTHONPATH without the working folder: the script must not import this package from it."""
+    variable = os.environ.get("PYTHONPATH", "")
+    paths = [path for path in variable.split(os.pathsep) if path]
+    home = Path.cwd().resolve()
+    return os.pathsep.join(path for path in paths if Path(path).resolve() != home)

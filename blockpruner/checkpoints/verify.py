@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
@@ -26,57 +26,56 @@ ENGINE = "transformers"
 
 @contextmanager
 def in_float32(*models: nn.Module) -> Iterator[None]:
-    """Within, these compute in float32, unless they are of float64: 16 bits may be a hundred times
-    as slow on a CPU. Weights keep their dtype: each module has its own as float32 while it runs, so
-    a model never lies in memory so wide. So has it those of its convolutions, which linear
-    attentions read themselves.
-    """
-
-    def read(module: nn.Module) -> list[nn.Module]:
-        return [module, *(child for child in module.children() if isinstance(child, nn.Conv1d))]
-
-    def run(module: nn.Module, *inputs: Any, **named: Any) -> Any:
-        owners = [(part, dict(part._parameters)) for part in read(module)]
-        for part, own in owners:
-            wide = {
-                name: nn.Parameter(weight.float(), False)
-                for name, weight in own.items()
-                if weight is not None
-            }
-            part._parameters.update(wide)
-        try:
-            return type(module).forward(module, *inputs, **named)
-        finally:
-            for part, own in owners:
-                part._parameters.update(own)
-
-    parts = [part for model in models for part in model.modules()]
-    chosen = [
-        part
-        for part in parts
-        if any(weight.dtype is not torch.float64 for weight in part.parameters(False))
-    ]
-    for module in chosen:
-        module.forward = partial(run, module)
+    """Within, these models compute in float32, unless they are of float64: bf16 and fp16 may be a
+    hundred times as slow on a CPU. The weights keep their dtype. Each module has float32 copies of
+    its own weights while it runs, so the whole model is never held in float32."""
+    narrow_modules = []
+    for model in models:
+        for module in model.modules():
+            weights = module.parameters(recurse=False)
+            if any(weight.dtype != torch.float64 for weight in weights):
+                narrow_modules.append(module)
+    for module in narrow_modules:
+        module.forward = partial(_forward_in_float32, module)
     try:
         yield
     finally:
-        for module in chosen:
+        for module in narrow_modules:
             del module.forward
+
+
+def _forward_in_float32(module: nn.Module, *inputs: Any, **options: Any) -> Any:
+    # Linear attentions read the weights of their convolutions themselves.
+    convolutions = [child for child in module.children() if isinstance(child, nn.Conv1d)]
+    owners = [module, *convolutions]
+    narrow_parameters = [dict(owner._parameters) for owner in owners]
+    for owner, parameters in zip(owners, narrow_parameters, strict=True):
+        for name, weight in parameters.items():
+            if weight is not None:
+                wide = weight.float()
+                owner._parameters[name] = nn.Parameter(wide, requires_grad=False)
+    try:
+        return type(module).forward(module, *inputs, **options)
+    finally:
+        for owner, parameters in zip(owners, narrow_parameters, strict=True):
+            owner._parameters.update(parameters)
 
 
 @torch.inference_mode()
 def stepped(
     model: PreTrainedModel, tokens: Tensor, prompt: int, length: int
 ) -> tuple[Tensor, Tensor, Any]:
-    """Logits [B, length, V], the first `prompt` tokens at once, then one by one; all tokens [B,
-    length], those behind the given ones [B, T] the likeliest; and the KV cache."""
+    """A pass over the first `prompt` tokens at once, then over one token at a time. Tokens beyond
+    `tokens` [B, T] are the likeliest ones. Returns logits [B, length, V], all tokens [B, length],
+    and the KV cache."""
     out = model(tokens[:, :prompt], use_cache=True)
     logits = [out.logits]
     for position in range(prompt, length):
         if position == tokens.shape[1]:
-            tokens = torch.cat([tokens, out.logits[:, -1:].argmax(-1)], dim=1)
-        out = model(tokens[:, position : position + 1], cache=out.cache, use_cache=True)
+            next_tokens = out.logits[:, -1:].argmax(-1)
+            tokens = torch.cat([tokens, next_tokens], dim=1)
+        token = tokens[:, position : position + 1]
+        out = model(token, cache=out.cache, use_cache=True)
         logits.append(out.logits)
     return torch.cat(logits, dim=1), tokens, out.cache
 
@@ -91,10 +90,13 @@ def verify(checkpoint: str, reference_file: str, tolerance: float) -> dict[str, 
     another device, a near-tie may fall the other way.
     """
     reference = load_file(reference_file)
-    tokens, expected = reference["tokens"], reference["logits"].double()
-    # the usual one knows no float64
-    experts = "eager" if reference["logits"].dtype is torch.float64 else None
-    has_code = any(Path(checkpoint).glob("*.py"))  # the caller has seen that it is its own
+    tokens = reference["tokens"]
+    expected = reference["logits"]
+    expected_cached = reference["cached"]
+    # The default kernel of mixtures has no float64.
+    experts = "eager" if expected.dtype is torch.float64 else None
+    # The caller has checked that the code of a checkpoint is its own.
+    has_code = any(Path(checkpoint).glob("*.py"))
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint,
         trust_remote_code=has_code,
@@ -102,57 +104,84 @@ def verify(checkpoint: str, reference_file: str, tolerance: float) -> dict[str, 
         local_files_only=True,
         experts_implementation=experts,
     ).eval()
-    prompt, length = int(reference["prompt"]), tokens.shape[1]
-    new = length - prompt
+    prompt = int(reference["prompt"])
+    length = tokens.shape[1]
     with torch.inference_mode(), in_float32(model):
-        whole = model(tokens, use_cache=False).logits.double()
+        logits = model(tokens, use_cache=False).logits
         cached, _, cache = stepped(model, tokens, prompt, length)
-        ids = tokens[:, :prompt]
-        greedy = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new,
-            min_new_tokens=new,
-            do_sample=False,
-            pad_token_id=0,
-            eos_token_id=None,  # else it would not be chosen
-        )
+        greedy = _generate(model, tokens[:, :prompt], length - prompt)
+    difference = _distance(logits, expected)
+    difference_cached = _distance(cached, expected_cached)
+    difference_to_whole = _distance(cached, expected)
     differences = {
-        "max_logit_difference": (whole - expected).abs().max().item(),
-        "max_logit_difference_cached": (
-            (cached.double() - reference["cached"].double()).abs().max().item()
-        ),
-        "median_logit_difference_of_cached_to_whole": (
-            (cached.double() - expected).abs().amax(-1).median().item()
-        ),
+        "max_logit_difference": difference.max().item(),
+        "max_logit_difference_cached": difference_cached.max().item(),
+        "median_logit_difference_of_cached_to_whole": difference_to_whole.median().item(),
     }
-    limit = tolerance * max(1.0, expected.abs().max().item())
+    largest_logit = expected.double().abs().max().item()
+    limit = tolerance * max(1.0, largest_logit)
+    slots, filled_slots = _cache_slots(cache)
     attentions = int(reference["attentions"])
-    grow = [layer for layer in cache.layers if getattr(layer, "is_initialized", False)]
-    states = [
-        layer for layer in cache.layers if any(getattr(layer, "has_previous_state", {}).values())
-    ]
-    held = len(grow) + len(states)
-    spare = int(bool(states) and not grow)  # a slot that stays empty (`cache_config`)
+    is_imported = "blockpruner" in sys.modules
     return {
         "engine": ENGINE,
         **differences,
         "tolerance": limit,
         "greedy_tokens_equal": torch.equal(greedy, tokens),
-        "cache_layers": len(cache.layers) - spare,
+        "cache_layers": slots,
         "cache_layers_expected": attentions,
         "class": type(model).__name__,
-        "blockpruner_imported": "blockpruner" in sys.modules,
+        "blockpruner_imported": is_imported,
         "ok": (
             all(difference <= limit for difference in differences.values())
-            and held == len(cache.layers) - spare == attentions
-            and "blockpruner" not in sys.modules
+            and filled_slots == slots == attentions
+            and not is_imported
         ),
     }
 
 
+def _distance(logits: Tensor, expected: Tensor) -> Tensor:
+    """The largest difference of a logit at each position, [B, T]."""
+    return (logits.double() - expected.double()).abs().amax(-1)
+
+
+def _generate(model: Any, prompts: Tensor, count: int) -> Tensor:
+    return cast(
+        Tensor,
+        model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            pad_token_id=0,
+            # With `min_new_tokens`, a token that ends the text would never be chosen.
+            eos_token_id=None,
+        ),
+    )
+
+
+def _cache_slots(cache: Any) -> tuple[int, int]:
+    """How many layers a KV cache has, and how many of them hold something."""
+    slots = len(cache.layers)
+    filled = 0
+    states = 0
+    for layer in cache.layers:
+        if getattr(layer, "is_initialized", False):
+            filled += 1
+        # Linear attentions have a state.
+        previous = getattr(layer, "has_previous_state", {})
+        if any(previous.values()):
+            states += 1
+    # A model whose attentions are all linear has a slot that stays empty (`cache_config`).
+    if states and not filled:
+        slots -= 1
+    return slots, filled + states
+
+
 if __name__ == "__main__":
     logging.disable_progress_bar()
-    report = verify(sys.argv[1], sys.argv[2], float(sys.argv[3]))
+    _, checkpoint, reference_file, tolerance = sys.argv
+    report = verify(checkpoint, reference_file, float(tolerance))
     print(json.dumps(report))
     sys.exit(0 if report["ok"] else 1)

@@ -18,50 +18,52 @@ from blockpruner.settings import Run
 
 
 def dry_run(run: Run, config: Config, budget: str) -> dict[str, Any]:
-    """Count what a run removes and needs; raises InputError for a budget that no model of this
+    """Count what a run removes and takes; raises InputError for a budget that no model of this
     shape reaches."""
     require_reached(run.score, config, budget)
-    layers, counts = int(config["num_hidden_layers"]), count_parameters(config)
-    wanted = parse_budget(budget, counts)
-    share = wanted.ratio if wanted.resource == "parameters" else None
-    masks = {
-        name: len(removable_units(layers, score.unit, score.candidates))
-        for name, score in proposals(run.score, config, budget).items()
-        if kind_of_method(score.method).removes_blocks and not METRICS[score.metric].influence
-    }
-    others = [
-        f"none ({name})" for name in proposals(run.score, config, budget) if name not in masks
-    ]
+    layers = int(config["num_hidden_layers"])
+    counts = count_parameters(config)
+    target = parse_budget(budget, counts)
+    share = target.ratio if target.resource == "parameters" else None
+    masks, without_masks = {}, []
+    for name, score in proposals(run.score, config, budget).items():
+        # Only a search of blocks by losses scores masks; an influence is one pass over the rows.
+        scores_masks = kind_of_method(score.method).removes_blocks
+        if scores_masks and not METRICS[score.metric].influence:
+            masks[name] = len(removable_units(layers, score.unit, score.candidates))
+        else:
+            without_masks.append(f"none ({name})")
+    dtype = run.model.dtype
     compensate = compensation(run.compensate.method, run.score.method)
     return {
-        "model": f"{run.model.title}, {config['model_type']}, {run.model.dtype}",
+        "model": f"{run.model.title}, {config['model_type']}, {dtype}",
         "blocks": f"{layers} MHA + {layers} MLP",
         "parameters": counts.total,
         "parameters_to_remove": share and round(share * counts.total),
         "first_step_masks": masks,
-        "without_masks": others,
-        "weights_bytes": counts.total * BYTES[run.model.dtype],
-        "memory_bytes": step_bytes(
-            config, run.model.dtype, run.score, compensate, run.train, budget
-        ),
+        "without_masks": without_masks,
+        "weights_bytes": counts.total * BYTES[dtype],
+        "memory_bytes": step_bytes(config, dtype, run.score, compensate, run.train, budget),
         "disk_bytes": counts.total * BYTES[own_dtype(config)],
         "is_local": run.model.source == "path",
     }
 
 
-def in_words(found: Mapping[str, Any]) -> str:
-    gone, masks = found["parameters_to_remove"], found["first_step_masks"]
-    more = (
-        "" if found["is_local"] else f", and {size(found['disk_bytes'])} for the download (HF_HOME)"
-    )
-    counted = [f"{count} ({name})" for name, count in masks.items()]
+def in_words(forecast: Mapping[str, Any]) -> str:
+    parameters = f"{forecast['parameters']:,}"
+    if forecast["parameters_to_remove"]:
+        parameters += f"; removed: {forecast['parameters_to_remove']:,}"
+    masks = [f"{count} ({name})" for name, count in forecast["first_step_masks"].items()]
+    memory = [f"{size(count)} for {step}" for step, count in forecast["memory_bytes"].items()]
+    disk = f"less than {size(forecast['disk_bytes'])} for each checkpoint"
+    if not forecast["is_local"]:
+        disk += f", and {size(forecast['disk_bytes'])} for the download (HF_HOME)"
     lines = {
-        "model": found["model"],
-        "blocks": found["blocks"],
-        "parameters": f"{found['parameters']:,}" + (f"; removed: {gone:,}" if gone else ""),
-        "masks of the first step": ", ".join(counted + found["without_masks"]),
-        "memory": "at least "
-        + ", ".join(f"{size(most)} for {step}" for step, most in found["memory_bytes"].items()),
-        "disk": f"less than {size(found['disk_bytes'])} for each checkpoint" + more,
+        "model": forecast["model"],
+        "blocks": forecast["blocks"],
+        "parameters": parameters,
+        "masks of the first step": ", ".join(masks + forecast["without_masks"]),
+        "memory": f"at least {', '.join(memory)}",
+        "disk": disk,
     }
     return "\n".join(f"{name}: {value}" for name, value in lines.items())

@@ -13,7 +13,7 @@ import torch
 
 from blockpruner import pipeline
 from blockpruner.checkpoints.registry import require_exports, require_families, require_packages
-from blockpruner.cli.pruning import Place, own_dtype, read_plan
+from blockpruner.cli.pruning import Workspace, checkpoint_facts, own_dtype, read_plan
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import FAMILIES
 from blockpruner.inputs.calibration import CalibrationSet
@@ -27,13 +27,12 @@ from blockpruner.inputs.checkpoints import (
     read_fields,
 )
 from blockpruner.methods.apply import Made
-from blockpruner.methods.healed import Healed, kept_facts
+from blockpruner.methods.healed import kept_facts
 from blockpruner.methods.registry import KINDS
 from blockpruner.model.classes import has_our_code, model_class
 from blockpruner.model.models import load_model
 from blockpruner.store.files import require_free, write_json
 from blockpruner.store.manifest import CARD_FILE, SOURCE_FILE, require_verified
-from blockpruner.store.plans import plan_fields
 
 PRUNED = (
     "auto_map",
@@ -43,14 +42,15 @@ PRUNED = (
     "layer_types",
     "no_rope_layers",
 )
-"""Fields of a pruned model's config that its dense model has not, or has otherwise."""
+"""Fields of a pruned model's config that are absent from its dense model's, or differ."""
 
 BASE = re.compile(r"^`(.+?)` ", re.MULTILINE)
-"""The base, in a card of ours."""
+"""The base model in a card of ours."""
 
 
-def export(folder: Path, place: Place) -> dict[str, Any]:
-    """Write the place's formats at FOLDER-FORMAT, of a checkpoint as it was verified."""
+def export(folder: Path, workspace: Workspace) -> dict[str, Any]:
+    """Write the workspace's formats at FOLDER-FORMAT, of a checkpoint as it was verified; returns
+    what `--json` prints."""
     plan = read_plan(folder)[1]
     if not (folder / "config.json").is_file():
         raise InputError(
@@ -58,56 +58,62 @@ def export(folder: Path, place: Place) -> dict[str, Any]:
         )
     config = read_fields(folder)
     require_verified(folder)
-    family, dtype = str(config["model_type"]).removesuffix("_blockpruned"), own_dtype(config)
-    forms = place.checked_formats()
-    places = {form: folder.with_name(f"{folder.name}-{form}") for form in forms if form != "hf"}
-    if not places:
+    workspace.require_formats()
+    formats = [form for form in workspace.formats if form != "hf"]
+    folders = {form: folder.with_name(f"{folder.name}-{form}") for form in formats}
+    if not folders:
         raise InputError(
             f"{folder} is the hf checkpoint itself; name other formats: nas, mlx, gguf",
             rule="no-format",
         )
-    require_packages(list(places))
-    require_exports(list(places), KINDS[plan.kind], dtype)
-    require_families(list(places), config)
-    for path in places.values():
+    dtype = own_dtype(config)
+    require_packages(formats)
+    require_exports(formats, KINDS[plan.kind], dtype)
+    require_families(formats, config)
+    for path in folders.values():
         require_free(path)
-    # formats know our own classes, not those of the file beside the weights
+    family = str(config["model_type"]).removesuffix("_blockpruned")
+    # Exports know our own classes, and not their copy in the file next to the weights.
     if has_our_code(folder):
-        model = (
-            model_class(FAMILIES[family])
-            .from_pretrained(folder, dtype=getattr(torch, dtype))
-            .eval()
-        )
+        our_class = model_class(FAMILIES[family])
+        model = our_class.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     else:
         model = load_model(folder, dtype, "cpu")
     with TemporaryDirectory() as directory:
         dense = Path(directory)
-        own = {name: value for name, value in config.items() if name not in PRUNED}
-        write_json(
-            dense / "config.json", own | {"model_type": family, "num_hidden_layers": plan.layers}
-        )
+        dense_config = {name: value for name, value in config.items() if name not in PRUNED}
+        dense_config |= {"model_type": family, "num_hidden_layers": plan.layers}
+        write_json(dense / "config.json", dense_config)
         copy_files(folder, dense, (*TOKENIZER_FILES, GENERATION_FILE, *LICENCE_FILES))
-        healed = _stand_in(folder, dense)
-        made = Made(dense, plan, CalibrationSet(()), dtype, "cpu", healed=healed, model=model)
-        pipeline.export(made, places, forms)
-    told = {"plan": plan_fields(plan), "taken_out": KINDS[plan.kind].taken_out(plan)}
-    return told | {"written": [pipeline.exported(*each) for each in places.items()]}
+        _write_source(folder, dense)
+        made = Made(
+            dense,
+            plan,
+            CalibrationSet(()),
+            dtype,
+            "cpu",
+            healed=kept_facts(folder),
+            model=model,
+        )
+        pipeline.export(made, folders, workspace.formats)
+    return checkpoint_facts(plan, folders)
 
 
-def _stand_in(folder: Path, dense: Path) -> Healed | None:
-    """Write what a card names of the base; returns what the checkpoint keeps of its healing."""
+def _write_source(folder: Path, dense: Path) -> None:
+    """Write the base model and its licence, as the checkpoint's card names them, where an export
+    looks for those of a dense model."""
     card = folder / CARD_FILE
     front = card_fields(folder)
-    found = BASE.search(card.read_text(encoding="utf-8")) if card.exists() else None
-    base = front.get("base_model") or (found[1] if found else folder.name)
+    if "base_model" in front:
+        # Cards name a base of the hub in their front matter, and a folder in their text alone.
+        base = front["base_model"]
+        source = {"source": "hub", "repo": base}
+    else:
+        match = BASE.search(card.read_text(encoding="utf-8")) if card.exists() else None
+        base = match[1] if match else folder.name
+        source = {"source": "path", "path": base}
     if not isinstance(base, str):
         raise InputError(
             f"{card}: base_model is {base!r}; valid: one name", rule="settings", value=base
         )
-    source = (
-        {"source": "hub", "repo": base}
-        if "base_model" in front
-        else {"source": "path", "path": base}
-    )
     write_json(dense / SOURCE_FILE, {"source": source, "licence": licence_beside(folder)})
-    return kept_facts(folder)

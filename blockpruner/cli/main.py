@@ -196,44 +196,44 @@ def prune(
     from blockpruner.cli import dry_run as forecast
     from blockpruner.cli import pruning as work
 
-    out = out and _place(out)
+    out = out and _output_folder(out)
     source = {} if model is None else model_of(model)
-    source |= _own(dtype, trust_remote_code) | _given(revision=revision)
-    wanted = values_of(
+    source |= _model_options(dtype, trust_remote_code) | _set_options(revision=revision)
+    settings = values_of(
         config,
         set_ or (),
         {
             "model": source,
-            "runtime": _given(
+            "runtime": _set_options(
                 workers=workers, executor=workers and "ray", streaming=streaming or None
             ),
         },
         method,
         only_texts,
         data=data_of(texts, dataset),
-        calibration=_given(num_samples=num_samples, seq_len=seq_len),
-        score=_given(unit=unit, metric=metric, acceleration=acceleration),
+        calibration=_set_options(num_samples=num_samples, seq_len=seq_len),
+        score=_set_options(unit=unit, metric=metric, acceleration=acceleration),
         compensate=compensate,
         train=train,
     )
-    if "source" not in wanted["model"]:
+    if "source" not in settings["model"]:
         raise InputError(
             "there is no model; give MODEL, or --config FILE that names one", rule="no-model"
         )
-    runtime, formats = wanted.pop("runtime"), [*wanted.pop("export", ()), export]
-    place = work.Place(
+    runtime, formats = settings.pop("runtime"), [*settings.pop("export", ()), export]
+    workspace = work.Workspace(
         cache.expanduser().absolute(), device, stderr_observer(), ",".join(formats), runtime
     )
-    run = place.read_run(model, wanted, computes=not dry_run)
-    share = share_for(budget, place.config_of(run))
-    named = out or _place(Path(f"{run.model.title.rpartition('/')[2]}-{budget}"))
+    run = workspace.read_run(model, settings, computes=not dry_run)
+    share = share_for(budget, workspace.config_of(run))
+    folder = out or _output_folder(Path(f"{run.model.title.rpartition('/')[2]}-{budget}"))
     if dry_run:
-        place.look(run, named)
-        found = forecast.dry_run(run, place.config_of(run), share)
-        _tell(found, forecast.in_words(found), as_json)
+        workspace.check_dry_run(run, folder)
+        result = forecast.dry_run(run, workspace.config_of(run), share)
+        _print_result(result, forecast.in_words(result), as_json)
     else:
-        found = place.prune(run, share, named, max_loss)
-        _tell(found, work.words(found), as_json)
+        result = workspace.prune(run, share, folder, max_loss)
+        _print_result(result, work.summary(result), as_json)
 
 
 @app.command()
@@ -262,10 +262,10 @@ def apply(
         raise InputError(
             "apply writes a checkpoint, and --out does not say where", rule="no-place", key="--out"
         )
-    place = work.Place(cache.expanduser().absolute(), device, stderr_observer(), export)
-    run = place.read_run(model, {"model": _own(dtype, trust_remote_code)})
-    found = place.apply(run, plan, _place(out))
-    _tell(found, work.words(found), as_json)
+    workspace = work.Workspace(cache.expanduser().absolute(), device, stderr_observer(), export)
+    run = workspace.read_run(model, {"model": _model_options(dtype, trust_remote_code)})
+    result = workspace.apply(run, plan, _output_folder(out))
+    _print_result(result, work.summary(result), as_json)
 
 
 @app.command()
@@ -277,9 +277,9 @@ def export(
     """Write other formats of a finished checkpoint, each at DIR-FORMAT."""
     from blockpruner.cli import exporting, pruning
 
-    place = pruning.Place(cache_folder(), "cpu", stderr_observer(), ",".join(formats))
-    found = exporting.export(checkpoint.expanduser().absolute(), place)
-    _tell(found, pruning.words(found), as_json)
+    workspace = pruning.Workspace(cache_folder(), "cpu", stderr_observer(), ",".join(formats))
+    result = exporting.export(checkpoint.expanduser().absolute(), workspace)
+    _print_result(result, pruning.summary(result), as_json)
 
 
 @app.command()
@@ -321,12 +321,12 @@ def compare(
 
     heldout = None
     if texts is not None:
-        rows = {"packing": "documents", "max_rows": max_rows, **_given(seq_len=seq_len)}
+        rows = {"packing": "documents", "max_rows": max_rows, **_set_options(seq_len=seq_len)}
         heldout = read_settings(
             Perplexity, {"data": {"source": "path", "path": str(texts)}, **rows}
         )
-    found = compared([_folder(a), _folder(b)], prompt, max_new_tokens, heldout, device)
-    _tell([vars(one) for one in found], side_by_side(found), as_json)
+    result = compared([_folder(a), _folder(b)], prompt, max_new_tokens, heldout, device)
+    _print_result([vars(one) for one in result], side_by_side(result), as_json)
 
 
 @app.command("eval")
@@ -348,12 +348,14 @@ def evaluate(
         {"source": "hub"} if items is None else {"source": "path", "path": str(items.expanduser())}
     )
     names = [name.strip() for name in tasks.split(",")]
-    wanted = read_settings(ZeroShot, {"data": source, "tasks": names, "limit": limit})
-    place = cache.expanduser().absolute()
-    found = scored(_folder(model, place), wanted, place, device, stderr_observer().note)
-    scores = ((task, name, value) for task, each in found.items() for name, value in each.items())
+    settings = read_settings(ZeroShot, {"data": source, "tasks": names, "limit": limit})
+    folder = cache.expanduser().absolute()
+    result = scored(_folder(model, folder), settings, folder, device, stderr_observer().note)
+    scores = (
+        (task, name, value) for task, metrics in result.items() for name, value in metrics.items()
+    )
     lines = (f"{task}: {name} {value:.4f}" for task, name, value in scores if value is not None)
-    _tell(found, "\n".join(lines), as_json)
+    _print_result(result, "\n".join(lines), as_json)
 
 
 @app.command()
@@ -399,14 +401,14 @@ def push(
     folder = checkpoint.expanduser().absolute()
     licence = hub.base_licence(folder, cache.expanduser().absolute())
     sizes = {name: (folder / name).stat().st_size for name in hub.files_to_push(folder, licence)}
-    found = {"repo": repo, "private": private, "files": sizes}
+    result = {"repo": repo, "private": private, "files": sizes}
     words = (
         f"to the {'private' if private else 'public'} repository {repo}:"
         f" {size(sum(sizes.values()))}"
     )
     words = "\n".join([words, *(f"  {name}  {size(count)}" for name, count in sizes.items())])
     if dry_run:
-        _tell(found, words, as_json)
+        _print_result(result, words, as_json)
         return
     if not yes:
         if not sys.stdin.isatty():
@@ -416,7 +418,7 @@ def push(
         print(words, file=sys.stderr)
         typer.confirm("Upload this?", abort=True, err=True)
     address = hub.push(folder, repo, private, licence, folder.name)
-    _tell({**found, "commit": address}, address, as_json)
+    _print_result({**result, "commit": address}, address, as_json)
 
 
 @app.command()
@@ -426,7 +428,7 @@ def doctor(cache: Annotated[Path, CACHE], as_json: AsJson = False) -> None:
     from blockpruner.cli import doctor as work
 
     checks = list(work.look(cache.expanduser().absolute()))
-    _tell(
+    _print_result(
         [{**vars(check), "verdict": check.verdict} for check in checks], work.words(checks), as_json
     )
     if any(check.verdict == "missing" for check in checks):
@@ -442,24 +444,24 @@ def schema() -> None:
     print(to_json(run_schema(named_sources()), indent=1, sort_keys=True))
 
 
-def _given(**options: Any) -> dict[str, Any]:
+def _set_options(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _own(dtype: str, trusted: bool) -> dict[str, Any]:
-    return _given(dtype=None if dtype == "auto" else dtype, trust_remote_code=trusted or None)
+def _model_options(dtype: str, trusted: bool) -> dict[str, Any]:
+    return _set_options(dtype=None if dtype == "auto" else dtype, trust_remote_code=trusted or None)
 
 
 def _folder(model: str, cache: Path | None = None) -> Path:
-    from blockpruner.cli.pruning import Place
+    from blockpruner.cli.pruning import Workspace
 
     if Path(model).expanduser().is_dir():
         return Path(model).expanduser()
-    place = Place(cache or cache_folder(), "auto", stderr_observer())
-    return place.fetch(place.read_run(model, {}))
+    workspace = Workspace(cache or cache_folder(), "auto", stderr_observer())
+    return workspace.fetch(workspace.read_run(model, {}))
 
 
-def _place(out: Path) -> Path:
+def _output_folder(out: Path) -> Path:
     """The plain path of a folder that is written; raises InputError for a name that no line and no
     card can hold."""
     if UNPRINTED.search(str(out)):
@@ -470,11 +472,11 @@ def _place(out: Path) -> Path:
     return out.expanduser().resolve()
 
 
-def _tell(found: Any, words: str | Table, as_json: bool) -> None:
-    """Print what was found as JSON, or in words. What is in the cells of a table is text, and no
+def _print_result(result: Any, words: str | Table, as_json: bool) -> None:
+    """Print a result as JSON, or in words. What is in the cells of a table is text, and no
     markup of rich."""
     if as_json or isinstance(words, str):
-        print(to_json(found) if as_json else words)
+        print(to_json(result) if as_json else words)
     else:
         Console(markup=False, emoji=False).print(words)
 
@@ -500,7 +502,7 @@ def _fail(raised: Exception, name: str) -> NoReturn:
 def main(args: Sequence[str] | None = None) -> None:
     # its warnings are about what is meant here
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # the default leaves half a checkpoint beside its place
+    # the default leaves half a checkpoint next to its folder
     for number in (
         signal.SIGTERM,
         signal.SIGHUP,

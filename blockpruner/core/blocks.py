@@ -5,6 +5,7 @@ A decoder layer is two residual blocks, `X' = X + MHA(norm(X))` and `Y = X' + ML
 included. This file decides names and order; which modules a block is made of is in `families`.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -52,15 +53,18 @@ class Cut:
     """What narrowed MLPs keep; every other block that is left is whole."""
 
 
-def format_channels(kept: Iterable[int], width: int) -> str:
+def format_channels(channels: Iterable[int], width: int) -> str:
     """Hexadecimal digits whose bits are the `width` channels of an MLP; the last bit is channel
     0."""
-    return f"{sum(1 << channel for channel in kept):0{-(-width // 4)}x}"
+    bits = sum(1 << channel for channel in channels)
+    digits = math.ceil(width / 4)
+    return f"{bits:0{digits}x}"
 
 
 def parse_channels(text: str) -> Channels:
     """Read what `format_channels` writes; raises ValueError for anything else."""
-    return tuple(channel for channel, bit in enumerate(f"{int(text, 16):b}"[::-1]) if bit == "1")
+    bits = f"{int(text, 16):b}"
+    return tuple(channel for channel, bit in enumerate(reversed(bits)) if bit == "1")
 
 
 def parse_block(text: str) -> BlockId:
@@ -83,7 +87,8 @@ def format_mask(mask: Iterable[BlockId]) -> str:
 
 
 def parse_mask(text: str) -> Mask:
-    return frozenset(parse_block(part) for part in text.split(",") if part)
+    names = [name for name in text.split(",") if name]
+    return frozenset(parse_block(name) for name in names)
 
 
 def all_blocks(layers: int) -> list[BlockId]:
@@ -92,18 +97,21 @@ def all_blocks(layers: int) -> list[BlockId]:
 
 
 def pack_layers(mask: Mask, layers: int) -> list[tuple[int | None, int | None]]:
-    """The blocks that a mask leaves, in as few layers as their order allows: for each new layer,
+    """The remaining blocks of a mask, in as few layers as their order allows: for each new layer,
     the layer that its MHA and the layer that its MLP comes from; None: it has none. An MHA may
     share a layer with the MLP of a later one if everything between them is removed."""
     packed: list[tuple[int | None, int | None]] = []
     for layer in range(layers):
-        mha, mlp = (layer if BlockId(kind, layer) not in mask else None for kind in BlockKind)
-        if mha is not None:
-            packed.append((mha, None))
-        if mlp is not None and packed and packed[-1][1] is None:
-            packed[-1] = (packed[-1][0], mlp)
-        elif mlp is not None:
-            packed.append((None, mlp))
+        if BlockId(BlockKind.MHA, layer) not in mask:
+            packed.append((layer, None))
+        if BlockId(BlockKind.MLP, layer) in mask:
+            continue
+        if packed and packed[-1][1] is None:
+            # The newest layer has no MLP yet, so this one can follow its MHA.
+            mha, _ = packed.pop()
+            packed.append((mha, layer))
+        else:
+            packed.append((None, layer))
     return packed
 
 
@@ -116,11 +124,11 @@ def removable_units(layers: int, unit: str, candidates: str) -> list[Mask]:
         candidates: "all", "mha" or "mlp"; a pair holds both, so other units than "block" take only
             "all".
     """
+    mha = [BlockId(BlockKind.MHA, layer) for layer in range(layers)]
+    mlp = [BlockId(BlockKind.MLP, layer) for layer in range(layers)]
     if unit == "layer":
-        return [frozenset(BlockId(kind, layer) for kind in BlockKind) for layer in range(layers)]
+        return [frozenset(pair) for pair in zip(mha, mlp, strict=True)]
     if unit == "shifted":
-        return [
-            frozenset({BlockId(BlockKind.MLP, layer), BlockId(BlockKind.MHA, layer + 1)})
-            for layer in range(layers - 1)
-        ]
-    return [frozenset({b}) for b in all_blocks(layers) if candidates in ("all", b.kind.value)]
+        return [frozenset(pair) for pair in zip(mlp[:-1], mha[1:], strict=True)]
+    blocks = {"all": mha + mlp, "mha": mha, "mlp": mlp}[candidates]
+    return [frozenset({block}) for block in blocks]

@@ -13,26 +13,32 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from blockpruner.core.blocks import BlockId, Mask
+from blockpruner.core.blocks import DENSE, Mask
 from blockpruner.core.errors import InputError, UnreachableError
 from blockpruner.core.families import Config, Costs, count_kv_cache, count_parameters
 
 WRITTEN = re.compile(r"(?=.{,32}$)(?P<number>\d*\.?\d+)(?P<unit>blocks|layers|kv|x|)", re.ASCII)
+"""A budget of a run file."""
 
-LEFT = re.compile(r"(?P<number>\d*\.?\d+)(?P<unit>[MB])", re.ASCII)
+REMAINING_SIZE = re.compile(r"(?P<number>\d*\.?\d+)(?P<unit>[MB])", re.ASCII)
+"""The parameters that remain, as a command takes them: "7B", "120M"."""
 
 
 def share_for(text: str, config: Config) -> str:
-    """A budget as it is, or in place of the size that is left ("7B", "120M" parameters) the share
-    that goes; raises InputError for a size that the model does not exceed."""
-    match, total = LEFT.fullmatch(text), count_parameters(config).total
+    """A budget as it is; for the size that remains ("7B", "120M" parameters) the share to remove.
+    Raises InputError for a size that the model does not exceed."""
+    match = REMAINING_SIZE.fullmatch(text)
     if match is None:
         read_budget(text)
         return text
-    share = 1 - float(match["number"]) * {"M": 1e6, "B": 1e9}[match["unit"]] / total
+    total = count_parameters(config).total
+    scale = {"M": 1e6, "B": 1e9}[match["unit"]]
+    share = 1 - float(match["number"]) * scale / total
     if not 0 < round(share, 4) < 1:
-        limit = f"less than the model's {total / 1e6:,.1f}M parameters, and more than nothing"
-        raise InputError(f"budget {text!r} is what is left; give {limit}")
+        raise InputError(
+            f"budget {text!r} is what is left; give less than the model's {total / 1e6:,.1f}M"
+            " parameters, and more than nothing"
+        )
     return f"{share:.4f}"
 
 
@@ -40,21 +46,24 @@ def read_budget(text: str) -> tuple[float, str]:
     """Number and unit ("" is a share of all parameters); raises InputError that names the valid
     forms."""
     match = WRITTEN.fullmatch(text)
-    if match:
-        number, unit = float(match["number"]), match["unit"]
-        if unit in ("blocks", "layers"):
-            valid = number >= 1 and match["number"].isdigit()
-        else:
-            share = 1 - 1 / number if unit == "x" and number > 1 else number
-            valid = 0 < share < 1 and (unit != "x" or number > 1)
-        if valid and math.isfinite(number):
-            return number, unit
+    if match and _is_valid(match["number"], match["unit"]):
+        return float(match["number"]), match["unit"]
     raise InputError(
         f'budget {text!r} is not valid; give a share of all parameters between 0 and 1 ("0.22"), a'
         ' number of blocks ("17blocks") or of whole layers ("7layers"), a share of the KV cache'
         ' ("0.30kv"), a speed-up of generation above 1 ("1.25x"), or in a command what is left'
         ' ("7B", "120M" parameters)'
     )
+
+
+def _is_valid(digits: str, unit: str) -> bool:
+    number = float(digits)
+    if unit in ("blocks", "layers"):
+        return number >= 1 and digits.isdigit()
+    if unit == "x":
+        # A speed-up barely above 1 rounds to a share of 0.
+        return number > 1 and 0 < 1 - 1 / number < 1
+    return 0 < number < 1
 
 
 Resources = Mapping[str, Costs]
@@ -64,7 +73,7 @@ generation) where it was measured."""
 
 @dataclass(frozen=True)
 class Budget:
-    """How far to prune. Exactly one of `ratio` and `blocks` is given."""
+    """How far to prune. Either `ratio` or `blocks` is a number, and the other is None."""
 
     text: str
     """As in params.yaml."""
@@ -76,12 +85,14 @@ class Budget:
 
     def amount(self, mask: Mask, costs: Costs) -> str:
         """How much a mask removes, in words of this budget."""
-        ratio, blocks = costs.ratio(mask), f"{len(mask)}blocks"
+        ratio = costs.ratio(mask)
         if self.resource == "latency":
-            return f"{blocks}, {speedup(ratio):.4f}x"
-        return (
-            f"{blocks}, {ratio:.4f}kv" if self.resource == "kv" else f"{blocks}, ratio {ratio:.4f}"
-        )
+            share = f"{speedup(ratio):.4f}x"
+        elif self.resource == "kv":
+            share = f"{ratio:.4f}kv"
+        else:
+            share = f"ratio {ratio:.4f}"
+        return f"{len(mask)}blocks, {share}"
 
 
 def parse_budget(text: str, counts: Costs) -> Budget:
@@ -96,7 +107,8 @@ def parse_budget(text: str, counts: Costs) -> Budget:
             raise InputError(
                 f"budget {text!r} removes every layer of {depth}; the largest is {depth - 1}layers"
             )
-        return Budget(text, ratio=number / depth * sum(counts.blocks.values()) / counts.total)
+        in_layers = sum(counts.blocks.values())
+        return Budget(text, ratio=number / depth * in_layers / counts.total)
     if unit == "x":
         return Budget(text, ratio=1 - 1 / number, resource="latency")
     return Budget(text, ratio=number, resource=unit or "parameters")
@@ -107,52 +119,60 @@ def speedup(share: float) -> float:
     return 1 / (1 - share) if share < 1 else math.inf
 
 
-def distance(share: float, wanted: float) -> float:
+def distance(share: float, target: float) -> float:
     """The distance between two shares; 0 where only rounding separates them."""
-    return round(abs(share - wanted), 12)
+    return round(abs(share - target), 12)
 
 
 def resources_of(config: Config, latency: Mapping[str, int] | None = None) -> dict[str, Costs]:
     """What a model and each of its blocks cost of each resource; `latency` is in nanoseconds of
     generation: "total", and of one block "mha" and "mlp"; None where it was not measured."""
-    found = {"parameters": count_parameters(config), "kv": count_kv_cache(config)}
+    resources = {"parameters": count_parameters(config), "kv": count_kv_cache(config)}
     if latency is not None:
-        blocks = {block: latency[block.kind] for block in found["kv"].blocks}
-        found["latency"] = Costs(total=latency["total"], blocks=blocks)
-    return found
+        blocks = {block: latency[block.kind] for block in resources["kv"].blocks}
+        resources["latency"] = Costs(total=latency["total"], blocks=blocks)
+    return resources
 
 
 def require_reachable(budget: Budget, units: Sequence[Mask], costs: Costs) -> None:
     """Refuse, before anything is computed, a budget that no sequence over `units` meets; `costs`
     are of its resource. Raises UnreachableError that names the largest or nearest budget that can
     be reached."""
-    everything = frozenset[BlockId]().union(*units)
-    size = len(units[0])
-    beyond = (
-        f"budget {budget.text!r} cannot be reached; the largest reachable is"
-        f" {budget.amount(everything, costs)}"
-    )
+    everything = DENSE.union(*units)
     if budget.blocks is not None:
-        if budget.blocks > len(everything):
-            raise UnreachableError(beyond)
-        if budget.blocks % size:
-            low = budget.blocks - budget.blocks % size
-            near = ", ".join(f"{n}blocks" for n in (low, low + size) if 0 < n <= len(everything))
+        unit_size = len(units[0])
+        is_beyond = budget.blocks > len(everything)
+        is_between = budget.blocks % unit_size != 0
+        if is_between and not is_beyond:
+            lower = budget.blocks - budget.blocks % unit_size
+            sizes = [size for size in (lower, lower + unit_size) if 0 < size <= len(everything)]
             raise UnreachableError(
-                f"budget {budget.text!r} is not reached by whole units; nearest: {near}"
+                f"budget {budget.text!r} is not reached by whole units; nearest:"
+                f" {_format_sizes(sizes)}"
             )
-    elif budget.ratio is not None:
-        sizes = [costs.ratio(unit) for unit in that_cost(units, costs)]
-        if not sizes or budget.ratio > costs.ratio(everything) + max(sizes) / 2:
-            raise UnreachableError(beyond)
-        if budget.ratio < min(sizes) / 2:
-            raise _removes_nothing(budget, min(that_cost(units, costs), key=costs.ratio), costs)
+    else:
+        assert budget.ratio is not None
+        shares = [costs.ratio(unit) for unit in that_cost(units, costs)]
+        # The nearest prefix meets a share: half a unit more than everything is met by everything.
+        is_beyond = not shares or budget.ratio > costs.ratio(everything) + max(shares) / 2
+        if not is_beyond and budget.ratio < min(shares) / 2:
+            smallest = min(that_cost(units, costs), key=costs.ratio)
+            raise _removes_nothing(budget, smallest, costs)
+    if is_beyond:
+        raise UnreachableError(
+            f"budget {budget.text!r} cannot be reached; the largest reachable is"
+            f" {budget.amount(everything, costs)}"
+        )
 
 
 def that_cost(masks: Sequence[Mask], costs: Costs) -> list[Mask]:
     """The masks that take something of a resource. An MLP block, for instance, takes nothing of the
     KV cache."""
     return [mask for mask in masks if costs.ratio(mask) > 0]
+
+
+def _format_sizes(sizes: Sequence[int]) -> str:
+    return ", ".join(f"{size}blocks" for size in sizes)
 
 
 def _removes_nothing(budget: Budget, smallest: Mask, costs: Costs) -> UnreachableError:
@@ -168,14 +188,17 @@ def is_settled(
     """Whether longer sequences cannot change which prefix meets `budget`, to whose resource the
     costs belong. The prefixes are cumulative masks of the sequence so far, shortest first (without
     the dense one); `remaining` are the units that may still be removed."""
-    mask = prefixes[-1] if prefixes else frozenset[BlockId]()
+    mask = prefixes[-1] if prefixes else DENSE
     if budget.blocks is not None:
         return not remaining or len(mask) >= budget.blocks
     assert budget.ratio is not None
-    ratio = budget.ratio
-    larger = [costs.ratio(mask | unit) for unit in that_cost(remaining, costs)]
     reached = costs.ratio(mask)
-    return not larger or reached >= ratio or distance(min(larger), ratio) > distance(reached, ratio)
+    if reached >= budget.ratio:
+        return True
+    larger = [costs.ratio(mask | unit) for unit in that_cost(remaining, costs)]
+    if not larger:
+        return True
+    return distance(min(larger), budget.ratio) > distance(reached, budget.ratio)
 
 
 @dataclass(frozen=True)
@@ -209,28 +232,32 @@ def goal_of(budget: Budget, units: Sequence[Mask], costs: Costs) -> Goal:
     if budget.blocks is not None:
         return Goal(budget, len, budget.blocks, 0.0)
     assert budget.ratio is not None
-    return Goal(budget, costs.ratio, budget.ratio, min(costs.ratio(unit) for unit in units) / 2)
+    smallest_share = min(costs.ratio(unit) for unit in units)
+    return Goal(budget, costs.ratio, budget.ratio, smallest_share / 2)
 
 
 def choose_prefix(budget: Budget, prefixes: Sequence[Mask], costs: Costs) -> int:
-    """Number of removals (1 or more) of the sequence that meet `budget`, whose resource `costs` are
-    of; of prefixes with one share the shortest. Raises InputError if nothing in the sequence meets
-    it; what is out of reach is refused by `require_reachable` before."""
+    """Number of removals (1 or more) of the sequence that meet `budget`; `costs` are of its
+    resource. Of prefixes with one share it is the shortest. Raises InputError if nothing in the
+    sequence meets it; `require_reachable` refuses earlier what is out of reach."""
     if budget.blocks is not None:
         sizes = [len(prefix) for prefix in prefixes]
-        if budget.blocks not in sizes:
-            wanted = budget.blocks
-            around = [
-                max(n for n in [0, *sizes] if n < wanted),
-                min((n for n in sizes if n > wanted), default=0),
-            ]
-            near = ", ".join(f"{size}blocks" for size in around if size)
-            raise InputError(f"budget {budget.text!r} is not in this sequence; nearest: {near}")
-        return sizes.index(budget.blocks) + 1
-    assert budget.ratio is not None
-    share = budget.ratio
-    ratios = [0.0, *(costs.ratio(prefix) for prefix in prefixes)]
-    best = min(range(len(ratios)), key=lambda k: (distance(ratios[k], share), -ratios[k]))
+        if budget.blocks in sizes:
+            return sizes.index(budget.blocks) + 1
+        smaller = [size for size in sizes if size < budget.blocks]
+        larger = [size for size in sizes if size > budget.blocks]
+        nearest = [*smaller[-1:], *larger[:1]]
+        raise InputError(
+            f"budget {budget.text!r} is not in this sequence; nearest: {_format_sizes(nearest)}"
+        )
+    target = budget.ratio
+    assert target is not None
+    shares = [0.0, *(costs.ratio(prefix) for prefix in prefixes)]
+    # A tie goes to the larger share, as in the paper's tables.
+    best = min(
+        range(len(shares)), key=lambda steps: (distance(shares[steps], target), -shares[steps])
+    )
     if best == 0:
-        raise _removes_nothing(budget, next(iter(that_cost(prefixes, costs)), prefixes[0]), costs)
+        costly = that_cost(prefixes, costs) or prefixes
+        raise _removes_nothing(budget, costly[0], costs)
     return best

@@ -58,11 +58,9 @@ class Branch:
 
     def names(self, layer: object) -> tuple[str, str]:
         """Module and output, by the names that they have in this layer."""
-        return (
-            self.linear
-            if self.linear and hasattr(layer, self.linear[0])
-            else (self.module, self.output)
-        )
+        if self.linear and hasattr(layer, self.linear[0]):
+            return self.linear
+        return self.module, self.output
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -72,11 +70,8 @@ class Branch:
     @property
     def norms(self) -> tuple[str, ...]:
         """Those that go with the branch."""
-        return tuple(
-            name
-            for name in (None if self.shares_norm else self.norm, self.post)
-            if name is not None
-        )
+        norm = None if self.shares_norm else self.norm
+        return tuple(name for name in (norm, self.post) if name is not None)
 
 
 Count = Callable[[Config, int], int]
@@ -109,7 +104,7 @@ class Family:
     in_vllm: bool = True
     """vLLM runs pruned models of the family."""
     renumbered: Callable[[Config, Sequence[tuple[int, int]]], Config] = lambda config, layers: (
-        _types(config, layers)
+        _layer_types(config, layers)
     )
     """The config fields that describe single layers, for new layers: (layer of its MHA, layer of
     its MLP) of each."""
@@ -127,9 +122,9 @@ class Family:
         return self.mha if kind is BlockKind.MHA else self.mlp
 
     def is_parallel(self, config: Config) -> bool:
-        return self.parallel is not None and bool(
-            config.get(self.parallel, self.defaults.get(self.parallel))
-        )
+        if self.parallel is None:
+            return False
+        return bool(config.get(self.parallel, self.defaults.get(self.parallel)))
 
 
 @dataclass(frozen=True)
@@ -151,32 +146,31 @@ def count_parameters(config: Config) -> Costs:
     """Count parameters from a config (`config.json` as a mapping), without loading weights."""
     family = FAMILIES[str(config["model_type"])]
     config = {**family.defaults, **config}
-    hidden, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
+    hidden = int(config["hidden_size"])
+    layers = int(config["num_hidden_layers"])
     norm = 2 * hidden if family.norm_bias else hidden
-    counts = {BlockKind.MHA: family.mha_parameters, BlockKind.MLP: family.mlp_parameters}
-    blocks = {
-        block: counts[block.kind](config, block.layer) + norm * len(family.branch(block.kind).norms)
-        for block in all_blocks(layers)
-    }
-    embeddings = (
-        int(config["vocab_size"]) * hidden * (1 if config.get("tie_word_embeddings", False) else 2)
-    )
-    norms = norm * (1 + (layers if family.mha.shares_norm else 0))
-    return Costs(total=embeddings + norms + sum(blocks.values()), blocks=blocks)
+    blocks = {}
+    for block in all_blocks(layers):
+        count = family.mha_parameters if block.kind is BlockKind.MHA else family.mlp_parameters
+        norms = norm * len(family.branch(block.kind).norms)
+        blocks[block] = count(config, block.layer) + norms
+    embeddings = int(config["vocab_size"]) * hidden
+    if not config.get("tie_word_embeddings", False):
+        embeddings *= 2  # the head has a matrix of its own
+    # A norm that both branches read goes with neither: it counts with the final norm.
+    unremovable_norms = norm * (1 + layers) if family.mha.shares_norm else norm
+    return Costs(total=embeddings + unremovable_norms + sum(blocks.values()), blocks=blocks)
 
 
 def count_kv_cache(config: Config) -> Costs:
     """Numbers that the KV cache holds for one token: keys and values of every MHA block. The state
     of a linear attention is as large whatever the number of tokens, and counts as none."""
-    _, kv_heads, head = attention_heads({**FAMILIES[str(config["model_type"])].defaults, **config})
-    blocks = {
-        block: (
-            0
-            if block.kind is BlockKind.MLP or is_linear(config, block.layer)
-            else 2 * kv_heads * head
-        )
-        for block in all_blocks(int(config["num_hidden_layers"]))
-    }
+    family = FAMILIES[str(config["model_type"])]
+    _, kv_heads, head_dim = attention_heads({**family.defaults, **config})
+    blocks = {}
+    for block in all_blocks(int(config["num_hidden_layers"])):
+        has_cache = block.kind is BlockKind.MHA and not is_linear(config, block.layer)
+        blocks[block] = 2 * kv_heads * head_dim if has_cache else 0
     return Costs(total=sum(blocks.values()), blocks=blocks)
 
 
@@ -184,7 +178,8 @@ def attention_heads(config: Config) -> tuple[int, int, int]:
     """The number of query heads, that of heads of keys and values, and the width of one."""
     heads = int(config["num_attention_heads"])
     kv_heads = int(config.get("num_key_value_heads") or heads)
-    return heads, kv_heads, int(config.get("head_dim") or config["hidden_size"] // heads)
+    head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
+    return heads, kv_heads, head_dim
 
 
 def is_linear(config: Config, layer: int) -> bool:
@@ -192,43 +187,47 @@ def is_linear(config: Config, layer: int) -> bool:
     if FAMILIES[str(config["model_type"])].mha.linear is None:
         return False
     types = config.get("layer_types")
-    every = int(config.get("full_attention_interval", 4))  # where a config.json names no types
-    return bool(types[layer] == "linear_attention" if types else (layer + 1) % every)
+    if types:
+        return bool(types[layer] == "linear_attention")
+    # A config.json without types has an interval: every fourth attention is a full one.
+    interval = int(config.get("full_attention_interval", 4))
+    return (layer + 1) % interval != 0
 
 
-def _types(config: Config, layers: Sequence[tuple[int, int]]) -> Config:
-    """`layer_types`, where a config has it: how each MHA sees the tokens before."""
+def _layer_types(config: Config, layers: Sequence[tuple[int, int]]) -> Config:
+    """`layer_types`, where a config has it: sliding window, full or linear attention."""
     types = config.get("layer_types")
     return {} if types is None else {"layer_types": [types[mha] for mha, _ in layers]}
 
 
 def _rotated_layers(config: Config, layers: Sequence[tuple[int, int]]) -> Config:
     """SmolLM3: some attentions do without rotary tables."""
-    return {
-        **_types(config, layers),
-        "no_rope_layers": [config["no_rope_layers"][mha] for mha, _ in layers],
-    }
+    rotated = [config["no_rope_layers"][mha] for mha, _ in layers]
+    return {**_layer_types(config, layers), "no_rope_layers": rotated}
 
 
 def _sparse_layers(config: Config, layers: Sequence[tuple[int, int]]) -> Config:
     """Qwen3-MoE: a list and a step decide which MLP is dense."""
-    dense = [n for n, (_, mlp) in enumerate(layers) if not _is_sparse(config, mlp)]
-    return {**_types(config, layers), "mlp_only_layers": dense, "decoder_sparse_step": 1}
+    dense = [index for index, (_, mlp) in enumerate(layers) if not _is_sparse(config, mlp)]
+    # The step cannot describe a layer that moves, so it becomes 1 and the list has all.
+    return {**_layer_types(config, layers), "mlp_only_layers": dense, "decoder_sparse_step": 1}
 
 
 def _is_sparse(config: Config, layer: int) -> bool:
-    return (
-        layer not in (config["mlp_only_layers"] or [])
-        and (layer + 1) % int(config["decoder_sparse_step"]) == 0
-    )
+    is_in_step = (layer + 1) % int(config["decoder_sparse_step"]) == 0
+    return is_in_step and layer not in (config["mlp_only_layers"] or [])
 
 
 def _attention(config: Config, *, qkv_bias: bool = False, output_bias: bool = False) -> int:
     hidden = int(config["hidden_size"])
-    heads, kv_heads, head = attention_heads(config)
-    projections = 2 * hidden * (heads + kv_heads) * head
-    biases = (heads + 2 * kv_heads) * head if qkv_bias else 0
-    return projections + biases + (hidden if output_bias else 0)
+    heads, kv_heads, head_dim = attention_heads(config)
+    # Queries and outputs are as wide as all heads, keys and values as the heads of keys and values.
+    parameters = 2 * hidden * (heads + kv_heads) * head_dim
+    if qkv_bias:
+        parameters += (heads + 2 * kv_heads) * head_dim
+    if output_bias:
+        parameters += hidden
+    return parameters
 
 
 def no_bias(config: Config, layer: int) -> int:
@@ -237,69 +236,90 @@ def no_bias(config: Config, layer: int) -> int:
 
 def optional_bias(config: Config, layer: int) -> int:
     bias = bool(config.get("attention_bias", config.get("use_bias", False)))
-    return _attention(
-        config, qkv_bias=bias, output_bias=bool(config.get("attention_out_bias", bias))
-    )
+    output_bias = bool(config.get("attention_out_bias", bias))
+    return _attention(config, qkv_bias=bias, output_bias=output_bias)
 
 
 def head_norms(config: Config, layer: int) -> int:
     """Queries and keys are normalized head by head."""
-    return optional_bias(config, layer) + 2 * attention_heads(config)[2]
+    _, _, head_dim = attention_heads(config)
+    return optional_bias(config, layer) + 2 * head_dim
 
 
 def wide_norms(config: Config, layer: int) -> int:
     """Queries and keys are normalized as wholes."""
-    heads, kv_heads, head = attention_heads(config)
-    return optional_bias(config, layer) + (heads + kv_heads) * head
+    heads, kv_heads, head_dim = attention_heads(config)
+    return optional_bias(config, layer) + (heads + kv_heads) * head_dim
 
 
 def gated_attention(config: Config, layer: int) -> int:
     """Qwen3-Next's kinds: attention with head norms and a gate as wide as its queries; or a gated
     delta net."""
+    if is_linear(config, layer):
+        return _gated_delta_net(config)
+    heads, _, head_dim = attention_heads(config)
+    gate_inputs = int(config["hidden_size"]) + bool(config.get("attention_bias", False))
+    return head_norms(config, layer) + heads * head_dim * gate_inputs
+
+
+def _gated_delta_net(config: Config) -> int:
     hidden = int(config["hidden_size"])
-    if not is_linear(config, layer):
-        gate = attention_heads(config)[0] * attention_heads(config)[2]
-        return head_norms(config, layer) + gate * (
-            hidden + bool(config.get("attention_bias", False))
-        )
-    heads, width = int(config["linear_num_value_heads"]), int(config["linear_value_head_dim"])
-    keys, values = (
-        int(config["linear_num_key_heads"]) * int(config["linear_key_head_dim"]),
-        heads * width,
-    )
-    convolved = (2 * keys + values) * int(config["linear_conv_kernel_dim"])
-    return hidden * (2 * keys + 3 * values + 2 * heads) + convolved + 2 * heads + width
+    heads = int(config["linear_num_value_heads"])
+    head_dim = int(config["linear_value_head_dim"])
+    keys = int(config["linear_num_key_heads"]) * int(config["linear_key_head_dim"])
+    values = heads * head_dim
+    # Queries, keys, values, the gate z and the output; of each head, the rates of decay and update.
+    projections = hidden * (2 * keys + 3 * values + 2 * heads)
+    convolution = (2 * keys + values) * int(config["linear_conv_kernel_dim"])
+    decay_biases, norm = 2 * heads, head_dim
+    return projections + convolution + decay_biases + norm
 
 
 def gated_mlp(config: Config, layer: int) -> int:
-    biases = 2 * int(config["intermediate_size"]) + int(config["hidden_size"])
-    return _gated(config) + (biases if config.get("mlp_bias", config.get("use_bias", False)) else 0)
+    inner = int(config["intermediate_size"])
+    parameters = _gate_up_down(config, inner)
+    if config.get("mlp_bias", config.get("use_bias", False)):
+        parameters += 2 * inner + int(config["hidden_size"])
+    return parameters
 
 
-def _gated(config: Config, inner: str = "intermediate_size") -> int:
-    return 3 * int(config["hidden_size"]) * int(config[inner])
+def _gate_up_down(config: Config, inner: int) -> int:
+    return 3 * int(config["hidden_size"]) * inner
 
 
 def plain_mlp(config: Config, layer: int) -> int:
-    hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
+    hidden = int(config["hidden_size"])
+    inner = int(config["intermediate_size"])
     return 2 * hidden * inner + inner + hidden
 
 
-def _mixture(config: Config, inner: str) -> int:
+def _mixture(config: Config, inner_field: str) -> int:
     """A mixture of gated MLPs with its router."""
-    count = int(config.get("num_local_experts") or config["num_experts"])
-    shared, hidden = "shared_expert_intermediate_size", int(config["hidden_size"])
-    # an expert of every token, and its gate
-    own = _gated(config, shared) + hidden if shared in config else 0
-    return count * _gated(config, inner) + hidden * count + own
+    hidden = int(config["hidden_size"])
+    experts = int(config.get("num_local_experts") or config["num_experts"])
+    parameters = experts * (_gate_up_down(config, int(config[inner_field])) + hidden)
+    if "shared_expert_intermediate_size" in config:
+        # One expert sees every token. Its gate has one output.
+        shared = int(config["shared_expert_intermediate_size"])
+        parameters += _gate_up_down(config, shared) + hidden
+    return parameters
+
+
+def _dense_mixture(config: Config, layer: int) -> int:
+    return _mixture(config, "intermediate_size")
+
+
+def _moe_mixture(config: Config, layer: int) -> int:
+    return _mixture(config, "moe_intermediate_size")
 
 
 def _sparse_mlp(config: Config, layer: int) -> int:
-    return (
-        _mixture(config, "moe_intermediate_size")
-        if _is_sparse(config, layer)
-        else gated_mlp(config, layer)
-    )
+    count = _moe_mixture if _is_sparse(config, layer) else gated_mlp
+    return count(config, layer)
+
+
+def _qkv_bias(config: Config, layer: int) -> int:
+    return _attention(config, qkv_bias=True)
 
 
 def _gemma(cap: float | None) -> dict[str, Any]:
@@ -334,7 +354,7 @@ FAMILIES: Registry[Family] = Registry(
         Family("llama", "Llama", optional_bias, gated_mlp),
         Family("baichuan", "Baichuan", no_bias, gated_mlp, in_vllm=False),
         Family("mistral", "Mistral", no_bias, gated_mlp),
-        Family("qwen2", "Qwen2", lambda c, layer: _attention(c, qkv_bias=True), gated_mlp),
+        Family("qwen2", "Qwen2", _qkv_bias, gated_mlp),
         Family("qwen3", "Qwen3", head_norms, gated_mlp),
         Family("phi3", "Phi3", no_bias, gated_mlp),
         Family("gemma2", "Gemma2", optional_bias, gated_mlp, **_gemma(cap=30.0)),
@@ -388,7 +408,7 @@ FAMILIES: Registry[Family] = Registry(
             "mixtral",
             "Mixtral",
             no_bias,
-            lambda c, layer: _mixture(c, "intermediate_size"),
+            _dense_mixture,
             has_one_mlp=False,
         ),
         Family("qwen3_moe", "Qwen3Moe", head_norms, **SPARSE, defaults=STEPS),
@@ -412,7 +432,7 @@ FAMILIES: Registry[Family] = Registry(
             "qwen3_5_moe_text",
             "Qwen3_5Moe",
             gated_attention,
-            lambda c, layer: _mixture(c, "moe_intermediate_size"),
+            _moe_mixture,
             has_one_mlp=False,
             defaults={"head_dim": 256},
             **HYBRID,
@@ -446,8 +466,9 @@ def require_supported(config: Config) -> None:
     the numbers that parameters are counted from; raises InputError."""
     FAMILIES[str(config.get("model_type"))]
     read_settings(Fields, config, "config.json: ")
-    if packed := config.get("quantization_config"):
-        method = packed.get("quant_method", "by an unknown method")
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "by an unknown method")
         raise InputError(
             f"the model's weights are quantized ({method}), and pruning needs the plain ones; give"
             " the model that was quantized, in bfloat16, and quantize the result",
@@ -456,10 +477,10 @@ def require_supported(config: Config) -> None:
             value=method,
         )
     try:
-        count_parameters(config), count_kv_cache(config)
+        count_parameters(config)
+        count_kv_cache(config)
     except Exception as error:  # of a family's formula, for values that it does not expect
-        message = (
+        raise InputError(
             f"config.json lacks what parameters are counted from, or has it otherwise ({error!r});"
             " fetch it again"
-        )
-        raise InputError(message) from error
+        ) from error

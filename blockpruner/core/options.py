@@ -24,10 +24,8 @@ class Options(BaseModel):
 O = TypeVar("O", bound=Options)  # noqa: E741
 
 
-def read_options(method: str, model: type[O], given: Mapping[str, Any]) -> O:
-    """The options that a run file gives, checked, and the defaults of the others; raises
-    InputError."""
-    values = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in given.items()
-    }
-    return read_settings(model, values, f"method: {method}: ", "score.options.")
+def read_options(method: str, model: type[O], values: Mapping[str, Any]) -> O:
+    """The options of a run file, checked, and the defaults of the others; raises InputError."""
+    # YAML has lists, and a strict model takes no list for a tuple.
+    frozen = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    return read_settings(model, frozen, f"method: {method}: ", "score.options.")

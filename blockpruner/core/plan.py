@@ -72,19 +72,18 @@ class Plan:
         return parse_mask(",".join(self.removed))
 
     @property
-    def gone(self) -> dict[BlockId, float]:
-        """The share of each block that is gone, of all of which something is; rough for MLPs of few
-        channels."""
-        texts, parts = self.details.get("channels", {}), self.cut.channels.items()
-        return dict.fromkeys(self.mask, 1.0) | {
-            block: 1 - len(kept) / 4 / len(texts[str(block)]) for block, kept in parts
-        }
+    def cut(self) -> Cut:
+        """All that is taken out: blocks, and channels of narrowed MLPs."""
+        texts: Mapping[str, str] = self.details.get("channels", {})
+        channels = {parse_block(name): parse_channels(text) for name, text in texts.items()}
+        return Cut(self.mask, channels)
 
     @property
-    def cut(self) -> Cut:
-        """All that is taken out: blocks, and under "channels" of `details` what narrowed MLPs
-        keep."""
-        kept: Mapping[str, str] = self.details.get("channels", {})
-        return Cut(
-            self.mask, {parse_block(name): parse_channels(text) for name, text in kept.items()}
-        )
+    def gone(self) -> dict[BlockId, float]:
+        """The removed share of each block that lacks something; rough for MLPs of few channels."""
+        shares = dict.fromkeys(self.mask, 1.0)
+        for block, channels in self.cut.channels.items():
+            # A hexadecimal digit is four channels.
+            width = 4 * len(self.details["channels"][str(block)])
+            shares[block] = 1 - len(channels) / width
+        return shares

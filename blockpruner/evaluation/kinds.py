@@ -25,6 +25,9 @@ TIE = 1.02
 """Of models whose worst kinds lost about as much, within 2 %, the one with the lower mean is
 better."""
 
+PerplexitiesByKind = Mapping[str, Mapping[str, float]]
+"""The perplexities `dense` and `after` of each kind, as a plan has them."""
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -47,43 +50,50 @@ class Loss:
 
     def __str__(self) -> str:
         """As in "mean 1.12 times the dense model's perplexity, worst 1.20 (Python)"."""
-        words = f"mean {self.mean:.2f} times the dense model's perplexity"
-        return (
-            f"{words}, worst {self.worst:.2f} ({self.worst_kind})" if len(self.kinds) > 1 else words
-        )
+        mean = f"mean {self.mean:.2f} times the dense model's perplexity"
+        if len(self.kinds) == 1:
+            return mean
+        return f"{mean}, worst {self.worst:.2f} ({self.worst_kind})"
 
     @classmethod
-    def of(cls, kinds: Mapping[str, Mapping[str, float]]) -> "Loss":
-        """From the perplexities `dense` and `after` of each kind, as a plan has them."""
-        return cls({kind: own["after"] / own["dense"] for kind, own in kinds.items()})
+    def of(cls, perplexities: PerplexitiesByKind) -> "Loss":
+        ratios = {kind: pair["after"] / pair["dense"] for kind, pair in perplexities.items()}
+        return cls(ratios)
 
 
-def best_loss(found: Mapping[str, Loss]) -> str:
-    """The name of the model that lost least: by its worst kind, and by the mean where these are
-    within `TIE`."""
-    least = min(loss.worst for loss in found.values())
-    near = [name for name, loss in found.items() if loss.worst <= TIE * least]
-    return min(near, key=lambda name: found[name].mean)
+def best_loss(losses: Mapping[str, Loss]) -> str:
+    """The name of the model that lost least by its worst kind. Of models within `TIE` of it, the
+    one with the lowest mean."""
+    least_worst = min(loss.worst for loss in losses.values())
+    tied = [name for name, loss in losses.items() if loss.worst <= TIE * least_worst]
+    return min(tied, key=lambda name: losses[name].mean)
 
 
 def rows_by_kind(row_nll: Sequence[float], kinds: Sequence[str]) -> dict[str, list[float]]:
     """The mean NLL of each row, by its kind; nothing where rows have no kinds."""
-    found: dict[str, list[float]] = {}
+    rows: dict[str, list[float]] = {}
+    # Rows of a single kind have no kinds at all, and zip ends at once.
     for nll, kind in zip(row_nll, kinds, strict=False):
-        found.setdefault(kind, []).append(nll)
-    return found
+        rows.setdefault(kind, []).append(nll)
+    return rows
 
 
 def perplexities(row_nll: Sequence[float], kinds: Sequence[str]) -> dict[str, float]:
-    return {kind: perplexity(fmean(own)) for kind, own in rows_by_kind(row_nll, kinds).items()}
+    rows = rows_by_kind(row_nll, kinds)
+    return {kind: perplexity(fmean(losses)) for kind, losses in rows.items()}
 
 
-def in_words(found: Mapping[str, Mapping[str, float]]) -> tuple[tuple[tuple[str, str], ...], str]:
-    """What each kind lost, from its perplexities `dense` and `after`, and all of them; and the
-    warning of `uneven`."""
-    loss, words = Loss.of(found), "{dense:,.2f} dense, {after:,.2f} after, {ratio:.2f} times"
-    lost = [(kind, words.format(**own, ratio=loss.kinds[kind])) for kind, own in found.items()]
-    return tuple([*lost, (ALL, str(loss))] if len(lost) > 1 else lost), uneven(loss.kinds)
+def in_words(perplexities: PerplexitiesByKind) -> tuple[tuple[tuple[str, str], ...], str]:
+    """A label and a text for each kind and for all of them, and the warning of `uneven`."""
+    loss = Loss.of(perplexities)
+    lines = []
+    for kind, pair in perplexities.items():
+        ratio = loss.kinds[kind]
+        text = f"{pair['dense']:,.2f} dense, {pair['after']:,.2f} after, {ratio:.2f} times"
+        lines.append((kind, text))
+    if len(lines) > 1:
+        lines.append((ALL, str(loss)))
+    return tuple(lines), uneven(loss.kinds)
 
 
 def uneven(ratios: Mapping[str, float]) -> str:
@@ -93,4 +103,6 @@ def uneven(ratios: Mapping[str, float]) -> str:
         return ""
     loss = Loss(ratios)
     excess = loss.worst / loss.mean
-    return LOST.format(loss.worst_kind, loss.worst, excess) if excess > UNEVEN else ""
+    if excess <= UNEVEN:
+        return ""
+    return LOST.format(loss.worst_kind, loss.worst, excess)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from blockpruner.core.blocks import DENSE, BlockKind, all_blocks
+from blockpruner.core.blocks import DENSE, BlockId, BlockKind
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import FAMILIES
 from blockpruner.core.progress import Observer
@@ -35,7 +35,7 @@ def kept_latency(
     shared: Path,
     checkpoint: Path,
     model: Model,
-    timed: Latency,
+    settings: Latency,
     runtime: Runtime,
     observer: Observer,
 ) -> dict[str, Any]:
@@ -51,15 +51,34 @@ def kept_latency(
         "version": EVAL_VERSION,
         "model": checkpoint_identity(checkpoint),
         "dtype": model.dtype,
+        **settings.model_dump(),
     }
-    name = f"latency-{fingerprint(facts | timed.model_dump())}.json"
+    name = f"latency-{fingerprint(facts)}.json"
     for path in (folder / name, shared / name):
-        found: dict[str, Any] | None = read_kept_json(path, observer.note)
-        if found is not None:
-            observer.note(f"{_words(found)} (kept: {path})")
-            write_sealed_json(folder / name, found)
-            return found
-    if FAMILIES[str(read_json(checkpoint / "config.json")["model_type"])].mha.linear is not None:
+        stored: dict[str, Any] | None = read_kept_json(path, observer.note)
+        if stored is not None:
+            observer.note(f"{_summary(stored)} (kept: {path})")
+            write_sealed_json(folder / name, stored)
+            return stored
+    _check_measurable(checkpoint, runtime)
+    observer.begin("latency of blocks")
+    set_threads(runtime.threads)
+    loaded = load_model(
+        checkpoint, model.dtype, runtime.device, model.trust_remote_code, runtime.attention
+    )
+    measured = measure_latency(loaded, settings, observer.advance)
+    # The search loads the model anew, and a device may not hold it twice.
+    del loaded
+    accelerator.empty_cache()
+    write_sealed_json(shared / name, measured)
+    write_sealed_json(folder / name, measured)
+    observer.end(_summary(measured))
+    return measured
+
+
+def _check_measurable(checkpoint: Path, runtime: Runtime) -> None:
+    config = read_json(checkpoint / "config.json")
+    if FAMILIES[str(config["model_type"])].mha.linear is not None:
         raise InputError(
             "a speed-up is measured as so much for each attention, and this model has linear and"
             " full ones, which differ; give the budget in parameters or KV cache",
@@ -72,31 +91,21 @@ def kept_latency(
             " cache, or measure first, without them",
             rule="latency-elsewhere",
         )
-    observer.begin("latency of blocks")
-    set_threads(runtime.threads)
-    loaded = load_model(
-        checkpoint, model.dtype, runtime.device, model.trust_remote_code, runtime.attention
-    )
-    found = measure_latency(loaded, timed, observer.advance)
-    del loaded
-    accelerator.empty_cache()
-    for place in (shared, folder):
-        write_sealed_json(place / name, found)
-    observer.end(_words(found))
-    return found
 
 
-def _words(found: Mapping[str, Any]) -> str:
+def _summary(latency: Mapping[str, Any]) -> str:
+    seconds = latency["total"] / 1e9
+    tokens = f"{latency['prompt_tokens']} + {latency['new_tokens']}"
+    mha_ms, mlp_ms = latency["mha"] / 1e6, latency["mlp"] / 1e6
     return (
-        f"{found['total'] / 1e9:.3f} s for {found['batch']} x ({found['prompt_tokens']} +"
-        f" {found['new_tokens']}) tokens on {found['device']}; an MHA block"
-        f" {found['mha'] / 1e6:.2f}, an MLP block {found['mlp'] / 1e6:.2f} ms"
+        f"{seconds:.3f} s for {latency['batch']} x ({tokens}) tokens on {latency['device']}; an MHA"
+        f" block {mha_ms:.2f}, an MLP block {mlp_ms:.2f} ms"
     )
 
 
 def measure_latency(
     model: PreTrainedModel,
-    timed: Latency,
+    settings: Latency,
     advance: Callable[[int, int, str], object] = lambda done, total, detail: None,
 ) -> dict[str, Any]:
     """Time generation of a dense model, which is restored to the bit, with and without blocks; each
@@ -109,35 +118,34 @@ def measure_latency(
         scale: the factor in both that keeps the sum of all blocks below the total.
         seconds: the medians behind these numbers.
     """
-    blocks = all_blocks(len(decoder_layers(model)))
-    masks = {"dense": DENSE} | {
-        kind.value: frozenset(
-            block for block in blocks if block.kind is kind and block.layer % 2 == 0
-        )
-        for kind in BlockKind
-    }
-    prompt = random_prompt(model, timed.batch, timed.prompt_tokens)
+    layers = len(decoder_layers(model))
+    # Every other block of a kind is removed, and the saving is divided among them.
+    masks = {"dense": DENSE}
+    for kind in BlockKind:
+        masks[kind.value] = frozenset(BlockId(kind, layer) for layer in range(0, layers, 2))
+    prompt = random_prompt(model, settings.batch, settings.prompt_tokens)
     seconds: dict[str, list[float]] = {name: [] for name in masks}
-    for done, (repeat, name) in enumerate(turns(list(masks), timed.repeats), 1):
+    for done, (repeat, name) in enumerate(turns(list(masks), settings.repeats), 1):
         with masked(model, masks[name]):
-            result = generate(model, prompt, timed.new_tokens)
-        if repeat:
-            seconds[name].append(result.prefill_seconds + result.decode_seconds)
-        advance(done, len(masks) * (timed.repeats + 1), name)
+            generation = generate(model, prompt, settings.new_tokens)
+        if repeat > 0:
+            seconds[name].append(generation.prefill_seconds + generation.decode_seconds)
+        advance(done, len(masks) * (settings.repeats + 1), name)
     medians = {name: median(times) for name, times in seconds.items()}
-    saved = {
-        name: max(0.0, medians["dense"] - medians[name]) / len(mask)
-        for name, mask in masks.items()
-        if mask
-    }
-    all_of_them = sum(saved.values()) * len(blocks) / 2
-    scale = min(1.0, medians["dense"] / all_of_them) if all_of_them else 1.0
+    dense_seconds = medians["dense"]
+    block_seconds = {}
+    for kind in BlockKind:
+        saved = max(0.0, dense_seconds - medians[kind.value])
+        block_seconds[kind.value] = saved / len(masks[kind.value])
+    # A noisy measurement may give all blocks together more time than the whole model has.
+    all_blocks = sum(block_seconds.values()) * layers
+    scale = min(1.0, dense_seconds / all_blocks) if all_blocks else 1.0
     return {
-        "total": round(1e9 * medians["dense"]),
-        **{name: int(1e9 * scale * each) for name, each in saved.items()},
+        "total": round(1e9 * dense_seconds),
+        **{kind: int(1e9 * scale * cost) for kind, cost in block_seconds.items()},
         "scale": scale,
         "seconds": medians,
-        **timed.model_dump(),
+        **settings.model_dump(),
         "device": accelerator.name(model.device),
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -6,7 +6,7 @@ pass, and does not use the scoring engine.
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from blockpruner.core.errors import InputError, NonFiniteLossError, named
 from blockpruner.evaluation.settings import Perplexity
 from blockpruner.inputs.calibration import beginning, cut
-from blockpruner.inputs.texts import by_kind
+from blockpruner.inputs.texts import TextKind, by_kind
 from blockpruner.model import accelerator
 from blockpruner.model.models import head_of, room_beside
 from blockpruner.scoring.losses import token_nll
@@ -30,13 +30,9 @@ SEED = 0
 rows."""
 
 SHORT = 32
-"""A document of fewer tokens is left out: it says next to nothing. Of the 2,349 documents of an
-English Wikipedia extract, 1,299 are that short, and 1,254 of them a bare title. They have 2 % of
-its tokens."""
-
-Packed = tuple[Sequence[tuple[int, ...]], Sequence[str], int]
-"""The fields of HeldOut, and how many texts were passed over because they have fewer than SHORT
-tokens."""
+"""A document of fewer tokens is skipped: it is a bare title or little more. Of the 2,349 documents
+of an English Wikipedia extract, 1,299 are that short, and 1,254 of them a bare title. They have 2 %
+of its tokens."""
 
 
 @dataclass(frozen=True)
@@ -67,87 +63,104 @@ class HeldOutPerplexity:
     """Each row's mean NLL, nats per token."""
 
 
-def held_out(tokenizer: Any, texts: Sequence[str], wanted: Perplexity) -> HeldOut:
-    """Make rows of `wanted.seq_len` tokens of texts, at most `wanted.max_rows`; of a mix, so many
-    of the kind with the largest share, and of the others by theirs. Raises InputError if the texts,
-    or those of one kind, are shorter than one row.
+def held_out(tokenizer: Any, texts: Sequence[str], settings: Perplexity) -> HeldOut:
+    """Make rows of `settings.seq_len` tokens of texts, at most `settings.max_rows`. In a mix, that
+    is the limit of the kind with the largest share; the limits of the others follow from their
+    shares. Raises InputError if the texts, or those of one kind, are shorter than one row.
 
     packing "joined": all texts are joined with a blank line, tokenized once and cut into rows; the
     tail is dropped.
     "joined_bos": each of these rows begins with what the tokenizer puts before a text
         (`beginning`).
     "documents": the texts come in one order drawn with SEED. A row is the next texts joined with a
-        blank line until it
-    is full; the rest of the last one is dropped, and the next row begins with the next text. So
-    every text begins at its beginning, and none is in two rows. Texts of fewer than SHORT tokens
-    (in an encyclopaedia, bare titles) are passed over. A single document is cut into rows as
-    "joined_bos".
+        blank line until it is full. The rest of the last one is dropped, and the next row begins
+        with the next text. So every text begins at its beginning, and none is in two rows. Texts of
+        fewer than SHORT tokens are skipped. A single document is cut into rows as "joined_bos".
     """
-    if len(parts := by_kind(texts)) > 1:
-        whole, largest = HeldOut((), ()), max(kind.share if kind else 1.0 for kind in parts)
-        for kind, own in parts.items():
-            name = kind.name if kind else "others"
-            with named(f"{name}: "):
-                share = (kind.share if kind else 1.0) / largest
-                most = None if wanted.max_rows is None else math.ceil(share * wanted.max_rows)
-                found = held_out(tokenizer, own, wanted.model_copy(update={"max_rows": most}))
-            kinds = (*whole.kinds, *[name] * len(found.rows))
-            whole = HeldOut(whole.rows + found.rows, whole.documents + found.documents, kinds)
-        return whole
-    several = wanted.packing == "documents" and len(texts) > 1
-    rows, documents, short = (_documents if several else _joined)(tokenizer, texts, wanted)
-    if not rows:
-        tokens = len(_ids(tokenizer, texts))
-        left_out = f" ({short} of them have fewer than {SHORT} and are left out)" if short else ""
-        fix = (
-            "set packing to joined_bos, which leaves none out"
-            if short
-            else f"lower seq_len to at most {tokens}"
-        )
+    texts_by_kind = by_kind(texts)
+    if len(texts_by_kind) > 1:
+        return _held_out_mix(tokenizer, texts_by_kind, settings)
+    if settings.packing == "documents" and len(texts) > 1:
+        heldout, short_count = _pack_documents(tokenizer, texts, settings)
+    else:
+        heldout, short_count = _cut_joined(tokenizer, texts, settings), 0
+    if not heldout.rows:
+        tokens = len(_token_ids(tokenizer, texts))
+        skipped, fix = "", f"lower seq_len to at most {tokens}"
+        if short_count:
+            skipped = f" ({short_count} of them have fewer than {SHORT} and are left out)"
+            fix = "set packing to joined_bos, which leaves none out"
         raise InputError(
-            f"held-out perplexity has no row: {len(texts)} texts are {tokens} tokens{left_out},"
-            f" fewer than one row of evaluate.perplexity.seq_len {wanted.seq_len}; {fix}, or choose"
-            " longer texts",
+            f"held-out perplexity has no row: {len(texts)} texts are {tokens} tokens{skipped},"
+            f" fewer than one row of evaluate.perplexity.seq_len {settings.seq_len}; {fix}, or"
+            " choose longer texts",
             rule="too-few-tokens",
             key="evaluate.perplexity.seq_len",
-            value=wanted.seq_len,
+            value=settings.seq_len,
         )
-    return HeldOut(tuple(rows), tuple(documents))
+    return heldout
 
 
-def _ids(tokenizer: Any, texts: Sequence[str]) -> list[int]:
+def _held_out_mix(
+    tokenizer: Any, texts_by_kind: Mapping[TextKind | None, list[str]], settings: Perplexity
+) -> HeldOut:
+    mix = HeldOut((), ())
+    shares = [kind.share if kind else 1.0 for kind in texts_by_kind]
+    for (kind, texts), share in zip(texts_by_kind.items(), shares, strict=True):
+        name = kind.name if kind else "others"
+        limit = settings.max_rows
+        if limit is not None:
+            limit = math.ceil(share / max(shares) * limit)
+        with named(f"{name}: "):
+            rows = held_out(tokenizer, texts, settings.model_copy(update={"max_rows": limit}))
+        kinds = (name,) * len(rows.rows)
+        mix = HeldOut(mix.rows + rows.rows, mix.documents + rows.documents, mix.kinds + kinds)
+    return mix
+
+
+def _token_ids(tokenizer: Any, texts: Sequence[str]) -> list[int]:
     return list(tokenizer("\n\n".join(texts), verbose=False)["input_ids"])
 
 
-def _joined(tokenizer: Any, texts: Sequence[str], wanted: Perplexity) -> Packed:
-    head = 0 if wanted.packing == "joined" else len(beginning(tokenizer))
-    rows = cut(_ids(tokenizer, texts), wanted.seq_len, head)
-    used = rows[: wanted.max_rows]
-    if len(used) == len(rows):
-        return used, texts, 0
-    tokens = head + (wanted.seq_len - head) * len(used)
-    count = bisect_left(range(len(texts)), tokens, key=lambda n: len(_ids(tokenizer, texts[:n])))
-    return used, texts[:count], 0
+def _cut_joined(tokenizer: Any, texts: Sequence[str], settings: Perplexity) -> HeldOut:
+    prefix = 0 if settings.packing == "joined" else len(beginning(tokenizer))
+    rows = cut(_token_ids(tokenizer, texts), settings.seq_len, prefix)
+    rows_used = tuple(rows[: settings.max_rows])
+    if len(rows_used) == len(rows):
+        return HeldOut(rows_used, tuple(texts))
+    # A cut row may end within a text: the texts in use are the fewest whose tokens fill the rows.
+    tokens_used = prefix + (settings.seq_len - prefix) * len(rows_used)
+
+    def tokens_of_first(count: int) -> int:
+        return len(_token_ids(tokenizer, texts[:count]))
+
+    count = bisect_left(range(len(texts)), tokens_used, key=tokens_of_first)
+    return HeldOut(rows_used, tuple(texts[:count]))
 
 
-def _documents(tokenizer: Any, texts: Sequence[str], wanted: Perplexity) -> Packed:
+def _pack_documents(
+    tokenizer: Any, texts: Sequence[str], settings: Perplexity
+) -> tuple[HeldOut, int]:
+    """Rows that begin with a document; and how many documents were skipped as too short."""
     rows: list[tuple[int, ...]] = []
     documents: list[str] = []
-    held: list[str] = []
-    short = 0
-    for text in Random(SEED).sample(texts, len(texts))[wanted.skip :]:
-        if len(rows) == wanted.max_rows:
+    row_texts: list[str] = []
+    short_count = 0
+    shuffled = Random(SEED).sample(texts, len(texts))
+    for text in shuffled[settings.skip :]:
+        if len(rows) == settings.max_rows:
             break
-        if len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) < SHORT:
-            short += 1
+        text_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(text_ids) < SHORT:
+            short_count += 1
             continue
-        held.append(text)
-        ids = _ids(tokenizer, held)
-        if len(ids) >= wanted.seq_len:
-            rows.append(tuple(ids[: wanted.seq_len]))
-            documents += held
-            held = []
-    return rows, documents, short
+        row_texts.append(text)
+        ids = _token_ids(tokenizer, row_texts)
+        if len(ids) >= settings.seq_len:
+            rows.append(tuple(ids[: settings.seq_len]))
+            documents += row_texts
+            row_texts = []
+    return HeldOut(tuple(rows), tuple(documents)), short_count
 
 
 @torch.inference_mode()
@@ -159,46 +172,56 @@ def measure_perplexity(
 ) -> HeldOutPerplexity:
     """PPL = exp(1/R * sum_r 1/(T-1) * sum_t -log p(x[r, t+1] | x[r, <=t])) over R rows of T tokens.
 
-    Log-softmax in float32 or wider, sums in float64. The head runs over chunks of tokens: the
-    logits [T, V] of a row never fill the memory. Raises NonFiniteLossError that names the row whose
-    loss is NaN or infinite, and DeviceMemoryError where a row does not fit. `batch` rows of one
-    length are computed at once; in 16 bits it moves the last digits. `advance` is called with (rows
-    done, rows in all).
+    Log-softmax in float32 or wider, sums in float64. Raises NonFiniteLossError that names the row
+    whose loss is NaN or infinite, and DeviceMemoryError where a row does not fit. `batch` rows of
+    one length are computed at once; in 16 bits it moves the last digits. `advance` is called with
+    (rows done, rows in all).
     """
-    decoder, head, place = (
-        model.get_decoder(),
-        head_of(model),
-        model.get_output_embeddings().weight.device,
-    )
-    room = None if place.type == "cpu" else room_beside(model, place)
-    chunk = max(1, logits_bytes(room) // (model.config.vocab_size * 4))
-    means: list[float] = []
+    row_means: list[float] = []
+    chunk = _tokens_of_a_chunk(model)
     for start in range(0, len(rows), batch):
-        several = rows[start : start + batch]
+        batch_rows = rows[start : start + batch]
+        length = len(batch_rows[0])
+        size = "one row" if batch == 1 else f"{len(batch_rows)} rows"
         with accelerator.named_if_too_large(
-            f"held-out perplexity: {'one row' if batch == 1 else f'{len(several)} rows'} of"
-            f" {len(several[0])} tokens",
+            f"held-out perplexity: {size} of {length} tokens",
             "lower its seq_len, or use a larger device",
         ):
-            ids = torch.tensor(several, device=model.device)  # [B, T]
-            # [B (T-1), H]
-            states = decoder(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-            found = list[torch.Tensor]()
-            for part, targets in zip(
-                torch.split(states, chunk), torch.split(ids[:, 1:].flatten(), chunk), strict=True
-            ):
-                logits = head(part)  # perhaps on another device than the ids
-                found.append(token_nll(logits, targets.to(logits.device)).double())
-            totals = torch.cat(found).view(len(several), -1).sum(1).tolist()
-        for number, total in enumerate(totals, start):
+            totals = _row_totals(model, batch_rows, chunk)
+        for row, total in enumerate(totals, start):
             if not math.isfinite(total):
-                fix = "try a wider dtype (model.dtype: float32)"
                 raise NonFiniteLossError(
-                    f"held-out perplexity: the loss of row {number} is {total}; {fix}"
+                    f"held-out perplexity: the loss of row {row} is {total}; try a wider dtype"
+                    " (model.dtype: float32)"
                 )
-        means += [total / (len(several[0]) - 1) for total in totals]
-        advance(start + len(several), len(rows))
-    nll = math.fsum(means) / len(means)
-    return HeldOutPerplexity(
-        perplexity(nll), nll, len(rows), sum(len(row) for row in rows), tuple(means)
-    )
+            row_means.append(total / (length - 1))
+        advance(len(row_means), len(rows))
+    nll = math.fsum(row_means) / len(row_means)
+    tokens = sum(len(row) for row in rows)
+    return HeldOutPerplexity(perplexity(nll), nll, len(rows), tokens, tuple(row_means))
+
+
+def _tokens_of_a_chunk(model: PreTrainedModel) -> int:
+    """How many tokens' logits, in float32, are held at once."""
+    head_device = model.get_output_embeddings().weight.device
+    free_memory = None if head_device.type == "cpu" else room_beside(model, head_device)
+    bytes_of_a_token = 4 * int(model.config.vocab_size)
+    return max(1, logits_bytes(free_memory) // bytes_of_a_token)
+
+
+def _row_totals(model: PreTrainedModel, rows: Sequence[Sequence[int]], chunk: int) -> list[float]:
+    """The summed NLL of each row of one length, float64."""
+    head = head_of(model)
+    ids = torch.tensor(rows, device=model.device)  # [B, T]
+    states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    states = states[:, :-1].flatten(0, 1)  # [B (T-1), H]
+    targets = ids[:, 1:].flatten()
+    token_losses = []
+    # The logits [T, V] of 2,048 tokens of a vocabulary of 128,256 take 1 GiB in float32: the head
+    # runs over chunks of tokens.
+    for start in range(0, len(states), chunk):
+        logits = head(states[start : start + chunk])
+        chunk_targets = targets[start : start + chunk].to(logits.device)
+        token_losses.append(token_nll(logits, chunk_targets).double())
+    totals: list[float] = torch.cat(token_losses).view(len(rows), -1).sum(1).tolist()
+    return totals

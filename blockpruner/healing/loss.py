@@ -38,38 +38,39 @@ class TrainingLoss:
     def __call__(self, ids: Tensor, lengths: Tensor, count: float) -> tuple[Tensor, Tensor]:
         """The sum over rows of the loss, and of the text's NLL, both divided by `count`. The rows
         `ids` [B, T] are padded behind their `lengths` [B]."""
-        home = self.model.get_output_embeddings().weight.device  # layers may be on several devices
+        # Layers may be on several devices.
+        device = self.model.get_output_embeddings().weight.device
         predicts = torch.arange(ids.shape[1] - 1) < (lengths - 1)[:, None]  # [B, T - 1]
-        # [N]
-        weight = (
-            (1 / count / (lengths - 1).double())[:, None].expand(predicts.shape)[predicts].to(home)
-        )
-        targets, train = ids[:, 1:][predicts].to(home), torch.is_grad_enabled()
+        row_weight = (1 / count / (lengths - 1).double())[:, None]  # [B, 1]
+        weight = row_weight.expand(predicts.shape)[predicts].to(device)  # [N]
+        targets = ids[:, 1:][predicts].to(device)
+        has_gradient = torch.is_grad_enabled()
         states = _states(self.model, ids, predicts)
         with torch.no_grad():
             dense_states = [] if self.teacher is None else [_states(self.teacher, ids, predicts)]
-        total, nll = torch.zeros(2, dtype=torch.float64, device=home)
-        gradients, chunk = (
-            torch.empty_like(states),
-            max(1, LOGITS_BYTES // (4 * self.model.config.vocab_size)),
-        )
-        for part in (slice(start, start + chunk) for start in range(0, len(targets), chunk)):
-            leaf = states[part].detach().requires_grad_(train)
+        total, nll = torch.zeros(2, dtype=torch.float64, device=device)
+        gradients = torch.empty_like(states)
+        chunk_size = max(1, LOGITS_BYTES // (4 * self.model.config.vocab_size))
+        for start in range(0, len(targets), chunk_size):
+            chunk = slice(start, start + chunk_size)
+            leaf = states[chunk].detach().requires_grad_(has_gradient)
             logits = head_of(self.model)(leaf)
             with torch.no_grad():
                 dense_logits = [
-                    head_of(self.teacher)(dense[part]).to(home) for dense in dense_states
+                    head_of(self.teacher)(dense[chunk]).to(device) for dense in dense_states
                 ]
-                tokens = pieces(logits.detach(), targets[part], weight[part], *dense_logits)
-                losses, nlls, slopes = (
-                    torch.cat(each) for each in zip(*starmap(self._of_tokens, tokens), strict=True)
-                )
-            if train:
-                (gradients[part],) = torch.autograd.grad(logits, leaf, slopes)
-            total, nll = total + losses.double() @ weight[part], nll + nlls.double() @ weight[part]
-        # its gradient for the states is the one found above
-        known = (states * gradients).sum() if train else total
-        return total + (known - known.detach()), nll
+                tokens = pieces(logits.detach(), targets[chunk], weight[chunk], *dense_logits)
+                results = zip(*starmap(self._of_tokens, tokens), strict=True)
+                losses, nlls, slopes = map(torch.cat, results)
+            if has_gradient:
+                (gradients[chunk],) = torch.autograd.grad(logits, leaf, slopes)
+            total = total + losses.double() @ weight[chunk]
+            nll = nll + nlls.double() @ weight[chunk]
+        if has_gradient:
+            # A term of value 0 whose gradient for the states is the one computed above.
+            product = (states * gradients).sum()
+            total = total + (product - product.detach())
+        return total, nll
 
     def _of_tokens(
         self, logits: Tensor, targets: Tensor, weight: Tensor, *dense: Tensor
@@ -77,12 +78,16 @@ class TrainingLoss:
         """The loss and the NLL of some tokens, [N], and the gradient of the weighted loss for their
         logits [N, V]. A cross-entropy's gradient for the logits is q less the distribution that is
         wanted. `dense` are the teacher's logits of these tokens, if there is a teacher."""
-        log_q, share = log_probabilities(logits), self.recipe.distill if dense else 0.0
+        log_q = log_probabilities(logits)
+        share = self.recipe.distill if dense else 0.0
         nll = -log_q.gather(-1, targets[:, None])[:, 0]
-        loss, slope = (1 - share) * nll if share < 1 else torch.zeros_like(nll), log_q.exp()
+        # 0 times an infinite NLL would be NaN.
+        loss = (1 - share) * nll if share < 1 else torch.zeros_like(nll)
+        slope = log_q.exp()
         if dense:
-            kl, wanted = _kl(log_q, *dense)
-            loss, slope = loss + share * kl, slope.sub_(wanted.mul_(share))
+            kl, dense_probabilities = _kl(log_q, *dense)
+            loss = loss + share * kl
+            slope = slope.sub_(dense_probabilities.mul_(share))
         slope.scatter_add_(-1, targets[:, None], torch.full_like(nll, share - 1)[:, None])
         return loss, nll, slope.mul_(weight[:, None].to(slope.dtype)).to(logits.dtype)
 

@@ -15,21 +15,39 @@ def step_bytes(
 ) -> dict[str, int]:
     """Bytes by step: search, refit, training. Of training with adapters only the models count,
     which they share."""
-    share, unit = read_budget(budget)
-    removed = share if unit == "" else 0.5  # of the parameters, which training does without
-    costs, item, batch = count_parameters(config), BYTES[dtype], batch_bytes(config, dtype)
-    weights = costs.total * item
-    found = {"search": weights + batch}
-    has_one_mlp = FAMILIES[str(config["model_type"])].has_one_mlp
-    if has_one_mlp and any(kind_of_method(one.method).of_fit for one in searches(score).values()):
-        found["search"] += widths_bytes(inner_size(config), int(config["hidden_size"]))
+    model_bytes = count_parameters(config).total * BYTES[dtype]
+    needed = {"search": model_bytes + batch_bytes(config, dtype)}
+    measures_widths = any(
+        kind_of_method(search.method).of_fit for search in searches(score).values()
+    )
+    if measures_widths and FAMILIES[str(config["model_type"])].has_one_mlp:
+        needed["search"] += widths_bytes(inner_size(config), int(config["hidden_size"]))
     if compensate == "refit":
-        found["refit"] = fit_bytes(config, dtype, visits=True)
+        needed["refit"] = fit_bytes(config, dtype, visits=True)
     if train is not None:
-        kept = round((1 - removed) * costs.total)
-        trained = kept - costs.total + sum(costs.blocks.values()) if train.weights == "all" else 0
-        teacher = weights if trained and train.distill else 0
-        # masters in float32, two moments and the gradient; or without masters
-        beside = 16 if item == 2 else 3 * item
-        found["training"] = kept * item + teacher + max(0, trained) * beside + batch
-    return found
+        needed["training"] = _training_bytes(config, dtype, train, budget)
+    return needed
+
+
+def _training_bytes(config: Config, dtype: str, train: Train, budget: str) -> int:
+    counts = count_parameters(config)
+    amount, unit = read_budget(budget)
+    # Of a budget in blocks or in time the share of parameters is a guess.
+    removed_share = amount if unit == "" else 0.5
+    item = BYTES[dtype]
+    pruned_parameters = round((1 - removed_share) * counts.total)
+    trained_parameters = 0
+    if train.weights == "all":
+        embeddings = counts.total - sum(counts.blocks.values())
+        trained_parameters = max(0, pruned_parameters - embeddings)
+    # Float32 master, gradient and AdamW's two moments; wider weights are their own masters.
+    optimizer_item = 16 if item == 2 else 3 * item
+    # Adapters leave the dense weights as they are, so a teacher shares them.
+    has_own_teacher = train.distill > 0 and trained_parameters > 0
+    teacher_bytes = counts.total * item if has_own_teacher else 0
+    return (
+        pruned_parameters * item
+        + teacher_bytes
+        + trained_parameters * optimizer_item
+        + batch_bytes(config, dtype)
+    )

@@ -1,26 +1,26 @@
-"""Refit: the writers of a pruned model are fitted to the dense one, without training.
+"""Refit: the output projections of a pruned model are fitted to the dense one, without training.
 
-A hole is what is removed between two kept blocks. Behind it the pruned model's residual stream
-lacks what the hole added, and the kept block before it is the last that can make good for that. A
-narrowed block lacks channels, and makes good for them itself. What changes are writers: the
-matrices through which blocks add to the stream. No weight is added, so every export and every
+A removed span is what is removed between two kept blocks. Behind it the pruned model's residual
+stream lacks what the span added, and the kept block before it is the last that can make up for
+that. A narrowed block lacks channels, and makes up for them itself. Only output projections change,
+the matrices through which blocks add to the stream. No weight is added, so every export and every
 engine works as before.
 
-All writers from the first narrowed one, or the one before the first hole, are fitted, each by least
-squares: the stream behind its block, and behind the hole that follows, to the dense model's. It
-goes on to the last block with what the pruned model itself reads, so a fit mends what earlier ones
-have left. A token counts by its relative error, |dense - pruned|^2 / |dense|^2. The first token of
-a row, whose state is a thousand times as long in many models, would otherwise decide alone.
+All output projections from the first narrowed block, or the block before the first removed span,
+are fitted one after the other by least squares: the stream behind the block and the removed span
+that follows, to the dense model's. Each fit reads the stream that earlier fits have left, so it
+also repairs what those could not. A token counts by its relative error, |dense - pruned|^2 /
+|dense|^2. The first token of a row, whose state is a thousand times as long in many models, would
+otherwise decide alone.
 
 Some families have a norm behind each module. What such a block adds, g y / rms(y) with the gains g,
-is linear in the writer only while rms(y) stays, and its size does not depend on the writer. So the
-gains are fitted, too, and the real error on held-out rows decides how much of a writer's change is
-kept.
+is linear in the output projection only while rms(y) stays, and its size does not depend on the
+projection. Therefore the gains are fitted, too, and the actual error on held-out rows decides by
+which step the projection changes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -32,224 +32,251 @@ from blockpruner.healing.ridge import Moments, best_change
 from blockpruner.scoring.gram import symmetric_
 from blockpruner.scoring.streams import Stream, Streams
 
-STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-"""Pulls to the old weights. Each fit takes the one that does best on the held-out rows, near that
-of the last fit."""
+RIDGE_PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+"""The penalties to choose from. Each fit takes the best one on the held-out rows, and begins its
+search at that of the last fit."""
 
-ROUGH = (1.0,)
-"""The pull of a first guess."""
+FIRST_GUESS_PENALTIES = (1.0,)
+"""The penalty of a first guess."""
 
-SHARES = (1.0, 0.5, 0.25, 0.0)
-"""How much of a writer's change is tried before a norm, each time with the gains that fit best."""
+STEP_SIZES = (1.0, 0.5, 0.25, 0.0)
+"""The steps of an output projection before a norm that are tried, each with the gains that fit
+best."""
 
-Mended = dict[str, Any]
-"""What was done at a stop, for the report: the blocks missing behind it (`hole`), and how they were
-made up for."""
+RefitStats = dict[str, Any]
+"""What was done at a fit point, for the report: the removed span behind it (`hole`), the fitted
+blocks (`writers`), the ridge penalty (`strength`) and the relative error that is left (`error`)."""
 
 
 def refit(
-    streams: Streams, cuts: Mapping[str, Cut], strengths: Sequence[float] = ()
-) -> Iterator[tuple[Stream, Mended]]:
-    """Find new writers for the models of some cuts. Yields each stream behind each of its stops,
-    with what was done there, if anything was. Raises InputError if no block of the model ends in a
-    single matrix."""
-    if all(streams.writer(block) is None for block in streams.blocks):
+    streams: Streams, cuts: Mapping[str, Cut], penalties: Sequence[float] = ()
+) -> Iterator[tuple[Stream, RefitStats]]:
+    """Fit the output projections of the models of some cuts. Yields each stream behind each of its
+    fit points, with what was done there, if anything was. Raises InputError if no block of the
+    model ends in a single matrix."""
+    if all(streams.output_projection(block) is None for block in streams.blocks):
         message = (
             "compensate: no block of this model ends in a single matrix; set compensate.method:"
             " none"
         )
         raise InputError(message, rule="no-writer", key="compensate.method")
     for stream in streams.walk(cuts):
-        stop, mended = stream.stop, dict[str, Any]()
-        stream.is_behind = stream.is_behind or bool(stop.hole or stop.channels)
-        writers = {block: streams.writer(block) for block in stop.kept}
-        able = {block: writer for block, writer in writers.items() if writer is not None}
-        if able and stream.is_behind:
-            mended = {"hole": stop.missing, "writers": [str(block) for block in able]}
-            mended |= _fit_stop_(streams, stream, able, strengths or STRENGTHS)
-            stream.weights = {**stream.weights, **streams.put_aside_()}
-        elif stream.is_behind:
-            stream.states = [
-                streams.behind(stop.kept, state, number)
-                for number, state in enumerate(stream.states)
-            ]
-            if stop.hole:
-                mended = {"hole": stop.missing, "writers": [], "error": 1.0}
-        else:
+        point = stream.point
+        if point.removed_span or point.channels:
+            stream.is_pruned = True
+        projections = dict[BlockId, nn.Linear]()
+        for block in point.blocks:
+            projection = streams.output_projection(block)
+            if projection is not None:
+                projections[block] = projection
+        stats: RefitStats = {}
+        if not stream.is_pruned:
+            # Up to the first removed span the pruned model is the dense one.
             stream.states = streams.dense
-        yield stream, mended
+        elif projections:
+            fitted_blocks = [str(block) for block in projections]
+            stats = {"hole": point.removed_names, "writers": fitted_blocks}
+            stats |= _fit_point_(streams, stream, projections, penalties or RIDGE_PENALTIES)
+            stream.weights = {**stream.weights, **streams.restore_()}
+        else:
+            # A mixture of experts has no single matrix to fit.
+            stream.states = streams.all_after(point.blocks, stream.states)
+            if point.removed_span:
+                stats = {"hole": point.removed_names, "writers": [], "error": 1.0}
+        yield stream, stats
 
 
-def _fit_stop_(
+def _fit_point_(
     streams: Streams,
     stream: Stream,
-    writers: Mapping[BlockId, nn.Linear],
-    strengths: Sequence[float],
-) -> Mended:
-    """Fit the writers of a stop; two at once where both blocks of a layer read the same state."""
-    place = _Place(streams, stream, writers)
-    if (norm := streams.norm_behind(next(iter(writers)))) is not None:
-        facts = _fit_before_norm_(place, norm.get_parameter("weight"), strengths)
+    projections: Mapping[BlockId, nn.Linear],
+    penalties: Sequence[float],
+) -> RefitStats:
+    """Fit the output projections of a fit point; two at once if both blocks of a layer read the
+    same state."""
+    site = _FitSite(streams, stream, projections)
+    norm = streams.post_norm(next(iter(projections)))
+    if norm is not None:
+        stats = _fit_before_norm_(site, norm.get_parameter("weight"), penalties)
     else:
-        change, stream.strength, error = best_change(*place.moments(), strengths, stream.strength)
+        moments, heldout = site.moments()
+        change, penalty, error = best_change(moments, heldout, penalties, stream.ridge_penalty)
+        stream.ridge_penalty = penalty
         if error < 1:
-            place.change_(change)
-        facts = {"strength": stream.strength, "error": error}
-    stream.states = [place.moved(number) for number in range(len(streams.dense))]
-    return facts
+            site.add_change_(change)
+        stats = {"strength": penalty, "error": error}
+    stream.states = [site.pruned_state(number) for number in range(len(streams.dense))]
+    return stats
 
 
 @dataclass
-class _Place:
-    """The kept blocks of a stop: what they read and give, and what is missing behind them."""
+class _FitSite:
+    """The blocks of a fit point, with what they read and give on the pruned stream."""
 
     streams: Streams
     stream: Stream
-    writers: Mapping[BlockId, nn.Linear]
-    reads: dict[BlockId, list[Tensor]] = field(default_factory=dict)
-    """What writers read, batch by batch."""
-    gives: dict[BlockId, list[Tensor]] = field(default_factory=dict)
-    """What the blocks add, before a norm behind them."""
+    projections: Mapping[BlockId, nn.Linear]
+    features: dict[BlockId, list[Tensor]] = field(default_factory=dict)
+    """The inputs of output projections, batch by batch."""
+    outputs: dict[BlockId, list[Tensor]] = field(default_factory=dict)
+    """The outputs of the blocks' modules, before a norm behind them."""
 
     def __post_init__(self) -> None:
-        streams, stop = self.streams, self.stream.stop
+        streams = self.streams
         self.scales = [1 / state.norm(dim=-1, keepdim=True) for state in streams.dense]
-        streams.narrow_(stop.channels)
-        for block in stop.kept:
-            pairs = [
-                streams.written(block, state, number)
-                for number, state in enumerate(self.stream.states)
-            ]
-            self.reads[block], self.gives[block] = [x for x, _ in pairs], [y for _, y in pairs]
-        self.home = next(
-            iter(self.writers.values())
-        ).weight.device  # once they have come: layers may only visit
-        kept, start = list[Tensor](), 0
-        for block, writer in self.writers.items():
-            width = writer.in_features + (writer.bias is not None)
-            own = [
-                *stop.channels.get(block, range(writer.in_features)),
-                *range(writer.in_features, width),
-            ]
-            kept.append(start + torch.tensor(own, device=self.home))
-            start += width
-        self.width, self.kept = start, torch.cat(kept)
+        streams.zero_channels_(self.stream.point.channels)
+        for block in self.stream.point.blocks:
+            self.features[block] = []
+            self.outputs[block] = []
+            for number, state in enumerate(self.stream.states):
+                features, output = streams.module_tensors(block, state, number)
+                self.features[block].append(features)
+                self.outputs[block].append(output)
+        # With CPU offload the weights are on the device only since the blocks have run.
+        self.device = next(iter(self.projections.values())).weight.device
+        self.width, self.kept_features = self._count_features()
 
-    def features(self, number: int) -> Tensor:
-        """What all writers read of a batch, [B, T, p], with a column of ones where one has a
-        bias."""
-        parts = list[Tensor]()
-        for block, writer in self.writers.items():
-            parts.append(self.reads[block][number].to(self.home))
-            if writer.bias is not None:
-                parts.append(torch.ones_like(parts[-1][..., :1]))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    def _count_features(self) -> tuple[int, Tensor]:
+        """The number of all features, and those that narrowed blocks keep."""
+        kept_features = list[Tensor]()
+        width = 0
+        for block, projection in self.projections.items():
+            inputs = range(projection.in_features)
+            kept = list(self.stream.point.channels.get(block, inputs))
+            if projection.bias is not None:
+                kept.append(projection.in_features)
+            kept_features.append(width + torch.tensor(kept, device=self.device))
+            width += projection.in_features + (projection.bias is not None)
+        return width, torch.cat(kept_features)
 
-    def moved(self, number: int) -> Tensor:
+    def joint_features(self, number: int) -> Tensor:
+        """The features of all output projections for a batch, [B, T, p], with a column of ones for
+        each bias."""
+        columns = list[Tensor]()
+        for block, projection in self.projections.items():
+            columns.append(self.features[block][number].to(self.device))
+            if projection.bias is not None:
+                columns.append(torch.ones_like(columns[-1][..., :1]))
+        return columns[0] if len(columns) == 1 else torch.cat(columns, -1)
+
+    def pruned_state(self, number: int) -> Tensor:
         """The pruned stream behind the blocks."""
         state = self.stream.states[number]
-        for block, gives in self.gives.items():
-            state = state + self.streams.added(block, gives[number])
+        for block, outputs in self.outputs.items():
+            state = state + self.streams.residual(block, outputs[number])
         return state
 
     def relative(self, number: int, states: Tensor) -> Tensor:
-        """States of a batch by the size of the dense stream, at real tokens, [N, k]."""
-        return self.streams.at_real(number, states * self.scales[number].to(states.device))
+        """States of a batch, divided by the size of the dense stream, at real tokens, [N, k]."""
+        return self.streams.real_tokens(number, states * self.scales[number].to(states.device))
 
-    def missing(self, number: int) -> Tensor:
-        """What the moved stream lacks, relatively, [N, d]."""
-        return self.relative(number, self.streams.dense[number] - self.moved(number))
+    def residuals(self, number: int) -> Tensor:
+        """The dense stream less the pruned one behind the blocks, relative, [N, d]."""
+        return self.relative(number, self.streams.dense[number] - self.pruned_state(number))
 
-    def moments(self, gain: Tensor | None = None) -> tuple[Moments, tuple[Tensor, Tensor]]:
-        """The sums of the fitted rows, and features and residuals of those that are held out; of
-        narrowed blocks the kept channels are features. `gain` is what the norm behind the only
-        writer multiplies its columns with."""
-        streams, first = self.streams, next(iter(self.writers))
-
-        def tokens(number: int) -> tuple[Tensor, Tensor]:
-            features = self.features(number)
-            if gain is not None:
-                size = self.gives[first][number].square().mean(dim=-1, keepdim=True)
-                features = features * size.rsqrt().to(self.home)
-            return self.relative(number, streams.scaled(features)), self.missing(number).to(
-                self.home
-            )
-
-        state, narrow = streams.dense[0], self.writers[first].weight.dtype
-        fitted = Moments.zero(
-            self.width, state.shape[-1], self.home, state.dtype, narrow.itemsize == 2
+    def heldout_error(self) -> float:
+        """The sum of squares of the held-out residuals."""
+        errors = (
+            float(self.residuals(number).double().square().sum())
+            for number in self.streams.heldout_batches
         )
-        for number in streams.fitted:
-            fitted.add(*tokens(number))
-        features, missing = (
-            torch.cat(parts) for parts in zip(*map(tokens, streams.held_out), strict=True)
-        )
-        symmetric_(fitted.gram)
-        if len(self.kept) < self.width:
-            fitted.gram, fitted.cross = (
-                fitted.gram[self.kept][:, self.kept],
-                fitted.cross[self.kept],
-            )
-            features = features[:, self.kept]
-        return fitted, (features, missing)
+        return sum(errors)
 
-    def change_(self, change: Tensor) -> None:
-        """Change the writers, and what they give of what they read."""
-        whole = change.new_zeros(self.width, change.shape[1]).index_copy_(0, self.kept, change)
-        for block, writer in self.writers.items():
-            count = writer.in_features + (writer.bias is not None)
-            part, whole = whole[:count].to(writer.weight.device), whole[count:]
-            self.streams.change_(writer.weight, writer.weight + part[: writer.in_features].T)
-            if writer.bias is not None:
-                self.streams.change_(writer.bias, writer.bias + part[-1])
-            pairs = zip(self.reads[block], self.gives[block], strict=True)
-            self.gives[block] = [writer(x.to(self.home)).to(y) for x, y in pairs]
+    def tokens(self, number: int, has_norm: bool) -> tuple[Tensor, Tensor]:
+        """The relative features [N, p] and residuals [N, d] of a batch."""
+        features = self.joint_features(number)
+        if has_norm:
+            # The norm divides the output by its size.
+            output = self.outputs[next(iter(self.projections))][number]
+            mean_square = output.square().mean(dim=-1, keepdim=True)
+            features = features * mean_square.rsqrt().to(self.device)
+        features = self.relative(number, self.streams.scaled(features))
+        return features, self.residuals(number).to(self.device)
+
+    def moments(self, has_norm: bool = False) -> tuple[Moments, tuple[Tensor, Tensor]]:
+        """The sums of the fit rows, and the features and residuals of the held-out rows; of
+        narrowed blocks the kept channels are features."""
+        streams = self.streams
+        state = streams.dense[0]
+        is_16_bit = next(iter(self.projections.values())).weight.dtype.itemsize == 2
+        moments = Moments.zero(self.width, state.shape[-1], self.device, state.dtype, is_16_bit)
+        for number in streams.fit_batches:
+            moments.add(*self.tokens(number, has_norm))
+        symmetric_(moments.gram)
+        heldout = [self.tokens(number, has_norm) for number in streams.heldout_batches]
+        features = torch.cat([batch_features for batch_features, _ in heldout])
+        residuals = torch.cat([batch_residuals for _, batch_residuals in heldout])
+        if len(self.kept_features) < self.width:
+            moments.gram = moments.gram[self.kept_features][:, self.kept_features]
+            moments.cross = moments.cross[self.kept_features]
+            features = features[:, self.kept_features]
+        return moments, (features, residuals)
+
+    def add_change_(self, change: Tensor) -> None:
+        """Add a change [kept features, d] to the output projections, and compute their outputs
+        anew."""
+        full_change = change.new_zeros(self.width, change.shape[1])
+        full_change.index_copy_(0, self.kept_features, change)
+        for block, projection in self.projections.items():
+            weight, bias, inputs = projection.weight, projection.bias, projection.in_features
+            own_change = full_change[: inputs + (bias is not None)].to(weight.device)
+            full_change = full_change[len(own_change) :]
+            self.streams.set_(weight, weight + own_change[:inputs].T)
+            if bias is not None:
+                self.streams.set_(bias, bias + own_change[-1])
+            pairs = zip(self.features[block], self.outputs[block], strict=True)
+            self.outputs[block] = [projection(x.to(self.device)).to(y) for x, y in pairs]
 
 
-def _fit_before_norm_(place: _Place, gains: nn.Parameter, strengths: Sequence[float]) -> Mended:
-    """Fit a writer and the gains of the norm behind it, unless that does harm on the held-out
-    rows."""
-    streams, ((block, writer),) = place.streams, place.writers.items()
-    weights = [weight for weight in (writer.weight, writer.bias, gains) if weight is not None]
+def _fit_before_norm_(
+    site: _FitSite, gains: nn.Parameter, penalties: Sequence[float]
+) -> RefitStats:
+    """Fit an output projection and the gains of the norm behind it, unless that does harm on the
+    held-out rows."""
+    ((block, projection),) = site.projections.items()
+    weights = [projection.weight, gains]
+    if projection.bias is not None:
+        weights.append(projection.bias)
 
-    def error() -> float:
-        return sum(
-            float(place.missing(number).double().square().sum()) for number in streams.held_out
-        )
+    def snapshot() -> list[Tensor]:
+        """All that changes: the weights, and the block's outputs."""
+        return [*(weight.clone() for weight in weights), *site.outputs[block]]
 
-    def values() -> list[Tensor]:
-        """All that changes: the weights, and what the block gives."""
-        return [*(weight.clone() for weight in weights), *place.gives[block]]
-
-    def set_(values: Sequence[Tensor]) -> None:
-        place.gives[block] = list(values[len(weights) :])
+    def restore_(values: Sequence[Tensor]) -> None:
+        site.outputs[block] = list(values[len(weights) :])
         for weight, value in zip(weights, values, strict=False):
             weight.copy_(value)
 
-    def tried(share: float) -> tuple[float, list[Tensor]]:
-        """The error with a share of the writer's change and the gains that are best then."""
-        set_([torch.lerp(*pair, share) for pair in zip(old, new, strict=True)])
-        streams.change_(gains, gains + _more_gain(place, block).to(gains.device))
-        return error(), values()
+    old = snapshot()
+    old_error = site.heldout_error()
+    gain = site.streams.gain(block).to(projection.weight.device)
+    moments, heldout = site.moments(has_norm=True)
+    penalty = site.stream.ridge_penalty
+    change, penalty, _ = best_change(moments, heldout, penalties, penalty, gain)
+    site.stream.ridge_penalty = penalty
+    site.add_change_(change)
+    new = snapshot()
+    best, least_error = old, old_error
+    for step in STEP_SIZES:
+        restore_([torch.lerp(before, after, step) for before, after in zip(old, new, strict=True)])
+        site.streams.set_(gains, gains + _gain_change(site, block).to(gains.device))
+        error = site.heldout_error()
+        if error < least_error:
+            best, least_error = snapshot(), error
+    restore_(best)
+    relative_error = 1.0 if best is old else least_error / old_error
+    return {"strength": penalty, "error": relative_error}
 
-    old, before, gain = values(), error(), streams.gain(block).to(writer.weight.device)
-    change, strength, _ = best_change(*place.moments(gain), strengths, place.stream.strength, gain)
-    place.stream.strength = strength
-    place.change_(change)
-    new = values()
-    after, best = min(map(tried, SHARES), key=itemgetter(0))
-    set_(best if after < before else old)
-    return {"strength": strength, "error": after / before if after < before else 1.0}
 
-
-def _more_gain(place: _Place, block: BlockId) -> Tensor:
-    """What is best added to the gains of the norm behind a block, [d]: a ridge regression for each
-    of them."""
-    streams, given = place.streams, place.gives[block][0]
-    cross, square = torch.zeros(2, given.shape[-1], dtype=torch.float64, device=given.device)
-    for number in streams.fitted:
-        unit = place.relative(number, streams.unit(block, place.gives[block][number]))
-        cross += (unit * place.missing(number)).sum(0)
-        square += unit.square().sum(0)
-    more: Tensor = cross / (square + STRENGTHS[0] * square.mean())
-    return more
+def _gain_change(site: _FitSite, block: BlockId) -> Tensor:
+    """The best change of the gains of the norm behind a block, [d]: a ridge regression for each
+    gain."""
+    output = site.outputs[block][0]
+    cross = torch.zeros(output.shape[-1], dtype=torch.float64, device=output.device)
+    squares = torch.zeros_like(cross)
+    for number in site.streams.fit_batches:
+        normalized = site.streams.normalized(block, site.outputs[block][number])
+        unit_features = site.relative(number, normalized)
+        cross += (unit_features * site.residuals(number)).sum(0)
+        squares += unit_features.square().sum(0)
+    return cross / (squares + RIDGE_PENALTIES[0] * squares.mean())

@@ -1,18 +1,17 @@
-"""Ridge regression from sums over tokens: what is fitted, how strongly, and how well it does on
-other tokens.
+"""Ridge regression from sums over tokens.
 
 For features X [N, p] and residuals R [N, q], the change D [p, q] minimises
 
     |X D - R|^2 + s mean(diag(X^T X)) |D|^2
 
-with s the strength. Everything comes from X^T X and X^T R, so the fitted tokens themselves are
-never kept, and any strength costs one factorization more. Of few tokens that are held out, features
-and residuals are kept. Strengths are compared in the dtype of the features; the change of the best
-one is solved for in float64, without gains.
+with the ridge penalty s. Everything comes from X^T X and X^T R, so the fitted tokens themselves are
+not kept, and another penalty costs one factorization. Features and residuals of the few held-out
+tokens are kept. Penalties are compared in the dtype of the features; the change for the best one is
+solved for in float64, without gains.
 
-Where column j of X D counts g_j times, D_j = Q diag(g_j / (g_j^2 L + t)) Q^T c_j, with X^T X = Q
+If column j of X D counts g_j times, D_j = Q diag(g_j / (g_j^2 L + t)) Q^T c_j, with X^T X = Q
 diag(L) Q^T, C = X^T R and t = s mean(diag(X^T X)) mean(g^2). One decomposition serves all columns
-and strengths.
+and penalties.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from blockpruner.scoring.gram import add_gram_, factor, products
+from blockpruner.scoring.gram import add_gram_, cholesky, fast_matmul
 
 Solver = Callable[[float], Tensor]
-"""The change D [p, q] for a strength."""
+"""The change D [p, q] for a ridge penalty."""
 
 
 @dataclass
@@ -39,8 +38,8 @@ class Moments:
     """X^T X [p, p]; until `symmetric_`, its upper triangle."""
     cross: Tensor
     """X^T R [p, q]."""
-    is_rough: bool = False
-    """As of `products`."""
+    is_fast: bool = False
+    """As in `fast_matmul`."""
 
     @classmethod
     def zero(
@@ -49,77 +48,88 @@ class Moments:
         outputs: int,
         device: torch.device,
         dtype: torch.dtype = torch.float64,
-        rough: bool = False,
+        is_fast: bool = False,
     ) -> Moments:
-        sizes = ((features, features), (features, outputs))
-        gram, cross = (torch.zeros(size, dtype=dtype, device=device) for size in sizes)
-        return cls(gram, cross, rough)
+        """The sums of no token."""
+        gram = torch.zeros(features, features, dtype=dtype, device=device)
+        cross = torch.zeros(features, outputs, dtype=dtype, device=device)
+        return cls(gram, cross, is_fast)
 
     def add(self, features: Tensor, residuals: Tensor) -> None:
         """Add tokens: features [N, p], residuals [N, q]."""
-        with products(self.is_rough):
+        with fast_matmul(self.is_fast):
             add_gram_(self.gram, features)
             self.cross.addmm_(features.T, residuals)
 
-    def solve(self, strength: float, dtype: torch.dtype = torch.float64) -> Tensor:
-        """The change D [p, q] of these tokens, solved for in a dtype, or in float64 where that one
-        is too narrow."""
-        found, is_too_narrow = factor(self.gram, strength, dtype)
+    def solve(self, penalty: float, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The change D [p, q], solved for in a dtype, or in float64 if that dtype is too narrow."""
+        factor, is_too_narrow = cholesky(self.gram, penalty, dtype)
         if is_too_narrow and dtype is not torch.float64:
-            return self.solve(strength)
-        return torch.cholesky_solve(self.cross.to(dtype), found)
+            return self.solve(penalty)
+        return torch.cholesky_solve(self.cross.to(dtype), factor)
 
-    def gained(self, gain: Tensor) -> Solver:
-        """The changes D of these tokens where column j of X D counts gain_j times, [q]."""
-        values, vectors = torch.linalg.eigh(self.gram)
-        gain = gain.to(values)
-        turned, squares = vectors.T @ self.cross * gain, gain.square()
-        pull = self.gram.diagonal().mean() * squares.mean()
-        return lambda strength: vectors @ (turned / (squares * values[:, None] + strength * pull))
+    def solver_with_gains(self, gain: Tensor) -> Solver:
+        """The changes D if column j of X D counts gain_j times, [q]."""
+        eigenvalues, eigenvectors = torch.linalg.eigh(self.gram)
+        gain = gain.to(eigenvalues)
+        squares = gain.square()
+        rotated = eigenvectors.T @ self.cross * gain
+        scale = self.gram.diagonal().mean() * squares.mean()
+
+        def solve(penalty: float) -> Tensor:
+            rotated_change = rotated / (squares * eigenvalues[:, None] + penalty * scale)
+            change: Tensor = eigenvectors @ rotated_change
+            return change
+
+        return solve
 
     def error(self, features: Tensor, residuals: Tensor, change: Tensor) -> float:
         """|X D - R|^2 / |R|^2 of a change; below 1 it helps."""
-        with products(self.is_rough):
-            left = residuals - features @ change.to(features)
+        with fast_matmul(self.is_fast):
+            remaining = residuals - features @ change.to(features)
         total = float(residuals.double().square().sum())
-        return float(left.double().square().sum()) / total if total else 1.0
+        if not total:
+            return 1.0
+        return float(remaining.double().square().sum()) / total
 
 
 def best_change(
-    fitted: Moments,
-    held_out: tuple[Tensor, Tensor],
-    strengths: Sequence[float],
-    near: float,
+    moments: Moments,
+    heldout: tuple[Tensor, Tensor],
+    penalties: Sequence[float],
+    start: float,
     gain: Tensor | None = None,
 ) -> tuple[Tensor, float, float]:
-    """The change that does best on tokens that are held out, features [N, p] and residuals [N, q];
-    its strength, and its error there.
+    """The change with the least error on held-out tokens, features [N, p] and residuals [N, q]; its
+    penalty, and its error there.
 
     Args:
-        strengths: from small to large. The error falls and then rises with the strength, so that it
-            is followed from the one that is nearest to `near` to where its neighbours are no
-            better. One alone is a first guess, which needs no float64.
-        gain: how many times each column of X D counts; None: all once.
+        penalties: from small to large. A single one is a first guess, which needs no float64.
+        start: the penalty near which the search begins.
+        gain: how many times each column of X D counts; None: once.
     """
-    solve = partial(fitted.solve, dtype=fitted.gram.dtype) if gain is None else fitted.gained(gain)
-    found: dict[int, float] = {}
+    solve: Solver
+    if gain is None:
+        solve = partial(moments.solve, dtype=moments.gram.dtype)
+    else:
+        solve = moments.solver_with_gains(gain)
+    errors: dict[int, float] = {}
 
-    def tried(index: int) -> float:
-        if index not in found:
-            change = solve(strengths[index])
-            found[index] = fitted.error(*held_out, change if gain is None else change * gain)
-        return found[index]
+    def heldout_error(index: int) -> float:
+        if index not in errors:
+            change = solve(penalties[index])
+            scaled_change = change if gain is None else change * gain
+            errors[index] = moments.error(*heldout, scaled_change)
+        return errors[index]
 
-    best, at = (
-        -1,
-        min(range(len(strengths)), key=lambda index: abs(math.log(strengths[index] / near))),
-    )
-    while best != at:
-        best = at
-        at = min(range(max(0, best - 1), min(best + 2, len(strengths))), key=tried)
-    change = (
-        fitted.solve(strengths[best])
-        if gain is None and len(strengths) > 1
-        else solve(strengths[best])
-    )
-    return change, strengths[best], found[best]
+    distances = [abs(math.log(penalty / start)) for penalty in penalties]
+    candidate = distances.index(min(distances))
+    best = -1
+    # The error falls and then rises with the penalty: go downhill until no neighbour is better.
+    while candidate != best:
+        best = candidate
+        neighbours = range(max(0, best - 1), min(best + 2, len(penalties)))
+        candidate = min(neighbours, key=heldout_error)
+    if gain is None and len(penalties) > 1:
+        solve = moments.solve
+    return solve(penalties[best]), penalties[best], errors[best]

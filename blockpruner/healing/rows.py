@@ -24,13 +24,13 @@ from blockpruner.inputs.settings import Calibration
 def training_rows(
     texts: Sequence[str],
     tokenizer: Any,
-    wanted: Train,
+    recipe: Train,
     evaluated: Iterable[str] = (),
     note: Callable[[str], object] = lambda message: None,
     at_most: bool = False,
     reserved: AbstractSet[str] = frozenset(),
 ) -> tuple[CalibrationSet, CalibrationSet | None]:
-    """Draw the rows of training and, from what is left, `wanted.validation` rows that are not
+    """Draw the rows of training and, from what is left, `recipe.validation` rows that are not
     trained on.
 
     Samples are drawn without replacement, none that shares a paragraph with an evaluated text. Each
@@ -40,64 +40,63 @@ def training_rows(
     none to train on. The rest is as in `draw`.
     """
     pool = without_evaluated(texts, evaluated, "training", note)
-    held = wanted.validation
-    if wanted.num_rows is not None:
-        joined = Calibration(seq_len=wanted.seq_len, split="all", score="all", seed=wanted.seed)
+    heldout = recipe.validation
+    if recipe.num_rows is not None:
+        joined = Calibration(seq_len=recipe.seq_len, split="all", score="all", seed=recipe.seed)
         rows = fill_rows(
             pool,
             tokenizer,
             joined,
-            wanted.num_rows + held,
+            recipe.num_rows + heldout,
             "train.num_rows + validation",
             at_most,
             reserved,
             note,
         ).rows
-        if len(rows) <= held:
+        if len(rows) <= heldout:
             raise InputError(
-                f"the training's texts fill {len(rows)} rows of {wanted.seq_len} tokens, of which"
-                f" {held} are held out; give more texts"
+                f"the training's texts fill {len(rows)} rows of {recipe.seq_len} tokens, of which"
+                f" {heldout} are held out; give more texts"
             )
-        parts = [CalibrationSet(rows[: len(rows) - held]), CalibrationSet(rows[len(rows) - held :])]
+        trained = len(rows) - heldout
+        splits = [CalibrationSet(rows[:trained]), CalibrationSet(rows[trained:])]
     else:
         key = "train.num_samples + validation"
-        drawn = draw(
+        chosen_texts = draw(
             pool,
-            wanted.num_samples + held,
+            recipe.num_samples + heldout,
             "all",
-            wanted.seed,
+            recipe.seed,
             key=key,
             reserved=reserved,
             note=note,
         )
-        samples = [text + (tokenizer.eos_token or "") for text in drawn]
-        groups = [
-            group
-            for group in (samples[: wanted.num_samples], samples[wanted.num_samples :])
-            if group
-        ]
-        parts = [pack_rows(group, tokenizer, wanted.seq_len, "per_sample") for group in groups]
-    return parts[0], parts[1] if held else None
+        samples = [text + (tokenizer.eos_token or "") for text in chosen_texts]
+        groups = [samples[: recipe.num_samples]]
+        if heldout:
+            groups.append(samples[recipe.num_samples :])
+        splits = [pack_rows(group, tokenizer, recipe.seq_len, "per_sample") for group in groups]
+    return splits[0], splits[1] if heldout else None
 
 
 def compensation_rows(
     texts: Sequence[str],
     tokenizer: Any,
-    wanted: Compensate,
+    recipe: Compensate,
     evaluated: Iterable[str],
     context: int,
     reserved: AbstractSet[str] = frozenset(),
     note: Callable[[str], object] = lambda message: None,
 ) -> tuple[CalibrationSet, CalibrationSet]:
-    """Draw at most `wanted.num_rows` full rows, every token of which counts: those that weights are
+    """Draw at most `recipe.num_rows` full rows, every token of which counts: those that weights are
     fitted to, and those that choose the fit's strength. No row is longer than the model's
     `context`; the rest is as in `training_rows`."""
     joined = Calibration(
-        seq_len=min(wanted.seq_len, context), split="all", score="all", seed=wanted.seed
+        seq_len=min(recipe.seq_len, context), split="all", score="all", seed=recipe.seed
     )
     pool = without_evaluated(texts, evaluated, "fit", lambda message: None)
     rows = fill_rows(
-        pool, tokenizer, joined, wanted.num_rows, "compensate.num_rows", True, reserved, note
+        pool, tokenizer, joined, recipe.num_rows, "compensate.num_rows", True, reserved, note
     ).rows
-    fitted = len(rows) - wanted.held_out(len(rows))
+    fitted = len(rows) - recipe.held_out(len(rows))
     return CalibrationSet(rows[:fitted]), CalibrationSet(rows[fitted:])

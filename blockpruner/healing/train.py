@@ -34,20 +34,22 @@ NOT_IN_KEY = {"data", "num_samples", "num_rows", "seq_len", "validation"}
 def write_trained(
     folder: Path,
     pruning: Pruning,
-    wanted: Train,
+    recipe: Train,
     rows: CalibrationSet,
     validation: CalibrationSet | None,
     states: Path,
     observer: Observer,
     processes: int = 1,
-    judge: CalibrationSet = NONE,
+    selection: CalibrationSet = NONE,
 ) -> None:
-    """Train the model of a plan, from its healed weights on: the weights that are not what the plan
-    makes of them, and facts, at `folder`. What kinds of text lose is measured anew on the rows that
-    `judge`. A folder of `states` for each model, rows and recipe, from which a killed training goes
-    on, is gone in the end. So many `processes` of this machine share out the batches of a step."""
-    check_context(wanted.seq_len, read_json(pruning.dense / "config.json"), "train.seq_len")
-    processes = min(processes, wanted.accumulation)
+    """Train the model of a plan, from its healed weights on. Writes the weights that are not what
+    the plan makes of them, and facts, to `folder`.
+
+    What kinds of text lose is measured again on the rows of the selection split. `states` has a
+    folder for each model, rows and recipe, from which a killed training goes on; it is removed at
+    the end. The `processes` of this machine share the batches of a step."""
+    check_context(recipe.seq_len, read_json(pruning.dense / "config.json"), "train.seq_len")
+    processes = min(processes, recipe.accumulation)
     facts = {
         "model": pruning.identity,
         "healed": pruning.healed and pruning.healed.digest,
@@ -55,21 +57,20 @@ def write_trained(
         "rows": rows.digest,
         "validation": validation and validation.digest,
         "version": [WEIGHTS_VERSION, BEST, *([processes] if processes > 1 else [])],
-        "recipe": wanted.model_dump(mode="json", exclude=NOT_IN_KEY),
+        "recipe": recipe.model_dump(mode="json", exclude=NOT_IN_KEY),
     }
-    own = states / fingerprint(facts)
-    given = folder, pruning, wanted, rows, validation, judge, own
-    lock = own.with_suffix(".lock")
-    with hold(
-        lock,
-        this_process(),
-        lambda holder: observer.note(f"{holder} trains the same; waiting for it"),
-    ):
+    run_states = states / fingerprint(facts)
+    arguments = (folder, pruning, recipe, rows, validation, selection, run_states)
+
+    def note_busy(holder: str) -> None:
+        observer.note(f"{holder} trains the same; waiting for it")
+
+    with hold(run_states.with_suffix(".lock"), this_process(), note_busy):
         if processes == 1:
-            _write(SINGLE_PROCESS, pruning.device, observer, *given)
+            _write(SINGLE_PROCESS, pruning.device, observer, *arguments)
         else:
-            run_processes(processes, pruning.device, _write, observer, *given)
-        shutil.rmtree(own)
+            run_processes(processes, pruning.device, _write, observer, *arguments)
+        shutil.rmtree(run_states)
 
 
 def _write(
@@ -78,69 +79,72 @@ def _write(
     observer: Observer,
     folder: Path,
     pruning: Pruning,
-    wanted: Train,
+    recipe: Train,
     rows: CalibrationSet,
     validation: CalibrationSet | None,
-    judge: CalibrationSet,
+    selection: CalibrationSet,
     states: Path,
 ) -> None:
     """The work of one process; the first one writes."""
     pruning = replace(pruning, device=device)
-    healed, plan, own = (
-        pruning.healed,
-        pruning.plan,
-        states / str(team.rank) if team.count > 1 else states,
-    )
+    plan, healed = pruning.plan, pruning.healed
+    if team.count > 1:
+        states = states / str(team.rank)
     dense = pruning.load()
-    told = (
-        {}
-        if validation is None
-        else {"dense": measure_perplexity(dense, validation.rows).perplexity}
-    )
-    teacher = dense if wanted.distill else None
-    # adapters leave the model's own tensors alone until the end; float16 is trained as float32
-    shared = teacher is not None and wanted.weights == "lora" and pruning.dtype != "float16"
-    if shared:
+    heldout_perplexity = {}
+    if validation is not None:
+        heldout_perplexity["dense"] = measure_perplexity(dense, validation.rows).perplexity
+    teacher = dense if recipe.distill else None
+    # Adapters leave the model's own tensors alone until the end, so the teacher may share them.
+    # float16 is trained as float32.
+    is_shared = teacher is not None and recipe.weights == "lora" and pruning.dtype != "float16"
+    if is_shared:
         model = pruned_copy(dense, plan, pruning.rows.rows)
     else:
         model = replace(pruning, healed=None).prune_(dense if teacher is None else pruning.load())
-    before = parameter_digests(model)
+    plan_digests = parameter_digests(model)
     if healed is not None:
-        load_healed_(model, healed.path, shared)
+        load_healed_(model, healed.path, is_shared)
     facts = train_(
         model,
         rows,
-        wanted,
+        recipe,
         teacher=teacher,
         validation=validation,
-        states=own,
+        states=states,
         observer=observer,
         team=team,
     )
-    if by_step := {each["step"]: perplexity(each["nll"]) for each in facts["validations"]}:
-        told |= {"before": by_step[0], "after": by_step[facts["step"]]}
+    by_step = {entry["step"]: perplexity(entry["nll"]) for entry in facts["validations"]}
+    if by_step:
+        heldout_perplexity["before"] = by_step[0]
+        heldout_perplexity["after"] = by_step[facts["step"]]
 
-    kinds = dict[str, dict[str, float]]()
-    if plan.kinds and judge.rows:
-        row_nll = measure_perplexity(model, judge.rows).row_nll
-        for kind, after in perplexities(row_nll, judge.kinds).items():
-            kinds[kind] = {"dense": plan.kinds[kind]["dense"], "after": after}
+    perplexity_by_kind = dict[str, dict[str, float]]()
+    if plan.kinds and selection.rows:
+        row_nll = measure_perplexity(model, selection.rows).row_nll
+        for kind, after in perplexities(row_nll, selection.kinds).items():
+            perplexity_by_kind[kind] = {"dense": plan.kinds[kind]["dense"], "after": after}
 
     def build(directory: Path) -> None:
-        words = f"then trained ({wanted.title}) on {len(rows.rows):,} rows of `{wanted.data.title}`"
-        words = f"{words}, {rows.tokens:,} tokens"
-        weights = changed_weights(model, before, plan)
-        held_out = {"training": told} if told else {}
         save_healed(
-            directory, weights, pruning.identity, words, wanted.data, healed, held_out, kinds
+            directory,
+            changed_weights(model, plan_digests, plan),
+            pruning.identity,
+            f"then trained ({recipe.title}) on {len(rows.rows):,} rows of `{recipe.data.title}`,"
+            f" {rows.tokens:,} tokens",
+            recipe.data,
+            healed,
+            {"training": heldout_perplexity} if heldout_perplexity else {},
+            perplexity_by_kind,
         )
-        drawn = {
+        settings = {
             "enabled": True,
-            **wanted.model_dump(),
+            **recipe.model_dump(),
             "rows": len(rows.rows),
             "tokens": rows.tokens,
         }
-        write_json(directory / TRAIN_FACTS, drawn | facts)
+        write_json(directory / TRAIN_FACTS, settings | facts)
 
     if team.rank == 0:
         replace_directory(folder, build)

@@ -12,14 +12,14 @@ the model stays in evaluation mode: without dropout, a step depends only on the 
 killed run goes on from its last checkpoint to the same weights, to the bit on a CPU. On a GPU the
 backward pass adds in an order of its own.
 
-Where a device's memory ends, fewer rows are computed at once, then layers anew in the backward
-pass, and the step begins again. Several processes (`team`) find out before the first step, on the
-longest rows.
+If a device's memory is full, fewer rows are computed at once, then layers again in the backward
+pass (gradient checkpointing), and the step begins again. Several processes (`team`) try this before
+the first step, on the longest rows.
 """
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from blockpruner.store.files import writing
 from blockpruner.store.tensors import read_tensors, write_tensors
 
 SECONDS, SHARE = 60.0, 50
-"""The least time between two checkpoints, and how many times that of writing one it is."""
+"""Time between two checkpoints: at least 60 seconds, and 50 times as long as one takes to write."""
 
 
 def train_(
@@ -76,8 +76,8 @@ def train_(
             device.
 
     Returns facts as JSON, in nats per token: `losses`, of each step before it was taken;
-    `validations`, before training, during it and in the end ({step, loss, nll}, nll of the text);
-    `step`, after which the weights are kept, 0 if they are left as they were. Raises
+    `validations`, before training, during it and at the end ({step, loss, nll}, nll of the text);
+    `step`, after which the weights are kept, 0 for those before training. Raises
     NonFiniteLossError if training diverges, and DeviceMemoryError.
     """
     dtype = model.dtype
@@ -89,55 +89,56 @@ def train_(
         trainer = _Trainer(
             model, teacher if recipe.distill else None, weights, rows, validation, recipe, states
         )
-        start = {} if validation is None else trainer.evaluate()
+        start_metrics = {} if validation is None else trainer.evaluate()
         trainer.rehearse()
-        before = {
+        untrained = {
             name: master.detach().clone().cpu() for name, master in weights.state_dict().items()
         }
-        last = last_state(states, team, observer.note)
+        state = last_state(states, team, observer.note)
         observer.begin("train")
-        trainer.add_callback(
-            _Watch(observer, last, weights, states, start.get("eval_loss", math.inf), team)
-        )
-        trainer.train(resume_from_checkpoint=last and str(last))
+        start_loss = start_metrics.get("eval_loss", math.inf)
+        trainer.add_callback(_Watch(observer, state, weights, states, start_loss, team))
+        trainer.train(resume_from_checkpoint=state and str(state))
     log = trainer.state.log_history
     losses = [entry["loss"] for entry in log if "loss" in entry]
-    curve = [
-        {"step": each["step"], "loss": each["eval_loss"], "nll": each["eval_nll"]}
-        for each in (start | {"step": 0}, *log)
-        if "eval_loss" in each
+    validations = [
+        {"step": entry["step"], "loss": entry["eval_loss"], "nll": entry["eval_nll"]}
+        for entry in (start_metrics | {"step": 0}, *log)
+        if "eval_loss" in entry
     ]
-    step = min(curve, key=lambda each: each["loss"])["step"] if curve else len(losses)
-    if curve:
-        best_weights = before
-        # on a GPU, steps that are taken again may lead elsewhere: what counts is in the file
+    step = len(losses)
+    if validations:
+        step = min(validations, key=lambda entry: entry["loss"])["step"]
+        best_weights = untrained
+        # On a GPU, steps that are taken again may lead elsewhere: what counts is in the file.
         if step:
-            best_weights, facts = read_tensors(states / BEST)
-            step = int(facts["step"])
+            best_weights, best_facts = read_tensors(states / BEST)
+            step = int(best_facts["step"])
         weights.load_state_dict(best_weights)
     weights.show_()
     weights.end_()
     if dtype is torch.float16:
         _cast_(model, dtype)
     model.requires_grad_(False)
-    if not curve:
-        text = f"loss {losses[0]:.4f} -> {losses[-1]:.4f}"
-    elif step == 0:
-        text = (
-            f"validation loss {curve[0]['loss']:.4f} never fell: the weights are left as they were"
-        )
-    else:
-        best = min(each["loss"] for each in curve)
-        text = (
-            f"validation loss {curve[0]['loss']:.4f} -> {best:.4f} after step {step}, which is kept"
-        )
-    observer.end(f"{len(losses)} steps over {len(rows.rows)} rows; {text}")
-    return {"losses": losses, "validations": curve, "step": step}
+    outcome = _outcome(losses, validations, step)
+    observer.end(f"{len(losses)} steps over {len(rows.rows)} rows; {outcome}")
+    return {"losses": losses, "validations": validations, "step": step}
+
+
+def _outcome(losses: Sequence[float], validations: Sequence[Mapping[str, float]], step: int) -> str:
+    """What training came to, in words."""
+    if not validations:
+        return f"loss {losses[0]:.4f} -> {losses[-1]:.4f}"
+    start_loss = validations[0]["loss"]
+    if step == 0:
+        return f"validation loss {start_loss:.4f} never fell: the weights are left as they were"
+    best_loss = min(entry["loss"] for entry in validations)
+    return f"validation loss {start_loss:.4f} -> {best_loss:.4f} after step {step}, which is kept"
 
 
 class _Trainer(Trainer):  # type: ignore[misc]  # transformers is untyped
-    """transformers' Trainer with our loss. It holds the trained weights; the model is the
-    loss's."""
+    """transformers' Trainer with our loss. It holds the trained weights; the loss holds the
+    model."""
 
     loss_is_scaled_for_ga = True
 
@@ -151,18 +152,21 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         recipe: Train,
         states: Path,
     ) -> None:
-        steps = recipe.epochs * math.ceil(
-            math.ceil(len(rows.rows) / recipe.batch) / recipe.accumulation
-        )
-        self.objective, self.team = TrainingLoss(model, teacher, recipe), weights.team
-        self.most, self.again, self.begun, self.todo, self.lost = (
-            recipe.batch,
-            False,
-            list[dict[str, Tensor]](),
-            0,
-            0.0,
-        )
+        self.objective = TrainingLoss(model, teacher, recipe)
+        self.team = weights.team
+        self.max_rows = recipe.batch
+        """Rows that are computed at once."""
+        self.is_checkpointing = False
+        """Whether layers are computed again in the backward pass."""
+        self.step_inputs = list[dict[str, Tensor]]()
+        """The batches of the present step that have begun."""
+        self.step_batches = 0
+        """How many batches the present step has."""
+        self.step_loss = 0.0
+        """The loss of this process's batches of the present step."""
         is_cpu = model.device.type == "cpu"
+        batches = math.ceil(len(rows.rows) / recipe.batch)
+        steps = recipe.epochs * math.ceil(batches / recipe.accumulation)
         arguments = TrainingArguments(
             output_dir=str(states),
             per_device_train_batch_size=recipe.batch,
@@ -184,7 +188,7 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             disable_tqdm=True,
             report_to="none",
             dataloader_pin_memory=False,
-            # the weights stay where they are; it would move them, or copy them to all GPUs
+            # The weights stay where they are. Else it would move them, or copy them to all GPUs.
             use_cpu=True,
         )
         if not is_cpu:
@@ -195,7 +199,7 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             train_dataset=rows.rows,
             eval_dataset=validation and validation.rows,
             data_collator=_batch,
-            compute_metrics=lambda found: {"nll": float(found.predictions.mean())},
+            compute_metrics=lambda evaluated: {"nll": float(evaluated.predictions.mean())},
         )
         self.accelerator.device_placement = False
         if self.team.count > 1:
@@ -207,99 +211,107 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     ) -> tuple[list[Any], int]:
         """The batches of a step, and how many rows they have."""
         batches, _ = super().get_batch_samples(iterator, number, device)
-        self.begun.clear()
-        self.todo = len(batches)
+        self.step_inputs.clear()
+        self.step_batches = len(batches)
         return batches, sum(len(batch["lengths"]) for batch in batches)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None
     ) -> Tensor:
-        """The gradient of a batch. Of a team each process has its share of a step's batches, and
-        the last one of them gives the loss of all."""
-        self.begun.append(inputs)
-        if self.team.count == 1:
-            return self._gradient(model, self.begun, num_items_in_batch)
-        done, found, team = len(self.begun), torch.zeros(()), self.team
-        if (done - 1) % team.count == team.rank:
-            found = self._gradient(model, [inputs], num_items_in_batch)
-            self.lost += float(found)
-        elif done == self.todo and done % team.count and team.rank >= done % team.count:
-            # others have one batch more, and wait for the sums of gradients
+        """Add the gradient of a batch, and return its loss. Each process of a team has its share of
+        a step's batches; the last batch returns the loss of all."""
+        self.step_inputs.append(inputs)
+        count, rank = self.team.count, self.team.rank
+        if count == 1:
+            return self._gradient(model, self.step_inputs, num_items_in_batch)
+        begun = len(self.step_inputs)
+        is_end = begun == self.step_batches
+        if (begun - 1) % count == rank:
+            self.step_loss += float(self._gradient(model, [inputs], num_items_in_batch))
+        elif is_end and begun % count and rank >= begun % count:
+            # Other processes have one batch more, and wait for the sums of gradients. Divided by
+            # infinity this one adds nothing.
             self._gradient(model, [inputs], math.inf)
-        if done < self.todo:
+        if not is_end:
             return torch.zeros(())
-        mine, self.lost = self.lost, 0.0
-        return torch.tensor(team.all_reduce(mine))
+        step_loss = self.team.all_reduce(self.step_loss)
+        self.step_loss = 0.0
+        return torch.tensor(step_loss)
 
     def rehearse(self) -> None:
-        """Have all processes of a team take parts of one size: on the longest rows, whose gradient
+        """Agree on one batch size for all processes of a team: on the longest rows, whose gradient
         nobody uses."""
         if self.team.count == 1:
             return
-        longest = sorted(self.train_dataset, key=len)[-self.most :]
+        longest = sorted(self.train_dataset, key=len)[-self.max_rows :]
         self.model.closed = True
         self._gradient(self.model, [_batch(longest)], math.inf)
         self.model.closed = False
-        self._clear()
-        self.most = round(self.team.all_reduce(self.most, distributed.ReduceOp.MIN))
-        if self.team.all_reduce(self.again) and not self.again:
-            self._compute_again_()
+        self._clear_gradients()
+        self.max_rows = round(self.team.all_reduce(self.max_rows, distributed.ReduceOp.MIN))
+        if self.team.all_reduce(self.is_checkpointing) and not self.is_checkpointing:
+            self._checkpoint_layers_()
 
     def _gradient(self, model: nn.Module, batches: list[dict[str, Tensor]], count: Any) -> Tensor:
-        """The gradient of the last of these batches, in as many parts as the device's memory asks
-        for. Where it ends, those of all of them begin again, but for a team's: others wait for sums
-        of gradients that this one gave."""
-        todo, losses, last = batches[-1:], list[Tensor](), batches[-1]
-        is_fixed = self.team.count > 1 and not self.model.closed
+        """Add the gradient of the last of these batches, and return its loss.
 
-        def work() -> None:
-            losses[:] = [
-                super(_Trainer, self).training_step(model, part, count)
-                for part in self._parts(todo)
-            ]
+        If the device's memory is full, all batches begin again with smaller parts. A team's cannot:
+        other processes wait for the sums of gradients."""
+        newest = batches[-1]
+        todo = [newest]
+        losses = list[Tensor]()
+        has_fixed_size = self.team.count > 1 and not self.model.closed
 
+        def compute() -> None:
+            losses.clear()
+            for batch in todo:
+                for part in self._parts(batch):
+                    losses.append(super(_Trainer, self).training_step(model, part, count))
+
+        def is_smallest() -> bool:
+            return has_fixed_size or (self.max_rows == 1 and self.is_checkpointing)
+
+        tokens = newest["ids"].shape[1]
         with accelerator.named_if_too_large(
-            f"training on a row of {last['ids'].shape[1]} tokens", "lower train.seq_len"
+            f"training on a row of {tokens} tokens", "lower train.seq_len"
         ):
-            while not accelerator.fits(work, is_least=is_fixed or (self.most == 1 and self.again)):
-                self._clear()
+            while not accelerator.fits(compute, is_least=is_smallest()):
+                self._clear_gradients()
                 todo = batches
-                if self.most > 1:
-                    self.most = -(-self.most // 2)
+                if self.max_rows > 1:
+                    self.max_rows = math.ceil(self.max_rows / 2)
                 else:
-                    self._compute_again_()
-        return torch.stack(losses[-len(self._parts([last])) :]).sum()
+                    self._checkpoint_layers_()
+        return torch.stack(losses[-len(self._parts(newest)) :]).sum()
 
-    def _compute_again_(self) -> None:
-        """Have layers computed anew in the backward pass: only those in training are; what is in
-        them stays without dropout."""
-        self.again = True
+    def _checkpoint_layers_(self) -> None:
+        """Compute layers again in the backward pass. transformers does so only for layers in
+        training mode; their modules stay without dropout."""
+        self.is_checkpointing = True
         self.objective.model.gradient_checkpointing_enable({"use_reentrant": False})
         for layer in decoder_layers(self.objective.model):
             layer.training = True
 
-    def _clear(self) -> None:
+    def _clear_gradients(self) -> None:
         for weight in (*self.model.parameters(), *self.objective.model.parameters()):
             weight.grad = None
 
-    def _clip(self, parameters: Any, most: float, *_: Any) -> Tensor:
-        """Clip a team's gradients to the norm that all their parts have together."""
+    def _clip(self, parameters: Any, max_norm: float, *_: Any) -> Tensor:
+        """Clip a team's gradients to the norm that the gradients of all processes have together."""
         gradients = [weight.grad for weight in parameters if weight.grad is not None]
-        norm = math.sqrt(
-            self.team.all_reduce(sum(float(each.double().square().sum()) for each in gradients))
-        )
-        for each in gradients:
-            each.mul_(min(1.0, most / (norm + 1e-6)))
+        squares = sum(float(gradient.double().square().sum()) for gradient in gradients)
+        norm = math.sqrt(self.team.all_reduce(squares))
+        for gradient in gradients:
+            gradient.mul_(min(1.0, max_norm / (norm + 1e-6)))
         return torch.tensor(norm)
 
-    def _parts(self, batches: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-        """The batches in parts of at most `most` rows."""
+    def _parts(self, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """A batch in parts of at most `max_rows` rows."""
+        ids = torch.split(batch["ids"], self.max_rows)
+        lengths = torch.split(batch["lengths"], self.max_rows)
         return [
-            dict(zip(batch, pair, strict=True))
-            for batch in batches
-            for pair in zip(
-                *(torch.split(values, self.most) for values in batch.values()), strict=True
-            )
+            {"ids": some_ids, "lengths": some_lengths}
+            for some_ids, some_lengths in zip(ids, lengths, strict=True)
         ]
 
     def compute_loss(
@@ -315,85 +327,87 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        loss, nll = (
-            each / self.team.count for each in self._losses(inputs, len(inputs["lengths"]))
-        )
-        loss, nll = (
-            torch.tensor(self.team.all_reduce(float(each)), dtype=each.dtype)
-            for each in (loss, nll)
-        )
+        """The loss and the text's NLL of a batch, the mean over a team's processes."""
+        means = []
+        for value in self._losses(inputs, len(inputs["lengths"])):
+            total = self.team.all_reduce(float(value / self.team.count))
+            means.append(torch.tensor(total, dtype=value.dtype))
+        loss, nll = means
         return loss, nll[None], nll[None]
 
     def _losses(self, inputs: dict[str, Tensor], count: float) -> tuple[Tensor, Tensor]:
         self.model.show_()
         loss, nll = self.objective(inputs["ids"], inputs["lengths"], count)
         if not math.isfinite(loss.detach()):
-            what = f"loss of step {self.state.global_step + 1}"
             raise NonFiniteLossError(
-                f"training diverged: the {what} is {loss:f}; lower train.learning_rate"
+                f"training diverged: the loss of step {self.state.global_step + 1} is {loss:f};"
+                " lower train.learning_rate"
             )
         return loss.cpu(), nll.cpu()
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Reports progress, keeps the best weights, and has states saved from time to time, and the
-    last one validated."""
+    """Reports progress, keeps the best weights, saves a state from time to time, and saves and
+    validates the last one."""
 
     def __init__(
         self,
         observer: Observer,
-        last: Path | None,
+        resumed_state: Path | None,
         weights: TrainedWeights,
         states: Path,
-        least: float,
+        least_loss: float,
         team: ProcessGroup,
     ) -> None:
-        self.observer, self.last, self.weights, self.states, self.least = (
-            observer,
-            last,
-            weights,
-            states,
-            least,
-        )
+        self.observer = observer
+        self.resumed_state = resumed_state
+        self.weights = weights
+        self.states = states
+        self.least_loss = least_loss
         self.team = team
-        self.first, self.began, self.next = 0, 0.0, time.monotonic() + SECONDS
+        self.start_step = 0
+        self.save_began = 0.0
+        self.next_save = time.monotonic() + SECONDS
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.first = state.global_step
-        self.least = min(
-            [self.least, *(each["eval_loss"] for each in state.log_history if "eval_loss" in each)]
-        )
-        if self.last:
-            self.observer.note(f"training goes on after step {self.first}, from {self.last}")
+        self.start_step = state.global_step
+        for entry in state.log_history:
+            self.least_loss = min(self.least_loss, entry.get("eval_loss", math.inf))
+        if self.resumed_state:
+            self.observer.note(
+                f"training goes on after step {self.start_step}, from {self.resumed_state}"
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.began, is_last = time.monotonic(), state.global_step == state.max_steps
-        control.should_save = (
-            is_last or self.team.all_reduce(self.team.rank == 0 and self.began >= self.next) > 0
-        )
+        self.save_began = time.monotonic()
+        is_end = state.global_step == state.max_steps
+        # The clock of the first process decides for all of a team.
+        is_due = self.team.rank == 0 and self.save_began >= self.next_save
+        control.should_save = is_end or self.team.all_reduce(is_due) > 0
         if control.should_save:
             drop_old_states(self.states)
-        if is_last:
+        if is_end:
             control.should_evaluate = args.eval_strategy != "no"
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any
     ) -> None:
-        self.began = time.monotonic()
-        if metrics["eval_loss"] < self.least:
-            self.least = metrics["eval_loss"]
-            write_tensors(
-                self.states / BEST, self.weights.state_dict(), {"step": str(state.global_step)}
-            )
+        self.save_began = time.monotonic()
+        if metrics["eval_loss"] < self.least_loss:
+            self.least_loss = metrics["eval_loss"]
+            facts = {"step": str(state.global_step)}
+            write_tensors(self.states / BEST, self.weights.state_dict(), facts)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         seal_state(self.states, state.global_step)
-        self.next = time.monotonic() + max(SECONDS, SHARE * (time.monotonic() - self.began))
+        save_seconds = time.monotonic() - self.save_began
+        self.next_save = time.monotonic() + max(SECONDS, SHARE * save_seconds)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         if "loss" in logs:
-            done, detail = state.global_step, f"step {state.global_step}, loss {logs['loss']:.4f}"
-            self.observer.advance(done - self.first, state.max_steps - self.first, detail)
+            steps, total = state.global_step - self.start_step, state.max_steps - self.start_step
+            detail = f"step {state.global_step}, loss {logs['loss']:.4f}"
+            self.observer.advance(steps, total, detail)
 
 
 def _batch(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:

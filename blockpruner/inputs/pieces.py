@@ -36,13 +36,17 @@ def piece(text: str, length: int, chance: Random) -> str:
     text = text.strip()
     if len(text) <= length:
         return text
-    place = chance.randrange(len(text) - length + 1)
-    start = text.rfind("\n", 0, place) + 1
-    if start < place - length:  # a line as long as a piece
-        start = place
-    found = text[start : start + length]
-    end = found.rfind("\n")
-    return (found if end < length // 2 else found[:end]).strip("\n")
+    position = chance.randrange(len(text) - length + 1)
+    start = text.rfind("\n", 0, position) + 1
+    if start < position - length:
+        # The line is longer than a piece, which begins within it.
+        start = position
+    excerpt = text[start : start + length]
+    end = excerpt.rfind("\n")
+    # To cut off the last line would lose more than half of a piece of few long lines.
+    if end >= length // 2:
+        excerpt = excerpt[:end]
+    return excerpt.strip("\n")
 
 
 def seeded(text: str) -> Random:
@@ -53,23 +57,35 @@ def seeded(text: str) -> Random:
 def pieces_of_packages(data: PackagesTexts, cache: Path) -> list[str]:
     """The pieces of the packages of a list, package by package; raises InputError if one cannot be
     downloaded."""
+
+    def download(entry: tuple[str, str]) -> Path:
+        package, digest = entry
+        return package_file(package, digest, cache)
+
+    texts = []
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        archives = pool.map(lambda one: package_file(one[0], one[1], cache), listed_packages(data))
-        return [text for archive in archives for text in _pieces_of_archive(archive, data)]
+        for archive in pool.map(download, listed_packages(data)):
+            texts += _pieces_of_archive(archive, data)
+    return texts
 
 
 def listed_packages(data: PackagesTexts) -> list[tuple[str, str]]:
     """Each package as "name==version", and the SHA-256 of its file."""
     content = files(__package__).joinpath(LIST).read_bytes()
-    if (digest := sha256(content).hexdigest()) != data.sha256:
+    digest = sha256(content).hexdigest()
+    if digest != data.sha256:
         message = f"the list of packages has sha256 {digest}, and the source names {data.sha256}"
         raise InputError(message, rule="package-digest", key="sha256", value=data.sha256)
     lines = content.decode().splitlines()
     if data.packages > len(lines):
         message = f"packages {data.packages} is more than the {len(lines)} in the list; lower it"
         raise InputError(message, rule="too-many-packages", key="packages", value=data.packages)
-    parts = (line.partition(" --hash=sha256:") for line in lines[: data.packages])
-    return [(package, rest.partition(" ")[0]) for package, _, rest in parts]
+    packages = []
+    for line in lines[: data.packages]:
+        # name==version --hash=sha256:<digest>  # licence
+        package, _, remainder = line.partition(" --hash=sha256:")
+        packages.append((package, remainder.split()[0]))
+    return packages
 
 
 def pieces_of_library() -> list[str]:
@@ -82,14 +98,12 @@ def pieces_of_library() -> list[str]:
 
 def _pieces_of_archive(archive: Path, data: PackagesTexts) -> list[str]:
     """At most `data.pieces` pieces of one package, each of another file."""
-    texts = [
-        found.decode(errors="ignore") for found in read_members(archive, data.file, missing_ok=True)
-    ]
-    if data.file.endswith("METADATA"):  # the description is below the fields, as in a mail
+    contents = read_members(archive, data.file, missing_ok=True)
+    texts = [content.decode(errors="ignore") for content in contents]
+    if data.file.endswith("METADATA"):
+        # The description is below the fields, as in a mail.
         texts = [text.partition("\n\n")[2] for text in texts]
     texts = sorted(text for text in texts if len(text) >= SHORTEST)
     chance = Random(archive.name + data.file)
-    return [
-        piece(text, data.length, chance)
-        for text in chance.sample(texts, min(data.pieces, len(texts)))
-    ]
+    chosen = chance.sample(texts, min(data.pieces, len(texts)))
+    return [piece(text, data.length, chance) for text in chosen]

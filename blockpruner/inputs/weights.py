@@ -24,8 +24,8 @@ def rewrite_weights_(
 ) -> None:
     """Replace each tensor by those that `change` makes of its name and itself, one file at a time
     in memory."""
-    places: dict[str, str] = {}
-    size = 0
+    file_by_weight: dict[str, str] = {}
+    total_size = 0
     with tempfile.TemporaryDirectory(dir=directory) as folder:
         for path in sorted(directory.glob("*.safetensors")):
             tensors: dict[str, Tensor] = {}
@@ -33,14 +33,17 @@ def rewrite_weights_(
                 tensors |= change(name, tensor)
             if tensors:
                 save_file(tensors, Path(folder, path.name), metadata={"format": "pt"})
-            places |= dict.fromkeys(tensors, path.name)
-            size += sum(tensor.nbytes for tensor in tensors.values())
+            file_by_weight |= dict.fromkeys(tensors, path.name)
+            total_size += sum(tensor.nbytes for tensor in tensors.values())
+        # The old files and their index
         for path in directory.glob("*.safetensors*"):
             path.unlink()
-        only = [*Path(folder).iterdir()]
-        for path in only:
-            path.rename(directory / ("model.safetensors" if len(only) == 1 else path.name))
-    if len(only) > 1:
-        index = {"metadata": {"total_size": size}, "weight_map": places}
-        write_json(directory / "model.safetensors.index.json", index)
+        shards = list(Path(folder).iterdir())
+        if len(shards) == 1:
+            shards[0].rename(directory / "model.safetensors")
+        else:
+            for shard in shards:
+                shard.rename(directory / shard.name)
+            index = {"metadata": {"total_size": total_size}, "weight_map": file_by_weight}
+            write_json(directory / "model.safetensors.index.json", index)
     let_others_read(directory)

@@ -22,7 +22,7 @@ from blockpruner.store.provenance import fingerprint
 
 Note = Callable[[PreTrainedModel], object]
 """Takes down the outputs that a verification compares with. They are of the dense model changed for
-a while, where the kind of plan can lend it, and the healed weights are among those that it
+a while, if the kind of plan can do that, and the healed weights are among those that it
 leaves."""
 
 
@@ -63,22 +63,22 @@ class Pruning:
     def load_for_export(self) -> PreTrainedModel:
         """The dense model where an export is made of it: on the CPU, as in the process that
         verifies the export. A kind that computes weights takes its device for that."""
-        device = "cpu" if KINDS[self.plan.kind].lend else self.device
+        device = "cpu" if KINDS[self.plan.kind].temporarily_pruned else self.device
         return load_model(self.dense, self.dtype, device, self.trust_remote_code)
 
     def prune_(self, dense: PreTrainedModel, note: Note = lambda reduced: None) -> PreTrainedModel:
         """The pruned model, in place of the dense one."""
-        kind, lend = KINDS[self.plan.kind], KINDS[self.plan.kind].lend
+        kind, temporarily_pruned = KINDS[self.plan.kind], KINDS[self.plan.kind].temporarily_pruned
         if self.healed is not None:
             if kind.removes_blocks:  # into those tensors of the dense model that are left
                 load_healed_(pruned_copy(dense, self.plan, self.rows.rows), self.healed.path)
             else:
-                lend = None
-        if lend is not None:
-            with lend(dense, self.plan) as reduced:
+                temporarily_pruned = None
+        if temporarily_pruned is not None:
+            with temporarily_pruned(dense, self.plan) as reduced:
                 note(reduced)
         pruned = kind.apply_(dense, self.plan, self.rows.rows)
-        if lend is None:
+        if temporarily_pruned is None:
             if self.healed is not None:
                 load_healed_(pruned, self.healed.path)
             note(pruned)
@@ -124,4 +124,6 @@ def pruned_copy(dense: PreTrainedModel, plan: Plan, rows: Rows) -> PreTrainedMod
     """The pruned model beside the dense one, which stays whole. They share the tensors that the
     plan leaves alone."""
     kind = KINDS[plan.kind]
-    return kind.apply_(shared_copy(dense) if kind.lend else copy.deepcopy(dense), plan, rows)
+    return kind.apply_(
+        shared_copy(dense) if kind.temporarily_pruned else copy.deepcopy(dense), plan, rows
+    )

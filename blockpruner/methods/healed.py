@@ -78,20 +78,23 @@ def save_healed(
     """Write the file of `weights` in `folder`; `of`, `words`, `perplexity` and `kinds` are as in
     `Healed`, `data` is the source of the texts that decided the weights, and `since` what had been
     done before."""
+    datasets = list[str]()
+    perplexities = dict(perplexity or {})
+    if since is not None:
+        datasets += since.datasets
+        words = f"{since.words}, {words}"
+        perplexities = {**since.perplexity, **perplexities}
     sources = data.of if isinstance(data, MixedTexts) else (data,)
-    datasets = (
-        *(since.datasets if since else ()),
-        *(one.repo for one in sources if isinstance(one, Hub)),
-    )
-    words = f"{since.words}, {words}" if since else words
-    told = json.dumps({**(since.perplexity if since else {}), **(perplexity or {})})
+    for source in sources:
+        if isinstance(source, Hub):
+            datasets.append(source.repo)
     facts = {
         "of": of,
         "words": words,
         "datasets": json.dumps(list(dict.fromkeys(datasets))),
-        "perplexity": told,
+        "perplexity": json.dumps(perplexities),
+        "kinds": json.dumps(dict(kinds or {})),
     }
-    facts["kinds"] = json.dumps(dict(kinds or {}))
     write_tensors(folder / FILE, weights, facts)
 
 
@@ -120,14 +123,13 @@ def find_healed(folders: Iterable[Path], of: str) -> Healed | None:
     facts = read_facts(path)
     if facts.get("of") != of:
         raise damaged(path, "belongs to another model, plan or calibration than this target's")
-    datasets, told = tuple(json.loads(facts["datasets"])), json.loads(facts.get("perplexity", "{}"))
     return Healed(
         path,
         of,
         facts["words"],
-        datasets,
+        tuple(json.loads(facts["datasets"])),
         facts[DIGEST],
-        told,
+        json.loads(facts.get("perplexity", "{}")),
         json.loads(facts.get("kinds", "{}")),
     )
 
@@ -149,19 +151,20 @@ def set_weights_(
 ) -> None:
     """Give the parameters of these names these values, in the model's dtype; raises InputError if
     one does not fit. `shared` is as in `load_healed_`."""
-    parameters, new = dict(model.named_parameters(remove_duplicate=False)), {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    replacements = {}
     for name, weight in weights.items():
-        own = list(parameters[name].shape) if name in parameters else None
-        if own != list(weight.shape):
+        shape = list(parameters[name].shape) if name in parameters else None
+        if shape != list(weight.shape):
             raise InputError(
-                f"{name} is {list(weight.shape)} here and {own or 'absent'} in the pruned model"
+                f"{name} is {list(weight.shape)} here and {shape or 'absent'} in the pruned model"
             )
-        old = parameters[name]
+        parameter = parameters[name]
         if shared:
-            new[old] = nn.Parameter(weight.to(old), requires_grad=False)
+            replacements[parameter] = nn.Parameter(weight.to(parameter), requires_grad=False)
         else:
-            old.copy_(weight)
-    replace_parameters_(model, new)
+            parameter.copy_(weight)
+    replace_parameters_(model, replacements)
 
 
 def parameter_digests(model: PreTrainedModel) -> dict[str, str]:
@@ -175,10 +178,12 @@ def parameter_digests(model: PreTrainedModel) -> dict[str, str]:
 def changed_weights(
     model: PreTrainedModel, before: Mapping[str, str], plan: Plan
 ) -> dict[str, Tensor]:
-    """The parameters whose digest is not that of `before`. All of them for a kind of plan that
-    cannot lend: the last bits of its weights may differ from machine to machine, and the others
-    would not fit to these."""
-    if KINDS[plan.kind].lend is None:
+    """The parameters whose digest is not that of `before`. All of them for a kind of plan without
+    `temporarily_pruned`: the last bits of its weights may differ from machine to machine, and the
+    others would not fit to these."""
+    if KINDS[plan.kind].temporarily_pruned is None:
         return dict(model.named_parameters())
-    now = parameter_digests(model)
-    return {name: weight for name, weight in model.named_parameters() if now[name] != before[name]}
+    digests = parameter_digests(model)
+    return {
+        name: weight for name, weight in model.named_parameters() if digests[name] != before[name]
+    }

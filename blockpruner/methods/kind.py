@@ -80,28 +80,26 @@ class Job:
     def stores(self, losses: Sequence[str]) -> Iterator[dict[str, TrialStore]]:
         """The trial stores of some losses, locked: another process that computes the same trials is
         waited for."""
-        found, trials, note = (
-            dict[str, TrialStore](),
-            self.material.trials,
-            self.material.observer.note,
-        )
+        folder = self.material.trials
+        note = self.material.observer.note
+        stores = dict[str, TrialStore]()
 
-        def busy(holder: str) -> None:
+        def note_busy(holder: str) -> None:
             note(f"{holder} computes the same trials; waiting for it, then reusing them")
 
         with ExitStack() as stack:
-            # in one order everywhere: two processes cannot wait for each other
+            # Locked in one order everywhere, so that two processes cannot wait for each other.
             for loss in sorted(losses):
                 fields = self.store_fields(loss)
-                if trials is not None:
-                    stack.enter_context(
-                        hold(trials / f"{fingerprint(fields)}.lock", this_process(), busy)
-                    )
-                found[loss] = TrialStore(fields, self.calibration.row_keys, trials)
-                stack.callback(found[loss].close)
-                if known := found[loss].trials:
-                    note(f"found {known:,} scores of before in {trials}")
-            yield found
+                if folder is not None:
+                    lock = folder / f"{fingerprint(fields)}.lock"
+                    stack.enter_context(hold(lock, this_process(), note_busy))
+                store = TrialStore(fields, self.calibration.row_keys, folder)
+                stack.callback(store.close)
+                stores[loss] = store
+                if store.trials:
+                    note(f"found {store.trials:,} scores of before in {folder}")
+            yield stores
 
     def current(self, kind: str, search: str, nested: bool, options: Options, loss: str) -> Current:
         """What the run's current search is."""
@@ -147,7 +145,9 @@ class Kind:
     """What was done to the model, as a clause of its model card."""
     steps: Callable[[Plan], str] = lambda plan: ""
     """What the plan does, step by step, where the report has no table of it."""
-    lend: Callable[[PreTrainedModel, Plan], AbstractContextManager[PreTrainedModel]] | None = None
+    temporarily_pruned: (
+        Callable[[PreTrainedModel, Plan], AbstractContextManager[PreTrainedModel]] | None
+    ) = None
     """The dense model changed for a while: another way to the same model, to verify the first one
     by. Where there is none, `apply_` writes to the tensors of the dense model."""
     is_part: bool = False
@@ -185,21 +185,30 @@ def make_plan(
     Args:
         perplexities: on the calibration set, of the dense and of the pruned model; None is not
             measured.
-        gone, pruned: as in `weights.Left`.
+        gone, pruned: as in `weights.Removed`.
         fields: what else the plan holds: `removed`, `order`, `ratios` and `details`, each empty by
             default.
     """
-    own = sizes(known_resources(config, budget, current), gone, pruned)
-    own = {"removed": (), "order": (), "ratios": (), **fields, **own}
-    dense, after = perplexities
-    own["calibration"] = {**current.calibration, "dense_perplexity": dense, "perplexity": after}
-    own |= {
-        "method": current.score.method,
-        "metric": current.score.metric,
-        "options": current.score.options,
-    }
-    own |= {"search": current.search, "nested": current.nested}
-    return Plan(kind=current.kind, target="", run="", budget=budget, **own)
+    fields = {"removed": (), "order": (), "ratios": (), **fields}
+    fields |= sizes(known_resources(config, budget, current), gone, pruned)
+    dense_perplexity, perplexity = perplexities
+    return Plan(
+        kind=current.kind,
+        target="",
+        run="",
+        budget=budget,
+        method=current.score.method,
+        metric=current.score.metric,
+        options=current.score.options,
+        search=current.search,
+        nested=current.nested,
+        calibration={
+            **current.calibration,
+            "dense_perplexity": dense_perplexity,
+            "perplexity": perplexity,
+        },
+        **fields,
+    )
 
 
 def sizes(resources: Resources, gone: Mask, pruned: int | None = None) -> dict[str, Any]:
@@ -223,10 +232,10 @@ def sizes(resources: Resources, gone: Mask, pruned: int | None = None) -> dict[s
 def known_resources(config: Config, budget: str, current: Current) -> Resources:
     """The resources of a run's model; raises InputError where the budget is a speed-up and none was
     measured."""
-    found = resources_of(config, current.latency)
-    if parse_budget(budget, found["parameters"]).resource not in found:
+    resources = resources_of(config, current.latency)
+    if parse_budget(budget, resources["parameters"]).resource not in resources:
         raise InputError(
             f"budget {budget!r} is a speed-up, and the run's scores know no times; run its stage"
             " score again"
         )
-    return found
+    return resources

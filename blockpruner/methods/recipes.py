@@ -129,16 +129,18 @@ def searches(score: Score) -> dict[str, Score]:
     unit, candidates and options as they are."""
     if score.method not in RECIPES:
         return {score.method: score}
-    (first, own), *others = RECIPES[score.method].searches.items()
-    is_free = (score.unit, score.candidates, dict(score.options)) == ("block", "all", {})
-    rows = {first: own, **(dict(others) if is_free else {})}
-    kept = {} if score.acceleration is None else {"acceleration": score.acceleration}
-    return {
-        name: score.model_copy(
-            update=row if row.get("acceleration", "") is None else {**row, **kept}
-        )
-        for name, row in rows.items()
-    }
+    recipe_searches = list(RECIPES[score.method].searches.items())
+    has_default_units = (score.unit, score.candidates, dict(score.options)) == ("block", "all", {})
+    if not has_default_units:
+        recipe_searches = recipe_searches[:1]
+    sections_by_name = {}
+    for name, values in recipe_searches:
+        # A null in the recipe is for a method without acceleration.
+        is_accelerated = values.get("acceleration", "") is not None
+        if score.acceleration is not None and is_accelerated:
+            values = {**values, "acceleration": score.acceleration}
+        sections_by_name[name] = score.model_copy(update=values)
+    return sections_by_name
 
 
 def proposals(score: Score, config: Config, budget: str) -> dict[str, Score]:
@@ -148,34 +150,37 @@ def proposals(score: Score, config: Config, budget: str) -> dict[str, Score]:
     also `OF_MIXTURES`."""
     from blockpruner.methods.registry import kind_of_method, require_budgets
 
-    found = searches(score)
-    of_mixtures = found.pop(OF_MIXTURES, None)
-    if of_mixtures is not None and not FAMILIES[str(config["model_type"])].has_one_mlp:
-        return {OF_MIXTURES: of_mixtures}
-    first, *others = found
-    wanted, unit = read_budget(budget)
-    costs = count_parameters(config)
+    candidates = searches(score)
+    mixture_search = candidates.pop(OF_MIXTURES, None)
+    if mixture_search is not None and not FAMILIES[str(config["model_type"])].has_one_mlp:
+        return {OF_MIXTURES: mixture_search}
+    fallback, *names = candidates
+    amount, unit = read_budget(budget)
+    counts = count_parameters(config)
 
-    def is_near(one: Score) -> bool:
-        layers = removable_units(len(costs.blocks) // 2, one.unit, "all")
-        size = costs.ratio(layers[0]) if layers else 1.0
-        count = round(wanted / size)
-        return count <= len(layers) and abs(count * size - wanted) <= NEAR * wanted
+    def is_near(search: Score) -> bool:
+        layers = removable_units(len(counts.blocks) // 2, search.unit, "all")
+        layer_share = counts.ratio(layers[0]) if layers else 1.0
+        count = round(amount / layer_share)
+        return count <= len(layers) and abs(count * layer_share - amount) <= NEAR * amount
 
-    def is_reached(one: Score) -> bool:
+    def is_reached(search: Score) -> bool:
         try:
-            require_budgets(one, config, (budget,))
+            require_budgets(search, config, (budget,))
         except InputError:
             return False
         return True
 
-    layers = [name for name in others if kind_of_method(found[name].method).removes_blocks]
-    able = [
-        name
-        for name in others
-        if unit == "" and (is_near if name in layers else is_reached)(found[name])
-    ]
-    return {name: found[name] for name in able or (first,)}
+    competing = {}
+    # Only a share of all parameters can be met without removing blocks.
+    if unit == "":
+        for name in names:
+            search = candidates[name]
+            removes_layers = kind_of_method(search.method).removes_blocks
+            is_able = is_near(search) if removes_layers else is_reached(search)
+            if is_able:
+                competing[name] = search
+    return competing or {fallback: candidates[fallback]}
 
 
 def require_reached(score: Score, config: Config, budget: str) -> None:
@@ -183,18 +188,15 @@ def require_reached(score: Score, config: Config, budget: str) -> None:
     UnreachableError."""
     from blockpruner.methods.registry import require_budgets
 
-    name, *_ = found = proposals(score, config, budget)
+    name, search = next(iter(proposals(score, config, budget).items()))
     try:
-        require_budgets(found[name], config, (budget,))
+        require_budgets(search, config, (budget,))
     except UnreachableError as error:
         if name != OF_MIXTURES:
             raise
-        words = (
-            "of a mixture only MHA blocks are removed by default; its experts are for expert"
-            " pruning"
-        )
         raise UnreachableError(
-            f"{error}; {words}, and --method {BLOCKPRUNER} removes whole mixtures, too"
+            f"{error}; of a mixture only MHA blocks are removed by default; its experts are for"
+            f" expert pruning, and --method {BLOCKPRUNER} removes whole mixtures, too"
         ) from None
 
 

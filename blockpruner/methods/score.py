@@ -107,25 +107,22 @@ def score_run(
     return {**counts, "wall_seconds": round(time.monotonic() - started, 2)}
 
 
-def taken(found: Mapping[str, Mapping[str, Any]], plan: Plan) -> dict[str, float]:
+def taken(results: Mapping[str, Mapping[str, Any]], plan: Plan) -> dict[str, float]:
     """What a plan's searches took by what `score_run` found of each: seconds, and scores asked for
     and computed. Of a nested search it is the part up to the plan's last removal."""
-    whole = [
+    if not results:
+        return {}
+    costs = [
         (counts["trials_computed"], counts["trials_reused"], counts["seconds"])
-        for counts in found.values()
+        for counts in results.values()
     ]
-    if plan.nested and len(found) == 1:
-        whole = [
-            step
-            for counts in found.values()
-            for step in counts.get("steps", ())[: len(plan.order)][-1:]
-        ] or whole
-    computed, reused, seconds = map(sum, zip(*whole, strict=True)) if found else (0, 0, 0.0)
-    return (
-        {"seconds": seconds, "trials_asked": computed + reused, "trials_computed": computed}
-        if found
-        else {}
-    )
+    if plan.nested and len(results) == 1:
+        (counts,) = results.values()
+        # Each step has the sums up to itself.
+        steps = counts.get("steps", ())[: len(plan.order)]
+        costs = list(steps[-1:]) or costs
+    computed, reused, seconds = map(sum, zip(*costs, strict=True))
+    return {"seconds": seconds, "trials_asked": computed + reused, "trials_computed": computed}
 
 
 def headline(counts: Mapping[str, Any]) -> dict[str, float]:

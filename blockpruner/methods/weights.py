@@ -43,7 +43,7 @@ meets one."""
 
 
 @dataclass(frozen=True)
-class Left:
+class Removed:
     """What a model loses by a plan's details."""
 
     gone: Mask = DENSE
@@ -70,7 +70,7 @@ def weights_kind(
     title: str,
     *,
     plan: Planner,
-    left: Callable[[Details, Config], Left],
+    removed: Callable[[Details, Config], Removed],
     apply_: Callable[[PreTrainedModel, Plan, Rows], PreTrainedModel],
     identity: Callable[[Plan, str], dict[str, Any]] = Kind.identity,
     options: type[Options] = Options,
@@ -80,9 +80,9 @@ def weights_kind(
     """A kind of method that searches no mask; `name` is its `score.method`, and `others` are fields
     of `Kind`. The `version` is raised when the method plans something else for the same budget, or
     makes other weights of a plan."""
-    score, commit = partial(_score, name, options, plan, version), partial(_commit, left)
+    score, commit = partial(_score, name, options, plan, version), partial(_commit, removed)
     others["identity"] = lambda plan, rows: {**identity(plan, rows), "version": version}
-    others["pruned"] = lambda plan, config: left(plan.details, config).pruned
+    others["pruned"] = lambda plan, config: removed(plan.details, config).pruned
     return Kind(name, title, score, commit, apply_, options=options, **others)
 
 
@@ -93,51 +93,58 @@ def _score(
     a pruned one."""
     from blockpruner.scoring.engine import Engine
 
-    chosen, nll, is_measured = read_options(name, options, job.score.options), None, False
-    loss, observer = NLL.name, job.material.observer
+    method_options = read_options(name, options, job.score.options)
+    loss = NLL.name
+    observer = job.material.observer
     fields = {
         "method": name,
         "metric": job.score.metric,
-        "options": chosen.model_dump(),
+        "options": method_options.model_dump(),
         "version": version,
     }
-    current = job.current(
-        name, search_fingerprint(job.store_fields(loss), fields), False, chosen, loss
-    )
+    search = search_fingerprint(job.store_fields(loss), fields)
+    current = job.current(name, search, False, method_options, loss)
+    dense_nll, counts = None, Counts()
+    measures_nll = False
     with (
         job.stores([loss]) as stores,
         closing(LazyScorer(lambda: Engine(job.material.dense()))) as scorer,
     ):
-        find, counts = plan(chosen, job), Counts()
+        details_for = plan(method_options, job)
         for text in job.budgets:
             path = trace_directory(job.folder, current, text) / "details.json"
             observer.begin(f"{name} for {text}")
-            known, started = read_kept_json(path, observer.note), time.monotonic()
-            found = known or find(parse_budget(text, job.resources["parameters"]))
-            if known is None:
-                write_sealed_json(
-                    path.with_name(TOOK), {"took": [0, 0, round(time.monotonic() - started, 2)]}
-                )
-                write_sealed_json(path, found)
-            is_measured |= "nll" in found
-            words = (
-                f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
-                for key, value in found.items()
-                if key not in ("nll", "channels")
-            )
-            observer.end(", ".join(words), cached=known is not None)
+            details = read_kept_json(path, observer.note)
+            is_cached = details is not None
+            if details is None:
+                started = time.monotonic()
+                details = details_for(parse_budget(text, job.resources["parameters"]))
+                seconds = round(time.monotonic() - started, 2)
+                write_sealed_json(path.with_name(TOOK), {"took": [0, 0, seconds]})
+                write_sealed_json(path, details)
+            measures_nll |= "nll" in details
+            observer.end(_words(details), cached=is_cached)
 
-        def dense() -> tuple[float, Counts]:
+        def measure_dense() -> tuple[float, Counts]:
             objective = Objective(job.calibration, stores[loss], scorer, observer)
             return objective([DENSE])[0].loss, objective.counts
 
-        if is_measured:
-            nll, counts = in_one_origin(dense, observer)
-    return replace(current, dense_nll=nll), counts
+        if measures_nll:
+            dense_nll, counts = in_one_origin(measure_dense, observer)
+    return replace(current, dense_nll=dense_nll), counts
+
+
+def _words(details: Details) -> str:
+    """The details that are short enough for a line of progress."""
+    words = []
+    for key, value in details.items():
+        if key not in ("nll", "channels"):
+            words.append(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}")
+    return ", ".join(words)
 
 
 def _commit(
-    left: Callable[[Details, Config], Left],
+    removed: Callable[[Details, Config], Removed],
     scores: Path,
     config: Config,
     budget: str,
@@ -145,9 +152,16 @@ def _commit(
 ) -> tuple[Plan, Sequence[Path]]:
     """The plan for a budget from the details that were found for it."""
     details = read_json(trace_directory(scores, current, budget) / "details.json", sealed=True)
-    found, nll, dense = left(details, config), details.pop("nll", None), current.dense_nll
-    known = dense and perplexity(dense), perplexity(math.fsum(nll) / len(nll)) if nll else None
-    return (
-        make_plan(current, budget, config, perplexities=known, details=details, **vars(found)),
-        [],
+    losses = removed(details, config)
+    row_nll = details.pop("nll", None)
+    dense_perplexity = current.dense_nll and perplexity(current.dense_nll)
+    pruned_perplexity = perplexity(math.fsum(row_nll) / len(row_nll)) if row_nll else None
+    plan = make_plan(
+        current,
+        budget,
+        config,
+        perplexities=(dense_perplexity, pruned_perplexity),
+        details=details,
+        **vars(losses),
     )
+    return plan, []

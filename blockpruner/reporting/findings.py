@@ -68,27 +68,32 @@ class Finding:
 def warnings(options: Sequence[PrunedOption], traces: Sequence[PrunedOption]) -> list[Finding]:
     """Find the signs of failed pruning; `traces` are the models that are pruned the most, one a
     removal sequence."""
-    found = [_jump(trace, options) for trace in traces]
-    for is_shown, tell in (
+    jumps = [_jump(trace, options) for trace in traces]
+    findings = [jump for jump in jumps if jump is not None]
+    for has_sign, describe in (
         (is_broken, _broken),
         (is_mismatch, _mismatch),
-        (_unlike, _uneven),
+        (_uneven_kind, _uneven),
         (is_slow, _slow),
     ):
-        if shown := [option for option in options if is_shown(option)]:
-            found.append(tell(shown))
-    return [finding for finding in found if finding]
+        affected = [option for option in options if has_sign(option)]
+        if affected:
+            findings.append(describe(affected))
+    return findings
 
 
 def jump_at(option: PrunedOption) -> int | None:
     """Find the first removal that breaks the curve (JUMP_FACTOR, JUMP_NATS, COLLAPSE_NATS), by
     index, or None."""
     losses = [math.log(perplexity) for perplexity in option.curve]
-    rises = [after - before for before, after in pairwise(losses)]
-    for i, rise in enumerate(rises):
-        usual = i >= 2 and rise >= max(JUMP_NATS, JUMP_FACTOR * median(rises[:i]))
-        if usual or rise >= COLLAPSE_NATS:
-            return i
+    rises = [y - x for x, y in pairwise(losses)]
+    for index, rise in enumerate(rises):
+        # A collapse is a jump whatever came before it.
+        if rise >= COLLAPSE_NATS:
+            return index
+        # A median of fewer than two removals is no slope.
+        if index >= 2 and rise >= max(JUMP_NATS, JUMP_FACTOR * median(rises[:index])):
+            return index
     return None
 
 
@@ -97,13 +102,15 @@ def has_lost(option: PrunedOption, nats: float, share: float) -> bool:
     against a `share` of the dense model's. Both are measured of the model itself, whether it was
     healed or not."""
     dense, model = option.dense, option.model
-    losses = [(dense.average, paired(dense, model))]
-    if dense.confidence is not None and model.confidence is not None:
-        losses.append((dense.confidence, paired_confidence(dense, model)))
-    fails = any(
-        change.differs and change.value < -share * before.value for before, change in losses
-    )
-    return fails or option.heldout_rise >= nats
+    if option.heldout_rise >= nats or _has_fallen(dense.average, paired(dense, model), share):
+        return True
+    if dense.confidence is None or model.confidence is None:
+        return False
+    return _has_fallen(dense.confidence, paired_confidence(dense, model), share)
+
+
+def _has_fallen(dense: Mean, change: Mean, share: float) -> bool:
+    return change.differs and change.value < -share * dense.value
 
 
 def is_broken(option: PrunedOption) -> bool:
@@ -117,8 +124,10 @@ def is_mismatch(option: PrunedOption) -> bool:
     return rise is not None and option.heldout_rise > MISMATCH_FACTOR * max(rise, 0.0) + JUMP_NATS
 
 
-def _unlike(option: PrunedOption) -> str:
-    return uneven({kind: effect.value for kind, (_, effect) in option.by_kind.items()})
+def _uneven_kind(option: PrunedOption) -> str:
+    """A sentence on the kind of text that lost too much; "" where none has."""
+    losses = {kind: effect.value for kind, (_, effect) in option.by_kind.items()}
+    return uneven(losses)
 
 
 def is_slow(option: PrunedOption) -> bool:
@@ -142,33 +151,38 @@ def paired_confidence(base: Model, other: Model) -> Mean:
 def paired(base: Model, other: Model, task: str | None = None) -> Mean:
     """Subtract accuracies, other minus base, with the error of paired items; without a task, the
     averages."""
-    names = base.scores if task is None else (task,)
-    before, after = ({name: model.scores[name] for name in names} for model in (base, other))
-    return average(differences(before, after))
+    tasks = base.scores if task is None else (task,)
+    base_scores = {name: base.scores[name] for name in tasks}
+    other_scores = {name: other.scores[name] for name in tasks}
+    return average(differences(base_scores, other_scores))
+
+
+def _names(options: Sequence[PrunedOption]) -> str:
+    return listed([option.name for option in options])
 
 
 def _jump(trace: PrunedOption, options: Sequence[PrunedOption]) -> Finding | None:
     index = jump_at(trace)
     if index is None:
         return None
-    begin, ratios = trace.plan.order[: index + 1], trace.plan.ratios
-    past = [o for o in options if o.plan.order[: index + 1] == begin]
-    blocks = sum(len(parse_mask(unit)) for unit in begin[:-1])
-    share = (
-        f" ({percent(ratios[index - 1], 2)} of the parameters)" if 0 < index <= len(ratios) else ""
-    )
-    safe = (
-        f"The last budget before it is {blocks} blocks{share}."
-        if index
-        else "It is the first removal."
-    )
+    order, ratios = trace.plan.order[: index + 1], trace.plan.ratios
+    # All models whose removals begin with those up to the jump.
+    beyond = [option for option in options if option.plan.order[: index + 1] == order]
+    # What healed all of them is no warning any more.
+    is_healed = bool(beyond) and all(option.healing for option in beyond)
+    safe = "It is the first removal."
+    if index:
+        blocks = sum(len(parse_mask(unit)) for unit in order[:-1])
+        share = ""
+        if index <= len(ratios):
+            share = f" ({percent(ratios[index - 1], 2)} of the parameters)"
+        safe = f"The last budget before it is {blocks} blocks{share}."
     return Finding(
-        Level.NOTE if past and all(option.healing for option in past) else Level.WARNING,
+        Level.NOTE if is_healed else Level.WARNING,
         "jump",
-        f"{trace.method}: removal {index + 1} ({begin[-1]}) breaks the model before healing",
+        f"{trace.method}: removal {index + 1} ({order[-1]}) breaks the model before healing",
         f"Calibration perplexity jumps from {number(trace.curve[index])} to"
-        f" {number(trace.curve[index + 1])}. {safe} Models beyond it:"
-        f" {listed([option.name for option in past])}.",
+        f" {number(trace.curve[index + 1])}. {safe} Models beyond it: {_names(beyond)}.",
     )
 
 
@@ -180,61 +194,62 @@ def _losses(option: PrunedOption) -> str:
     )
 
 
-def _broken(found: Sequence[PrunedOption]) -> Finding:
-    text = f"{'. '.join(map(_losses, found))}. Prune less, or heal more."
-    return Finding(
-        Level.WARNING, "broken", f"Broken: {listed([option.name for option in found])}", text
-    )
+def _broken(options: Sequence[PrunedOption]) -> Finding:
+    losses = ". ".join(_losses(option) for option in options)
+    text = f"{losses}. Prune less, or heal more."
+    return Finding(Level.WARNING, "broken", f"Broken: {_names(options)}", text)
 
 
-def _mismatch(found: Sequence[PrunedOption]) -> Finding:
-    rises = [
-        f"{times(math.exp(o.heldout_rise))} against {times(math.exp(o.own_rise or 0))} at {o.name}"
-        for o in found
-    ]
+def _mismatch(options: Sequence[PrunedOption]) -> Finding:
+    rises = []
+    for option in options:
+        heldout, calibration = math.exp(option.heldout_rise), math.exp(option.own_rise or 0)
+        rises.append(f"{times(heldout)} against {times(calibration)} at {option.name}")
     text = (
         "Perplexity over the dense model's, on held-out text against its own texts: "
         f"{listed(rises)}. Calibrate on more text, or on text nearer to its use."
     )
-    return Finding(
-        Level.WARNING, "mismatch", "Held-out text suffers more than the model's own texts", text
-    )
+    title = "Held-out text suffers more than the model's own texts"
+    return Finding(Level.WARNING, "mismatch", title, text)
 
 
-def _uneven(found: Sequence[PrunedOption]) -> Finding:
-    text = " ".join(f"{option.name}: {_unlike(option)}" for option in found)
-    return Finding(Level.WARNING, "uneven", UNLIKE, text)
+def _uneven(options: Sequence[PrunedOption]) -> Finding:
+    sentences = [f"{option.name}: {_uneven_kind(option)}" for option in options]
+    return Finding(Level.WARNING, "uneven", UNLIKE, " ".join(sentences))
 
 
-def _slow(found: Sequence[PrunedOption]) -> Finding:
-    def told(option: PrunedOption) -> str:
-        mlp = option.plan.blocks["mlp"] > option.plan.blocks["mha"]
-        cause = ", more MLP than MHA, and only MHA shrinks the KV cache" if mlp else ""
-        return f"{option.name}: {times(option.speedup)} with {option.taken_out} removed{cause}."
-
-    title = f"Not faster than dense beyond noise: {listed([option.name for option in found])}"
-    return Finding(Level.WARNING, "slow", title, " ".join(map(told, found)))
+def _slow(options: Sequence[PrunedOption]) -> Finding:
+    sentences = []
+    for option in options:
+        text = f"{option.name}: {times(option.speedup)} with {option.taken_out} removed"
+        if option.plan.blocks["mlp"] > option.plan.blocks["mha"]:
+            text += ", more MLP than MHA, and only MHA shrinks the KV cache"
+        sentences.append(f"{text}.")
+    title = f"Not faster than dense beyond noise: {_names(options)}"
+    return Finding(Level.WARNING, "slow", title, " ".join(sentences))
 
 
 def stop(options: Sequence[PrunedOption]) -> Finding:
     """Write the verdict on pruned models, which come the least pruned first."""
     if not any(option.timed for option in options):
-        return Finding(
-            Level.NOTE, "stop", "No verdict without times", "A verdict weighs loss against speed."
-        )
+        title = "No verdict without times"
+        return Finding(Level.NOTE, "stop", title, "A verdict weighs loss against speed.")
     best = recommended(options)
     if best is not None:
+        faster = 100 * (best.speedup - 1)
+        lost = 100 * (math.exp(best.heldout_rise) - 1)
         text = (
-            f"{percent(best.ratio)} of the parameters removed ({best.taken_out}):"
-            f" {100 * (best.speedup - 1):+.1f} % speed of generation for"
-            f" {100 * (math.exp(best.heldout_rise) - 1):+.1f} % held-out perplexity. It is the"
-            " fastest model that is faster than dense beyond noise and not broken."
+            f"{percent(best.ratio)} of the parameters removed ({best.taken_out}): {faster:+.1f} %"
+            f" speed of generation for {lost:+.1f} % held-out perplexity. It is the fastest model"
+            " that is faster than dense beyond noise and not broken."
         )
         advice = "Fastest that holds up:" if has_lost(best, JUMP_NATS, 0) else "Take"
         return Finding(Level.ADVICE, "stop", f"{advice} {best.name}", text)
     text = "No pruned model is both faster than dense beyond noise and not broken."
     if options:
-        first = options[0]
-        speed = f", at {times(first.speedup)} the speed of generation" if first.timed else ""
-        text += f" {_losses(first)}{speed}."
+        mildest = options[0]
+        text += f" {_losses(mildest)}"
+        if mildest.timed:
+            text += f", at {times(mildest.speedup)} the speed of generation"
+        text += "."
     return Finding(Level.ADVICE, "stop", "Keep the dense model", text)

@@ -17,38 +17,33 @@ def number(value: float) -> str:
     perplexities."""
     if value >= 1e6:
         return f"{value:.3g}"
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
+    if value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 100 else f"{value:.2f}"
 
 
 def parameters(count: float) -> str:
     """Write a parameter count in millions or billions (10^6, 10^9)."""
-    return (
-        f"{count / 1e9:.2f} B"
-        if count >= 1e9
-        else f"{count / 1e6:.1f} M"
-        if count >= 1e6
-        else f"{count:,}"
-    )
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} B"
+    return f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
 
 
 def size(count: float) -> str:
     """Write bytes in binary units."""
-    value, units = float(count), ["B", "KiB", "MiB", "GiB"]
-    while value >= 1024 and len(units) > 1:
-        value, units = value / 1024, units[1:]
-    return (
-        f"{value:.0f} {units[0]}" if value >= 100 or units[0] == "B" else f"{value:.2f} {units[0]}"
-    )
+    if count < 1024:
+        return f"{count:.0f} B"
+    value, unit = count / 1024, "KiB"
+    for larger_unit in ("MiB", "GiB"):
+        if value >= 1024:
+            value, unit = value / 1024, larger_unit
+    return f"{value:.0f} {unit}" if value >= 100 else f"{value:.2f} {unit}"
 
 
 def listed(names: Sequence[str]) -> str:
-    return (
-        names[0]
-        if len(names) == 1
-        else f"{', '.join(names[:-1])} and {names[-1]}"
-        if names
-        else "none"
-    )
+    """Write names with commas and "and"."""
+    *front, end = names or ["none"]
+    return f"{', '.join(front)} and {end}" if front else end
 
 
 def printable(text: str) -> str:

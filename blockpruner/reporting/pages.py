@@ -9,6 +9,7 @@ import re
 from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import ClassVar
 
@@ -57,17 +58,13 @@ class Page:
     title: str
     intro: str
     sections: tuple[Section, ...]
-    made: str = ""
-    """Where and when the results were computed, as from `made_line`."""
+    provenance: str = ""
+    """Where and when the results were computed, as from `provenance_line`."""
 
     @property
     def plots(self) -> list[Plot]:
-        return [
-            block
-            for section in self.sections
-            for block in section.blocks
-            if isinstance(block, Plot)
-        ]
+        blocks = chain.from_iterable(section.blocks for section in self.sections)
+        return [block for block in blocks if isinstance(block, Plot)]
 
 
 def write_page(out: Path, page: Page, files: Mapping[str, str]) -> None:
@@ -87,26 +84,25 @@ def write_page(out: Path, page: Page, files: Mapping[str, str]) -> None:
     replace_directory(out, build)
 
 
-def made_line(results: Iterable[Mapping[str, str]]) -> str:
+def provenance_line(results: Iterable[Mapping[str, str]]) -> str:
     """Write where and when results were computed: each environment once, and not where the page is
     written."""
-    found: dict[str, list[str]] = {}
-    for made in filter(None, results):
-        packages = listed(
-            [f"{name} {made[name]}" for name in ("python", *COMPUTING) if name in made]
-        )
-        at = f" at commit {made['commit'][:12]}{made['commit'][40:]}" if made.get("commit") else ""
-        place = (
-            made["processor"]
-            if made["device"] == "cpu"
-            else f"{made['device_name']} ({made['processor']})"
-        )
-        where = f"on {place}, attention {made['attention']}, with {packages}{at}"
-        found.setdefault(where, []).append(made["when"][:10])
-    parts = [
-        f"{len(when)} {where}, {' to '.join(sorted({min(when), max(when)}))}"
-        for where, when in found.items()
-    ]
+    days_by_environment: dict[str, list[str]] = {}
+    for record in filter(None, results):
+        versions = [f"{name} {record[name]}" for name in ("python", *COMPUTING) if name in record]
+        device = record["processor"]
+        if record["device"] != "cpu":
+            device = f"{record['device_name']} ({device})"
+        environment = f"on {device}, attention {record['attention']}, with {listed(versions)}"
+        commit = record.get("commit")
+        if commit:
+            # Behind the 40 digits is the mark of a changed work tree.
+            environment += f" at commit {commit[:12]}{commit[40:]}"
+        days_by_environment.setdefault(environment, []).append(record["when"][:10])
+    parts = []
+    for environment, days in days_by_environment.items():
+        period = " to ".join(sorted({min(days), max(days)}))
+        parts.append(f"{len(days)} {environment}, {period}")
     return f"Results were computed: {'; '.join(parts)}." if parts else ""
 
 

@@ -6,7 +6,6 @@ Decides colours and scales. The same figure gives the same bytes every time.
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 from blockpruner.core.blocks import BlockId, BlockKind, Mask, parse_mask
@@ -38,10 +37,8 @@ MARKS = (
 """One for each method. A shape goes with every colour."""
 
 SHAPES = [shape for _, shape in MARKS]
-MANY_MARKS = [
-    *MARKS,
-    *((colour, shape) for (colour, _), shape in zip(MARKS, SHAPES[3:] + SHAPES[:3], strict=True)),
-]
+OTHER_MARKS = zip([colour for colour, _ in MARKS], SHAPES[3:] + SHAPES[:3], strict=True)
+MANY_MARKS = [*MARKS, *OTHER_MARKS]
 """MARKS, then their colours with other shapes: twice as many methods stay apart."""
 
 KIND_COLOURS = {BlockKind.MHA: BLUE, BlockKind.MLP: ORANGE}
@@ -88,6 +85,7 @@ def render(
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size)
         draw(figure)
+        # Without dates and versions the same figure gives the same bytes.
         bare = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(svg, format="svg", metadata=bare)
         figure.savefig(png, format="png", dpi=180, metadata={"Software": None})
@@ -105,11 +103,11 @@ def scale_(axes: Axes, values: Sequence[float]) -> None:
     """Use a logarithmic scale for perplexities over a wide range."""
     if max(values) <= 3 * min(values):
         return
-    wide = max(values) > 10 * min(values)
+    # A narrow range would have one or two marks only.
+    is_wide = max(values) > 10 * min(values)
+    steps = (1, 2, 5) if is_wide else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(
-        LogLocator(subs=(1, 2, 5) if wide else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8))
-    )
+    axes.yaxis.set_major_locator(LogLocator(subs=steps))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
@@ -118,8 +116,8 @@ def removed_map(name: str, plan: Plan) -> Plot:
     """Draw how much of each block a plan removes, with the removals in order where they have
     one."""
     order = [parse_mask(unit) for unit in plan.order] if plan.nested else []
-    how = "The numbers are those of the removals." if order else "All was chosen together."
-    caption = f"The blocks of {name}: what is filled is gone. {how}"
+    legend = "The numbers are those of the removals." if order else "All was chosen together."
+    caption = f"The blocks of {name}: what is filled is gone. {legend}"
     return block_map(f"{name}-map", caption, plan.layers, plan.gone, order)
 
 
@@ -132,30 +130,36 @@ def block_map(
 ) -> Plot:
     """Draw what share of each block is gone, with the number of the removal that took it where they
     have an order."""
-    size = (max(10.2, 0.29 * layers + 1.5), 1.45)
-    return render(
-        name, caption, size, partial(_blocks, layers=layers, gone=gone, removals=removals)
+    numbers: dict[BlockId, str] = {}
+    for number, removal in enumerate(removals, 1):
+        numbers |= dict.fromkeys(removal, str(number))
+
+    def fill(figure: Figure) -> None:
+        axes = figure.subplots()
+        for row, kind in enumerate(BlockKind):
+            for layer in range(layers):
+                block = BlockId(kind, layer)
+                _draw_block(axes, row, block, gone.get(block, 0.0), numbers.get(block, ""))
+        axes.set_xlim(-0.6, layers - 0.4)
+        axes.set_ylim(len(BlockKind) - 0.4, -0.6)
+        axes.set_yticks(range(len(BlockKind)), [kind.upper() for kind in BlockKind])
+        axes.xaxis.set_major_locator(MaxNLocator(min(layers, 16), integer=True))
+        axes.set_xlabel("layer (0 is next to the embedding)")
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+
+    return render(name, caption, (max(10.2, 0.29 * layers + 1.5), 1.45), fill)
+
+
+def _draw_block(axes: Axes, row: int, block: BlockId, share: float, number: str) -> None:
+    """Draw a box that is filled from below by the share that is gone."""
+    width, height = 0.92, 0.88
+    x, bottom = block.layer - 0.46, row + 0.44
+    frame = Rectangle(
+        (x, row - 0.44), width, height, facecolor="none", edgecolor=GREY, linewidth=0.6
     )
-
-
-def _blocks(
-    figure: Figure, layers: int, gone: Mapping[BlockId, float], removals: Sequence[Mask]
-) -> None:
-    axes, kinds = figure.subplots(), list(BlockKind)
-    places = {block: i for i, removal in enumerate(removals, 1) for block in removal}
-    for block in (BlockId(kind, layer) for kind in kinds for layer in range(layers)):
-        x, row, share = block.layer - 0.46, kinds.index(block.kind), gone.get(block, 0.0)
-        axes.add_patch(
-            Rectangle((x, row - 0.44), 0.92, 0.88, facecolor="none", edgecolor=GREY, linewidth=0.6)
-        )
-        filled = (x, row + 0.44 - 0.88 * share), 0.92, 0.88 * share
-        axes.add_patch(Rectangle(*filled, facecolor=KIND_COLOURS[block.kind]))
-        at = str(places.get(block, ""))
-        axes.text(block.layer, row, at, color="white", ha="center", va="center", fontsize=8.5)
-    axes.set_xlim(-0.6, layers - 0.4)
-    axes.set_ylim(len(kinds) - 0.4, -0.6)
-    axes.set_yticks(range(len(kinds)), [kind.upper() for kind in kinds])
-    axes.xaxis.set_major_locator(MaxNLocator(min(layers, 16), integer=True))
-    axes.set_xlabel("layer (0 is next to the embedding)")
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
+    axes.add_patch(frame)
+    filled = height * share
+    colour = KIND_COLOURS[block.kind]
+    axes.add_patch(Rectangle((x, bottom - filled), width, filled, facecolor=colour))
+    axes.text(block.layer, row, number, color="white", ha="center", va="center", fontsize=8.5)

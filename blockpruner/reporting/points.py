@@ -25,34 +25,47 @@ from blockpruner.store.files import read_table
 FILE = "points.parquet"
 DENSE = "dense"
 
+TEXT, INTEGER, FLOAT = pa.string(), pa.int32(), pa.float64()
+
+
+def _required(name: str, kind: pa.DataType) -> pa.Field:
+    return pa.field(name, kind, nullable=False)
+
+
 POINTS = pa.schema(
     [
-        *(
-            pa.field(name, pa.string(), nullable=False)
-            for name in ("calibration", "method", "budget", "heal", "plan")
-        ),
-        pa.field("seed", pa.int32(), nullable=False),
-        pa.field("ratio", pa.float64(), nullable=False),
-        *(pa.field(name, pa.int32(), nullable=False) for name in ("mha", "mlp")),
-        *(
-            pa.field(name, pa.float64())
-            for name in ("trials_asked", "seconds", "search_ppl", "heal_seconds")
-        ),
-        pa.field("nll", pa.list_(pa.float32()), nullable=False),
-        pa.field("items", pa.string(), nullable=False),
+        # The rows of the search, by the name that the experiment gives them.
+        _required("calibration", TEXT),
+        _required("method", TEXT),
+        _required("budget", TEXT),
+        _required("heal", TEXT),
+        # What is removed, for instance "mha.3 mlp.7"; else a digest.
+        _required("plan", TEXT),
+        _required("seed", INTEGER),
+        # The share of all parameters removed.
+        _required("ratio", FLOAT),
+        # Blocks removed.
+        _required("mha", INTEGER),
+        _required("mlp", INTEGER),
+        # Masks whose loss the search asked for, and the time that took; null where losses were
+        # known already.
+        ("trials_asked", FLOAT),
+        ("seconds", FLOAT),
+        # Perplexity on the rows of the search.
+        ("search_ppl", FLOAT),
+        # Of compensation and training.
+        ("heal_seconds", FLOAT),
+        # Mean NLL of each held-out row, nats per token.
+        _required("nll", pa.list_(pa.float32())),
+        # As JSON, by task: the "score" of each item in the main metric, and "p_gold", the p of its
+        # right answer.
+        _required("items", TEXT),
     ]
 )
-"""One row a point; the dense model has the method "dense".
+"""One row a point; the dense model has the method "dense"."""
 
-    calibration     name of the rows of the search among those that the experiment compares plan
-    what is removed, for instance "mha.3 mlp.7"; else a digest ratio           share of all
-    parameters removed mha, mlp        blocks removed trials_asked    masks whose loss the search
-    asked for; seconds: what that took, null where losses were known before search_ppl
-    perplexity on the rows of the search heal_seconds    of compensation and training nll
-    mean NLL of each held-out row, nats per token items           of tasks, as JSON: by task the
-    "score" of each item in the main metric, and "p_gold", the p of its
-                    right answer
-"""
+EXTRAPOLATION = 0.01
+"""A curve goes on so far beyond its last size."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,58 +85,62 @@ class Points:
     @classmethod
     def read(cls, folder: Path) -> Self:
         """Raises InputError if there are none, or the file is damaged."""
-        table, about = read_table(folder / FILE, POINTS)
+        table, facts = read_table(folder / FILE, POINTS)
         frame = table.to_pandas()
-        dense = frame["method"] == DENSE
-        return cls(
-            frame[~dense],
-            frame[dense].iloc[0],
-            np.array(json.loads(about["kinds"])),
-            about["digest"],
-        )
+        is_dense = frame["method"] == DENSE
+        kinds = np.array(json.loads(facts["kinds"]))
+        dense = frame[is_dense].iloc[0]
+        return cls(frame[~is_dense], dense, kinds, facts["digest"])
 
     @classmethod
-    def joined(cls, several: Sequence[Self]) -> Self:
+    def joined(cls, experiments: Sequence[Self]) -> Self:
         """The points of some experiments of one model; raises InputError if they were measured on
         other rows."""
-        if len({each.digest for each in several}) > 1:
-            raise InputError(
-                "experiments were measured on different held-out rows; run them again",
-                rule="other-rows",
-            )
-        # tasks, where measured
-        dense = max((each.dense for each in several), key=lambda dense: len(dense["items"]))
-        return replace(
-            several[0],
-            dense=dense,
-            frame=pd.concat([each.frame for each in several], ignore_index=True),
-        )
+        digests = {points.digest for points in experiments}
+        if len(digests) > 1:
+            message = "experiments were measured on different held-out rows; run them again"
+            raise InputError(message, rule="other-rows")
+        # Only some experiments measure tasks, which the longest items show.
+        models = [points.dense for points in experiments]
+        dense = max(models, key=lambda model: len(model["items"]))
+        frame = pd.concat([points.frame for points in experiments], ignore_index=True)
+        return replace(experiments[0], dense=dense, frame=frame)
 
     @cached_property
     def texts(self) -> list[str]:
         """The kinds of text, in order."""
         return list(dict.fromkeys(self.kinds))
 
-    def curve(self, size: float, **where: object) -> Floats:
+    def curve(self, size: float, **columns: object) -> Floats:
         """Rises of the NLL over the dense model at a share removed [draws, rows]; NaN for a draw
-        without a model as large and one as small. `where` chooses by columns."""
-        own = self.frame[
-            np.logical_and.reduce([self.frame[key] == value for key, value in where.items()])
-        ]
-        return np.array([self._at(size, draw) for _, draw in own.groupby("seed")])
+        without a model as large and one as small. `columns` are values that rows must have."""
+        frame = self.frame
+        for column, value in columns.items():
+            frame = frame[frame[column] == value]
+        draws = frame.groupby("seed")
+        return np.array([self._at(size, draw) for _, draw in draws])
 
     def _at(self, size: float, draw: pd.DataFrame) -> Floats:
-        draw = draw.drop_duplicates("ratio").sort_values("ratio")
-        sizes, rises = draw["ratio"].to_numpy(), np.stack(draw["nll"]) - self.dense["nll"]
-        if not sizes[0] - NEAR <= size <= sizes[-1] + NEAR:
+        models = draw.drop_duplicates("ratio").sort_values("ratio")
+        sizes = models["ratio"].to_numpy()
+        rises = np.stack(models["nll"]) - self.dense["nll"]
+        if not sizes[0] - EXTRAPOLATION <= size <= sizes[-1] + EXTRAPOLATION:
             return np.full(len(self.kinds), math.nan)
-        sizes, rises = np.r_[0.0, sizes], np.vstack([0 * rises[0], rises])
+        # The dense model is the point at 0.
+        sizes = np.r_[0.0, sizes]
+        rises = np.vstack([np.zeros_like(rises[0]), rises])
         return np.asarray(PchipInterpolator(sizes, rises)(size))
 
     def over(self, rises: Floats) -> float:
         """The perplexity over that of the dense model for the rises of each row, every kind of text
         alike."""
-        return math.exp(np.mean([rises[self.kinds == kind].mean() for kind in self.texts]))
+        means = [rises[self.kinds == kind].mean() for kind in self.texts]
+        return math.exp(np.mean(means))
+
+    def ratios(self, models: pd.DataFrame) -> list[float]:
+        """As `over`, of each of some rows of `frame`."""
+        dense = self.dense["nll"]
+        return [self.over(nll - dense) for nll in models["nll"]]
 
     def of(self, cell: pd.Series) -> Effect:
         """The perplexity of one model, a row of `frame`, over that of the dense model."""
@@ -143,20 +160,21 @@ class Points:
         narrower, nor p smaller, than those of the draws alone, which makes it 94 to 95.
         """
         rises = a if b is None else b - a
-        rises = rises[~np.isnan(rises).any(axis=1)]
-        by_kind = [
-            rises[:, self.kinds == name] for name in (self.texts if kind is None else [kind])
-        ]
-        means = np.mean([rows.mean(axis=1) for rows in by_kind], axis=0)
-        samples = [rows.mean(axis=0) / len(by_kind) for rows in by_kind]
-        value = float(means.mean())
-        if len(means) == 1:
-            return exponential(t_effect(value, samples))
-        together, draws = t_effect(value, [*samples, means]), t_effect(value, [means])
-        low = min(together.interval.low, draws.interval.low)
-        high = max(together.interval.high, draws.interval.high)
-        return exponential(Effect(value, Interval(low, high), max(together.p, draws.p)))
-
-
-NEAR = 0.01
-"""A curve goes on so far beyond its last size."""
+        is_complete = ~np.isnan(rises).any(axis=1)
+        kinds = self.texts if kind is None else [kind]
+        # A draw that lacks a model of the size does not count.
+        rises = rises[is_complete]
+        by_kind = [rises[:, self.kinds == name] for name in kinds]
+        kind_means = [rows.mean(axis=1) for rows in by_kind]
+        draw_means = np.mean(kind_means, axis=0)  # m
+        row_means = [rows.mean(axis=0) / len(kinds) for rows in by_kind]  # z / K
+        value = float(draw_means.mean())
+        if len(draw_means) == 1:
+            return exponential(t_effect(value, row_means))
+        # The wider of two intervals: see the docstring.
+        both = t_effect(value, [*row_means, draw_means])
+        draws = t_effect(value, [draw_means])
+        low = min(both.interval.low, draws.interval.low)
+        high = max(both.interval.high, draws.interval.high)
+        p = max(both.p, draws.p)
+        return exponential(Effect(value, Interval(low, high), p))

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any, Self
@@ -24,12 +25,23 @@ from blockpruner.reporting import statistics
 from blockpruner.reporting.statistics import Effect, Floats, Interval, Mean
 from blockpruner.store.files import read_json, read_table
 
-PARTS = ("prefill", "decode", "generation")
-"""Parts of a timed generation: the prompt, the other new tokens, both together."""
+PHASES = ("prefill", "decode", "generation")
+"""Phases of a timed generation: the prompt, the other new tokens, both together."""
 
-Items = dict[str, tuple[NDArray[Any], Floats, Floats]]
-"""By task: the items' numbers, their scores in the task's metric, and p of their right answers, NaN
-without one."""
+
+@dataclass(frozen=True, eq=False)
+class TaskItems:
+    """The items of one task."""
+
+    numbers: NDArray[Any]
+    scores: Floats
+    """In the task's metric."""
+    p_gold: Floats
+    """p of their right answers, NaN without one."""
+
+
+Items = dict[str, TaskItems]
+"""By task."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,8 @@ class RunLabels:
 
 @dataclass(frozen=True)
 class Text:
+    """What was measured on the held-out text."""
+
     perplexity: float
     rows: int
     tokens: int
@@ -78,13 +92,21 @@ class TaskScore(Mean):
 
     items: int
 
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Self:
+        """Read what an evaluation wrote of a task."""
+        stderr = math.inf if fields["stderr"] is None else fields["stderr"]
+        return cls(fields["value"], stderr, fields["items"])
+
 
 @dataclass(frozen=True, eq=False)
 class Timings:
+    """What the repeats of one model took."""
+
     seconds: Mapping[str, tuple[float, ...]]
-    """The seconds of each repeat, by part."""
+    """The seconds of each repeat, by phase."""
     tokens: Mapping[str, int]
-    """How many a part of one repeat processes, over the whole batch."""
+    """How many tokens a phase of one repeat processes, over the whole batch."""
     cache_bytes: int
     memory_bytes: int
     """The peak while generating; on a CPU the sum of weights and KV cache."""
@@ -95,13 +117,11 @@ class Timings:
     def of(cls, fields: Mapping[str, Any]) -> Self:
         """Read what `evaluation.speed` wrote of one model."""
         prompt, new, batch = fields["prompt_tokens"], fields["new_tokens"], fields["batch"]
+        # Prefill gives the first of the new tokens.
+        tokens = {"prefill": prompt, "decode": new - 1, "generation": new}
         return cls(
-            seconds={part: tuple(fields[f"{part}_seconds"]["samples"]) for part in PARTS},
-            tokens={
-                "prefill": batch * prompt,
-                "decode": batch * (new - 1),
-                "generation": batch * new,
-            },
+            seconds={phase: tuple(fields[f"{phase}_seconds"]["samples"]) for phase in PHASES},
+            tokens={phase: batch * count for phase, count in tokens.items()},
             cache_bytes=fields["kv_cache_bytes"],
             memory_bytes=fields["peak_memory_bytes"],
             setting=(
@@ -111,12 +131,12 @@ class Timings:
             ),
         )
 
-    def median(self, part: str) -> float:
-        return median(self.seconds[part])
+    def median(self, phase: str) -> float:
+        return median(self.seconds[phase])
 
-    def rate(self, part: str) -> float:
+    def rate(self, phase: str) -> float:
         """Tokens per second, from the median."""
-        return self.tokens[part] / self.median(part)
+        return self.tokens[phase] / self.median(phase)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,23 +149,28 @@ class Race:
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Self:
         """Read what a measurement wrote of both, or of the dense model alone."""
-        return cls(Timings.of(fields["dense"]), Timings.of(fields.get("pruned", fields["dense"])))
+        pruned = fields.get("pruned", fields["dense"])
+        return cls(Timings.of(fields["dense"]), Timings.of(pruned))
 
     @cached_property
     def speedups(self) -> Mapping[str, Effect]:
-        """Quotients of the medians, by part; above 1 is faster than dense. Of one repeat an
+        """Quotients of the medians, by phase; above 1 is faster than dense. Of one repeat an
         interval is infinite."""
-        dense, pruned = self.dense.seconds, self.pruned.seconds
-        if len(dense["generation"]) == 1:
-            return {
-                part: Effect(dense[part][0] / pruned[part][0], Interval(0, math.inf), 1.0)
-                for part in PARTS
-            }
-        return {part: statistics.ratio_of_medians(dense[part], pruned[part]) for part in PARTS}
+        speedups = {}
+        for phase in PHASES:
+            dense, pruned = self.dense.seconds[phase], self.pruned.seconds[phase]
+            if len(dense) == 1:
+                speedup = dense[0] / pruned[0]
+                speedups[phase] = Effect(speedup, Interval(0, math.inf), 1.0)
+            else:
+                speedups[phase] = statistics.ratio_of_medians(dense, pruned)
+        return speedups
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
+    """What was measured of a model."""
+
     parameters: int
     weight_bytes: int
     heldout: Text
@@ -161,33 +186,38 @@ class Model:
     """p of each item's right answer, by those of these tasks that have it."""
     samples: tuple[tuple[str, str], ...] = ()
     """Prompts with the model's answers; empty where none were made."""
-    made: tuple[Mapping[str, str], ...] = ()
+    provenance: tuple[Mapping[str, str], ...] = ()
     """Where and when each of this was computed; empty where it was not recorded."""
 
     @classmethod
     def of(cls, fields: Mapping[str, Any], items: Items) -> Self:
         """Read the facts that an evaluation wrote of one model."""
-        scores = {task: values for task, (_, values, _) in items.items()}
+        scores: dict[str, Floats] = {}
+        p_gold: dict[str, Floats] = {}
+        for task, values in items.items():
+            scores[task] = values.scores
+            if not np.isnan(values.p_gold).any():
+                p_gold[task] = values.p_gold
         text = fields["perplexity"]
-        rows = (tuple(text.get(key, ())) for key in ("row_nll", "row_kind"))
+        heldout = Text(
+            text["perplexity"],
+            text["rows"],
+            text["tokens"],
+            tuple(text.get("row_nll", ())),
+            tuple(text.get("row_kind", ())),
+        )
+        samples = [(sample["prompt"], sample["text"]) for sample in fields.get("samples", ())]
         return cls(
             parameters=fields["parameters"],
             weight_bytes=fields["weight_bytes"],
-            heldout=Text(text["perplexity"], text["rows"], text["tokens"], *rows),
-            tasks={
-                k: TaskScore(
-                    v["value"], math.inf if v["stderr"] is None else v["stderr"], v["items"]
-                )
-                for k, v in fields["tasks"].items()
-            },
+            heldout=heldout,
+            tasks={task: TaskScore.of(values) for task, values in fields["tasks"].items()},
             average=statistics.average(scores),
-            items={task: numbers for task, (numbers, _, _) in items.items()},
+            items={task: values.numbers for task, values in items.items()},
             scores=scores,
-            p_gold={task: p for task, (_, _, p) in items.items() if not np.isnan(p).any()},
-            samples=tuple(
-                (sample["prompt"], sample["text"]) for sample in fields.get("samples", ())
-            ),
-            made=tuple(fields.get("made", {}).values()),
+            p_gold=p_gold,
+            samples=tuple(samples),
+            provenance=tuple(fields.get("made", {}).values()),
         )
 
     @cached_property
@@ -257,8 +287,8 @@ class Option:
     @cached_property
     def by_kind(self) -> Mapping[str, tuple[float, Effect]]:
         """PPL, and PPL / dense PPL, on each kind of held-out text; empty where it is of one."""
-        dense, own = self.dense.heldout, self.model.heldout
-        return statistics.losses_by_kind(dense.row_nll, own.row_nll, dense.row_kind)
+        dense, pruned = self.dense.heldout, self.model.heldout
+        return statistics.losses_by_kind(dense.row_nll, pruned.row_nll, dense.row_kind)
 
 
 def read_results(folder: Path) -> dict[str, Any]:
@@ -271,24 +301,24 @@ def read_items(folders: Sequence[Path], metrics: Mapping[str, str]) -> dict[str,
     """Read the items of each model, in one order, from folders of evidence; `metrics` names the
     metric of each task that is read. Raises InputError if models were evaluated on different items,
     or a file is missing or damaged."""
-    read = (
-        read_table(folder / "items.parquet", ITEMS)[0].drop(["loglikelihoods"])
-        for folder in folders
-    )
-    tables = {folder.name: table.to_pandas() for folder, table in zip(folders, read, strict=True)}
-    found: dict[str, Items] = {model: {} for model in tables}
-    first, *others = tables
-    for task, metric in metrics.items():
-        for model, table in tables.items():
-            own = table[table["task"] == task].sort_values("item")
-            scores, p_gold = own[metric].to_numpy(float), own["p_gold"].to_numpy(float)
-            found[model][task] = own["item"].to_numpy(), scores, p_gold
-        for model in others:
-            if not np.array_equal(found[model][task][0], found[first][task][0]):
-                why = (
-                    f"{model} and {first} were evaluated on different items of {task}, so they"
-                    " cannot be compared"
-                )
-                message = f"{folders[0].parent}: {why}; run `dvc repro` to evaluate both alike"
-                raise InputError(message, rule="different-items")
-    return found
+    models: dict[str, Items] = {}
+    for folder in folders:
+        table, _ = read_table(folder / "items.parquet", ITEMS)
+        frame = table.drop(["loglikelihoods"]).to_pandas().sort_values("item")
+        items: Items = {}
+        for task, metric in metrics.items():
+            rows = frame[frame["task"] == task]
+            numbers, scores = rows["item"].to_numpy(), rows[metric].to_numpy(float)
+            items[task] = TaskItems(numbers, scores, rows["p_gold"].to_numpy(float))
+        models[folder.name] = items
+    reference = folders[0].name
+    for name, task in product(models, metrics):
+        numbers, expected = models[name][task].numbers, models[reference][task].numbers
+        if not np.array_equal(numbers, expected):
+            message = f"{name} and {reference} were evaluated on different items of {task}"
+            raise InputError(
+                f"{folders[0].parent}: {message}, so they cannot be compared; run `dvc repro` to"
+                " evaluate both alike",
+                rule="different-items",
+            )
+    return models

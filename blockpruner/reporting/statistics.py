@@ -28,7 +28,8 @@ in one order."""
 
 Floats = NDArray[np.float64]
 
-RESAMPLES, SEED = 10_000, 0
+RESAMPLES = 10_000
+SEED = 0
 COUNTS = 1 << 21
 """The bootstrap holds this many counts at once: 16 MiB."""
 
@@ -40,6 +41,9 @@ ROUNDING = 1e-12
 class Interval:
     low: float
     high: float
+
+
+EVERYTHING = Interval(-math.inf, math.inf)
 
 
 @dataclass(frozen=True)
@@ -80,17 +84,18 @@ def average(scores: Scores) -> Mean:
     """
     tasks = [np.asarray(items, float) for items in scores.values()]
     errors = [stats.sem(items) if len(items) > 1 else math.inf for items in tasks]
-    return Mean(float(np.mean([items.mean() for items in tasks])), math.hypot(*errors) / len(tasks))
+    mean = np.mean([items.mean() for items in tasks])
+    return Mean(float(mean), math.hypot(*errors) / len(tasks))
 
 
-def differences(a: Scores, b: Scores, least: int = 1) -> dict[str, Floats]:
+def differences(a: Scores, b: Scores, minimum: int = 1) -> dict[str, Floats]:
     """b - a by task and item, the tasks in alphabetical order; raises InputError if the two have
     different tasks or numbers of items, or nothing is there to compare, or fewer items of a task
-    than `least`."""
+    than `minimum`."""
     if a.keys() != b.keys() or not a:
         message = f"models of tasks {sorted(a)} and {sorted(b)} cannot be compared"
         raise InputError(f"{message}; evaluate both on the same, one or more")
-    return {task: _difference(a[task], b[task], f"task {task}", least) for task in sorted(a)}
+    return {task: _difference(a[task], b[task], f"task {task}", minimum) for task in sorted(a)}
 
 
 def paired_bootstrap(
@@ -111,9 +116,11 @@ def paired_bootstrap(
     (resamples + 1).
     """
     rng = np.random.default_rng(SEED)
-    paired = differences(a, b, least=2)
-    draws = np.mean([_resampled_means(items, resamples, rng) for items in paired.values()], axis=0)
-    return Effect(average(paired).value, percentiles(draws, level), two_sided(draws, 0.0))
+    paired = differences(a, b, minimum=2)
+    by_task = [_resampled_means(items, resamples, rng) for items in paired.values()]
+    draws = np.mean(by_task, axis=0)
+    value = average(paired).value
+    return Effect(value, percentiles(draws, level), two_sided(draws, 0.0))
 
 
 def stratified_t(a: Scores, b: Scores, level: float = 0.95) -> Effect:
@@ -123,10 +130,9 @@ def stratified_t(a: Scores, b: Scores, level: float = 0.95) -> Effect:
     samples are d / T. Of one task it is `paired_t`. The bootstrap would take seconds here:
     fractions have as many distinct differences as items.
     """
-    paired = differences(a, b, least=2)
-    return t_effect(
-        average(paired).value, [items / len(paired) for items in paired.values()], level
-    )
+    paired = differences(a, b, minimum=2)
+    samples = [items / len(paired) for items in paired.values()]
+    return t_effect(average(paired).value, samples, level)
 
 
 def t_effect(value: float, samples: Sequence[Floats], level: float = 0.95) -> Effect:
@@ -137,16 +143,26 @@ def t_effect(value: float, samples: Sequence[Floats], level: float = 0.95) -> Ef
     interval is infinite if a sample has a single item. Where nothing varies, it is one value, and p
     is 1 if that is 0 and 0 otherwise.
     """
-    if min(map(len, samples)) < 2:
-        return Effect(value, Interval(-math.inf, math.inf), 1.0)
-    parts = np.array([sample.var(ddof=1) / len(sample) for sample in samples])
-    error = math.sqrt(parts.sum())
+    sizes = np.array([len(sample) for sample in samples])
+    if sizes.min() < 2:
+        return Effect(value, EVERYTHING, 1.0)
+    variances = np.array([sample.var(ddof=1) for sample in samples]) / sizes
+    error = math.sqrt(variances.sum())
     if error <= ROUNDING:
-        return Effect(value, Interval(value, value), float(abs(value) <= ROUNDING))
-    freedom = parts.sum() ** 2 / np.sum(parts**2 / [len(sample) - 1 for sample in samples])
-    half = float(stats.t.ppf((1 + level) / 2, freedom)) * error
-    p = float(2 * stats.t.sf(abs(value) / error, freedom))
-    return Effect(value, Interval(value - half, value + half), p)
+        return _certain(value, ROUNDING)
+    # Welch and Satterthwaite, as in the docstring.
+    freedom = variances.sum() ** 2 / np.sum(variances**2 / (sizes - 1))
+    quantile = stats.t.ppf((1 + level) / 2, freedom)
+    half = float(quantile) * error
+    p = 2 * stats.t.sf(abs(value) / error, freedom)
+    interval = Interval(value - half, value + half)
+    return Effect(value, interval, float(p))
+
+
+def _certain(value: float, rounding: float) -> Effect:
+    """The effect where nothing varies: it is there or not."""
+    p = 1.0 if abs(value) <= rounding else 0.0
+    return Effect(value, Interval(value, value), p)
 
 
 def paired_t(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Effect:
@@ -158,12 +174,17 @@ def paired_t(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Effect:
     0 otherwise.
     """
     a, b = np.asarray(a, float), np.asarray(b, float)
-    d = _difference(a, b, "a paired t test", least=2)
-    value, rounding = float(d.mean()), ROUNDING * float(max(np.abs(a).max(), np.abs(b).max()))
+    d = _difference(a, b, "a paired t test", minimum=2)
+    value = float(d.mean())
+    largest = np.abs([a, b]).max()
+    rounding = ROUNDING * float(largest)
+    # scipy warns and gives NaN where nothing varies.
     if np.ptp(d) <= rounding:
-        return Effect(value, Interval(value, value), float(abs(value) <= rounding))
+        return _certain(value, rounding)
     test = stats.ttest_rel(b, a)
-    return Effect(value, Interval(*map(float, test.confidence_interval(level))), float(test.pvalue))
+    low, high = test.confidence_interval(level)
+    interval = Interval(float(low), float(high))
+    return Effect(value, interval, float(test.pvalue))
 
 
 def perplexity_ratio(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Effect:
@@ -180,27 +201,29 @@ def perplexity_ratio(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Effect:
 
 def exponential(nats: Effect) -> Effect:
     """A ratio of perplexities from a difference of losses in nats; the test is the same."""
-    low, high = np.exp([nats.interval.low, nats.interval.high]).tolist()
-    return Effect(math.exp(nats.value), Interval(low, high), nats.p)
+    ends = [nats.interval.low, nats.interval.high]
+    interval = Interval(*np.exp(ends).tolist())
+    return Effect(math.exp(nats.value), interval, nats.p)
 
 
 def loss(a: Sequence[float], b: Sequence[float]) -> Effect:
     """As `perplexity_ratio`; of a single row with an infinite interval."""
-    return (
-        perplexity_ratio(a, b)
-        if len(b) > 1
-        else Effect(math.exp(b[0] - a[0]), Interval(0, math.inf), 1.0)
-    )
+    if len(b) > 1:
+        return perplexity_ratio(a, b)
+    ratio = math.exp(b[0] - a[0])
+    return Effect(ratio, Interval(0, math.inf), 1.0)
 
 
 def losses_by_kind(
     a: Sequence[float], b: Sequence[float], kinds: Sequence[str]
 ) -> dict[str, tuple[float, Effect]]:
     """PPL of b on the rows of each kind, and its `loss`."""
-    found, before = {}, rows_by_kind(a, kinds)
-    for kind, rows in rows_by_kind(b, kinds).items():
-        found[kind] = math.exp(math.fsum(rows) / len(rows)), loss(before[kind], rows)
-    return found
+    losses = {}
+    rows_of_a, rows_of_b = rows_by_kind(a, kinds), rows_by_kind(b, kinds)
+    for kind, rows in rows_of_b.items():
+        perplexity = math.exp(math.fsum(rows) / len(rows))
+        losses[kind] = perplexity, loss(rows_of_a[kind], rows)
+    return losses
 
 
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:
@@ -210,9 +233,11 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     alpha. The k-th smallest of m becomes max over j <= k of min(1, (m - j + 1) p_(j)).
     """
     order = np.argsort(p_values)
-    raised = np.asarray(p_values)[order] * np.arange(len(order), 0, -1)
+    steps = np.arange(len(order), 0, -1)
+    raised = np.sort(p_values) * steps
     adjusted = np.minimum(np.maximum.accumulate(raised), 1)
-    return tuple(adjusted[np.argsort(order)].tolist())
+    ranks = np.argsort(order)
+    return tuple(adjusted[ranks].tolist())
 
 
 def holm_levels(p_values: Sequence[float], alpha: float = 0.05) -> tuple[float, ...]:
@@ -224,8 +249,11 @@ def holm_levels(p_values: Sequence[float], alpha: float = 0.05) -> tuple[float, 
     the resolution of its resamples.
     """
     rejected = sum(p <= alpha for p in holm(p_values))
-    ranks = np.argsort(np.argsort(p_values, kind="stable"), kind="stable")
-    return tuple(1 - alpha / (len(p_values) - min(int(rank), rejected)) for rank in ranks)
+    order = np.argsort(p_values, kind="stable")
+    ranks = np.argsort(order, kind="stable")
+    # All after the first that is not rejected are tested at its step.
+    steps = np.minimum(ranks, rejected)
+    return tuple((1 - alpha / (len(p_values) - steps)).tolist())
 
 
 def ratio_of_medians(dense: ArrayLike, pruned: ArrayLike, level: float = 0.95) -> Effect:
@@ -237,53 +265,66 @@ def ratio_of_medians(dense: ArrayLike, pruned: ArrayLike, level: float = 0.95) -
     of 0.
     """
     dense, pruned = np.asarray(dense, float), np.asarray(pruned, float)
-    _difference(dense, pruned, "a ratio of medians", least=2)
+    _difference(dense, pruned, "a ratio of medians", minimum=2)
 
     def ratio(dense: Floats, pruned: Floats, axis: int) -> Any:
         return np.median(dense, axis=axis) / np.median(pruned, axis=axis)
 
-    how: dict[str, Any] = {
-        "n_resamples": RESAMPLES,
-        "batch": max(1, COUNTS // len(dense)),
-        "vectorized": True,
-    }
-    how |= {"paired": True, "method": "percentile", "rng": np.random.default_rng(SEED)}
-    draws = stats.bootstrap((dense, pruned), ratio, **how).bootstrap_distribution
-    return Effect(
-        float(ratio(dense, pruned, axis=0)), percentiles(draws, level), two_sided(draws, 1.0)
+    result = stats.bootstrap(
+        (dense, pruned),
+        ratio,
+        n_resamples=RESAMPLES,
+        batch=max(1, COUNTS // len(dense)),
+        vectorized=True,
+        paired=True,
+        method="percentile",
+        rng=np.random.default_rng(SEED),
     )
+    draws = result.bootstrap_distribution
+    value = float(ratio(dense, pruned, axis=0))
+    return Effect(value, percentiles(draws, level), two_sided(draws, 1.0))
 
 
-def _difference(a: ArrayLike, b: ArrayLike, what: str, least: int) -> Floats:
-    """b - a [n]; raises InputError where a and b are no pairs, or fewer than `least`."""
+def _difference(a: ArrayLike, b: ArrayLike, name: str, minimum: int) -> Floats:
+    """b - a [n]; raises InputError where a and b are no pairs, or fewer than `minimum`."""
     a, b = np.asarray(a, float), np.asarray(b, float)
     if a.shape != b.shape or a.ndim != 1 or not len(a):
-        message = f"{what}: a has shape {a.shape} and b {b.shape}"
+        message = f"{name}: a has shape {a.shape} and b {b.shape}"
         raise InputError(f"{message}; both must have one value for each of the same n >= 1")
-    if len(a) < least:
-        raise InputError(f"{what} needs at least {least} pairs, not {len(a)}; measure more of them")
+    if len(a) < minimum:
+        raise InputError(
+            f"{name} needs at least {minimum} pairs, not {len(a)}; measure more of them"
+        )
     difference: Floats = b - a
     return difference
 
 
 def _resampled_means(items: Floats, resamples: int, rng: np.random.Generator) -> Floats:
     """Means [resamples] of as many items, drawn with replacement."""
+    # Multinomial counts of the distinct values in place of indices: see `paired_bootstrap`.
     values, counts = np.unique(items, return_counts=True)
-    n, step = len(items), max(1, COUNTS // len(values))
-    sizes = [min(step, resamples - start) for start in range(0, resamples, step)]
-    means: Floats = (
-        np.concatenate([rng.multinomial(n, counts / n, size) @ values for size in sizes]) / n
-    )
+    n = len(items)
+    batch = max(1, COUNTS // len(values))
+    sums = []
+    for start in range(0, resamples, batch):
+        size = min(batch, resamples - start)
+        sums.append(rng.multinomial(n, counts / n, size) @ values)
+    means: Floats = np.concatenate(sums) / n
     return means
 
 
 def percentiles(draws: Floats, level: float) -> Interval:
     """The interval that holds this share of the draws, as much left out on either side."""
-    return Interval(*np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]).tolist())
+    shares = [(1 - level) / 2, (1 + level) / 2]
+    low, high = np.quantile(draws, shares).tolist()
+    return Interval(low, high)
 
 
 def two_sided(draws: Floats, null: float) -> float:
     """Twice the smaller tail beyond `null`, which counts as both; the measured sample counts as a
     draw."""
-    tails = np.sum(draws <= null + ROUNDING), np.sum(draws >= null - ROUNDING)
-    return float(min(1.0, 2 * (min(tails) + 1) / (len(draws) + 1)))
+    # Both tails hold the draws that equal the null, up to rounding.
+    low_tail = np.sum(draws <= null + ROUNDING)
+    high_tail = np.sum(draws >= null - ROUNDING)
+    p = 2 * (min(low_tail, high_tail) + 1) / (len(draws) + 1)
+    return float(min(1.0, p))

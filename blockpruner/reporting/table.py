@@ -35,39 +35,37 @@ class Number:
     """The text behind the number."""
 
     def __str__(self) -> str:
-        text = self._one(self.value)
+        text = self._format(self.value)
         if self.stderr is not None and math.isfinite(self.stderr):
-            text += f" ± {self._one(self.stderr).lstrip('+')}"
+            text += f" ± {self._format(self.stderr).lstrip('+')}"
+        # The interval of a single measurement is infinite.
         if self.low is not None and self.high is not None and math.isfinite(self.high - self.low):
-            text += f" [{self._one(self.low)}, {self._one(self.high)}]"
+            text += f" [{self._format(self.low)}, {self._format(self.high)}]"
         return f"{text} {self.mark}".rstrip()
 
-    def _one(self, value: float) -> str:
+    def _format(self, value: float) -> str:
         if self.digits is None:
             return self.write(value)
         text = f"{value:,.{self.digits}f}"
+        # What is rounded to 0 has no sign.
         if float(text.replace(",", "")) == 0:
             return text.lstrip("-")
-        return ("+" if self.signed and value > 0 else "") + text.replace("-", "−")
+        sign = "+" if self.signed and value > 0 else ""
+        return sign + text.replace("-", "−")
 
 
 Cell = str | Number | None
 
 
-def score(found: Mean, digits: int = 1, mark: str = "") -> Number:
+def score(mean: Mean, mark: str = "") -> Number:
     """Show an accuracy in per cent, ± 1 standard error."""
-    return Number(100 * found.value, digits, 100 * found.stderr, mark=mark)
+    return Number(100 * mean.value, 1, 100 * mean.stderr, mark=mark)
 
 
-def points(found: Mean | Effect) -> Number:
+def points(difference: Mean | Effect) -> Number:
     """Show a difference of accuracies in points, with its interval."""
-    return Number(
-        100 * found.value,
-        1,
-        low=100 * found.interval.low,
-        high=100 * found.interval.high,
-        signed=True,
-    )
+    low, high = 100 * difference.interval.low, 100 * difference.interval.high
+    return Number(100 * difference.value, 1, low=low, high=high, signed=True)
 
 
 @dataclass(frozen=True)
@@ -106,28 +104,31 @@ class Table:
     @property
     def numeric(self) -> tuple[bool, ...]:
         """Whether a column holds numbers, which are set right."""
-        return tuple(
-            any(isinstance(row[i], Number) for row in self.rows) for i in range(len(self.columns))
-        )
+        flags = []
+        for index in range(len(self.columns)):
+            flags.append(any(isinstance(row[index], Number) for row in self.rows))
+        return tuple(flags)
 
     @property
     def frame(self) -> DataFrame:
         """The values at full precision; errors and ends of intervals have columns of their own."""
-        found: dict[str, list[Any]] = {}
+        values: dict[str, list[Any]] = {}
         for index, column in enumerate(self.columns):
             cells = [row[index] for row in self.rows]
-            for suffix, part in PARTS.items():
-                own = [
-                    getattr(cell, part) if isinstance(cell, Number) else None if suffix else cell
-                    for cell in cells
+            values[column.key] = [
+                cell.value if isinstance(cell, Number) else cell for cell in cells
+            ]
+            for suffix, field in EXTRAS.items():
+                extras = [
+                    getattr(cell, field) if isinstance(cell, Number) else None for cell in cells
                 ]
-                if not suffix or any(value is not None for value in own):
-                    found[column.key + suffix] = own
-        return DataFrame(found, dtype=object)
+                if any(extra is not None for extra in extras):
+                    values[column.key + suffix] = extras
+        return DataFrame(values, dtype=object)
 
 
-PARTS: Mapping[str, str] = {"": "value", "_se": "stderr", "_low": "low", "_high": "high"}
-"""What a data frame has of a number, by the end of the column's name."""
+EXTRAS: Mapping[str, str] = {"_se": "stderr", "_low": "low", "_high": "high"}
+"""What a data frame has of a number beside its value, by the end of the column's name."""
 
 
 def to_csv(table: Table | DataFrame) -> str:
@@ -138,7 +139,8 @@ def to_csv(table: Table | DataFrame) -> str:
 
 def to_markdown(table: Table) -> str:
     rule = ["---:" if is_number else "---" for is_number in table.numeric]
-    rows = [table.head, rule, *table.texts]
-    return "\n".join(
-        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows
-    )
+    lines = []
+    for row in (table.head, rule, *table.texts):
+        cells = [cell.replace("|", "\\|") for cell in row]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -4,7 +4,7 @@ Decides which numbers are shown, and in which order.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from statistics import mean
 
@@ -15,8 +15,8 @@ from blockpruner.core.budgets import speedup
 from blockpruner.evaluation.kinds import Loss
 from blockpruner.reporting.findings import paired, paired_confidence, recommended
 from blockpruner.reporting.formats import parameters, percent, size, times
-from blockpruner.reporting.inputs import ReportedRun
-from blockpruner.reporting.results import PARTS, Option
+from blockpruner.reporting.inputs import PrunedOption, ReportedRun
+from blockpruner.reporting.results import PHASES, Option
 from blockpruner.reporting.statistics import Effect, Mean
 from blockpruner.reporting.table import Cell, Column, Number, Table, points, score, to_csv
 
@@ -38,109 +38,112 @@ COMPARISON_LEGEND = (
     f" and held-out perplexity (the Pareto front). {GLOSS}"
 )
 NOT_TIMED = "not timed"
+P_TITLE = "p of the right answer, %"
+
+Show = Callable[[Option], Cell]
+"""Makes the cell of a model."""
 
 
-def _timed(of: Callable[[Option], Cell]) -> Callable[[Option], Cell]:
-    return lambda option: of(option) if option.timed else NOT_TIMED
+def _timed(show: Show) -> Show:
+    return lambda option: show(option) if option.timed else NOT_TIMED
 
 
-def _multiple(option: Option, found: Effect) -> Number:
+def _multiple(option: Option, effect: Effect) -> Number:
     """Show a multiple of what the dense model has."""
-    return (
-        Number(found.value, low=found.interval.low, high=found.interval.high)
-        if option.plan
-        else Number(1)
-    )
+    if option.plan is None:
+        return Number(1)
+    return Number(effect.value, low=effect.interval.low, high=effect.interval.high)
 
 
-def _rate(part: str, option: Option) -> Cell:
+def _rate(phase: str, option: Option) -> Cell:
     """Show tokens per second, beside those of the dense model in the same turns."""
-    pruned, dense = (Number(model.rate(part)) for model in (option.race.pruned, option.race.dense))
+    pruned = Number(option.race.pruned.rate(phase))
+    dense = Number(option.race.dense.rate(phase))
     return f"{pruned} (dense {dense})" if option.plan else pruned
 
 
-def _speedup(option: Option, part: str = "generation") -> Number:
-    return _multiple(option, option.race.speedups[part])
+def _speedup(option: Option, phase: str = "generation") -> Number:
+    return _multiple(option, option.race.speedups[phase])
 
 
-P_TITLE = "p of the right answer, %"
+def _accuracy(option: Option, task: str | None = None) -> Cell:
+    """Show a task or the average, marked where it differs from the dense model's."""
+    mean = option.model.tasks[task] if task else option.model.average
+    if option.plan is None:
+        return score(mean)
+    return score(mean, mark=_mark(paired(option.dense, option.model, task)))
 
 
 def _confidence(option: Option) -> Cell:
     """Show p of the right answer, marked where it differs from the dense model's."""
-    found = option.model.confidence
-    return (
-        score(found, mark=_change(paired_confidence(option.dense, option.model))) if found else None
-    )
+    mean = option.model.confidence
+    if mean is None:
+        return None
+    return score(mean, mark=_mark(paired_confidence(option.dense, option.model)))
 
 
-def _change(found: Mean) -> str:
-    return (BETTER if found.value > 0 else WORSE) if found.differs else ""
+def _mark(change: Mean) -> str:
+    if not change.differs:
+        return ""
+    return BETTER if change.value > 0 else WORSE
 
 
 def headline(reported: ReportedRun) -> Table:
     """Compare dense with every target: one row a measure, one column a model, and what guessing
     scores."""
     rows: list[tuple[Cell, ...]] = []
+    for title, show, chance in _measures(reported):
+        guess = None if chance is None else Number(100 * chance, 1)
+        cells = [show(option) for option in reported.options]
+        rows.append((title, guess, *cells))
+    stressed = ("Held-out perplexity", "Average, %")
+    strong = frozenset(index for index, row in enumerate(rows) if row[0] in stressed)
+    models = [Column(option.name, option.name) for option in reported.options]
+    columns = (Column("measure", ""), Column("chance", "chance"), *models)
+    name, title = f"{reported.run}-headline", "Dense against pruned"
+    return Table(name, title, columns, tuple(rows), (LEGEND,), strong)
 
-    def add(title: str, of: Callable[[Option], Cell], chance: float | None = None) -> None:
-        rows.append(
-            (title, None if chance is None else Number(100 * chance, 1), *map(of, reported.options))
-        )
 
-    def accuracy(option: Option, task: str | None = None) -> Cell:
-        found = option.model.tasks[task] if task else option.model.average
-        return score(
-            found, mark=_change(paired(option.dense, option.model, task)) if option.plan else ""
-        )
-
-    def of_kind(kind: str, option: Option) -> Cell:
-        return Number(option.by_kind[kind][0])
-
-    def of_kind_x(kind: str, option: Option) -> Cell:
-        return _multiple(option, option.by_kind[kind][1])
-
-    add("Parameters", lambda o: Number(o.model.parameters, write=parameters))
-    add("Parameters removed", lambda o: Number(o.ratio, write=percent))
-    add("Taken out", lambda o: o.taken_out)
+def _measures(reported: ReportedRun) -> Iterator[tuple[str, Show, float | None]]:
+    """List the rows of the headline: title, cells, and what guessing scores."""
+    plans = [target.plan for target in reported.targets]
+    yield "Parameters", lambda o: Number(o.model.parameters, write=parameters), None
+    yield "Parameters removed", lambda o: Number(o.ratio, write=percent), None
+    yield "Taken out", lambda o: o.taken_out, None
     if any(target.healing for target in reported.targets):
-        add("Weights healed by", lambda o: " + ".join(o.healing) or "nothing")
-    add("Held-out perplexity", lambda o: Number(o.model.perplexity))
-    add("Held-out perplexity, × dense", lambda o: _multiple(o, o.heldout))
+        yield "Weights healed by", lambda o: " + ".join(o.healing) or "nothing", None
+    yield "Held-out perplexity", lambda o: Number(o.model.perplexity), None
+    yield "Held-out perplexity, × dense", lambda o: _multiple(o, o.heldout), None
     for kind in reported.dense.by_kind:
-        add(f"Perplexity of {kind}", partial(of_kind, kind))
-        add(f"Perplexity of {kind}, × dense", partial(of_kind_x, kind))
-    if any(target.plan.kinds for target in reported.targets):
-        add(
-            "Texts set aside: mean of kinds",
-            lambda o: times(loss.mean) if (loss := _loss(o)) else None,
-        )
-        add("Texts set aside: worst kind", lambda o: _worst(loss) if (loss := _loss(o)) else None)
+        yield f"Perplexity of {kind}", partial(_perplexity_of_kind, kind), None
+        yield f"Perplexity of {kind}, × dense", partial(_loss_of_kind, kind), None
+    if any(plan.kinds for plan in plans):
+        yield "Texts set aside: mean of kinds", _mean_loss, None
+        yield "Texts set aside: worst kind", _worst_loss, None
     for task, chance in reported.chance.items():
-        add(f"{task}, %", partial(accuracy, task=task), chance)
-    add("Average, %", accuracy, mean(reported.chance.values()))
-    if known := reported.dense.model.p_gold:
-        chance = mean(reported.chance[task] for task in known)
-        add(P_TITLE, _confidence, chance)
-    for part in PARTS:
-        add(f"{part.capitalize()}, tokens/s", _timed(partial(_rate, part)))
-        add(f"{part.capitalize()}, × dense", _timed(partial(_speedup, part=part)))
-    if any("latency" in target.plan.removes for target in reported.targets):
-        add("Generation by the times of its blocks", _estimate)
-    add("Peak memory", _timed(lambda o: Number(o.race.pruned.memory_bytes, write=size)))
-    add("KV cache", _timed(lambda o: Number(o.race.pruned.cache_bytes, write=size)))
-    add("Weights", lambda o: Number(o.model.weight_bytes, write=size))
-    strong = frozenset(
-        i for i, row in enumerate(rows) if row[0] in ("Held-out perplexity", "Average, %")
-    )
-    columns = (
-        Column("measure", ""),
-        Column("chance", "chance"),
-        *(Column(o.name, o.name) for o in reported.options),
-    )
-    return Table(
-        f"{reported.run}-headline", "Dense against pruned", columns, tuple(rows), (LEGEND,), strong
-    )
+        yield f"{task}, %", partial(_accuracy, task=task), chance
+    yield "Average, %", _accuracy, mean(reported.chance.values())
+    confident_tasks = reported.dense.model.p_gold
+    if confident_tasks:
+        yield P_TITLE, _confidence, mean(reported.chance[task] for task in confident_tasks)
+    for phase in PHASES:
+        yield f"{phase.capitalize()}, tokens/s", _timed(partial(_rate, phase)), None
+        yield f"{phase.capitalize()}, × dense", _timed(partial(_speedup, phase=phase)), None
+    if any("latency" in plan.removes for plan in plans):
+        yield "Generation by the times of its blocks", _estimate, None
+    yield "Peak memory", _timed(lambda o: Number(o.race.pruned.memory_bytes, write=size)), None
+    yield "KV cache", _timed(lambda o: Number(o.race.pruned.cache_bytes, write=size)), None
+    yield "Weights", lambda o: Number(o.model.weight_bytes, write=size), None
+
+
+def _perplexity_of_kind(kind: str, option: Option) -> Cell:
+    perplexity, _ = option.by_kind[kind]
+    return Number(perplexity)
+
+
+def _loss_of_kind(kind: str, option: Option) -> Cell:
+    _, effect = option.by_kind[kind]
+    return _multiple(option, effect)
 
 
 def _loss(option: Option) -> Loss | None:
@@ -148,13 +151,19 @@ def _loss(option: Option) -> Loss | None:
     return Loss.of(option.plan.kinds) if option.plan and option.plan.kinds else None
 
 
-def _worst(loss: Loss) -> str:
-    return f"{times(loss.worst)}, {loss.worst_kind}"
+def _mean_loss(option: Option) -> Cell:
+    loss = _loss(option)
+    return None if loss is None else times(loss.mean)
+
+
+def _worst_loss(option: Option) -> Cell:
+    loss = _loss(option)
+    return None if loss is None else f"{times(loss.worst)}, {loss.worst_kind}"
 
 
 def _estimate(option: Option) -> Cell:
-    known = option.plan.removes if option.plan else {}
-    return times(speedup(known["latency"])) if "latency" in known else None
+    removes = option.plan.removes if option.plan else {}
+    return times(speedup(removes["latency"])) if "latency" in removes else None
 
 
 def _saved(option: Option) -> str:
@@ -162,39 +171,38 @@ def _saved(option: Option) -> str:
     return f"−{percent(share, 0)}" if share else percent(0, 0)
 
 
-def front(found: Sequence[tuple[float, float]]) -> list[int]:
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Find the points that no other dominates (Pareto front), by index: in both coordinates less is
     better."""
-    return [
-        i
-        for i, p in enumerate(found)
-        if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in found)
-    ]
+    indices = []
+    for index, point in enumerate(points):
+        rivals = [rival for rival in points if rival != point]
+        if not any(x <= point[0] and y <= point[1] for x, y in rivals):
+            indices.append(index)
+    return indices
 
 
 def best_options(reported: ReportedRun) -> list[Option]:
     """Find the options that no other betters in held-out perplexity and speed; in size, where
     nothing is timed."""
-    gains = [
-        option.speedup if reported.dense.timed else option.ratio for option in reported.options
-    ]
-    perplexities = [option.model.perplexity for option in reported.options]
-    return [
-        reported.options[i]
-        for i in front([(-x, y) for x, y in zip(gains, perplexities, strict=True)])
-    ]
+    points = []
+    for option in reported.options:
+        # `front` minimises, so what is to be large is negated.
+        gain = option.speedup if reported.dense.timed else option.ratio
+        points.append((-gain, option.model.perplexity))
+    return [reported.options[index] for index in front(points)]
 
 
 def compared(reported: ReportedRun) -> Table:
     """List all targets by size; the recommended one is stressed."""
-    on_front, best = best_options(reported), recommended(reported.targets)
+    best, on_front = recommended(reported.targets), best_options(reported)
 
     def confidence(option: Option) -> Cell:
-        return (
-            points(paired_confidence(option.dense, option.model)) if option.model.p_gold else None
-        )
+        if not option.model.p_gold:
+            return None
+        return points(paired_confidence(option.dense, option.model))
 
-    fields: Mapping[Column, Callable[[Option], Cell]] = {
+    cells: Mapping[Column, Show] = {
         Column("target", "target"): lambda o: o.name,
         Column("removed", "removed"): lambda o: Number(o.ratio, write=percent),
         Column("taken_out", "taken out"): lambda o: o.taken_out,
@@ -206,70 +214,67 @@ def compared(reported: ReportedRun) -> Table:
         Column("front", "front"): lambda o: "●" if o in on_front else "",
         Column("method", "method"): lambda o: " + ".join((o.method, *o.healing)),
     }
-    cells = tuple(tuple(of(target) for of in fields.values()) for target in reported.targets)
-    strong = frozenset(i for i, target in enumerate(reported.targets) if target is best)
-    return Table("targets", "All targets", tuple(fields), cells, (COMPARISON_LEGEND,), strong)
+    rows = [tuple(show(target) for show in cells.values()) for target in reported.targets]
+    strong = [index for index, target in enumerate(reported.targets) if target is best]
+    notes = (COMPARISON_LEGEND,)
+    return Table("targets", "All targets", tuple(cells), tuple(rows), notes, frozenset(strong))
 
 
 def samples(options: Sequence[Option]) -> list[Table]:
     """Show what models answer, a column each prompt; nothing where no answers were kept."""
-    prompts = tuple(prompt for prompt, _ in options[0].model.samples)
-    kept = [
-        option
-        for option in options
-        if tuple(prompt for prompt, _ in option.model.samples) == prompts
-    ]
-    columns = (
-        Column("model", ""),
-        *(Column(f"prompt_{i}", prompt) for i, prompt in enumerate(prompts, 1)),
-    )
-    rows = tuple(
-        (option.name, *(text or "(nothing)" for _, text in option.model.samples)) for option in kept
-    )
+    prompts = [prompt for prompt, _ in options[0].model.samples]
+    if not prompts:
+        return []
+    rows: list[tuple[str, ...]] = []
+    for option in options:
+        answers = option.model.samples
+        # Evidence of an earlier version may have other prompts.
+        if [prompt for prompt, _ in answers] == prompts:
+            rows.append((option.name, *(text or "(nothing)" for _, text in answers)))
+    columns = [Column(f"prompt_{index}", prompt) for index, prompt in enumerate(prompts, 1)]
     title = "What the models answer (greedy, cut off after 48 tokens)"
-    return [Table("samples", title, columns, rows, folded=len(kept) > 4)] if prompts else []
+    model = Column("model", "")
+    is_long = len(rows) > 4
+    return [Table("samples", title, (model, *columns), tuple(rows), folded=is_long)]
 
 
-CURVE: Mapping[str, Callable[[Option], object]] = {
-    "method": lambda o: o.method,
-    "compensated": lambda o: o.plan.compensate if o.plan else "none",
-    "trained": lambda o: int(bool(o.plan and o.plan.train)),
-    "ratio": lambda o: o.ratio,
-    "removals": lambda o: len(o.curve[1:]),
-    "mha_removed": lambda o: o.plan.blocks["mha"] if o.plan else 0,
-    "mlp_removed": lambda o: o.plan.blocks["mlp"] if o.plan else 0,
-    "parameters": lambda o: o.model.parameters,
-    "weight_bytes": lambda o: o.model.weight_bytes,
-    "perplexity_calibration": lambda o: o.calibration_perplexity,
-    "perplexity_heldout": lambda o: o.model.perplexity,
-    "accuracy": lambda o: o.model.average.value,
-    "accuracy_stderr": lambda o: o.model.average.stderr,
-    "p_gold": lambda o: o.model.confidence and o.model.confidence.value,
-    "p_gold_stderr": lambda o: o.model.confidence and o.model.confidence.stderr,
-    **{
-        f"speedup_{part}": partial(
-            lambda o, part: o.timed and o.timed.speedups[part].value, part=part
-        )
-        for part in PARTS
-    },
-    "kv_cache_bytes": lambda o: o.timed and o.timed.pruned.cache_bytes,
-}
-"""Columns of curve.csv behind the run and the target."""
+def _curve_row(run: str, option: Option, is_best: bool) -> dict[str, object]:
+    """The row of a model in curve.csv."""
+    plan, model, race = option.plan, option.model, option.timed
+    row: dict[str, object] = {
+        "run": run,
+        "target": option.name if plan else f"{run}-dense",
+        "method": option.method,
+        "compensated": plan.compensate if plan else "none",
+        "trained": int(bool(plan and plan.train)),
+        "ratio": option.ratio,
+        "removals": len(option.curve[1:]),
+        "mha_removed": plan.blocks["mha"] if plan else 0,
+        "mlp_removed": plan.blocks["mlp"] if plan else 0,
+        "parameters": model.parameters,
+        "weight_bytes": model.weight_bytes,
+        "perplexity_calibration": option.calibration_perplexity,
+        "perplexity_heldout": model.perplexity,
+        "accuracy": model.average.value,
+        "accuracy_stderr": model.average.stderr,
+        "p_gold": model.confidence and model.confidence.value,
+        "p_gold_stderr": model.confidence and model.confidence.stderr,
+    }
+    for phase in PHASES:
+        row[f"speedup_{phase}"] = race and race.speedups[phase].value
+    row["kv_cache_bytes"] = race and race.pruned.cache_bytes
+    row["front"] = int(is_best)
+    return row
 
 
 def curve_csv(runs: Sequence[ReportedRun]) -> str:
     """Write one row a model at full precision; a dense model has ratio 0 and speed-ups of 1.
     `front` is 1 for the `best_options` of a run."""
-    rows = [
-        {
-            "run": reported.run,
-            "target": option.name if option.plan else f"{reported.run}-dense",
-            **{key: of(option) for key, of in CURVE.items()},
-            "front": int(option in best_options(reported)),
-        }
-        for reported in runs
-        for option in reported.options
-    ]
+    rows = []
+    for reported in runs:
+        best = best_options(reported)
+        for option in reported.options:
+            rows.append(_curve_row(reported.run, option, option in best))
     return to_csv(DataFrame(rows, dtype=object))
 
 
@@ -292,14 +297,24 @@ def iterations_csv(runs: Sequence[ReportedRun]) -> str:
     The ratio of a search that is not nested is known at its end only; `blocks` counts what is gone
     at every step.
     """
-    rows: list[dict[str, object]] = []
-    for reported, t in ((one, target) for one in runs for target in one.searches):
-        ratios = t.plan.ratios if t.plan.nested else (*[None] * (len(t.steps) - 2), t.ratio)
-        before = t.steps[0]
-        for i, (step, ratio) in enumerate(zip(t.steps, (0.0, *ratios), strict=True)):
-            rise = math.log(step.perplexity / before.perplexity)
-            changed = format_mask(step.mask - before.mask), format_mask(before.mask - step.mask)
-            row = (reported.run, t.name, i, *changed, len(step.mask), ratio, step.perplexity, rise)
-            rows.append(dict(zip(ITERATION_COLUMNS, row, strict=True)))
-            before = step
+    rows: list[tuple[object, ...]] = []
+    for reported in runs:
+        for target in reported.searches:
+            rows += [(reported.run, target.name, *row) for row in _iterations(target)]
     return to_csv(DataFrame(rows, columns=ITERATION_COLUMNS, dtype=object))
+
+
+def _iterations(target: PrunedOption) -> Iterator[tuple[object, ...]]:
+    steps = target.steps
+    # A search that exchanges blocks has no ratio for each step in its plan.
+    ratios: list[float | None] = [0.0, *target.plan.ratios]
+    if not target.plan.nested:
+        between = len(steps) - 2
+        ratios = [0.0, *[None] * between, target.ratio]
+    previous = steps[0]
+    for index, (step, ratio) in enumerate(zip(steps, ratios, strict=True)):
+        removed, put_back = step.mask - previous.mask, previous.mask - step.mask
+        rise = math.log(step.perplexity / previous.perplexity)
+        masks = format_mask(removed), format_mask(put_back)
+        yield index, *masks, len(step.mask), ratio, step.perplexity, rise
+        previous = step

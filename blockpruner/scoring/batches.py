@@ -11,9 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows padded on the right; pads follow every real token, so causal attention never sees them.
-    The indices are made on the CPU. Boolean ones would have a device tell their number first, and
-    wait for it."""
+    """Rows padded on the right. Pads follow every real token, so causal attention never sees them.
+
+    Indices are made on the CPU: for a boolean mask, the CPU would wait for a device to count them.
+    """
 
     input_ids: Tensor
     """[B, T] int64."""
@@ -31,29 +32,33 @@ class Batch:
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[int]], device: torch.device) -> Batch:
-        longest = max(len(row) for row in rows)
-        ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
         lengths = torch.tensor([len(row) for row in rows])
+        longest = int(lengths.max())
+        ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+        for number, row in enumerate(rows):
+            ids[number, : len(row)] = torch.tensor(row)
         is_real = torch.arange(longest)[None, :] < lengths[:, None]
+        # A negative id is the complement of a token that is not scored.
         is_target = (is_real & (ids >= 0))[:, 1:]
         ids = torch.where(ids < 0, ~ids, ids)
-        packed = None if is_real.all() else is_real.flatten().nonzero()[:, 0].to(device)
-        places = is_target.flatten().nonzero()[:, 0]
-        targets = ids[:, 1:].flatten()[places]
+        packed = None if is_real.all() else _indices(is_real).to(device)
+        places = _indices(is_target)
         return cls(
-            ids.to(device),
-            is_real.to(device),
-            targets.to(device),
-            places.to(device),
-            is_target.sum(dim=1),
-            packed,
+            input_ids=ids.to(device),
+            is_real=is_real.to(device),
+            targets=ids[:, 1:].flatten()[places].to(device),
+            places=places.to(device),
+            counts=is_target.sum(dim=1),
+            packed=packed,
         )
 
     def repeated(self, times: int) -> Tensor | None:
-        """`packed` for so many copies of the rows, one after the other."""
+        """`packed` for several copies of the rows, one after the other."""
         if self.packed is None or times == 1:
             return self.packed
         starts = torch.arange(times, device=self.packed.device) * self.is_real.numel()
         return (starts[:, None] + self.packed).flatten()
+
+
+def _indices(is_chosen: Tensor) -> Tensor:
+    return is_chosen.flatten().nonzero()[:, 0]

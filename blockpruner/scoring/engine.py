@@ -1,4 +1,4 @@
-"""The scoring engine: losses of a model under many masks; the shared part of their forward passes
+"""The scoring engine: losses of a model under many masks. The shared part of their forward passes
 is computed once.
 
 Decides the arithmetic. The decoder is walked once for all masks (`walk`), with a hidden state as
@@ -41,16 +41,19 @@ from blockpruner.store.provenance import computing, processor
 from blockpruner.store.trials import Origin
 
 REFERENCE = Metric("reference", "", title="", formula="")
-"""In tasks that the engine gives itself: the dense model's final states are kept for losses that
-compare with them."""
+"""The metric of tasks that the engine adds: they keep the dense model's final states for losses
+that compare with them."""
 
 DENSE_SHARE = 16
-"""The states of a reference stay on the device up to this part of its memory, in addition to the
-weights."""
+"""The dense model's final states stay on the device up to 1 / DENSE_SHARE of its memory."""
 
 WIDE_NUMBERS = 2**22
-"""On a GPU, masks are taken along at once up to so many numbers of their states. A kernel over
+"""On a GPU, masks are taken along at once up to this many numbers of their states. A kernel over
 these takes longer than its launch (calculated, not measured)."""
+
+CPU_BATCH_TOKENS = 1024
+GPU_BATCH_TOKENS = (2048, 65536)
+"""The least and the most tokens of a batch that batch_tokens: auto takes."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,11 @@ class Unread:
 
     masks: Sequence[Mask]
     sums: Tensor
-    """[B] float64 on the CPU: of each row, over its targets."""
+    """[B] float64 on the CPU: the sum over a row's targets."""
     counts: Tensor
-    """[B]: the targets."""
+    """[B]: the number of a row's targets."""
     ready: torch.Event | None
-    """When the sums have arrived; None on a CPU."""
+    """The arrival of the sums; None on a CPU."""
 
     def means(self) -> list[float]:
         if self.ready is not None:
@@ -73,8 +76,11 @@ class Unread:
 
 
 class Engine(Forward):
-    """Scores masks of a model, exactly. `batch_tokens` are padded tokens to a batch of rows; "auto"
-    is 1,024 on a CPU, and on a GPU what the device's memory holds, at most 65,536."""
+    """Scores masks of a model, exactly.
+
+    `batch_tokens` are the padded tokens of a batch of rows. "auto" is 1,024 on a CPU, and what the
+    device's memory holds on a GPU, at most 65,536.
+    """
 
     limit: int | None
     """No batch has more tokens than this; None: the memory alone decides."""
@@ -85,8 +91,8 @@ class Engine(Forward):
     def __init__(self, model: PreTrainedModel, batch_tokens: int | str = "auto") -> None:
         super().__init__(model)
         self._set_batch_tokens(batch_tokens)
-        # the dense model's final states by row, from which its logits are made: H numbers a token,
-        # not V
+        # The dense model's final states by row. Its logits are made of them again: a state has H
+        # numbers a token, logits have V.
         self._dense: dict[tuple[int, ...], Tensor] = {}
 
     def row_batches(self, rows: Rows, span: Span) -> list[Span]:
@@ -111,10 +117,11 @@ class Engine(Forward):
         the rest is halved; later batches are smaller too. Raises DeviceMemoryError if not even one
         row fits, and NonFiniteLossError for a loss of the dense model.
         """
-        waiting = list(reversed(self.referenced(tasks, rows)))
+        waiting = deque(self.referenced(tasks, rows))
         while waiting:
-            task = waiting.pop()
+            task = waiting.popleft()
             done: set[Mask] = set()
+            reason = ""
             try:
                 for scored in self.score(task, rows):
                     done.add(scored.mask)
@@ -123,28 +130,37 @@ class Engine(Forward):
                 if not accelerator.is_out_of_memory(error):
                     raise
                 reason = str(error).partition(". ")[0]
-            else:
-                continue
-            # after the handler: its traceback keeps the tensors of the failed walk alive
-            left = tuple(mask for mask in task.masks if mask not in done)
-            waiting.extend(reversed(self._halved(replace(task, masks=left), rows, reason)))
-            waiting = [part for task in waiting for part in reversed(self._in_batches(task, rows))]
+            # Not in the handler: its traceback keeps the tensors of the failed walk alive.
+            if reason:
+                masks = tuple(mask for mask in task.masks if mask not in done)
+                waiting.extendleft(reversed(self._halved(replace(task, masks=masks), rows, reason)))
+                waiting = deque(self._in_batches(waiting, rows))
 
     def referenced(self, tasks: Sequence[Task], rows: Rows) -> list[Task]:
-        """The tasks, after those that make known what their losses compare with."""
+        """The tasks, after those that keep the states with which their losses compare."""
         spans = dict.fromkeys(task.span for task in tasks if task.metric.reference)
-        missing = [span for span in spans if any(tuple(rows[i]) not in self._dense for i in span)]
-        return [*(Task(span, (DENSE,), REFERENCE) for span in missing), *tasks]
+        references = []
+        for span in spans:
+            if any(tuple(rows[row]) not in self._dense for row in span):
+                references.append(Task(span, (DENSE,), REFERENCE))
+        return [*references, *tasks]
 
     def close(self) -> None:
         """Nothing to give back."""
 
-    def _in_batches(self, task: Task, rows: Rows) -> list[Task]:
-        return [replace(task, span=span) for span in self.row_batches(rows, task.span)]
+    def _in_batches(self, tasks: Iterable[Task], rows: Rows) -> list[Task]:
+        batches = []
+        for task in tasks:
+            for span in self.row_batches(rows, task.span):
+                batches.append(replace(task, span=span))
+        return batches
 
     def _halved(self, task: Task, rows: Rows, reason: str) -> list[Task]:
-        span, longest = task.span, max(len(rows[i]) for i in task.span)
-        if self._width(len(span) * longest) > 1:  # first one mask at a time
+        """A task that did not fit, in parts that may."""
+        span = task.span
+        longest = max(len(rows[row]) for row in span)
+        # Several masks at once are given up before rows are split.
+        if self._width(len(span) * longest) > 1:
             self._batch_tokens = len(span) * longest
             return [task]
         if len(span) == 1:
@@ -157,14 +173,14 @@ class Engine(Forward):
         self._dense = {row: states.cpu() for row, states in self._dense.items()}
         gc.collect()
         accelerator.empty_cache()
-        self._batch_tokens = min(self._batch_tokens, longest * (len(span) // 2))
         middle = len(span) // 2
-        return [replace(task, span=part) for part in (span[:middle], span[middle:])]
+        self._batch_tokens = min(self._batch_tokens, longest * middle)
+        return [replace(task, span=span[:middle]), replace(task, span=span[middle:])]
 
     @torch.inference_mode()
     def score(self, task: Task, rows: Rows) -> Iterator[ScoredRows]:
         """One walk: the values of a task, with its rows as one batch."""
-        batch = Batch.of([rows[i] for i in task.span], self._home)
+        batch = Batch.of([rows[row] for row in task.span], self._home)
         embedded, layer_kwargs = self._prepare(batch.input_ids)
         if task.metric.influence:
             yield from self._influences(task, embedded, batch, layer_kwargs)
@@ -176,10 +192,11 @@ class Engine(Forward):
         yield from self._values(launched, task)
 
     def _width(self, tokens: int) -> int:
-        """How many masks may go along at once with a batch of so many padded tokens. On a CPU it
-        would move bits."""
-        most = WIDE_NUMBERS // self._model.config.hidden_size if self._on_gpu else 0
-        return max(1, min(most, self._tokens) // tokens)
+        """The number of masks that go along at once with a batch of `tokens` padded tokens."""
+        if not self._on_gpu:
+            return 1  # on a CPU more would move bits
+        hidden_size: int = self._model.config.hidden_size
+        return max(1, min(WIDE_NUMBERS // hidden_size, self._tokens) // tokens)
 
     def _added(
         self,
@@ -189,42 +206,55 @@ class Engine(Forward):
         block: BlockId,
         states: Sequence[Tensor],
     ) -> Sequence[Tensor]:
-        """What a block adds to each of some states of the batch, in one call. On a GPU a call
-        always has `width` states, the last one again and again where there are fewer: the bits may
-        depend on their number."""
-        calls = [*states, *[states[-1]] * (width - len(states))] if self._on_gpu else states
-        if len(calls) == 1:
-            return [self._block(block, calls[0], layer_kwargs, batch.packed)]
-        together = torch.cat([state.to(self._device(block.layer)) for state in calls])
-        adds = self._block(block, together, layer_kwargs, batch.repeated(len(calls)))
-        return torch.split(adds, len(batch.input_ids))[: len(states)]
+        """What a block adds to each of some states of the batch, in one call."""
+        inputs = list(states)
+        if self._on_gpu:
+            # The bits may depend on the number of states, so a call always has `width`.
+            inputs += [states[-1]] * (width - len(states))
+        if len(inputs) == 1:
+            return [self._block(block, inputs[0], layer_kwargs, batch.packed)]
+        device = self._device(block.layer)
+        stacked = torch.cat([state.to(device) for state in inputs])
+        added = self._block(block, stacked, layer_kwargs, batch.repeated(len(inputs)))
+        return torch.split(added, len(batch.input_ids))[: len(states)]
 
     def _launched(
         self, masks: Sequence[Mask], hidden: Tensor, batch: Batch, task: Task, rows: Rows
     ) -> Unread:
-        """The losses of masks at the end of their walk; of the reference, which is kept, there are
-        none."""
-        keys = [tuple(rows[i]) for i in task.span]
+        """The losses of masks at the end of their walk. A reference has none; its states are
+        kept."""
+        keys = [tuple(rows[row]) for row in task.span]
         states = self._final_states(hidden, batch)
         if task.metric == REFERENCE:
-            held = sum(kept.nbytes for kept in self._dense.values() if kept.device == self._home)
-            stays = self._room is not None and held + states.nbytes <= self._room // DENSE_SHARE
-            parts = torch.split(states if stays else states.cpu(), batch.counts.tolist())
-            self._dense.update(zip(keys, parts, strict=True))
+            self._keep_dense_states(keys, states, batch)
             return Unread((), torch.zeros(len(keys)), batch.counts, None)
-        dense = None
+        dense_states = None
         if task.metric.reference:
-            place = self._dense[keys[0]].device
-            dense = torch.cat([self._dense[key].to(place) for key in keys])
-        sums = self._losses(states, dense, batch, task.metric)
-        here = sums.to("cpu", non_blocking=True)
-        return Unread(masks, here, batch.counts, accelerator.mark(sums.device))
+            device = self._dense[keys[0]].device
+            dense_states = torch.cat([self._dense[key].to(device) for key in keys])
+        sums = self._losses(states, dense_states, batch, task.metric)
+        sums_on_cpu = sums.to("cpu", non_blocking=True)
+        return Unread(masks, sums_on_cpu, batch.counts, accelerator.mark(sums.device))
+
+    def _keep_dense_states(
+        self, keys: Sequence[tuple[int, ...]], states: Tensor, batch: Batch
+    ) -> None:
+        on_device = [kept.nbytes for kept in self._dense.values() if kept.device == self._home]
+        total = sum(on_device) + states.nbytes
+        if self._room is None or total > self._room // DENSE_SHARE:
+            states = states.cpu()
+        self._dense.update(zip(keys, torch.split(states, batch.counts.tolist()), strict=True))
 
     def _values(self, launched: Iterable[Unread], task: Task) -> Iterator[ScoredRows]:
-        """The values. A CPU computes nothing meanwhile, so there they are read at once: a kill
-        loses what is not."""
-        devices = {self._device(layer) for layer in range(self.layers)}
-        for unread in late(launched, len(devices)) if self._on_gpu else launched:
+        """Read the values, on a GPU with a delay of one launch for each device.
+
+        A CPU computes nothing meanwhile, so its values are read at once: a kill loses the unread
+        ones.
+        """
+        if self._on_gpu:
+            devices = {self._device(layer) for layer in range(self.layers)}
+            launched = late(launched, len(devices))
+        for unread in launched:
             values = unread.means()
             for mask in unread.masks:
                 yield self._finite(mask, values, task)
@@ -232,104 +262,109 @@ class Engine(Forward):
     def _finite(self, mask: Mask, values: Sequence[float], task: Task) -> ScoredRows:
         """The values, infinite where a mask makes the model overflow: a search then never chooses
         it."""
-        of_dense = task.base == DENSE if task.metric.influence else mask == DENSE
-        for offset, value in enumerate(values):
-            if of_dense and not math.isfinite(value):
+        is_dense = (task.base if task.metric.influence else mask) == DENSE
+        losses = []
+        for row, value in zip(task.span, values, strict=True):
+            is_finite = math.isfinite(value)
+            if is_dense and not is_finite:
                 raise NonFiniteLossError(
-                    f"the loss of row {task.span[offset]} is {value} in the dense model; try a"
+                    f"the loss of row {row} is {value} in the dense model; try a"
                     " wider dtype (model.dtype: float32), or leave the row out of the calibration"
                     " set. Trials finished before are kept"
                 )
-        return ScoredRows(
-            mask, task.span, tuple(value if math.isfinite(value) else math.inf for value in values)
-        )
+            losses.append(value if is_finite else math.inf)
+        return ScoredRows(mask, task.span, tuple(losses))
 
     def _influences(
         self, task: Task, hidden: Tensor, batch: Batch, layer_kwargs: LayerKwargs
     ) -> Iterator[ScoredRows]:
         """One pass without `task.base`; a unit is yielded after its last layer."""
-        influence, wide = task.metric.compute, torch.promote_types(hidden.dtype, torch.float32)
-        units = {
+        influence = task.metric.compute
+        wide_dtype = torch.promote_types(hidden.dtype, torch.float32)
+        waiting = {
             mask: sorted(mask - task.base, key=lambda block: (block.layer, block.order))
             for mask in task.masks
         }
-        reads, adds = dict[BlockId, Tensor](), dict[BlockId, Tensor]()
+        inputs: dict[BlockId, Tensor] = {}
+        outputs: dict[BlockId, Tensor] = {}
         for layer in range(self.layers):
-            for step in (step for step in self.steps if step[0].layer == layer):
-                kept = tuple(block for block in step if block not in task.base)
-                reads |= dict.fromkeys(kept, hidden)
-                adds |= {
-                    block: self._block(block, hidden, layer_kwargs, batch.packed) for block in kept
-                }
-                hidden = joined(hidden, [adds[block] for block in kept])
-            for mask in [mask for mask, unit in units.items() if unit[-1].layer == layer]:
-                first, *others = units.pop(mask)
-                f = adds[first].to(wide)
-                for block in others:
-                    f = f + adds[block].to(f)
-                yield self._finite(
-                    mask,
-                    influence(reads[first].to(f), f, batch.is_real.to(f.device)).tolist(),
-                    task,
-                )
-            open_from = min((unit[0].layer for unit in units.values()), default=self.layers)
-            for states in (reads, adds):  # a state is kept as long as a unit began at it
-                for block in [block for block in states if block.layer < open_from]:
-                    del states[block]
+            for step in self.steps_of_layer(layer):
+                kept = [block for block in step if block not in task.base]
+                for block in kept:
+                    inputs[block] = hidden
+                    outputs[block] = self._block(block, hidden, layer_kwargs, batch.packed)
+                hidden = joined(hidden, [outputs[block] for block in kept])
+            complete = [mask for mask, unit in waiting.items() if unit[-1].layer == layer]
+            for mask in complete:
+                unit = waiting.pop(mask)
+                added = outputs[unit[0]].to(wide_dtype)
+                for block in unit[1:]:
+                    added = added + outputs[block].to(added)
+                is_real = batch.is_real.to(added.device)
+                values = influence(inputs[unit[0]].to(added), added, is_real).tolist()
+                yield self._finite(mask, values, task)
+            # A state is kept as long as a waiting unit began at it.
+            oldest = min((unit[0].layer for unit in waiting.values()), default=self.layers)
+            inputs = {block: state for block, state in inputs.items() if block.layer >= oldest}
+            outputs = {block: state for block, state in outputs.items() if block.layer >= oldest}
 
     def _losses(self, states: Tensor, dense: Tensor | None, batch: Batch, metric: Metric) -> Tensor:
-        """The sum of each row's losses over its targets, [B] float64; logits in chunks of tokens.
+        """The sum of each row's losses over its targets, [B] float64.
+
         The states are final ones of the masked and of the dense model, [N, H], the latter only
-        where they are needed."""
-        token_loss, chunk = (
-            metric.compute,
-            max(1, logits_bytes(self._room) // (self._head.weight.shape[0] * 4)),
-        )
+        where the metric compares with it. Logits are made in chunks of tokens.
+        """
+        compute_loss = metric.compute
+        chunk_size = max(1, logits_bytes(self._room) // (self._head.weight.shape[0] * 4))
         losses = []
-        for start in range(0, len(states), chunk):
-            part = slice(start, start + chunk)
-            logits = self._logits(states[part])
-            reference = logits[:0] if dense is None else self._logits(dense[part].to(self._home))
-            losses.append(token_loss(logits, batch.targets[part], reference))
+        for start in range(0, len(states), chunk_size):
+            chunk = slice(start, start + chunk_size)
+            logits = self._logits(states[chunk])
+            reference = logits[:0] if dense is None else self._logits(dense[chunk].to(self._home))
+            losses.append(compute_loss(logits, batch.targets[chunk], reference))
         rows, length = batch.input_ids.shape
-        total = torch.zeros(rows * (length - 1), dtype=torch.float64, device=states.device)
-        total[batch.places] = torch.cat(losses).double()
-        return total.view(rows, length - 1).sum(dim=1)
+        by_position = torch.zeros(rows * (length - 1), dtype=torch.float64, device=states.device)
+        by_position[batch.places] = torch.cat(losses).double()
+        return by_position.view(rows, length - 1).sum(dim=1)
 
-    def _set_batch_tokens(self, batch_tokens: int | str, held: int = 0) -> None:
-        """Set the padded tokens to a batch; "auto" is as many as the device holds, with so many
-        bytes `held` by what comes beside those of the weights that are there.
+    def _set_batch_tokens(self, batch_tokens: int | str, reserved: int = 0) -> None:
+        """Set the padded tokens of a batch. "auto" is as many as the device holds beside the
+        weights and `reserved` bytes.
 
-        What is free at the moment has no part in it: in 16 bits the batch shape moves a loss, so
+        What is free at the moment plays no role: in bf16 and fp16 the batch shape moves a loss, so
         the same model on the same kind of device always gets the same batches. Where others use the
         device, batches are halved (`run`).
         """
-        config, item = self._model.config, self._head.weight.element_size()
-        self._room = max(0, room_beside(self._model, self._home) - held) if self._on_gpu else None
+        config = self._model.config
+        item = self._head.weight.element_size()
+        self._room = None
+        if self._on_gpu:
+            self._room = max(0, room_beside(self._model, self._home) - reserved)
         self.growth, self.limit = 0.0, None
         if batch_tokens != "auto":
             self._batch_tokens = int(batch_tokens)
         elif self._room is None:
-            self._batch_tokens = 1024
+            self._batch_tokens = CPU_BATCH_TOKENS
         else:
-            bytes_of_token = live_numbers(config.hidden_size, inner_size(config.to_dict())) * item
+            token_bytes = live_numbers(config.hidden_size, inner_size(config.to_dict())) * item
             room = self._room - self._room // DENSE_SHARE - 4 * logits_bytes(self._room)
-            self._batch_tokens = int(max(2048, min(65536, room // bytes_of_token)))
-            # every head's map, twice, and its softmax in float32
+            least, most = GPU_BATCH_TOKENS
+            self._batch_tokens = int(max(least, min(most, room // token_bytes)))
+            # Eager attention holds every head's map twice, and its softmax in float32.
             if config._attn_implementation == "eager":
-                self.growth = config.num_attention_heads * (2 * item + 4) / bytes_of_token
+                self.growth = config.num_attention_heads * (2 * item + 4) / token_bytes
 
 
 def late(launched: Iterable[Unread], depth: int) -> Iterator[Unread]:
-    """Each item once so many more are launched, or no more can be: so many devices, each with some
-    layers, compute."""
-    held = deque[Unread]()
+    """Each item once `depth` more are launched, or no more can be. `depth` devices, each with some
+    layers, then compute while a value is read."""
+    queue = deque[Unread]()
     try:
         for item in launched:
-            held.append(item)
-            if len(held) > depth:
-                yield held.popleft()
+            queue.append(item)
+            if len(queue) > depth:
+                yield queue.popleft()
     except RuntimeError:
-        yield from held
+        yield from queue
         raise
-    yield from held
+    yield from queue

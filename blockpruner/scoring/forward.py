@@ -1,8 +1,8 @@
 """A model's forward pass in pieces: the embedded rows, what single blocks add to the stream, final
 states, logits.
 
-Decides how each piece is computed, by the model's own modules and on their devices. In which order,
-and for which masks, is decided by those who use it (`engine`).
+Decides how each piece is computed, by the model's own modules and on their devices. The engine
+decides in which order, and for which masks.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 from blockpruner.core.blocks import BlockId, BlockKind
 from blockpruner.model.models import decoder_layers, head_of, model_family
 from blockpruner.scoring.batches import Batch
-from blockpruner.scoring.walk import steps_of
+from blockpruner.scoring.walk import Step, steps_of
 
 LayerKwargs = tuple[dict[str, Any], ...]
-"""For each layer, the arguments that the family's own decoder passes to it with the hidden state,
-for one row: they are those of every row."""
+"""The arguments that the family's decoder passes to each layer with the hidden state, for one row.
+They are the same for every row."""
 
 
 class Forward:
@@ -39,14 +39,16 @@ class Forward:
         self._scale: float | None = config[family.added_scale] if family.added_scale else None
         self.steps = steps_of(len(self._layers), family.is_parallel(config))
         self._on_gpu = self._home.type != "cpu"
-        # cuBLAS may else add up parts of a 16-bit product in 16 bits; when it does depends on the
-        # shape
+        # Else cuBLAS may sum parts of a bf16 or fp16 product in that dtype, for some shapes only.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
     @property
     def layers(self) -> int:
         return len(self._layers)
+
+    def steps_of_layer(self, layer: int) -> list[Step]:
+        return [step for step in self.steps if step[0].layer == layer]
 
     @property
     def _home(self) -> torch.device:
@@ -56,10 +58,10 @@ class Forward:
     def _prepare(self, input_ids: Tensor) -> tuple[Tensor, LayerKwargs]:
         """Embedded rows [B, T, H], and the arguments of each layer.
 
-        Runs the family's own decoder with a recorder in place of every layer. All that the decoder
-        does before and between its layers (embedding scale, rotary tables, masks of a layer) is
-        thus its own, not rewritten here. Nothing in the arguments depends on a row's tokens, so
-        those of one row serve any number of rows.
+        Runs the family's own decoder with a recorder in place of every layer. So all that the
+        decoder does before and between its layers (embedding scale, rotary tables, masks of a
+        layer) is its own, not rewritten here. Nothing in the arguments depends on a row's tokens,
+        so those of one row serve any number of rows.
         """
         recorded = self._recorded(input_ids[:1])
 
@@ -67,34 +69,33 @@ class Forward:
         def move(tensor: Tensor, device: torch.device) -> Tensor:
             return tensor.to(device)
 
-        layer_kwargs = tuple(
-            map_tensors(kwargs, partial(move, device=self._device(layer)))
-            for layer, (_, kwargs) in enumerate(recorded)
-        )
-        hidden = recorded[0][0] if len(input_ids) == 1 else self._recorded(input_ids)[0][0]
-        return hidden, layer_kwargs
+        layer_kwargs = []
+        for layer, (_, kwargs) in enumerate(recorded):
+            layer_kwargs.append(map_tensors(kwargs, partial(move, device=self._device(layer))))
+        if len(input_ids) > 1:
+            recorded = self._recorded(input_ids)
+        embedded, _ = recorded[0]
+        return embedded, tuple(layer_kwargs)
 
     def _recorded(self, input_ids: Tensor) -> list[tuple[Tensor, dict[str, Any]]]:
-        """What the decoder passes to each of its layers."""
+        """The hidden state and the arguments that the decoder passes to each of its layers."""
         recorded: list[tuple[Tensor, dict[str, Any]]] = []
 
         def record(hidden: Tensor, **kwargs: Any) -> Tensor:
             recorded.append((hidden, kwargs))
             return hidden
 
-        # accelerate's, where a device map is used
-        hooks = [layer.__dict__.get("forward") for layer in self._layers]
+        # accelerate has its own forward in the instance, where a device map is used
+        forwards = [layer.__dict__.get("forward") for layer in self._layers]
         for layer in self._layers:
-            layer.forward = (
-                record  # an instance attribute: shadows the class's method until deleted
-            )
+            layer.forward = record  # in the instance: shadows the class's method until deleted
         try:
             self._decoder(input_ids=input_ids, use_cache=False)
         finally:
-            for layer, hook in zip(self._layers, hooks, strict=True):
+            for layer, forward in zip(self._layers, forwards, strict=True):
                 del layer.forward
-                if hook is not None:
-                    layer.forward = hook
+                if forward is not None:
+                    layer.forward = forward
         return recorded
 
     def _block(
@@ -104,37 +105,34 @@ class Forward:
         layer_kwargs: LayerKwargs,
         packed: Tensor | None = None,
     ) -> Tensor:
-        """What a block adds to the stream; an MLP, which sees each token alone, computes no pads if
-        they are known."""
-        layer, branch = self._layers[block.layer], self._family.branch(block.kind)
-        name, states = branch.names(layer)[0], hidden.to(self._device(block.layer))
+        """What a block adds to the stream. An MLP, which sees each token alone, skips the pads if
+        `packed` is there."""
+        layer = self._layers[block.layer]
+        branch = self._family.branch(block.kind)
+        name = branch.names(layer)[0]
         module = getattr(layer, name)
+        states = hidden.to(self._device(block.layer))
         if branch.norm is not None:
             states = getattr(layer, branch.norm)(states)
         if block.kind is BlockKind.MHA:
-            given = layer_kwargs[block.layer]
+            kwargs = layer_kwargs[block.layer]
             if name == branch.module:
-                states = module(hidden_states=states, **given)[0]
-            else:  # a linear attention takes no positions
-                states = module(
-                    hidden_states=states, **{k: v for k, v in given.items() if "position" not in k}
-                )
+                states = module(hidden_states=states, **kwargs)[0]
+            else:  # a linear attention takes no positions, and returns no attention weights
+                kwargs = {key: value for key, value in kwargs.items() if "position" not in key}
+                states = module(hidden_states=states, **kwargs)
         elif packed is None:
             states = module(states)
         else:
-            flat, places = states.flatten(0, 1), packed.to(states.device)
-            real = module(flat[places][None])[0]
-            states = (
-                real.new_zeros(len(flat), real.shape[-1])
-                .index_copy(0, places, real)
-                .view(*states.shape[:2], -1)
-            )
-        added: Tensor = states if branch.post is None else getattr(layer, branch.post)(states)
-        return added if self._scale is None else added * self._scale
+            states = _run_packed(module, states, packed.to(states.device))
+        if branch.post is not None:
+            states = getattr(layer, branch.post)(states)
+        added: Tensor = states if self._scale is None else states * self._scale
+        return added
 
     def _device(self, layer: int) -> torch.device:
-        found = self._layers[layer]
-        return getattr(found, "visits", None) or next(found.parameters()).device
+        module = self._layers[layer]
+        return getattr(module, "visits", None) or next(module.parameters()).device
 
     def _final_states(self, hidden: Tensor, batch: Batch) -> Tensor:
         """The states that the head reads where it predicts a target, row by row: [N, H] for N
@@ -143,10 +141,19 @@ class Forward:
         return normed.to(self._home).flatten(0, 1)[batch.places]
 
 
-def joined(hidden: Tensor, adds: Sequence[Tensor]) -> Tensor:
+def _run_packed(module: nn.Module, states: Tensor, packed: Tensor) -> Tensor:
+    """The output of an MLP [B, T, H], computed for the tokens at `packed` only, else zero."""
+    flat = states.flatten(0, 1)
+    output = module(flat[packed][None])[0]
+    zeros = output.new_zeros(len(flat), output.shape[-1])
+    padded: Tensor = zeros.index_copy(0, packed, output)
+    return padded.view(*states.shape[:2], -1)
+
+
+def joined(hidden: Tensor, added: Sequence[Tensor]) -> Tensor:
     """The residual stream after a step, from the stream before it and what its blocks add."""
-    for added in adds:
-        hidden = hidden.to(added.device) + added
+    for output in added:
+        hidden = hidden.to(output.device) + output
     return hidden
 
 
@@ -156,4 +163,6 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return change(value)
     if isinstance(value, dict):
         return {key: map_tensors(item, change) for key, item in value.items()}
-    return tuple(map_tensors(item, change) for item in value) if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return tuple(map_tensors(item, change) for item in value)
+    return value

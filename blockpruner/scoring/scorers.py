@@ -1,8 +1,6 @@
-"""Where scoring runs: in memory or streamed from disk in this process, or on Ray workers that each
-hold a replica.
+"""Where scoring runs: in this process, or on Ray workers that each hold a replica of the model.
 
-Decides when a model is loaded, and how a scorer is made from the `runtime` settings. Torch is
-loaded with the model.
+Torch is loaded with the model, not with this module.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +13,7 @@ from blockpruner.store.trials import Origin
 
 
 class LazyScorer:
-    """A scorer that is made at the first question."""
+    """A scorer that is made when it is first used."""
 
     def __init__(self, make: Callable[[], Scorer]) -> None:
         self._make = make
@@ -47,31 +45,16 @@ def make_scorer(
     trust_remote_code: bool = False,
     note: Callable[[str], object] = lambda message: None,
     advance: Callable[[int, int, str], object] = lambda done, total, detail: None,
-    memory: int | None = None,
 ) -> Scorer:
-    """Load a checkpoint for scoring. `note` receives lines of information from Ray workers; for a
-    model that is streamed here, `advance` and `memory` are as in `StreamingEngine`."""
+    """Load a checkpoint for scoring.
+
+    `note` receives lines of information from Ray workers. `advance` receives the progress of a
+    model that is streamed in this process, as in `StreamingEngine`.
+    """
     if runtime.executor == "ray":
         from blockpruner.scoring.large.ray import RayScorer
 
         return RayScorer(checkpoint, dtype, runtime, trust_remote_code, note)
-    from blockpruner.model.models import load_model, set_threads
+    from blockpruner.scoring.local import local_scorer
 
-    set_threads(runtime.threads)
-    if runtime.streaming:
-        from blockpruner.scoring.large.streaming import StreamingEngine
-
-        return StreamingEngine(
-            checkpoint,
-            dtype,
-            device=runtime.device,
-            batch_tokens=runtime.batch_tokens,
-            attention=runtime.attention,
-            trust_remote_code=trust_remote_code,
-            advance=advance,
-            memory=memory,
-        )
-    from blockpruner.scoring.engine import Engine
-
-    model = load_model(checkpoint, dtype, runtime.device, trust_remote_code, runtime.attention)
-    return Engine(model, runtime.batch_tokens)
+    return local_scorer(checkpoint, dtype, runtime, trust_remote_code, advance)

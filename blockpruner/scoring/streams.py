@@ -1,12 +1,12 @@
-"""The residual streams of the dense and of pruned models over the same rows, moved on together,
-stop by stop.
+"""The residual streams of the dense and of pruned models over the same rows, which move on from
+fit point to fit point.
 
-Decides where they are compared, and what a kept block reads and writes there. All run on one copy
-of the model: the dense stream passes a block before the block's weights change, and the new weights
-are then put aside. Pruned models are one stream, with one stream, up to the first difference of
-their cuts. So the dense model is used layer by layer, once, for any number of pruned ones. The
-rows' states (a number of float32 for each token, column and stream) stay on the model's device
-where it has the room, else in the host's memory.
+Decides where streams are compared, and what a kept block reads and writes there. All streams run on
+one copy of the model: the dense stream passes a block before the block's weights change, and the
+new weights are then put aside. Pruned models share one stream up to the first difference of their
+cuts. The dense model is therefore used layer by layer, once, for any number of pruned ones. The
+rows' states (a float32 for each token, column and stream) stay on the model's device if it has the
+room, else in the host's memory.
 """
 
 from __future__ import annotations
@@ -33,20 +33,21 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Stop:
-    """A place in the model: kept blocks that read the same state, and what is removed up to the
-    next kept one."""
+class FitPoint:
+    """Kept blocks that read the same state, and the span that is removed up to the next kept
+    one."""
 
-    kept: Step
-    hole: tuple[Step, ...]
+    blocks: Step
+    """The kept blocks."""
+    removed_span: tuple[Step, ...] = ()
     """The removed blocks that read the same state, state by state."""
     channels: Mapping[BlockId, Channels] = field(default_factory=dict)
-    """What is kept of kept blocks that are narrowed."""
+    """The channels that narrowed blocks among `blocks` keep."""
 
     @property
-    def missing(self) -> list[str]:
+    def removed_names(self) -> list[str]:
         """The names of the removed blocks."""
-        return [str(block) for step in self.hole for block in step]
+        return [str(block) for step in self.removed_span for block in step]
 
 
 @dataclass
@@ -56,268 +57,293 @@ class Stream:
     cuts: Mapping[str, Cut]
     """By the models' names."""
     states: Sequence[Tensor]
-    """Their stream, batch by batch."""
-    stop: Stop = Stop((), ())
-    """Where they are. The first stop has no kept block; its hole is what is removed before any is
-    kept."""
-    is_behind: bool = False
+    """Their residual stream, batch by batch."""
+    point: FitPoint = FitPoint(())
+    """Where they are. The first point has no kept block, only the span that is removed before any
+    block is kept."""
+    is_pruned: bool = False
     """Whether something is removed up to here."""
     weights: Mapping[Tensor, Tensor] = field(default_factory=dict)
     """The new values of the weights that were changed, on the host."""
-    strength: float = 0.3
-    """The pull to the old weights of the last fit."""
+    ridge_penalty: float = 0.3
+    """The penalty of the last fit."""
 
-    def parted(self, by: Callable[[Cut], Key]) -> list[tuple[Key, Stream]]:
-        """The stream as one or several, each with the cuts of which `by` says the same."""
-        found: dict[Key, dict[str, Cut]] = {}
+    def split_by(self, key_of: Callable[[Cut], Key]) -> list[tuple[Key, Stream]]:
+        """One stream for each value of `key_of`, with the cuts that have it."""
+        cuts_by_key: dict[Key, dict[str, Cut]] = {}
         for name, cut in self.cuts.items():
-            found.setdefault(by(cut), {})[name] = cut
-        return [(key, replace(self, cuts=cuts)) for key, cuts in found.items()]
+            cuts_by_key.setdefault(key_of(cut), {})[name] = cut
+        return [(key, replace(self, cuts=cuts)) for key, cuts in cuts_by_key.items()]
+
+    def pass_step_(self, step: Step, kept: Mapping[BlockId, Channels | None]) -> None:
+        """Begin a fit point if blocks of a step are kept; the step's other blocks join the removed
+        span."""
+        if kept:
+            channels = {block: keeps for block, keeps in kept.items() if keeps is not None}
+            self.point = FitPoint(tuple(kept), (), channels)
+        removed = tuple(block for block in step if block not in kept)
+        if removed:
+            span = (*self.point.removed_span, removed)
+            self.point = replace(self.point, removed_span=span)
 
 
 class Streams(Engine):
     """The streams of some rows, float32 or wider, batch by batch; and the dense model's weights,
-    which may be changed: those of a stop's kept blocks once the stop is reached, and not before. To
-    the first `fitted` rows something is fitted, and the others are held out; there will be so many
-    `pruned` models."""
+    which may be changed: those of a fit point's blocks once the point is reached, and not before.
 
-    def __init__(self, model: PreTrainedModel, rows: Rows, fitted: int, pruned: int = 1) -> None:
+    Args:
+        fit_rows: how many of the first rows are fitted to; the others are held out.
+        models: the number of pruned models.
+    """
+
+    def __init__(self, model: PreTrainedModel, rows: Rows, fit_rows: int, models: int = 1) -> None:
         super().__init__(model)
-        parts = (range(fitted), range(fitted, len(rows)))
         self.blocks = [block for step in self.steps for block in step]
         """All blocks, as the stream passes them."""
-        spans = [span for part in parts if part for span in self.row_batches(rows, part)]
-        self.fitted = [number for number, span in enumerate(spans) if span[-1] < fitted]
-        """The batches that something is fitted to."""
-        self.held_out = [number for number, span in enumerate(spans) if span[-1] >= fitted]
+        spans = self.row_batches(rows, range(fit_rows)) if fit_rows else []
+        self.fit_batches = range(len(spans))
+        """The batches that are fitted to."""
+        if fit_rows < len(rows):
+            spans = [*spans, *self.row_batches(rows, range(fit_rows, len(rows)))]
+        self.heldout_batches = range(len(self.fit_batches), len(spans))
+        """The batches that are held out."""
         self._batches = [Batch.of([rows[i] for i in span], self._home) for span in spans]
-        self.real = [batch.is_real.cpu() for batch in self._batches]
+        self.is_real = [batch.is_real.cpu() for batch in self._batches]
         prepared = [self._prepare(batch.input_ids) for batch in self._batches]
         self._kwargs = [kwargs for _, kwargs in prepared]
-        rest = self._resting_place(sum(batch.input_ids.numel() for batch in self._batches), pruned)
+        tokens = sum(batch.input_ids.numel() for batch in self._batches)
+        device = self._states_device(tokens, models)
         self.dense = [
-            states.to(rest, torch.promote_types(states.dtype, torch.float32))
+            states.to(device, torch.promote_types(states.dtype, torch.float32))
             for states, _ in prepared
         ]
-        self._first = {number: self.dense[number] for number in self.held_out}
-        self.old: dict[Tensor, Tensor] = {}
+        self._embedded = self._heldout(self.dense)
+        self.old_values: dict[Tensor, Tensor] = {}
         """The former values of the weights that are changed at present."""
 
     def walk(self, cuts: Mapping[str, Cut]) -> Iterator[Stream]:
-        """The streams of pruned models, each at all its stops in order. There the dense stream is
-        behind kept blocks and hole, and the pruned one before the kept blocks; the caller moves it
-        on."""
+        """The streams of pruned models, each at all its fit points in order. The dense stream has
+        passed the point's blocks and its removed span there, the pruned stream has not: the caller
+        moves it on."""
         streams = [Stream(cuts, self.dense)]
         for step in self.steps:
-            arrived = [part for stream in streams for part in stream.parted(partial(_keeps, step))]
+            branches = list[tuple[bool, Stream]]()
+            for stream in streams:
+                branches += stream.split_by(partial(_keeps_block, step))
             streams = []
-            for is_next, stream in arrived:
-                if is_next:
-                    yield stream
-                for kept, part in stream.parted(partial(_kept, step)):
-                    blocks = tuple(block for block, _ in kept)
-                    gone = tuple(block for block in step if block not in blocks)
-                    narrow = {block: channels for block, channels in kept if channels is not None}
-                    last = Stop(blocks, (), narrow) if kept else part.stop
-                    part.stop = replace(last, hole=(*last.hole, gone) if gone else last.hole)
+            for keeps_block, branch in branches:
+                # A kept block ends the removed span of the point before it.
+                if keeps_block:
+                    yield branch
+                for kept, part in branch.split_by(partial(_kept_blocks, step)):
+                    part.pass_step_(step, dict(kept))
                     streams.append(part)
-            self.dense = [
-                self.behind(step, state, number) for number, state in enumerate(self.dense)
-            ]
+            self.dense = self.all_after(step, self.dense)
         yield from streams
 
-    def final_states(
-        self, block: BlockId | None, states: Mapping[int, Tensor]
+    def heldout_final_states(
+        self, states: Mapping[int, Tensor], passed: BlockId | None = None
     ) -> dict[int, Tensor]:
-        """What the head reads of the rows that are held out, from states behind a block on, by the
-        number of the batch; None: before the first block."""
-        ahead, found = (
-            1 + next((n for n, step in enumerate(self.steps) if block in step), -1),
-            dict[int, Tensor](),
-        )
-        for number in self.held_out:
-            state = states[number]
-            for step in self.steps[ahead:]:
-                state = self.behind(step, state, number)
-            found[number] = self._final_states(self._read(state), self._batches[number])
-        return found
+        """The states that the head reads of the held-out batches, from states behind the block
+        `passed`, or before the first block."""
+        start = 0
+        for index, step in enumerate(self.steps):
+            if passed in step:
+                start = index + 1
+        for step in self.steps[start:]:
+            states = self._heldout_after(step, states)
+        return {
+            number: self._final_states(self._read(state), self._batches[number])
+            for number, state in states.items()
+        }
 
-    def ends(self, mask: Mask) -> dict[int, Tensor]:
-        """The states behind the last block of the rows that are held out, in the model as it is
-        without some blocks."""
-        found = dict(self._first)
+    def heldout_states(self, mask: Mask) -> Mapping[int, Tensor]:
+        """The states of the held-out batches behind the last block of the model without some
+        blocks, with its present weights."""
+        states: Mapping[int, Tensor] = self._embedded
         for step in self.steps:
             kept = tuple(block for block in step if block not in mask)
-            found = (
-                {number: self.behind(kept, state, number) for number, state in found.items()}
-                if kept
-                else found
-            )
-        return found
+            states = self._heldout_after(kept, states)
+        return states
 
     def losses(self, states: Mapping[int, Tensor]) -> list[float]:
-        """The loss of each row that is held out, from states behind the last block."""
-        found = list[float]()
-        for number in self.held_out:
+        """The loss of each held-out row, from states behind the last block."""
+        losses = list[float]()
+        for number in self.heldout_batches:
             batch = self._batches[number]
-            finals = self._final_states(self._read(states[number]), batch)
-            found += (self._losses(finals, None, batch, NLL).cpu() / batch.counts).tolist()
-        return found
+            final_states = self._final_states(self._read(states[number]), batch)
+            row_losses = self._losses(final_states, None, batch, NLL).cpu() / batch.counts
+            losses += row_losses.tolist()
+        return losses
 
-    def predictions(self, finals: Mapping[int, Tensor], every: int) -> dict[int, Tensor]:
-        """The logits of one of so many predictions, from `final_states`."""
-        return {number: self._logits(finals[number][::every]) for number in self.held_out}
+    def predictions(self, final_states: Mapping[int, Tensor], stride: int) -> dict[int, Tensor]:
+        """The logits of every `stride`-th prediction of the held-out batches."""
+        return {number: self._logits(states[::stride]) for number, states in final_states.items()}
 
     def divergence(
-        self, finals: Mapping[int, Tensor], dense: Mapping[int, Tensor], every: int
+        self, final_states: Mapping[int, Tensor], dense: Mapping[int, Tensor], stride: int
     ) -> float:
-        """The mean KL divergence of `predictions` from the dense model's, which are anywhere, in
-        nats."""
-        found = list[Tensor]()
-        for number, ours in self.predictions(finals, every).items():
-            found.append(
-                METRICS["kl"].compute(
-                    ours, self._batches[number].targets[::every], dense[number].to(ours)
-                )
-            )
-        return float(torch.cat(found).double().mean())
+        """The mean KL divergence of `predictions` from the dense model's, which may be on any
+        device, in nats."""
+        divergences = list[Tensor]()
+        for number, logits in self.predictions(final_states, stride).items():
+            targets = self._batches[number].targets[::stride]
+            divergences.append(METRICS["kl"].compute(logits, targets, dense[number].to(logits)))
+        return float(torch.cat(divergences).double().mean())
 
-    def at_real(self, number: int, states: Tensor) -> Tensor:
+    def real_tokens(self, number: int, states: Tensor) -> Tensor:
         """States of a batch [B, T, k] at its real tokens, [N, k]."""
-        real = self.real[number]
-        return states.flatten(0, 1) if real.all() else states[real.to(states.device)]
+        is_real = self.is_real[number]
+        if is_real.all():
+            return states.flatten(0, 1)
+        return states[is_real.to(states.device)]
 
-    def put_aside_(self) -> dict[Tensor, Tensor]:
-        """Give the weights their former values back; returns the new ones, on the host."""
-        new = {
-            weight: weight.clone().cpu()
-            for weight, old in self.old.items()
-            if not weight.cpu().equal(old)
-        }
-        for weight, value in self.old.items():
-            weight.copy_(value)
-        self.old = {}
-        return new
-
-    def behind(self, step: Step, state: Tensor, number: int) -> Tensor:
+    def after(self, step: Step, state: Tensor, number: int) -> Tensor:
         """A state of a batch, [B, T, d], behind blocks that read it."""
         hidden = self._read(state)
         for block in step:
             state = state + self._block(block, hidden, self._kwargs[number]).to(state.device)
         return state
 
-    def adds(self, block: BlockId, state: Tensor, number: int) -> Tensor:
+    def all_after(self, step: Step, states: Sequence[Tensor]) -> list[Tensor]:
+        """The states of all batches behind blocks that read them."""
+        return [self.after(step, state, number) for number, state in enumerate(states)]
+
+    def block_output(self, block: BlockId, state: Tensor, number: int) -> Tensor:
         """What a block adds to a state of a batch."""
         return self._block(block, self._read(state), self._kwargs[number]).to(state)
 
-    def written(self, block: BlockId, state: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """What the writer of a block reads where the block reads a state of a batch, [B, T, p] (no
-        column without a writer) and of the model's dtype, and what its module gives, before a norm
-        behind it, [B, T, d]."""
-        found: list[Tensor] = []
+    def module_tensors(self, block: BlockId, state: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """The features and the output of a block's module on a state of a batch.
 
-        def note(module: nn.Module, given: Any, out: Tensor | tuple[Tensor, ...]) -> None:
-            found.append(out[0] if isinstance(out, tuple) else out)
+        The features are the input of its output projection, [B, T, p] in the model's dtype (p = 0
+        for a block that has none). The output, [B, T, d], is that before a norm behind the
+        module."""
+        features, outputs = list[Tensor](), list[Tensor]()
+
+        def keep_output(module: nn.Module, args: Any, output: Tensor | tuple[Tensor, ...]) -> None:
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+
+        def keep_features(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            features.append(args[0])
 
         with ExitStack() as hooks:
-            hooks.enter_context(self._module(block).register_forward_hook(note))
-            if (writer := self.writer(block)) is not None:
-                hooks.enter_context(
-                    writer.register_forward_pre_hook(lambda _, given: found.append(given[0]))
-                )
+            hooks.enter_context(self._module(block).register_forward_hook(keep_output))
+            projection = self.output_projection(block)
+            if projection is not None:
+                hooks.enter_context(projection.register_forward_pre_hook(keep_features))
             self._block(block, self._read(state), self._kwargs[number])
-        *reads, gives = found
-        return (reads[0] if reads else gives[..., :0]).to(state.device), gives.to(state)
+        output = outputs[0]
+        if not features:
+            features.append(output[..., :0])
+        return features[0].to(state.device), output.to(state)
 
-    def added(self, block: BlockId, gives: Tensor) -> Tensor:
-        """What a block adds to the stream if its module gives this; some families have a norm or a
-        factor between."""
-        norm = self.norm_behind(block)
-        return self.scaled(gives if norm is None else norm(self._read(gives)).to(gives))
+    def residual(self, block: BlockId, output: Tensor) -> Tensor:
+        """What a block adds to the stream for an output of its module. Some families have a norm or
+        a factor between the two."""
+        norm = self.post_norm(block)
+        if norm is not None:
+            output = norm(self._read(output)).to(output)
+        return self.scaled(output)
 
     def scaled(self, states: Tensor) -> Tensor:
         """States by the factor of all that blocks add."""
         return states if self._scale is None else states * self._scale
 
-    def unit(self, block: BlockId, gives: Tensor) -> Tensor:
-        """What the norm behind a module makes of this before the gains."""
-        norm = self.norm_behind(block)
+    def normalized(self, block: BlockId, output: Tensor) -> Tensor:
+        """The output of a module behind its norm, without the norm's gains."""
+        norm = self.post_norm(block)
         assert norm is not None
         weight = norm.get_parameter("weight")
         ones = weight + (1 - self.gain(block).to(weight.device))  # wider than the weight
-        states: Tensor = functional_call(norm, {"weight": ones}, gives.to(weight.device))
-        return states.to(gives)
+        states: Tensor = functional_call(norm, {"weight": ones}, output.to(weight.device))
+        return states.to(output)
 
     def gain(self, block: BlockId) -> Tensor:
-        """What the norm behind a module multiplies the columns of a state of unit size with, [d]. A
-        weight is a gain, or 1 less than it: both change alike."""
-        norm, state = self.norm_behind(block), self.dense[0]
+        """The gains of the norm behind a module, [d]. A weight is a gain, or a gain less 1: both
+        change by the same amount."""
+        norm = self.post_norm(block)
         assert norm is not None
-        gain: Tensor = norm(
-            torch.ones_like(state[0, 0], device=norm.get_parameter("weight").device)
-        )
+        state = self.dense[0]
+        unit_state = torch.ones_like(state[0, 0], device=norm.get_parameter("weight").device)
+        gain: Tensor = norm(unit_state)
         return gain.to(state)
 
-    def writer(self, block: BlockId) -> nn.Linear | None:
-        """The last projection of a block; None where it has many, as a mixture of experts."""
+    def output_projection(self, block: BlockId) -> nn.Linear | None:
+        """The last projection of a block; None for a block with several, as a mixture of
+        experts."""
         name = self._family.branch(block.kind).names(self._layers[block.layer])[1]
-        found = getattr(self._module(block), name, None)
-        return found if isinstance(found, nn.Linear) else None
+        projection = getattr(self._module(block), name, None)
+        return projection if isinstance(projection, nn.Linear) else None
 
-    def weight(self, block: BlockId) -> Tensor:
-        """The weight [d, p] of the writer of a block that has one."""
-        writer = self.writer(block)
-        assert writer is not None, block
-        return writer.weight
+    def output_weight(self, block: BlockId) -> Tensor:
+        """The weight [d, p] of a block's output projection."""
+        projection = self.output_projection(block)
+        assert projection is not None, block
+        return projection.weight
 
-    def norm_behind(self, block: BlockId) -> nn.Module | None:
+    def post_norm(self, block: BlockId) -> nn.Module | None:
         """The norm between a module and the stream."""
-        post = self._family.branch(block.kind).post
-        return None if post is None else getattr(self._layers[block.layer], post)
+        name = self._family.branch(block.kind).post
+        return None if name is None else getattr(self._layers[block.layer], name)
 
-    def change_(self, weight: Tensor, value: Tensor) -> None:
-        """Give a weight another value, until `put_aside_`."""
-        if weight not in self.old:
-            self.old[weight] = weight.detach().clone().cpu()
+    def set_(self, weight: Tensor, value: Tensor) -> None:
+        """Give a weight another value, until `restore_`."""
+        if weight not in self.old_values:
+            self.old_values[weight] = weight.detach().clone().cpu()
         weight.copy_(value)
 
-    def narrow_(self, channels: Mapping[BlockId, Channels]) -> None:
-        """Let the writers of narrowed blocks read the other channels no more."""
-        for block, kept in channels.items():
-            weight = self.weight(block)
-            is_kept = torch.zeros(weight.shape[1]).index_fill(0, torch.tensor(kept), 1)
-            self.change_(weight, weight * is_kept.to(weight))
+    def restore_(self) -> dict[Tensor, Tensor]:
+        """Give the weights their former values back; returns the new values, on the host."""
+        new_values = {}
+        for weight, old_value in self.old_values.items():
+            if not weight.cpu().equal(old_value):
+                new_values[weight] = weight.clone().cpu()
+            weight.copy_(old_value)
+        self.old_values = {}
+        return new_values
 
-    def _resting_place(self, tokens: int, pruned: int) -> torch.device:
-        """Where states stay: of each stream, once more as they move on, and what the writers of a
-        stop read."""
+    def zero_channels_(self, channels: Mapping[BlockId, Channels]) -> None:
+        """Set the columns of output projections to zero, but those of the channels that narrowed
+        blocks keep."""
+        for block, kept_channels in channels.items():
+            weight = self.output_weight(block)
+            is_kept = torch.zeros(weight.shape[1]).index_fill(0, torch.tensor(kept_channels), 1)
+            self.set_(weight, weight * is_kept.to(weight))
+
+    def _states_device(self, tokens: int, models: int) -> torch.device:
+        """The device for the states. It needs room for each stream, for one more while they move
+        on, and for the features of a fit point."""
         if self._room is None:
             return self._home
-        config, item = self._model.config, self._head.weight.element_size()
-        hidden, inner = (
-            config.hidden_size,
-            max(inner_size(config.to_dict()), 2 * config.hidden_size),
-        )
-        states = tokens * (4 * hidden * (pruned + 3) + item * inner)
-        batch = self._tokens * live_numbers(hidden, inner) * item
-        return (
-            self._home
-            if states + batch + sums_bytes(inner, hidden) <= self._room
-            else torch.device("cpu")
-        )
+        item = self._head.weight.element_size()
+        hidden = self._model.config.hidden_size
+        inner = max(inner_size(self._model.config.to_dict()), 2 * hidden)
+        states_bytes = tokens * (4 * hidden * (models + 3) + item * inner)
+        batch_bytes = self._tokens * live_numbers(hidden, inner) * item
+        if states_bytes + batch_bytes + sums_bytes(inner, hidden) <= self._room:
+            return self._home
+        return torch.device("cpu")
+
+    def _heldout(self, states: Sequence[Tensor]) -> dict[int, Tensor]:
+        return {number: states[number] for number in self.heldout_batches}
+
+    def _heldout_after(self, step: Step, states: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        return {number: self.after(step, state, number) for number, state in states.items()}
 
     def _module(self, block: BlockId) -> nn.Module:
         layer = self._layers[block.layer]
-        found: nn.Module = getattr(layer, self._family.branch(block.kind).names(layer)[0])
-        return found
+        module: nn.Module = getattr(layer, self._family.branch(block.kind).names(layer)[0])
+        return module
 
     def _read(self, state: Tensor) -> Tensor:
         return state.to(self._home, self._head.weight.dtype)
 
 
-def _kept(step: Step, cut: Cut) -> tuple[tuple[BlockId, Channels | None], ...]:
+def _kept_blocks(step: Step, cut: Cut) -> tuple[tuple[BlockId, Channels | None], ...]:
+    """The blocks of a step that a cut keeps, each with its channels if it is narrowed."""
     return tuple((block, cut.channels.get(block)) for block in step if block not in cut.mask)
 
 
-def _keeps(step: Step, cut: Cut) -> bool:
+def _keeps_block(step: Step, cut: Cut) -> bool:
     return not cut.mask.issuperset(step)

@@ -11,11 +11,11 @@ from typing import Literal
 from pydantic import Field
 
 from blockpruner.core.blocks import DENSE, Mask
-from blockpruner.scoring.accelerate import worth
 from blockpruner.scoring.objectives import MaskScore
 from blockpruner.search.greedy import PricedOptions, costs_of
 from blockpruner.search.iteration import Iteration, compared
 from blockpruner.search.problem import Problem
+from blockpruner.search.racing import worth
 from blockpruner.search.space import Space, goal_of_problem, unit_order
 
 

@@ -17,10 +17,10 @@ from pydantic import Field
 from blockpruner.core.blocks import DENSE, BlockKind, Mask
 from blockpruner.core.families import Costs
 from blockpruner.core.options import Options
-from blockpruner.scoring.accelerate import worth
 from blockpruner.scoring.objectives import MaskScore
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.problem import Problem
+from blockpruner.search.racing import worth
 
 
 class PricedOptions(Options):
@@ -60,14 +60,15 @@ def greedy(problem: Problem, options: GreedyOptions) -> Iterator[Iteration]:
 def _nearest(units: Sequence[Mask], base: MaskScore | None, share: float) -> list[Mask]:
     """The units after whose removal the share of MHA blocks in the mask is nearest to a share."""
 
-    def distance(unit: Mask) -> float:
-        after = unit | (DENSE if base is None else base.mask)
-        return round(
-            abs(sum(block.kind is BlockKind.MHA for block in after) / len(after) - share), 9
-        )
+    removed = DENSE if base is None else base.mask
 
-    least = min(map(distance, units))
-    return [unit for unit in units if distance(unit) == least]
+    def distance(unit: Mask) -> float:
+        mask = removed | unit
+        mha_count = sum(block.kind is BlockKind.MHA for block in mask)
+        return round(abs(mha_count / len(mask) - share), 9)
+
+    smallest = min(distance(unit) for unit in units)
+    return [unit for unit in units if distance(unit) == smallest]
 
 
 def costs_of(problem: Problem, options: PricedOptions) -> Costs | None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from blockpruner.core.blocks import Mask
 from blockpruner.core.budgets import Goal, Resources
-from blockpruner.scoring.accelerate import Select
 from blockpruner.scoring.objectives import MaskScore
+from blockpruner.search.racing import Select
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,12 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.families import Costs
 from blockpruner.core.progress import Observer, SilentObserver
 from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.scoring.accelerate import accelerate
 from blockpruner.scoring.metrics import NLL
 from blockpruner.scoring.objectives import Counts, MaskScore, Objective, in_one_origin
 from blockpruner.scoring.work import Scorer
 from blockpruner.search.iteration import Iteration
 from blockpruner.search.problem import Problem
+from blockpruner.search.racing import make_select
 from blockpruner.search.registry import Request
 from blockpruner.search.trace import Took
 from blockpruner.store.trials import TrialStore
@@ -185,7 +185,7 @@ class _Run:
     def _search(self, goal: Goal | None, units: Sequence[Mask]) -> Iterator[Iteration]:
         # what it has learned belongs to one search alone
         costs = self._resources.get(self._request.options.price)
-        select = accelerate(self._objective, self._request.score, costs)
+        select = make_select(self._objective, self._request.score, costs)
         problem = Problem(
             units, self._objective, select, self._objective.rows, goal, self._resources
         )

@@ -6,7 +6,6 @@ What the content means is decided by the modules that write it.
 
 import errno
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -55,13 +54,13 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """The errors of a place without room."""
 
 NO_MEMORY = re.compile("out of memory|can.?t allocate memory|cannot allocate memory", re.IGNORECASE)
-"""How torch and the system word that memory is used up."""
+"""The messages of torch and of the system when memory is used up."""
 
 SAFETENSORS = re.compile(r"os error (\d+)|Os \{ code: (\d+)")
-"""How safetensors words a failed write: today, and in 0.5."""
+"""The messages of safetensors about a failed write: of today, and of 0.5."""
 
 TORCH = ("inline_container", "iostream error")
-"""What is in torch's words for a failed write."""
+"""Parts of torch's messages about a failed write."""
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:
@@ -72,10 +71,10 @@ def storage_error(path: Path, error: OSError) -> StorageError:
 
 
 def explained(error: Exception, logs: Path) -> InputError:
-    """The error for users of any error: of a place that cannot be used, of memory that is used up,
-    of a package that is not installed. One that nobody foresaw leaves its traceback in a file in
-    the folder `logs`, or among the temporary files."""
-    words = " ".join(str(error).split())
+    """The error that a user sees in place of any error: of a place that cannot be used, of memory
+    that is used up, of a package that is not installed. The traceback of an unforeseen error is
+    written to a file in the folder `logs`, or among the temporary files."""
+    message = " ".join(str(error).split())
     if isinstance(error, InputError):
         return error
     if isinstance(error, OSError) and error.errno in CAUSES:
@@ -83,12 +82,11 @@ def explained(error: Exception, logs: Path) -> InputError:
             f"cannot use {error.filename or 'a file'}: {CAUSES[error.errno]}; what is finished is"
             " kept"
         )
-    if isinstance(error, MemoryError) or NO_MEMORY.search(words):
-        fix = (
-            "choose a smaller model or shorter rows, end other programs, or use a machine with more"
-        )
+    if isinstance(error, MemoryError) or NO_MEMORY.search(message):
         return InputError(
-            f"the memory is used up ({words or 'MemoryError'}); {fix}", rule="no-memory"
+            f"the memory is used up ({message or 'MemoryError'}); choose a smaller model or shorter"
+            " rows, end other programs, or use a machine with more",
+            rule="no-memory",
         )
     if isinstance(error, EOFError):
         return InputError("a file is cut short", rule="damaged-file")
@@ -96,23 +94,32 @@ def explained(error: Exception, logs: Path) -> InputError:
         return InputError(
             f"this needs the package {error.name}, which is not installed: pip install {error.name}"
         )
-    if isinstance(error, ImportError) and "pip install" in words:
-        return InputError(words)
-    log = "no file, since none can be written"
+    # transformers and lm-eval write themselves how to install what they lack.
+    if isinstance(error, ImportError) and "pip install" in message:
+        return InputError(message)
+    log = _write_traceback(error, logs)
+    return InputError(
+        f"{type(error).__name__}: {message}; the traceback is in {log}; please report both",
+        rule="unforeseen",
+    )
+
+
+def _write_traceback(error: Exception, logs: Path) -> str:
+    """Write a traceback to a new file; returns its path."""
+    text = "".join(traceback.format_exception(error))
     for folder in (logs, tempfile.gettempdir()):
         with suppress(OSError):
             log = tempfile.mkstemp(".log", "error-", folder)[1]
-            Path(log).write_text("".join(traceback.format_exception(error)), errors="replace")
-            break
-    told = f"{type(error).__name__}: {words}; the traceback is in {log}; please report both"
-    return InputError(told, rule="unforeseen")
+            Path(log).write_text(text, errors="replace")
+            return log
+    return "no file, since none can be written"
 
 
 @contextmanager
 def writing(path: Path, *, alone: bool = False) -> Iterator[None]:
-    """Within, a file or folder is written, be it by safetensors or torch, which have errors of
-    their own; raises StorageError if it cannot be. `alone`: nothing else is done within, so that
-    every OSError is of this place."""
+    """Raise StorageError if a file or folder cannot be written within, also by safetensors and
+    torch, which have errors of their own. With `alone`, nothing else is done within, and every
+    OSError is of this path."""
     try:
         yield
     except OSError as error:
@@ -120,12 +127,14 @@ def writing(path: Path, *, alone: bool = False) -> Iterator[None]:
             raise storage_error(path, error) from error
         raise
     except (SafetensorError, RuntimeError) as error:
-        found = SAFETENSORS.search(str(error))
-        if not found and not any(words in str(error) for words in TORCH):
+        message = str(error)
+        # torch reports no error number. A full disk is the usual cause.
+        code = errno.ENOSPC
+        if match := SAFETENSORS.search(message):
+            code = int(match[1] or match[2])
+        elif not any(phrase in message for phrase in TORCH):
             raise
-        # torch does not tell; it is the usual one
-        code = int(found[1] or found[2]) if found else errno.ENOSPC
-        raise storage_error(path, OSError(code, str(error))) from error
+        raise storage_error(path, OSError(code, message)) from error
 
 
 def temporary_beside(path: Path) -> Path:
@@ -145,17 +154,18 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
             os.replace(temporary, path)
             sync(path.parent)
     finally:
-        with suppress(OSError):  # the place is read-only: the error above names that
+        # On a read-only file system this fails, too. The error above names that.
+        with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
-    """Have a file's content, or the names in a folder, on disk."""
+    """Flush a file's content, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # a file system without a sync of folders
+        # Some file systems cannot sync a folder.
         if error.errno != errno.EINVAL or not path.is_dir():
             raise
     finally:
@@ -163,11 +173,11 @@ def sync(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, and have the names of all that are new on disk."""
-    new = list(itertools.takewhile(lambda folder: not folder.exists(), (path, *path.parents)))
-    path.mkdir(parents=True, exist_ok=True)
-    for folder in reversed(new):
-        sync(folder.parent)
+    """Make a folder with its parents, and flush the new names to disk."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -185,8 +195,8 @@ def write_sealed_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path, sealed: bool = False) -> Any:
-    """Read a JSON object. Where it has a digest, which it must if it is `sealed`, it is checked and
-    left out. Raises InputError if the file is missing, no JSON object, or not what was written."""
+    """Read a JSON object. Its digest, which a `sealed` one must have, is checked and taken out.
+    Raises InputError if the file is missing, no JSON object, or not what was written."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -202,16 +212,16 @@ def read_json(path: Path, sealed: bool = False) -> Any:
 
 
 def read_checked(path: Path, schema: type[BaseModel], sealed: bool = False) -> dict[str, Any]:
-    """Read a JSON object that a stranger may have written; raises InputError as `read_json`, and
-    unless it fits."""
+    """Read a JSON object that a stranger may have written; raises InputError as `read_json` does,
+    and if it does not fit the schema."""
     value: dict[str, Any] = read_json(path, sealed)
     read_settings(schema, value, f"{path}: ")
     return value
 
 
 def read_kept_json(path: Path, note: Callable[[str], object]) -> Any:
-    """What a file holds; None if there is none, or if it is damaged: it is then set aside, and
-    `note` gets a line."""
+    """The content of a sealed file; None if there is no file, or a damaged one. A damaged file is
+    set aside, and `note` gets a line."""
     if not path.exists():
         return None
     try:
@@ -229,10 +239,11 @@ def _missing(path: Path) -> InputError:
     return InputError(f"{path} does not exist", rule="missing-file", value=str(path))
 
 
-def damaged(path: Path, how: str = "is damaged: its content is not what was written") -> InputError:
-    """The error of a file that cannot be used. How it is made again, only the door knows that
-    catches this."""
-    return InputError(f"{path} {how}", rule="damaged-file", value=str(path))
+def damaged(
+    path: Path, problem: str = "is damaged: its content is not what was written"
+) -> InputError:
+    """The error of a file that cannot be used. The caller adds how the file is made again."""
+    return InputError(f"{path} {problem}", rule="damaged-file", value=str(path))
 
 
 def write_table(path: Path, table: pa.Table, metadata: Mapping[str, str] | None = None) -> None:
@@ -250,7 +261,8 @@ def read_table(path: Path, schema: pa.Schema) -> tuple[pa.Table, dict[str, str]]
     try:
         table = pq.read_table(path)
         table.validate(full=True)
-        metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+        entries = table.schema.metadata or {}
+        metadata = {key.decode(): value.decode() for key, value in entries.items()}
         columns = _columns(table.schema)
     except FileNotFoundError:
         raise _missing(path) from None
@@ -260,12 +272,11 @@ def read_table(path: Path, schema: pa.Schema) -> tuple[pa.Table, dict[str, str]]
         ) from error
     if columns != _columns(schema):
         raise InputError(f"{path} has columns {columns}; expected {_columns(schema)}")
-    empty = [
-        field.name for field in schema if not field.nullable and table.column(field.name).null_count
-    ]
-    if empty:
+    required = [field.name for field in schema if not field.nullable]
+    incomplete = [name for name in required if table.column(name).null_count]
+    if incomplete:
         raise InputError(
-            f"{path} has no value in some rows of {', '.join(empty)}; every row needs one"
+            f"{path} has no value in some rows of {', '.join(incomplete)}; every row needs one"
         )
     table = table.cast(schema).replace_schema_metadata(None)
     if metadata.pop(DIGEST, None) != table_digest(table):
@@ -279,27 +290,31 @@ def table_digest(table: pa.Table) -> str:
 
 
 def _columns(schema: pa.Schema) -> str:
-    """Names and types of columns, without the name that Parquet gives to a list's elements."""
-    types = {
-        f.name: f"list of {f.type.value_type}" if pa.types.is_list(f.type) else f.type
-        for f in schema
-    }
-    return ", ".join(f"{name}: {kind}" for name, kind in types.items())
+    """Names and types of the columns."""
+    columns = []
+    for field in schema:
+        # Versions of Parquet give another name to the elements of a list.
+        is_list = pa.types.is_list(field.type)
+        kind = f"list of {field.type.value_type}" if is_list else field.type
+        columns.append(f"{field.name}: {kind}")
+    return ", ".join(columns)
 
 
 def set_aside(path: Path) -> Path:
     """Rename a file that cannot be trusted to `<name>.bad[.n]` in its folder: nobody reads it, and
     nobody loses it."""
-    names = itertools.chain(
-        [f"{path.name}.bad"], (f"{path.name}.bad.{count}" for count in itertools.count(1))
-    )
-    target = next(place for place in map(path.with_name, names) if not place.exists())
+    target = path.with_name(f"{path.name}.bad")
+    count = 0
+    while target.exists():
+        count += 1
+        target = path.with_name(f"{path.name}.bad.{count}")
     return path.rename(target)
 
 
 def require_free(path: Path) -> None:
-    """Refuse a place for a new folder that is neither absent nor an empty folder."""
-    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+    """Raise InputError for the path of a new folder, unless nothing or an empty folder is there."""
+    is_empty_folder = path.is_dir() and not any(path.iterdir())
+    if os.path.lexists(path) and not is_empty_folder:
         message = f"{path} is not empty; choose another folder, or remove it"
         raise InputError(message, rule="place-not-empty", value=str(path))
     if path.is_mount():
@@ -309,10 +324,10 @@ def require_free(path: Path) -> None:
 
 
 def new_directory(path: Path, build: Callable[[Path], object]) -> None:
-    """Let `build` fill a temporary directory, then give it the name `path`; on failure there is
-    nothing new, and on return all of it is on disk. What `build` writes beside the directory is
-    gone in the end. Raises InputError if something is at `path`, or has come while `build` ran; it
-    is left as it is."""
+    """Let `build` fill a temporary directory, then rename it to `path`. A failure leaves nothing
+    new, and on return all of it is on disk. What `build` writes next to the directory is removed.
+    Raises InputError if something is at `path`, or has come while `build` ran; it stays as it
+    is."""
     require_free(path)
     path = path.resolve()
     with _workshop(path) as workshop, _built(path, build, workshop / "new") as temporary:
@@ -324,16 +339,15 @@ def new_directory(path: Path, build: Callable[[Path], object]) -> None:
 
 
 def clear_left(path: Path) -> None:
-    """Remove what a killed `new_directory` has left beside `path`; what another process is making
-    there stays."""
+    """Remove the temporary folder of a killed `new_directory`; that of a living process stays."""
     with suppress(InputError), _workshop(path.resolve()):
         pass
 
 
 @contextmanager
 def _workshop(path: Path) -> Iterator[Path]:
-    """Within, a temporary folder beside `path` is this process's alone; what a killed one has left
-    in it is gone. Raises InputError if a living process has it."""
+    """A temporary folder next to `path` that only this process uses, empty at first. Raises
+    InputError if a living process has it."""
     key = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
     folder = path.with_name(f".{path.name}.{key}.tmp")
     file = folder.with_suffix(".lock")
@@ -345,7 +359,8 @@ def _workshop(path: Path) -> Iterator[Path]:
     except Timeout:
         message = f"another process is writing {path}; wait for it, or choose another folder"
         raise InputError(message, rule="place-not-empty", value=str(path)) from None
-    except OSError:  # a file system without locks, where nobody can tell what is left by whom
+    except OSError:
+        # On a file system without locks, a folder under the fixed name may be in use.
         folder = temporary_beside(path)
     try:
         shutil.rmtree(folder, ignore_errors=True)
@@ -355,14 +370,15 @@ def _workshop(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if lock.is_locked:
-            file.unlink()  # who opened it meanwhile sees that it has no name, and makes another
+            # A process that has opened the file meanwhile sees that it has no name, and makes one.
+            file.unlink()
             lock.release()
 
 
 def replace_directory(path: Path, build: Callable[[Path], object]) -> None:
-    """Let `build` fill a temporary directory, then put it in the place of `path`, which is ours; on
-    failure `path` is unchanged, and on return all of it is on disk. A kill between the two renames
-    leaves neither the old one nor the new one."""
+    """Let `build` fill a temporary directory that then replaces `path`. A failure leaves `path`
+    unchanged, and on return all of it is on disk. A kill between the two renames leaves neither the
+    old directory nor the new one."""
     replaced = temporary_beside(path)
     try:
         with _built(path, build, temporary_beside(path)) as temporary:
@@ -371,11 +387,8 @@ def replace_directory(path: Path, build: Callable[[Path], object]) -> None:
             try:
                 os.replace(temporary, path)
             except OSError as error:
-                # else another process has put its own there
-                if error.errno not in (
-                    errno.ENOTEMPTY,
-                    errno.EEXIST,
-                ):
+                # Another process may have put its result there: the first one stays.
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
     finally:
         shutil.rmtree(replaced, ignore_errors=True)
@@ -383,8 +396,8 @@ def replace_directory(path: Path, build: Callable[[Path], object]) -> None:
 
 @contextmanager
 def _built(path: Path, build: Callable[[Path], object], temporary: Path) -> Iterator[Path]:
-    """Within, a temporary directory is filled and on disk; what is left of it at the end is
-    removed."""
+    """A temporary directory that `build` has filled, on disk; removed at the end unless it was
+    renamed."""
     try:
         with writing(path):
             with writing(path, alone=True):
@@ -408,18 +421,24 @@ def let_others_read(directory: Path) -> None:
 
 
 def remove_temporaries(folder: Path, pattern: str = "**/.*.tmp") -> None:
-    """Remove what killed writers left in a folder, where no other process writes what has the
-    pattern."""
+    """Remove the temporary files of killed writers from a folder. No other process may be writing
+    files of the pattern there."""
     for path in list(folder.glob(pattern)):
-        if TEMPORARY.fullmatch(path.name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if not TEMPORARY.fullmatch(path.name):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def require_inside(path: Path, folder: Path) -> None:
     """Refuse a link out of a model's folder, whose content would be copied and published. The hub's
     own cache is excepted: its folder `snapshots` links to its folder `blobs`."""
-    home, target = folder.resolve(), path.resolve()
-    if target.parent != home.parent.parent / "blobs" and not target.is_relative_to(home):
+    home = folder.resolve()
+    target = path.resolve()
+    is_hub_blob = target.parent == home.parent.parent / "blobs"
+    if not is_hub_blob and not target.is_relative_to(home):
         message = (
             f"{path} is a link out of its folder, to {target}; put the file itself there, or remove"
             " the link"

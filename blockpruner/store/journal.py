@@ -32,74 +32,85 @@ class Journal:
         self._stream: TextIO | None = None
         self._synced = -math.inf
 
-    def first(self) -> dict[str, Any] | None:
+    def read_header(self) -> dict[str, Any] | None:
         """The first line as it stands on disk; None if there is no whole one."""
         if not self.path.exists():
             return None
         with open(self.path, encoding="utf-8", errors="replace") as stream:
             line = stream.readline()
-        return parse_checksummed(line[:-1]) if line.endswith("\n") else None
+        if not line.endswith("\n"):
+            return None
+        return parse_checksummed(line.removesuffix("\n"))
 
     def read(self, problems: list[str]) -> list[dict[str, Any]]:
         """Read the entries that are whole; `problems` gets one line for each file or line that is
         not trusted. A log of something else is set aside. A last line without an end is what a kill
         interrupted: no problem."""
-        lines = self._whole().decode(errors="replace").split("\n")[:-1]
-        if not lines:
+        text = self._whole_lines().decode(errors="replace")
+        if not text:
             return []
-        found = parse_checksummed(lines[0])
-        if found is None or any(found.get(key) != value for key, value in self._header.items()):
-            kept = set_aside(self.path)
+        lines = text.removesuffix("\n").split("\n")
+        header = parse_checksummed(lines[0])
+        # The header of a writer may have more fields than the reader knows.
+        if header is None or not self._header.items() <= header.items():
+            bad_path = set_aside(self.path)
             problems.append(
                 f"{self.path} is not the log of {self._header} (first line {lines[0][:120]!r}); set"
-                f" aside as {kept.name}, what it held is computed again"
+                f" aside as {bad_path.name}, what it held is computed again"
             )
             return []
         entries = []
         for number, line in enumerate(lines[1:], start=2):
             entry = parse_checksummed(line)
-            if entry is not None:
-                entries.append(entry)
-            else:
+            if entry is None:
                 problems.append(f"{self.path}, line {number}: damaged; it is computed again")
+            else:
+                entries.append(entry)
         return entries
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        """Give one entry to the system, and sync the log where it is time; raises StorageError if
-        that fails."""
+        """Write one entry, and sync the log when it is due; raises StorageError if that fails."""
         is_new = self._stream is None
         try:
-            if self._stream is None:
-                make_folder(self.path.parent)
-                self._stream = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (stays open; see close)
-                whole = len(self._whole())
-                self._stream.truncate(whole)  # an interrupted last line would spoil the next one
-                if whole == 0:
-                    self._stream.write(checksummed(self._header))
-            self._stream.write(checksummed(entry))
-            self._stream.flush()
+            stream = self._open()
+            stream.write(checksummed(entry))
+            stream.flush()
             if is_new or time.monotonic() - self._synced >= self._seconds:
-                os.fsync(self._stream.fileno())
+                os.fsync(stream.fileno())
                 self._synced = time.monotonic()
             if is_new:
                 sync(self.path.parent)
         except OSError as error:
-            broken, self._stream = self._stream, None
-            with suppress(OSError):  # closing writes the rest of the line again, which fails again
-                if broken is not None:
-                    broken.close()
+            # Closing writes the rest of the line again, which fails again.
+            with suppress(OSError):
+                if self._stream is not None:
+                    self._stream.close()
+            self._stream = None
             raise storage_error(self.path, error) from error
+
+    def _open(self) -> TextIO:
+        """The stream of the file, which stays open until `close`."""
+        if self._stream is None:
+            make_folder(self.path.parent)
+            self._stream = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+            # A last line that a kill interrupted would spoil the next one.
+            size = len(self._whole_lines())
+            self._stream.truncate(size)
+            if size == 0:
+                self._stream.write(checksummed(self._header))
+        return self._stream
 
     def close(self) -> None:
         """Sync what is not yet, and close the file; raises StorageError if that fails."""
-        stream, self._stream = self._stream, None
+        stream = self._stream
+        self._stream = None
         if stream is None:
             return
         with writing(self.path, alone=True), stream:
             if self._seconds:
                 os.fsync(stream.fileno())
 
-    def _whole(self) -> bytes:
+    def _whole_lines(self) -> bytes:
         """The content without an interrupted last line."""
         content = self.path.read_bytes() if self.path.exists() else b""
         return content[: content.rfind(b"\n") + 1]
@@ -112,7 +123,7 @@ def checksummed(value: Mapping[str, Any]) -> str:
 
 
 def parse_checksummed(line: str) -> dict[str, Any] | None:
-    """What `checksummed` wrote, without the end of the line; None if the line is damaged."""
+    """The value of a line that `checksummed` wrote; None if the line is damaged."""
     checksum, _, text = line.partition(" ")
     if checksum != f"{zlib.crc32(text.encode()):08x}":
         return None

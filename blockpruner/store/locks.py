@@ -20,25 +20,27 @@ WORKSPACE = Path(".dvc/tmp/flow.lock")
 
 
 def this_process() -> str:
-    """This process in words; other machines may share a store."""
+    """The name of this process, with the machine: several machines may share a store."""
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 @contextmanager
 def hold(path: Path, holder: str, busy: Callable[[str], object]) -> Iterator[int]:
-    """Hold a lock under a name, which is in the file at `path`; gives its file descriptor, which a
-    child process may hold, too. If the lock is held, `busy` is called with the holder's name; if it
-    returns, this call waits for the lock. Raises StorageError if the file cannot be written or
-    locked."""
-    # a soft lock outlives a kill
+    """Hold a lock, and write its holder's name to the file at `path`; yields the lock's file
+    descriptor, which a child process may hold, too. If another process holds the lock, `busy` is
+    called with its name; if it returns, this call waits for the lock. Raises StorageError if the
+    file cannot be written or locked."""
+    # A soft lock would outlive a kill.
     lock = FileLock(path.with_name(f"{path.name}.held"), fallback_to_soft=False)
     with writing(path, alone=True):
         make_folder(path.parent)
         with suppress(Timeout):
             lock.acquire(blocking=False)
     if not lock.is_locked:
-        # "": its holder is about to write it
-        name = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+        # The holder may be about to write its name.
+        name = ""
+        if path.exists():
+            name = path.read_text(encoding="utf-8").strip()
         busy(name or "another process")
         with writing(path, alone=True):
             lock.acquire()

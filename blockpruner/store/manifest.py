@@ -1,5 +1,5 @@
-"""Which files a checkpoint is: the manifest (name and SHA-256 of every file), and the identity that
-follows from it.
+"""The manifest of a checkpoint (name and SHA-256 of every file), and the identity that follows from
+it.
 
 Decides when two checkpoints are the same, and whether one still is what was written. The manifest
 is recorded when a model is fetched and when an export is verified. Layout and version of
@@ -25,30 +25,37 @@ SOURCE_FILE = "blockpruner_source.json"
 REPORT_FILE = "verification.json"
 CARD_FILE = "README.md"
 BESIDE = (SOURCE_FILE, REPORT_FILE, CARD_FILE)
-"""Files about a checkpoint, which are no part of it. A person may edit the card."""
+"""Files about a checkpoint, which are not in its manifest. A person may edit the card."""
 
 Manifest = Mapping[str, str]
 
 SETTLED = 2.0
 """Seconds after its last change from which on a file has another time if it changes again."""
 
-_KNOWN: dict[str, str] = {}
+_KNOWN: dict[tuple[int, ...], str] = {}
 """SHA-256 of weights by device, inode, size and times: each process reads a shard of gigabytes
 once. It is not kept on disk: `cp -p` into a file gives it its old time of modification, and a disk
 may lose bits without any new time."""
 
 
 def digests(paths: Mapping[str, Path]) -> dict[str, str]:
-    """The `content_sha256` of files by name; a thread reads each of a few at a time."""
+    """The `content_sha256` of files by name; threads read several at a time."""
     with ThreadPoolExecutor() as pool:
-        return dict(zip(paths, pool.map(content_sha256, paths.values()), strict=True))
+        results = pool.map(content_sha256, paths.values())
+        return dict(zip(paths, results, strict=True))
 
 
 def _weights_sha256(path: Path) -> str:
-    found = path.stat()
-    stamp = f"{found.st_dev}-{found.st_ino}-{found.st_size}-{found.st_mtime_ns}-{found.st_ctime_ns}"
+    status = path.stat()
+    stamp = (
+        status.st_dev,
+        status.st_ino,
+        status.st_size,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+    )
     digest = _KNOWN.get(stamp) or file_sha256(path)
-    if time.time() - found.st_ctime > SETTLED:
+    if time.time() - status.st_ctime > SETTLED:
         _KNOWN[stamp] = digest
     return digest
 
@@ -57,9 +64,12 @@ def content_sha256(path: Path) -> str:
     """SHA-256 of a file; of a config: of its fields, whatever their layout, without the version of
     transformers."""
     if path.name.endswith("config.json"):
-        with suppress(ValueError, RecursionError):  # it is no JSON
+        # A file that is no JSON is read as bytes below.
+        with suppress(ValueError, RecursionError):
             return fields_sha256(json.loads(path.read_text(encoding="utf-8")))
-    return _weights_sha256(path) if path.suffix == ".safetensors" else file_sha256(path)
+    if path.suffix == ".safetensors":
+        return _weights_sha256(path)
+    return file_sha256(path)
 
 
 def fields_sha256(config: Any) -> str:
@@ -68,47 +78,50 @@ def fields_sha256(config: Any) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _without_version(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    return {
-        key: _without_version(part) for key, part in value.items() if key != "transformers_version"
-    }
+def _without_version(config: Any) -> Any:
+    if not isinstance(config, dict):
+        return config
+    fields = {key: _without_version(value) for key, value in config.items()}
+    fields.pop("transformers_version", None)
+    return fields
 
 
 def manifest(directory: Path) -> dict[str, str]:
-    """Every file of a checkpoint directory, also in folders, with its digest; hidden files are
-    none."""
-    names = {
-        path.relative_to(directory): path for path in sorted(directory.rglob("*")) if path.is_file()
-    }
-    shown = {
-        name.as_posix(): path
-        for name, path in names.items()
-        if not any(part[0] == "." for part in name.parts)
-    }
-    return digests({name: path for name, path in shown.items() if name not in BESIDE})
+    """The digest of every file of a checkpoint directory, also in folders; hidden files are left
+    out."""
+    paths = {}
+    for path in sorted(directory.rglob("*")):
+        relative = path.relative_to(directory)
+        is_hidden = any(name.startswith(".") for name in relative.parts)
+        if path.is_file() and not is_hidden and str(relative) not in BESIDE:
+            paths[relative.as_posix()] = path
+    return digests(paths)
 
 
 def model_identity(files: Manifest) -> str:
     """SHA-256 over what a forward pass depends on: config, weights and code."""
-    ends = (".safetensors", ".safetensors.index.json", ".py")
-    return _digest(files, [name for name in files if name == "config.json" or name.endswith(ends)])
+    suffixes = (".safetensors", ".safetensors.index.json", ".py")
+    names = [name for name in files if name.endswith(suffixes)]
+    if "config.json" in files:
+        names.append("config.json")
+    return _digest(files, names)
 
 
 def weights_identity(files: Manifest) -> str:
     """SHA-256 over the files of weights alone."""
-    return _digest(files, [name for name in files if name.endswith(".safetensors")])
+    names = [name for name in files if name.endswith(".safetensors")]
+    return _digest(files, names)
 
 
 def _digest(files: Manifest, names: Iterable[str]) -> str:
-    return hashlib.sha256(
-        "".join(f"{name}:{files[name]}\n" for name in sorted(names)).encode()
-    ).hexdigest()
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        digest.update(f"{name}:{files[name]}\n".encode())
+    return digest.hexdigest()
 
 
 class EngineReport(BaseModel):
-    """What readers need of an engine's report."""
+    """The fields of an engine's report that are read later."""
 
     ok: bool | None
     engine: str
@@ -120,10 +133,11 @@ def require_verified(directory: Path) -> dict[str, str]:
     """The manifest of an export; raises InputError unless its files are those that were
     verified."""
     files = manifest(directory)
-    known = read_checked(directory / REPORT_FILE, EngineReport, sealed=True)["manifest"]
-    changed = sorted(
-        name for name in known.keys() | files.keys() if known.get(name) != files.get(name)
-    )
+    report = read_checked(directory / REPORT_FILE, EngineReport, sealed=True)
+    verified = report["manifest"]
+    # Files that changed, came or went.
+    differences = verified.items() ^ files.items()
+    changed = sorted({name for name, _ in differences})
     if changed:
         raise InputError(
             f"{directory} is not what was verified: {', '.join(changed[:5])} changed, or came or"

@@ -1,4 +1,4 @@
-"""Plans on disk: one JSON file each, of a numbered format; what it holds is read strictly.
+"""Plans on disk: one JSON file each, of a numbered format, whose content is read strictly.
 
 A plan may come from a stranger. Whether it fits a model is decided where it is applied.
 """
@@ -20,14 +20,14 @@ PLAN_FILE = "blockpruner_plan.json"
 """The plan in a checkpoint directory."""
 
 FORMAT = 1
-"""The number of the format; a file without one is of the first."""
+"""The number of the format; a file without one is of format 1."""
 
 NUMBERS = {
     "blocks": ("mha", "mlp"),
     "parameters": ("dense", "pruned"),
     "calibration": ("rows", "tokens", "dense_perplexity", "perplexity"),
 }
-"""Keys of a plan's mappings that every plan has: numbers, in the last mapping also null."""
+"""The keys of a plan's mappings, which every plan has: numbers, in the last mapping also null."""
 
 
 def unmeasured(plan: Plan) -> Plan:
@@ -37,9 +37,8 @@ def unmeasured(plan: Plan) -> Plan:
 
 def plan_fields(plan: Plan) -> dict[str, Any]:
     """A plan as JSON."""
-    return {"format": FORMAT} | {
-        name: value for name, value in asdict(plan).items() if value is not None
-    }
+    fields = {name: value for name, value in asdict(plan).items() if value is not None}
+    return {"format": FORMAT, **fields}
 
 
 def save_plan(plan: Plan, path: Path) -> None:
@@ -48,8 +47,9 @@ def save_plan(plan: Plan, path: Path) -> None:
 
 def load_plan(path: Path) -> Plan:
     """Read a plan; raises InputError that names the file."""
-    fields, where = read_json(path, sealed=True), f"{path} is not a plan: "
-    if isinstance(fields, dict) and (number := fields.pop("format", FORMAT)) != FORMAT:
+    fields = read_json(path, sealed=True)
+    number = fields.pop("format", FORMAT)
+    if number != FORMAT:
         raise InputError(
             f"{path} is a plan of format {number!r}, and this version reads {FORMAT}; take the"
             " version of blockpruner that wrote it, or make the plan again",
@@ -57,28 +57,40 @@ def load_plan(path: Path) -> Plan:
             key="format",
             value=number,
         )
+    context = f"{path} is not a plan: "
     try:
         plan = TypeAdapter(Plan).validate_json(json.dumps(fields))
     except ValidationError as error:
-        raise input_error(error, where) from error
+        raise input_error(error, context) from error
+    # The schema does not check the texts of blocks and channels.
     try:
-        _ = plan.cut, plan.details["channels"] if plan.kind == "narrow" else None
+        _ = plan.cut
+        if plan.kind == "narrow":
+            _ = plan.details["channels"]
     except (KeyError, ValueError, AttributeError) as error:
         raise InputError(
-            f"{where}details.channels: {error!r}", rule="settings", key="details"
+            f"{context}details.channels: {error!r}", rule="settings", key="details"
         ) from error
+    # The schema allows any number, and the plan may come from a stranger.
     for name, keys in NUMBERS.items():
         for key in keys:
-            value = getattr(plan, name).get(key, "missing")
-            is_number = isinstance(value, int | float) and (value > 0 or name == "blocks")
-            if not (is_number or (value is None and name == "calibration")):
-                raise InputError(
-                    f"{where}{name}.{key} is {value!r}; valid: above 0", rule="settings", key=name
-                )
-    for kind, own in (plan.kinds or {}).items():
-        if own.keys() != {"dense", "after"} or not all(
-            0 < value < math.inf for value in own.values()
-        ):
-            message = f"{where}kinds.{kind} is {own}; valid: dense and after, above 0"
-            raise InputError(message, rule="settings", key="kinds")
+            _require_number(getattr(plan, name).get(key, "missing"), name, key, context)
+    for kind, perplexity in (plan.kinds or {}).items():
+        is_positive = all(0 < value < math.inf for value in perplexity.values())
+        if perplexity.keys() != {"dense", "after"} or not is_positive:
+            raise InputError(
+                f"{context}kinds.{kind} is {perplexity}; valid: dense and after, above 0",
+                rule="settings",
+                key="kinds",
+            )
     return plan
+
+
+def _require_number(value: object, name: str, key: str, context: str) -> None:
+    """Refuse a value that is not above 0. Counts of blocks may be 0, and perplexities null."""
+    is_number = isinstance(value, int | float) and (value > 0 or name == "blocks")
+    is_unmeasured = value is None and name == "calibration"
+    if not is_number and not is_unmeasured:
+        raise InputError(
+            f"{context}{name}.{key} is {value!r}; valid: above 0", rule="settings", key=name
+        )

@@ -7,6 +7,7 @@ folder of its own (`data/provenance/`), on which no stage depends.
 import hashlib
 import json
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -57,24 +58,25 @@ def file_sha256(path: Path) -> str:
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    result = {"python": platform.python_version()}
     for package in packages:
+        # Extras need not be installed.
         with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+            result[package] = version(package)
+    return result
 
 
 def environment(**facts: str) -> dict[str, str]:
     """Where a number is made: versions of the packages that compute (none is imported for it),
-    processor, and `facts` that only the caller knows, as `models.placement`: the device, its name,
+    processor, and `facts` that only the caller has, as `models.placement`: the device, its name,
     the attention kernel."""
     return versions(COMPUTING) | {"processor": machine()} | facts
 
 
 def made(**facts: str) -> dict[str, str]:
-    """Where and when a result is made: its `environment`, the commit and the time. No key or
-    fingerprint holds it."""
-    return {"when": _now(), "commit": commit() or ""} | environment(**facts)
+    """Where and when a result is made: its `environment`, the commit and the time. It enters no key
+    or fingerprint."""
+    return {"when": _now(), "commit": commit() or "", **environment(**facts)}
 
 
 def commit() -> str | None:
@@ -82,38 +84,47 @@ def commit() -> str | None:
     repository."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        command = ["git", *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        return result.stdout.strip()
 
     try:
         root = git("rev-parse", "--show-toplevel")
-        dirty = git("-C", root, "status", "--porcelain", "--", *CODE_AND_SETTINGS)
-        return git("rev-parse", "HEAD") + ("+" if dirty else "")
+        # Run from the root, since `commit` may be called in any folder of the repository.
+        changes = git("-C", root, "status", "--porcelain", "--", *CODE_AND_SETTINGS)
+        suffix = "+" if changes else ""
+        return git("rev-parse", "HEAD") + suffix
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def computing() -> dict[str, str]:
-    """The versions of the packages that compute a loss, without their last part."""
-    return {name: ".".join(version(name).split(".")[:2]) for name in ("torch", "transformers")}
+    """The major and minor versions of the packages that compute a loss."""
+    result = {}
+    for name in ("torch", "transformers"):
+        major, minor, *_ = version(name).split(".")
+        result[name] = f"{major}.{minor}"
+    return result
 
 
 def machine() -> str:
     """Processor model and number of cores: the label of a measurement."""
-    return f"{len(_processors())} x {processor()}" if _processors() else processor()
+    cores = len(_core_models())
+    return f"{cores} x {processor()}" if cores else processor()
 
 
 def processor() -> str:
-    return next(iter(_processors()), platform.processor() or platform.machine())
+    models = _core_models()
+    return models[0] if models else platform.processor() or platform.machine()
 
 
 @cache
-def _processors() -> tuple[str, ...]:
-    """The model of each core, where the system tells."""
+def _core_models() -> list[str]:
+    """The processor model of each core; empty on a system without /proc."""
+    # `platform.processor` is empty or "x86_64" on Linux.
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return tuple(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    return [name.strip() for name in re.findall(r"^model name.*?:(.*)$", text, re.MULTILINE)]
 
 
 def _now() -> str:
@@ -122,5 +133,13 @@ def _now() -> str:
 
 def record(path: Path, inputs: Mapping[str, Any], at: str | None, seconds: float) -> None:
     """Write the record of one stage's run; `at` is the `commit` when it began."""
-    run = {"finished": _now(), "seconds": round(seconds, 3), "argv": sys.argv, "commit": at}
-    write_json(path, run | {"versions": versions(), "machine": machine(), "inputs": dict(inputs)})
+    fields = {
+        "finished": _now(),
+        "seconds": round(seconds, 3),
+        "argv": sys.argv,
+        "commit": at,
+        "versions": versions(),
+        "machine": machine(),
+        "inputs": dict(inputs),
+    }
+    write_json(path, fields)

@@ -1,11 +1,11 @@
 """The trial store: exact facts (mask, row) -> loss, kept for ever and shared by every run, search
 and calibration set.
 
-Decides when a number may be reused. A store is of one model, dtype and metric and of one
-SCORE_VERSION; a row is known by its content, so a larger calibration set finds what a smaller one
-scored. In 16 bits the place of the computation moves a loss by as much as two candidates differ, so
-there a store is of one `Origin`, too; in 32 and 64 bits never. On disk a store is a folder with one
-log (`store.journal`) for each writing process. The store knows nothing of searches.
+Decides when a number may be reused. A store is of one model, dtype, metric and SCORE_VERSION. A row
+is known by its content, so a larger calibration set finds what a smaller one scored. In bf16 and
+fp16 a store is of one `Origin`, too: there the device moves a loss by as much as two candidates
+differ. On disk a store is a folder with one log (`store.journal`) for each writing process. The
+store knows nothing of searches.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import math
 import os
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,20 +36,27 @@ SYNC_SECONDS = 1.0
 SIXTEEN_BITS = ("bfloat16", "float16")
 
 Origin = Mapping[str, str | int]
-"""Where losses are computed, as far as that moves one in 16 bits: versions, device, attention
+"""Where losses are computed, as far as that moves one in bf16 or fp16: versions, device, attention
 kernel, batch shape."""
 
 
 def store_fields(calibration: str, model: str, dtype: str, metric: str) -> dict[str, Any]:
-    """What the trials of a search depend on, apart from their origin. All but the calibration names
-    their store."""
-    store = {"model": model, "dtype": dtype, "metric": metric, "score_version": SCORE_VERSION}
-    return {"calibration": calibration, **store}
+    """What the trials of a search depend on, without their origin. Each field except the
+    calibration enters the fingerprint of the store."""
+    return {
+        "calibration": calibration,
+        "model": model,
+        "dtype": dtype,
+        "metric": metric,
+        "score_version": SCORE_VERSION,
+    }
 
 
 def trial_key(mask: Mask, base: Mask | None = None) -> str:
-    """What a trial is of: a mask, or a unit within what a base leaves ("mha.3,mlp.1|mha.7")."""
-    return format_mask(mask) if base is None else f"{format_mask(base)}|{format_mask(mask)}"
+    """The name of a trial: a mask, or a unit removed beside a base ("mha.3,mlp.1|mha.7")."""
+    if base is None:
+        return format_mask(mask)
+    return f"{format_mask(base)}|{format_mask(mask)}"
 
 
 def trials_root() -> Path:
@@ -61,30 +69,32 @@ class TrialStore:
     """The loss of every row (float64, of one metric) by `trial_key`."""
 
     fields: Mapping[str, Any]
-    """As from `store_fields`; in 16 bits with the "origin" (`of`)."""
+    """As from `store_fields`; in bf16 and fp16 with the "origin" (`of`)."""
     rows: Sequence[str]
-    """The calibration set's `row_keys`, in order. Facts are asked for and recorded by position in
-    it."""
+    """The calibration set's `row_keys`, in order. Facts are read and recorded by position in it."""
     root: Path | None = None
     """The folder of all stores; None keeps the facts in memory only."""
     problems: list[str] = field(default_factory=list)
-    """One line for each file or line that was found and not trusted."""
+    """One line for each file or line that was read and not trusted."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """How long each trial took, whoever computed it; none for one that an iteration table gave."""
+    """How long each trial took, whoever computed it; none for one from an iteration table."""
     _facts: dict[str, list[float]] = field(default_factory=dict)
-    _of: dict[str, TrialStore] = field(default_factory=dict)
+    _store_by_origin: dict[str, TrialStore] = field(default_factory=dict)
     _log: Journal | None = None
 
     def __post_init__(self) -> None:
-        self._named_by = {
-            name: value for name, value in self.fields.items() if name != "calibration"
-        }
-        self.fingerprint = fingerprint(self._named_by)
-        self._places: dict[str, list[int]] = {}
-        for place, row in enumerate(self.rows):
-            self._places.setdefault(row, []).append(place)
-        for path in () if self.root is None else sorted(self._directory.glob("*.jsonl")):
-            self._read(path)
+        self._identity = dict(self.fields)
+        # All calibration sets share the store: a row is known by its content.
+        self._identity.pop("calibration", None)
+        self.fingerprint = fingerprint(self._identity)
+        # A row may occur twice in a set.
+        self._positions_by_row = defaultdict[str, list[int]](list)
+        for position, row in enumerate(self.rows):
+            self._positions_by_row[row].append(position)
+        if self.root is not None:
+            logs = sorted(self._directory.glob("*.jsonl"))
+            for log in logs:
+                self._read(log)
 
     @property
     def _directory(self) -> Path:
@@ -93,23 +103,25 @@ class TrialStore:
 
     @property
     def origin(self) -> Origin:
-        """Where these losses come from; in 32 and 64 bits it is not known, and does not matter."""
+        """Where these losses come from; empty in fp32 and fp64, where it does not matter."""
         return dict(self.fields.get("origin", {}))
 
     @property
     def is_narrow(self) -> bool:
-        """Whether its losses are computed in 16 bits."""
+        """Whether its losses are computed in bf16 or fp16."""
         return self.fields.get("dtype") in SIXTEEN_BITS
 
     def of(self, origin: Origin) -> TrialStore:
-        """The store of the losses of one origin; in 32 and 64 bits it is this one."""
+        """The store of the losses of one origin; in fp32 and fp64 it is this one."""
         if not self.is_narrow or self.origin == origin:
             return self
-        if (name := fingerprint(origin)) not in self._of:
-            self._of[name] = TrialStore(
-                {**self.fields, "origin": dict(origin)}, self.rows, self.root
-            )
-        return self._of[name]
+        name = fingerprint(origin)
+        if name not in self._store_by_origin:
+            fields = dict(self.fields)
+            fields["origin"] = dict(origin)
+            store = TrialStore(fields, self.rows, self.root)
+            self._store_by_origin[name] = store
+        return self._store_by_origin[name]
 
     def get(self, key: str) -> list[float] | None:
         """Loss of every row, NaN where unknown; None if nothing is known."""
@@ -117,8 +129,12 @@ class TrialStore:
 
     def known(self, key: str, start: int, stop: int) -> bool:
         """Whether all rows of [start, stop) are known."""
-        values = self._facts.get(key, ())
-        return start >= stop or (bool(values) and not any(map(math.isnan, values[start:stop])))
+        if start >= stop:
+            return True
+        if key not in self._facts:
+            return False
+        losses = self._facts[key][start:stop]
+        return not any(map(math.isnan, losses))
 
     @property
     def trials(self) -> int:
@@ -130,62 +146,79 @@ class TrialStore:
     ) -> None:
         """Record some rows of a trial, and what they took; a kill after the return does not lose
         them."""
-        values = [float(v) for v in loss]
-        self._remember(key, [self.rows[row] for row in rows], values, seconds)
+        losses = list(map(float, loss))
+        row_keys = [self.rows[row] for row in rows]
+        self._remember(key, row_keys, losses, seconds)
         if self.root is None:
             return
         if self._log is None:
-            if not (self._directory / "fingerprint.json").exists():
-                write_json(self._directory / "fingerprint.json", self._named_by)
-            header = {"fingerprint": self.fingerprint, "rows": list(self.rows)}
-            name = f"{time.time_ns()}-{secrets.token_hex(4)}.jsonl"
-            self._log = Journal(self._directory / name, header, SYNC_SECONDS)
-        where = (
-            {"start": rows[0]}
-            if list(rows) == list(range(rows[0], rows[0] + len(rows)))
-            else {"rows": list(rows)}
-        )
-        self._log.append({"trial": key, **where, "loss": values, "seconds": seconds})
+            self._log = self._new_log()
+        entry: dict[str, Any] = {"trial": key}
+        start = rows[0]
+        consecutive = range(start, start + len(rows))
+        # Most trials are of consecutive rows: one number names them.
+        if list(rows) == list(consecutive):
+            entry["start"] = start
+        else:
+            entry["rows"] = list(rows)
+        entry["loss"] = losses
+        entry["seconds"] = seconds
+        self._log.append(entry)
+
+    def _new_log(self) -> Journal:
+        description = self._directory / "fingerprint.json"
+        if not description.exists():
+            write_json(description, self._identity)
+        # Names in the order of time, also of processes that begin at once.
+        name = f"{time.time_ns()}-{secrets.token_hex(4)}.jsonl"
+        header = {
+            "fingerprint": self.fingerprint,
+            "rows": list(self.rows),
+        }
+        return Journal(self._directory / name, header, SYNC_SECONDS)
 
     def close(self) -> None:
-        for store in self._of.values():
+        for store in self._store_by_origin.values():
             store.close()
         if self._log is not None:
             self._log.close()
 
     def _read(self, path: Path) -> None:
-        """Take over the facts of a log. Of two facts of the same row the later log's is kept."""
+        """Read the facts of a log. Of two facts of the same row the later log's stays."""
         journal = Journal(path, {"fingerprint": self.fingerprint})
-        header = journal.first() or {}
+        header = journal.read_header() or {}
         rows: Sequence[str] = header.get("rows", ())
-        if header.get("fingerprint") == self.fingerprint and self._places.keys().isdisjoint(rows):
+        # A shared store has logs of many calibration sets: those without a row of this one are not
+        # parsed.
+        is_sound = header.get("fingerprint") == self.fingerprint
+        is_foreign = self._positions_by_row.keys().isdisjoint(rows)
+        if is_sound and is_foreign:
             return
-        for unit in journal.read(self.problems):
-            start = unit.get("start", 0)
-            numbers = unit.get("rows", range(start, start + len(unit["loss"])))
-            self._remember(
-                unit["trial"],
-                [rows[number] for number in numbers],
-                unit["loss"],
-                unit.get("seconds"),
-            )
+        for entry in journal.read(self.problems):
+            losses = entry["loss"]
+            numbers = entry.get("rows")
+            if numbers is None:
+                start = entry["start"]
+                numbers = range(start, start + len(losses))
+            row_keys = [rows[number] for number in numbers]
+            seconds = entry.get("seconds")
+            self._remember(entry["trial"], row_keys, losses, seconds)
 
     def _remember(
-        self, key: str, rows: Sequence[str], values: Sequence[float], seconds: float | None
+        self, key: str, row_keys: list[str], losses: list[float], seconds: float | None
     ) -> None:
-        """Keep the values of rows by their keys; a row that stands twice in the set is known at
-        both places."""
-        known = [
-            (at, value)
-            for row, value in zip(rows, values, strict=True)
-            for at in self._places.get(row, ())
-        ]
-        if known:
-            facts = self._facts.setdefault(key, [math.nan] * len(self.rows))
-            for at, value in known:
-                facts[at] = value
-            if seconds is not None:
-                self.seconds[key] = self.seconds.get(key, 0.0) + seconds
+        """Keep the losses of those rows that are in this set."""
+        if self._positions_by_row.keys().isdisjoint(row_keys):
+            return
+        unknown = [math.nan] * len(self.rows)
+        facts = self._facts.setdefault(key, unknown)
+        for row, loss in zip(row_keys, losses, strict=True):
+            positions = self._positions_by_row.get(row, ())
+            for position in positions:
+                facts[position] = loss
+        if seconds is not None:
+            self.seconds.setdefault(key, 0.0)
+            self.seconds[key] += seconds
 
 
 def require_rows(rows: int) -> None:

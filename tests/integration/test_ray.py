@@ -17,10 +17,12 @@ from blockpruner.core.errors import InputError, NonFiniteLossError
 from blockpruner.core.progress import SilentObserver
 from blockpruner.core.settings import Runtime
 from blockpruner.inputs.calibration import CalibrationSet
+from blockpruner.scoring.large import cluster
 from blockpruner.scoring.large import ray as executors
-from blockpruner.scoring.large.ray import Replica, WorkerLostError
+from blockpruner.scoring.large.ray import Replica, ReplicaModel, WorkerLostError
 from blockpruner.scoring.objectives import Objective, in_one_origin
 from blockpruner.scoring.scorers import LazyScorer, make_scorer
+from blockpruner.scoring.walk import steps_of
 from blockpruner.scoring.work import ScoredRows, Task
 from blockpruner.store.files import read_json
 from blockpruner.store.trials import TrialStore
@@ -57,7 +59,7 @@ def private_ray():
         # a full machine is no reason to lose a worker
         patch.setenv("RAY_memory_monitor_refresh_ms", "0")
         patch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 3}')  # whatever this machine has
-        ray, connected = executors.connect(None)
+        ray, connected = cluster.connect(None)
     assert connected
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the replicas below
     node = ray.nodes()[0]
@@ -77,7 +79,7 @@ def test_a_private_ray_asks_for_a_token_that_is_in_no_file_and_no_command_line(t
     program = """
 import os
 from pathlib import Path
-from blockpruner.scoring.large.ray import connect
+from blockpruner.scoring.large.cluster import connect
 ray, _ = connect(None)
 session, token = ray.nodes()[0]["ObjectStoreSocketName"].split("/")[-3], os.environ["RAY_AUTH_TOKEN"]
 for process in Path("/proc").glob("[0-9]*"):
@@ -106,13 +108,12 @@ class Logged(Replica):
     """Writes down each unit as it is computed, beside the checkpoint; slow enough to be killed in
     between."""
 
-    def run(self, tasks, rows, limit):
+    def run(self, tasks, rows, batch_tokens):
         log = self._checkpoint.parent / "computed"
-        for unit in super().run(tasks, rows, limit):
-            if isinstance(unit, ScoredRows):
-                with open(log, "a") as stream:
-                    stream.write(f"{os.getpid()} {sorted(map(str, unit.mask))} {unit.span[0]}\n")
-            yield unit
+        for unit, tokens in super().run(tasks, rows, batch_tokens):
+            with open(log, "a") as stream:
+                stream.write(f"{os.getpid()} {sorted(map(str, unit.mask))} {unit.span[0]}\n")
+            yield unit, tokens
             time.sleep(0.05)
 
 
@@ -122,17 +123,18 @@ class Fake(Logged):
     seconds = 0.1
 
     def load(self):
-        self._scorer = self
-        return f"process {os.getpid()} on here", {"device": "none", "batch_tokens": 12}, 0.0
+        origin = {"device": "none", "batch_tokens": 12}
+        return ReplicaModel(f"process {os.getpid()} on here", origin, 0.0, steps_of(LAYERS, False))
 
-    def run(self, tasks, rows, limit):
+    def run(self, tasks, rows, batch_tokens):
         log = self._checkpoint.parent / "computed"
         for task in tasks:
             for mask in task.masks:
                 time.sleep(self.seconds)
                 with open(log, "a") as stream:
                     stream.write(f"{sorted(map(str, mask))} {task.span[0]}\n")
-                yield ScoredRows(mask, task.span, tuple(value(mask, row) for row in task.span))
+                losses = tuple(value(mask, row) for row in task.span)
+                yield ScoredRows(mask, task.span, losses), batch_tokens
 
 
 class Slow(Fake):
@@ -140,7 +142,7 @@ class Slow(Fake):
 
 
 class DiesInRun(Fake):
-    def run(self, tasks, rows, limit):
+    def run(self, tasks, rows, batch_tokens):
         os._exit(3)
         yield
 
@@ -160,7 +162,7 @@ def is_first(path):
 
 
 class OtherError(Fake):
-    def run(self, tasks, rows, limit):
+    def run(self, tasks, rows, batch_tokens):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
         yield
 
@@ -170,19 +172,20 @@ class Shrinks(Fake):
     row."""
 
     def load(self):
-        name, origin, growth = super().load()
-        return name, {**origin, "batch_tokens": 36}, growth
+        loaded = super().load()
+        loaded.origin["batch_tokens"] = 36
+        return loaded
 
-    def run(self, tasks, rows, limit):
+    def run(self, tasks, rows, batch_tokens):
         folder = self._checkpoint.parent
         with open(folder / "limits", "a") as log:
-            log.write(f"{limit} {[len(task.span) for task in tasks]}\n")
+            log.write(f"{batch_tokens} {[len(task.span) for task in tasks]}\n")
         if is_first(folder / "shrunk"):
             # until the other worker has its piece
             while len((folder / "limits").read_text().splitlines()) < 2:
                 time.sleep(0.05)
-            yield 12
-        yield from super().run(tasks, rows, limit)
+            batch_tokens = 12
+        yield from super().run(tasks, rows, batch_tokens)
 
 
 class Refuses(Fake):
@@ -192,8 +195,9 @@ class Refuses(Fake):
 
 class OfAnotherCard(Fake):
     def load(self):
-        name, origin, growth = super().load()
-        return name, {**origin, "device": f"card {os.getpid()}"}, growth
+        loaded = super().load()
+        loaded.origin["device"] = f"card {os.getpid()}"
+        return loaded
 
 
 def value(mask, row):
@@ -266,8 +270,8 @@ def test_the_same_bits_locally_and_on_one_or_two_workers_and_after_a_loss(
         """In the second iteration, a worker that has finished a part of its piece and has another
         before it."""
         for worker in scorer._workers:
-            left = sum(len(task.masks) for task in worker.piece) - len(worker.answers)
-            if units > 21 and not killed and worker.answers and left >= 2:
+            left = sum(len(task.masks) for task in worker.tasks) - len(worker.scored)
+            if units > 21 and not killed and worker.scored and left >= 2:
                 killed.append(int(worker.name.split()[1]))
                 os.kill(killed[0], signal.SIGKILL)
 
@@ -409,12 +413,12 @@ def test_more_workers_than_there_is_room_for(checkpoint, private_ray, replica, m
         make_scorer(checkpoint, "float32", Runtime(**RUNTIME, workers=cores + 1))
     replica(Fake)
     first = make_scorer(checkpoint, "float32", Runtime(**RUNTIME, workers=cores))
-    granted = executors.GRANT_SECONDS
-    monkeypatch.setattr(executors, "GRANT_SECONDS", 2)
+    granted = cluster.GRANT_SECONDS
+    monkeypatch.setattr(cluster, "GRANT_SECONDS", 2)
     with pytest.raises(InputError, match="has not granted 1 workers with 1 CPU each within 2 s"):
         make_scorer(checkpoint, "float32", Runtime(**RUNTIME))
     first.close()
-    monkeypatch.setattr(executors, "GRANT_SECONDS", granted)
+    monkeypatch.setattr(cluster, "GRANT_SECONDS", granted)
     make_scorer(
         checkpoint, "float32", Runtime(**RUNTIME)
     ).close()  # what the first had is free again

@@ -41,7 +41,7 @@ def compensate(model, plan, *given):
 
 
 def fit_with(monkeypatch, strength):
-    monkeypatch.setattr(methods, "STRENGTHS", (strength,))
+    monkeypatch.setattr(methods, "RIDGE_PENALTIES", (strength,))
 
 
 def fitted_(streams, mask):
@@ -61,7 +61,7 @@ def stops_of(model, mask):
     """The stops of a mask, with streams that nothing moves on."""
     with torch.no_grad():
         return [
-            branch.stop
+            branch.point
             for branch in Streams(model, ROWS.rows, 30).walk({"": Cut(parse_mask(mask))})
         ]
 
@@ -81,7 +81,7 @@ def test_sums_of_16_bit_features_lead_to_the_weights_of_exact_sums():
         tuple(torch.tensor(part[rows]).float() for part in (x, r))
         for rows in (slice(2000), slice(2000, 3000))
     ]
-    fitted = Moments.zero(700, 5, torch.device("cpu"), torch.float32, rough=True)
+    fitted = Moments.zero(700, 5, torch.device("cpu"), torch.float32, is_fast=True)
     fitted.add(*parts[0])
     symmetric_(fitted.gram)
     np.testing.assert_allclose(fitted.gram, x[:2000].T @ x[:2000], rtol=0.02, atol=0.02 * 2000)
@@ -121,7 +121,7 @@ def test_ridge_is_numpys_least_squares():
         == error(x_t, torch.zeros(50, 3), torch.zeros(6, 3))
     )
     gain = np.array([0.05, 1.0, 5.0])
-    solve = moments.gained(torch.tensor(gain))
+    solve = moments.solver_with_gains(torch.tensor(gain))
     for s in (0.3, 2.0):
         np.testing.assert_allclose(solve(s), ridge(x, r, s, gain), atol=1e-12)
     best, strength, least = best_change(moments, (x_t, r_t), (0.1, 1.0), 1.0, torch.tensor(gain))
@@ -133,8 +133,8 @@ def test_ridge_is_numpys_least_squares():
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 
-@pytest.mark.parametrize("near", STRENGTHS)
-@pytest.mark.parametrize("noise", [0.0, 0.5, 2.0, 8.0, 100.0])
+@pytest.mark.parametrize("near", [0.01, 0.3, 10.0])
+@pytest.mark.parametrize("noise", [0.0, 2.0, 100.0])
 def test_the_strength_is_the_best_of_all_wherever_the_walk_begins(near, noise, monkeypatch):
     rng = np.random.default_rng(3)
     x, way = rng.normal(size=(60, 8)), rng.normal(size=(8, 3))
@@ -162,7 +162,7 @@ def test_the_strength_is_the_best_of_all_wherever_the_walk_begins(near, noise, m
 def test_stops_hold_every_block_once_and_holes_follow_kept_blocks():
     def words(variant):
         stops = stops_of(tiny_model(variant), "mha.0,mlp.1,mha.2,mlp.2,mlp.3")
-        return [("+".join(map(str, stop.kept)), "+".join(stop.missing)) for stop in stops]
+        return [("+".join(map(str, stop.blocks)), "+".join(stop.removed_names)) for stop in stops]
 
     assert words("llama") == [
         ("", "mha.0"),
@@ -267,7 +267,7 @@ NORMED = {
 def test_fits_before_norms_are_least_squares_by_gains_on_plain_forward_passes(monkeypatch):
     """With half of each writer's change, and then the gains that are best for it."""
     fit_with(monkeypatch, 0.3)
-    monkeypatch.setattr(methods, "SHARES", (0.5,))
+    monkeypatch.setattr(methods, "STEP_SIZES", (0.5,))
     model, wanted = (spread_gains_(tiny_model("gemma3_text")) for _ in range(2))
     wanted.load_state_dict(model.state_dict())
     dense = {place: seen_by(model, f"model.{place}", ids()[:30]) for _, place in NORMED.values()}
@@ -300,24 +300,24 @@ class Watched(Streams):
     them."""
 
     def walk(self, cuts):
-        self.errors, self.after, self.now = {}, 0.0, lambda: 0.0
+        self.errors, self.error_after, self.now = {}, 0.0, lambda: 0.0
         for branch in super().walk(cuts):
-            kept, start = branch.stop.kept, branch.states
-            before = self.after = self.error(kept, start)
+            kept, start = branch.point.blocks, branch.states
+            before = self.error_after = self.error(kept, start)
             self.now = lambda kept=kept, start=start: self.error(kept, start)
             yield branch
-            self.errors |= {str(block): (before, self.after) for block in kept}
+            self.errors |= {str(block): (before, self.error_after) for block in kept}
 
-    def put_aside_(self):
-        self.after = self.now()
-        return super().put_aside_()
+    def restore_(self):
+        self.error_after = self.now()
+        return super().restore_()
 
     def error(self, kept, states):
         total = 0.0
-        for n in self.held_out:
-            missing = self.dense[n] - self.behind(kept, states[n], n)
+        for n in self.heldout_batches:
+            missing = self.dense[n] - self.after(kept, states[n], n)
             total += float(
-                (missing.norm(dim=-1) / self.dense[n].norm(dim=-1))[self.real[n]].square().sum()
+                (missing.norm(dim=-1) / self.dense[n].norm(dim=-1))[self.is_real[n]].square().sum()
             )
         return total
 
@@ -340,7 +340,7 @@ def test_a_removed_multiple_of_each_column_is_recovered_by_the_gains(monkeypatch
     """The writer cannot: a norm keeps the size of what it gives. The pruned model has the gains by
     their name."""
     fit_with(monkeypatch, 1e-12)
-    monkeypatch.setattr("blockpruner.healing.compensate.SHARES", (1.0,))
+    monkeypatch.setattr("blockpruner.healing.compensate.SMALLER_STEPS", (1.0,))
     model, given = spread_gains_(tiny_model("gemma3_text")), {}
     layer, factor = (
         decoder_layers(model)[1],
@@ -394,9 +394,12 @@ def test_refit_comes_nearer_to_the_dense_states_in_every_family(variant):
         return float((states - dense).square().mean())
 
     before, streams = distance(), Streams(model, ROWS.rows, 30)
-    behind = dropwhile(lambda stop: not stop.hole, stops_of(model, "mlp.1,mha.2"))
+    behind = dropwhile(lambda stop: not stop.removed_span, stops_of(model, "mlp.1,mha.2"))
     able = [
-        str(block) for stop in behind for block in stop.kept if streams.writer(block) is not None
+        str(block)
+        for stop in behind
+        for block in stop.blocks
+        if streams.output_projection(block) is not None
     ]
     stops = changed(model, "mlp.1,mha.2")
     assert [block for stop in stops for block in stop["writers"]] == able and len(able) >= 2
@@ -509,7 +512,7 @@ def test_a_change_of_one_stop_that_does_harm_there_is_left(variant, error, monke
         return -fitted.solve(0.01), 0.01, error
 
     monkeypatch.setattr(methods, "best_change", harmful)
-    monkeypatch.setattr(methods, "SHARES", (1.0,))
+    monkeypatch.setattr(methods, "STEP_SIZES", (1.0,))
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     first, second, *_ = changed(model, "mlp.1")
     assert (

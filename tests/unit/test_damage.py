@@ -53,7 +53,7 @@ many = settings(
         *settings.default.suppress_health_check,
         HealthCheck.function_scoped_fixture,
     ],
-    max_examples=40,
+    max_examples=25,
 )
 flips = st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 255)), min_size=1, max_size=3)
 shares = st.integers(0, 100)

@@ -443,10 +443,9 @@ def test_peak_memory_is_a_models_own_though_two_share_weights(checkpoints):
         dense = load_model(checkpoints("llama"), "float64")
         models = {"pruned": prune_(shared_copy(dense), MASK), "dense": dense}
         speeds = measure_speed(models, settings)
-    prompt_bytes = 2 * 8 * 8  # of the other model
     for name, speed in speeds.items():
         assert speed.peak_memory == "allocated"
-        assert speed.peak_memory_bytes - live - prompt_bytes == peaks[name]
+        assert speed.peak_memory_bytes - live == peaks[name]
         assert peaks[name] > weights[name] + speed.kv_cache_bytes
 
 

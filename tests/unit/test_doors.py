@@ -15,7 +15,8 @@ import blockpruner
 from blockpruner import api, dag, pipeline
 from blockpruner.cli import main as command
 from blockpruner.cli import pruning, talking
-from blockpruner.cli.pruning import Place
+from blockpruner.cli.pruning import Workspace
+from blockpruner.core.errors import InputError
 from blockpruner.core.progress import SilentObserver
 from blockpruner.evaluation import perplexity
 from blockpruner.healing import rows as healing_rows
@@ -115,9 +116,11 @@ def same_plan(path, run):
 
 @pytest.mark.usefixtures("in_process")
 def test_every_door_makes_the_same_model_of_the_same_words(place, monkeypatch):
-    asked, read = [], Place.read_run
+    asked, read = [], Workspace.read_run
     monkeypatch.setattr(
-        Place, "read_run", lambda *given, **more: asked.append(read(*given, **more)) or asked[-1]
+        Workspace,
+        "read_run",
+        lambda *given, **more: asked.append(read(*given, **more)) or asked[-1],
     )
     with pytest.raises(SystemExit) as end:
         command.main(PRUNE)
@@ -404,3 +407,47 @@ def test_texts_too_few_to_set_some_aside_are_named_and_others_judge(place):
     assert "your texts" not in found.plan.kinds and any(
         "too few texts of your texts" in note for note in notes
     )
+
+
+@pytest.mark.parametrize(
+    ("target", "fit_rows", "refused"),
+    [
+        ({}, "kept", "refit"),
+        ({"compensate": "none"}, "kept", None),
+        ({"compensate": "none", "train": True}, "kept", "training"),
+        ({}, "none", "too-few-rows"),
+        ({"compensate": "none"}, "none", None),
+    ],
+)
+def test_the_stage_score_refuses_what_a_later_stage_cannot_finish(
+    place, monkeypatch, target, fit_rows, refused
+):
+    """The refit of a target, and its training, are checked before hours of search."""
+    run = yaml.safe_load(Path("runs/tiny.yaml").read_text())
+    run["train"] = {"num_samples": 80, "seq_len": 64, "validation": 4}
+    run["train"]["data"] = run["calibration"]["data"]
+    Path("runs/tiny.yaml").write_text(yaml.safe_dump(run))
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["targets"]["pruned"] |= target
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    dag.write()
+    stages(*OF_RUN[:3])
+    if fit_rows == "none":
+        rows = pipeline.Rows.load(Path("data/calibration/tiny"))
+        replace(rows, fit=pipeline.NONE).save(Path("data/calibration/tiny"), "t")
+    checked = []
+
+    def room(config, dtype, runtime, score, compensate, train, budget):
+        checked.append(("refit" if compensate == "refit" else None, train and "training", budget))
+        if compensate == "refit" or train:
+            raise InputError("no room", rule="training" if train else "refit")
+
+    monkeypatch.setattr(pipeline, "require_room", room)
+    monkeypatch.setattr(pipeline, "score", lambda *given: {})
+    if refused is None:
+        stages("score")
+        assert checked == [(None, None, "0.3")]
+    else:
+        with pytest.raises(InputError) as error:
+            stages("score")
+        assert error.value.rule == refused

@@ -16,7 +16,8 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Runtime
 from blockpruner.model.models import masked
 from blockpruner.scoring.engine import Engine
-from blockpruner.scoring.large.ray import Replica, resources
+from blockpruner.scoring.large.cluster import worker_resources
+from blockpruner.scoring.large.ray import Replica
 from blockpruner.scoring.large.sharing import (
     share_out,
     unfinished,
@@ -46,8 +47,8 @@ def tasks_of(seed):
     ]
 
 
-@pytest.mark.parametrize("pieces", [1, 2, 3, 6, 50])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("pieces", [1, 3, 6, 50])
+@pytest.mark.parametrize("seed", range(3))
 def test_every_mask_is_in_one_piece_and_spans_stay_whole(pieces, seed):
     """Whatever the order of the masks."""
     tasks = tasks_of(seed)
@@ -82,7 +83,7 @@ def test_a_walk_runs_each_block_once_for_each_state(parallel, seed):
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 50])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("parallel", [False, True])
 def test_a_wide_walk_ends_in_the_same_states_with_no_more_work(parallel, seed, width):
     """A state is what was kept so far, in the order of a forward pass; blocks of one step read the
@@ -218,15 +219,15 @@ def test_a_share_is_the_largest_of_which_every_worker_finds_one_on_a_node(seed):
         valid = [(c, g) for c in cpus for g in gpus if fits(workers, c, g, nodes)]
         wanted = {"workers": workers, "threads": threads, "device": device}
         if valid:
-            found = resources(ray_runtime(**wanted), ray_nodes(nodes))
+            found = worker_resources(ray_runtime(**wanted), ray_nodes(nodes))
             assert (found["CPU"], found.get("GPU", 0)) == max(valid)
         else:
             with pytest.raises(InputError, match=f"runtime.workers {workers} with "):
-                resources(ray_runtime(**wanted), ray_nodes(nodes))
+                worker_resources(ray_runtime(**wanted), ray_nodes(nodes))
 
 
-def test_a_replica_says_that_its_memory_ran_out_before_it_gives_what_came_after():
-    """And cuts what it is given to the batches that others have come down to."""
+def test_a_replica_reports_smaller_batches_with_the_values_that_came_of_them():
+    """And cuts tasks to the batches that the other workers have come down to."""
 
     class Small(Engine):
         def score(self, task, rows):
@@ -236,7 +237,10 @@ def test_a_replica_says_that_its_memory_ran_out_before_it_gives_what_came_after(
 
     rows, masks = [[1, 2, 3, 4]] * 4, tuple(frozenset({block}) for block in all_blocks(1))
     replica = Replica(Path("model"), "float64", Runtime(), False)
-    replica._scorer = Small(tiny_model(layers=1), 16)
-    told = list(replica.run([Task(range(4), masks)], rows, 16))
-    assert told[0] == 8 and [unit.span for unit in told[1:]] == [range(2)] * 2 + [range(2, 4)] * 2
-    assert [len(unit.span) for unit in replica.run([Task(range(2), masks)], rows, 4)] == [1] * 4
+    replica._engine = Small(tiny_model(layers=1), 16)
+    reported = list(replica.run([Task(range(4), masks)], rows, 16))
+    assert [(unit.span, tokens) for unit, tokens in reported] == [
+        (span, 8) for span in (range(2), range(2), range(2, 4), range(2, 4))
+    ]
+    smaller = replica.run([Task(range(2), masks)], rows, 4)
+    assert [len(unit.span) for unit, _ in smaller] == [1] * 4

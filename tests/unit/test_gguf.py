@@ -52,8 +52,6 @@ def short_references(monkeypatch):
 
 
 MASKS = {
-    "attention only": "mlp.2",
-    "MLP only": "mha.2",
     "first": "mha.0,mlp.0",
     "MLPs before the first attention": "mha.0,mha.1",
     "last": "mha.5,mlp.5",
@@ -69,10 +67,6 @@ MODELS = {
     "llama tied": {"tie_word_embeddings": True},
     "llama rope llama3": {"rope_parameters": {"rope_type": "llama3", **SCALED, **LLAMA3}},
     "llama rope linear": {"rope_parameters": {"rope_type": "linear", **SCALED}},
-    "qwen2 rope linear": {
-        "rope_parameters": {"rope_type": "linear", **SCALED},
-        "use_sliding_window": False,
-    },
     "mistral": {"sliding_window": None},
 }
 

@@ -8,7 +8,7 @@ from benchmarks import gpu
 from blockpruner.store.files import read_json
 
 CPU = torch.device("cpu")
-CHECKS = {"machine": 0, "iteration": 0, "training": 0, "recommended": 1, "generation": 3}
+CHECKS = {"iteration": 0, "refit": 1, "generation": 3}
 """How many checks a part of the rehearsal has."""
 
 

@@ -34,7 +34,7 @@ def test_the_table_holds_all_singles_pairs_and_subsets(tmp_path):
     rows = CalibrationSet(tuple((n + 1, 2 * n, 7, n, 30 - n) for n in range(6)))
     store = TrialStore(store_fields(rows.digest, "tiny", "float32", "perplexity"), rows.row_keys)
     objective = Objective(rows, store, Engine(model))
-    found, sizes = bench.known(
+    found, sizes = bench.row_losses(
         objective, count_parameters(model.config.to_dict()), COUNT, SilentObserver()
     )
     bench.write(tmp_path / "tiny.parquet", found, sizes)

@@ -142,14 +142,14 @@ def test_channels_are_written_as_bits():
 def test_levels_are_those_of_least_squares(part, monkeypatch):
     """Each channel that leaves is the one without which the best writer of all others errs least,
     solved anew; and so are writers and costs where two leave at once."""
-    monkeypatch.setattr(narrowing, "AT_ONCE", part)
+    monkeypatch.setattr(narrowing, "REMOVED_AT_ONCE", part)
     generator = np.random.default_rng(3)
     x, w = (
         generator.normal(size=(50, 9)) @ generator.normal(size=(9, 9)),
         generator.normal(size=(9, 4)),
     )
     gram, gain = x.T @ x / 50, np.array([1.0, 2.0, 0.5, 0.0])
-    shifted = gram + narrowing.STRENGTH * np.trace(gram) / 9 * np.eye(9)
+    shifted = gram + narrowing.RIDGE_PENALTY * np.trace(gram) / 9 * np.eye(9)
 
     def best(kept):
         solved = np.zeros_like(w)
@@ -182,7 +182,7 @@ def test_a_level_costs_what_the_stream_loses_times_the_divergence_for_that(
 ):
     """Rows of two lengths (of one where not each token counts), of which every eighth measures
     divergences. The writer is put into a copy of the model."""
-    monkeypatch.setattr(narrowing, "EVERY", every)
+    monkeypatch.setattr(narrowing, "TOKEN_STRIDE", every)
     model = tiny_model(variant)
     rows = tuple(row[: 24 if n < 16 or every > 1 else 9] for n, row in enumerate(ROWS.rows[:32]))
     summed, judging, family = (
@@ -389,7 +389,7 @@ def test_steps_are_whole_tiles_where_an_mlp_has_them():
 def test_a_refit_of_a_narrow_block_is_least_squares(monkeypatch):
     """What the kept channels of the last MLP write becomes what is nearest to the dense stream,
     relatively."""
-    monkeypatch.setattr("blockpruner.healing.refit.STRENGTHS", (1e-12,))
+    monkeypatch.setattr("blockpruner.healing.refit.RIDGE_PENALTIES", (1e-12,))
     model, kept = tiny_model().requires_grad_(False), tuple(range(0, 48, 2))
     plan = narrow_plan(model.config.to_dict(), {"mlp.3": kept})
     weights, facts = compensate(model, {"": plan}, FIT, TUNING, SilentObserver())[""]

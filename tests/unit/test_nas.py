@@ -88,7 +88,7 @@ def exported(tmp_path_factory):
 def dense_logits(dense, plan):
     """Of the dense model changed for a while, in float64."""
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float64)
-    with KINDS[plan.kind].lend(model, plan), torch.no_grad():
+    with KINDS[plan.kind].temporarily_pruned(model, plan), torch.no_grad():
         return model(IDS, use_cache=False).logits
 
 

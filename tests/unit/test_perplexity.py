@@ -8,8 +8,8 @@ import torch
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.errors import InputError, NonFiniteLossError
 from blockpruner.evaluation.perplexity import SHORT, held_out, measure_perplexity
-from blockpruner.evaluation.settings import Perplexity
-from blockpruner.evaluation.suite import perplexity_of
+from blockpruner.evaluation.settings import Evaluate, Perplexity
+from blockpruner.evaluation.suite import EvaluationPlan
 from blockpruner.inputs.texts import MixedText, TextKind, write_texts
 from blockpruner.model.models import masked, prune_
 from blockpruner.scoring import work
@@ -194,8 +194,9 @@ def test_a_result_is_of_its_shares_and_of_what_was_passed_over(tmp_path):
         texts = [
             MixedText(f"text {n}", TextKind("ab"[n % 2], (share, 1.0)[n % 2])) for n in range(4)
         ]
-        write_texts(tmp_path / "texts.parquet", texts)
-        return perplexity_of(None, tmp_path / "texts.parquet", Perplexity(**settings), {}).key
+        write_texts(tmp_path / "perplexity.parquet", texts)
+        evaluate = Evaluate(perplexity=settings)
+        return EvaluationPlan(None, tmp_path, evaluate, {}).perplexity().key
 
     assert key() == key(skip=0) and "shares" not in key()
     assert key(skip=2) != key() != key(share=3.0)

@@ -15,11 +15,11 @@ from blockpruner.core.errors import InputError
 from blockpruner.core.families import Costs
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import masked
-from blockpruner.scoring.accelerate import Select
 from blockpruner.scoring.objectives import MaskScore
 from blockpruner.search import run
 from blockpruner.search.iteration import stabilities
 from blockpruner.search.problem import Problem
+from blockpruner.search.racing import Select
 from blockpruner.search.registry import SEARCHES
 from blockpruner.search.space import Space, by_prediction, cheapest
 from blockpruner.search.surrogate import fit

@@ -599,7 +599,7 @@ def test_texts_that_cannot_be_used_are_refused_by_file_and_record(monkeypatch):
     packed[len(packed) // 2] ^= 255
     with pytest.raises(InputError, match="x.jsonl.gz is truncated, damaged"):
         parse_texts(bytes(packed), "x.jsonl.gz", "text", str)
-    monkeypatch.setattr("blockpruner.inputs.texts.MOST_UNPACKED", 2**20, raising=False)
+    monkeypatch.setattr("blockpruner.inputs.texts.MAX_UNPACKED", 2**20, raising=False)
     with pytest.raises(
         InputError, match="x.jsonl.gz unpacks to more than 1 MiB; unpack it yourself: gunzip"
     ):

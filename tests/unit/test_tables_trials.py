@@ -177,9 +177,9 @@ def searched_on(card, folder, dtype="bfloat16", name="greedy", notes=None):
 
 
 @pytest.mark.parametrize("name", SEARCHES)
-@pytest.mark.parametrize("killed", [30, 90])
-def test_a_16_bit_search_that_another_card_resumes_begins_again_there(tmp_path, name, killed):
+def test_a_16_bit_search_that_another_card_resumes_begins_again_there(tmp_path, name):
     """Each card goes its own way from the first step to the last, and finds its own facts again."""
+    killed = 60
     with pytest.raises(KeyboardInterrupt):
         searched_on(Card(1, killed=killed), tmp_path, name=name)
     assert set().union(*cards(searched_on(Card(2), tmp_path, name=name))) == {2}
@@ -231,16 +231,20 @@ def test_a_32_bit_store_is_that_of_every_origin(tmp_path, dtype):
     assert (own.of({"device": "card 9"}) is own) is (torch.finfo(getattr(torch, dtype)).bits >= 32)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"torch": "2.10"}, {"device": "card 9"}, {"attention": "eager"}, {"batch_tokens": 16}, {}],
-    ids=str,
-)
-def test_every_fact_of_an_origin_separates_16_bit_stores(tmp_path, change):
-    first, second = Card(1), Card(1, **change)
+def test_every_fact_of_an_origin_separates_16_bit_stores(tmp_path):
+    first, same = Card(1), Card(1)
     searched_on(first, tmp_path)
-    searched_on(second, tmp_path)
-    assert len(second.asked) == (len(first.asked) if change else 0)
+    searched_on(same, tmp_path)
+    assert not same.asked
+    for change in (
+        {"torch": "2.10"},
+        {"device": "card 9"},
+        {"attention": "eager"},
+        {"batch_tokens": 16},
+    ):
+        other = Card(1, **change)
+        searched_on(other, tmp_path)
+        assert len(other.asked) == len(first.asked), change
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -301,7 +305,7 @@ def test_a_damaged_line_is_named_and_not_trusted(log):
     log.write_text(log.read_text().replace('"n":2', '"n":9'))
     found, problems = entries_of(log)
     assert found == [1, 3]
-    assert problems == [f"{log}, line 3: damaged; it is computed again"]
+    assert len(problems) == 1 and f"{log}, line 3" in problems[0]
 
 
 def test_a_foreign_log_is_set_aside(log):
@@ -390,36 +394,27 @@ def names_in(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
-@pytest.mark.parametrize(
-    "words", [None, "(os error 28)", 'IoError(Os { code: 28, kind: StorageFull, message: "..." })']
-)
-def test_a_failed_write_leaves_the_old_file(words, tmp_path):
-    """Each version of safetensors names the cause in other words."""
-    path = tmp_path / "a.txt"
-    write_text(path, "old")
-
-    def full(temporary):
-        temporary.write_text("half")
-        raise SafetensorError(words) if words else OSError(errno.ENOSPC, "No space left on device")
-
-    with pytest.raises(StorageError, match=r"a\.txt: no space left.*kept"):
-        write_atomic(path, full)
-    assert path.read_text() == "old" and names_in(tmp_path) == ["a.txt"]
-
-
-@pytest.mark.parametrize(
-    "words", ["I/O error: {} (os error 28)", 'IoError(Os {{ code: 28, message: "{}" }})']
-)
 @pytest.mark.parametrize("write", [write_atomic, replace_directory])
-def test_a_full_disk_is_named_as_any_safetensors_words_it(tmp_path, write, words):
-    """Of today and of 0.5, the oldest that is allowed."""
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+        SafetensorError('IoError(Os { code: 28, kind: StorageFull, message: "..." })'),
+        RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),
+    ],
+    ids=["system", "safetensors", "safetensors 0.5", "torch"],
+)
+def test_a_full_disk_is_named_and_leaves_the_old_file(tmp_path, write, error):
+    """Each library has its own words for it."""
+    write(tmp_path / "a", lambda path: path.touch() if write is write_atomic else None)
 
     def full(temporary):
-        raise SafetensorError("Error while serializing: " + words.format("No space left on device"))
+        raise error
 
-    with pytest.raises(StorageError, match=r"cannot write .*/a: no space left"):
+    with pytest.raises(StorageError, match=r"cannot write .*/a: no space left.*kept"):
         write(tmp_path / "a", full)
-    assert names_in(tmp_path) == []
+    assert names_in(tmp_path) == ["a"]
 
 
 def test_a_failed_build_leaves_the_old_directory(tmp_path):
@@ -469,7 +464,7 @@ def test_a_log_that_cannot_be_synced_is_named_and_keeps_its_entries(tmp_path, mo
         journal.append({"n": 2}) if moment == "append" else journal.close()
     monkeypatch.undo()
     journal.close()
-    assert journal.first() is not None and journal.read([])[0] == {"n": 1}
+    assert journal.read_header() is not None and journal.read([])[0] == {"n": 1}
 
 
 def broken(descriptor):

@@ -11,6 +11,7 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers import processors
 
 from blockpruner.core.blocks import parse_mask
+from blockpruner.evaluation import zero_shot
 from blockpruner.evaluation.benchmarks import BENCHMARKS
 from blockpruner.evaluation.tasks import write_task
 from blockpruner.evaluation.zero_shot import evaluate
@@ -109,13 +110,11 @@ def test_p_of_a_last_word_is_its_own(scored):
 def test_limit_progress_and_silence(task_dir, scored, capfd):
     level = logging.getLogger("lm_eval").level
     steps = []
-    found = evaluate(
-        pruned_model(), tiny_tokenizer(), "piqa", task_dir, 3, 2, lambda *step: steps.append(step)
+    limited = evaluate(
+        pruned_model(), tiny_tokenizer(), "piqa", task_dir, 3, lambda *step: steps.append(step)
     )
-    whole = scored["piqa"].items.to_pylist()
-    assert [row["prompt_hash"] for row in found.items.to_pylist()] == [
-        row["prompt_hash"] for row in whole[:3]
-    ]
+    prompts = limited.items["prompt_hash"].to_pylist()
+    assert prompts == scored["piqa"].items["prompt_hash"].to_pylist()[:3]
     assert steps[-1] == (6, 6)
     assert capfd.readouterr() == ("", "")
     assert logging.getLogger("lm_eval").level == level
@@ -168,20 +167,18 @@ def test_the_perplexity_of_last_words_is_that_of_plain_forwards(scored):
     assert found.scores["perplexity_stderr"] is None
 
 
-def test_a_sum_is_right_if_the_last_number_said_is(tmp_path):
+def test_a_sum_is_right_if_the_last_number_said_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(zero_shot, "BATCH_SIZE", 2)
     rows = [{"question": "What?", "answer": f"so\n#### {answer}"} for answer in ("42", "43", "4,2")]
     write_task("gsm8k", tmp_path, {"test": pa.Table.from_pylist(rows)}, location=tmp_path)
     steps = []
-    args = (
+    found = evaluate(
         speller(": 42;"),
         tiny_tokenizer(),
         "gsm8k",
         tmp_path,
-        None,
-        2,
-        lambda *step: steps.append(step),
+        advance=lambda *step: steps.append(step),
     )
-    found = evaluate(*args)
     assert found.items.column("response").to_pylist() == [(" 42;:" * 52)[:256]] * 3
     # commas are not looked at
     assert found.items.column("exact_match").to_pylist() == [

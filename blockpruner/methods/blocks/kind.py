@@ -184,7 +184,9 @@ def _apply(model: PreTrainedModel, plan: Plan, rows: Rows) -> PreTrainedModel:
     return prune_(model, plan.mask)
 
 
-def _lend(model: PreTrainedModel, plan: Plan) -> AbstractContextManager[PreTrainedModel]:
+def _temporarily_pruned(
+    model: PreTrainedModel, plan: Plan
+) -> AbstractContextManager[PreTrainedModel]:
     from blockpruner.model.models import masked
 
     return masked(model, plan.mask)
@@ -197,7 +199,7 @@ BLOCKS = Kind(
     commit=commit,
     is_part=True,
     apply_=_apply,
-    lend=_lend,
+    temporarily_pruned=_temporarily_pruned,
     identity=lambda plan, rows: {"removed": list(plan.removed)},
     words=words,
     taken_out=lambda plan: " + ".join(f"{plan.blocks[kind]} {kind.upper()}" for kind in BlockKind),

@@ -23,7 +23,7 @@ from blockpruner.methods.laco.walk import (
     layers_after,
     search_threshold,
 )
-from blockpruner.methods.weights import Details, Left, weights_kind
+from blockpruner.methods.weights import Details, Removed, weights_kind
 from blockpruner.scoring.work import Rows
 from blockpruner.store.journal import Journal
 from blockpruner.store.provenance import fingerprint
@@ -131,11 +131,11 @@ def require_merges(budget: Budget, options: LacoOptions, config: Config) -> None
         raise UnreachableError(f"budget {budget.text!r}: {error}") from None
 
 
-def _left(details: Details, config: Config) -> Left:
+def _removed(details: Details, config: Config) -> Removed:
     depth, merges = int(config["num_hidden_layers"]), _merges(details)
     merged = set(chain.from_iterable(layer[1:] for layer in layers_after(merges, depth)))
     gone = frozenset(block for block in all_blocks(depth) if block.layer in merged)
-    return Left(gone, order=tuple(map(str, merges)))
+    return Removed(gone, order=tuple(map(str, merges)))
 
 
 def _merges(details: Mapping[str, Any]) -> list[Merge]:
@@ -148,7 +148,9 @@ def _apply(model: PreTrainedModel, plan: Plan, rows: Rows) -> PreTrainedModel:
     return merge_(model, _merges(plan.details), plan.details["variant"])
 
 
-def _lend(model: PreTrainedModel, plan: Plan) -> AbstractContextManager[PreTrainedModel]:
+def _temporarily_pruned(
+    model: PreTrainedModel, plan: Plan
+) -> AbstractContextManager[PreTrainedModel]:
     from blockpruner.methods.laco.merging import merged
 
     return merged(model, _merges(plan.details), plan.details["variant"])
@@ -158,9 +160,9 @@ LACO = weights_kind(
     "laco",
     "LaCo",
     plan=lambda options, job: partial(plan_merges, options, job),
-    left=_left,
+    removed=_removed,
     apply_=_apply,
-    lend=_lend,
+    temporarily_pruned=_temporarily_pruned,
     identity=lambda plan, rows: (
         {name: plan.details[name] for name in ("merges", "variant")} | {"weights": WEIGHTS_VERSION}
     ),

@@ -6,6 +6,7 @@ taken next, in any MLP; several of one MLP count as one where that is cheaper.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict
@@ -21,7 +22,7 @@ from blockpruner.core.families import FAMILIES, Config, count_parameters
 from blockpruner.core.options import Options
 from blockpruner.core.plan import Plan
 from blockpruner.methods.kind import Job
-from blockpruner.methods.weights import Details, Left, share_of, weights_kind
+from blockpruner.methods.weights import Details, Removed, share_of, weights_kind
 from blockpruner.scoring.metrics import NLL
 from blockpruner.scoring.work import Rows
 from blockpruner.store.files import read_kept_json, write_sealed_json
@@ -51,10 +52,14 @@ def plan_widths(options: NarrowOptions, job: Job) -> Callable[[Budget], Details]
     The details are `channels`, the kept ones of each narrowed MLP, and `cost`, what the levels cost
     in all."""
     config = job.material.config
-    known = cache(lambda: known_widths(step_of(options, int(config["intermediate_size"])), job))
-    return lambda budget: choose(
-        wanted=require_widths(budget, options, config), known=known(), config=config
-    )
+    step = step_of(options, int(config["intermediate_size"]))
+    measured_widths = cache(lambda: known_widths(step, job))
+
+    def plan(budget: Budget) -> Details:
+        channels = require_widths(budget, options, config)
+        return choose(measured_widths(), config, channels)
+
+    return plan
 
 
 def known_widths(step: int, job: Job) -> dict[str, list[Width]]:
@@ -69,28 +74,28 @@ def known_widths(step: int, job: Job) -> dict[str, list[Width]]:
             " texts"
         )
     facts = {**job.store_fields(NLL.name), "step": step, "version": PLAN_VERSION}
-    name, problems = f"levels-{fingerprint(facts)}", list[str]()
-    log = Journal(material.trials / f"{name}.jsonl", facts) if material.trials else None
+    name = f"levels-{fingerprint(facts)}"
     table = job.folder / f"{name}.json"
-    kept = (read_kept_json(table, observer.note) or {"levels": []})["levels"]
-    units = (*kept, *(log.read(problems) if log else ()))
-    found = {
-        unit["block"]: Levels(
-            unit["block"], [Width(**width) for width in unit["widths"]], unit["rise"]
-        )
-        for unit in units
-    }
+    table_entries = (read_kept_json(table, observer.note) or {"levels": []})["levels"]
+    log = Journal(material.trials / f"{name}.jsonl", facts) if material.trials else None
+    problems = list[str]()
+    log_entries = log.read(problems) if log else ()
+    levels_by_block = dict[str, Levels]()
+    for entry in (*table_entries, *log_entries):
+        widths = [Width(**width) for width in entry["widths"]]
+        levels_by_block[entry["block"]] = Levels(entry["block"], widths, entry["rise"])
     for problem in problems:
         observer.note(problem)
-    if len(found) < int(material.config["num_hidden_layers"]):
-        material.scorer.close()  # it may hold the model, too; it is made anew when it is asked
+    if len(levels_by_block) < int(material.config["num_hidden_layers"]):
+        # The scorer may hold the model, too. It loads the model again when it is used.
+        material.scorer.close()
         with closing(log) if log else nullcontext():
-            for levels in measure_levels(material.dense(), rows, step, found, observer):
-                found[levels.block] = levels
+            for levels in measure_levels(material.dense(), rows, step, levels_by_block, observer):
+                levels_by_block[levels.block] = levels
                 if log is not None:
                     log.append(asdict(levels))
-    ordered = [found[block] for block in sorted(found, key=lambda block: parse_block(block).layer)]
-    if len(kept) < len(found):
+    ordered = sorted(levels_by_block.values(), key=lambda levels: parse_block(levels.block).layer)
+    if len(table_entries) < len(ordered):
         write_sealed_json(table, {"levels": [asdict(levels) for levels in ordered]})
     return by_cost(ordered)
 
@@ -99,18 +104,22 @@ def require_widths(budget: Budget, options: NarrowOptions, config: Config) -> in
     """The number of channels, of all MLPs, whose removal is nearest to a budget; raises
     UnreachableError for one out of reach, or a family whose MLPs are mixtures."""
     share = share_of(budget, "narrow")
-    family, counts = FAMILIES[str(config["model_type"])], count_parameters(config)
+    family = FAMILIES[str(config["model_type"])]
     if not family.has_one_mlp:
         raise UnreachableError(
             f"narrow is for families with one MLP in a layer, not for {family.model_type}"
         )
     width, layers = int(config["intermediate_size"]), int(config["num_hidden_layers"])
-    step, one = step_of(options, width), channel_parameters(config) / counts.total
-    most, wanted = layers * ((width - 1) // step * step), round(share / one)
-    if not step <= 2 * wanted <= 2 * most:
-        reach = f"{step * one:.2%} to {most * one:.1%} of the parameters"
-        raise UnreachableError(f"budget {budget.text!r} is out of reach: narrow removes {reach}")
-    return wanted
+    step = step_of(options, width)
+    channel_share = channel_parameters(config) / count_parameters(config).total
+    most_channels = layers * ((width - 1) // step * step)
+    channels = round(share / channel_share)
+    if not step <= 2 * channels <= 2 * most_channels:
+        raise UnreachableError(
+            f"budget {budget.text!r} is out of reach: narrow removes {step * channel_share:.2%} to"
+            f" {most_channels * channel_share:.1%} of the parameters"
+        )
+    return channels
 
 
 def channel_parameters(config: Config) -> int:
@@ -121,42 +130,44 @@ def channel_parameters(config: Config) -> int:
     )
 
 
-def choose(known: Mapping[str, list[Width]], config: Config, wanted: int) -> Details:
-    """The channels that MLPs keep so that about `wanted` are gone, at the least cost; see
+def choose(widths_by_block: Mapping[str, list[Width]], config: Config, channels: int) -> Details:
+    """The channels that MLPs keep if about `channels` are removed, at the least cost; see
     `plan_widths`."""
-    width = int(config["intermediate_size"])
-    gone, cost = dict.fromkeys(known, 0), dict.fromkeys(known, 0.0)
-    taken = dict[str, "Width"]()
-    while (left := wanted - sum(gone.values())) > 0:
-        steps = (
-            (
-                (level.cost - cost[block]) / (more := width - level.channels - gone[block]),
-                more,
-                block,
-                level,
-            )
-            for block, levels in known.items()
-            for level in levels
-            if 0
-            < width - level.channels - gone[block]
-            <= 2 * left  # no step that goes farther than none
-        )
-        best = min(steps, key=lambda step: step[0], default=None)
-        if best is None:
+    full_width = int(config["intermediate_size"])
+    width_by_block = dict.fromkeys(widths_by_block, full_width)
+    cost_by_block = dict.fromkeys(widths_by_block, 0.0)
+    chosen = dict[str, "Width"]()
+    remaining = channels
+    while remaining > 0:
+        best_step: tuple[str, Width] | None = None
+        least_price = math.inf
+        for block, widths in widths_by_block.items():
+            for width in widths:
+                removed = width_by_block[block] - width.channels
+                # A step that removes more than twice the rest ends farther from it than none.
+                if not 0 < removed <= 2 * remaining:
+                    continue
+                price = (width.cost - cost_by_block[block]) / removed
+                if best_step is None or price < least_price:
+                    best_step, least_price = (block, width), price
+        if best_step is None:
             break
-        _, more, block, level = best
-        gone[block], cost[block], taken[block] = gone[block] + more, level.cost, level
+        block, width = best_step
+        remaining -= width_by_block[block] - width.channels
+        width_by_block[block] = width.channels
+        cost_by_block[block] = width.cost
+        chosen[block] = width
     return {
-        "channels": {block: taken[block].kept for block in known if block in taken},
-        "cost": sum(cost.values()),
+        "channels": {block: chosen[block].kept for block in widths_by_block if block in chosen},
+        "cost": sum(cost_by_block.values()),
     }
 
 
-def _left(details: Details, config: Config) -> Left:
+def _removed(details: Details, config: Config) -> Removed:
     width = int(config["intermediate_size"])
     kept = [int(text, 16).bit_count() for text in details["channels"].values()]
     gone = len(kept) * width - sum(kept)
-    return Left(pruned=count_parameters(config).total - gone * channel_parameters(config))
+    return Removed(pruned=count_parameters(config).total - gone * channel_parameters(config))
 
 
 def _apply(model: PreTrainedModel, plan: Plan, rows: Rows) -> PreTrainedModel:
@@ -165,7 +176,9 @@ def _apply(model: PreTrainedModel, plan: Plan, rows: Rows) -> PreTrainedModel:
     return narrow_(model, plan.cut.channels)
 
 
-def _lend(model: PreTrainedModel, plan: Plan) -> AbstractContextManager[PreTrainedModel]:
+def _temporarily_pruned(
+    model: PreTrainedModel, plan: Plan
+) -> AbstractContextManager[PreTrainedModel]:
     from blockpruner.model.narrow import narrowed
 
     return narrowed(model, plan.cut.channels)
@@ -175,9 +188,9 @@ NARROW = weights_kind(
     "narrow",
     "narrower MLPs",
     plan=plan_widths,
-    left=_left,
+    removed=_removed,
     apply_=_apply,
-    lend=_lend,
+    temporarily_pruned=_temporarily_pruned,
     identity=lambda plan, rows: {"channels": plan.details["channels"]},
     words=lambda plan, unit: "narrower MLPs, by measured cost",
     taken_out=lambda plan: f"channels of {len(plan.gone)} MLPs",

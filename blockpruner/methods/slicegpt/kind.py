@@ -12,7 +12,7 @@ from blockpruner.core.options import Options
 from blockpruner.core.plan import Plan
 from blockpruner.methods.kind import Job
 from blockpruner.methods.slicegpt.widths import sliced_parameters, width_for_ratio
-from blockpruner.methods.weights import Details, Left, share_of, weights_kind
+from blockpruner.methods.weights import Details, Removed, share_of, weights_kind
 from blockpruner.scoring.work import Rows
 from blockpruner.versions import PLAN_VERSION, WEIGHTS_VERSION
 
@@ -46,7 +46,7 @@ SLICEGPT = weights_kind(
     "slicegpt",
     "SliceGPT",
     plan=plan_width,
-    left=lambda details, config: Left(pruned=sliced_parameters(config, details["width"])[1]),
+    removed=lambda details, config: Removed(pruned=sliced_parameters(config, details["width"])[1]),
     apply_=_apply,
     identity=lambda plan, rows: {
         "width": plan.details["width"],

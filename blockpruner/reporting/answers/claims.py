@@ -5,21 +5,24 @@ judged of it. Where there is one draw it is judged on all kinds together, and a 
 `ONE_DRAW` is undecided even where the documents alone are sure: another draw could turn it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
-import pandas as pd
 
-from blockpruner.reporting.answers.curves import SIZES, known
-from blockpruner.reporting.paper.frames import table_of_frame
+from blockpruner.reporting.answers.curves import SIZES, is_measured, own_calibration
+from blockpruner.reporting.paper.frames import table_of_lines
 from blockpruner.reporting.paper.tables import interval
 from blockpruner.reporting.points import Points
 from blockpruner.reporting.statistics import Effect, Floats, holm
 from blockpruner.reporting.table import Table
 
 LEVEL = 0.05
+"""The share of lines with a wrong verdict that is accepted."""
+
+Part = tuple[float, str | None]
+"""A size and a kind of text; None: all kinds together."""
 
 ONE_DRAW = {0.1: 1.2, 0.2: 1.65, 0.3: 1.65}
 """Two draws of one comparison, on all kinds of text together, were up to so far apart at a size
@@ -30,8 +33,9 @@ ONE_DRAW = {0.1: 1.2, 0.2: 1.65, 0.3: 1.65}
 class Claim:
     """That one method loses less than another one."""
 
-    words: str
+    text: str
     better: str
+    """The method that loses less."""
     worse: str
 
 
@@ -75,89 +79,107 @@ CLAIMS = (
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What was found of a claim."""
+class Judgement:
+    """What was measured of a claim."""
 
     effects: Mapping[float, Effect]
     """By size: perplexity of the worse method over that of the better one, every kind of text
     alike."""
     draws: Mapping[float, int]
-    signs: Mapping[tuple[float, str | None], int]
-    """By size and kind of text (None: all together): 1 where the claim holds, -1 where the opposite
-    does, else 0."""
+    """By size."""
+    signs: Mapping[Part, int]
+    """1 where the claim holds, -1 where the opposite does, else 0."""
 
 
-def pair(points: Points, claim: Claim, heal: str, size: float) -> tuple[Floats, Floats]:
+def paired_rises(points: Points, claim: Claim, heal: str, size: float) -> tuple[Floats, Floats]:
     """The rises of the better and of the worse method of a claim, in the draws that both have
     [draws, rows]."""
-    own = points.frame[(points.frame["heal"] == heal) & (points.frame["calibration"] == "")]
-    better, worse = (
-        set(own[own["method"] == method]["seed"]) for method in (claim.better, claim.worse)
-    )
-    shared = replace(points, frame=own[own["seed"].isin(better & worse)])
+    frame = own_calibration(points)
+    frame = frame[frame["heal"] == heal]
+    better_seeds = frame[frame["method"] == claim.better]["seed"]
+    worse_seeds = frame[frame["method"] == claim.worse]["seed"]
+    shared_seeds = set(better_seeds) & set(worse_seeds)
+    shared = replace(points, frame=frame[frame["seed"].isin(shared_seeds)])
     return shared.curve(size, method=claim.better), shared.curve(size, method=claim.worse)
 
 
-def judged(points: Points, claim: Claim, heal: str) -> Judged | None:
+def judge(points: Points, claim: Claim, heal: str) -> Judgement | None:
     """Compare the methods of a claim wherever both were measured; None if that is nowhere."""
-    effects, draws, cells = (
-        dict[float, Effect](),
-        dict[float, int](),
-        dict[tuple[float, str | None], Effect](),
-    )
+    effects: dict[float, Effect] = {}
+    draws: dict[float, int] = {}
+    parts: dict[Part, Effect] = {}
     for size in SIZES:
-        a, b = pair(points, claim, heal, size)
-        if known(b - a):
-            effects[size], draws[size] = (
-                points.against(a, b),
-                int((~np.isnan(b - a).any(axis=1)).sum()),
-            )
-            kinds = points.texts if draws[size] > 1 else [None]
-            cells |= {(size, kind): points.against(a, b, kind) for kind in kinds}
-    corrected = holm([effect.p for effect in cells.values()])
-    signs = {
-        key: _sign(effect, p, draws[key[0]], key[0])
-        for (key, effect), p in zip(cells.items(), corrected, strict=True)
-    }
-    return Judged(effects, draws, signs) if effects else None
+        better, worse = paired_rises(points, claim, heal, size)
+        if not is_measured(worse - better):
+            continue
+        effects[size] = points.against(better, worse)
+        is_complete = ~np.isnan(worse - better).any(axis=1)
+        draws[size] = int(is_complete.sum())
+        # With one draw, the kinds alone would seem surer than they are (docs/results.md).
+        kinds: Sequence[str | None] = points.texts if draws[size] > 1 else [None]
+        for kind in kinds:
+            parts[size, kind] = points.against(better, worse, kind)
+    if not effects:
+        return None
+    # The family is the line of a claim: every size and kind of text.
+    corrected = holm([effect.p for effect in parts.values()])
+    signs = {}
+    for (part, effect), p in zip(parts.items(), corrected, strict=True):
+        signs[part] = _sign(effect, p, draws[part[0]], part[0])
+    return Judgement(effects, draws, signs)
 
 
 def _sign(effect: Effect, p: float, draws: int, size: float) -> int:
-    is_small = draws == 1 and max(effect.value, 1 / effect.value) < ONE_DRAW[size]
-    return 0 if p > LEVEL or is_small else 1 if effect.value > 1 else -1
+    factor = max(effect.value, 1 / effect.value)
+    # Another draw could turn a small difference of a single draw.
+    if p > LEVEL or (draws == 1 and factor < ONE_DRAW[size]):
+        return 0
+    return 1 if effect.value > 1 else -1
 
 
-def verdict(signs: Mapping[tuple[float, str | None], int]) -> str:
-    """Say where a claim holds, and where the opposite does."""
-    if len(found := set(signs.values())) == 1:
-        return {1: "Holds", -1: "The opposite holds", 0: "Undecided"}[found.pop()]
-    words = []
-    for sign, word in ((1, "Holds"), (-1, "The opposite")):
-        where = []
-        for size in dict.fromkeys(size for size, _ in signs):
-            kinds = [kind for other, kind in signs if other == size]
-            own = [kind for kind in kinds if signs[size, kind] == sign]
-            if own:
-                named = "" if len(own) == len(kinds) else f" on {', '.join(map(str, own))}"
-                where.append(f"{size:.0%}{named}")
-        words += [f"{word} at {'; '.join(where)}"] if where else []
-    return ". ".join(words)
+def verdict(signs: Mapping[Part, int]) -> str:
+    """Write where a claim holds, and where the opposite does."""
+    distinct = set(signs.values())
+    if len(distinct) == 1:
+        return {1: "Holds", -1: "The opposite holds", 0: "Undecided"}[distinct.pop()]
+    sentences = []
+    for sign, start in ((1, "Holds"), (-1, "The opposite")):
+        places = _places(signs, sign)
+        if places:
+            sentences.append(f"{start} at {'; '.join(places)}")
+    return ". ".join(sentences)
+
+
+def _places(signs: Mapping[Part, int], sign: int) -> list[str]:
+    """List the sizes at which the sign is this one, with the kinds of text unless it is all."""
+    places = []
+    for size in SIZES:
+        kinds = {kind: value for (other, kind), value in signs.items() if other == size}
+        matching = [str(kind) for kind, value in kinds.items() if value == sign]
+        if not matching:
+            continue
+        names = "" if len(matching) == len(kinds) else f" on {', '.join(matching)}"
+        places.append(f"{size:.0%}{names}")
+    return places
 
 
 def claims(points: Points) -> Table | None:
     """Judge every claim of which something was measured."""
     lines = []
     for claim, heal in product(CLAIMS, points.frame["heal"].unique()):
-        if found := judged(points, claim, heal):
-            line: dict[str, object] = {
-                "claim": claim.words,
-                "healing": heal,
-                "draws": max(found.draws.values()),
-            }
-            for size, effect in found.effects.items():
-                line |= interval(f"at_{100 * size:.0f}", effect)
-            lines.append(line | {"verdict": verdict(found.signs)})
-    return table_of_frame("claims", "Claims", pd.DataFrame(lines), CLAIMS_NOTE) if lines else None
+        judgement = judge(points, claim, heal)
+        if judgement is None:
+            continue
+        line: dict[str, object] = {
+            "claim": claim.text,
+            "healing": heal,
+            "draws": max(judgement.draws.values()),
+        }
+        for size, effect in judgement.effects.items():
+            line |= interval(f"at_{100 * size:.0f}", effect)
+        line["verdict"] = verdict(judgement.signs)
+        lines.append(line)
+    return table_of_lines("claims", "Claims", lines, CLAIMS_NOTE)
 
 
 CLAIMS_NOTE = (

@@ -20,15 +20,16 @@ from blockpruner.reporting.answers.curves import (
 from blockpruner.reporting.answers.masks import critical, healed_masks, masks
 from blockpruner.reporting.answers.searches import searched
 from blockpruner.reporting.answers.tasks import tasks
-from blockpruner.reporting.pages import Page, Section, write_page
+from blockpruner.reporting.pages import Block, Page, Section, write_page
 from blockpruner.reporting.plots import Plot
 from blockpruner.reporting.points import Points
 from blockpruner.reporting.table import Table, to_csv
 
 
-def of_run(points: Points) -> Iterator[Table | Plot]:
+def tables_and_plots(points: Points) -> Iterator[Table | Plot]:
+    """Make everything of which something was measured."""
     yield from sizes(points)
-    for made in (
+    optional: tuple[Table | Plot | None, ...] = (
         healing(points),
         trained(points),
         claims(points),
@@ -45,9 +46,8 @@ def of_run(points: Points) -> Iterator[Table | Plot]:
         quality(points, "kinds", ALONE),
         blocks(points),
         healed_masks(points),
-    ):
-        if made is not None:
-            yield made
+    )
+    yield from filter(None, optional)
 
 
 def write_answers(
@@ -55,26 +55,24 @@ def write_answers(
 ) -> None:
     """Write the tables and figures of a study in the place of `out`, as a whole or not at all.
     `runs` are by name: what a run's model is called, what its results hold for, and its points."""
-    sections = list[Section]()
-    files = {
-        "rows.json": json.dumps(
-            {run: points.digest for run, (_, _, points) in runs.items()}, indent=1
-        )
-    }
+    sections: list[Section] = []
+    digests = {run: points.digest for run, (_, _, points) in runs.items()}
+    files = {"rows.json": json.dumps(digests, indent=1)}
+    # Names carry the run: all studies publish into one folder.
     for run, (model, conditions, points) in runs.items():
-        made = [
-            replace(each, name=f"{run.removesuffix('-seed')}-{each.name}")
-            for each in of_run(points)
-        ]
-        sections.append(Section(model, (*conditions, *made)))
-        files |= {
-            f"tables/{each.name}.csv": to_csv(each.frame.map(_rounded))
-            for each in made
-            if isinstance(each, Table)
-        }
+        parts: list[Block] = [*conditions]
+        for block in tables_and_plots(points):
+            block = replace(block, name=f"{run.removesuffix('-seed')}-{block.name}")
+            parts.append(block)
+            if isinstance(block, Table):
+                files[f"tables/{block.name}.csv"] = to_csv(block.frame.map(_rounded))
+        sections.append(Section(model, tuple(parts)))
     write_page(out, Page(title, "", tuple(sections)), files)
 
 
 def _rounded(value: object) -> object:
     """Six digits of a number, and none behind the ninth place: those differ by processor."""
-    return round(float(f"{value:.6g}"), 9) + 0.0 if isinstance(value, float) else value
+    if not isinstance(value, float):
+        return value
+    # + 0.0 makes -0.0 to 0.0
+    return round(float(f"{value:.6g}"), 9) + 0.0

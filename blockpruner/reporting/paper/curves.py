@@ -12,32 +12,32 @@ from blockpruner.reporting.paper.tables import CURVES, plain_rows
 
 
 def _calibrations(frame: pd.DataFrame) -> pd.DataFrame:
-    """Choose the first run of each calibration set, at the budget that most runs have."""
-    own = frame[(frame["healing"] == "") & (frame["recipe"] != DENSE) & frame["samples"].notna()]
-    runs = (
-        own.groupby(["model", "budget"], sort=False)["run"]
-        .nunique()
-        .sort_values(ascending=False, kind="stable")
-    )
-    most = dict(reversed(runs.index.tolist()))
-    return own[own["budget"] == own["model"].map(most)].drop_duplicates(
-        ["model", "texts", "samples"]
-    )
+    """Choose the first run of each calibration set, at the budget that the largest number of runs
+    has."""
+    is_sampled = frame["samples"].notna() & (frame["recipe"] != DENSE)
+    plain = frame[is_sampled & (frame["healing"] == "")]
+    runs = plain.groupby(["model", "budget"], sort=False)["run"].nunique()
+    # The first of equals comes last, and so is the one that the dictionary keeps.
+    ranked = runs.sort_values(ascending=False, kind="stable").index.tolist()
+    usual_budget = dict(reversed(ranked))
+    rows = plain[plain["budget"] == plain["model"].map(usual_budget)]
+    return rows.drop_duplicates(["model", "texts", "samples"])
 
 
 def _trained(frame: pd.DataFrame) -> pd.DataFrame:
     """Choose models that are trained without compensation, and the same ones before."""
     keys = ["model", "run", "budget"]
+    is_dense = frame["recipe"] == DENSE
     trained = frame[frame["healing"] == "training"][keys].drop_duplicates()
-    before = frame[frame["healing"].isin(("", "training")) & (frame["recipe"] != DENSE)].merge(
-        trained, on=keys
-    )
-    dense = frame[(frame["recipe"] == DENSE) & frame["model"].isin(trained["model"])]
-    return pd.concat([dense.drop_duplicates("model"), before])
+    candidates = frame[frame["healing"].isin(("", "training")) & ~is_dense]
+    dense = frame[is_dense & frame["model"].isin(trained["model"])]
+    return pd.concat([dense.drop_duplicates("model"), candidates.merge(trained, on=keys)])
 
 
 @dataclass(frozen=True)
 class Curve:
+    """A figure of the paper."""
+
     name: str
     title: str
     methods: tuple[str, ...]
@@ -55,10 +55,11 @@ class Curve:
 
     def points(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Choose its rows; none where there is nothing to compare."""
-        found = self.rows(frame[frame["recipe"].isin((DENSE, *self.methods))])
-        return (
-            found.groupby("model", sort=False).filter(self._is_comparison) if len(found) else found
-        )
+        rows = self.rows(frame[frame["recipe"].isin((DENSE, *self.methods))])
+        # pandas refuses to filter an empty frame by a function
+        if rows.empty:
+            return rows
+        return rows.groupby("model", sort=False).filter(self._is_comparison)
 
     def _is_comparison(self, model: pd.DataFrame) -> bool:
         methods = model[model["recipe"] != DENSE]["method"]

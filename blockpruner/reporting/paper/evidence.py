@@ -42,6 +42,8 @@ class Subject:
 
 @dataclass(frozen=True, eq=False)
 class Measured:
+    """What was measured of a model."""
+
     result: Model
     plan: Plan | None
     """None for a dense model."""
@@ -62,40 +64,52 @@ class Row:
     healing: str
     """What was done to the weights that are left; "" for nothing."""
     budget: str
-    found: Measured | None
+    measured: Measured | None
     reason: str = ""
     """Why it was not measured."""
+
+    @property
+    def steps(self) -> list[str]:
+        """What was done to the weights, in order."""
+        return self.healing.split(" + ")
 
     @property
     def title(self) -> str:
         """Its method, and what was done after it."""
         title = DENSE if self.method == DENSE else recipe(self.method).title
-        return " + ".join(filter(None, (title, self.healing)))
+        return f"{title} + {self.healing}" if self.healing else title
 
 
 def read_rows(
-    subjects: Sequence[Subject], asked: Mapping[str, Target], evidence: Path
+    subjects: Sequence[Subject], targets: Mapping[str, Target], evidence: Path
 ) -> list[Row]:
-    """Read the dense model and all targets of each run; `asked` has all filled in that their run
+    """Read the dense model and all targets of each run; `targets` have all filled in that their run
     decides."""
     rows: list[Row] = []
     for subject in subjects:
         name = f"{subject.run}-dense"
-        dense, reason = _measured(evidence / name, None)
-        rows.append(Row(name, subject, DENSE, "", "", dense, reason))
-        for target, one in ((t, a) for t, a in asked.items() if a.run == subject.run):
-            found, why = None, f"its dense model has no results: {reason}"
+        dense, dense_reason = _measured(evidence / name, None)
+        rows.append(Row(name, subject, DENSE, "", "", dense, dense_reason))
+        for target, settings in targets.items():
+            if settings.run != subject.run:
+                continue
+            measured, reason = None, f"its dense model has no results: {dense_reason}"
             if dense is not None:
-                found, why = _measured(evidence / target, evidence / name)
-            assert one.method and one.compensate, target
-            healing = [
-                *(() if one.compensate == "none" else (one.compensate,)),
-                *(("training",) if one.train else ()),
-            ]
-            rows.append(
-                Row(target, subject, one.method, " + ".join(healing), one.budget, found, why)
-            )
+                measured, reason = _measured(evidence / target, evidence / name)
+            assert settings.method, target
+            healing, budget = _healing(settings), settings.budget
+            rows.append(Row(target, subject, settings.method, healing, budget, measured, reason))
     return rows
+
+
+def _healing(target: Target) -> str:
+    assert target.compensate, target
+    steps: list[str] = []
+    if target.compensate != "none":
+        steps.append(target.compensate)
+    if target.train:
+        steps.append("training")
+    return " + ".join(steps)
 
 
 def _measured(folder: Path, dense: Path | None) -> tuple[Measured | None, str]:
@@ -113,10 +127,12 @@ def _read(folder: Path, dense: Path | None) -> Measured:
         raise InputError("not measured yet")
     facts = read_results(folder)
     tasks = facts["tasks"]
-    metrics = {
-        task: tasks[task]["metric"] for task in (FIVE if tasks.keys() >= set(FIVE) else tasks)
-    }
-    items = read_items([folder] if dense is None else [folder, dense], metrics)
+    # The paper's average is of five tasks, also where more were measured.
+    in_average = FIVE if tasks.keys() >= set(FIVE) else tuple(tasks)
+    metrics = {task: tasks[task]["metric"] for task in in_average}
+    # Read together, so that other items than those of the dense model are refused.
+    folders = [folder] if dense is None else [folder, dense]
+    model = Model.of(facts, read_items(folders, metrics)[folder.name])
     plan = None if dense is None else load_plan(folder / "plan.json")
     race = Race.of(facts["speed"]) if facts["speed"] else None
-    return Measured(Model.of(facts, items[folder.name]), plan, race, facts["search"])
+    return Measured(model, plan, race, facts["search"])

@@ -5,19 +5,19 @@ avg_pct, avg_pct_se, ppl_x, ppl_x_low, ppl_x_high.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
-from blockpruner.reporting.table import PARTS, Cell, Column, Number, Table
-
-EXTRAS = tuple(filter(None, PARTS))
+from blockpruner.reporting.table import EXTRAS, Cell, Column, Number, Table
 
 
 @dataclass(frozen=True)
 class Shown:
+    """How a column is shown."""
+
     title: str
     digits: int = 2
     signed: bool = False
@@ -78,32 +78,48 @@ COLUMNS: Mapping[str, Shown] = {
 def table_of_frame(name: str, title: str, frame: pd.DataFrame, note: str = "") -> Table:
     """Make a table for people: a cell has its number, its error and its interval; columns without
     any value go."""
-    keys = [
-        key for key in frame.columns if not key.endswith(EXTRAS) and frame[key].map(_is_known).any()
-    ]
-    words = {key: key.removesuffix("_x").replace("_pct", " %").replace("_", " ") for key in keys}
-    titles = {key: f"{words[key]}, × dense" if key.endswith("_x") else words[key] for key in keys}
-    shown = {key: COLUMNS.get(key, Shown(titles[key])) for key in keys}
-    columns = tuple(Column(key, shown[key].title) for key in keys)
-    rows = tuple(
-        tuple(_cell(row, key, shown[key]) for key in keys) for row in frame.to_dict("records")
-    )
-    return Table(name, title, columns, rows, (note,) if note else ())
+    shown = {}
+    for key in frame.columns:
+        is_extra = key.endswith(tuple(EXTRAS))
+        if not is_extra and frame[key].map(_is_known).any():
+            shown[key] = COLUMNS.get(key, Shown(_title(key)))
+    columns = tuple(Column(key, style.title) for key, style in shown.items())
+    rows = []
+    for record in frame.to_dict("records"):
+        cells = [_cell(record, key, style) for key, style in shown.items()]
+        rows.append(tuple(cells))
+    notes = (note,) if note else ()
+    return Table(name, title, columns, tuple(rows), notes)
+
+
+def _title(key: str) -> str:
+    """The title of a column that is not in COLUMNS."""
+    title = key.removesuffix("_x").replace("_pct", " %").replace("_", " ")
+    return f"{title}, × dense" if key.endswith("_x") else title
+
+
+def table_of_lines(
+    name: str, title: str, lines: Sequence[Mapping[str, Any]], note: str = ""
+) -> Table | None:
+    """Make a table of rows by column; None without a row."""
+    return table_of_frame(name, title, pd.DataFrame(lines), note) if lines else None
 
 
 def _is_known(value: Any) -> bool:
-    return (
-        value is not None and value != "" and not (isinstance(value, float) and math.isnan(value))
-    )
+    if value is None or value == "":
+        return False
+    return not (isinstance(value, float) and math.isnan(value))
 
 
-def _cell(row: Mapping[str, Any], key: str, shown: Shown) -> Cell:
+def _cell(row: Mapping[str, Any], key: str, style: Shown) -> Cell:
     value = row[key]
     if not _is_known(value):
         return None
     if isinstance(value, str):
         return value
-    error, low, high = (
-        float(row[key + end]) if _is_known(row.get(key + end)) else None for end in EXTRAS
-    )
-    return Number(float(value), shown.digits, error, low, high, shown.signed)
+    stderr, low, high = (_optional_number(row.get(key + suffix)) for suffix in EXTRAS)
+    return Number(float(value), style.digits, stderr, low, high, style.signed)
+
+
+def _optional_number(value: Any) -> float | None:
+    return float(value) if _is_known(value) else None

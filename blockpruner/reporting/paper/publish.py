@@ -49,65 +49,83 @@ def publish(study: str, root: Path = Path()) -> None:
         fix = f"`python -m flows.paper --study {study}` makes it"
         raise InputError(f"{source} has no tables; {fix}", rule="no-results", value=study)
     out.mkdir(parents=True, exist_ok=True)
-    if (rows := source / "rows.json").exists():
-        known = read_json(out / PUBLISHED) if (out / PUBLISHED).exists() else {}
-        before = {path.name: path.read_bytes() for path in out.glob("*.csv")}
-        if any(before.get(path.name) != path.read_bytes() for path in source.glob("tables/*.csv")):
-            count = 1 + known.get(study, {}).get("count", 0)
-            write_json(out / PUBLISHED, {**known, study: {"count": count, "rows": read_json(rows)}})
+    if (source / "rows.json").exists() and _has_changed(source / "tables", out):
+        _count(study, source / "rows.json", out / PUBLISHED)
     for path in (*source.glob("tables/*.csv"), *source.glob("plots/*.png")):
         shutil.copy(path, out / path.name)
 
 
+def _has_changed(source: Path, out: Path) -> bool:
+    for path in source.glob("*.csv"):
+        published = out / path.name
+        if not published.exists() or published.read_bytes() != path.read_bytes():
+            return True
+    return False
+
+
+def _count(study: str, rows: Path, path: Path) -> None:
+    publications = read_json(path) if path.exists() else {}
+    count = publications.get(study, {}).get("count", 0)
+    publications[study] = {"count": count + 1, "rows": read_json(rows)}
+    write_json(path, publications)
+
+
 def filled(text: str, folder: Path) -> str:
     """Fill the marked blocks and numbers of a page from the CSV files of `folder`."""
+    text = BLOCK.sub(lambda mark: _table(mark, folder), text)
+    return VALUE.sub(lambda mark: _value(mark, folder), text)
 
-    def read(name: str) -> pd.DataFrame:
-        path = folder / f"{name}.csv"
-        if not path.exists():
-            raise InputError(f"a page has a block of table {name!r}, and {path} does not exist")
-        return pd.read_csv(path, dtype={"budget": str})
 
-    def chosen(found: re.Match[str], parts: Sequence[str]) -> pd.DataFrame:
-        frame = read(found["name"])
-        for key, values in (part.split("=") for part in parts):
-            own = frame[key].astype(str) if key in frame else pd.Series(dtype=str)
-            if missing := [value for value in values.split("|") if not (own == value).any()]:
-                raise InputError(
-                    f"{found['name']}.csv has no row with {key}={missing[0]}", rule="no-rows"
-                )
-            frame = frame[own.isin(values.split("|"))]
-        return frame
+def _read(name: str, folder: Path) -> pd.DataFrame:
+    path = folder / f"{name}.csv"
+    if not path.exists():
+        raise InputError(f"a page has a block of table {name!r}, and {path} does not exist")
+    return pd.read_csv(path, dtype={"budget": str})
 
-    def table(found: re.Match[str]) -> str:
-        parts = found["where"].split("; ")[1:]
-        frame = chosen(found, [part for part in parts if "=" in part]).dropna(axis=1, how="all")
-        for start in (part.removeprefix("-") for part in parts if not re.search("=|: ", part)):
-            left = [name for name in frame if not name.startswith(start)]
-            if len(left) == len(frame.columns):
-                raise InputError(
-                    f"{found['name']}.csv has no column {start!r} to leave out", rule="no-column"
-                )
-            frame = frame[left]
-        frame = frame.replace(dict(part.split(": ") for part in parts if ": " in part))
-        lines = to_markdown(table_of_frame("", "", frame)).splitlines()
-        head, *_, tail = found[0].splitlines()
-        return "\n".join([head, *(found["indent"] + line for line in lines), tail])
 
-    def value(found: re.Match[str]) -> str:
-        *where, column = found["where"].split("; ")
-        frame = chosen(found, where)
-        if len(frame) != 1:
-            raise InputError(
-                f"a page has a number of {len(frame)} rows: {found['where']!r} in"
-                f" {found['name']}.csv; name one row",
-                rule="not-one-row",
-            )
-        shown = [key for key in frame if f"{key}!" == column or key.startswith(column)]
-        cell = table_of_frame("", "", frame[shown]).rows[0][0]
-        return f"<!-- value: {found['name']}; {found['where']} -->{cell}<!-- / -->"
+def _matching_rows(frame: pd.DataFrame, name: str, filters: Sequence[str]) -> pd.DataFrame:
+    """Keep the rows that have one of the values of each filter, such as healing=refit|trained."""
+    for text in filters:
+        key, _, values = text.partition("=")
+        alternatives = values.split("|")
+        column = frame[key].astype(str) if key in frame else pd.Series(dtype=str)
+        missing = [value for value in alternatives if not (column == value).any()]
+        if missing:
+            raise InputError(f"{name}.csv has no row with {key}={missing[0]}", rule="no-rows")
+        frame = frame[column.isin(alternatives)]
+    return frame
 
-    return VALUE.sub(value, BLOCK.sub(table, text))
+
+def _table(mark: re.Match[str], folder: Path) -> str:
+    """A marked block, filled."""
+    name, options = mark["name"], mark["where"].split("; ")[1:]
+    filters = [option for option in options if "=" in option]
+    replacements = dict(option.split(": ") for option in options if ": " in option)
+    frame = _matching_rows(_read(name, folder), name, filters).dropna(axis=1, how="all")
+    removed = [option for option in options if not re.search("=|: ", option)]
+    for start in (option.removeprefix("-") for option in removed):
+        columns = [column for column in frame if not column.startswith(start)]
+        if len(columns) == len(frame.columns):
+            raise InputError(f"{name}.csv has no column {start!r} to leave out", rule="no-column")
+        frame = frame[columns]
+    markdown = to_markdown(table_of_frame("", "", frame.replace(replacements)))
+    lines = [mark["indent"] + line for line in markdown.splitlines()]
+    opening, *_, closing = mark[0].splitlines()
+    return "\n".join([opening, *lines, closing])
+
+
+def _value(mark: re.Match[str], folder: Path) -> str:
+    """A marked number, filled."""
+    name = mark["name"]
+    *filters, column = mark["where"].split("; ")
+    frame = _matching_rows(_read(name, folder), name, filters)
+    if len(frame) != 1:
+        message = f"a page has a number of {len(frame)} rows: {mark['where']!r} in {name}.csv"
+        raise InputError(f"{message}; name one row", rule="not-one-row")
+    # Without the "!", the columns of the interval begin like that of the number.
+    columns = [key for key in frame if f"{key}!" == column or key.startswith(column)]
+    cell = table_of_frame("", "", frame[columns]).rows[0][0]
+    return f"<!-- value: {name}; {mark['where']} -->{cell}<!-- / -->"
 
 
 def pages(root: Path = Path()) -> list[Path]:
@@ -118,10 +136,10 @@ def fill(root: Path = Path()) -> list[Path]:
     """Fill the blocks of all pages; the pages that this changed."""
     changed = []
     for path in pages(root):
-        before = path.read_text(encoding="utf-8")
-        after = filled(before, root / "docs" / "results")
-        if after != before:
-            write_text(path, after)
+        text = path.read_text(encoding="utf-8")
+        filled_text = filled(text, root / "docs" / "results")
+        if filled_text != text:
+            write_text(path, filled_text)
             changed.append(path)
     return changed
 

@@ -30,6 +30,8 @@ MODELS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Published:
+    """A row of a table of the paper."""
+
     model: str
     key: str
     """The method: "dense", or one of a `Recipe.published`."""
@@ -39,20 +41,19 @@ class Published:
     @property
     def title(self) -> str:
         """The method as this project calls it."""
-        return next(
-            (method.title for method in RECIPES.values() if self.key in method.published), self.key
-        )
+        titles = [recipe.title for recipe in RECIPES.values() if self.key in recipe.published]
+        return titles[0] if titles else self.key
 
 
 def read_published(folder: Path, name: str) -> list[Published]:
     """Read the rows of <name>.csv, whose first two columns are the model and the method."""
     path = folder / f"{name}.csv"
     if not path.exists():
-        raise InputError(
-            f"{path} does not exist; it belongs to the repository: `git checkout {path}`"
-        )
-    head, *rows = csv.reader(path.read_text(encoding="utf-8").splitlines())
-    return [
-        Published(row[0], row[1], dict(zip(head[2:], map(float, row[2:]), strict=True)))
-        for row in rows
-    ]
+        fix = f"it belongs to the repository: `git checkout {path}`"
+        raise InputError(f"{path} does not exist; {fix}")
+    header, *rows = csv.reader(path.read_text(encoding="utf-8").splitlines())
+    published = []
+    for model, method, *values in rows:
+        numbers = dict(zip(header[2:], map(float, values), strict=True))
+        published.append(Published(model, method, numbers))
+    return published

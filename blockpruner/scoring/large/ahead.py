@@ -1,7 +1,7 @@
 """What is needed one after another, fetched by a thread while the one before is in use.
 
-Decides in which order a thread, a device and its streams wait for each other. What is fetched, and
-how many buffers there are, is decided by the caller.
+Decides in which order a thread, a device and its streams wait for each other. The caller decides
+what is fetched, and how many buffers there are.
 """
 
 from collections import deque
@@ -15,27 +15,28 @@ from torch import Tensor
 from blockpruner.model import accelerator
 
 Job = TypeVar("Job")
-Found = TypeVar("Found")
+Fetched = TypeVar("Fetched")
 
 
 def in_turn(
     device: torch.device,
     jobs: Sequence[Job],
     buffers: Sequence[Tensor],
-    fetch: Callable[[Job, Tensor], Found],
-) -> Generator[Found]:
-    """Yield what is fetched for each job, in order; it is valid until the next one is asked for.
+    fetch: Callable[[Job, Tensor], Fetched],
+) -> Generator[Fetched]:
+    """Yield what is fetched for each job, in order; it is valid until the next one is requested.
 
-    With one buffer nothing is fetched ahead. What the thread asks of a device comes after what was
-    asked before, as far as it concerns a buffer, and before what is asked later; nobody waits for a
+    With one buffer nothing is fetched ahead. The thread's work on a device is ordered by marks, one
+    for each buffer: it follows the use before and precedes the use after. Nobody waits for a
     device. When the thread's `fetch` returns, it may still be copying to a device; its errors are
     raised here.
     """
-    waiting, fetching = deque(jobs), deque[Future[tuple[Found, Tensor, Any]]]()
+    waiting = deque(jobs)
+    fetching = deque[Future[tuple[Fetched, Tensor, Any]]]()
     free = deque((buffer, accelerator.mark(device)) for buffer in buffers)
 
     @torch.inference_mode()
-    def work(job: Job, buffer: Tensor, is_free: Any) -> tuple[Found, Tensor, Any]:
+    def work(job: Job, buffer: Tensor, is_free: Any) -> tuple[Fetched, Tensor, Any]:
         accelerator.follow(device, is_free)
         return fetch(job, buffer), buffer, accelerator.mark(device)
 
@@ -44,10 +45,10 @@ def in_turn(
         for _ in jobs:
             while free and waiting:
                 fetching.append(pool.submit(work, waiting.popleft(), *free.popleft()))
-            found, buffer, arrived = fetching[0].result()
+            fetched, buffer, arrived = fetching[0].result()
             fetching.popleft()
             accelerator.follow(device, arrived)
-            yield found
+            yield fetched
             free.append((buffer, accelerator.mark(device)))
     finally:
         pool.shutdown(cancel_futures=True)

@@ -1,12 +1,14 @@
 """Scoring a model that is larger than memory: one pass over the weights for all masks, one layer
 held at a time.
 
-Decides what is in memory when. The arithmetic is the engine's own (`engine.py`), so for the same
+Decides what is in memory when. The arithmetic is the engine's (`engine.py`), so for the same
 batches every value is the same to the bit. Only the order differs, breadth first instead of depth
 first:
 
-    embed the rows of every task for each layer: read its weights; advance every distinct state
-    (masks that agree so far share one); drop them for every state: norm, head, loss
+    embed the rows of every task
+    for each layer: read its weights; advance every distinct state (masks that agree so far share
+    one); drop them
+    for every state: norm, head, loss
 
 The next weights and the next state are fetched meanwhile (`ahead`). A state at rest is a tile [B,
 T, H]. Tiles take at most half of the free memory, of the device and then of RAM. Where there are
@@ -70,7 +72,7 @@ class _Work:
     shape: torch.Size
     layer_kwargs: LayerKwargs
     states: list[tuple[Sequence[Mask], int]]
-    """The distinct states, each as the masks that share it and the slot of its tile."""
+    """The distinct states: the masks that share one, and the slot of its tile."""
 
 
 class StreamingEngine(Engine):
@@ -80,9 +82,11 @@ class StreamingEngine(Engine):
     Args:
         dtype, device, attention, trust_remote_code: as in `models.load_model`, on one device.
         batch_tokens: as in `Engine`; a pass reads the weights once for all batches.
-        advance: receives the layers done, their number, and the last one's name.
+        advance: receives the layers done, their number, and the name of the layer.
         memory: bytes of main memory that count as free, at most; None counts all that are.
     """
+
+    _streaming_fix = ""
 
     def __init__(
         self,
@@ -101,38 +105,42 @@ class StreamingEngine(Engine):
                 "runtime.streaming: true needs Linux, where the free memory can be known; set it to"
                 " false"
             )
-        self._memory, self._place = memory, resolve_device(device)
-        model = skeleton(checkpoint, dtype, self._place, attention, trust_remote_code)
+        self._memory, self._target = memory, resolve_device(device)
+        model = skeleton(checkpoint, dtype, self._target, attention, trust_remote_code)
         super().__init__(model, 1)
-        self._weights = weights = Weights(model, checkpoint, self._place)
+        self._weights = Weights(model, checkpoint, self._target)
         self._advance = advance
-        layers, norm, head = (
-            f"{path}." for path in (self._family.layers, self._family.final_norm, self._family.head)
-        )
-        outer = [name for name in weights.names if not name.startswith(layers)]
-        self._after = [
-            name for name in outer if all(use.startswith(head) for use in weights.names[name])
-        ]
-        # kept from the embedding to the end: weights that both it and the head use, and the norm,
-        # which `_prepare` runs
-        rest = [name for name in outer if name not in self._after]
-        self._kept = [
-            name
-            for name in rest
-            if any(use.startswith((norm, head)) for use in weights.names[name])
-        ]
-        self._before = [name for name in rest if name not in self._kept]
-        half = accelerator.total_memory(self._place) // 2 if self._on_gpu else 0  # for states
-        self._set_batch_tokens(batch_tokens, self._held(self._groups(DENSE)) + half)
+        self._sort_outer_weights()
+        # Half of the device's memory is for states.
+        states = accelerator.total_memory(self._target) // 2 if self._on_gpu else 0
+        self._set_batch_tokens(batch_tokens, self._peak_bytes(self._groups(DENSE)) + states)
 
-    _streaming_fix = ""
+    def _sort_outer_weights(self) -> None:
+        """Sort the weights outside of the layers by when they are in memory."""
+        family = self._family
+        layers, norm, head = (
+            f"{path}." for path in (family.layers, family.final_norm, family.head)
+        )
+        self._embedding_weights: list[str] = []
+        self._head_weights: list[str] = []
+        self._resident_weights: list[str] = []
+        for name, uses in self._weights.names.items():
+            if name.startswith(layers):
+                continue
+            if all(use.startswith(head) for use in uses):
+                self._head_weights.append(name)
+            elif any(use.startswith((norm, head)) for use in uses):
+                # The norm, which `_prepare` runs, and weights that embedding and head share.
+                self._resident_weights.append(name)
+            else:
+                self._embedding_weights.append(name)
 
     @property
     def _home(self) -> torch.device:
-        return self._place
+        return self._target
 
     def _device(self, layer: int) -> torch.device:
-        return self._place
+        return self._target
 
     def close(self) -> None:
         self._weights.close()
@@ -141,24 +149,24 @@ class StreamingEngine(Engine):
     def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows]:
         """Yield the values of each task, all at the end of a pass over the weights.
 
-        If a batch does not fit into the device's memory, what is left is done in another pass, in
-        smaller batches. Raises what `Engine.run` raises, and InputError for an influence, which is
-        not streamed.
+        If a batch does not fit into the device's memory, the unfinished tasks are done in another
+        pass, in smaller batches. Raises what `Engine.run` raises, and InputError for an influence,
+        which is not streamed.
         """
-        influence = next((task.metric.name for task in tasks if task.metric.influence), None)
-        if influence is not None:
-            raise InputError(
-                f"score.metric {influence} is taken from the model in memory, it is not streamed;"
-                " set runtime.streaming: false"
-            )
-        known: list[ScoredRows] = []
+        for task in tasks:
+            if task.metric.influence:
+                raise InputError(
+                    f"score.metric {task.metric.name} is taken from the model in memory, it is not"
+                    " streamed; set runtime.streaming: false"
+                )
+        finished: list[ScoredRows] = []
         while tasks:
             reason = ""
             try:
-                for part in self._passes(self.referenced(tasks, rows), rows):
-                    with closing(self._pass(part, rows)) as found:
-                        for scored in found:
-                            known.append(scored)
+                for group in self._passes(self.referenced(tasks, rows), rows):
+                    with closing(self._pass(group, rows)) as values:
+                        for scored in values:
+                            finished.append(scored)
                             yield scored
             except RuntimeError as error:
                 if not accelerator.is_out_of_memory(error):
@@ -166,13 +174,14 @@ class StreamingEngine(Engine):
                 reason = str(error).partition(". ")[0]
             finally:
                 self._weights.drop(self._weights.names)
-            tasks = unfinished(tasks, known) if reason else []
-            if reason:
-                self._halved(max(tasks, key=lambda task: len(task.span)), rows, reason)
-                tasks = [part for task in tasks for part in self._in_batches(task, rows)]
+            if not reason:
+                return
+            tasks = unfinished(tasks, finished)
+            self._halved(max(tasks, key=lambda task: len(task.span)), rows, reason)
+            tasks = self._in_batches(tasks, rows)
 
     def _passes(self, tasks: Sequence[Task], rows: Rows) -> Iterator[list[Task]]:
-        """The tasks in parts whose states fit into memory at once; masks that share prefixes stay
+        """The tasks in groups whose states fit into memory at once; masks that share prefixes stay
         together."""
         plan = self.plan_of(tasks, rows)
         if plan.weights_held > plan.weights_room:
@@ -181,29 +190,29 @@ class StreamingEngine(Engine):
                 f" is {_size(plan.weights_room)}; free some, or choose another runtime.device."
                 " Nothing was read"
             )
-        room = plan.device_room + plan.ram_room
-        if room == 0:
+        capacity = plan.device_room + plan.ram_room
+        if capacity == 0:
             raise DeviceMemoryError(
                 f"a state takes {_size(plan.tile)}, which half of the free memory does not hold;"
                 " free some, or lower runtime.batch_tokens. Nothing was read"
             )
-        part: list[Task] = []
-        left = room
+        group: list[Task] = []
+        free = capacity
         for task in tasks:
-            masks = [mask for group, _ in runs(self.steps, task.masks) for mask in group]
+            masks = [mask for masks, _ in runs(self.steps, task.masks) for mask in masks]
             while masks:
-                part.append(replace(task, masks=tuple(masks[:left])))
-                masks, left = masks[left:], left - len(part[-1].masks)
-                if not left:
-                    yield part
-                    part, left = [], room
-        if part:
-            yield part
+                group.append(replace(task, masks=tuple(masks[:free])))
+                masks, free = masks[free:], free - len(group[-1].masks)
+                if free == 0:
+                    yield group
+                    group, free = [], capacity
+        if group:
+            yield group
 
     def _pass(self, tasks: Sequence[Task], rows: Rows) -> Generator[ScoredRows]:
-        tiles = _Tiles(self.plan_of(tasks, rows), self._head.weight.dtype, self._place)
-        self._weights.load(self._kept)
-        with closing(self._weights.in_turn(self._groups(_removed(tasks)))) as weights:
+        tiles = _Tiles(self.plan_of(tasks, rows), self._head.weight.dtype, self._target)
+        self._weights.load(self._resident_weights)
+        with closing(self._weights.in_turn(self._groups(_removed_by_all(tasks)))) as weights:
             next(weights)
             works = self._embedded(tasks, rows, tiles)
             for layer in range(self.layers):
@@ -213,22 +222,23 @@ class StreamingEngine(Engine):
                 self._advance(layer + 1, self.layers, f"layer {layer}")
             next(weights)
             for work in works:
-                all_masks, slots = zip(*work.states, strict=True)
+                mask_groups, slots = zip(*work.states, strict=True)
                 with closing(tiles.in_turn(slots, work.shape)) as states:
                     launched = (
                         self._launched(masks, state, work.batch, work.task, rows)
-                        for masks, state in zip(all_masks, states, strict=True)
+                        for masks, state in zip(mask_groups, states, strict=True)
                     )
                     yield from self._values(launched, work.task)
 
     def _embedded(self, tasks: Sequence[Task], rows: Rows, tiles: _Tiles) -> list[_Work]:
-        works, distinct = [], partial(_distinct, list[Tensor]())
+        works = []
+        share_equal = partial(_distinct, list[Tensor]())
         for task in tasks:
-            batch = Batch.of([rows[i] for i in task.span], self._home)
+            batch = Batch.of([rows[row] for row in task.span], self._home)
             hidden, layer_kwargs = self._prepare(batch.input_ids)
+            layer_kwargs = tuple(map_tensors(kwargs, share_equal) for kwargs in layer_kwargs)
             slot = tiles.new()
             tiles.put(slot, hidden)
-            layer_kwargs = tuple(map_tensors(kwargs, distinct) for kwargs in layer_kwargs)
             works.append(_Work(task, batch, hidden.shape, layer_kwargs, [(task.masks, slot)]))
         return works
 
@@ -237,118 +247,122 @@ class StreamingEngine(Engine):
     ) -> Iterator[tuple[Sequence[Mask], int]]:
         """The states of a task after a layer. Among those that come from one state, one takes over
         its slot."""
-        steps = [step for step in self.steps if step[0].layer == layer]
-        # of each state the groups of masks that leave it; the first one keeps the fewest blocks,
-        # perhaps none
+        steps = self.steps_of_layer(layer)
+        # The groups of masks that leave each state. Group 0 keeps the fewest blocks, perhaps none.
         branches = [(masks, slot, list(runs(steps, masks))) for masks, slot in work.states]
-        used = [slot for _, slot, ((_, ran), *others) in branches if ran or others]
-        with closing(tiles.in_turn(used, work.shape)) as states:
+        read_slots = []
+        for _, slot, groups in branches:
+            if len(groups) > 1 or groups[0][1]:
+                read_slots.append(slot)
+        with closing(tiles.in_turn(read_slots, work.shape)) as states:
             for masks, slot, groups in branches:
-                fresh = [tiles.new() for _ in groups[1:]]
-                # only the last result goes over the old state, when nothing more is computed from
-                # it
-                slots = [*fresh, slot] if groups[0][1] else [slot, *fresh]
-                if slot in used:
+                new_slots = [tiles.new() for _ in groups[1:]]
+                # Only the last result may overwrite the state, as nothing more is computed from it.
+                # A group without any block leaves it as it is.
+                targets = [*new_slots, slot] if groups[0][1] else [slot, *new_slots]
+                if slot in read_slots:
                     hidden = next(states)
-                    results = walk(
-                        steps,
-                        masks,
-                        hidden,
-                        partial(self._added, work.batch, work.layer_kwargs, 1),
-                        joined,
-                    )
-                    for target, (_, result) in zip(slots, results, strict=True):
+                    run = partial(self._added, work.batch, work.layer_kwargs, 1)
+                    results = walk(steps, masks, hidden, run, joined)
+                    for target, (_, result) in zip(targets, results, strict=True):
                         if result is not hidden:
                             tiles.put(target, result)
-                yield from (
-                    (group, target) for (group, _), target in zip(groups, slots, strict=True)
-                )
+                for target, (group, _) in zip(targets, groups, strict=True):
+                    yield group, target
 
     def _groups(self, removed: Mask) -> list[list[str]]:
         """The names of the weights that are in memory in turn: for the embedding, for each layer
         without those that only blocks of `removed` use, and for the head."""
-        result = [self._before]
+        groups = [self._embedding_weights]
         for layer in range(self.layers):
             prefix = f"{self._family.layers}.{layer}."
-            gone, used = set[str](), set[str]()
+            unread, read = set[str](), set[str]()
             for kind in BlockKind:
                 branch = self._family.branch(kind)
-                modules = (f"{prefix}{name}." for name in (*branch.modules, *branch.norms))
-                (gone if BlockId(kind, layer) in removed else used).update(modules)
-            unread = tuple(gone - used)
-            names = self._weights.names
-            result.append(
-                [name for name in names if name.startswith(prefix) and not name.startswith(unread)]
-            )
-        return [*result, self._after]
+                modules = unread if BlockId(kind, layer) in removed else read
+                modules.update(f"{prefix}{name}." for name in (*branch.modules, *branch.norms))
+            excluded = tuple(unread - read)
+            names = [name for name in self._weights.names if name.startswith(prefix)]
+            groups.append([name for name in names if not name.startswith(excluded)])
+        return [*groups, self._head_weights]
 
-    def _held(self, groups: Sequence[Sequence[str]]) -> int:
-        """Bytes of weights at once."""
-        return self._weights.bytes(self._kept) + SLABS * max(map(self._weights.bytes, groups))
+    def _peak_bytes(self, groups: Sequence[Sequence[str]]) -> int:
+        """The most bytes of weights that are in memory at once."""
+        largest = max(self._weights.bytes(names) for names in groups)
+        return self._weights.bytes(self._resident_weights) + SLABS * largest
 
     def plan_of(self, tasks: Sequence[Task], rows: Rows) -> PassPlan:
-        """Plan a pass over these tasks; nothing is read. States may take half of what is free, of a
-        device's memory and of RAM. The other half is for weights and for what a batch works in."""
-        shapes = [(len(task.span), max(len(rows[i]) for i in task.span)) for task in tasks]
-        hidden, item = self._model.config.hidden_size, self._head.weight.element_size()
-        tile = aligned(max(batch * length for batch, length in shapes) * hidden * item)
-        tiles = sum(len(set(task.masks)) for task in tasks)
-        host = available_memory() if self._memory is None else min(self._memory, available_memory())
-        own = accelerator.free_memory(self._place) if self._on_gpu else 0
-        held, room = self._held(self._groups(_removed(tasks))), (own or host) // 2
+        """Plan a pass over these tasks; nothing is read.
+
+        States may take half of what is free, of a device's memory and of RAM. The other half is for
+        weights and for what a batch works in.
+        """
+        numbers = max(len(task.span) * max(len(rows[row]) for row in task.span) for task in tasks)
+        item = self._head.weight.element_size()
+        tile = aligned(numbers * self._model.config.hidden_size * item)
+        ram = available_memory()
+        if self._memory is not None:
+            ram = min(self._memory, ram)
+        device = accelerator.free_memory(self._target) if self._on_gpu else 0
         return PassPlan(
-            held, room, tile, tiles, device_room=own // 2 // tile, ram_room=host // 2 // tile
+            weights_held=self._peak_bytes(self._groups(_removed_by_all(tasks))),
+            weights_room=(device or ram) // 2,
+            tile=tile,
+            tiles=sum(len(set(task.masks)) for task in tasks),
+            device_room=device // 2 // tile,
+            ram_room=ram // 2 // tile,
         )
 
 
-def _distinct(seen: list[Tensor], tensor: Tensor) -> Tensor:
-    """An equal tensor that was seen, or this one: batches of one shape have the same masks and
+def _distinct(seen_tensors: list[Tensor], tensor: Tensor) -> Tensor:
+    """An equal tensor that came earlier, or this one: batches of one shape have the same masks and
     rotary tables."""
-    for other in seen:
+    for other in seen_tensors:
         if other is tensor or (other.dtype == tensor.dtype and torch.equal(other, tensor)):
             return other
-    seen.append(tensor)
+    seen_tensors.append(tensor)
     return tensor
 
 
 class _Tiles:
-    """States at rest, in slots: the first ones on the device, the others in RAM."""
+    """States at rest, in slots: those of low number on the device, the others in RAM."""
 
     def __init__(self, plan: PassPlan, dtype: torch.dtype, device: torch.device) -> None:
-        self._dtype, self._device, self._used = dtype, device, 0
+        self._dtype, self._device = dtype, device
+        self._used = 0
         on_device = min(plan.tiles, plan.device_room)
-        own = [torch.empty(plan.tile, dtype=torch.uint8, device=device) for _ in range(on_device)]
-        self._held = [*own, *torch.empty(plan.tiles - on_device, plan.tile, dtype=torch.uint8)]
-        self._at_home = on_device if device.type != "cpu" else plan.tiles
-        away = plan.tile if self._at_home < plan.tiles else 0
-        self._arrivals = [torch.empty(away, dtype=torch.uint8, device=device) for _ in range(2)]
+        self._memory = [
+            torch.empty(plan.tile, dtype=torch.uint8, device=device) for _ in range(on_device)
+        ]
+        self._memory += torch.empty(plan.tiles - on_device, plan.tile, dtype=torch.uint8)
+        self._resident = plan.tiles if device.type == "cpu" else on_device
+        """The number of slots that are used from where they are."""
+        arrival = plan.tile if self._resident < plan.tiles else 0
+        self._arrivals = [torch.empty(arrival, dtype=torch.uint8, device=device) for _ in range(2)]
 
     def new(self) -> int:
         self._used += 1
         return self._used - 1
 
     def put(self, slot: int, hidden: Tensor) -> None:
-        self._tensor(self._held[slot], hidden.shape).copy_(hidden, non_blocking=True)
+        self._tensor(self._memory[slot], hidden.shape).copy_(hidden, non_blocking=True)
 
     def in_turn(self, slots: Sequence[int], shape: torch.Size) -> Generator[Tensor]:
         """The states of slots on the device, one after another; the next one is on its way while
-        one is in use. A `put` to its own slot may overwrite a state."""
+        one is in use. A `put` to its slot may overwrite a state."""
         return in_turn(self._device, slots, self._arrivals, partial(self._get, shape))
 
     def _get(self, shape: torch.Size, slot: int, arrival: Tensor) -> Tensor:
-        held = self._tensor(self._held[slot], shape)
-        return (
-            held
-            if slot < self._at_home
-            else self._tensor(arrival, shape).copy_(held, non_blocking=True)
-        )
+        state = self._tensor(self._memory[slot], shape)
+        if slot < self._resident:
+            return state
+        return self._tensor(arrival, shape).copy_(state, non_blocking=True)
 
     def _tensor(self, memory: Tensor, shape: torch.Size) -> Tensor:
         return memory[: shape.numel() * self._dtype.itemsize].view(self._dtype).view(shape)
 
 
-def _removed(tasks: Sequence[Task]) -> Mask:
-    """Blocks that every mask removes."""
+def _removed_by_all(tasks: Sequence[Task]) -> Mask:
     return frozenset.intersection(*(mask for task in tasks for mask in task.masks))
 
 

@@ -1,9 +1,7 @@
-"""A model in the host's memory whose layers are on a device one at a time: for a fit that has no
-room for all of them.
+"""CPU offload with one layer on the device at a time, for a fit that has no room for all of them.
 
-A layer comes when one of its modules is called, and stays until another one comes. Its parameters
-are the same objects all the time, and what was changed on the device is changed in the host's
-memory, too.
+A layer is loaded when one of its modules is called, and stays until another one is. Its parameters
+stay the same objects, and what was changed on the device is written back to the host's memory.
 """
 
 from __future__ import annotations
@@ -22,50 +20,55 @@ from blockpruner.model.models import decoder_layers, load_model, move_buffers_, 
 from blockpruner.scoring.work import fit_bytes
 from blockpruner.store.files import read_json
 
-swap_: Any = torch.utils.swap_tensors
+swap_: Any = torch.utils.swap_tensors  # untyped
 
 
 def load_for_fit(
     directory: Path, dtype: str, device: str, trust_remote_code: bool, attention: str = "auto"
 ) -> PreTrainedModel:
-    """The model whose weights are fitted, on its device; with visiting layers where the device is
-    too small for all."""
-    place, config = resolve_device(device), read_json(directory / "config.json")
-    fits = place.type == "cpu" or fit_bytes(config, dtype) <= accelerator.total_memory(place)
-    if fits or device == "split":
+    """The model whose weights are fitted, on its device; with CPU offload if the device is too
+    small for all layers."""
+    target = resolve_device(device)
+    config = read_json(directory / "config.json")
+    has_room = target.type == "cpu" or fit_bytes(config, dtype) <= accelerator.total_memory(target)
+    if has_room or device == "split":
         return load_model(directory, dtype, device, trust_remote_code, attention)
     model = load_model(directory, dtype, "cpu", trust_remote_code, attention)
-    visit_(model, place)
+    offload_layers_(model, target)
     return model
 
 
 @torch.inference_mode(False)
-def visit_(model: PreTrainedModel, device: torch.device) -> None:
-    """Have the layers of a model in the host's memory visit a device, and all else stay there."""
-    layers, here = decoder_layers(model), list[tuple[Tensor, Tensor, int]]()
-    own = {id(weight) for weight in layers.parameters()}
+def offload_layers_(model: PreTrainedModel, device: torch.device) -> None:
+    """Keep the layers of a model in the host's memory until they run, and all else on a device."""
+    layers = decoder_layers(model)
+    layer_weights = {id(weight) for weight in layers.parameters()}
     for weight in model.parameters():
-        if id(weight) not in own:
-            swap_(weight, _on(weight, device))
+        if id(weight) not in layer_weights:
+            swap_(weight, _copy_on(weight, device))
     move_buffers_(model, device)
+    loaded = list[tuple[Tensor, Tensor, int]]()
     for layer in layers:
         layer.visits = device  # type: ignore[assignment]  # torch types every attribute as a tensor or module
-        visit = _Visit(layer, device, here)
+        load = _LayerLoader(layer, device, loaded)
         for module in layer.children():
-            module.register_forward_pre_hook(visit)
-    _Visit(layers[0], device, here)()
+            module.register_forward_pre_hook(load)
+    _LayerLoader(layers[0], device, loaded)()
 
 
 @dataclass(frozen=True)
-class _Visit:
+class _LayerLoader:
+    """A forward hook that brings a layer to the device, and the layer before it back."""
+
     layer: nn.Module
     device: torch.device
-    here: list[tuple[Tensor, Tensor, int]]
-    """The weights that visit, with their memory on the host and their version when they came."""
+    loaded: list[tuple[Tensor, Tensor, int]]
+    """The weights on the device, with their memory on the host and their version when they were
+    loaded."""
 
-    def __deepcopy__(self, known: dict[int, Any]) -> _Visit:
-        """That of a copied layer. Copies share weights, so they share what is here."""
-        return _Visit(copy.deepcopy(self.layer, known), self.device, self.here)
+    def __deepcopy__(self, memo: dict[int, Any]) -> _LayerLoader:
+        """The loader of a copied layer. Copies of a model share weights, so they share `loaded`."""
+        return _LayerLoader(copy.deepcopy(self.layer, memo), self.device, self.loaded)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -73,16 +76,16 @@ class _Visit:
         weights = list(self.layer.parameters())
         if all(weight.device == self.device for weight in weights):
             return
-        for weight, home, version in self.here:
+        for weight, host_weight, version in self.loaded:
             if weight._version != version:
-                home.copy_(weight)
-            swap_(weight, home)
-        self.here.clear()
+                host_weight.copy_(weight)
+            swap_(weight, host_weight)
+        self.loaded.clear()
         for weight in weights:
-            home = _on(weight, self.device)
-            swap_(weight, home)
-            self.here.append((weight, home, weight._version))
+            host_weight = _copy_on(weight, self.device)
+            swap_(weight, host_weight)
+            self.loaded.append((weight, host_weight, weight._version))
 
 
-def _on(weight: Tensor, device: torch.device) -> Tensor:
+def _copy_on(weight: Tensor, device: torch.device) -> Tensor:
     return nn.Parameter(weight.detach().to(device), requires_grad=weight.requires_grad)

@@ -2,8 +2,8 @@
 and taken out again.
 
 Decides how a tensor gets from disk to where it is used: never mapped, in the dtype and on the
-device of scoring, under the model's own names, and while others are computed with. `streaming`
-decides which weights are in memory at what time.
+device of scoring, under the model's names, and while others are computed with. `streaming` decides
+which weights are in memory at what time.
 """
 
 import json
@@ -31,7 +31,7 @@ ALIGNMENT = 512
 """Bytes; the alignment of CUDA's allocator, and a multiple of torch's on a CPU."""
 
 VECTOR = 64
-"""Bytes; where a weight starts within them decides the order in which some kernels sum."""
+"""Bytes. The start of a weight modulo VECTOR decides the order in which some kernels sum."""
 
 SLABS = 2
 """Groups of weights in memory at once: one is being read while the other is computed with."""
@@ -41,7 +41,7 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 @dataclass(frozen=True)
 class _Stored:
-    """The place of a tensor in a file."""
+    """A tensor in a file."""
 
     file: Path
     offset: int
@@ -75,9 +75,10 @@ class Weights:
 
     def in_turn(self, groups: Sequence[Sequence[str]]) -> Generator[None]:
         """Have one group of weights after another in memory: each from when it is yielded until the
-        next one is asked for. A thread reads the next group meanwhile."""
-        memory = [self._slab(max(map(self.bytes, groups))) for _ in range(SLABS)]
-        with closing(in_turn(self._device, groups, memory, self._read)) as read:
+        next one is requested. A thread reads the next group meanwhile."""
+        largest = max(self.bytes(names) for names in groups)
+        slabs = [self._slab(largest) for _ in range(SLABS)]
+        with closing(in_turn(self._device, groups, slabs, self._read)) as read:
             for names, tensors in zip(groups, read, strict=True):
                 self._use(tensors)
                 yield
@@ -87,41 +88,39 @@ class Weights:
         return torch.empty(size, dtype=torch.uint8, device=self._device)
 
     def _read(self, names: Sequence[str], slab: Tensor) -> dict[str, Tensor]:
-        start, tensors = 0, {}
-        for name in sorted(
-            names, key=lambda name: (self._stored[name][0].file, self._stored[name][0].offset)
-        ):
-            empty, parts = self._empty[name], self._stored[name]
-            # a model in memory uses tensors where safetensors maps them, aligned as in the file; it
-            # uses a copy of a tensor that is put together, or not aligned to its own items
-            is_mapped = (
-                len(parts) == 1
-                and self._is_used_as_stored(name)
-                and parts[0].offset % empty.itemsize == 0
-            )
-            first = start + (parts[0].offset % VECTOR if is_mapped else 0)
-            target = slab[first : first + empty.nbytes].view(empty.dtype)
-            for part, piece in zip(
-                parts, torch.split(target, [part.shape.numel() for part in parts]), strict=True
-            ):
-                self._fill(piece, part, self._is_used_as_stored(name))
+        start = 0
+        tensors = {}
+        for name in sorted(names, key=self._file_order):
+            empty, stored = self._empty[name], self._stored[name]
+            is_direct = self._is_used_as_stored(name)
+            # A model in memory uses tensors where safetensors maps them, aligned as in the file. It
+            # copies a tensor that is made of several, or that is not aligned to its items.
+            is_mapped = is_direct and len(stored) == 1 and stored[0].offset % empty.itemsize == 0
+            begin = start + (stored[0].offset % VECTOR if is_mapped else 0)
+            target = slab[begin : begin + empty.nbytes].view(empty.dtype)
+            sizes = [tensor.shape.numel() for tensor in stored]
+            for piece, tensor in zip(torch.split(target, sizes), stored, strict=True):
+                self._fill(piece, tensor, is_direct)
             tensors[name] = target.view(empty.shape)
             start += aligned(empty.nbytes + VECTOR)
         return tensors
 
-    def _is_used_as_stored(self, name: str) -> bool:
-        return self._device.type == "cpu" and all(
-            p.dtype == self._empty[name].dtype for p in self._stored[name]
-        )
+    def _file_order(self, name: str) -> tuple[Path, int]:
+        tensor = self._stored[name][0]
+        return tensor.file, tensor.offset
 
-    def _fill(self, target: Tensor, stored: _Stored, direct: bool) -> None:
+    def _is_used_as_stored(self, name: str) -> bool:
+        dtypes = {tensor.dtype for tensor in self._stored[name]}
+        return self._device.type == "cpu" and dtypes == {self._empty[name].dtype}
+
+    def _fill(self, target: Tensor, stored: _Stored, is_direct: bool) -> None:
         if stored.file not in self._files:
             self._files[stored.file] = os.open(stored.file, os.O_RDONLY)
-        found = target if direct else torch.empty(len(target), dtype=stored.dtype)
-        read_into(self._files[stored.file], found, stored.offset, str(stored.file))
-        self.bytes_read += found.nbytes
-        if not direct:
-            target.copy_(found)
+        buffer = target if is_direct else torch.empty(len(target), dtype=stored.dtype)
+        read_into(self._files[stored.file], buffer, stored.offset, str(stored.file))
+        self.bytes_read += buffer.nbytes
+        if not is_direct:
+            target.copy_(buffer)
 
     def _use(self, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -150,8 +149,8 @@ def skeleton(
     on `device`."""
     config = read_config(checkpoint, trust_remote_code)
     options = kernel_options(attention, dtype, device)
-    # parameters lose their memory, which is still untouched, when a module registers them; torch
-    # types the hook as one that returns nothing, and takes what it returns
+    # Parameters lose their memory, which is still untouched, when a module registers them. Torch
+    # types the hook as one that returns nothing, and takes what it returns.
     with usable(attention), register_module_parameter_registration_hook(_on_meta):  # type: ignore[arg-type]
         model = AutoModelForCausalLM.from_config(
             config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, **options
@@ -162,9 +161,9 @@ def skeleton(
 
 
 def _on_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
-    return (
-        parameter if parameter.is_meta else nn.Parameter(parameter.to("meta"), requires_grad=False)
-    )
+    if parameter.is_meta:
+        return parameter
+    return nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
 def _matched(
@@ -172,91 +171,96 @@ def _matched(
 ) -> tuple[dict[str, list[_Stored]], dict[str, tuple[str, ...]]]:
     """The checkpoint's tensors by the model's names, and the parameters that use each; checked as
     `load_model` does."""
-    changes = get_model_conversion_mapping(model)
-    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
-    merges = [change for change in changes if isinstance(change, WeightConverter)]
-    patterns = [pattern for merge in merges for pattern in merge.source_patterns]
-    parts: dict[str, list[tuple[list[int], _Stored]]] = {}
-    for key, entry in _read_headers(checkpoint).items():
-        name, pattern = rename_source_key(key, renamings, merges, model.base_model_prefix, expected)
-        # in a mixture: expert by expert, and the matrices of an expert in the order of the patterns
-        place = (
-            []
-            if pattern is None
-            else [*map(int, re.findall(r"experts\.(\d+)\.", key)), patterns.index(pattern)]
-        )
-        parts.setdefault(name, []).append((place, entry))
-    stored = {
-        name: [entry for _, entry in sorted(found, key=lambda pair: pair[0])]
-        for name, found in parts.items()
-    }
+    stored = _renamed(model, _read_headers(checkpoint), expected)
     uses: dict[str, tuple[str, ...]] = {name: (name,) for name in expected}
-    for one, other in model.all_tied_weights_keys.items():
-        # where both are stored they may differ, so each is read
-        if one not in stored or other not in stored:
-            absent, present = (one, other) if other in stored or one not in stored else (other, one)
-            uses[present] += uses.pop(absent)
+    for tied, source in model.all_tied_weights_keys.items():
+        # Where both are stored they may differ, so each is read.
+        if tied in stored and source in stored:
+            continue
+        absent, present = (source, tied) if tied in stored else (tied, source)
+        uses[present] += uses.pop(absent)
     ignored = re.compile(
         "|".join([*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"])
     )
-    shared = stored.keys() & uses.keys()
+    mismatched, unreadable = set(), set()
+    for key in stored.keys() & uses.keys():
+        if not _make_up(expected[key].shape, [tensor.shape for tensor in stored[key]]):
+            mismatched.add(key)
+        if any(tensor.dtype is None for tensor in stored[key]):
+            unreadable.add(key)
     problems = {
         "missing keys": uses.keys() - stored.keys(),
         "unexpected keys": {key for key in stored.keys() - uses.keys() if not ignored.search(key)},
-        "mismatched keys": {
-            key
-            for key in shared
-            if not _make_up(expected[key].shape, [p.shape for p in stored[key]])
-        },
-        f"not of a dtype that is streamed ({', '.join(FLOATS)})": {
-            key for key in shared if any(part.dtype is None for part in stored[key])
-        },
+        "mismatched keys": mismatched,
+        f"not of a dtype that is streamed ({', '.join(FLOATS)})": unreadable,
     }
-    found = [f"{what}: {', '.join(sorted(keys)[:5])}" for what, keys in problems.items() if keys]
-    if found:
+    messages = [
+        f"{problem}: {', '.join(sorted(keys)[:5])}" for problem, keys in problems.items() if keys
+    ]
+    if messages:
         raise InputError(
-            f"the weights in {checkpoint} do not match its config.json ({'; '.join(found)}); "
+            f"the weights in {checkpoint} do not match its config.json ({'; '.join(messages)}); "
             "fetch the checkpoint again, or repair its config"
         )
     return stored, uses
 
 
-def _make_up(whole: torch.Size, parts: Sequence[torch.Size]) -> bool:
+def _renamed(
+    model: PreTrainedModel, headers: dict[str, _Stored], expected: dict[str, nn.Parameter]
+) -> dict[str, list[_Stored]]:
+    """The tensors by the model's names. Those of a mixture are expert by expert, and the matrices
+    of an expert in the order of the converter's patterns."""
+    changes = get_model_conversion_mapping(model)
+    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+    merges = [change for change in changes if isinstance(change, WeightConverter)]
+    patterns = [pattern for merge in merges for pattern in merge.source_patterns]
+    parts: dict[str, list[tuple[list[int], _Stored]]] = {}
+    for key, tensor in headers.items():
+        name, pattern = rename_source_key(key, renamings, merges, model.base_model_prefix, expected)
+        position = []
+        if pattern is not None:
+            position = [int(number) for number in re.findall(r"experts\.(\d+)\.", key)]
+            position.append(patterns.index(pattern))
+        parts.setdefault(name, []).append((position, tensor))
+    stored = {}
+    for name, positioned in parts.items():
+        positioned.sort(key=lambda part: part[0])
+        stored[name] = [tensor for _, tensor in positioned]
+    return stored
+
+
+def _make_up(weight: torch.Size, parts: Sequence[torch.Size]) -> bool:
     """Whether the parts, one after another, are the weight: itself, or matrices [*, H] of a weight
     [E, I, H]."""
     if len(parts) == 1:
-        return parts[0] == whole
-    return sum(part.numel() for part in parts) == whole.numel() and all(
-        part[1:] == whole[2:] for part in parts
-    )
+        return parts[0] == weight
+    has_all = sum(part.numel() for part in parts) == weight.numel()
+    return has_all and all(part[1:] == weight[2:] for part in parts)
 
 
 def _read_headers(checkpoint: Path) -> dict[str, _Stored]:
     """Every tensor of a checkpoint directory, by the name in its file."""
     single, index = checkpoint / "model.safetensors", checkpoint / "model.safetensors.index.json"
     if single.exists():
-        files = [single]
+        names = {single.name}
     elif index.exists():
-        files = [
-            checkpoint / name
-            for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        ]
+        names = set(json.loads(index.read_bytes())["weight_map"].values())
     else:
         raise InputError(
             f"{checkpoint} holds neither {single.name} nor {index.name}; fetch the checkpoint again"
         )
-    return {name: entry for file in files for name, entry in _read_header(file).items()}
+    headers: dict[str, _Stored] = {}
+    for name in sorted(names):
+        headers |= _read_header(checkpoint / name)
+    return headers
 
 
 def _read_header(path: Path) -> dict[str, _Stored]:
     """The header of a safetensors file: its length in 8 bytes, then JSON of name -> dtype, shape,
     offsets."""
     try:
-        # which checks header and size
-        with (
-            safe_open(path, framework="pt"),
-            path.open("rb", buffering=0) as file,
-        ):
+        # safe_open checks header and size
+        with safe_open(path, framework="pt"), path.open("rb", buffering=0) as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     except (OSError, SafetensorError) as error:
@@ -264,16 +268,12 @@ def _read_header(path: Path) -> dict[str, _Stored]:
             f"{path} cannot be read as safetensors: {error}; fetch the checkpoint again"
         ) from error
     header.pop("__metadata__", None)
-    start = 8 + length
-    return {
-        name: _Stored(
-            path,
-            start + entry["data_offsets"][0],
-            FLOATS.get(entry["dtype"]),
-            torch.Size(entry["shape"]),
-        )
-        for name, entry in header.items()
-    }
+    tensors = {}
+    for name, entry in header.items():
+        offset = 8 + length + entry["data_offsets"][0]
+        dtype = FLOATS.get(entry["dtype"])
+        tensors[name] = _Stored(path, offset, dtype, torch.Size(entry["shape"]))
+    return tensors
 
 
 def read_into(file: int, target: Tensor, offset: int, name: str) -> None:
@@ -286,8 +286,10 @@ def read_into(file: int, target: Tensor, offset: int, name: str) -> None:
                 f"{name} ends at byte {offset}, before its last tensor does; fetch the checkpoint"
                 " again"
             )
-        data, offset = data[count:], offset + count
+        data = data[count:]
+        offset += count
 
 
 def aligned(size: int) -> int:
+    """A size rounded up to a multiple of ALIGNMENT."""
     return -(-size // ALIGNMENT) * ALIGNMENT

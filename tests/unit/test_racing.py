@@ -14,19 +14,19 @@ from blockpruner.core.blocks import DENSE, all_blocks, format_mask, removable_un
 from blockpruner.core.families import Costs
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import masked
-from blockpruner.scoring import accelerate as module
-from blockpruner.scoring.accelerate import (
+from blockpruner.scoring.objectives import Objective
+from blockpruner.scoring.settings import Score
+from blockpruner.search import racing
+from blockpruner.search.greedy import GreedyOptions, greedy
+from blockpruner.search.problem import Problem
+from blockpruner.search.racing import (
     Runner,
-    accelerate,
     lower_bounds,
+    make_select,
     race,
     slices,
     standard_error,
 )
-from blockpruner.scoring.objectives import Objective
-from blockpruner.scoring.settings import Score
-from blockpruner.search.greedy import GreedyOptions, greedy
-from blockpruner.search.problem import Problem
 from blockpruner.store.trials import TrialStore
 from tests.builders import FakeScorer, removed_in, searched, short_rows
 from tests.tiny import full_nll, tiny_model, tiny_tokenizer
@@ -64,12 +64,12 @@ class World(FakeScorer):
 
 
 def sequence(world, steps=8, objective=None, per="none", acceleration="none", **lazy):
-    """A greedy search, by settings of the lazy rule that may differ from the product's."""
+    """A greedy search, by settings of the lazy rule that may differ from the library's."""
     objective = objective or world.objective()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in lazy.items():
-            patch.setattr(module, name.upper(), value)
-        select = accelerate(
+            patch.setattr(racing, name.upper(), value)
+        select = make_select(
             objective, Score(acceleration=acceleration), COSTS if per == "parameters" else None
         )
         problem = Problem(UNITS, objective, select, ROWS, resources={"parameters": COSTS})
@@ -105,7 +105,7 @@ def bounds(differences, total, confidence):
 def test_bound_is_scipys_interval(monkeypatch):
     """Without prior and past, and with rows that are few among very many: the one-sided interval of
     a paired t-test."""
-    monkeypatch.setattr(module, "PRIOR_ROWS", 0)
+    monkeypatch.setattr(racing, "PRIOR_ROWS", 0)
     random = np.random.default_rng(0)
     leader, others = random.normal(2, 0.3, 5), random.normal(2.2, 0.4, (3, 5))
     wanted = [
@@ -123,7 +123,7 @@ def test_bound_with_a_past_covers_as_often_as_it_says(monkeypatch):
     """Rows of a past step, a change since with a small spread, k of them seen: the true mean over
     all rows is above the bound in 95 of 100 cases, and the bound is nearer than that without the
     past."""
-    monkeypatch.setattr(module, "PRIOR_ROWS", 0)
+    monkeypatch.setattr(racing, "PRIOR_ROWS", 0)
     random, covered, nearer, cases = np.random.default_rng(2), 0, 0, 4000
     for _ in range(cases):
         past = random.normal(0.1, 0.3, 24)
@@ -304,8 +304,8 @@ def test_a_candidate_known_on_few_rows_enters_by_its_own_error():
 def test_acceleration_on_a_real_model_is_brute_force(monkeypatch):
     """Whole path with the engine: a tiny random model, three removals, against full forward
     passes."""
-    monkeypatch.setattr(module, "CONFIDENCE", 0.99999)
-    monkeypatch.setattr(module, "FLOOR", 6)
+    monkeypatch.setattr(racing, "CONFIDENCE", 0.99999)
+    monkeypatch.setattr(racing, "FLOOR", 6)
     model = tiny_model(layers=3)
     rows = CalibrationSet(
         tuple(tuple(np.random.default_rng(i).integers(1, 257, 12).tolist()) for i in range(8))
