@@ -1,8 +1,8 @@
 """The three-line API: prune a model that is in memory, without stages or a server."""
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache as cached
 from functools import cached_property, partial
@@ -19,12 +19,12 @@ from blockpruner.checkpoints.hub import push
 from blockpruner.checkpoints.registry import require_exports
 from blockpruner.checks import check_run
 from blockpruner.core.errors import InputError
+from blockpruner.core.families import Config
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer, stderr_observer
 from blockpruner.core.settings import MixedTexts, Runtime, Texts, read_settings
 from blockpruner.evaluation.perplexity import HeldOutPerplexity, held_out, measure_perplexity
 from blockpruner.evaluation.settings import Perplexity
-from blockpruner.healing.choice import Healing, keep
 from blockpruner.inputs.calibration import CalibrationSet, require_embedded
 from blockpruner.inputs.checkpoints import (
     GENERATION_FILE,
@@ -37,13 +37,11 @@ from blockpruner.inputs.sources import cache_folder, named_sources, shipped_text
 from blockpruner.inputs.texts import MixedText, TextKind, kind_of, listed, load_texts
 from blockpruner.inputs.tokenizers import conversation
 from blockpruner.methods.apply import Loaded, Made
-from blockpruner.methods.healed import FILE, Healed, find_healed, parameter_digests, set_weights_
+from blockpruner.methods.healed import Healed, parameter_digests, set_weights_
 from blockpruner.methods.kind import Material
 from blockpruner.methods.recipes import (
     RECIPES,
     RECOMMENDED,
-    compensation,
-    is_judged,
     searches,
     sections,
 )
@@ -56,11 +54,13 @@ from blockpruner.search.iteration import Iteration, stabilities
 from blockpruner.search.registry import SEARCHES, Search
 from blockpruner.search.trace import Current, read_trace, trace_directory
 from blockpruner.settings import Run
+from blockpruner.splits import Pool, our_judging_texts
 from blockpruner.store.files import write_json, write_text
 from blockpruner.store.manifest import CARD_FILE, SOURCE_FILE
 from blockpruner.store.plans import unmeasured
 from blockpruner.store.provenance import fingerprint
 from blockpruner.store.tensors import read_tensors, tensor_bytes
+from blockpruner.workspace import Workspace
 
 IN_MEMORY = "in memory"
 OWN = TextKind("your texts", 1.0)
@@ -300,84 +300,103 @@ def prune(
         if device != "auto" or model.device.type == "cpu":
             model.to(resolve_device(device))
         runtime = runtime.model_copy(update={"device": _device(model)})
-        scores = None if cache is None else Path(cache)
         stack.enter_context(evaluating(model))
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        return _prune(
-            run,
+        workspace = Workspace(
+            Path(stack.enter_context(tempfile.TemporaryDirectory())),
+            None if cache is None else Path(cache),
             runtime,
-            model,
-            tokenizer,
-            user_texts,
-            _budget(budget),
-            max_loss,
-            scores,
-            folder,
             progress,
+            progress.note,
+        )
+        return _prune(run, model, tokenizer, user_texts, _budget(budget), max_loss, workspace)
+
+
+@dataclass(frozen=True)
+class _ModelInMemory:
+    """A dense model in memory, as `pipeline.run` takes it."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    identity: str
+    """A fingerprint of its content, or `IN_MEMORY` where no score is kept."""
+    config_folder: Path
+    """A folder with its config.json."""
+    title = ""
+    folder = None
+
+    @property
+    def config(self) -> Config:
+        config: Config = self.model.config.to_dict()
+        return config
+
+    @property
+    def dtype(self) -> str:
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @contextmanager
+    def open(self, workspace: Workspace) -> Iterator[Material]:
+        engine = Engine(self.model, workspace.runtime.batch_tokens)
+        yield Material(
+            self.identity,
+            self.dtype,
+            self.config,
+            workspace.trials,
+            engine,
+            lambda: self.model,
+            workspace.observer,
+        )
+
+    def pruning(self, plan: Plan, rows: CalibrationSet) -> Loaded:
+        return Loaded(
+            self.config_folder,
+            plan,
+            rows,
+            self.dtype,
+            _device(self.model),
+            model=self.model,
+            base=self.identity,
         )
 
 
 def _prune(
     run: Run,
-    runtime: Runtime,
     model: PreTrainedModel,
     tokenizer: Any,
     user_texts: Sequence[str],
     budget: str,
     max_loss: float | None,
-    scores: Path | None,
-    folder: Path,
-    progress: Observer,
+    workspace: Workspace,
 ) -> Pruned:
-    """The steps of the pipeline, on a model in memory; `folder` is temporary."""
-    config = model.config.to_dict()
+    """Run the pipeline on a model in memory, and prune it in place."""
     base = _Base(model.config.to_json_string(use_diff=False), model.name_or_path, _folder_of(model))
-    method = compensation(run.compensate.method, run.score.method)
-    judged = is_judged(run.score.method, method) or max_loss is not None
-    rows = pipeline.calibrate(
-        run.calibration,
-        run.compensate,
-        run.train,
-        _pool(run.calibration.data, user_texts, judged, tokenizer, progress),
-        tokenizer,
-        config,
-        progress.note,
-        judged=judged,
-        at_most=True,
-    )
-    dtype = str(model.dtype).removeprefix("torch.")
-    pipeline.check(
-        rows, config, dtype, runtime, run.score, run.compensate, method, run.train, budget
-    )
-    identity = IN_MEMORY if scores is None else _identity(model)
-    engine = Engine(model, runtime.batch_tokens)
-    material = Material(identity, dtype, config, scores, engine, lambda: model, progress)
-    pipeline.score(material, rows, run.score, [budget], folder)
-    proposed = pipeline.commit(
-        folder, run.score, config, budget, rows, target="", run="", compensate=method
-    )
-    best = pipeline.heal(lambda: model, proposed, rows, progress)
-    current = Current.load(folder / best.name)
-    trace = read_trace(trace_directory(folder / best.name, current, budget), current.search)
-    plan = replace(best.plan, train=run.train is not None)
-    healed, weights = best.healed(run.calibration.data), best.weights
-    if run.train is not None:
-        write_text(folder / "config.json", base.config)
-        loaded = Loaded(
-            folder, plan, rows.search, dtype, runtime.device, model=model, base=identity
-        )
-        healed, weights = _train(run, loaded, best, rows, scores or folder, progress)
-        plan = healed.plan(plan) if healed else plan
-    pipeline.require_kept(plan, max_loss)  # until here the model is as it was
+    write_text(workspace.root / "config.json", base.config)
+    identity = IN_MEMORY if workspace.trials is None else _identity(model)
+    dense = _ModelInMemory(model, tokenizer, identity, workspace.root)
+    judged = pipeline.has_judges(run, max_loss)
+    pool = _pool(run.calibration.data, user_texts, judged, tokenizer, workspace.observer)
+    trainable = [weight for weight in model.parameters() if weight.requires_grad]
+    try:
+        outcome = pipeline.run(run, budget, dense, pool, workspace, max_loss=max_loss)
+    finally:
+        # Training freezes the dense model; its owner gets it back as it was.
+        for weight in trainable:
+            weight.requires_grad_()
+    plan, healed = outcome.pruning.plan, outcome.pruning.healed
+    compensation = dict(outcome.compensation)
+    search_folder = outcome.search_folder / compensation.pop("search")
+    current = Current.load(search_folder)
+    trace = read_trace(trace_directory(search_folder, current, budget), current.search)
+    # Until here the model is as it was.
     pruned = KINDS[plan.kind].apply_(model, plan, ())
-    set_weights_(pruned, weights)
+    if healed is not None:
+        set_weights_(pruned, read_tensors(healed.path)[0])
     return Pruned(
         model=pruned,
         tokenizer=tokenizer,
         plan=plan,
         steps=tuple(trace),
         stability=stabilities(trace, str(current.score.options.get("per", "none"))),
-        compensation=best.facts,
+        compensation=compensation,
         healed=healed,
         base=base,
         digests=parameter_digests(pruned),
@@ -428,30 +447,6 @@ def _read_run(
     return run.model_copy(update=changes)
 
 
-def _train(
-    run: Run,
-    loaded: Loaded,
-    best: Healing,
-    rows: pipeline.Rows,
-    states: Path,
-    observer: Observer,
-) -> tuple[Healed | None, Mapping[str, torch.Tensor]]:
-    """The trained weights, and the facts on them. They are kept in the folder of the dense model,
-    and its states where a call that is made again finds them."""
-    assert run.train is not None
-    compensated, trained = loaded.dense / "compensated", loaded.dense / "trained"
-    keep(compensated, best, loaded, run.calibration.data)
-    loaded = replace(loaded, healed=find_healed([compensated], loaded.identity))
-    trainable = [weight for weight in loaded.model.parameters() if weight.requires_grad]
-    try:
-        pipeline.train(loaded, run.train, rows, states / "training", trained, observer)
-    finally:
-        # Training freezes the dense model; its owner gets it back as it was.
-        for weight in trainable:
-            weight.requires_grad_()
-    return find_healed([trained], loaded.identity), read_tensors(trained / FILE)[0]
-
-
 def evaluate(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -487,7 +482,7 @@ def evaluate(
 
 def _pool(
     data: Texts, user_texts: Sequence[str], judged: bool, tokenizer: Any, observer: Observer
-) -> pipeline.Pool:
+) -> Pool:
     """The texts of a run, also those that judge if it is `judged`. Ours are added to the user's if
     `data` is a mix."""
     folder = cache_folder()
@@ -505,8 +500,8 @@ def _pool(
             raise InputError(
                 f"{error}; or do without (only_texts=True)", rule=error.rule
             ) from error
-    judge = pipeline.our_judging_texts(load, observer.note) if judged else ()
-    return pipeline.Pool(texts, train=texts, judge=judge)
+    judge = our_judging_texts(load, observer.note) if judged else ()
+    return Pool(texts, train=texts, judge=judge)
 
 
 def _budget(budget: float | str) -> str:

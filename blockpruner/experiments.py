@@ -20,7 +20,7 @@ from typing import Any, Self
 import pyarrow as pa
 from transformers import PreTrainedModel
 
-from blockpruner import pipeline
+from blockpruner import pipeline, splits
 from blockpruner.core.blocks import BlockKind
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
@@ -45,6 +45,7 @@ from blockpruner.model.models import placement
 from blockpruner.reporting.points import POINTS
 from blockpruner.scoring.settings import Score
 from blockpruner.settings import Run
+from blockpruner.splits import Pool, Rows
 from blockpruner.store.files import read_json
 from blockpruner.store.provenance import fingerprint, made
 from blockpruner.studies import Experiment, Heal, score_of_method
@@ -145,7 +146,7 @@ class Bench:
 
     def rows(
         self, calibration: Calibration, kind: str | None, train: Train | None, judged: bool
-    ) -> pipeline.Rows:
+    ) -> Rows:
         """The rows of a draw; `kind` is the only kind of text that the search sees. Fits see all
         kinds."""
         texts = self.texts["calibration"]
@@ -153,8 +154,8 @@ class Bench:
         if kind is not None:
             texts = [text for text in texts if getattr(kind_of(text), "name", "") == kind]
         heldout = self.heldout.documents
-        pool = pipeline.Pool(texts, fit, self.texts.get("train"), evaluated=heldout)
-        return pipeline.calibrate(
+        pool = Pool(texts, fit, self.texts.get("train"), evaluated=heldout)
+        return splits.calibrate(
             calibration,
             self.run.compensate.model_copy(update={"seed": calibration.seed}),
             train,
@@ -166,7 +167,7 @@ class Bench:
         )
 
     def train(
-        self, healing: Healing, pruning: Pruning, settings: Train, rows: pipeline.Rows
+        self, healing: Healing, pruning: Pruning, settings: Train, rows: Rows
     ) -> PreTrainedModel:
         """The model of a plan, trained."""
         # Weights are large, so they go as soon as the model is loaded.
@@ -226,7 +227,7 @@ class DrawSearch:
     calibration: Calibration
     kind: str | None
     """The only kind of text that it sees."""
-    rows: pipeline.Rows
+    rows: Rows
     folder: Path
     """Where its steps are."""
     counts: Mapping[str, Any]
@@ -310,9 +311,7 @@ class DrawSearch:
         changes = {**heal.train, "seed": self.calibration.seed}
         return read_settings(Train, merged(settings, changes))
 
-    def _healed_model(
-        self, healing: Healing, train: Train | None, rows: pipeline.Rows
-    ) -> PreTrainedModel:
+    def _healed_model(self, healing: Healing, train: Train | None, rows: Rows) -> PreTrainedModel:
         dense = self.bench.dense
         if train is None:
             return choice.model_of(dense.model, healing, rows.search)
@@ -342,7 +341,7 @@ class DrawSearch:
 
 
 def _weight_facts(
-    proposals: Sequence[pipeline.Proposal], heal: Heal, train: Train | None, rows: pipeline.Rows
+    proposals: Sequence[pipeline.Proposal], heal: Heal, train: Train | None, rows: Rows
 ) -> dict[str, Any]:
     """What decides the weights of a healed model, for the key of its measurement."""
     digest = rows.search.digest

@@ -1,63 +1,57 @@
-"""The way through the house: one function for each step, called by every door.
+"""The way through the house: `run` makes a pruned model, from its texts to its checkpoints.
 
     calibrate -> check -> score -> commit -> heal -> train -> export
 
-Decides what a step is made of, and which rows are kept apart: texts on which models are evaluated
-or judged are seen by no search, no fit and no training. The doors (stages, command, API, form)
-decide where files are kept and what is shown. Torch is loaded by the steps that compute. Two steps
-belong to the stages alone: `evaluation.suite` measures, and `reporting.report` writes the page."""
+Command, API and form call `run`, a study `search_and_heal`. A stage of the DAG calls one step of
+the same run; two further steps belong to the stages alone: `evaluation.suite` measures, and
+`reporting.report` writes the page. What lies where is decided by a `Workspace`. Torch is loaded by
+the steps that compute."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blockpruner import splits
+from blockpruner.checkpoints.output import Output
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
-from blockpruner.core.settings import Model, Runtime, Texts
+from blockpruner.core.settings import Model, Runtime
 from blockpruner.evaluation.kinds import Loss
-from blockpruner.evaluation.settings import Perplexity
 from blockpruner.healing.settings import Compensate, Train
-from blockpruner.inputs.calibration import (
-    CalibrationSet,
-    draw,
-    draw_rows,
-    require_embedded,
-    sharing,
-)
 from blockpruner.inputs.checkpoints import checkpoint_identity, checkpoint_weights
-from blockpruner.inputs.settings import Calibration
-from blockpruner.inputs.sources import shipped_texts
-from blockpruner.inputs.texts import TextKind, by_kind, judging_texts
 from blockpruner.methods.kind import Material
-from blockpruner.methods.recipes import compensation, proposals, require_reached, searches
+from blockpruner.methods.recipes import (
+    compensation,
+    is_judged,
+    proposals,
+    require_reached,
+    searches,
+)
 from blockpruner.methods.registry import KINDS, kind_of_method
 from blockpruner.methods.score import score_run
 from blockpruner.scoring.settings import Score
 from blockpruner.search.trace import Current, search_cost, trace_directory
 from blockpruner.settings import Run, Target, score_of
+from blockpruner.splits import Pool, Rows
+from blockpruner.store.files import read_json
+from blockpruner.store.manifest import COMPENSATE_FACTS, HEALED_PLAN, TRAIN_FACTS
+from blockpruner.store.plans import load_plan
+from blockpruner.store.provenance import fingerprint
+from blockpruner.versions import PLAN_VERSION, SCORE_VERSION, SEARCH_VERSION, WEIGHTS_VERSION
+from blockpruner.workspace import Dense, Workspace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from blockpruner.healing.choice import Healing
     from blockpruner.methods.apply import Pruning
-
-Note = Callable[[str], object]
-"""Receives a line for the user."""
-
-NONE = CalibrationSet(())
-
-JUDGING_SHARE = 8
-"""One text in 8 of each kind is set aside to judge."""
-
-JUDGING_ROWS, JUDGING_TOKENS = 12, 128
-"""The most rows of each kind of text that judge, and their tokens."""
 
 MEMORY_ADVICE = {
     "search": "score with streaming",
@@ -68,183 +62,199 @@ MEMORY_ADVICE = {
 
 
 @dataclass(frozen=True)
-class Pool:
-    """The texts that a run draws from, by their use."""
+class Outcome:
+    """A pruned model, as `run` leaves it."""
 
-    search: Sequence[str]
-    """Calibration texts."""
-    fit: Sequence[str] | None = None
-    """Texts of the compensation; None: those of the search."""
-    train: Sequence[str] | None = None
-    judge: Sequence[str] = ()
-    """Texts of further kinds that judge. A kind that the fit has, too, is judged by texts of the
-    fit."""
-    evaluated: Sequence[str] = ()
-    """Texts on which models are evaluated."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Every token row that decides something about a pruned model."""
-
-    search: CalibrationSet
-    """The rows on which masks are scored."""
-    fit: CalibrationSet = NONE
-    """The rows to which weights are fitted."""
-    tuning: CalibrationSet = NONE
-    """The rows on which the strength of a fit is chosen."""
-    judge: CalibrationSet = NONE
-    """The rows that choose between proposals and accept a fit, kind after kind. Neither search nor
-    fit nor training has seen their texts."""
-    train: CalibrationSet = NONE
-    validation: CalibrationSet = NONE
-    """The rows that choose the best state of training."""
-
-    def save(self, folder: Path, source: str) -> None:
-        for split in fields(self):
-            getattr(self, split.name).save(folder / f"{split.name}.parquet", source)
-
-    @classmethod
-    def load(cls, folder: Path, *names: str) -> Rows:
-        """Read the splits of these names, or all."""
-        names = names or tuple(split.name for split in fields(cls))
-        return cls(**{name: CalibrationSet.load(folder / f"{name}.parquet") for name in names})
+    pruning: Pruning
+    """Its plan and its healed weights."""
+    compensation: Mapping[str, Any]
+    """The facts of its compensation, with the name of its search."""
+    search_folder: Path
+    """The iteration tables of its search."""
+    counts: Mapping[str, Mapping[str, Any]]
+    """By search, what was computed."""
+    perplexity: Mapping[str, Mapping[str, float]]
+    """The perplexity of texts set aside, by what was done: before and after."""
 
 
-def our_judging_texts(load: Callable[[Texts], Sequence[str]], note: Note) -> Sequence[str]:
-    """Our own texts, which judge what kinds of text lose that the user's texts do not have.
-
-    Without a network they may be out of reach. Nothing but the judging asks for them here, so the
-    run goes on without them, and `note` receives a warning.
-    """
-    try:
-        texts = load(shipped_texts())
-    except InputError as error:
-        note(f"warning: what other kinds of text lose is not judged: {error}")
-        texts = ()
-    return judging_texts(texts)
+def has_judges(settings: Run, max_loss: float | None) -> bool:
+    """Whether rows judge the model of a run, and its texts have to be in the pool."""
+    method = compensation(settings.compensate.method, settings.score.method)
+    return is_judged(settings.score.method, method) or max_loss is not None
 
 
-def calibrate(
-    calibration: Calibration,
-    compensate: Compensate,
-    train: Train | None,
+def run(
+    settings: Run,
+    budget: str,
+    dense: Dense,
     pool: Pool,
-    tokenizer: Any,
-    config: Config,
-    note: Note,
+    workspace: Workspace,
     *,
-    judged: bool,
-    at_most: bool = False,
-) -> Rows:
-    """Draw every row of a run; `note` receives what was left out.
+    max_loss: float | None = None,
+    output: Output | None = None,
+) -> Outcome:
+    """Prune a model: the whole way, which every door takes.
 
-    Args:
-        judged: whether rows are set aside that judge.
-        at_most: whether fewer rows than are asked for will do.
+    1. Draw the rows: those of the search, of the fit, of training, and those that judge.
+    2. Refuse what no later step could finish, before a search that may take hours.
+    3. Search, compensate the proposals, and keep the best by the rows that judge.
+    4. Train, where the settings ask for it.
+    5. Write the checkpoints to `output`.
+
+    A piece of work that the workspace holds is not done again. Of equal runs at the same time one
+    computes, and the others wait for it.
 
     Raises:
-        InputError: the texts are too few; it names how many there are.
+        InputError: texts, budget, memory or folders that do not suffice, before the search; a model
+            of which a kind of text has lost more than `max_loss`, before its checkpoint.
     """
-    from blockpruner.healing.rows import compensation_rows, training_rows
-
-    context = config.get("max_position_embeddings") or compensate.seq_len
-    fit_texts = pool.search if pool.fit is None else pool.fit
-    judge, reserved = NONE, set[str]()
-    if judged:
-        # First of all: no other draw may see these texts, or texts that share a paragraph with
-        # them.
-        judge, judging = _set_aside(compensate, fit_texts, pool, tokenizer, context, note)
-        every_text = {*fit_texts, *pool.search, *(pool.train or ())}
-        reserved = judging | sharing(every_text, judging)
-    search = draw_rows(
-        pool.search,
-        tokenizer,
-        calibration,
-        pool.evaluated,
-        note,
-        at_most=at_most,
-        reserved=reserved,
+    rows = splits.calibrate(
+        settings.calibration,
+        settings.compensate,
+        settings.train,
+        pool,
+        dense.tokenizer,
+        dense.config,
+        workspace.note,
+        judged=has_judges(settings, max_loss),
+        at_most=True,
     )
-    try:
-        fit, tuning = compensation_rows(
-            fit_texts, tokenizer, compensate, pool.evaluated, context, reserved, note
+    key = work_key(settings, rows, dense, budget)
+    search_folder, compensated = workspace.searches(key), workspace.compensated(key)
+    with workspace.alone(key, "searches and fits the same"):
+        counts = _search_and_heal(settings, budget, dense, rows, workspace, key, output)
+    facts = read_json(compensated / COMPENSATE_FACTS)
+    target = output.path.name if output else ""
+    is_trained = settings.train is not None
+    plan = replace(load_plan(compensated / HEALED_PLAN), target=target, train=is_trained)
+    pruning = _healed(dense, plan, rows, compensated)
+    perplexity = {}
+    if "perplexity" in facts:
+        perplexity["compensated"] = facts["perplexity"]
+    if settings.train is not None:
+        folder = _train(settings.train, pruning, rows, workspace)
+        pruning = _healed(dense, plan, rows, folder)
+        if pruning.healed and "training" in pruning.healed.perplexity:
+            perplexity["trained"] = pruning.healed.perplexity["training"]
+    require_kept(pruning.plan, max_loss)
+    if output is not None:
+        write_checkpoints(pruning, output, workspace)
+    return Outcome(pruning, facts, search_folder, counts, perplexity)
+
+
+def _search_and_heal(
+    settings: Run,
+    budget: str,
+    dense: Dense,
+    rows: Rows,
+    workspace: Workspace,
+    key: str,
+    output: Output | None,
+) -> dict[str, dict[str, Any]]:
+    """Make the compensated model, unless the workspace holds it. Returns what each search
+    computed."""
+    from blockpruner.healing import choice
+
+    method = compensation(settings.compensate.method, settings.score.method)
+    search_folder, compensated = workspace.searches(key), workspace.compensated(key)
+    is_kept = workspace.is_whole(compensated, HEALED_PLAN, COMPENSATE_FACTS)
+    plan = load_plan(compensated / HEALED_PLAN) if is_kept else None
+    if output is not None:
+        output.require_free(plan and replace(plan, train=settings.train is not None))
+    if not is_kept:
+        check(
+            rows,
+            dense.config,
+            dense.dtype,
+            workspace.runtime,
+            settings.score,
+            settings.compensate,
+            method,
+            settings.train,
+            budget,
         )
-    except InputError:
-        # No row comes out. `require_fit` refuses that, where something is compensated at all.
-        fit = tuning = NONE
-    rows = Rows(search, fit, tuning, judge)
-    if train is not None and pool.train is not None:
-        trained, validation = training_rows(
-            pool.train, tokenizer, train, pool.evaluated, note, at_most=at_most, reserved=reserved
-        )
-        rows = replace(rows, train=trained, validation=validation or NONE)
-    for split in vars(rows).values():
-        require_embedded(split.rows, tokenizer, config)
-    return rows
+    with dense.open(workspace) as material:
+        time_generation = None
+        if dense.folder is not None:
+            time_generation = partial(
+                latency,
+                material,
+                search_folder,
+                dense.folder,
+                settings.model,
+                settings.score,
+                workspace.runtime,
+            )
+        # Searches that are kept are read again: their counts are part of the outcome.
+        counts = score(material, rows, settings.score, [budget], search_folder, time_generation)
+        if not is_kept:
+            proposed = commit(
+                search_folder,
+                settings.score,
+                dense.config,
+                budget,
+                rows,
+                target="",
+                run=dense.title,
+                compensate=method,
+                dense=dense.folder,
+            )
+            best = heal(material.dense, proposed, rows, workspace.observer)
+            data = settings.compensate.data or settings.calibration.data
+            choice.keep(compensated, best, dense.pruning(best.plan, rows.search), data)
+    return counts
 
 
-def _set_aside(
-    compensate: Compensate,
-    fit_texts: Sequence[str],
-    pool: Pool,
-    tokenizer: Any,
-    context: int,
-    note: Note,
-) -> tuple[CalibrationSet, set[str]]:
-    """The rows that judge, the same number of each kind, and the texts in them."""
-    from blockpruner.evaluation.perplexity import held_out
-
-    evaluated = sharing({*fit_texts, *pool.judge}, pool.evaluated)
-    fitted_kinds = _last_of_each_kind(fit_texts, evaluated, compensate.seed)
-    texts_by_kind = dict(fitted_kinds)
-    for kind, texts in by_kind(pool.judge).items():
-        if _title(kind) not in fitted_kinds:
-            texts_by_kind[_title(kind)] = texts
-    settings = Perplexity(
-        seq_len=min(JUDGING_TOKENS, compensate.seq_len, context),
-        max_rows=JUDGING_ROWS,
-        packing="documents",
+def work_key(settings: Run, rows: Rows, dense: Dense, budget: str) -> str:
+    """The fingerprint of all that decides the compensated model."""
+    splits = (rows.search, rows.fit, rows.tuning, rows.judge)
+    facts = settings.model_dump(
+        mode="json", include={"score": True, "compensate": True, "model": {"dtype"}}
     )
-    rows, documents, kinds = list[tuple[int, ...]](), set[str](), list[str]()
-    for title, texts in texts_by_kind.items():
-        unseen = [str(text) for text in texts if text not in evaluated]
-        try:
-            judging = held_out(tokenizer, unseen, settings)
-        except InputError:  # the texts of this kind do not fill one row
-            continue
-        rows += judging.rows
-        documents.update(judging.documents)
-        kinds += [title] * len(judging.rows)
-    missing = [title for title in fitted_kinds if title not in kinds]
-    if not rows:
-        note(
-            f"warning: {len(fit_texts)} texts are too few to set some aside that judge between"
-            " searches: only the first search of the recipe is made"
-        )
-    elif missing:
-        note(
-            f"warning: too few texts of {', '.join(missing)} to set some aside: what they lose is"
-            " not judged; give more"
-        )
-    return CalibrationSet(tuple(rows), kinds=tuple(kinds)), documents
+    facts |= {
+        "method": compensation(settings.compensate.method, settings.score.method),
+        "base": dense.identity,
+        "rows": [*(split.digest for split in splits), *rows.judge.kinds],
+        "budget": budget,
+        "version": [SCORE_VERSION, SEARCH_VERSION, PLAN_VERSION, WEIGHTS_VERSION],
+    }
+    return fingerprint(facts)
 
 
-def _last_of_each_kind(
-    texts: Sequence[str], evaluated: set[str], seed: int
-) -> dict[str, list[str]]:
-    """The last texts of each kind, by its title, in the order in which texts are drawn. The draws
-    of search and fit begin at the other end, so judging leaves their first texts as they are."""
-    order = [text for text in draw(texts, None, "all", seed) if text not in evaluated]
-    texts_by_kind: dict[str, list[str]] = {}
-    for kind, of_kind in by_kind(order).items():
-        start = len(of_kind) - len(of_kind) // JUDGING_SHARE
-        texts_by_kind.setdefault(_title(kind), []).extend(of_kind[start:])
-    return texts_by_kind
+def _healed(dense: Dense, plan: Plan, rows: Rows, folder: Path) -> Pruning:
+    """The model of a plan with the healed weights of a folder, if it has any."""
+    from blockpruner.methods.healed import find_healed
+
+    pruning = dense.pruning(plan, rows.search)
+    healed = find_healed([folder], pruning.identity)
+    return replace(pruning, healed=healed, plan=healed.plan(plan) if healed else plan)
 
 
-def _title(kind: TextKind | None) -> str:
-    return kind.name if kind else "texts"
+def _train(settings: Train, pruning: Pruning, rows: Rows, workspace: Workspace) -> Path:
+    """The folder of the trained weights, which is made unless the workspace holds it."""
+    facts = {
+        "of": pruning.identity,
+        "since": pruning.healed and pruning.healed.digest,
+        "rows": [rows.train.digest, rows.validation.digest],
+        "recipe": settings.model_dump(mode="json"),
+        "version": WEIGHTS_VERSION,
+        "judge": rows.judge.digest,
+    }
+    key = fingerprint(facts)
+    folder = workspace.trained(key)
+    with workspace.alone(key, "trains the same"):
+        if not workspace.is_whole(folder, TRAIN_FACTS):
+            states, processes = workspace.training_states, workspace.runtime.here
+            train(pruning, settings, rows, states, folder, workspace.observer, processes)
+    return folder
+
+
+def write_checkpoints(pruning: Pruning, output: Output, workspace: Workspace) -> None:
+    """Write the formats of an output that are not there yet."""
+    with workspace.alone(fingerprint({"out": str(output.path)}), f"writes {output.path}"):
+        missing = output.missing(pruning)
+        dtype = output.dtype or pruning.dtype
+        export(replace(pruning, dtype=dtype), missing, output.quantizations)
 
 
 def require_room(
@@ -410,6 +420,14 @@ class Proposal:
     """The iteration tables that it used, in order."""
     cost: Mapping[str, float] = field(default_factory=dict, compare=False)
     """What its search took; empty if a table has no record of it."""
+
+
+def total_cost(proposals: Sequence[Proposal]) -> dict[str, float]:
+    """What the searches of all proposals took; empty if a table has no record of it."""
+    if not all(proposal.cost for proposal in proposals):
+        return {}
+    names = proposals[0].cost
+    return {name: round(sum(proposal.cost[name] for proposal in proposals), 2) for name in names}
 
 
 def commit(

@@ -35,39 +35,33 @@ PINS = Path("runs/pins.json")
 
 T = TypeVar("T")
 
-_GIVEN: list[tuple[str, Any, Callable[[], Any]]] = []
-"""The settings that the running stage has read: where they are from, what they were, and how they
-are read again."""
+_SETTINGS_READ: list[tuple[str, Any, Callable[[], Any]]] = []
+"""The settings that the running stage has read: their file, their value, and how to read them
+again."""
 
 
 def run(stage: str, main: Callable[[str], object]) -> None:
     """Run a stage for an item (a run or a target; none for the report), named by hand or by DVC:
     `<stage>@<item>`."""
-    item = (
-        sys.argv[1]
-        if len(sys.argv) > 1
-        else os.environ.get("DVC_STAGE", "").rpartition(":")[2].partition("@")[2]
-    )
+    item = os.environ.get("DVC_STAGE", "").rpartition(":")[2].partition("@")[2]
+    if len(sys.argv) > 1:
+        item = sys.argv[1]
     name = f"{stage} {item}".rstrip()
     entry = f"{stage}{'@' if item else ''}{item}.json"
     started = time.monotonic()
-    _GIVEN.clear()
+    _SETTINGS_READ.clear()
     try:
-        files = [
-            path
-            for path in (Path("params.yaml"), *sorted(Path("runs").glob("*.yaml")))
-            if path.exists()
-        ]
-        digests = {str(path): file_sha256(path) for path in files}
+        files = [Path("params.yaml"), *sorted(Path("runs").glob("*.yaml"))]
+        digests = {str(path): file_sha256(path) for path in files if path.exists()}
         inputs: dict[str, Any] = {"stage": stage, "item": item, "sha256": digests}
         commit = provenance.commit()
         require_current()
         main(item)
-        inputs["settings"] = sorted({where for where, _, _ in _GIVEN})
-        for where, given, again in _GIVEN:
-            if again() != given:
+        inputs["settings"] = sorted({file for file, _, _ in _SETTINGS_READ})
+        for file, value, read in _SETTINGS_READ:
+            if read() != value:
                 raise InputError(
-                    f"{where} changed while running: run again", rule="settings-changed", key=where
+                    f"{file} changed while running: run again", rule="settings-changed", key=file
                 )
         provenance.record(DATA / "provenance" / entry, inputs, commit, time.monotonic() - started)
         (FAILED / entry).unlink(missing_ok=True)
@@ -93,9 +87,9 @@ def _advice(error: InputError) -> str:
         return ""
     if error.rule == "missing-file":
         return "; run `dvc repro`, which makes it"
-    return (
-        "; delete it and run `dvc repro`" if error.rule == "damaged-file" and path.exists() else ""
-    )
+    if error.rule == "damaged-file" and path.exists():
+        return "; delete it and run `dvc repro`"
+    return ""
 
 
 def failures() -> list[str]:
@@ -107,14 +101,15 @@ def failures() -> list[str]:
 
 def resolved(run: str, section: str) -> Sections:
     """The settings of a run, of which one section's file is checked now and when the stage ends."""
-    path, values = SETTINGS / run / f"{section}.json", load_sections(run)
-    given = values.texts()[section]
-    if not path.exists() or path.read_text(encoding="utf-8") != given:
+    path = SETTINGS / run / f"{section}.json"
+    values = load_sections(run)
+    text = values.texts()[section]
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
         message = f"{path} is not what runs/{run}.yaml and params.yaml ask for"
         raise InputError(
             f"{message}; run `dvc repro settings@{run}`", rule="settings-stale", key=section
         )
-    _GIVEN.append((str(path), given, lambda: load_sections(run).texts()[section]))
+    _SETTINGS_READ.append((str(path), text, lambda: load_sections(run).texts()[section]))
     return values
 
 
@@ -145,16 +140,16 @@ def runtime() -> Runtime:
     from blockpruner.model.models import set_threads  # loads torch
 
     require_current(machine=True)
-    found = load_params().runtime
-    set_threads(found.threads)  # SliceGPT's result depends on them
-    return found
+    settings = load_params().runtime
+    set_threads(settings.threads)  # SliceGPT's result depends on them
+    return settings
 
 
-def write_manifest(group: str, name: str, *more: Path) -> None:
-    """Write what `tables` and `report` depend on: the digests of a model's evidence, and of more
-    that they read."""
+def write_manifest(group: str, name: str, *paths: Path) -> None:
+    """Write what `tables` and `report` depend on: the digests of a model's evidence, and of
+    `paths`, which they read, too."""
     files = sorted((DATA / "evidence" / name).iterdir())
-    digests = {path.relative_to(DATA).as_posix(): file_sha256(path) for path in (*files, *more)}
+    digests = {path.relative_to(DATA).as_posix(): file_sha256(path) for path in (*files, *paths)}
     write_json(DATA / "manifests" / group / f"{name}.json", digests)
 
 
@@ -163,12 +158,12 @@ def kept_plan(name: str) -> Plan:
     return load_plan(DATA / "compensated" / name / "plan.json")
 
 
-def given(where: str, read: Callable[[], T]) -> T:
+def checked(file: str, read: Callable[[], T]) -> T:
     """A value of a file of settings, which is checked again when the stage ends."""
-    found = read()
-    _GIVEN.append((where, found, read))
-    return found
+    value = read()
+    _SETTINGS_READ.append((file, value, read))
+    return value
 
 
 def target(name: str) -> Target:
-    return given(f"params.yaml: targets.{name}", lambda: load_params().target(name))
+    return checked(f"params.yaml: targets.{name}", lambda: load_params().target(name))

@@ -15,7 +15,8 @@ from stages.materialize import healed_of
 
 
 def dense_of(name: str) -> Checkpoint:
-    device, model = runtime().device, sections(name).model
+    device = runtime().device
+    model = sections(name).model
     return Checkpoint(DATA / "models" / name, model.dtype, device, model.trust_remote_code)
 
 
@@ -23,34 +24,31 @@ def measure(
     name: str, run_name: str, subject: Checkpoint | InMemory, dense: Checkpoint, plan: Plan | None
 ) -> None:
     settings = sections(run_name)
-    asked = Evaluate(
-        perplexity=settings.heldout, zero_shot=settings.zero_shot, speed=settings.speed
-    )
-    places = (DATA / "sources" / run_name, DATA / "evidence" / name, DATA / "evaluations")
-    search = {} if plan is None else read_json(DATA / "costs" / f"{name}.json")
-    processes = load_params().runtime.here
-    found = benchmark(
+    results = benchmark(
         subject,
         dense,
-        *places,
+        DATA / "sources" / run_name,
+        DATA / "evidence" / name,
+        DATA / "evaluations",
         plan=plan,
-        settings=asked,
+        settings=Evaluate(
+            perplexity=settings.heldout, zero_shot=settings.zero_shot, speed=settings.speed
+        ),
         observer=observer(),
-        search=search,
-        processes=processes,
+        search={} if plan is None else read_json(DATA / "costs" / f"{name}.json"),
+        processes=load_params().runtime.here,
     )
-    write_json(DATA / "metrics" / f"{name}.json", headline(found, plan))
+    write_json(DATA / "metrics" / f"{name}.json", headline(results, plan))
 
 
 def main(name: str) -> None:
     pruning = healed_of(name, "trained", "compensated")
-    plan, place = pruning.plan, DATA / "checkpoints" / name / "hf"
+    plan = pruning.plan
+    checkpoint = DATA / "checkpoints" / name / "hf"
     dense = dense_of(plan.run)
-    subject = (
-        dense.export(place)
-        if place.exists()
-        else InMemory(dense, plan, pruning.rows, pruning.healed)
-    )
+    subject: Checkpoint | InMemory = InMemory(dense, plan, pruning.rows, pruning.healed)
+    if checkpoint.exists():
+        subject = dense.export(checkpoint)
     measure(name, plan.run, subject, dense, plan)
     tables = sorted((DATA / "plans" / name).glob("*.parquet"))
     write_manifest("models", name, DATA / "compensated" / name / "compensate.json", *tables)

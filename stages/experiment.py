@@ -1,6 +1,8 @@
 """experiment <study>-<name>: what an experiment of a study measured, at
 data/evidence/<study>-<name>/points.parquet."""
 
+from pathlib import Path
+
 from blockpruner.core.progress import observer
 from blockpruner.evaluation.settings import Evaluate
 from blockpruner.experiments import measured
@@ -9,26 +11,34 @@ from blockpruner.reporting.points import FILE
 from blockpruner.settings import Run
 from blockpruner.store.files import replace_directory, write_table
 from blockpruner.studies import load_study
-from stages import DATA, given, run, runtime, sections, write_manifest
+from stages import DATA, checked, run, runtime, sections, write_manifest
 from stages.benchmark import dense_of
 
 
 def main(name: str) -> None:
-    params = load_params()
-    asked = params.experiments[name]
-    wanted = given(
-        f"studies/{asked.study}.yaml", lambda: load_study(asked.study).experiments[asked.name]
+    entry = load_params().experiments[name]
+    experiment = checked(
+        f"studies/{entry.study}.yaml", lambda: load_study(entry.study).experiments[entry.name]
     )
-    own = sections(asked.run)
-    evaluate = Evaluate(perplexity=own.heldout, zero_shot=own.zero_shot, speed=None)
+    values = sections(entry.run)
+    evaluate = Evaluate(perplexity=values.heldout, zero_shot=values.zero_shot, speed=None)
     settings = Run(
-        model=own.model, calibration=own.calibration, score=own.score.score, evaluate=evaluate
+        model=values.model,
+        calibration=values.calibration,
+        score=values.score.score,
+        evaluate=evaluate,
     )
-    settings = settings.model_copy(update={"compensate": own.compensate, "train": own.train})
-    dense, sources = dense_of(asked.run), DATA / "sources" / asked.run
-    found = measured(wanted, settings, dense, sources, DATA, runtime(), observer())
-    replace_directory(DATA / "evidence" / name, lambda folder: write_table(folder / FILE, *found))
-    write_manifest(asked.study, name)
+    settings = settings.model_copy(update={"compensate": values.compensate, "train": values.train})
+    sources = DATA / "sources" / entry.run
+    points, facts = measured(
+        experiment, settings, dense_of(entry.run), sources, DATA, runtime(), observer()
+    )
+
+    def build(directory: Path) -> None:
+        write_table(directory / FILE, points, facts)
+
+    replace_directory(DATA / "evidence" / name, build)
+    write_manifest(entry.study, name)
 
 
 if __name__ == "__main__":

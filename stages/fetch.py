@@ -14,20 +14,21 @@ from stages import CACHE, DATA, PINS, run, sections
 
 
 def main(name: str) -> None:
-    wanted, note, out = sections(name).sources, observer().note, DATA / "sources" / name
-    check_tasks(wanted.zero_shot)
+    sources = sections(name).sources
+    note = observer().note
+    out = DATA / "sources" / name
     model = DATA / "models" / name
-    fetch_checkpoint(wanted.model, model, CACHE, PINS, note)
-    template = partial(
-        conversation, cache(lambda: load_tokenizer(model, wanted.model.trust_remote_code))
-    )
+    check_tasks(sources.zero_shot)
+    fetch_checkpoint(sources.model, model, CACHE, PINS, note)
+    tokenizer = cache(lambda: load_tokenizer(model, sources.model.trust_remote_code))
+    template = partial(conversation, tokenizer)
 
     def build(directory: Path) -> None:
-        for role, data in wanted.texts.items():
-            found = load_texts(data, CACHE, PINS, template)
-            write_texts(directory / f"{role}.parquet", found)
-            note(f"{role}: {len(found)} texts")
-        fetch_tasks(wanted.zero_shot, directory / "tasks", out / "tasks", CACHE, PINS, note)
+        for role, data in sources.texts.items():
+            texts = load_texts(data, CACHE, PINS, template)
+            write_texts(directory / f"{role}.parquet", texts)
+            note(f"{role}: {len(texts)} texts")
+        fetch_tasks(sources.zero_shot, directory / "tasks", out / "tasks", CACHE, PINS, note)
 
     replace_directory(out, build)
 

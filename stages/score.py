@@ -12,6 +12,7 @@ from blockpruner.core.progress import observer
 from blockpruner.dag import read_dag, require_current
 from blockpruner.methods.score import headline, open_material
 from blockpruner.params import load_params, load_run
+from blockpruner.splits import Rows
 from blockpruner.store.files import write_json
 from blockpruner.store.trials import trials_root
 from stages import DATA, run, searched, sections
@@ -25,7 +26,7 @@ def main(name: str) -> None:
     model = sections(run_name).model
     checkpoint = DATA / "models" / run_name
     folder = DATA / "scores" / run_name / method
-    rows = pipeline.Rows.load(DATA / "calibration" / run_name, "search", "fit", "judge")
+    rows = Rows.load(DATA / "calibration" / run_name, "search", "fit", "judge")
     with open_material(checkpoint, model, runtime, trials_root(), progress) as material:
         # These settings only refuse: the stage does not depend on them.
         params, targeted = load_params(), load_run(run_name)

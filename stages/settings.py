@@ -7,11 +7,11 @@ from stages import SETTINGS, resolved, run
 
 
 def main(name: str) -> None:
-    found = load_sections(name).texts()
-    for section, text in found.items():
+    text_by_section = load_sections(name).texts()
+    for section, text in text_by_section.items():
         write_text(SETTINGS / name / f"{section}.json", text)
-    for section in found:  # the end of the stage checks what was read
-        resolved(name, section)
+    for section in text_by_section:
+        resolved(name, section)  # so that the end of the stage checks it
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from blockpruner.cli.page import write_page_of
-from blockpruner.cli.pruning import Workspace
+from blockpruner.cli.pruning import Command
 from blockpruner.core.blocks import BlockKind, parse_mask
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import SilentObserver
@@ -38,7 +38,7 @@ class Heard(SilentObserver):
 
 @pytest.fixture
 def place(tmp_path):
-    return Workspace(tmp_path / "cache", "cpu", Heard())
+    return Command(tmp_path / "cache", "cpu", Heard())
 
 
 def read(place, model):

@@ -13,7 +13,7 @@ import torch
 
 from blockpruner import pipeline
 from blockpruner.checkpoints.registry import require_exports, require_families, require_packages
-from blockpruner.cli.pruning import Workspace, checkpoint_facts, own_dtype, read_plan
+from blockpruner.cli.pruning import Command, checkpoint_facts, own_dtype, read_plan
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import FAMILIES
 from blockpruner.inputs.calibration import CalibrationSet
@@ -48,7 +48,7 @@ BASE = re.compile(r"^`(.+?)` ", re.MULTILINE)
 """The base model in a card of ours."""
 
 
-def export(folder: Path, workspace: Workspace) -> dict[str, Any]:
+def export(folder: Path, command: Command) -> dict[str, Any]:
     """Write the workspace's formats at FOLDER-FORMAT, of a checkpoint as it was verified; returns
     what `--json` prints."""
     plan = read_plan(folder)[1]
@@ -58,8 +58,8 @@ def export(folder: Path, workspace: Workspace) -> dict[str, Any]:
         )
     config = read_fields(folder)
     require_verified(folder)
-    workspace.require_formats()
-    formats = [form for form in workspace.formats if form != "hf"]
+    command.require_formats()
+    formats = [form for form in command.formats if form != "hf"]
     folders = {form: folder.with_name(f"{folder.name}-{form}") for form in formats}
     if not folders:
         raise InputError(
@@ -95,7 +95,7 @@ def export(folder: Path, workspace: Workspace) -> dict[str, Any]:
             healed=kept_facts(folder),
             model=model,
         )
-        pipeline.export(made, folders, workspace.formats)
+        pipeline.export(made, folders, command.formats)
     return checkpoint_facts(plan, folders)
 
 

@@ -221,7 +221,7 @@ def prune(
             "there is no model; give MODEL, or --config FILE that names one", rule="no-model"
         )
     runtime, formats = settings.pop("runtime"), [*settings.pop("export", ()), export]
-    workspace = work.Workspace(
+    workspace = work.Command(
         cache.expanduser().absolute(), device, stderr_observer(), ",".join(formats), runtime
     )
     run = workspace.read_run(model, settings, computes=not dry_run)
@@ -262,7 +262,7 @@ def apply(
         raise InputError(
             "apply writes a checkpoint, and --out does not say where", rule="no-place", key="--out"
         )
-    workspace = work.Workspace(cache.expanduser().absolute(), device, stderr_observer(), export)
+    workspace = work.Command(cache.expanduser().absolute(), device, stderr_observer(), export)
     run = workspace.read_run(model, {"model": _model_options(dtype, trust_remote_code)})
     result = workspace.apply(run, plan, _output_folder(out))
     _print_result(result, work.summary(result), as_json)
@@ -277,7 +277,7 @@ def export(
     """Write other formats of a finished checkpoint, each at DIR-FORMAT."""
     from blockpruner.cli import exporting, pruning
 
-    workspace = pruning.Workspace(cache_folder(), "cpu", stderr_observer(), ",".join(formats))
+    workspace = pruning.Command(cache_folder(), "cpu", stderr_observer(), ",".join(formats))
     result = exporting.export(checkpoint.expanduser().absolute(), workspace)
     _print_result(result, pruning.summary(result), as_json)
 
@@ -453,11 +453,11 @@ def _model_options(dtype: str, trusted: bool) -> dict[str, Any]:
 
 
 def _folder(model: str, cache: Path | None = None) -> Path:
-    from blockpruner.cli.pruning import Workspace
+    from blockpruner.cli.pruning import Command
 
     if Path(model).expanduser().is_dir():
         return Path(model).expanduser()
-    workspace = Workspace(cache or cache_folder(), "auto", stderr_observer())
+    workspace = Command(cache or cache_folder(), "auto", stderr_observer())
     return workspace.fetch(workspace.read_run(model, {}))
 
 

@@ -5,14 +5,14 @@ Torch is loaded only when something must be computed.
 """
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from blockpruner import pipeline
+from blockpruner.checkpoints.output import Output, holds_checkpoint
 from blockpruner.checkpoints.registry import EXPORTS, require_families, require_packages
 from blockpruner.checks import check_run
 from blockpruner.cli.values import called, model_of
@@ -33,37 +33,29 @@ from blockpruner.core.settings import (
 )
 from blockpruner.evaluation.kinds import Loss, in_words
 from blockpruner.evaluation.settings import Perplexity
-from blockpruner.healing.settings import Train
 from blockpruner.inputs.calibration import CalibrationSet, check_context
 from blockpruner.inputs.checkpoints import (
     cached_checkpoint,
     checkpoint_identity,
     checkpoint_weights,
     fetch_config,
-    require_unchanged,
 )
 from blockpruner.inputs.hub import COMMIT, HubError, pinned_revision
 from blockpruner.inputs.settings import Calibration
 from blockpruner.inputs.texts import by_kind, load_texts
 from blockpruner.inputs.tokenizers import conversation, load_tokenizer
 from blockpruner.methods.blocks.kind import require_of
-from blockpruner.methods.recipes import DRAWN, compensation, is_judged, require_reached
+from blockpruner.methods.recipes import DRAWN, require_reached
 from blockpruner.methods.registry import KINDS
-from blockpruner.methods.score import open_material
 from blockpruner.settings import Run
-from blockpruner.store.files import clear_left, read_json, remove_temporaries, set_aside
-from blockpruner.store.locks import hold, this_process
-from blockpruner.store.manifest import CARD_FILE, require_verified
+from blockpruner.splits import Pool, our_judging_texts
+from blockpruner.store.files import read_json
 from blockpruner.store.plans import PLAN_FILE, load_plan, plan_fields, unmeasured
-from blockpruner.store.provenance import fingerprint
-from blockpruner.versions import PLAN_VERSION, SCORE_VERSION, SEARCH_VERSION, WEIGHTS_VERSION
-
-if TYPE_CHECKING:
-    from blockpruner.methods.apply import Pruning
+from blockpruner.workspace import FetchedModel, Workspace
 
 
 @dataclass(frozen=True)
-class Workspace:
+class Command:
     """The folder in which the command keeps its work, and the options of one command."""
 
     root: Path
@@ -164,113 +156,42 @@ class Workspace:
     def prune(
         self, run: Run, budget: str, out: Path, max_loss: float | None = None
     ) -> dict[str, Any]:
-        """Do every step of the pipeline that no earlier command has done; returns what `--json`
-        prints. Raises InputError before the export if a kind of text loses more than `max_loss`."""
-        from blockpruner.healing.choice import PLAN
-        from blockpruner.methods.healed import COMPENSATE_FACTS
-
-        config = self.config_of(run)
-        method = compensation(run.compensate.method, run.score.method)
-        require_reached(run.score, config, budget)  # before anything is downloaded
-        judged = is_judged(run.score.method, method) or max_loss is not None
-        pool = self._pool(run, judged)
-        dense = self.fetch(run)
-        rows = pipeline.calibrate(
-            run.calibration,
-            run.compensate,
-            run.train,
+        """Run the pipeline, as far as no earlier command has; returns what `--json` prints. Raises
+        InputError before the export if a kind of text loses more than `max_loss`."""
+        require_reached(run.score, self.config_of(run), budget)  # before anything is downloaded
+        pool = self._pool(run, pipeline.has_judges(run, max_loss))
+        outcome = pipeline.run(
+            run,
+            budget,
+            self.dense(run),
             pool,
-            load_tokenizer(dense, run.model.trust_remote_code),
-            config,
-            self._note,
-            judged=judged,
-            at_most=True,
+            self.workspace,
+            max_loss=max_loss,
+            output=self.output(run, out),
         )
-        healed, counts = self._search_and_heal(run, dense, rows, method, budget, out)
-        plan = replace(load_plan(healed / PLAN), target=out.name)
-        pruning = self._healed(run, dense, plan, rows, healed)
-        perplexities = {}
-        facts = read_json(healed / COMPENSATE_FACTS)
-        if "perplexity" in facts:
-            perplexities["compensated"] = facts["perplexity"]
-        if run.train is not None:
-            pruning = replace(pruning, plan=replace(pruning.plan, train=True))
-            trained = self._train(run.train, pruning, rows)
-            pruning = self._healed(run, dense, pruning.plan, rows, trained)
-            assert pruning.healed is not None
-            if "training" in pruning.healed.perplexity:
-                perplexities["trained"] = pruning.healed.perplexity["training"]
-        pipeline.require_kept(pruning.plan, max_loss)
         only_kinds = []
         if not isinstance(run.calibration.data, MixedTexts):
             only_kinds = [kind.name for kind in by_kind(pool.search) if kind]
-        return self._export(run, pruning, out) | {
-            "search": counts,
-            "perplexity": perplexities,
+        return checkpoint_facts(outcome.pruning.plan, self.output(run, out).folders) | {
+            "search": outcome.counts,
+            "perplexity": outcome.perplexity,
             "only_kinds": only_kinds,
         }
 
-    def _search_and_heal(
-        self, run: Run, dense: Path, rows: pipeline.Rows, method: str, budget: str, out: Path
-    ) -> tuple[Path, dict[str, dict[str, Any]]]:
-        """The folder of the compensated model, which is made if it is not kept; and by search what
-        was computed."""
-        from blockpruner.healing import choice
-        from blockpruner.methods.healed import COMPENSATE_FACTS
+    @property
+    def workspace(self) -> Workspace:
+        return Workspace(self.root, self.root, self.runtime_settings, self.observer, self._note)
 
-        config = self.config_of(run)
-        key = self._key(run, rows, method, checkpoint_identity(dense), budget)
-        healed, traces = self.root / "compensated" / key, self.root / "searches" / key
-        with (
-            self._alone(key, "searches and fits the same"),
-            open_material(
-                dense, run.model, self.runtime_settings, self.root, self.observer
-            ) as material,
-        ):
-            is_kept = self._is_whole(healed, choice.PLAN, COMPENSATE_FACTS)
-            plan = load_plan(healed / choice.PLAN) if is_kept else None
-            # Before a search that may take hours: each folder is free, or holds this very model.
-            for folder in self._folders(run, out).values():
-                holds_checkpoint(folder, plan and replace(plan, train=run.train is not None))
-            if not is_kept:
-                pipeline.check(
-                    rows,
-                    config,
-                    run.model.dtype,
-                    self.runtime_settings,
-                    run.score,
-                    run.compensate,
-                    method,
-                    run.train,
-                    budget,
-                )
-            latency = partial(
-                pipeline.latency,
-                material,
-                traces,
-                dense,
-                run.model,
-                run.score,
-                self.runtime_settings,
-            )
-            # Kept searches are read again: their counts are part of the result.
-            counts = pipeline.score(material, rows, run.score, [budget], traces, latency)
-            if not is_kept:
-                proposed = pipeline.commit(
-                    traces,
-                    run.score,
-                    config,
-                    budget,
-                    rows,
-                    target="",
-                    run=run.model.title,
-                    compensate=method,
-                    dense=dense,
-                )
-                best = pipeline.heal(material.dense, proposed, rows, self.observer)
-                data = run.compensate.data or run.calibration.data
-                choice.keep(healed, best, self._pruning(run, dense, best.plan, rows.search), data)
-        return healed, counts
+    def dense(self, run: Run) -> FetchedModel:
+        """The dense model of a run, as fetched."""
+        return FetchedModel(run.model, self.fetch(run), self.runtime_settings.device)
+
+    def output(self, run: Run, out: Path) -> Output:
+        """The checkpoints of a run. Without --dtype they are in the model's own dtype, whatever was
+        computed in."""
+        quantizations = {form: self.formats.get(form, ()) for form in run.export}
+        is_own = "dtype" not in run.model.model_fields_set
+        return Output(out, quantizations, own_dtype(self.config_of(run)) if is_own else "")
 
     def _note(self, message: str) -> None:
         """Print a line, with this command's names for the keys in it."""
@@ -285,12 +206,12 @@ class Workspace:
         for data in sources:
             if isinstance(data, LocalTexts):
                 load_texts(data, self.root / "cache", self.pins, lambda messages: "")
-        for folder in self._folders(run, out).values():
+        for folder in self.output(run, out).folders.values():
             # Whose plan it is shows only after a search.
             if not (folder / PLAN_FILE).is_file():
                 holds_checkpoint(folder, None)
 
-    def _pool(self, run: Run, judged: bool) -> pipeline.Pool:
+    def _pool(self, run: Run, judged: bool) -> Pool:
         """The texts of a run, also those that judge if it is `judged`. Held-out texts are kept
         apart where a run file names them."""
         tokenizer = cache(lambda: load_tokenizer(self.fetch(run), run.model.trust_remote_code))
@@ -302,11 +223,11 @@ class Workspace:
 
         fit_data = run.compensate.data
         train_data = run.train.data if run.train else None
-        pool = pipeline.Pool(
+        pool = Pool(
             search=load(run.calibration.data),
             fit=load(fit_data) if fit_data else None,
             train=load(train_data) if train_data else None,
-            judge=pipeline.our_judging_texts(load, self.observer.note) if judged else (),
+            judge=our_judging_texts(load, self.observer.note) if judged else (),
         )
         heldout = run.evaluate.perplexity
         if "data" not in heldout.model_fields_set:
@@ -315,82 +236,6 @@ class Workspace:
 
         evaluated = held_out(tokenizer(), load(heldout.data), heldout).documents
         return replace(pool, evaluated=evaluated)
-
-    def _key(self, run: Run, rows: pipeline.Rows, method: str, base: str, budget: str) -> str:
-        """The fingerprint of all that decides the compensated model."""
-        facts = run.model_dump(
-            mode="json", include={"score": True, "compensate": True, "model": {"dtype"}}
-        )
-        splits = (rows.search, rows.fit, rows.tuning, rows.judge)
-        facts |= {
-            "method": method,
-            "base": base,
-            "rows": [*(split.digest for split in splits), *rows.judge.kinds],
-            "budget": budget,
-            "version": [SCORE_VERSION, SEARCH_VERSION, PLAN_VERSION, WEIGHTS_VERSION],
-        }
-        return fingerprint(facts)
-
-    def _healed(
-        self, run: Run, dense: Path, plan: Plan, rows: pipeline.Rows, folder: Path
-    ) -> "Pruning":
-        """The model of a plan with the weights of a folder, which may hold none."""
-        from blockpruner.methods.healed import find_healed
-
-        pruning = self._pruning(run, dense, plan, rows.search)
-        healed = find_healed([folder], pruning.identity)
-        return replace(pruning, healed=healed, plan=healed.plan(plan) if healed else plan)
-
-    def _train(self, train: Train, pruning: "Pruning", rows: pipeline.Rows) -> Path:
-        """The folder of trained weights; a killed training continues."""
-        from blockpruner.methods.healed import TRAIN_FACTS
-
-        facts = {
-            "of": pruning.identity,
-            "since": pruning.healed and pruning.healed.digest,
-            "rows": [rows.train.digest, rows.validation.digest],
-            "recipe": train.model_dump(mode="json"),
-            "version": WEIGHTS_VERSION,
-            "judge": rows.judge.digest,
-        }
-        folder = self.root / "trained" / fingerprint(facts)
-        with self._alone(folder.name, "trains the same"):
-            if not self._is_whole(folder, TRAIN_FACTS):
-                states = self.root / "training"
-                processes = self.runtime_settings.here
-                pipeline.train(pruning, train, rows, states, folder, self.observer, processes)
-        return folder
-
-    def _alone(self, name: str, work: str) -> AbstractContextManager[int]:
-        """Hold the lock of a piece of work in the cache: of equal commands one computes, and the
-        others wait."""
-
-        def waiting(holder: str) -> None:
-            self.observer.note(f"{holder} {work}; waiting for it")
-
-        return hold(self.root / "cache/locks" / name, this_process(), waiting)
-
-    def _is_whole(self, folder: Path, *facts: str) -> bool:
-        """Whether a folder of healed weights, whose lock is held, is there and undamaged. A damaged
-        one is set aside, with a warning; what a killed writer left next to it is removed."""
-        from blockpruner.methods.healed import FILE, has_weights
-        from blockpruner.store.tensors import read_tensors
-
-        remove_temporaries(folder.parent, f".{folder.name}.*.tmp")
-        if not folder.exists():
-            return False
-        try:
-            for name in facts:
-                read_json(folder / name)
-            if has_weights(folder):
-                read_tensors(folder / FILE)
-        except InputError:
-            damaged = set_aside(folder).name
-            self.observer.note(
-                f"warning: {folder} is not whole: it is made again; {damaged} is the old one"
-            )
-            return False
-        return True
 
     @property
     def runtime_settings(self) -> Runtime:
@@ -416,7 +261,10 @@ class Workspace:
         plan = unmeasured(plan)  # its author's measurements were not made on this machine
         shares = {name: share for name, share in plan.removes.items() if name != "latency"}
         plan = replace(plan, removes=shares, weights=checkpoint_weights(dense), target=out.name)
-        return self._export(run, self._pruning(run, dense, plan, CalibrationSet(())), out)
+        pruning = self.dense(run).pruning(plan, CalibrationSet(()))
+        output = self.output(run, out)
+        pipeline.write_checkpoints(pruning, output, self.workspace)
+        return checkpoint_facts(plan, output.folders)
 
     def fetch(self, run: Run) -> Path:
         """The folder of the run's dense model, as fetched."""
@@ -502,36 +350,6 @@ class Workspace:
         except HubError as error:
             raise InputError(f"there is no folder {run.model.title!r} here, and {error}") from error
 
-    def _pruning(self, run: Run, dense: Path, plan: Plan, rows: CalibrationSet) -> "Pruning":
-        from blockpruner.methods.apply import Pruning  # loads torch
-
-        require_unchanged(dense)
-        device = self.runtime_settings.device  # which --set may name, too
-        return Pruning(dense, plan, rows, run.model.dtype, device, run.model.trust_remote_code)
-
-    def _folders(self, run: Run, out: Path) -> dict[str, Path]:
-        """The folder of each format."""
-        folders = {form: out.with_name(f"{out.name}-{form}") for form in run.export}
-        return folders | {"hf": out} if "hf" in folders else folders
-
-    def _export(self, run: Run, pruning: "Pruning", out: Path) -> dict[str, Any]:
-        """Write the formats that are not there yet; returns facts on the plan and on each."""
-        folders = self._folders(run, out)
-        healing = pruning.healed.words if pruning.healed else ""
-        with self._alone(fingerprint({"out": str(out)}), f"writes {out}"):
-            missing = {}
-            for form, folder in folders.items():
-                clear_left(folder)
-                if holds_checkpoint(folder, pruning.plan, healing):
-                    _require_quantized(folder, self.formats.get(form, ()))
-                else:
-                    missing[form] = folder
-            # Without --dtype an export is in the model's own, whatever was computed in.
-            if "dtype" not in run.model.model_fields_set:
-                pruning = replace(pruning, dtype=own_dtype(self.config_of(run)))
-            pipeline.export(pruning, missing, self.formats)
-        return checkpoint_facts(pruning.plan, folders)
-
 
 def checkpoint_facts(plan: Plan, folders: Mapping[str, Path]) -> dict[str, Any]:
     """Facts on a plan and on its checkpoints by format, as `--json` prints them."""
@@ -593,58 +411,6 @@ def own_dtype(config: Config) -> str:
     """The dtype of a model's weights by its config; float32 if that names none."""
     dtype = config.get("dtype") or config.get("torch_dtype")
     return dtype if dtype in ("bfloat16", "float16", "float64") else "float32"
-
-
-def holds_checkpoint(folder: Path, plan: Plan | None, healing: str | None = None) -> bool:
-    """Whether a folder holds the whole checkpoint of a plan; raises InputError if it holds anything
-    else, or cannot be made.
-
-    Args:
-        plan: None before a search has found it.
-        healing: the model card's words on healing (`Healed.words`); None: they are not compared.
-    """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        parent = next(parent for parent in folder.absolute().parents if parent.exists())
-        if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
-            raise InputError(
-                f"--out {folder}: nothing can be written in {parent}; choose another place",
-                rule="no-place",
-                key="out",
-                value=str(folder),
-            )
-        return False
-    is_same = False
-    if plan is not None and (folder / PLAN_FILE).is_file():
-        held = load_plan(folder / PLAN_FILE)
-        is_same = replace(held, target=plan.target, kinds=plan.kinds) == plan
-    card = folder / CARD_FILE
-    if healing is not None and card.exists():
-        is_same = is_same and healing in card.read_text(encoding="utf-8")
-    if not is_same:
-        raise InputError(
-            f"--out {folder} is not empty and holds something else; choose another folder, or"
-            " remove it",
-            rule="place-not-empty",
-            key="out",
-            value=str(folder),
-        )
-    require_verified(folder)
-    return True
-
-
-def _require_quantized(folder: Path, quantizations: Sequence[str]) -> None:
-    """Refuse a finished checkpoint without one of its quantized files, which only a new export
-    writes; raises InputError."""
-    for quantization in quantizations:
-        name = f"model-{quantization}.gguf"
-        if not (folder / name).exists():
-            raise InputError(
-                f"{folder} was written without {name}, and nothing is replaced; remove that folder"
-                " and run again, or choose another --out: scores are kept",
-                rule="place-not-empty",
-                key="out",
-                value=str(folder),
-            )
 
 
 def summary(result: Mapping[str, Any]) -> str:

@@ -26,11 +26,10 @@ from blockpruner.evaluation.perplexity import measure_perplexity
 from blockpruner.healing.compensate import compensate
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.apply import Pruning, pruned_copy
-from blockpruner.methods.healed import COMPENSATE_FACTS, Healed, save_healed, set_weights_
+from blockpruner.methods.healed import Healed, save_healed, set_weights_
 from blockpruner.store.files import replace_directory, write_sealed_json
+from blockpruner.store.manifest import COMPENSATE_FACTS, HEALED_PLAN
 from blockpruner.store.plans import save_plan
-
-PLAN = "plan.json"
 
 SUBSAMPLE, MIN_ROWS, KEEP_WITHIN = 4, 64, 1.1
 """Successive halving: several proposals are first fitted to one of four rows, if there are at least
@@ -248,7 +247,7 @@ def keep(folder: Path, healing: Healing, pruning: Pruning, data: Texts) -> None:
     `data` the source of the rows of the fit."""
 
     def build(directory: Path) -> None:
-        save_plan(healing.plan, directory / PLAN)
+        save_plan(healing.plan, directory / HEALED_PLAN)
         write_sealed_json(directory / COMPENSATE_FACTS, {"search": healing.name, **healing.facts})
         healed = healing.healed(data)
         if healed is not None:

@@ -13,7 +13,6 @@ from blockpruner.healing.trainer import train_
 from blockpruner.inputs.calibration import CalibrationSet, check_context
 from blockpruner.methods.apply import Pruning, pruned_copy
 from blockpruner.methods.healed import (
-    TRAIN_FACTS,
     changed_weights,
     load_healed_,
     parameter_digests,
@@ -23,6 +22,7 @@ from blockpruner.model.process_group import SINGLE_PROCESS, ProcessGroup, run_pr
 from blockpruner.scoring.metrics import perplexity
 from blockpruner.store.files import read_json, replace_directory, write_json
 from blockpruner.store.locks import hold, this_process
+from blockpruner.store.manifest import TRAIN_FACTS
 from blockpruner.store.provenance import fingerprint
 from blockpruner.versions import WEIGHTS_VERSION
 

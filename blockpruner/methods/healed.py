@@ -21,11 +21,10 @@ from blockpruner.core.settings import Hub, MixedTexts, Texts, read_settings
 from blockpruner.methods.registry import KINDS
 from blockpruner.model.models import replace_parameters_
 from blockpruner.store.files import DIGEST, damaged, read_json
+from blockpruner.store.manifest import COMPENSATE_FACTS, TRAIN_FACTS
 from blockpruner.store.tensors import read_facts, read_tensors, tensor_bytes, write_tensors
 
 FILE = "weights.safetensors"
-COMPENSATE_FACTS, TRAIN_FACTS = "compensate.json", "train.json"
-"""The facts of a healing, in the folder of its weights."""
 HEALED_FILE = "blockpruner_healed.json"
 """What a checkpoint keeps of its healing: words, datasets and perplexity, as in `Healed`."""
 

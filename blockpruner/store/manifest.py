@@ -24,6 +24,8 @@ from blockpruner.store.provenance import file_sha256
 SOURCE_FILE = "blockpruner_source.json"
 REPORT_FILE = "verification.json"
 CARD_FILE = "README.md"
+HEALED_PLAN, COMPENSATE_FACTS, TRAIN_FACTS = "plan.json", "compensate.json", "train.json"
+"""The plan and the facts of a healing, in the folder of its weights."""
 BESIDE = (SOURCE_FILE, REPORT_FILE, CARD_FILE)
 """Files about a checkpoint, which are not in its manifest. A person may edit the card."""
 

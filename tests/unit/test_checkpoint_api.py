@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from transformers import AutoModelForCausalLM
 
 import blockpruner
-from blockpruner import api, pipeline
+from blockpruner import splits
 from blockpruner.checkpoints import card as card_module
 from blockpruner.checkpoints import hf, verification, verify_llama_cpp
 from blockpruner.checkpoints.hf import export_hf
@@ -287,9 +287,9 @@ def test_a_trained_model_is_nearer_to_the_dense_one(tmp_path, monkeypatch, train
         "compensate": "refit",
     }
     settings |= {"train": train, "cache": tmp_path / "cache"}
-    calibrate, found = pipeline.calibrate, []
+    calibrate, found = splits.calibrate, []
     monkeypatch.setattr(
-        pipeline,
+        splits,
         "calibrate",
         lambda *given, **more: found.append(calibrate(*given, **more)) or found[-1],
     )
@@ -480,7 +480,7 @@ def mixed(model):
     ],
 )
 def test_a_model_that_is_not_plain_is_refused_with_the_fix(changed, rule, fix, monkeypatch):
-    monkeypatch.setattr(api.pipeline, "calibrate", None)  # before anything is computed
+    monkeypatch.setattr(splits, "calibrate", None)  # before anything is computed
     with refused(rule) as caught:
         blockpruner.prune(
             changed(tiny_model(dtype=torch.float32)), tiny_tokenizer(), TEXTS, "1blocks", seq_len=32
@@ -621,7 +621,7 @@ def test_a_card_gives_no_number_of_weights_that_were_changed_since(tmp_path, com
     with torch.no_grad():
         compensated.model.model.norm.weight.mul_(1.5)
     compensated.save(tmp_path / "out")
-    place = pruning_module.Workspace(tmp_path / "cache", "cpu", SilentObserver(), "nas")
+    place = pruning_module.Command(tmp_path / "cache", "cpu", SilentObserver(), "nas")
     exporting.export(tmp_path / "out", place)
     plan = load_plan(tmp_path / "out/blockpruner_plan.json")
     assert (

@@ -25,11 +25,11 @@ from transformers import AutoModelForCausalLM
 from typer import Abort
 
 import blockpruner
-from blockpruner import pipeline
+from blockpruner import pipeline, splits
 from blockpruner.checkpoints import verify_llama_cpp
 from blockpruner.cli import doctor, talking
 from blockpruner.cli import main as command
-from blockpruner.cli.pruning import Workspace
+from blockpruner.cli.pruning import Command
 from blockpruner.cli.pruning import summary as last_words
 from blockpruner.core import errors
 from blockpruner.core.blocks import parse_mask
@@ -41,6 +41,7 @@ from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model import rates
 from blockpruner.model.models import load_model, masked, prune_
 from blockpruner.reporting.formats import number
+from blockpruner.splits import Rows
 from blockpruner.store import files
 from blockpruner.store.files import read_json, write_sealed_json
 from blockpruner.store.manifest import manifest
@@ -292,7 +293,7 @@ def test_whatever_fails_ends_in_one_line_and_the_path_of_a_log(
     place, say, monkeypatch, error, code, words
 ):
     (place / "cache/blockpruner").mkdir(parents=True)
-    monkeypatch.setattr(Workspace, "read_run", failing(error))
+    monkeypatch.setattr(Command, "read_run", failing(error))
     found, _, err = say(*prune("model"))
     assert found == code and len(err.splitlines()) == 1 and err.startswith(f"error: {words}"), err
     if code == 1:
@@ -302,7 +303,7 @@ def test_whatever_fails_ends_in_one_line_and_the_path_of_a_log(
 
 def test_a_log_goes_elsewhere_where_the_cache_cannot_be_written(place, say, monkeypatch):
     (place / "cache").touch()
-    monkeypatch.setattr(Workspace, "read_run", failing(KeyError("words")))
+    monkeypatch.setattr(Command, "read_run", failing(KeyError("words")))
     log = Path(re.search(r"is in (.*\.log);", say(*prune("model"))[2])[1])
     assert "in fail" in log.read_text()
     log.unlink()
@@ -314,7 +315,7 @@ def test_only_a_command_that_keeps_scores_promises_them(place, say, monkeypatch)
 
 
 def test_formats_go_by_the_names_of_engines_too(place):
-    given = Workspace(place, "cpu", SilentObserver(), "vLLM,llama.cpp:q4_k_m, gguf:Q5_0,nas")
+    given = Command(place, "cpu", SilentObserver(), "vLLM,llama.cpp:q4_k_m, gguf:Q5_0,nas")
     assert given.formats == {"hf": (), "gguf": ("Q4_K_M", "Q5_0"), "nas": ()}
 
 
@@ -640,13 +641,13 @@ def test_healed_weights_that_are_gone_are_made_again(model, place, say, monkeypa
 
 @pytest.mark.parametrize("part", ["search", "fit", "tuning", "judge"])
 def test_a_kept_refit_is_of_the_rows_it_was_fitted_to_and_judged_by(model, tmp_path, part):
-    place = Workspace(tmp_path, "cpu", SilentObserver())
-    run, rows = place.read_run(str(model), {}), pipeline.Rows(CalibrationSet(((1, 2, 3),)))
-    keys = {
-        place._key(run, each, "refit", "base", "0.2")
-        for each in (rows, replace(rows, **{part: CalibrationSet(((1, 2, 4),))}))
-    }
-    assert len(keys) == 2
+    command = Command(tmp_path, "cpu", SilentObserver())
+    run = command.read_run(str(model), {})
+    rows = Rows(CalibrationSet(((1, 2, 3),)))
+    other_rows = replace(rows, **{part: CalibrationSet(((1, 2, 4),))})
+    dense = command.dense(run)
+    key = pipeline.work_key(run, rows, dense, "0.2")
+    assert key != pipeline.work_key(run, other_rows, dense, "0.2")
 
 
 def test_a_dry_run_counts_from_the_shape_and_leaves_nothing(model, place, say):
@@ -753,8 +754,8 @@ def asked(monkeypatch):
         found.append((place, read_run(place, *given, **more)))
         raise KeyboardInterrupt
 
-    read_run = Workspace.read_run
-    monkeypatch.setattr(Workspace, "read_run", read)
+    read_run = Command.read_run
+    monkeypatch.setattr(Command, "read_run", read)
     return found
 
 
@@ -955,7 +956,7 @@ def test_chat_records_go_through_the_template(place, say, monkeypatch):
         "".join(json.dumps({"messages": one}) + "\n" for one in turns)
     )
     found = []
-    monkeypatch.setattr(pipeline, "calibrate", lambda *given, **_: found.append(given[3]) or 1 / 0)
+    monkeypatch.setattr(splits, "calibrate", lambda *given, **_: found.append(given[3]) or 1 / 0)
     with pytest.raises(SystemExit):
         command.main(["prune", "chatty", "--budget", "0.3", "--texts", "chat.jsonl"])
     own = [text for text in found[0].search if text.kind.name == "chat.jsonl"]
@@ -992,7 +993,7 @@ def test_a_bad_model_an_absent_package_and_an_interrupt(place, say, monkeypatch)
         (KeyboardInterrupt(), 130, "interrupted; scores are kept"),
     ):
         monkeypatch.setattr(
-            Workspace, "read_run", lambda *args, raised=raised, **_: (x for x in ()).throw(raised)
+            Command, "read_run", lambda *args, raised=raised, **_: (x for x in ()).throw(raised)
         )
         assert (found := say(*prune("odd")))[0] == code and found[2].startswith(words)
 
@@ -1178,10 +1179,10 @@ def test_the_loss_of_each_kind_of_text_is_told_wherever_the_model_is_shown(
     ]
     records = [{"text": text, "kind": text[0], "share": 1} for text in texts]
     (place / "mix.json").write_text(json.dumps(records))
-    calibrate, found = pipeline.calibrate, []
+    calibrate, found = splits.calibrate, []
     monkeypatch.setattr(kinds, "UNEVEN", 0)
     monkeypatch.setattr(
-        pipeline,
+        splits,
         "calibrate",
         lambda *given, **more: found.append(calibrate(*given, **more)) or found[-1],
     )

@@ -12,10 +12,10 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import blockpruner
-from blockpruner import api, dag, pipeline
+from blockpruner import api, dag, pipeline, splits
 from blockpruner.cli import main as command
 from blockpruner.cli import pruning, talking
-from blockpruner.cli.pruning import Workspace
+from blockpruner.cli.pruning import Command
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import SilentObserver
 from blockpruner.evaluation import perplexity
@@ -116,9 +116,9 @@ def same_plan(path, run):
 
 @pytest.mark.usefixtures("in_process")
 def test_every_door_makes_the_same_model_of_the_same_words(place, monkeypatch):
-    asked, read = [], Workspace.read_run
+    asked, read = [], Command.read_run
     monkeypatch.setattr(
-        Workspace,
+        Command,
         "read_run",
         lambda *given, **more: asked.append(read(*given, **more)) or asked[-1],
     )
@@ -143,7 +143,7 @@ def test_every_door_makes_the_same_model_of_the_same_words(place, monkeypatch):
         "layers",
         "narrow",
     }
-    fit = pipeline.Rows.load(place / "data/calibration/tiny").fit.rows
+    fit = splits.Rows.load(place / "data/calibration/tiny").fit.rows
     assert load_plan(place / "data/plans/pruned/narrow.json").calibration["rows"] == len(fit), (
         "not the search's rows"
     )
@@ -239,8 +239,8 @@ def test_without_texts_every_family_can_read_the_rows_and_responses_are_scored(g
         found.append(calibrate(*given, **more))
         raise RecordedError
 
-    calibrate = pipeline.calibrate
-    monkeypatch.setattr(pipeline, "calibrate", recorded)
+    calibrate = splits.calibrate
+    monkeypatch.setattr(splits, "calibrate", recorded)
     monkeypatch.setattr(command, "stderr_observer", Noted)
     with pytest.raises(RecordedError):
         by_command_without_texts()
@@ -298,13 +298,13 @@ def test_no_row_that_judges_or_is_evaluated_is_seen_elsewhere(
     place, monkeypatch, door, evaluated, ignored
 ):
     """`ignored`: that this test would find it."""
-    draw_rows, found = pipeline.calibrate, []
+    draw_rows, found = splits.calibrate, []
 
     def recorded(*given, **more):
         found.append(draw_rows(*given, **more))
         raise RecordedError
 
-    monkeypatch.setattr(pipeline, "calibrate", recorded)
+    monkeypatch.setattr(splits, "calibrate", recorded)
     if ignored:
         drawn = calibration.draw
         for module in (calibration, healing_rows):
@@ -361,7 +361,7 @@ def test_what_must_be_apart_has_no_row_and_no_text_in_common(place):
     }
     Path("runs/tiny.yaml").write_text(yaml.safe_dump(run))
     stages(*OF_RUN[:3])
-    found = pipeline.Rows.load(Path("data/calibration/tiny"))
+    found = splits.Rows.load(Path("data/calibration/tiny"))
     held = texts.read_texts(Path("data/sources/tiny/perplexity.parquet"))
     evaluated = perplexity.held_out(tiny_tokenizer(), held, load_run("tiny").evaluate.perplexity)
     rows = {name: part.rows for name, part in vars(found).items()} | {"evaluated": evaluated.rows}
@@ -433,8 +433,8 @@ def test_the_stage_score_refuses_what_a_later_stage_cannot_finish(
     dag.write()
     stages(*OF_RUN[:3])
     if fit_rows == "none":
-        rows = pipeline.Rows.load(Path("data/calibration/tiny"))
-        replace(rows, fit=pipeline.NONE).save(Path("data/calibration/tiny"), "t")
+        rows = splits.Rows.load(Path("data/calibration/tiny"))
+        replace(rows, fit=splits.NONE).save(Path("data/calibration/tiny"), "t")
     checked = []
 
     def room(config, dtype, runtime, score, compensate, train, budget):

@@ -295,9 +295,9 @@ def test_the_stage_depends_on_what_it_reads(place):
     shutil.rmtree(tasks)
     fetch_tasks(place.run.evaluate.zero_shot, *[tasks] * 2, Path("cache"), Path("pins"), print)
     settings.main("tiny")
-    stages._GIVEN.clear()
+    stages._SETTINGS_READ.clear()
     experiment.main("mine-one")
-    read = {where for where, _, _ in stages._GIVEN}
+    read = {where for where, _, _ in stages._SETTINGS_READ}
     deps = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["experiment"]["do"]["deps"]
     wanted = {dep.replace("${item.run}", "tiny") for dep in deps if dep.startswith("data/settings")}
     assert read == wanted | {"studies/mine.yaml"}
