@@ -2,8 +2,8 @@
 
     calibrate -> check -> score -> commit -> heal -> train -> export
 
-Command, API and form call `run`, a study `search_and_heal`. A stage of the DAG calls one step of
-the same run; two further steps belong to the stages alone: `evaluation.suite` measures, and
+Command and API call `run`. A stage of the DAG calls one step of the same run, and a study calls
+several; two further steps belong to the stages alone: `evaluation.suite` measures, and
 `reporting.report` writes the page. What lies where is decided by a `Workspace`. Torch is loaded by
 the steps that compute."""
 

@@ -19,7 +19,9 @@ from stages import DATA, run, searched, sections
 
 
 def main(name: str) -> None:
-    entry, runtime, progress = read_dag()["searches"][name], load_params().runtime, observer()
+    entry = read_dag()["searches"][name]
+    runtime = load_params().runtime
+    progress = observer()
     require_current(machine="machine" in entry)  # in 16 bits the search is of one machine
     run_name, method = entry["run"], entry["method"]
     search = searched(run_name, method)
@@ -29,9 +31,9 @@ def main(name: str) -> None:
     rows = Rows.load(DATA / "calibration" / run_name, "search", "fit", "judge")
     with open_material(checkpoint, model, runtime, trials_root(), progress) as material:
         # These settings only refuse: the stage does not depend on them.
-        params, targeted = load_params(), load_run(run_name)
-        targets = params.targets_of(run_name)
-        pipeline.check_targets(rows, material.config, params.runtime, targeted, targets, method)
+        targets = load_params().targets_of(run_name)
+        settings = load_run(run_name)
+        pipeline.check_targets(rows, material.config, runtime, settings, targets, method)
         latency = partial(
             pipeline.latency, material, folder, checkpoint, model, search.score, runtime
         )
