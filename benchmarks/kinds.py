@@ -59,6 +59,11 @@ TITLES = {"smollm2": "SmolLM2-135M", "qwen": "Qwen2.5-Coder-0.5B", "gemma": "Gem
 OWN = ("--texts", "own.jsonl")
 """A file of one kind, articles of an encyclopaedia, as a user might give it."""
 
+LIKE_OURS = tuple(
+    f"--set=calibration.{value}" for value in ("data.source=wide", "split=all", "num_rows=64")
+)
+"""Texts of the default for a method of the paper, which has the paper's by itself."""
+
 PACKAGES = {5: 5800, 20: 1500, 80: 900, 160: 820}
 """How many packages give text, and the characters of a piece: about 240 thousand in all."""
 
@@ -81,7 +86,7 @@ CELLS: Mapping[str, Sequence[str]] = {
     "shifted layers 10 %": ("--budget", "0.10", "--method", "shifted"),
     "Relative Magnitude (Frobenius) 10 %": (
         *("--budget", "0.10", "--method", "relative-magnitude-frobenius"),
-        *("--compensate", "refit"),
+        *("--compensate", "refit", *LIKE_OURS),
     ),
     "own file 10 %": ("--budget", "0.10", *OWN),
     "own file only 10 %": ("--budget", "0.10", *OWN, "--only-texts"),
