@@ -146,7 +146,7 @@ class Pruned:
     @property
     def taken_out(self) -> str:
         """What was removed, in words: "9 MHA + 2 MLP", "channels of 26 MLPs"."""
-        return KINDS[self.plan.kind].taken_out(self.plan)
+        return KINDS[self.plan.kind].removed_words(self.plan)
 
     def evaluate(self, texts: Sequence[str], **settings: Any) -> HeldOutPerplexity:
         """The perplexity on texts that `prune` has not seen; the settings are those of
@@ -431,7 +431,7 @@ def _read_run(
     run = read_settings(Run, with_sources({"model": source} | values, named_sources()))
     check_run(run)
     for search in searches(run.score).values():
-        if not kind_of_method(search.method).is_part:
+        if not kind_of_method(search.method).keeps_weights:
             raise InputError(
                 f"method {run.score.method!r} makes other weights, which prune does not; use a run"
                 " file and the stages",

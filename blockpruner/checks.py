@@ -56,7 +56,7 @@ def check_target(run: Run, target: Target) -> None:
 
 def check_compensation(score: Score, method: str) -> None:
     """Refuse compensation after a method that does more than take parts out; raises InputError."""
-    if method != "none" and not kind_of_method(score.method).is_part:
+    if method != "none" and not kind_of_method(score.method).keeps_weights:
         raise InputError(
             f"compensate: {method} is for methods that take parts out, and score.method:"
             f" {score.method} changes weights; set compensate: none, or another score.method",

@@ -268,7 +268,7 @@ class DrawSearch:
 
     def can_compensate(self) -> bool:
         methods = [search.method for search in searches(self.score).values()]
-        return all(kind_of_method(method).is_part for method in methods)
+        return all(kind_of_method(method).keeps_weights for method in methods)
 
     def point(self, budget: str, heal: Heal, tasks: bool) -> dict[str, Any]:
         """Commit to a budget, heal and measure: the columns of a point that the experiment does not

@@ -384,7 +384,7 @@ def score(
             material.observer.note(f"search {number} of {len(budgets_by_search)}: {name}")
         search = searches(score)[name]
         # Channels are chosen by the fit that follows, so on its rows.
-        is_fitted = kind_of_method(search.method).of_fit and len(rows.fit.rows) > 1
+        is_fitted = kind_of_method(search.method).uses_fit_rows and len(rows.fit.rows) > 1
         scored_rows = rows.fit if is_fitted else rows.search
         counts[name] = score_run(material, scored_rows, search, reached, folder / name, latency)
     return counts

@@ -45,7 +45,7 @@ def main(name: str) -> None:
     write_json(DATA / "costs" / f"{name}.json", pipeline.total_cost(proposals))
     for proposal in proposals:
         plan = proposal.plan
-        removed = KINDS[plan.kind].taken_out(plan)
+        removed = KINDS[plan.kind].removed_words(plan)
         order = ", ".join(plan.order) or plan.method
         observer().note(
             f"{name}: {removed} ({order}); ratio {plan.ratio:.4f} for budget {settings.budget}"

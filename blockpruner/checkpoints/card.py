@@ -78,7 +78,7 @@ def model_card(
 
 # {plain(plan.target)}
 
-{code(base)} {KINDS[plan.kind].card(plan)}: {sizes}
+{code(base)} {KINDS[plan.kind].card_words(plan)}: {sizes}
 ({plan.ratio:.2%} removed), made by
 [BlockPruner](https://arxiv.org/abs/2406.10594)'s workflow and {healing}.
 

@@ -45,7 +45,7 @@ def write_page_of(checkpoint: Path, out: Path) -> None:
     pairs, _ = in_words(plan.kinds or {})
     tables = [_healing(perplexity)] if perplexity else []
     lost = [Facts("Perplexity by kind of text, of texts set aside", pairs)] if pairs else []
-    steps = KINDS[plan.kind].steps(plan) or "No block is removed as a whole."
+    steps = KINDS[plan.kind].step_words(plan) or "No block is removed as a whole."
     removed = removed_map(plan.target, plan) if plan.gone else steps
     facts = {
         "Folder": str(checkpoint),
@@ -101,7 +101,7 @@ def _findings(
     yield Finding(
         Level.RESULT,
         "outcome",
-        f"{percent(plan.ratio)} of the parameters removed ({KINDS[plan.kind].taken_out(plan)}):"
+        f"{percent(plan.ratio)} of the parameters removed ({KINDS[plan.kind].removed_words(plan)}):"
         f" {dense} → {pruned}",
         (
             f"Perplexity of the calibration texts {number(before)} → {number(after)},"

@@ -244,7 +244,7 @@ class Command:
     def apply(self, run: Run, path: Path, out: Path) -> dict[str, Any]:
         """Write the checkpoint of a plan, without healing; returns what `--json` prints."""
         file, plan = read_plan(path)
-        if not KINDS[plan.kind].is_part:
+        if not KINDS[plan.kind].keeps_weights:
             raise InputError(
                 f"{file} is of a model with other weights (method: {plan.method}), which a plan"
                 " does not hold; run prune again: scores are kept"
@@ -286,7 +286,9 @@ class Command:
             run = self._at_commit(run, file, repo, commit)
         with named(f"{file}: "):
             config = self.config_of(run)
-            require_of(plan, config, run.model.title, KINDS[plan.kind].pruned(plan, config))
+            require_of(
+                plan, config, run.model.title, KINDS[plan.kind].pruned_parameters(plan, config)
+            )
         dense = self.fetch(run)
         # A plan of a hub model names its weights by their content, if its author had them all.
         content = checkpoint_weights(dense) if at else checkpoint_identity(dense)
@@ -355,7 +357,7 @@ def checkpoint_facts(plan: Plan, folders: Mapping[str, Path]) -> dict[str, Any]:
     """Facts on a plan and on its checkpoints by format, as `--json` prints them."""
     return {
         "plan": plan_fields(plan),
-        "taken_out": KINDS[plan.kind].taken_out(plan),
+        "taken_out": KINDS[plan.kind].removed_words(plan),
         "written": [pipeline.exported(form, folder) for form, folder in folders.items()],
     }
 

@@ -104,7 +104,7 @@ def _require_fittable(
     plans: Mapping[str, Plan], fit: CalibrationSet, validation: CalibrationSet
 ) -> None:
     for plan in plans.values():
-        if not KINDS[plan.kind].is_part:
+        if not KINDS[plan.kind].keeps_weights:
             raise InputError(
                 "compensate.method refit is for plans that take parts out, not for"
                 f" {plan.kind}; set none"

@@ -18,7 +18,7 @@ def step_bytes(
     model_bytes = count_parameters(config).total * BYTES[dtype]
     needed = {"search": model_bytes + batch_bytes(config, dtype)}
     measures_widths = any(
-        kind_of_method(search.method).of_fit for search in searches(score).values()
+        kind_of_method(search.method).uses_fit_rows for search in searches(score).values()
     )
     if measures_widths and FAMILIES[str(config["model_type"])].has_one_mlp:
         needed["search"] += widths_bytes(inner_size(config), int(config["hidden_size"]))

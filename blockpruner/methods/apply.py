@@ -63,22 +63,24 @@ class Pruning:
     def load_for_export(self) -> PreTrainedModel:
         """The dense model where an export is made of it: on the CPU, as in the process that
         verifies the export. A kind that computes weights takes its device for that."""
-        device = "cpu" if KINDS[self.plan.kind].temporarily_pruned else self.device
+        device = "cpu" if KINDS[self.plan.kind].is_reversible else self.device
         return load_model(self.dense, self.dtype, device, self.trust_remote_code)
 
     def prune_(self, dense: PreTrainedModel, note: Note = lambda reduced: None) -> PreTrainedModel:
         """The pruned model, in place of the dense one."""
-        kind, temporarily_pruned = KINDS[self.plan.kind], KINDS[self.plan.kind].temporarily_pruned
+        kind = KINDS[self.plan.kind]
+        is_reversible = kind.is_reversible
         if self.healed is not None:
-            if kind.removes_blocks:  # into those tensors of the dense model that are left
+            if kind.removes_blocks:
+                # Both models share the tensors that are left: healing one heals the other.
                 load_healed_(pruned_copy(dense, self.plan, self.rows.rows), self.healed.path)
             else:
-                temporarily_pruned = None
-        if temporarily_pruned is not None:
-            with temporarily_pruned(dense, self.plan) as reduced:
+                is_reversible = False
+        if is_reversible:
+            with kind.temporarily_pruned(dense, self.plan) as reduced:
                 note(reduced)
         pruned = kind.apply_(dense, self.plan, self.rows.rows)
-        if temporarily_pruned is None:
+        if not is_reversible:
             if self.healed is not None:
                 load_healed_(pruned, self.healed.path)
             note(pruned)
@@ -124,6 +126,6 @@ def pruned_copy(dense: PreTrainedModel, plan: Plan, rows: Rows) -> PreTrainedMod
     """The pruned model beside the dense one, which stays whole. They share the tensors that the
     plan leaves alone."""
     kind = KINDS[plan.kind]
-    return kind.apply_(
-        shared_copy(dense) if kind.temporarily_pruned else copy.deepcopy(dense), plan, rows
-    )
+    # A kind that is not reversible writes to the tensors themselves.
+    model = shared_copy(dense) if kind.is_reversible else copy.deepcopy(dense)
+    return kind.apply_(model, plan, rows)

@@ -180,7 +180,7 @@ def changed_weights(
     """The parameters whose digest is not that of `before`. All of them for a kind of plan without
     `temporarily_pruned`: the last bits of its weights may differ from machine to machine, and the
     others would not fit to these."""
-    if KINDS[plan.kind].temporarily_pruned is None:
+    if not KINDS[plan.kind].is_reversible:
         return dict(model.named_parameters())
     digests = parameter_digests(model)
     return {

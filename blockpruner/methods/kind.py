@@ -1,11 +1,12 @@
 """A kind of method: how its plans are found, committed and applied, and how it is named.
 
-Each kind is one folder beside this file with one value, `Kind`; `registry` lists them. A method
-that ends in a mask is a row of `search.registry.SEARCHES` and needs no kind of its own.
+Each kind is one folder beside this file with one subclass of `Kind`; `registry` lists them. A
+method that ends in a mask is a row of `search.registry.SEARCHES` and needs no kind of its own.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from blockpruner.core.blocks import DENSE, BlockKind, Mask
 from blockpruner.core.budgets import Budget, Resources, parse_budget, resources_of
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config
-from blockpruner.core.markdown import code
 from blockpruner.core.options import Options
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
@@ -115,59 +115,80 @@ class Job:
         )
 
 
-@dataclass(frozen=True)
-class Kind:
-    """One kind of plan."""
+class Kind(ABC):
+    """One kind of plan: the base class of the kinds in the folders beside this file."""
 
     name: str
-    """As in a plan's `kind`; for a method that searches no mask also as in `score.method`."""
+    """As in a plan's `kind`. For a method that searches no mask it is also the `score.method`."""
     title: str
     """As in reports, for instance "SliceGPT"."""
-    score: Callable[[Job], tuple[Current, Counts]]
-    """Finds what to do for each budget, and leaves its trace in the job's folder."""
-    commit: Callable[[Path, Config, str, Current], tuple[Plan, Sequence[Path]]]
-    """The plan for a budget, from a run's folder of scores; and the iteration tables that it used,
-    in order."""
-    apply_: Callable[[PreTrainedModel, Plan, Rows], PreTrainedModel]
-    """Changes a dense model in place, for good. The rows are the calibration rows."""
-    identity: Callable[[Plan, str], dict[str, Any]] = lambda plan, rows: {
-        **plan.details,
-        "rows": rows,
-    }
-    """All that the pruned model depends on, apart from the dense one. Gets the digest of the
-    calibration rows."""
-    words: Callable[[Plan, str], str] = lambda plan, unit: plan.method
-    """How the plan was made, for instance "one-shot, whole layers, by Block Influence". Gets the
-    words for what was removed at once."""
-    taken_out: Callable[[Plan], str] = lambda plan: f"{plan.ratio:.1%} of the parameters"
-    """What is gone, for instance "3 MHA + 4 MLP"."""
-    card: Callable[[Plan], str] = lambda plan: f"with weights changed by {code(plan.method)}"
-    """What was done to the model, as a clause of its model card."""
-    steps: Callable[[Plan], str] = lambda plan: ""
-    """What the plan does, step by step, where the report has no table of it."""
-    temporarily_pruned: (
-        Callable[[PreTrainedModel, Plan], AbstractContextManager[PreTrainedModel]] | None
-    ) = None
-    """The dense model changed for a while: another way to the same model, to verify the first one
-    by. Where there is none, `apply_` writes to the tensors of the dense model."""
-    is_part: bool = False
-    """Its models hold parts of the dense model's weights, and nothing else: its plans say all, and
-    what is left can be fitted to the dense model."""
-    pruned: Callable[[Plan, Config], int | None] = lambda plan, config: None
-    """The parameters that are left, where the removed blocks do not say it."""
-    of_fit: bool = False
-    """It is planned from the rows that weights are fitted to, which are more than a search has."""
     options: type[Options] = Options
-    require: Callable[[Budget, Any, Config], object] = lambda budget, options, config: None
-    """Refuses, before anything is computed, a budget that no plan meets; called with the kind's own
-    options."""
+    """The type of `score.options`."""
     exports: frozenset[str] | None = None
     """The formats that can hold such a model; None: all."""
+    removes_blocks = False
+    """Its plans are masks, which a search of `search.registry` found."""
+    is_reversible = False
+    """It has a `temporarily_pruned`, and `apply_` writes to no tensor of the dense model."""
+    keeps_weights = False
+    """Its models hold a subset of the dense model's weights, unchanged. So they can be fitted to
+    the dense model."""
+    uses_fit_rows = False
+    """Its plans are made from the rows that weights are fitted to, which are more rows than a
+    search has."""
 
-    @property
-    def removes_blocks(self) -> bool:
-        """Its plans are masks, which a search found."""
-        return self.name == "mask"
+    @abstractmethod
+    def score(self, job: Job) -> tuple[Current, Counts]:
+        """Find what to remove for each budget, and write the trace to the job's folder."""
+
+    @abstractmethod
+    def commit(
+        self, scores: Path, config: Config, budget: str, current: Current
+    ) -> tuple[Plan, Sequence[Path]]:
+        """The plan for a budget from a run's folder of scores, and the iteration tables that it
+        used, in order."""
+
+    @abstractmethod
+    def apply_(self, model: PreTrainedModel, plan: Plan, rows: Rows) -> PreTrainedModel:
+        """Prune a dense model in place, for good. The rows are the calibration rows."""
+
+    def temporarily_pruned(
+        self, model: PreTrainedModel, plan: Plan
+    ) -> AbstractContextManager[PreTrainedModel]:
+        """The dense model, pruned inside the `with` by another way than that of `apply_`, so that
+        each verifies the other."""
+        raise NotImplementedError(f"{self.name} cannot restore the dense model")
+
+    @abstractmethod
+    def identity(self, plan: Plan, rows: str) -> dict[str, Any]:
+        """Everything that the pruned model depends on apart from the dense model; `rows` is the
+        digest of the calibration rows."""
+
+    def pruned_parameters(self, plan: Plan, config: Config) -> int | None:
+        """The pruned model's parameters, or None if they follow from the removed blocks."""
+        return None
+
+    def require(self, budget: Budget, options: Any, config: Config) -> None:
+        """Refuse, before anything is computed, a budget that no plan meets; raises
+        UnreachableError. The options are of the kind's own type."""
+        return
+
+    @abstractmethod
+    def method_words(self, plan: Plan, unit: str) -> str:
+        """How the plan was made, for instance "one-shot, whole layers, by Block Influence"; `unit`
+        names what was removed at once."""
+
+    @abstractmethod
+    def removed_words(self, plan: Plan) -> str:
+        """What is removed, for instance "3 MHA + 4 MLP"."""
+
+    @abstractmethod
+    def card_words(self, plan: Plan) -> str:
+        """What was done to the model, as a clause of its model card."""
+
+    def step_words(self, plan: Plan) -> str:
+        """What the plan does step by step, for a plan whose steps are in no table of the report."""
+        return ""
 
 
 def make_plan(

@@ -77,4 +77,4 @@ def model_facts(plan: Plan, rows: str) -> dict[str, Any]:
     return {"kind": plan.kind, **KINDS[plan.kind].identity(plan, rows)}
 
 
-KINDS = Registry("plan kind", Kind, [BLOCKS, LACO, NARROW, SLICEGPT])
+KINDS = Registry[Kind]("plan kind", Kind, [BLOCKS, LACO, NARROW, SLICEGPT])  # type: ignore[type-abstract]

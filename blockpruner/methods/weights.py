@@ -1,45 +1,38 @@
 """Methods that search no mask: their details are found first and kept in a file, then become a
 plan.
 
-Details are JSON that only the method itself reads: merges, or widths. How they are applied to
-weights is decided in the method's own folder.
+Details are JSON that only the method itself reads: merges, or widths. A subclass in the method's
+own folder decides how they are applied to weights.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from blockpruner.core.blocks import DENSE, Mask
 from blockpruner.core.budgets import Budget, parse_budget
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config
-from blockpruner.core.options import Options, read_options
+from blockpruner.core.markdown import code
+from blockpruner.core.options import read_options
 from blockpruner.core.plan import Plan
 from blockpruner.methods.kind import Job, Kind, make_plan
 from blockpruner.scoring.metrics import NLL, perplexity
 from blockpruner.scoring.objectives import Counts, Objective, in_one_origin
 from blockpruner.scoring.scorers import LazyScorer
-from blockpruner.scoring.work import Rows
 from blockpruner.search.trace import TOOK, Current, search_fingerprint, trace_directory
 from blockpruner.store.files import read_json, read_kept_json, write_sealed_json
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-Details = dict[str, Any]
+Details = Mapping[str, Any]
 """What a method will do, as JSON. Under "nll" it may hold the mean NLL of each calibration row in
 the pruned model."""
-
-Planner = Callable[[Any, Job], Callable[[Budget], Details]]
-"""From the method's own options, finds what to do for budgets. Raises InputError where nothing
-meets one."""
 
 
 @dataclass(frozen=True)
@@ -65,73 +58,105 @@ def share_of(budget: Budget, method: str) -> float:
     return budget.ratio
 
 
-def weights_kind(
-    name: str,
-    title: str,
-    *,
-    plan: Planner,
-    removed: Callable[[Details, Config], Removed],
-    apply_: Callable[[PreTrainedModel, Plan, Rows], PreTrainedModel],
-    identity: Callable[[Plan, str], dict[str, Any]] = Kind.identity,
-    options: type[Options] = Options,
-    version: int = 1,
-    **others: Any,
-) -> Kind:
-    """A kind of method that searches no mask; `name` is its `score.method`, and `others` are fields
-    of `Kind`. The `version` is raised when the method plans something else for the same budget, or
-    makes other weights of a plan."""
-    score, commit = partial(_score, name, options, plan, version), partial(_commit, removed)
-    others["identity"] = lambda plan, rows: {**identity(plan, rows), "version": version}
-    others["pruned"] = lambda plan, config: removed(plan.details, config).pruned
-    return Kind(name, title, score, commit, apply_, options=options, **others)
+class WeightsKind(Kind):
+    """A kind of method that searches no mask: a subclass plans details for each budget."""
 
+    version = 1
+    """Raised when the method plans something else for the same budget, or makes other weights of a
+    plan."""
 
-def _score(
-    name: str, options: type[Options], plan: Planner, version: int, job: Job
-) -> tuple[Current, Counts]:
-    """Find the details for each budget; and the dense model's NLL, where a method measures that of
-    a pruned one."""
-    from blockpruner.scoring.engine import Engine
+    @abstractmethod
+    def planner(self, options: Any, job: Job) -> Callable[[Budget], Details]:
+        """The function that finds what to do for a budget; it raises InputError if nothing meets
+        the budget. The options are of the kind's own type."""
 
-    method_options = read_options(name, options, job.score.options)
-    loss = NLL.name
-    observer = job.material.observer
-    fields = {
-        "method": name,
-        "metric": job.score.metric,
-        "options": method_options.model_dump(),
-        "version": version,
-    }
-    search = search_fingerprint(job.store_fields(loss), fields)
-    current = job.current(name, search, False, method_options, loss)
-    dense_nll, counts = None, Counts()
-    measures_nll = False
-    with (
-        job.stores([loss]) as stores,
-        closing(LazyScorer(lambda: Engine(job.material.dense()))) as scorer,
-    ):
-        details_for = plan(method_options, job)
-        for text in job.budgets:
-            path = trace_directory(job.folder, current, text) / "details.json"
-            observer.begin(f"{name} for {text}")
-            details = read_kept_json(path, observer.note)
-            is_cached = details is not None
-            if details is None:
-                started = time.monotonic()
-                details = details_for(parse_budget(text, job.resources["parameters"]))
-                seconds = round(time.monotonic() - started, 2)
-                write_sealed_json(path.with_name(TOOK), {"took": [0, 0, seconds]})
-                write_sealed_json(path, details)
-            measures_nll |= "nll" in details
-            observer.end(_words(details), cached=is_cached)
+    @abstractmethod
+    def removed(self, details: Details, config: Config) -> Removed:
+        """What a model loses by these details."""
 
-        def measure_dense() -> tuple[float, Counts]:
-            objective = Objective(job.calibration, stores[loss], scorer, observer)
-            return objective([DENSE])[0].loss, objective.counts
+    def facts(self, plan: Plan, rows: str) -> dict[str, Any]:
+        """As `identity`, without the version."""
+        return {**plan.details, "rows": rows}
 
-        if measures_nll:
-            dense_nll, counts = in_one_origin(measure_dense, observer)
-    return replace(current, dense_nll=dense_nll), counts
+    def identity(self, plan: Plan, rows: str) -> dict[str, Any]:
+        return {**self.facts(plan, rows), "version": self.version}
+
+    def pruned_parameters(self, plan: Plan, config: Config) -> int | None:
+        return self.removed(plan.details, config).pruned
+
+    def score(self, job: Job) -> tuple[Current, Counts]:
+        """Find the details for each budget. If they hold the NLL of the pruned model, that of the
+        dense model is measured, too."""
+        from blockpruner.scoring.engine import Engine
+
+        options = read_options(self.name, self.options, job.score.options)
+        loss = NLL.name
+        observer = job.material.observer
+        fields = {
+            "method": self.name,
+            "metric": job.score.metric,
+            "options": options.model_dump(),
+            "version": self.version,
+        }
+        search = search_fingerprint(job.store_fields(loss), fields)
+        current = job.current(self.name, search, False, options, loss)
+        dense_nll, counts = None, Counts()
+        measures_nll = False
+        with (
+            job.stores([loss]) as stores,
+            closing(LazyScorer(lambda: Engine(job.material.dense()))) as scorer,
+        ):
+            details_for = self.planner(options, job)
+            for text in job.budgets:
+                path = trace_directory(job.folder, current, text) / "details.json"
+                observer.begin(f"{self.name} for {text}")
+                stored = read_kept_json(path, observer.note)
+                if stored is not None:
+                    details = stored
+                else:
+                    started = time.monotonic()
+                    details = details_for(parse_budget(text, job.resources["parameters"]))
+                    seconds = round(time.monotonic() - started, 2)
+                    write_sealed_json(path.with_name(TOOK), {"took": [0, 0, seconds]})
+                    write_sealed_json(path, details)
+                measures_nll |= "nll" in details
+                observer.end(_words(details), cached=stored is not None)
+
+            def measure_dense() -> tuple[float, Counts]:
+                objective = Objective(job.calibration, stores[loss], scorer, observer)
+                return objective([DENSE])[0].loss, objective.counts
+
+            if measures_nll:
+                dense_nll, counts = in_one_origin(measure_dense, observer)
+        return replace(current, dense_nll=dense_nll), counts
+
+    def commit(
+        self, scores: Path, config: Config, budget: str, current: Current
+    ) -> tuple[Plan, Sequence[Path]]:
+        path = trace_directory(scores, current, budget) / "details.json"
+        details = dict(read_json(path, sealed=True))
+        row_nll = details.pop("nll", None)
+        removed = self.removed(details, config)
+        dense_perplexity = current.dense_nll and perplexity(current.dense_nll)
+        pruned_perplexity = perplexity(math.fsum(row_nll) / len(row_nll)) if row_nll else None
+        plan = make_plan(
+            current,
+            budget,
+            config,
+            perplexities=(dense_perplexity, pruned_perplexity),
+            details=details,
+            **vars(removed),
+        )
+        return plan, []
+
+    def method_words(self, plan: Plan, unit: str) -> str:
+        return plan.method
+
+    def removed_words(self, plan: Plan) -> str:
+        return f"{plan.ratio:.1%} of the parameters"
+
+    def card_words(self, plan: Plan) -> str:
+        return f"with weights changed by {code(plan.method)}"
 
 
 def _words(details: Details) -> str:
@@ -141,27 +166,3 @@ def _words(details: Details) -> str:
         if key not in ("nll", "channels"):
             words.append(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}")
     return ", ".join(words)
-
-
-def _commit(
-    removed: Callable[[Details, Config], Removed],
-    scores: Path,
-    config: Config,
-    budget: str,
-    current: Current,
-) -> tuple[Plan, Sequence[Path]]:
-    """The plan for a budget from the details that were found for it."""
-    details = read_json(trace_directory(scores, current, budget) / "details.json", sealed=True)
-    losses = removed(details, config)
-    row_nll = details.pop("nll", None)
-    dense_perplexity = current.dense_nll and perplexity(current.dense_nll)
-    pruned_perplexity = perplexity(math.fsum(row_nll) / len(row_nll)) if row_nll else None
-    plan = make_plan(
-        current,
-        budget,
-        config,
-        perplexities=(dense_perplexity, pruned_perplexity),
-        details=details,
-        **vars(losses),
-    )
-    return plan, []

@@ -175,7 +175,7 @@ def _read_run(run: str, labels: RunLabels, plans: Mapping[str, Plan], data: Path
         checkpoints = [data / "checkpoints" / name / form for form in facts[name]["formats"]]
         option = PrunedOption(
             name=name,
-            method=KINDS[plan.kind].words(plan, unit),
+            method=KINDS[plan.kind].method_words(plan, unit),
             plan=plan,
             model=models[name],
             dense=dense.model,

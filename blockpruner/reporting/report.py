@@ -181,7 +181,7 @@ def _steps(targets: Sequence[PrunedOption]) -> Iterator[str]:
     """What methods did that change weights and remove no blocks."""
     for target in targets:
         if not target.plan.removed:
-            text = KINDS[target.plan.kind].steps(target.plan)
+            text = KINDS[target.plan.kind].step_words(target.plan)
             if text:
                 yield f"{target.name}: {text}"
 

@@ -262,7 +262,7 @@ class Option:
     @property
     def taken_out(self) -> str:
         """For instance "3 MHA + 4 MLP"."""
-        return KINDS[self.plan.kind].taken_out(self.plan) if self.plan else "nothing"
+        return KINDS[self.plan.kind].removed_words(self.plan) if self.plan else "nothing"
 
     @property
     def race(self) -> Race:

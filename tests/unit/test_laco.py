@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from blockpruner.core.budgets import parse_budget, resources_of
 from blockpruner.core.errors import InputError, UnreachableError
 from blockpruner.inputs.calibration import CalibrationSet
-from blockpruner.methods.laco.kind import LacoOptions, plan_merges, require_merges
+from blockpruner.methods.laco.kind import LACO, LacoOptions, plan_merges
 from blockpruner.methods.laco.merging import VARIANTS, Similarity, merge_, merged
 from blockpruner.methods.laco.walk import (
     Merge,
@@ -432,11 +432,11 @@ def test_a_budget_out_of_reach_of_these_settings_is_refused_before_a_search():
         LacoOptions(count=3, lowest=2, highest=7, interval=1),
     )
     for text in ("2layers", "1.3x"):  # a speed-up is measured first
-        require_merges(parse_budget(text, counts), options, config)
+        LACO.require(parse_budget(text, counts), options, config)
     with pytest.raises(
         UnreachableError, match=r"budget '1layers': .*1 of 8 layers at no threshold"
     ):
-        require_merges(parse_budget("1layers", counts), options, config)
+        LACO.require(parse_budget("1layers", counts), options, config)
 
 
 # What is known

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockpruner.core.blocks import DENSE, BlockKind, Mask, format_mask, parse_mask, sorted_blocks
-from blockpruner.core.budgets import choose_prefix, is_settled, parse_budget, resources_of
+from blockpruner.core.budgets import (
+    Resources,
+    choose_prefix,
+    is_settled,
+    parse_budget,
+    resources_of,
+)
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config, Costs
 from blockpruner.core.markdown import code
@@ -44,36 +50,6 @@ PER_WORDS = {
 }
 
 
-def score(job: Job) -> tuple[Current, Counts]:
-    asked, observer = request(job.score), job.material.observer
-    rows = job.calibration
-    special: dict[str, Any] = {"latency": job.latency} if asked.options.price == "latency" else {}
-    loss = asked.metric.name
-    fingerprint = search_fingerprint(job.store_fields(loss), {**asked.fields, **special})
-    current = job.current("mask", fingerprint, asked.search.nested, asked.options, loss)
-
-    def keep(budget: str, iteration: Iteration, took: Took) -> None:
-        write_iteration(trace_directory(job.folder, current, budget), iteration, fingerprint, took)
-
-    with job.stores(asked.losses) as stores:
-        own, influence = (stores[loss], stores[NLL.name]), asked.metric.influence
-        for problem in seed_stores(job.folder / fingerprint, fingerprint, *own, influence):
-            observer.note(f"warning: {problem}")
-        observer.note(
-            f"calibration: {len(rows.rows)} rows, in all {rows.tokens:,} tokens; search"
-            f" {fingerprint}"
-        )
-        scorer = job.material.scorer
-        traces, counts = search(
-            asked, rows, stores, scorer, job.resources, job.budgets, observer, keep
-        )
-    for budget, trace in traces.items():
-        drop_strays(
-            trace_directory(job.folder, current, budget), trace, current.nested, fingerprint
-        )
-    return current, counts
-
-
 def choose(
     order: Sequence[Mask],
     perplexities: Sequence[float],
@@ -84,124 +60,177 @@ def choose(
     """Choose the prefix of a removal sequence that meets a budget; raises InputError that names the
     largest or nearest budget that can be met. Order and perplexities are as from `removals`."""
     resources = known_resources(config, budget, current)
-    prefixes, counts = list(accumulate(order, or_)), resources["parameters"]
-    wanted = parse_budget(budget, counts)
-    steps = choose_prefix(wanted, prefixes, resources[wanted.resource])
-    known, own = (perplexities[0], perplexities[steps]), listed(order[:steps], counts)
-    return make_plan(current, budget, config, gone=prefixes[steps - 1], perplexities=known, **own)
+    counts = resources["parameters"]
+    goal = parse_budget(budget, counts)
+    prefixes = list(accumulate(order, or_))
+    steps = choose_prefix(goal, prefixes, resources[goal.resource])
+    return make_plan(
+        current,
+        budget,
+        config,
+        gone=prefixes[steps - 1],
+        perplexities=(perplexities[0], perplexities[steps]),
+        **order_fields(order[:steps], counts),
+    )
 
 
-def listed(order: Sequence[Mask], counts: Costs) -> dict[str, Any]:
+def order_fields(order: Sequence[Mask], counts: Costs) -> dict[str, Any]:
     """The fields of a plan that follow from the units that are removed, in order."""
+    prefixes = list(accumulate(order, or_))
     return {
         "removed": tuple(str(block) for block in sorted_blocks(DENSE.union(*order))),
         "order": tuple(format_mask(unit) for unit in order),
-        "ratios": tuple(counts.ratio(prefix) for prefix in accumulate(order, or_)),
+        "ratios": tuple(counts.ratio(prefix) for prefix in prefixes),
     }
 
 
 def require_of(plan: Plan, config: Config, model: str, pruned: int | None) -> None:
     """Refuse a plan of another shape than the model of this name has, or that does not follow from
-    what it removes; `pruned` is as `Kind.pruned` says."""
+    what it removes; `pruned` is as from `Kind.pruned_parameters`."""
     resources = resources_of(config)
     counts = resources["parameters"]
-    # a deeper model has others
+    # The plan of a deeper model names blocks that this one lacks.
     order = [parse_mask(unit) & counts.blocks.keys() for unit in plan.order]
-    own = sizes(resources, DENSE.union(*order), pruned) | listed(order, counts)
-    # there may also be a time that was measured
-    own["removes"] = {
-        **plan.removes,
-        **own["removes"],
-    }
-    for name, value in own.items():
-        if getattr(plan, name) != value:
+    fields = sizes(resources, DENSE.union(*order), pruned) | order_fields(order, counts)
+    # The plan may also hold a measured time, which does not follow from the config.
+    fields["removes"] = {**plan.removes, **fields["removes"]}
+    for name, value in fields.items():
+        plan_value = getattr(plan, name)
+        if plan_value != value:
             raise InputError(
                 f"the plan is of another model: its base is {plan.base}, and its {name} is"
-                f" {getattr(plan, name)!r}, which for {model} is {value!r}; give the model that the"
-                " plan was made for, and an unchanged plan",
+                f" {plan_value!r}, which for {model} is {value!r}; give the model that the plan was"
+                " made for, and an unchanged plan",
                 rule="plan-differs",
                 key=name,
-                value=getattr(plan, name),
+                value=plan_value,
             )
 
 
-def commit(
-    scores: Path, config: Config, budget: str, current: Current
-) -> tuple[Plan, Sequence[Path]]:
-    resources, directory = (
-        known_resources(config, budget, current),
-        trace_directory(scores, current, budget),
-    )
-    trace = read_trace(directory, current.search)
-    if not trace:
-        raise InputError(f"{directory} has no iteration for budget {budget!r}; run its stage score")
-    order, perplexities = removals(trace, current.nested)
-    if current.nested:  # it may have been scored for other budgets
-        prefixes, wanted = (
-            list(accumulate(order, or_)),
-            parse_budget(budget, resources["parameters"]),
+def require_scored(
+    budget: str, order: Sequence[Mask], resources: Resources, current: Current
+) -> None:
+    """Refuse a budget that a nested search was not run far enough for: it may have been scored for
+    other budgets."""
+    goal = parse_budget(budget, resources["parameters"])
+    costs = resources[goal.resource]
+    prefixes = list(accumulate(order, or_))
+    remaining = []
+    for unit in units_of(request(current.score), resources):
+        if not unit <= prefixes[-1]:
+            remaining.append(unit)
+    if not is_settled(goal, prefixes, costs, remaining):
+        reached = goal.amount(prefixes[-1], costs)
+        raise InputError(
+            f"the run is scored up to {reached}, not to budget {budget!r}; run its stage score"
         )
-        costs = resources[wanted.resource]
-        remaining = [
-            unit for unit in units_of(request(current.score), resources) if not unit <= prefixes[-1]
-        ]
-        if not is_settled(wanted, prefixes, costs, remaining):
-            reached = wanted.amount(prefixes[-1], costs)
-            raise InputError(
-                f"the run is scored up to {reached}, not to budget {budget!r}; run its stage score"
+
+
+class Blocks(Kind):
+    name = "mask"
+    title = "blocks removed"
+    removes_blocks = True
+    is_reversible = True
+    keeps_weights = True
+
+    def score(self, job: Job) -> tuple[Current, Counts]:
+        asked = request(job.score)
+        observer = job.material.observer
+        rows = job.calibration
+        loss = asked.metric.name
+        fields = dict(asked.fields)
+        if asked.options.price == "latency":
+            fields["latency"] = job.latency
+        fingerprint = search_fingerprint(job.store_fields(loss), fields)
+        current = job.current(self.name, fingerprint, asked.search.nested, asked.options, loss)
+
+        def keep(budget: str, iteration: Iteration, took: Took) -> None:
+            directory = trace_directory(job.folder, current, budget)
+            write_iteration(directory, iteration, fingerprint, took)
+
+        with job.stores(asked.losses) as stores:
+            problems = seed_stores(
+                job.folder / fingerprint,
+                fingerprint,
+                stores[loss],
+                stores[NLL.name],
+                asked.metric.influence,
             )
-    plan = choose(order, perplexities, config, budget, current)
-    used = len(plan.order) if plan.nested else len(trace)
-    return plan, [table_path(directory, index) for index in range(used)]
+            for problem in problems:
+                observer.note(f"warning: {problem}")
+            observer.note(
+                f"calibration: {len(rows.rows)} rows, in all {rows.tokens:,} tokens; search"
+                f" {fingerprint}"
+            )
+            traces, counts = search(
+                asked,
+                rows,
+                stores,
+                job.material.scorer,
+                job.resources,
+                job.budgets,
+                observer,
+                keep,
+            )
+        for budget, trace in traces.items():
+            directory = trace_directory(job.folder, current, budget)
+            drop_strays(directory, trace, current.nested, fingerprint)
+        return current, counts
+
+    def commit(
+        self, scores: Path, config: Config, budget: str, current: Current
+    ) -> tuple[Plan, Sequence[Path]]:
+        resources = known_resources(config, budget, current)
+        directory = trace_directory(scores, current, budget)
+        trace = read_trace(directory, current.search)
+        if not trace:
+            raise InputError(
+                f"{directory} has no iteration for budget {budget!r}; run its stage score"
+            )
+        order, perplexities = removals(trace, current.nested)
+        if current.nested:
+            require_scored(budget, order, resources, current)
+        plan = choose(order, perplexities, config, budget, current)
+        used = len(plan.order) if plan.nested else len(trace)
+        return plan, [table_path(directory, index) for index in range(used)]
+
+    def apply_(self, model: PreTrainedModel, plan: Plan, rows: Rows) -> PreTrainedModel:
+        from blockpruner.model.models import prune_
+
+        return prune_(model, plan.mask)
+
+    def temporarily_pruned(
+        self, model: PreTrainedModel, plan: Plan
+    ) -> AbstractContextManager[PreTrainedModel]:
+        from blockpruner.model.models import masked
+
+        return masked(model, plan.mask)
+
+    def identity(self, plan: Plan, rows: str) -> dict[str, Any]:
+        return {"removed": list(plan.removed)}
+
+    def method_words(self, plan: Plan, unit: str) -> str:
+        search = SEARCHES[plan.method]
+        # Neither a metric nor calibration text decides what such a search removes.
+        if search.asks == "nothing":
+            return f"{search.title}, {unit}"
+        price = PER_WORDS.get(str(plan.options.get("per")), "")
+        return f"{search.title}, {unit}, by {METRICS[plan.metric].title}{price}"
+
+    def removed_words(self, plan: Plan) -> str:
+        return " + ".join(f"{plan.blocks[kind]} {kind.upper()}" for kind in BlockKind)
+
+    def card_words(self, plan: Plan) -> str:
+        by = "" if SEARCHES[plan.method].asks == "nothing" else f" by {code(plan.metric)}"
+        options = []
+        for key, value in plan.options.items():
+            if key != "order":
+                options.append(code(f"{key}: {value}"))
+        option_words = f" ({', '.join(options)})" if options else ""
+        return (
+            f"without {plan.blocks['mha']} of its {plan.layers} MHA and {plan.blocks['mlp']} of its"
+            f" {plan.layers} MLP blocks, chosen by `{plan.method}` search{by}{option_words}"
+        )
 
 
-def words(plan: Plan, unit: str) -> str:
-    search, metric = SEARCHES[plan.method], METRICS[plan.metric]
-    # then neither metric nor calibration text has a part in what is removed
-    if search.asks == "nothing":
-        return f"{search.title}, {unit}"
-    return (
-        f"{search.title}, {unit}, by"
-        f" {metric.title}{PER_WORDS.get(str(plan.options.get('per')), '')}"
-    )
-
-
-def card(plan: Plan) -> str:
-    by = "" if SEARCHES[plan.method].asks == "nothing" else f" by {code(plan.metric)}"
-    options = ", ".join(
-        code(f"{key}: {value}") for key, value in plan.options.items() if key != "order"
-    )
-    return (
-        f"without {plan.blocks['mha']} of its {plan.layers} MHA and {plan.blocks['mlp']} of its"
-        f" {plan.layers} MLP blocks, chosen by `{plan.method}`"
-        f" search{by}{f' ({options})' if options else ''}"
-    )
-
-
-def _apply(model: PreTrainedModel, plan: Plan, rows: Rows) -> PreTrainedModel:
-    from blockpruner.model.models import prune_
-
-    return prune_(model, plan.mask)
-
-
-def _temporarily_pruned(
-    model: PreTrainedModel, plan: Plan
-) -> AbstractContextManager[PreTrainedModel]:
-    from blockpruner.model.models import masked
-
-    return masked(model, plan.mask)
-
-
-BLOCKS = Kind(
-    "mask",
-    "blocks removed",
-    score=score,
-    commit=commit,
-    is_part=True,
-    apply_=_apply,
-    temporarily_pruned=_temporarily_pruned,
-    identity=lambda plan, rows: {"removed": list(plan.removed)},
-    words=words,
-    taken_out=lambda plan: " + ".join(f"{plan.blocks[kind]} {kind.upper()}" for kind in BlockKind),
-    card=card,
-)
+BLOCKS = Blocks()

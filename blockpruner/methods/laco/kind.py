@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing
 from functools import cache, partial
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal
 
 from blockpruner.core.blocks import Mask, all_blocks, removable_units
@@ -23,7 +23,7 @@ from blockpruner.methods.laco.walk import (
     layers_after,
     search_threshold,
 )
-from blockpruner.methods.weights import Details, Removed, weights_kind
+from blockpruner.methods.weights import Details, Removed, WeightsKind
 from blockpruner.scoring.work import Rows
 from blockpruner.store.journal import Journal
 from blockpruner.store.provenance import fingerprint
@@ -46,140 +46,152 @@ class LacoOptions(Options):
     """How weights are merged: as the public notebook does it, or by the paper's equation."""
 
 
+class LaCo(WeightsKind):
+    name = "laco"
+    title = "LaCo"
+    options = LacoOptions
+    exports = frozenset({"hf", "nas", "mlx", "gguf"})
+    is_reversible = True
+    version = PLAN_VERSION
+
+    def planner(self, options: LacoOptions, job: Job) -> Callable[[Budget], Details]:
+        return partial(plan_merges, options, job)
+
+    def require(self, budget: Budget, options: LacoOptions, config: Config) -> None:
+        """Refuse settings by which no walk, whatever the similarities, removes the layers that a
+        budget asks for."""
+        costs = resources_of(config).get(budget.resource)
+        if costs is None:
+            # The budget is a speed-up: how much each block takes is measured first.
+            return
+        try:
+            walk, layers = walk_for(options, budget, costs)
+            walk.require(layers)
+        except UnreachableError as error:
+            raise UnreachableError(f"budget {budget.text!r}: {error}") from None
+
+    def removed(self, details: Details, config: Config) -> Removed:
+        depth = int(config["num_hidden_layers"])
+        merges = read_merges(details["merges"])
+        merged_layers = set[int]()
+        for group in layers_after(merges, depth):
+            merged_layers.update(group[1:])
+        gone = frozenset(block for block in all_blocks(depth) if block.layer in merged_layers)
+        return Removed(gone, order=tuple(map(str, merges)))
+
+    def apply_(self, model: PreTrainedModel, plan: Plan, rows: Rows) -> PreTrainedModel:
+        from blockpruner.methods.laco.merging import merge_
+
+        return merge_(model, read_merges(plan.details["merges"]), plan.details["variant"])
+
+    def temporarily_pruned(
+        self, model: PreTrainedModel, plan: Plan
+    ) -> AbstractContextManager[PreTrainedModel]:
+        from blockpruner.methods.laco.merging import merged
+
+        return merged(model, read_merges(plan.details["merges"]), plan.details["variant"])
+
+    def facts(self, plan: Plan, rows: str) -> dict[str, Any]:
+        return {
+            "merges": plan.details["merges"],
+            "variant": plan.details["variant"],
+            "weights": WEIGHTS_VERSION,
+        }
+
+    def method_words(self, plan: Plan, unit: str) -> str:
+        return f"LaCo ({plan.details['variant']}), layers merged, by cosine similarity"
+
+    def removed_words(self, plan: Plan) -> str:
+        return f"{plan.blocks['mha']} layers by merging"
+
+    def card_words(self, plan: Plan) -> str:
+        return (
+            f"with {plan.blocks['mha']} of its {plan.layers} layers merged into others by LaCo"
+            f" (arXiv 2402.11187, variant `{plan.details['variant']}`, merges"
+            f" {', '.join(plan.order)})"
+        )
+
+    def step_words(self, plan: Plan) -> str:
+        return (
+            f"merges {', '.join(plan.order)}, in order (N+k: the k layers above layer N of that"
+            " moment into it), each above a similarity of"
+            f" {plan.details['threshold']:.4g}"
+        )
+
+
 def plan_merges(options: LacoOptions, job: Job, budget: Budget) -> Details:
-    """LaCo's merges that remove the number of layers nearest to the budget, as [layer, count] in
-    order, with what was measured of them. Raises InputError for a budget or settings that no walk
-    meets; it names what is nearest."""
-    material, costs = job.material, job.resources[budget.resource]
-    assert material.trials is not None  # only searches of masks keep trials in memory
+    """The merges that remove the number of layers nearest to the budget, as [layer, count] in
+    order, with what was measured of them. Raises InputError that names what is nearest, for a
+    budget or settings that no walk meets."""
     from blockpruner.methods.laco.merging import Similarity, merged_nll
 
-    walk, wanted = _asked(options, budget, costs)
-    of = {
+    material = job.material
+    rows = job.calibration.rows
+    # Only searches of masks can keep trials in memory.
+    assert material.trials is not None
+    walk, layers = walk_for(options, budget, job.resources[budget.resource])
+    fields = {
         "calibration": job.calibration.digest,
         "model": material.identity,
         "dtype": material.dtype,
+        "variant": options.variant,
+        "plan_version": PLAN_VERSION,
     }
-    fields = {**of, "variant": options.variant, "plan_version": PLAN_VERSION}
-    of_search, problems = fingerprint(fields), list[str]()
-    path = material.trials / f"laco-{of_search}.jsonl"
-    with closing(Journal(path, {"fingerprint": of_search, "fields": fields})) as log:
-        known: dict[Merges, float] = {
-            tuple(_merges(entry)): entry["similarity"] for entry in log.read(problems)
-        }
+    search = fingerprint(fields)
+    path = material.trials / f"laco-{search}.jsonl"
+    with closing(Journal(path, {"fingerprint": search, "fields": fields})) as log:
+        problems = list[str]()
+        similarity_by_merges = dict[Merges, float]()
+        for entry in log.read(problems):
+            similarity_by_merges[tuple(read_merges(entry["merges"]))] = entry["similarity"]
         for problem in problems:
             material.observer.note(f"warning: {problem}")
 
         @cache
         def measure() -> Similarity:
-            """The model is loaded when the first similarity is not known."""
-            return Similarity(
-                material.dense(), job.calibration.rows, options.variant, material.observer.advance
-            )
+            """Loads the model, when a similarity is needed that is not in the journal."""
+            return Similarity(material.dense(), rows, options.variant, material.observer.advance)
 
         def similarity(merges: Merges) -> float:
-            if merges not in known:
-                known[merges] = measure()(merges)
-                log.append(
-                    {
-                        "merges": [[merge.layer, merge.count] for merge in merges],
-                        "similarity": known[merges],
-                    }
-                )
-            return known[merges]
+            if merges not in similarity_by_merges:
+                value = measure()(merges)
+                similarity_by_merges[merges] = value
+                log.append({"merges": write_merges(merges), "similarity": value})
+            return similarity_by_merges[merges]
 
         try:
-            threshold, merges = search_threshold(similarity, walk, wanted)
+            threshold, merges = search_threshold(similarity, walk, layers)
         except InputError as error:
             raise type(error)(f"budget {budget.text!r}: {error}") from error
-        reached, nll = (
-            similarity(merges),
-            merged_nll(material.dense(), job.calibration.rows, merges, options.variant),
-        )
-    found: Details = {
+        merged_similarity = similarity(merges)
+        nll = merged_nll(material.dense(), rows, merges, options.variant)
+    return {
         "variant": options.variant,
-        "merges": [[merge.layer, merge.count] for merge in merges],
-    }
-    measured = {
+        "merges": write_merges(merges),
         "threshold": threshold,
-        "similarity": reached,
+        "similarity": merged_similarity,
         "layers": dropped(merges, walk.depth),
         "nll": nll,
     }
-    return found | measured
 
 
-def _asked(options: LacoOptions, budget: Budget, costs: Costs) -> tuple[Walk, int]:
+def walk_for(options: LacoOptions, budget: Budget, costs: Costs) -> tuple[Walk, int]:
     """The walk, and the number of layers whose removal is nearest to the budget."""
     depth = len(costs.blocks) // 2
     walk = Walk(depth, options.count, options.lowest, options.highest, options.interval)
-    layers = removable_units(depth, "layer", "all")[: depth - 1]  # one layer is left at least
+    # One layer is left at least.
+    layers = removable_units(depth, "layer", "all")[: depth - 1]
     require_reachable(budget, layers, costs)
-    return walk, choose_prefix(budget, list(accumulate(layers, Mask.union)), costs)
+    prefixes = list(accumulate(layers, Mask.union))
+    return walk, choose_prefix(budget, prefixes, costs)
 
 
-def require_merges(budget: Budget, options: LacoOptions, config: Config) -> None:
-    """Refuse settings by which no walk, whatever the similarities, removes the layers that a budget
-    asks for."""
-    costs = resources_of(config).get(budget.resource)
-    if costs is None:  # a speed-up, which is measured first
-        return
-    try:
-        walk, wanted = _asked(options, budget, costs)
-        walk.require(wanted)
-    except UnreachableError as error:
-        raise UnreachableError(f"budget {budget.text!r}: {error}") from None
+def read_merges(pairs: Sequence[Sequence[int]]) -> list[Merge]:
+    return [Merge(layer, count) for layer, count in pairs]
 
 
-def _removed(details: Details, config: Config) -> Removed:
-    depth, merges = int(config["num_hidden_layers"]), _merges(details)
-    merged = set(chain.from_iterable(layer[1:] for layer in layers_after(merges, depth)))
-    gone = frozenset(block for block in all_blocks(depth) if block.layer in merged)
-    return Removed(gone, order=tuple(map(str, merges)))
+def write_merges(merges: Merges) -> list[list[int]]:
+    return [[merge.layer, merge.count] for merge in merges]
 
 
-def _merges(details: Mapping[str, Any]) -> list[Merge]:
-    return [Merge(*pair) for pair in details["merges"]]
-
-
-def _apply(model: PreTrainedModel, plan: Plan, rows: Rows) -> PreTrainedModel:
-    from blockpruner.methods.laco.merging import merge_
-
-    return merge_(model, _merges(plan.details), plan.details["variant"])
-
-
-def _temporarily_pruned(
-    model: PreTrainedModel, plan: Plan
-) -> AbstractContextManager[PreTrainedModel]:
-    from blockpruner.methods.laco.merging import merged
-
-    return merged(model, _merges(plan.details), plan.details["variant"])
-
-
-LACO = weights_kind(
-    "laco",
-    "LaCo",
-    plan=lambda options, job: partial(plan_merges, options, job),
-    removed=_removed,
-    apply_=_apply,
-    temporarily_pruned=_temporarily_pruned,
-    identity=lambda plan, rows: (
-        {name: plan.details[name] for name in ("merges", "variant")} | {"weights": WEIGHTS_VERSION}
-    ),
-    words=lambda plan, unit: (
-        f"LaCo ({plan.details['variant']}), layers merged, by cosine similarity"
-    ),
-    taken_out=lambda plan: f"{plan.blocks['mha']} layers by merging",
-    card=lambda plan: (
-        f"with {plan.blocks['mha']} of its {plan.layers} layers merged into others by LaCo (arXiv"
-        f" 2402.11187, variant `{plan.details['variant']}`, merges {', '.join(plan.order)})"
-    ),
-    options=LacoOptions,
-    require=require_merges,
-    steps=lambda plan: (
-        f"merges {', '.join(plan.order)}, in order (N+k: the k layers above layer N of that moment"
-        f" into it), each above a similarity of {plan.details['threshold']:.4g}"
-    ),
-    exports=frozenset({"hf", "nas", "mlx", "gguf"}),
-    version=PLAN_VERSION,
-)
+LACO = LaCo()

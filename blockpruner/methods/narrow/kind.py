@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -22,7 +22,7 @@ from blockpruner.core.families import FAMILIES, Config, count_parameters
 from blockpruner.core.options import Options
 from blockpruner.core.plan import Plan
 from blockpruner.methods.kind import Job
-from blockpruner.methods.weights import Details, Removed, share_of, weights_kind
+from blockpruner.methods.weights import Details, Removed, WeightsKind, share_of
 from blockpruner.scoring.metrics import NLL
 from blockpruner.scoring.work import Rows
 from blockpruner.store.files import read_kept_json, write_sealed_json
@@ -43,8 +43,14 @@ class NarrowOptions(Options):
 
 
 def step_of(options: NarrowOptions, width: int) -> int:
+    """The channels that leave an MLP at once."""
+    if options.step is not None:
+        return options.step
     eighth = max(1, width // 8)
-    return options.step or eighth - eighth % next(size for size in (256, 64, 1) if size <= eighth)
+    for multiple in (256, 64):
+        if eighth >= multiple:
+            return eighth - eighth % multiple
+    return eighth
 
 
 def plan_widths(options: NarrowOptions, job: Job) -> Callable[[Budget], Details]:
@@ -125,9 +131,9 @@ def require_widths(budget: Budget, options: NarrowOptions, config: Config) -> in
 def channel_parameters(config: Config) -> int:
     """The parameters of one channel of an MLP."""
     count = FAMILIES[str(config["model_type"])].mlp_parameters
-    return count({**config, "intermediate_size": 2}, 0) - count(
-        {**config, "intermediate_size": 1}, 0
-    )
+    of_one = count({**config, "intermediate_size": 1}, 0)
+    of_two = count({**config, "intermediate_size": 2}, 0)
+    return of_two - of_one
 
 
 def choose(widths_by_block: Mapping[str, list[Width]], config: Config, channels: int) -> Details:
@@ -163,44 +169,54 @@ def choose(widths_by_block: Mapping[str, list[Width]], config: Config, channels:
     }
 
 
-def _removed(details: Details, config: Config) -> Removed:
-    width = int(config["intermediate_size"])
-    kept = [int(text, 16).bit_count() for text in details["channels"].values()]
-    gone = len(kept) * width - sum(kept)
-    return Removed(pruned=count_parameters(config).total - gone * channel_parameters(config))
+class Narrow(WeightsKind):
+    name = "narrow"
+    title = "narrower MLPs"
+    options = NarrowOptions
+    keeps_weights = True
+    is_reversible = True
+    uses_fit_rows = True
+    version = PLAN_VERSION
+
+    def planner(self, options: NarrowOptions, job: Job) -> Callable[[Budget], Details]:
+        return plan_widths(options, job)
+
+    def require(self, budget: Budget, options: NarrowOptions, config: Config) -> None:
+        require_widths(budget, options, config)
+
+    def removed(self, details: Details, config: Config) -> Removed:
+        width = int(config["intermediate_size"])
+        kept = [int(text, 16).bit_count() for text in details["channels"].values()]
+        removed_channels = len(kept) * width - sum(kept)
+        removed_parameters = removed_channels * channel_parameters(config)
+        return Removed(pruned=count_parameters(config).total - removed_parameters)
+
+    def apply_(self, model: PreTrainedModel, plan: Plan, rows: Rows) -> PreTrainedModel:
+        from blockpruner.model.narrow import narrow_
+
+        return narrow_(model, plan.cut.channels)
+
+    def temporarily_pruned(
+        self, model: PreTrainedModel, plan: Plan
+    ) -> AbstractContextManager[PreTrainedModel]:
+        from blockpruner.model.narrow import narrowed
+
+        return narrowed(model, plan.cut.channels)
+
+    def facts(self, plan: Plan, rows: str) -> dict[str, Any]:
+        return {"channels": plan.details["channels"]}
+
+    def method_words(self, plan: Plan, unit: str) -> str:
+        return "narrower MLPs, by measured cost"
+
+    def removed_words(self, plan: Plan) -> str:
+        return f"channels of {len(plan.gone)} MLPs"
+
+    def card_words(self, plan: Plan) -> str:
+        return (
+            f"with {len(plan.gone)} of its {plan.layers} MLPs narrowed, to the channels that matter"
+            " most"
+        )
 
 
-def _apply(model: PreTrainedModel, plan: Plan, rows: Rows) -> PreTrainedModel:
-    from blockpruner.model.narrow import narrow_
-
-    return narrow_(model, plan.cut.channels)
-
-
-def _temporarily_pruned(
-    model: PreTrainedModel, plan: Plan
-) -> AbstractContextManager[PreTrainedModel]:
-    from blockpruner.model.narrow import narrowed
-
-    return narrowed(model, plan.cut.channels)
-
-
-NARROW = weights_kind(
-    "narrow",
-    "narrower MLPs",
-    plan=plan_widths,
-    removed=_removed,
-    apply_=_apply,
-    temporarily_pruned=_temporarily_pruned,
-    identity=lambda plan, rows: {"channels": plan.details["channels"]},
-    words=lambda plan, unit: "narrower MLPs, by measured cost",
-    taken_out=lambda plan: f"channels of {len(plan.gone)} MLPs",
-    card=lambda plan: (
-        f"with {len(plan.gone)} of its {plan.layers} MLPs narrowed, to the channels that matter"
-        " most"
-    ),
-    is_part=True,
-    of_fit=True,
-    options=NarrowOptions,
-    require=require_widths,
-    version=PLAN_VERSION,
-)
+NARROW = Narrow()
