@@ -118,7 +118,7 @@ families: setup $(SLOW_VENV)/.ready
 	$(BIN)/python -m pytest -m "" tests/slow/test_engines.py tests/unit/test_mlx.py tests/unit/test_gguf.py \
 	tests/slow/test_vllm.py -k "transformers_computes or every_family or what_models_have or needs_no_plugin"
 	$(BIN)/python -m tests.cells build/cells
-	$(BIN)/python -m blockpruner.reporting.paper.publish
+	$(BIN)/python -m study.publish
 
 # Needs a browser (Debian: apt-get install chromium). SCREENSHOTS=FOLDER keeps pictures.
 test-ui: setup

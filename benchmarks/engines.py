@@ -25,7 +25,7 @@ from blockpruner.evaluation.settings import Speed
 from blockpruner.evaluation.speed import measure_speed, turns
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model.models import load_model, prune_
-from blockpruner.reporting.paper.tables import interval
+from blockpruner.reporting.frames import interval
 from blockpruner.reporting.statistics import ratio_of_medians
 from blockpruner.store.files import write_text
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.engines import REPEATS, SHORT, files, llama_cpp
 from blockpruner.core.progress import observer
-from blockpruner.reporting.paper.tables import interval
+from blockpruner.reporting.frames import interval
 from blockpruner.reporting.statistics import average, ratio_of_medians
 
 QUANTIZATIONS = ("Q8_0", "Q5_K_M", "Q4_K_M")

@@ -22,7 +22,6 @@ from blockpruner.settings import Sources, resolve
 from blockpruner.store.files import write_text
 from blockpruner.store.provenance import fingerprint
 from blockpruner.store.trials import SIXTEEN_BITS
-from blockpruner.studies import load_study
 
 FILE = Path("dag.yaml")
 COMMAND = "python -m blockpruner.dag"
@@ -81,9 +80,10 @@ def derived(recorded: Mapping[str, Any]) -> dict[str, Any]:
     for name, target in params.targets.items():
         method = target.method or load_run(target.run).score.method
         pruned[name] = {"run": target.run, "method": method}
+    with_experiments = {experiment.study for experiment in params.experiments.values()}
     for name in params.studies:
         # A study without experiments is of the models of params.yaml.
-        folder = name if load_study(name).experiments else "models"
+        folder = name if name in with_experiments else "models"
         tables[name] = {"manifests": f"data/manifests/{folder}"}
     return {
         **recorded,

@@ -19,10 +19,10 @@ from prefect.client.schemas.objects import State
 from blockpruner.core.errors import InputError
 from blockpruner.params import load_run
 from blockpruner.reporting.formats import size
-from blockpruner.reporting.paper.publish import main as publish
-from blockpruner.studies import Experiment, load_study, write_tables
 from flows.prune import build, run_here
 from flows.selection import EVIDENCE, PUBLISHED, Chosen, choose_study, study_frame, study_items
+from study.publish import main as publish
+from study.studies import Experiment, load_study, write_tables
 
 
 @flow(name="paper-tables", flow_run_name="{study}")
@@ -40,7 +40,7 @@ def paper(study: str, only: tuple[str, ...] = ()) -> State[None]:
 
 def check(study: str) -> int:
     """Compare with the paper; 1 if what must agree does not."""
-    from blockpruner.reporting.paper.needs import differences
+    from study.paper.needs import differences
 
     agreed, errors, notes = differences(study_frame(study), PUBLISHED)
     for line in notes:
@@ -54,7 +54,7 @@ def check(study: str) -> int:
 def forecast(chosen: Chosen, only: Sequence[str]) -> Iterator[str]:
     """What a study takes, as far as its files and this folder show; `only` as in `paper`."""
     # pandas loads slowly, and a run of the flow does not use it.
-    from blockpruner.reporting.paper.needs import takes
+    from study.paper.needs import takes
 
     study = load_study(chosen.study)
     items = study_items(chosen.study) if study.targets else {}
@@ -74,7 +74,7 @@ def forecast(chosen: Chosen, only: Sequence[str]) -> Iterator[str]:
 
 
 def _experiment_cost(experiment: Experiment, evidence: Path) -> str:
-    from blockpruner.reporting.points import Points
+    from study.points import Points
 
     searches = len(experiment.methods) * len(experiment.seeds) * len(experiment.calibrations)
     models = searches * len(experiment.budgets) * len(experiment.heal)

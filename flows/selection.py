@@ -26,7 +26,7 @@ from blockpruner.healing.settings import CompensationMethod
 from blockpruner.params import load_params, load_run
 from blockpruner.settings import Params, Target
 from blockpruner.store.files import write_text
-from blockpruner.studies import load_study, rows_of_study, target_name
+from study.studies import load_study, rows_of_study, target_name
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -190,7 +190,7 @@ def choose_study(name: str, only: Sequence[str] = ()) -> Chosen:
 
 def study_items(name: str) -> dict[str, tuple[str, "DataFrame"]]:
     """The tables and figures of a study, each with its title and the models that it shows."""
-    from blockpruner.reporting.paper.needs import items_of  # loads much
+    from study.paper.needs import items_of  # loads much
 
     return items_of(
         study_frame(name), {run: load_run(run) for run in load_study(name).runs}, PUBLISHED
@@ -198,7 +198,7 @@ def study_items(name: str) -> dict[str, tuple[str, "DataFrame"]]:
 
 
 def study_frame(name: str) -> "DataFrame":
-    from blockpruner.reporting.paper.tables import models_frame
+    from study.paper.tables import models_frame
 
     return models_frame(rows_of_study(load_study(name), EVIDENCE))
 

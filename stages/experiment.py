@@ -5,14 +5,14 @@ from pathlib import Path
 
 from blockpruner.core.progress import observer
 from blockpruner.evaluation.settings import Evaluate
-from blockpruner.experiments import measured
 from blockpruner.params import load_params
-from blockpruner.reporting.points import FILE
 from blockpruner.settings import Run
 from blockpruner.store.files import replace_directory, write_table
-from blockpruner.studies import load_study
 from stages import DATA, checked, run, runtime, sections, write_manifest
 from stages.benchmark import dense_of
+from study.experiments import measured
+from study.points import FILE
+from study.studies import load_study
 
 
 def main(name: str) -> None:

@@ -1,8 +1,8 @@
 """tables <study>: the tables and figures of a study, at data/tables/<study>."""
 
 from blockpruner.core.progress import observer
-from blockpruner.studies import write_tables
 from stages import DATA, failures, run
+from study.studies import write_tables
 
 
 def main(name: str) -> None:

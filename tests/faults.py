@@ -96,7 +96,7 @@ class Undisturbed:
         self.folder = folder
         project = make_project(folder / "made", TARGETS, num_samples=14)
         set_targets(project, TARGETS, batch_tokens=96)
-        for package in ("blockpruner", "stages", "flows"):  # the forks have loaded them
+        for package in ("blockpruner", "study", "stages", "flows"):  # the forks have loaded them
             shutil.rmtree(project / package)
         self.writes = {}
         for stage in RUN:

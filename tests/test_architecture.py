@@ -115,7 +115,7 @@ def test_setup_installs_by_digest_and_builds_with_nothing_that_is_not_pinned():
 def test_no_class_name_is_used_twice():
     files = [
         path
-        for folder in ("blockpruner", "stages", "flows")
+        for folder in ("blockpruner", "study", "stages", "flows")
         for path in (ROOT / folder).rglob("*.py")
     ]
     names = Counter(
@@ -130,7 +130,7 @@ def test_no_environment_variable_of_ours_changes_a_result():
     """They name a store of exact trials, who watches, and which process started another."""
     paths = [
         path
-        for folder in ("blockpruner", "stages", "flows")
+        for folder in ("blockpruner", "study", "stages", "flows")
         for path in (ROOT / folder).rglob("*.py")
     ]
     found = {name for path in paths for name in re.findall(r"BLOCKPRUNER_(\w+)", path.read_text())}

@@ -17,10 +17,10 @@ import blockpruner
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.families import FAMILIES
 from blockpruner.core.plan import Plan
-from blockpruner.reporting.answers import curves
-from blockpruner.reporting.points import POINTS
 from blockpruner.store.files import write_table
-from blockpruner.studies import load_study, write_tables
+from study.answers import curves
+from study.points import POINTS
+from study.studies import load_study, write_tables
 from tests.tiny import VOCABULARY, save_tiny, tiny_model, tiny_tokenizer
 
 PAGE = Path(__file__).parents[1] / "docs" / "extend.md"

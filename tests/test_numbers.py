@@ -3,7 +3,7 @@
 A result in the text of a page stands in one of three markers, each ended by `<!-- / -->`:
 
     <!-- value: smollm2-sizes; method=BlockPruner; refit_10_pct_x -->1.65<!-- / -->
-        one cell of docs/results/smollm2-sizes.csv. `python -m blockpruner.reporting.paper.publish` fills it.
+        one cell of docs/results/smollm2-sizes.csv. `python -m study.publish` fills it.
     <!-- from: docs/results/speed.csv -->1.2 times<!-- / -->
         read or computed from these files, which are separated by blanks (`*` stands for anything). Nothing fills it.
     <!-- not kept: one check of three layers -->1.41 against 1.49<!-- / -->
@@ -23,7 +23,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from blockpruner.reporting.paper.publish import BLOCK, VALUE
+from study.publish import BLOCK, VALUE
 
 ROOT = Path(__file__).parents[1]
 

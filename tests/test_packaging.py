@@ -45,7 +45,7 @@ import builtins, sys, types
 from blockpruner.core.errors import MissingPackageError
 hidden, absent, modules = map(str.split, sys.argv[1:])
 sys.modules.update(dict.fromkeys(hidden))
-ours, load = ("blockpruner", "stages", "flows"), builtins.__import__
+ours, load = ("blockpruner", "study", "stages", "flows"), builtins.__import__
 def load_as_on_windows(name, globals=None, *args, **kwargs):
     if (globals or {}).get("__name__", "").partition(".")[0] in ours:
         if name in ("fcntl", "resource"):
@@ -104,7 +104,7 @@ MODULES = {
 
 def outside(installed):
     """The modules of this environment that those packages do not bring."""
-    ours = {"blockpruner", "stages", "flows", "tests", "benchmarks"}
+    ours = {"blockpruner", "study", "stages", "flows", "tests", "benchmarks"}
     return sorted(
         module for module, names in MODULES.items() if not names & installed and module not in ours
     )
@@ -180,7 +180,7 @@ def test_every_module_is_imported_without_extras_or_names_one():
 
 
 def test_the_demo_needs_no_more_than_its_extra_and_nothing_that_windows_lacks():
-    assert not import_all(DAG, ["blockpruner", "stages", "flows"], NOT_WINDOWS)
+    assert not import_all(DAG, ["blockpruner", "study", "stages", "flows"], NOT_WINDOWS)
 
 
 def workflow():

@@ -36,6 +36,7 @@ COMPUTING = ("torch", "transformers", "lm-eval", "peft")
 
 CODE_AND_SETTINGS = (
     "blockpruner",
+    "study",
     "stages",
     "flows",
     "pyproject.toml",

@@ -89,7 +89,7 @@ def make_project(folder: Path, targets: dict[str, str], **calibration: Any) -> P
     """Lay out the project with run `tiny` (llama, 4 layers) and the targets {name: budget}, healed
     where the name begins with "lora"; no git, DVC without SCM."""
     project, inputs = folder / "project", folder / "inputs"
-    for name in ("blockpruner", "stages", "flows"):
+    for name in ("blockpruner", "study", "stages", "flows"):
         half_written = shutil.ignore_patterns("*.pyc.*")  # by another worker
         shutil.copytree(ROOT / name, project / name, ignore=half_written)
     (project / "runs").mkdir()

@@ -110,7 +110,7 @@ def test_a_stage_that_is_cut_before_any_of_its_writes(undisturbed, tmp_path, mon
     shutil.copytree(
         undisturbed,
         project,
-        ignore=shutil.ignore_patterns("blockpruner", "stages", "flows", ".dvc"),
+        ignore=shutil.ignore_patterns("blockpruner", "study", "stages", "flows", ".dvc"),
     )
     monkeypatch.setattr(sys, "argv", ["stages.commit", "small-3"])
     monkeypatch.setattr(provenance, "commit", lambda: None)  # git is asked in three processes
@@ -180,7 +180,9 @@ def test_a_stage_whose_disk_is_full_at_any_of_its_writes(name, finished, tmp_pat
     write in turn."""
     project, log, (_, *made) = tmp_path / "project", tmp_path / "log", STAGES[name]
     shutil.copytree(
-        finished, project, ignore=shutil.ignore_patterns("blockpruner", "stages", "flows", ".dvc")
+        finished,
+        project,
+        ignore=shutil.ignore_patterns("blockpruner", "study", "stages", "flows", ".dvc"),
     )
 
     def outputs():

@@ -14,7 +14,6 @@ import yaml
 
 from blockpruner.dag import read_dag
 from blockpruner.evaluation import suite
-from blockpruner.studies import load_study
 from flows.selection import choose_study
 from stages import (
     baseline,
@@ -29,6 +28,7 @@ from stages import (
     tables,
     train,
 )
+from study.studies import load_study
 from tests.integration.project import ROOT
 from tests.tiny import save_tiny
 

@@ -195,7 +195,8 @@ def test_dvc_reads_metrics_and_plots(project, first):
 def test_a_new_name_and_a_comment_make_nothing_stale(project, first):
     code = project / "blockpruner"
     (code / "search/trace.py").rename(code / "search/record.py")
-    for path in (*code.rglob("*.py"), *(project / "stages").glob("*.py")):
+    others = [*(project / "stages").glob("*.py"), *(project / "study").rglob("*.py")]
+    for path in (*code.rglob("*.py"), *others):
         path.write_text(
             path.read_text().replace("search.trace", "search.record") + "# A comment.\n"
         )

@@ -45,6 +45,7 @@ def built(tmp_path_factory):
         "blockpruner",
         "flows",
         "stages",
+        "study",
         "tests",
         "docs",
         "runs",

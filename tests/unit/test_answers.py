@@ -14,11 +14,11 @@ import pytest
 from scipy import stats
 
 from blockpruner.reporting import plots
-from blockpruner.reporting.answers import calibration, claims, curves, masks, page, searches, tasks
-from blockpruner.reporting.paper import publish
 from blockpruner.reporting.plots import Plot
-from blockpruner.reporting.points import Points
-from blockpruner.studies import write_tables
+from study import publish
+from study.answers import calibration, claims, curves, masks, page, searches, tasks
+from study.points import Points
+from study.studies import write_tables
 from tests.errors import refused
 
 ROOT = Path(__file__).parents[2]

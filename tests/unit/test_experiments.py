@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import stages
-from blockpruner import dag, experiments
+from blockpruner import dag
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.progress import SilentObserver
 from blockpruner.core.settings import Runtime
@@ -24,13 +24,14 @@ from blockpruner.inputs.checkpoints import fetch_checkpoint
 from blockpruner.inputs.texts import MixedText, TextKind, write_texts
 from blockpruner.model.models import load_model, prune_
 from blockpruner.params import load_run
-from blockpruner.reporting import points as points_module
-from blockpruner.reporting.points import Points
 from blockpruner.store.files import write_table
-from blockpruner.studies import Experiment, Heal, load_study
 from flows import paper
 from flows.selection import choose_study
 from stages import experiment, settings
+from study import experiments
+from study import points as points_module
+from study.points import Points
+from study.studies import Experiment, Heal, load_study
 from tests.errors import refused
 from tests.integration.project import ROOT, run_of, sentence, write_inputs
 from tests.tiny import full_nll, save_tiny

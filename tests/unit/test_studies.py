@@ -27,19 +27,19 @@ from blockpruner.methods.recipes import RECIPES
 from blockpruner.methods.registry import check_score
 from blockpruner.params import load_run
 from blockpruner.reporting.labels import labels
-from blockpruner.reporting.paper import publish
-from blockpruner.reporting.paper.curves import FIGURES
-from blockpruner.reporting.paper.evidence import FIVE, Row, Subject, read_rows
-from blockpruner.reporting.paper.needs import differences, items_of, takes
-from blockpruner.reporting.paper.page import conditions, study_tables, write_study
-from blockpruner.reporting.paper.published import read_published
-from blockpruner.reporting.paper.tables import TABLES, models_frame
 from blockpruner.reporting.results import RunLabels
 from blockpruner.scoring.settings import Score
 from blockpruner.settings import Run, Target, resolve
 from blockpruner.store.files import write_sealed_json, write_table
 from blockpruner.store.plans import save_plan
-from blockpruner.studies import Study, load_study, score_of_method, study_names, targets_of
+from study import publish
+from study.paper.curves import FIGURES
+from study.paper.evidence import FIVE, Row, Subject, read_rows
+from study.paper.needs import differences, items_of, takes
+from study.paper.page import conditions, study_tables, write_study
+from study.paper.published import read_published
+from study.paper.tables import TABLES, models_frame
+from study.studies import Study, load_study, score_of_method, study_names, targets_of
 from tests.builders import speed_facts
 from tests.errors import refused
 
@@ -657,7 +657,7 @@ def test_a_study_writes_its_tables_figures_and_pages(written, rows):
 
 
 def test_pages_hold_the_tables_of_docs_results():
-    """`python -m blockpruner.reporting.paper.publish` fills them."""
+    """`python -m study.publish` fills them."""
     found = 0
     for path in publish.pages(ROOT):
         text = path.read_text(encoding="utf-8")

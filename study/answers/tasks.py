@@ -6,11 +6,7 @@ import numpy as np
 import pandas as pd
 
 from blockpruner.methods.recipes import BLOCKPRUNER
-from blockpruner.reporting.answers.claims import LEVEL
-from blockpruner.reporting.answers.curves import title_of
-from blockpruner.reporting.paper.frames import table_of_lines
-from blockpruner.reporting.paper.tables import interval
-from blockpruner.reporting.points import DENSE, Points
+from blockpruner.reporting.frames import interval, table_of_lines
 from blockpruner.reporting.statistics import (
     Floats,
     average,
@@ -21,6 +17,9 @@ from blockpruner.reporting.statistics import (
     stratified_t,
 )
 from blockpruner.reporting.table import Table
+from study.answers.claims import LEVEL
+from study.answers.curves import title_of
+from study.points import DENSE, Points
 
 DETECTABLE = 2.8
 """Standard errors of a difference that is found four times out of five, at 5 %."""

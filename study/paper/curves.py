@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import pandas as pd
 
 from blockpruner.methods.recipes import BLOCKPRUNER
-from blockpruner.reporting.paper.published import DENSE
-from blockpruner.reporting.paper.tables import CURVES, plain_rows
+from study.paper.published import DENSE
+from study.paper.tables import CURVES, plain_rows
 
 
 def _calibrations(frame: pd.DataFrame) -> pd.DataFrame:

@@ -12,13 +12,12 @@ from scipy import stats
 
 from blockpruner.core.errors import extra
 from blockpruner.reporting import plots
-from blockpruner.reporting.answers.curves import CRITICAL, MASKS, PLAIN, REFIT
-from blockpruner.reporting.paper.frames import table_of_lines
-from blockpruner.reporting.paper.tables import interval
+from blockpruner.reporting.frames import interval, table_of_lines
 from blockpruner.reporting.plots import MARKS, Plot
-from blockpruner.reporting.points import Points
 from blockpruner.reporting.statistics import SEED, Effect, Floats, percentiles, two_sided
 from blockpruner.reporting.table import Table
+from study.answers.curves import CRITICAL, MASKS, PLAIN, REFIT
+from study.points import Points
 
 with extra("report"):
     from matplotlib.axes import Axes

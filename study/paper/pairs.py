@@ -9,12 +9,12 @@ from typing import Any
 from blockpruner.core.errors import InputError
 from blockpruner.methods.recipes import BLOCKPRUNER
 from blockpruner.reporting import statistics
-from blockpruner.reporting.paper.evidence import Row
-from blockpruner.reporting.paper.frames import table_of_lines
-from blockpruner.reporting.paper.tables import BAND, interval
+from blockpruner.reporting.frames import interval, table_of_lines
 from blockpruner.reporting.results import Model
 from blockpruner.reporting.statistics import Effect
 from blockpruner.reporting.table import Table
+from study.paper.evidence import Row
+from study.paper.tables import BAND
 
 Measure = Callable[[Model, Model, float], Effect | None]
 """Compares two models, with an interval of a level."""

@@ -11,10 +11,10 @@ from pathlib import Path
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.methods.recipes import recipe
-from blockpruner.reporting.paper.published import DENSE
 from blockpruner.reporting.results import Model, Race, RunLabels, read_items, read_results
 from blockpruner.settings import Target
 from blockpruner.store.plans import load_plan
+from study.paper.published import DENSE
 
 FIVE = ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
 """The tasks of the paper's average. Where all were measured, the average is theirs, whatever else

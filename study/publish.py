@@ -1,4 +1,4 @@
-"""`python -m blockpruner.reporting.paper.publish [STUDY ...]`: the results of studies into docs/.
+"""`python -m study.publish [STUDY ...]`: the results of studies into docs/.
 
 Their tables and figures go to docs/results/. Then, and without a study, every marked block of
 README.md and docs/*.md is filled from docs/results/<name>.csv:
@@ -25,7 +25,7 @@ from pathlib import Path
 import pandas as pd
 
 from blockpruner.core.errors import InputError
-from blockpruner.reporting.paper.frames import table_of_frame
+from blockpruner.reporting.frames import table_of_frame
 from blockpruner.reporting.table import to_markdown
 from blockpruner.store.files import read_json, write_json, write_text
 

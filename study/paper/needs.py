@@ -9,9 +9,10 @@ import pandas as pd
 
 from blockpruner.core.budgets import read_budget
 from blockpruner.evaluation.benchmarks import BENCHMARKS
-from blockpruner.reporting.paper.curves import FIGURES
-from blockpruner.reporting.paper.published import DENSE, read_published
-from blockpruner.reporting.paper.tables import (
+from blockpruner.settings import Run
+from study.paper.curves import FIGURES
+from study.paper.published import DENSE, read_published
+from study.paper.tables import (
     TABLES,
     PaperTable,
     beside,
@@ -19,7 +20,6 @@ from blockpruner.reporting.paper.tables import (
     plain_rows,
     rows_of_table,
 )
-from blockpruner.settings import Run
 
 CHECK = "check"
 CERTAIN = (DENSE, "shortgpt")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from blockpruner.reporting.statistics import Effect
 from blockpruner.reporting.table import EXTRAS, Cell, Column, Number, Table
 
 
@@ -103,6 +104,18 @@ def table_of_lines(
 ) -> Table | None:
     """Make a table of rows by column; None without a row."""
     return table_of_frame(name, title, pd.DataFrame(lines), note) if lines else None
+
+
+def interval(key: str, effect: Effect | None, scale: float = 1.0) -> dict[str, float]:
+    """Give a number and the ends of its interval, each in its column; nothing where it was not
+    measured."""
+    if effect is None:
+        return {}
+    return {
+        key: scale * effect.value,
+        f"{key}_low": scale * effect.interval.low,
+        f"{key}_high": scale * effect.interval.high,
+    }
 
 
 def _is_known(value: Any) -> bool:

@@ -6,11 +6,10 @@ from itertools import product
 import numpy as np
 
 from blockpruner.methods.recipes import BLOCKPRUNER
-from blockpruner.reporting.answers.curves import is_measured, title_of
-from blockpruner.reporting.paper.frames import table_of_lines
-from blockpruner.reporting.paper.tables import interval
-from blockpruner.reporting.points import Points
+from blockpruner.reporting.frames import interval, table_of_lines
 from blockpruner.reporting.table import Table
+from study.answers.curves import is_measured, title_of
+from study.points import Points
 
 SIZE = 0.1
 """The share removed at which calibrations are compared."""

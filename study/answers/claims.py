@@ -11,12 +11,11 @@ from itertools import product
 
 import numpy as np
 
-from blockpruner.reporting.answers.curves import SIZES, is_measured, own_calibration
-from blockpruner.reporting.paper.frames import table_of_lines
-from blockpruner.reporting.paper.tables import interval
-from blockpruner.reporting.points import Points
+from blockpruner.reporting.frames import interval, table_of_lines
 from blockpruner.reporting.statistics import Effect, Floats, holm
 from blockpruner.reporting.table import Table
+from study.answers.curves import SIZES, is_measured, own_calibration
+from study.points import Points
 
 LEVEL = 0.05
 """The share of lines with a wrong verdict that is accepted."""

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from blockpruner.reporting.answers.curves import SEARCHED, at_size, title_of
-from blockpruner.reporting.paper.frames import table_of_lines
-from blockpruner.reporting.points import Points
+from blockpruner.reporting.frames import table_of_lines
 from blockpruner.reporting.table import Table
+from study.answers.curves import SEARCHED, at_size, title_of
+from study.points import Points
 
 SEARCHED_NOTE = (
     "Over best: perplexity on the rows of the search over that of the best mask of this size that"

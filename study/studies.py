@@ -26,8 +26,8 @@ from blockpruner.scoring.settings import Score
 from blockpruner.settings import Run, Target, resolve, score_of
 
 if TYPE_CHECKING:
-    from blockpruner.reporting.paper.evidence import Row
-    from blockpruner.reporting.points import Points
+    from study.paper.evidence import Row
+    from study.points import Points
 
 FOLDER = Path("studies")
 
@@ -173,7 +173,7 @@ def points_of_study(
     """By run: what its model is called, what its results hold for, and the points of its
     experiments so far."""
     from blockpruner.reporting.labels import labels, name_of
-    from blockpruner.reporting.points import Points
+    from study.points import Points
 
     points_by_run: dict[str, list[Points]] = {run: [] for run in study.runs}
     for key, experiment in study.experiments.items():
@@ -192,8 +192,8 @@ def points_of_study(
 def rows_of_study(study: Study, evidence: Path) -> list[Row]:
     """Its targets with what was measured of them, as far as it was."""
     from blockpruner.reporting.labels import labels, origin
-    from blockpruner.reporting.paper.evidence import Subject, read_rows  # loads much
-    from blockpruner.reporting.paper.published import MODELS
+    from study.paper.evidence import Subject, read_rows  # loads much
+    from study.paper.published import MODELS
 
     subjects = []
     targets = {}
@@ -223,8 +223,8 @@ def write_tables(name: str, data: Path) -> list[str]:
     """Make the tables and figures of a study of what data/evidence holds, at data/tables/<name>;
     the lines name the page, and what was not measured."""
     # matplotlib and pandas load slowly, and most callers only read the file.
-    from blockpruner.reporting.answers.page import write_answers
-    from blockpruner.reporting.paper.page import write_study
+    from study.answers.page import write_answers
+    from study.paper.page import write_study
 
     study, out = load_study(name), data / "tables" / name
     lines = []

@@ -8,15 +8,15 @@ from pathlib import Path
 import pandas as pd
 
 from blockpruner.core.errors import extra
+from blockpruner.reporting.frames import COLUMNS, table_of_frame
 from blockpruner.reporting.pages import Page, Section, provenance_line, write_page
-from blockpruner.reporting.paper.curves import FIGURES, Curve
-from blockpruner.reporting.paper.evidence import Row
-from blockpruner.reporting.paper.frames import COLUMNS, table_of_frame
-from blockpruner.reporting.paper.pairs import paired
-from blockpruner.reporting.paper.published import DENSE
-from blockpruner.reporting.paper.tables import measured, models_frame, paper_tables
 from blockpruner.reporting.plots import MANY_MARKS, Plot, label_, render, scale_
 from blockpruner.reporting.table import Table, to_csv
+from study.paper.curves import FIGURES, Curve
+from study.paper.evidence import Row
+from study.paper.pairs import paired
+from study.paper.published import DENSE
+from study.paper.tables import measured, models_frame, paper_tables
 
 with extra("report"):
     from matplotlib.axes import Axes

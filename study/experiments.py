@@ -2,7 +2,7 @@
 
 Decides what a point is (one row of POINTS) and when it is known already. A kill loses no more than
 one point, and no loss of a search. What is asked is decided by studies, and what is made of it by
-`reporting.answers`.
+`answers`.
 """
 
 import json
@@ -42,14 +42,14 @@ from blockpruner.methods.recipes import searches
 from blockpruner.methods.registry import kind_of_method, model_facts
 from blockpruner.methods.score import open_material, taken
 from blockpruner.model.models import placement
-from blockpruner.reporting.points import POINTS
 from blockpruner.scoring.settings import Score
 from blockpruner.settings import Run
 from blockpruner.splits import Pool, Rows
 from blockpruner.store.files import read_json
 from blockpruner.store.provenance import fingerprint, made
-from blockpruner.studies import Experiment, Heal, score_of_method
 from blockpruner.versions import PLAN_VERSION, SCORE_VERSION, SEARCH_VERSION, WEIGHTS_VERSION
+from study.points import POINTS
+from study.studies import Experiment, Heal, score_of_method
 
 Compute = Callable[[], dict[str, Any]]
 

@@ -15,11 +15,10 @@ from blockpruner.core.blocks import parse_mask
 from blockpruner.core.errors import extra
 from blockpruner.methods.recipes import BLOCKPRUNER, RECIPES
 from blockpruner.reporting import plots
-from blockpruner.reporting.paper.frames import table_of_frame, table_of_lines
-from blockpruner.reporting.paper.tables import interval
+from blockpruner.reporting.frames import interval, table_of_frame, table_of_lines
 from blockpruner.reporting.plots import INK, MANY_MARKS, MARKS, REMOVED, Plot
-from blockpruner.reporting.points import Points
 from blockpruner.reporting.table import Table
+from study.points import Points
 
 with extra("report"):
     from matplotlib.axes import Axes

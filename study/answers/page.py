@@ -5,9 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from blockpruner.reporting.answers.calibration import calibrations, published, variation
-from blockpruner.reporting.answers.claims import claims
-from blockpruner.reporting.answers.curves import (
+from blockpruner.reporting.pages import Block, Page, Section, write_page
+from blockpruner.reporting.plots import Plot
+from blockpruner.reporting.table import Table, to_csv
+from study.answers.calibration import calibrations, published, variation
+from study.answers.claims import claims
+from study.answers.curves import (
     ALONE,
     blocks,
     compared,
@@ -17,13 +20,10 @@ from blockpruner.reporting.answers.curves import (
     texts,
     trained,
 )
-from blockpruner.reporting.answers.masks import critical, healed_masks, masks
-from blockpruner.reporting.answers.searches import searched
-from blockpruner.reporting.answers.tasks import tasks
-from blockpruner.reporting.pages import Block, Page, Section, write_page
-from blockpruner.reporting.plots import Plot
-from blockpruner.reporting.points import Points
-from blockpruner.reporting.table import Table, to_csv
+from study.answers.masks import critical, healed_masks, masks
+from study.answers.searches import searched
+from study.answers.tasks import tasks
+from study.points import Points
 
 
 def tables_and_plots(points: Points) -> Iterator[Table | Plot]:

@@ -15,12 +15,11 @@ from blockpruner.core.blocks import BlockKind
 from blockpruner.core.plan import Plan
 from blockpruner.methods.recipes import BLOCKPRUNER, RECIPES
 from blockpruner.reporting import statistics
-from blockpruner.reporting.paper.evidence import FIVE, Measured, Row
-from blockpruner.reporting.paper.frames import table_of_frame
-from blockpruner.reporting.paper.published import DENSE, Published, read_published
+from blockpruner.reporting.frames import interval, table_of_frame
 from blockpruner.reporting.results import Text
-from blockpruner.reporting.statistics import Effect
 from blockpruner.reporting.table import Table
+from study.paper.evidence import FIVE, Measured, Row
+from study.paper.published import DENSE, Published, read_published
 
 BAND = 0.015
 """Models whose ratios differ by no more than this share of all parameters count as of one size. It
@@ -114,18 +113,6 @@ def _times(measured: Measured) -> dict[str, float]:
         else:
             line[key] = value
     return line
-
-
-def interval(key: str, effect: Effect | None, scale: float = 1.0) -> dict[str, float]:
-    """Give a number and the ends of its interval, each in its column; nothing where it was not
-    measured."""
-    if effect is None:
-        return {}
-    return {
-        key: scale * effect.value,
-        f"{key}_low": scale * effect.interval.low,
-        f"{key}_high": scale * effect.interval.high,
-    }
 
 
 def measured(frame: pd.DataFrame) -> pd.DataFrame:

@@ -1,0 +1,1 @@
+"""The tables and figures of arXiv 2406.10594, made again."""
