@@ -165,7 +165,10 @@ def test_a_method_that_changes_weights():
     norms = before.norm(dim=0).tolist()
     kept = sorted(sorted(range(48), key=norms.__getitem__)[-40:])
     torch.testing.assert_close(dense.model.layers[1].mlp.down_proj.weight, before[:, kept])
-    assert sum(p.numel() for p in dense.parameters()) == names["UNIFORM"].removed(details, config).pruned
+    assert (
+        sum(p.numel() for p in dense.parameters())
+        == names["UNIFORM"].removed(details, config).pruned
+    )
     assert dense(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
