@@ -112,16 +112,16 @@ class CrampedEngine(Engine):
                 "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has too little."
             )
 
-    def _block(self, block, hidden, *rest):
+    def run_block(self, block, hidden, *rest):
         self._allocate(*hidden.shape)
-        return super()._block(block, hidden, *rest)
+        return super().run_block(block, hidden, *rest)
 
-    def _final_states(self, hidden, batch):
+    def final_states(self, hidden, batch):
         self._allocate(*hidden.shape)
-        return super()._final_states(hidden, batch)
+        return super().final_states(hidden, batch)
 
-    def _losses(self, *args):
-        values = super()._losses(*args)
+    def row_losses(self, *args):
+        values = super().row_losses(*args)
         self.losses += 1
         return values
 

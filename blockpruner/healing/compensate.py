@@ -14,12 +14,12 @@ from blockpruner.core.blocks import Cut
 from blockpruner.core.errors import InputError, NonFiniteLossError
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
+from blockpruner.fitting.streams import Streams
 from blockpruner.healing.refit import FIRST_GUESS_PENALTIES, RefitStats, refit
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.registry import KINDS
 from blockpruner.model.models import prune_, shared_copy
 from blockpruner.scoring.metrics import perplexity
-from blockpruner.scoring.streams import Streams
 
 SMALLER_STEPS = (0.75, 0.5)
 """The steps that are tried besides the full change, as long as a smaller one is better on the

@@ -3,11 +3,12 @@ anything is searched."""
 
 from blockpruner.core.budgets import read_budget
 from blockpruner.core.families import FAMILIES, Config, count_parameters
+from blockpruner.fitting.memory import fit_bytes, widths_bytes
 from blockpruner.healing.settings import Train
 from blockpruner.methods.recipes import searches
 from blockpruner.methods.registry import kind_of_method
 from blockpruner.scoring.settings import Score
-from blockpruner.scoring.work import BYTES, batch_bytes, fit_bytes, inner_size, widths_bytes
+from blockpruner.scoring.work import BYTES, batch_bytes, inner_size
 
 
 def step_bytes(
@@ -23,7 +24,7 @@ def step_bytes(
     if measures_widths and FAMILIES[str(config["model_type"])].has_one_mlp:
         needed["search"] += widths_bytes(inner_size(config), int(config["hidden_size"]))
     if compensate == "refit":
-        needed["refit"] = fit_bytes(config, dtype, visits=True)
+        needed["refit"] = fit_bytes(config, dtype, is_offloaded=True)
     if train is not None:
         needed["training"] = _training_bytes(config, dtype, train, budget)
     return needed

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from blockpruner.core.blocks import BlockId, Cut
 from blockpruner.core.errors import InputError
+from blockpruner.fitting.gram import symmetric_
+from blockpruner.fitting.streams import Stream, Streams
 from blockpruner.healing.ridge import Moments, best_change
-from blockpruner.scoring.gram import symmetric_
-from blockpruner.scoring.streams import Stream, Streams
 
 RIDGE_PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """The penalties to choose from. Each fit takes the best one on the held-out rows, and begins its

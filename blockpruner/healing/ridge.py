@@ -24,7 +24,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from blockpruner.scoring.gram import add_gram_, cholesky, fast_matmul
+from blockpruner.fitting.gram import add_gram_, cholesky, fast_matmul
 
 Solver = Callable[[float], Tensor]
 """The change D [p, q] for a ridge penalty."""

@@ -11,12 +11,12 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from blockpruner.core.plan import Plan
+from blockpruner.fitting.offload import load_for_fit
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.inputs.checkpoints import checkpoint_identity
 from blockpruner.methods.healed import Healed, load_healed_
 from blockpruner.methods.registry import KINDS, model_facts
 from blockpruner.model.models import load_model, shared_copy
-from blockpruner.scoring.large.visiting import load_for_fit
 from blockpruner.scoring.work import Rows
 from blockpruner.store.provenance import fingerprint
 

@@ -41,8 +41,8 @@ def open_material(
 
     @cache
     def dense() -> PreTrainedModel:
+        from blockpruner.fitting.offload import load_for_fit
         from blockpruner.model.models import set_threads
-        from blockpruner.scoring.large.visiting import load_for_fit
 
         require_unchanged(checkpoint)
         set_threads(runtime.threads)

@@ -98,16 +98,20 @@ class Engine(Forward):
     def row_batches(self, rows: Rows, span: Span) -> list[Span]:
         """Neighbouring rows grouped so that the padded tokens of a group stay within the batch
         budget."""
-        return row_batches(rows, span, self._tokens, self.growth)
+        return row_batches(rows, span, self.batch_tokens, self.growth)
 
     @property
-    def _tokens(self) -> int:
+    def batch_tokens(self) -> int:
         return min(self._batch_tokens, self.limit or self._batch_tokens)
 
     def origin(self) -> Origin:
-        device = processor() if self._home.type == "cpu" else accelerator.name(self._home)
-        kernel = placement(self._model)["attention"]
-        return computing() | {"device": device, "attention": kernel, "batch_tokens": self._tokens}
+        device = processor() if self.home.type == "cpu" else accelerator.name(self.home)
+        placed: dict[str, str | int] = {
+            "device": device,
+            "attention": str(placement(self.model)["attention"]),
+            "batch_tokens": self.batch_tokens,
+        }
+        return {**computing(), **placed}
 
     def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows]:
         """Yield the values of each task, in the order in which the walk reaches them; those before
@@ -180,8 +184,8 @@ class Engine(Forward):
     @torch.inference_mode()
     def score(self, task: Task, rows: Rows) -> Iterator[ScoredRows]:
         """One walk: the values of a task, with its rows as one batch."""
-        batch = Batch.of([rows[row] for row in task.span], self._home)
-        embedded, layer_kwargs = self._prepare(batch.input_ids)
+        batch = Batch.of([rows[row] for row in task.span], self.home)
+        embedded, layer_kwargs = self.prepare(batch.input_ids)
         if task.metric.influence:
             yield from self._influences(task, embedded, batch, layer_kwargs)
             return
@@ -195,8 +199,8 @@ class Engine(Forward):
         """The number of masks that go along at once with a batch of `tokens` padded tokens."""
         if not self._on_gpu:
             return 1  # on a CPU more would move bits
-        hidden_size: int = self._model.config.hidden_size
-        return max(1, min(WIDE_NUMBERS // hidden_size, self._tokens) // tokens)
+        hidden_size: int = self.model.config.hidden_size
+        return max(1, min(WIDE_NUMBERS // hidden_size, self.batch_tokens) // tokens)
 
     def _added(
         self,
@@ -212,10 +216,10 @@ class Engine(Forward):
             # The bits may depend on the number of states, so a call always has `width`.
             inputs += [states[-1]] * (width - len(states))
         if len(inputs) == 1:
-            return [self._block(block, inputs[0], layer_kwargs, batch.packed)]
-        device = self._device(block.layer)
+            return [self.run_block(block, inputs[0], layer_kwargs, batch.packed)]
+        device = self.device_of(block.layer)
         stacked = torch.cat([state.to(device) for state in inputs])
-        added = self._block(block, stacked, layer_kwargs, batch.repeated(len(inputs)))
+        added = self.run_block(block, stacked, layer_kwargs, batch.repeated(len(inputs)))
         return torch.split(added, len(batch.input_ids))[: len(states)]
 
     def _launched(
@@ -224,7 +228,7 @@ class Engine(Forward):
         """The losses of masks at the end of their walk. A reference has none; its states are
         kept."""
         keys = [tuple(rows[row]) for row in task.span]
-        states = self._final_states(hidden, batch)
+        states = self.final_states(hidden, batch)
         if task.metric == REFERENCE:
             self._keep_dense_states(keys, states, batch)
             return Unread((), torch.zeros(len(keys)), batch.counts, None)
@@ -232,16 +236,16 @@ class Engine(Forward):
         if task.metric.reference:
             device = self._dense[keys[0]].device
             dense_states = torch.cat([self._dense[key].to(device) for key in keys])
-        sums = self._losses(states, dense_states, batch, task.metric)
+        sums = self.row_losses(states, dense_states, batch, task.metric)
         sums_on_cpu = sums.to("cpu", non_blocking=True)
         return Unread(masks, sums_on_cpu, batch.counts, accelerator.mark(sums.device))
 
     def _keep_dense_states(
         self, keys: Sequence[tuple[int, ...]], states: Tensor, batch: Batch
     ) -> None:
-        on_device = [kept.nbytes for kept in self._dense.values() if kept.device == self._home]
+        on_device = [kept.nbytes for kept in self._dense.values() if kept.device == self.home]
         total = sum(on_device) + states.nbytes
-        if self._room is None or total > self._room // DENSE_SHARE:
+        if self.room is None or total > self.room // DENSE_SHARE:
             states = states.cpu()
         self._dense.update(zip(keys, torch.split(states, batch.counts.tolist()), strict=True))
 
@@ -252,7 +256,7 @@ class Engine(Forward):
         ones.
         """
         if self._on_gpu:
-            devices = {self._device(layer) for layer in range(self.layers)}
+            devices = {self.device_of(layer) for layer in range(len(self.layers))}
             launched = late(launched, len(devices))
         for unread in launched:
             values = unread.means()
@@ -287,12 +291,12 @@ class Engine(Forward):
         }
         inputs: dict[BlockId, Tensor] = {}
         outputs: dict[BlockId, Tensor] = {}
-        for layer in range(self.layers):
+        for layer in range(len(self.layers)):
             for step in self.steps_of_layer(layer):
                 kept = [block for block in step if block not in task.base]
                 for block in kept:
                     inputs[block] = hidden
-                    outputs[block] = self._block(block, hidden, layer_kwargs, batch.packed)
+                    outputs[block] = self.run_block(block, hidden, layer_kwargs, batch.packed)
                 hidden = joined(hidden, [outputs[block] for block in kept])
             complete = [mask for mask, unit in waiting.items() if unit[-1].layer == layer]
             for mask in complete:
@@ -304,23 +308,25 @@ class Engine(Forward):
                 values = influence(inputs[unit[0]].to(added), added, is_real).tolist()
                 yield self._finite(mask, values, task)
             # A state is kept as long as a waiting unit began at it.
-            oldest = min((unit[0].layer for unit in waiting.values()), default=self.layers)
+            oldest = min((unit[0].layer for unit in waiting.values()), default=len(self.layers))
             inputs = {block: state for block, state in inputs.items() if block.layer >= oldest}
             outputs = {block: state for block, state in outputs.items() if block.layer >= oldest}
 
-    def _losses(self, states: Tensor, dense: Tensor | None, batch: Batch, metric: Metric) -> Tensor:
+    def row_losses(
+        self, states: Tensor, dense: Tensor | None, batch: Batch, metric: Metric
+    ) -> Tensor:
         """The sum of each row's losses over its targets, [B] float64.
 
         The states are final ones of the masked and of the dense model, [N, H], the latter only
         where the metric compares with it. Logits are made in chunks of tokens.
         """
         compute_loss = metric.compute
-        chunk_size = max(1, logits_bytes(self._room) // (self._head.weight.shape[0] * 4))
+        chunk_size = max(1, logits_bytes(self.room) // (self.head.weight.shape[0] * 4))
         losses = []
         for start in range(0, len(states), chunk_size):
             chunk = slice(start, start + chunk_size)
-            logits = self._logits(states[chunk])
-            reference = logits[:0] if dense is None else self._logits(dense[chunk].to(self._home))
+            logits = self.logits(states[chunk])
+            reference = logits[:0] if dense is None else self.logits(dense[chunk].to(self.home))
             losses.append(compute_loss(logits, batch.targets[chunk], reference))
         rows, length = batch.input_ids.shape
         by_position = torch.zeros(rows * (length - 1), dtype=torch.float64, device=states.device)
@@ -335,19 +341,19 @@ class Engine(Forward):
         the same model on the same kind of device always gets the same batches. Where others use the
         device, batches are halved (`run`).
         """
-        config = self._model.config
-        item = self._head.weight.element_size()
-        self._room = None
+        config = self.model.config
+        item = self.head.weight.element_size()
+        self.room = None
         if self._on_gpu:
-            self._room = max(0, room_beside(self._model, self._home) - reserved)
+            self.room = max(0, room_beside(self.model, self.home) - reserved)
         self.growth, self.limit = 0.0, None
         if batch_tokens != "auto":
             self._batch_tokens = int(batch_tokens)
-        elif self._room is None:
+        elif self.room is None:
             self._batch_tokens = CPU_BATCH_TOKENS
         else:
             token_bytes = live_numbers(config.hidden_size, inner_size(config.to_dict())) * item
-            room = self._room - self._room // DENSE_SHARE - 4 * logits_bytes(self._room)
+            room = self.room - self.room // DENSE_SHARE - 4 * logits_bytes(self.room)
             least, most = GPU_BATCH_TOKENS
             self._batch_tokens = int(max(least, min(most, room // token_bytes)))
             # Eager attention holds every head's map twice, and its softmax in float32.

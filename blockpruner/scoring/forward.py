@@ -30,32 +30,28 @@ class Forward:
 
     def __init__(self, model: PreTrainedModel) -> None:
         family, config = model_family(model), model.config.to_dict()
-        self._model, self._family = model, family
+        self.model, self.family = model, family
         self._decoder: nn.Module = attrgetter(family.decoder)(model)
-        self._layers = decoder_layers(model)
+        self.layers = decoder_layers(model)
         self._norm: nn.Module = attrgetter(family.final_norm)(model)
-        self._head: nn.Linear = attrgetter(family.head)(model)
-        self._logits = head_of(model)
-        self._scale: float | None = config[family.added_scale] if family.added_scale else None
-        self.steps = steps_of(len(self._layers), family.is_parallel(config))
-        self._on_gpu = self._home.type != "cpu"
+        self.head: nn.Linear = attrgetter(family.head)(model)
+        self.logits = head_of(model)
+        self.added_scale: float | None = config[family.added_scale] if family.added_scale else None
+        self.steps = steps_of(len(self.layers), family.is_parallel(config))
+        self._on_gpu = self.home.type != "cpu"
         # Else cuBLAS may sum parts of a bf16 or fp16 product in that dtype, for some shapes only.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-
-    @property
-    def layers(self) -> int:
-        return len(self._layers)
 
     def steps_of_layer(self, layer: int) -> list[Step]:
         return [step for step in self.steps if step[0].layer == layer]
 
     @property
-    def _home(self) -> torch.device:
+    def home(self) -> torch.device:
         """The device of token ids and head."""
-        return self._head.weight.device
+        return self.head.weight.device
 
-    def _prepare(self, input_ids: Tensor) -> tuple[Tensor, LayerKwargs]:
+    def prepare(self, input_ids: Tensor) -> tuple[Tensor, LayerKwargs]:
         """Embedded rows [B, T, H], and the arguments of each layer.
 
         Runs the family's own decoder with a recorder in place of every layer. So all that the
@@ -71,7 +67,7 @@ class Forward:
 
         layer_kwargs = []
         for layer, (_, kwargs) in enumerate(recorded):
-            layer_kwargs.append(map_tensors(kwargs, partial(move, device=self._device(layer))))
+            layer_kwargs.append(map_tensors(kwargs, partial(move, device=self.device_of(layer))))
         if len(input_ids) > 1:
             recorded = self._recorded(input_ids)
         embedded, _ = recorded[0]
@@ -86,19 +82,19 @@ class Forward:
             return hidden
 
         # accelerate has its own forward in the instance, where a device map is used
-        forwards = [layer.__dict__.get("forward") for layer in self._layers]
-        for layer in self._layers:
+        forwards = [layer.__dict__.get("forward") for layer in self.layers]
+        for layer in self.layers:
             layer.forward = record  # in the instance: shadows the class's method until deleted
         try:
             self._decoder(input_ids=input_ids, use_cache=False)
         finally:
-            for layer, forward in zip(self._layers, forwards, strict=True):
+            for layer, forward in zip(self.layers, forwards, strict=True):
                 del layer.forward
                 if forward is not None:
                     layer.forward = forward
         return recorded
 
-    def _block(
+    def run_block(
         self,
         block: BlockId,
         hidden: Tensor,
@@ -107,11 +103,11 @@ class Forward:
     ) -> Tensor:
         """What a block adds to the stream. An MLP, which sees each token alone, skips the pads if
         `packed` is there."""
-        layer = self._layers[block.layer]
-        branch = self._family.branch(block.kind)
+        layer = self.layers[block.layer]
+        branch = self.family.branch(block.kind)
         name = branch.names(layer)[0]
         module = getattr(layer, name)
-        states = hidden.to(self._device(block.layer))
+        states = hidden.to(self.device_of(block.layer))
         if branch.norm is not None:
             states = getattr(layer, branch.norm)(states)
         if block.kind is BlockKind.MHA:
@@ -127,18 +123,18 @@ class Forward:
             states = _run_packed(module, states, packed.to(states.device))
         if branch.post is not None:
             states = getattr(layer, branch.post)(states)
-        added: Tensor = states if self._scale is None else states * self._scale
+        added: Tensor = states if self.added_scale is None else states * self.added_scale
         return added
 
-    def _device(self, layer: int) -> torch.device:
-        module = self._layers[layer]
-        return getattr(module, "visits", None) or next(module.parameters()).device
+    def device_of(self, layer: int) -> torch.device:
+        module = self.layers[layer]
+        return getattr(module, "compute_device", None) or next(module.parameters()).device
 
-    def _final_states(self, hidden: Tensor, batch: Batch) -> Tensor:
+    def final_states(self, hidden: Tensor, batch: Batch) -> Tensor:
         """The states that the head reads where it predicts a target, row by row: [N, H] for N
         targets of the batch."""
         normed: Tensor = self._norm(hidden[:, :-1].to(next(self._norm.parameters()).device))
-        return normed.to(self._home).flatten(0, 1)[batch.places]
+        return normed.to(self.home).flatten(0, 1)[batch.places]
 
 
 def _run_packed(module: nn.Module, states: Tensor, packed: Tensor) -> Tensor:

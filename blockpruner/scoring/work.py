@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from blockpruner.core.blocks import DENSE, Mask
-from blockpruner.core.families import FAMILIES, Config, attention_heads, count_parameters
+from blockpruner.core.families import Config
 from blockpruner.scoring.metrics import NLL, Metric
 from blockpruner.store.trials import Origin
 
@@ -26,9 +26,6 @@ BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 TOKENS = 2048
 """Tokens of the smallest batches."""
-
-HELD_OUT = 24 * 256
-"""Tokens whose features choose the strength of a fit."""
 
 FULL_TOKENS = 2048
 """A batch of so many real tokens ends where more rows would add too many pads."""
@@ -49,45 +46,6 @@ def logits_bytes(room: int | None) -> int:
 def live_numbers(hidden: int, inner: int) -> int:
     """How many numbers live at once for a token within a block, in a model of these widths."""
     return 12 * hidden + 4 * inner
-
-
-def sums_bytes(width: int, hidden: int, has_gains: bool = False) -> int:
-    """What a fit of a matrix [hidden, width] holds at most: sums in float32, a factor in float64
-    (with gains an eigendecomposition in float32 and its workspace), and solutions."""
-    return (20 if has_gains else 12) * width * width + 16 * width * hidden
-
-
-def widths_bytes(width: int, hidden: int) -> int:
-    """What costs of narrower MLPs take at most: sums in float32, an inverse in float64 and its
-    workspace."""
-    return 21 * width * width + 24 * width * hidden
-
-
-def fit_bytes(config: Config, dtype: str, visits: bool = False) -> int:
-    """The least memory of a device on which writers are fitted; with `visits`, only one layer is
-    there at a time."""
-    family, item, hidden = (
-        FAMILIES[str(config["model_type"])],
-        BYTES[dtype],
-        int(config["hidden_size"]),
-    )
-    costs, inner = count_parameters(config), inner_size(config)
-    heads, _, head = attention_heads({**family.defaults, **config})
-    linear = int(config.get("linear_num_value_heads", 0)) * int(
-        config.get("linear_value_head_dim", 0)
-    )
-    mha, mlp = max(heads * head, linear), inner if family.has_one_mlp else 0
-    width = mha + mlp if family.is_parallel(config) else max(mha, mlp)
-    sums = sums_bytes(width, hidden, family.mlp.post is not None) + 4 * HELD_OUT * (
-        width + 2 * hidden
-    )
-    in_layers = sum(costs.blocks.values())
-    there = (
-        costs.total - in_layers * (1 - 1 / int(config["num_hidden_layers"]))
-        if visits
-        else costs.total
-    )
-    return round(there * item) + batch_bytes(config, dtype) + sums
 
 
 def batch_bytes(config: Config, dtype: str) -> int:

@@ -13,14 +13,15 @@ from blockpruner.core.blocks import Cut, parse_mask
 from blockpruner.core.errors import InputError, NonFiniteLossError
 from blockpruner.core.families import FAMILIES
 from blockpruner.core.progress import SilentObserver
+from blockpruner.fitting.gram import symmetric_
+from blockpruner.fitting.streams import Streams
 from blockpruner.healing import compensate as compensation
 from blockpruner.healing import refit as methods
 from blockpruner.healing.ridge import Moments, best_change
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.healed import set_weights_
 from blockpruner.model.models import decoder_layers, masked, prune_
-from blockpruner.scoring.gram import symmetric_
-from blockpruner.scoring.streams import Streams
+from blockpruner.scoring.engine import Engine
 from tests.plans import plan_of
 from tests.tiny import GRID, full_nll, tiny_model
 
@@ -469,13 +470,13 @@ def test_models_that_are_fitted_together_get_the_weights_they_get_alone():
 @pytest.fixture
 def ran(monkeypatch):
     """The blocks that are run, by name, once for each batch."""
-    found, block = [], Streams._block
+    found, block = [], Engine.run_block
 
     def counted(self, which, *given):
         found.append(str(which))
         return block(self, which, *given)
 
-    monkeypatch.setattr(Streams, "_block", counted)
+    monkeypatch.setattr(Engine, "run_block", counted)
     return found
 
 

@@ -25,6 +25,8 @@ from blockpruner.evaluation.latency import measure_latency
 from blockpruner.evaluation.perplexity import measure_perplexity
 from blockpruner.evaluation.settings import Speed
 from blockpruner.evaluation.speed import generate, measure_speed, random_prompt, weight_bytes
+from blockpruner.fitting.memory import fit_bytes, sums_bytes
+from blockpruner.fitting.streams import Streams
 from blockpruner.healing.choice import choose
 from blockpruner.healing.compensate import compensate
 from blockpruner.healing.loss import TrainingLoss
@@ -46,8 +48,7 @@ from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.settings import Latency, Score
-from blockpruner.scoring.streams import Streams
-from blockpruner.scoring.work import Task, fit_bytes, live_numbers, sums_bytes
+from blockpruner.scoring.work import Task, live_numbers
 from blockpruner.store.files import read_json
 from tests import fake_devices as made_up
 from tests.fake_devices import MODULE, SETUP, fake_devices
@@ -309,10 +310,10 @@ def test_candidates_do_not_wait_for_a_device(metric, checkpoints, monkeypatch):
 
     with fake_devices(1):
         engine = Engine(load_model(checkpoints("llama"), "float64"), 40)
-        prepare = engine._prepare
+        prepare = engine.prepare
         # Preparing a batch may wait: it is done once for all candidates.
         monkeypatch.setattr(
-            engine, "_prepare", lambda *batch: (prepare(*batch), synchronized.clear())[0]
+            engine, "prepare", lambda *batch: (prepare(*batch), synchronized.clear())[0]
         )
         monkeypatch.setattr(made_up, "run", watched)
         units = list(engine.run([Task(range(4), (DENSE, MASK), METRICS[metric])], ROWS))

@@ -176,12 +176,12 @@ def test_logits_of_16_bit_models_are_not_rounded(monkeypatch, family):
     if family == "gemma2":
         exact = 20 * torch.tanh(exact / 20)
     engine = Engine(model)
-    rounded = engine._logits(states)
+    rounded = engine.logits(states)
     monkeypatch.setattr(
         torch, "mm", lambda a, b, out_dtype: (a.double() @ b.double()).to(out_dtype)
     )
     monkeypatch.setattr(models, "widens", lambda head: True)
-    found = engine._logits(states)
+    found = engine.logits(states)
     assert rounded.dtype == torch.bfloat16 and found.dtype == torch.float32
     assert (rounded - exact).abs().max() > 1e-3 and (found - exact).abs().max() < 1e-5
 
@@ -202,12 +202,12 @@ def test_batches_and_logits_fill_a_card(monkeypatch):
     card = 1200 * 2**20
     engine = on_card(monkeypatch, model, card)
     token = live_numbers(32, 400) * 8
-    assert logits_bytes(engine._room) == (card * 9 // 10 - weights) // 16
+    assert logits_bytes(engine.room) == (card * 9 // 10 - weights) // 16
     assert 2048 < engine._batch_tokens < 65536
     fixed = (
         weights
         + (card * 9 // 10 - weights) // engine_module.DENSE_SHARE
-        + 4 * logits_bytes(engine._room)
+        + 4 * logits_bytes(engine.room)
     )
     assert (
         fixed + engine._batch_tokens * token
@@ -215,11 +215,11 @@ def test_batches_and_logits_fill_a_card(monkeypatch):
         < fixed + (engine._batch_tokens + 2) * token
     )
     large = on_card(monkeypatch, model, 80 * 2**30)
-    assert (large._batch_tokens, logits_bytes(large._room)) == (65536, 2**30)
+    assert (large._batch_tokens, logits_bytes(large.room)) == (65536, 2**30)
     small = on_card(monkeypatch, model, 2**20)
-    assert (small._batch_tokens, logits_bytes(small._room)) == (2048, LOGITS_BYTES)
+    assert (small._batch_tokens, logits_bytes(small.room)) == (2048, LOGITS_BYTES)
     given = on_card(monkeypatch, model, 80 * 2**30, 100)
-    assert (given._batch_tokens, logits_bytes(given._room)) == (100, 2**30)
+    assert (given._batch_tokens, logits_bytes(given.room)) == (100, 2**30)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -233,7 +233,7 @@ def test_the_memory_of_a_walk_is_foreseen(monkeypatch, attention):
     (first, *_) = engine.row_batches(rows, range(10))
     assert len(first) == (10 if attention == "sdpa" else 2)
     monkeypatch.setattr("blockpruner.scoring.work.LOGITS_BYTES", 260 * 4)
-    engine._room = None
+    engine.room = None
 
     def most(span):
         with LiveBytes() as live:

@@ -168,7 +168,7 @@ def test_every_mask_and_row_once_exactly_and_with_the_least_work(
     case: Case, logit_tokens: int, wide: int
 ):
     engine = Engine(model_of(case.variant, case.layers), case.batch_tokens)
-    tasks, calls, forward = case.tasks(engine), [], engine._block
+    tasks, calls, forward = case.tasks(engine), [], engine.run_block
     assert [row for task in tasks for row in task.span] == list(case.span)
     for task in tasks:
         padded = len(task.span) * max(len(case.rows[row]) for row in task.span)
@@ -178,7 +178,9 @@ def test_every_mask_and_row_once_exactly_and_with_the_least_work(
         patch.setattr(
             engine, "_width", lambda tokens: max(1, min(wide, case.batch_tokens) // tokens)
         )
-        patch.setattr(engine, "_block", lambda *args: calls.append(len(args[1])) or forward(*args))
+        patch.setattr(
+            engine, "run_block", lambda *args: calls.append(len(args[1])) or forward(*args)
+        )
         units = list(engine.run(tasks, case.rows))
     assert_once_and_exact(case, units, tasks)
     assert sum(calls) == sum(least_work(case, task) * len(task.span) for task in tasks)
@@ -190,14 +192,14 @@ def test_the_ways_of_a_gpu_give_the_same_values(case: Case, wide: int):
     """All calls of a block have one shape. Losses are waited for once the next ones are
     launched."""
     engine, shapes = Engine(model_of(case.variant, case.layers), case.batch_tokens), {}
-    tasks, forward = case.tasks(engine), engine._block
+    tasks, forward = case.tasks(engine), engine.run_block
     with as_on_a_gpu(engine) as stream, pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module, "WIDE_NUMBERS", wide * 32)
         for task in tasks:
             shapes[task] = set()
             patch.setattr(
                 engine,
-                "_block",
+                "run_block",
                 lambda *args, to=shapes[task]: to.add(args[1].shape) or forward(*args),
             )
             stream.log.clear()

@@ -172,7 +172,7 @@ def test_a_file_that_is_cut_meanwhile_is_named(tmp_path):
         InputError, match=rf"^{file} ends at byte 4000, before its last tensor does; fetch"
     ):
         score_all(engine, sweep(), make_rows([16]))
-    assert not readers() and all(parameter.is_meta for parameter in engine._model.parameters())
+    assert not readers() and all(parameter.is_meta for parameter in engine.model.parameters())
 
 
 @pytest.mark.parametrize("most", [3, 1, 0])
@@ -186,14 +186,14 @@ def test_batches_are_halved_where_memory_runs_out(tmp_path, monkeypatch, most):
     expected = score_all(
         Engine(load_model(tmp_path, "float64", "cpu"), 16 * max(1, most)), sweep(), rows
     )
-    block = engine._block
+    block = engine.run_block
 
     def small(which, hidden, *rest):
         if len(hidden) > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a lot")
         return block(which, hidden, *rest)
 
-    monkeypatch.setattr(engine, "_block", small)
+    monkeypatch.setattr(engine, "run_block", small)
     if most:
         assert score_all(engine, sweep(), rows) == pytest.approx(expected, abs=1e-12)
         assert engine.origin()["batch_tokens"] == 16 * (2 if most == 3 else 1)
@@ -203,7 +203,7 @@ def test_batches_are_halved_where_memory_runs_out(tmp_path, monkeypatch, most):
         ) as raised:
             score_all(engine, sweep(), rows)
         assert "streaming" not in str(raised.value)
-    assert all(parameter.is_meta for parameter in engine._model.parameters())
+    assert all(parameter.is_meta for parameter in engine.model.parameters())
 
 
 UP = "model.layers.2.mlp.up_proj.weight"
@@ -284,7 +284,7 @@ def test_a_missing_shard_or_no_weights_are_named(tmp_path):
 def test_buffers_are_those_of_a_loaded_model(tmp_path, family):
     engine = StreamingEngine(save(tmp_path, family, dtype=torch.float32), "bfloat16", device="cpu")
     loaded = dict(load_model(tmp_path, "bfloat16", "cpu").named_buffers())
-    buffers = dict(engine._model.named_buffers())
+    buffers = dict(engine.model.named_buffers())
     assert buffers.keys() == loaded.keys() and (buffers or family == "baichuan")
     for name, buffer in buffers.items():
         assert buffer.dtype == loaded[name].dtype and torch.equal(buffer, loaded[name])

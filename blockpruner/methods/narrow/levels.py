@@ -25,8 +25,8 @@ from transformers import PreTrainedModel
 
 from blockpruner.core.blocks import BlockId, BlockKind, format_channels
 from blockpruner.core.progress import Observer
-from blockpruner.scoring.gram import add_gram_, cholesky, fast_matmul, symmetric_
-from blockpruner.scoring.streams import Streams
+from blockpruner.fitting.gram import add_gram_, cholesky, fast_matmul, symmetric_
+from blockpruner.fitting.streams import Streams
 from blockpruner.scoring.walk import Step
 from blockpruner.scoring.work import Rows
 
@@ -73,7 +73,7 @@ def measure_levels(
 ) -> Iterator[Levels]:
     """The levels of each MLP that is not in `measured`: `channels` channels removed, twice as many
     and so on. There are two rows or more, of any lengths; all real tokens count. The model's device
-    also takes `work.widths_bytes`."""
+    also takes `widths_bytes`."""
     judges = range(len(rows))[JUDGE_EVERY - 1 :: JUDGE_EVERY][:MAX_JUDGES] or [len(rows) - 1]
     judging_rows = [rows[index] for index in judges]
     summed_rows = [row for index, row in enumerate(rows) if index not in judges]

@@ -119,35 +119,42 @@ def principal_directions(gram: Tensor, width: int) -> Tensor:
     return vectors.flip(1)[:, :width]
 
 
-class _Signal(Engine):
+class _Signal:
     """The residual stream of the calibration rows before a block, [B, T, d] a batch, in the dense
     model's basis. The engine batches the rows, and records the arguments that the family's decoder
     passes to its layers."""
 
     def __init__(self, model: PreTrainedModel, rows: Rows, batch_tokens: int | str) -> None:
-        super().__init__(model, batch_tokens)
-        spans = self.row_batches(rows, range(len(rows)))
-        self._batches = [Batch.of([rows[i] for i in span], self._home) for span in spans]
-        self._states = [self._prepare(batch.input_ids)[0].cpu() for batch in self._batches]
+        self._engine = Engine(model, batch_tokens)
+        self._device = self._engine.home
+        spans = self._engine.row_batches(rows, range(len(rows)))
+        self._batches = [Batch.of([rows[i] for i in span], self._device) for span in spans]
+        self._states = []
+        for batch in self._batches:
+            embedded, _ = self._engine.prepare(batch.input_ids)
+            self._states.append(embedded.cpu())
 
     def gram(self) -> Tensor:
         """X^T X [d, d] over the real tokens, float64, on the model's device."""
         hidden = self._states[0].shape[-1]
-        total = torch.zeros(hidden, hidden, dtype=torch.float64, device=self._home)
+        total = torch.zeros(hidden, hidden, dtype=torch.float64, device=self._device)
         for state, batch in zip(self._states, self._batches, strict=True):
-            tokens = state[batch.is_real.cpu()].to(self._home).double()
+            tokens = state[batch.is_real.cpu()].to(self._device).double()
             total.addmm_(tokens.T, tokens)
         return total
 
     def pass_(self, index: int, norm: str, module: str, basis: Tensor) -> None:
         """Move the stream past a block of layer `index` that reads it in `basis` and still writes d
         columns."""
-        layer, basis = self._layers[index], basis.to(self._states[0].dtype)
+        layer = self._engine.layers[index]
+        block = getattr(layer, module)
+        basis = basis.to(self._states[0].dtype)
         for number, batch in enumerate(self._batches):
-            sliced = self._states[number].to(self._home) @ basis
-            normed, block = getattr(layer, norm)(sliced), getattr(layer, module)
-            if module == self._family.mha.module:
-                added = block(hidden_states=normed, **self._prepare(batch.input_ids)[1][index])[0]
+            sliced = self._states[number].to(self._device) @ basis
+            normed = getattr(layer, norm)(sliced)
+            if module == self._engine.family.mha.module:
+                _, layer_kwargs = self._engine.prepare(batch.input_ids)
+                added = block(hidden_states=normed, **layer_kwargs[index])[0]
             else:
                 added = block(normed)
             self._states[number] = (sliced @ basis.T + added).cpu()

@@ -117,7 +117,7 @@ class StreamingEngine(Engine):
 
     def _sort_outer_weights(self) -> None:
         """Sort the weights outside of the layers by when they are in memory."""
-        family = self._family
+        family = self.family
         layers, norm, head = (
             f"{path}." for path in (family.layers, family.final_norm, family.head)
         )
@@ -130,16 +130,16 @@ class StreamingEngine(Engine):
             if all(use.startswith(head) for use in uses):
                 self._head_weights.append(name)
             elif any(use.startswith((norm, head)) for use in uses):
-                # The norm, which `_prepare` runs, and weights that embedding and head share.
+                # The norm, which `prepare` runs, and weights that embedding and head share.
                 self._resident_weights.append(name)
             else:
                 self._embedding_weights.append(name)
 
     @property
-    def _home(self) -> torch.device:
+    def home(self) -> torch.device:
         return self._target
 
-    def _device(self, layer: int) -> torch.device:
+    def device_of(self, layer: int) -> torch.device:
         return self._target
 
     def close(self) -> None:
@@ -210,16 +210,16 @@ class StreamingEngine(Engine):
             yield group
 
     def _pass(self, tasks: Sequence[Task], rows: Rows) -> Generator[ScoredRows]:
-        tiles = _Tiles(self.plan_of(tasks, rows), self._head.weight.dtype, self._target)
+        tiles = _Tiles(self.plan_of(tasks, rows), self.head.weight.dtype, self._target)
         self._weights.load(self._resident_weights)
         with closing(self._weights.in_turn(self._groups(_removed_by_all(tasks)))) as weights:
             next(weights)
             works = self._embedded(tasks, rows, tiles)
-            for layer in range(self.layers):
+            for layer in range(len(self.layers)):
                 next(weights)
                 for work in works:
                     work.states = list(self._advanced(layer, work, tiles))
-                self._advance(layer + 1, self.layers, f"layer {layer}")
+                self._advance(layer + 1, len(self.layers), f"layer {layer}")
             next(weights)
             for work in works:
                 mask_groups, slots = zip(*work.states, strict=True)
@@ -234,8 +234,8 @@ class StreamingEngine(Engine):
         works = []
         share_equal = partial(_distinct, list[Tensor]())
         for task in tasks:
-            batch = Batch.of([rows[row] for row in task.span], self._home)
-            hidden, layer_kwargs = self._prepare(batch.input_ids)
+            batch = Batch.of([rows[row] for row in task.span], self.home)
+            hidden, layer_kwargs = self.prepare(batch.input_ids)
             layer_kwargs = tuple(map_tensors(kwargs, share_equal) for kwargs in layer_kwargs)
             slot = tiles.new()
             tiles.put(slot, hidden)
@@ -274,11 +274,11 @@ class StreamingEngine(Engine):
         """The names of the weights that are in memory in turn: for the embedding, for each layer
         without those that only blocks of `removed` use, and for the head."""
         groups = [self._embedding_weights]
-        for layer in range(self.layers):
-            prefix = f"{self._family.layers}.{layer}."
+        for layer in range(len(self.layers)):
+            prefix = f"{self.family.layers}.{layer}."
             unread, read = set[str](), set[str]()
             for kind in BlockKind:
-                branch = self._family.branch(kind)
+                branch = self.family.branch(kind)
                 modules = unread if BlockId(kind, layer) in removed else read
                 modules.update(f"{prefix}{name}." for name in (*branch.modules, *branch.norms))
             excluded = tuple(unread - read)
@@ -298,8 +298,8 @@ class StreamingEngine(Engine):
         weights and for what a batch works in.
         """
         numbers = max(len(task.span) * max(len(rows[row]) for row in task.span) for task in tasks)
-        item = self._head.weight.element_size()
-        tile = aligned(numbers * self._model.config.hidden_size * item)
+        item = self.head.weight.element_size()
+        tile = aligned(numbers * self.model.config.hidden_size * item)
         ram = available_memory()
         if self._memory is not None:
             ram = min(self._memory, ram)

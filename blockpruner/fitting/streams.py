@@ -23,11 +23,12 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from blockpruner.core.blocks import BlockId, Channels, Cut, Mask
+from blockpruner.fitting.memory import sums_bytes
 from blockpruner.scoring.batches import Batch
 from blockpruner.scoring.engine import Engine
 from blockpruner.scoring.metrics import METRICS, NLL
 from blockpruner.scoring.walk import Step
-from blockpruner.scoring.work import Rows, inner_size, live_numbers, sums_bytes
+from blockpruner.scoring.work import Rows, inner_size, live_numbers
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -87,7 +88,7 @@ class Stream:
             self.point = replace(self.point, removed_span=span)
 
 
-class Streams(Engine):
+class Streams:
     """The streams of some rows, float32 or wider, batch by batch; and the dense model's weights,
     which may be changed: those of a fit point's blocks once the point is reached, and not before.
 
@@ -97,19 +98,20 @@ class Streams(Engine):
     """
 
     def __init__(self, model: PreTrainedModel, rows: Rows, fit_rows: int, models: int = 1) -> None:
-        super().__init__(model)
+        self._engine = Engine(model)
+        self.steps = self._engine.steps
         self.blocks = [block for step in self.steps for block in step]
         """All blocks, as the stream passes them."""
-        spans = self.row_batches(rows, range(fit_rows)) if fit_rows else []
+        spans = self._engine.row_batches(rows, range(fit_rows)) if fit_rows else []
         self.fit_batches = range(len(spans))
         """The batches that are fitted to."""
         if fit_rows < len(rows):
-            spans = [*spans, *self.row_batches(rows, range(fit_rows, len(rows)))]
+            spans = [*spans, *self._engine.row_batches(rows, range(fit_rows, len(rows)))]
         self.heldout_batches = range(len(self.fit_batches), len(spans))
         """The batches that are held out."""
-        self._batches = [Batch.of([rows[i] for i in span], self._home) for span in spans]
+        self._batches = [Batch.of([rows[i] for i in span], self._engine.home) for span in spans]
         self.is_real = [batch.is_real.cpu() for batch in self._batches]
-        prepared = [self._prepare(batch.input_ids) for batch in self._batches]
+        prepared = [self._engine.prepare(batch.input_ids) for batch in self._batches]
         self._kwargs = [kwargs for _, kwargs in prepared]
         tokens = sum(batch.input_ids.numel() for batch in self._batches)
         device = self._states_device(tokens, models)
@@ -153,7 +155,7 @@ class Streams(Engine):
         for step in self.steps[start:]:
             states = self._heldout_after(step, states)
         return {
-            number: self._final_states(self._read(state), self._batches[number])
+            number: self._engine.final_states(self._read(state), self._batches[number])
             for number, state in states.items()
         }
 
@@ -171,14 +173,17 @@ class Streams(Engine):
         losses = list[float]()
         for number in self.heldout_batches:
             batch = self._batches[number]
-            final_states = self._final_states(self._read(states[number]), batch)
-            row_losses = self._losses(final_states, None, batch, NLL).cpu() / batch.counts
-            losses += row_losses.tolist()
+            final_states = self._engine.final_states(self._read(states[number]), batch)
+            sums = self._engine.row_losses(final_states, None, batch, NLL)
+            losses += (sums.cpu() / batch.counts).tolist()
         return losses
 
     def predictions(self, final_states: Mapping[int, Tensor], stride: int) -> dict[int, Tensor]:
         """The logits of every `stride`-th prediction of the held-out batches."""
-        return {number: self._logits(states[::stride]) for number, states in final_states.items()}
+        logits = {}
+        for number, states in final_states.items():
+            logits[number] = self._engine.logits(states[::stride])
+        return logits
 
     def divergence(
         self, final_states: Mapping[int, Tensor], dense: Mapping[int, Tensor], stride: int
@@ -202,7 +207,8 @@ class Streams(Engine):
         """A state of a batch, [B, T, d], behind blocks that read it."""
         hidden = self._read(state)
         for block in step:
-            state = state + self._block(block, hidden, self._kwargs[number]).to(state.device)
+            added = self._engine.run_block(block, hidden, self._kwargs[number])
+            state = state + added.to(state.device)
         return state
 
     def all_after(self, step: Step, states: Sequence[Tensor]) -> list[Tensor]:
@@ -211,7 +217,7 @@ class Streams(Engine):
 
     def block_output(self, block: BlockId, state: Tensor, number: int) -> Tensor:
         """What a block adds to a state of a batch."""
-        return self._block(block, self._read(state), self._kwargs[number]).to(state)
+        return self._engine.run_block(block, self._read(state), self._kwargs[number]).to(state)
 
     def module_tensors(self, block: BlockId, state: Tensor, number: int) -> tuple[Tensor, Tensor]:
         """The features and the output of a block's module on a state of a batch.
@@ -232,7 +238,7 @@ class Streams(Engine):
             projection = self.output_projection(block)
             if projection is not None:
                 hooks.enter_context(projection.register_forward_pre_hook(keep_features))
-            self._block(block, self._read(state), self._kwargs[number])
+            self._engine.run_block(block, self._read(state), self._kwargs[number])
         output = outputs[0]
         if not features:
             features.append(output[..., :0])
@@ -248,7 +254,7 @@ class Streams(Engine):
 
     def scaled(self, states: Tensor) -> Tensor:
         """States by the factor of all that blocks add."""
-        return states if self._scale is None else states * self._scale
+        return states if self._engine.added_scale is None else states * self._engine.added_scale
 
     def normalized(self, block: BlockId, output: Tensor) -> Tensor:
         """The output of a module behind its norm, without the norm's gains."""
@@ -272,7 +278,7 @@ class Streams(Engine):
     def output_projection(self, block: BlockId) -> nn.Linear | None:
         """The last projection of a block; None for a block with several, as a mixture of
         experts."""
-        name = self._family.branch(block.kind).names(self._layers[block.layer])[1]
+        name = self._engine.family.branch(block.kind).names(self._engine.layers[block.layer])[1]
         projection = getattr(self._module(block), name, None)
         return projection if isinstance(projection, nn.Linear) else None
 
@@ -284,8 +290,8 @@ class Streams(Engine):
 
     def post_norm(self, block: BlockId) -> nn.Module | None:
         """The norm between a module and the stream."""
-        name = self._family.branch(block.kind).post
-        return None if name is None else getattr(self._layers[block.layer], name)
+        name = self._engine.family.branch(block.kind).post
+        return None if name is None else getattr(self._engine.layers[block.layer], name)
 
     def set_(self, weight: Tensor, value: Tensor) -> None:
         """Give a weight another value, until `restore_`."""
@@ -314,15 +320,17 @@ class Streams(Engine):
     def _states_device(self, tokens: int, models: int) -> torch.device:
         """The device for the states. It needs room for each stream, for one more while they move
         on, and for the features of a fit point."""
-        if self._room is None:
-            return self._home
-        item = self._head.weight.element_size()
-        hidden = self._model.config.hidden_size
-        inner = max(inner_size(self._model.config.to_dict()), 2 * hidden)
+        engine = self._engine
+        if engine.room is None:
+            return engine.home
+        config = engine.model.config
+        hidden = config.hidden_size
+        inner = max(inner_size(config.to_dict()), 2 * hidden)
+        item = engine.head.weight.element_size()
         states_bytes = tokens * (4 * hidden * (models + 3) + item * inner)
-        batch_bytes = self._tokens * live_numbers(hidden, inner) * item
-        if states_bytes + batch_bytes + sums_bytes(inner, hidden) <= self._room:
-            return self._home
+        batch_bytes = engine.batch_tokens * live_numbers(hidden, inner) * item
+        if states_bytes + batch_bytes + sums_bytes(inner, hidden) <= engine.room:
+            return engine.home
         return torch.device("cpu")
 
     def _heldout(self, states: Sequence[Tensor]) -> dict[int, Tensor]:
@@ -332,12 +340,12 @@ class Streams(Engine):
         return {number: self.after(step, state, number) for number, state in states.items()}
 
     def _module(self, block: BlockId) -> nn.Module:
-        layer = self._layers[block.layer]
-        module: nn.Module = getattr(layer, self._family.branch(block.kind).names(layer)[0])
+        layer = self._engine.layers[block.layer]
+        module: nn.Module = getattr(layer, self._engine.family.branch(block.kind).names(layer)[0])
         return module
 
     def _read(self, state: Tensor) -> Tensor:
-        return state.to(self._home, self._head.weight.dtype)
+        return state.to(self._engine.home, self._engine.head.weight.dtype)
 
 
 def _kept_blocks(step: Step, cut: Cut) -> tuple[tuple[BlockId, Channels | None], ...]:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from blockpruner.fitting.memory import fit_bytes
 from blockpruner.model import accelerator
 from blockpruner.model.models import decoder_layers, load_model, move_buffers_, resolve_device
-from blockpruner.scoring.work import fit_bytes
 from blockpruner.store.files import read_json
 
 swap_: Any = torch.utils.swap_tensors  # untyped
@@ -49,7 +49,7 @@ def offload_layers_(model: PreTrainedModel, device: torch.device) -> None:
     move_buffers_(model, device)
     loaded = list[tuple[Tensor, Tensor, int]]()
     for layer in layers:
-        layer.visits = device  # type: ignore[assignment]  # torch types every attribute as a tensor or module
+        layer.compute_device = device  # type: ignore[assignment]  # torch types every attribute as a tensor or module
         load = _LayerLoader(layer, device, loaded)
         for module in layer.children():
             module.register_forward_pre_hook(load)
