@@ -29,21 +29,29 @@ class BeamOptions(PricedOptions):
 def beam(problem: Problem, options: BeamOptions) -> Iterator[Iteration]:
     """Yield an iteration for each step, whose choice is its best mask, and one in which all masks
     that meet the goal compete."""
-    goal, costs = Space(problem.units, goal_of_problem(problem)).goal, costs_of(problem, options)
-    order, most = unit_order(problem.units), goal.wanted + goal.tolerance + 1e-12
+    goal = Space(problem.units, goal_of_problem(problem)).goal
+    largest_share = goal.wanted + goal.tolerance + 1e-12
+    costs = costs_of(problem, options)
     (dense,) = problem.ask([DENSE])
-    bases, met, index = [dense], dict[Mask, MaskScore](), 0
-    while bases:
-        masks = {
-            base.mask | unit for base in bases for unit in problem.units if not unit <= base.mask
-        }
-        wider = sorted((mask for mask in masks if goal.share(mask) <= most), key=order)
-        if not wider:
+    beams = [dense]
+    finalists: dict[Mask, MaskScore] = {}
+    index = 0
+    while True:
+        masks = set()
+        for base in beams:
+            for unit in problem.units:
+                mask = base.mask | unit
+                if mask != base.mask and goal.share(mask) <= largest_share:
+                    masks.add(mask)
+        if not masks:
             break
-        scores = problem.ask(wider)
-        met |= {score.mask: score for score in scores if goal.is_met(score.mask)}
-        bases = sorted(scores, key=lambda score: worth(score, dense, costs))[: options.width]
-        yield compared(index, [dense, *scores] if index == 0 else scores, bases[0])
+        scores = problem.ask(sorted(masks, key=unit_order(problem.units)))
+        for score in scores:
+            if goal.is_met(score.mask):
+                finalists[score.mask] = score
+        ranked = sorted(scores, key=lambda score: worth(score, dense, costs))
+        beams = ranked[: options.width]
+        yield compared(index, [dense, *scores] if index == 0 else scores, beams[0])
         index += 1
-    best = min(met.values(), key=lambda score: score.loss)
-    yield compared(index, list(met.values()), best)
+    best = min(finalists.values(), key=lambda score: score.loss)
+    yield compared(index, list(finalists.values()), best)

@@ -15,7 +15,6 @@ budget in its last steps only, so several budgets share most of their trials.
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -31,8 +30,8 @@ from blockpruner.search.space import Space, by_prediction, goal_of_problem, near
 from blockpruner.search.surrogate import Surrogate, fit
 
 SLACK, RECENT = 2.0, 32
-"""A move is scored if the surrogate does not call it worse by more than SLACK times its median
-error of late."""
+"""A move is scored if the surrogate predicts a rise of less than SLACK times its median error over
+the RECENT last moves."""
 
 POOL = 1000
 """How many swaps the surrogate ranks: those with the lowest sum of the effects of their single
@@ -48,128 +47,158 @@ class FloatingOptions(PricedOptions):
 
 
 def floating(problem: Problem, options: FloatingOptions) -> Iterator[Iteration]:
-    """Yield an iteration for each forward step and each attempt to better its mask, and one in
-    which all known masks that meet the goal compete."""
-    walk, costs = _Walk(problem, options.tries), costs_of(problem, options)
-    index = steps = 0
+    """Yield an iteration for each forward step and for each attempt to improve its mask, and at the
+    end one in which all known masks that meet the goal compete."""
+    walk = Walk(problem, options.tries)
+    costs = costs_of(problem, options)
+    index = 0
+    step = 0
     base: MaskScore | None = None
-    while fitting := walk.fitting(DENSE if base is None else base.mask):
-        iteration = replace(forward(problem, steps, base, fitting, costs), index=index)
+    units = walk.removable_units(DENSE)
+    while units:
+        iteration = replace(forward(problem, step, base, units, costs), index=index)
         yield iteration
-        base = walk.taken(iteration)
-        index, steps, moved = index + 1, steps + 1, True
-        around = walk.goal.around(base.mask)
-        while moved:
-            iteration = replace(walk.bettered(base, around), index=index)
+        base = walk.best_of_step(iteration)
+        index += 1
+        step += 1
+        neighborhood = walk.goal.around(base.mask)
+        has_moved = True
+        while has_moved:
+            iteration = replace(walk.improve(base, neighborhood), index=index)
             yield iteration
             index += 1
-            moved = iteration.removed != base.mask
+            has_moved = iteration.removed != base.mask
             base = iteration.scores[iteration.chosen]
-            around = around if around.is_met(base.mask) else walk.goal.around(base.mask)
+            # A restoration removes less than the neighborhood allows.
+            if not neighborhood.is_met(base.mask):
+                neighborhood = walk.goal.around(base.mask)
+        units = walk.removable_units(base.mask)
     yield replace(walk.answer(), index=index)
 
 
-class _Walk:
-    """What a walk has seen."""
+class Walk:
+    """The scores that a floating search knows, and the moves that they suggest."""
 
     def __init__(self, problem: Problem, tries: int) -> None:
-        self._problem, self._units, self._tries = problem, problem.units, tries
+        self._problem = problem
+        self._units = problem.units
+        self._tries = tries
         self._order = unit_order(problem.units)
         self.goal = Space(problem.units, goal_of_problem(problem)).goal
         self._scores: dict[Mask, MaskScore] = {}
         self._tried: set[Mask] = set()
-        self._overflown: set[Mask] = set()
-        """Units whose removal has made the model overflow, which are not removed again."""
+        self._overflowing: set[Mask] = set()
+        """Units whose removal made the model overflow. They are not removed again."""
         self._errors: list[float] = []
-        """The errors of the surrogate's predictions of what a move changes."""
+        """The surrogate's errors: by how much a move's rise was larger than predicted."""
 
-    def fitting(self, mask: Mask) -> list[Mask]:
+    def removable_units(self, mask: Mask) -> list[Mask]:
         """Units that may be removed next without removing more than the goal allows."""
-        left = (unit for unit in self._units if not unit <= mask and unit not in self._overflown)
-        return [unit for unit in left if self._fits(mask | unit)]
+        units = []
+        for unit in self._units:
+            is_kept = not unit <= mask
+            if is_kept and unit not in self._overflowing and self._fits(mask | unit):
+                units.append(unit)
+        return units
 
     def _fits(self, mask: Mask) -> bool:
         return self.goal.share(mask) <= self.goal.wanted + self.goal.tolerance + 1e-12
 
-    def taken(self, iteration: Iteration) -> MaskScore:
+    def best_of_step(self, iteration: Iteration) -> MaskScore:
         """The best known mask that removes as much as a forward step's choice."""
-        self._scores |= {score.mask: score for score in iteration.scores if score.loss < math.inf}
-        added = zip(iteration.scores, iteration.added, strict=True)
-        self._overflown |= {unit for score, unit in added if unit and score.loss == math.inf}
+        for score, unit in zip(iteration.scores, iteration.added, strict=True):
+            if score.loss < math.inf:
+                self._scores[score.mask] = score
+            elif unit:
+                self._overflowing.add(unit)
         chosen = iteration.scores[iteration.chosen]
-        return min([chosen, *self._like(chosen.mask)], key=lambda score: score.loss)
+        rivals = [chosen, *self._scores_around(chosen.mask)]
+        return min(rivals, key=lambda score: score.loss)
 
-    def _like(self, mask: Mask) -> list[MaskScore]:
-        """Known masks that remove as much, scored on all rows."""
-        around = self.goal.around(mask)
-        return [
-            score
-            for score in self._scores.values()
-            if score.is_complete and around.is_met(score.mask)
-        ]
+    def _scores_around(self, mask: Mask) -> list[MaskScore]:
+        """The known masks that remove as much as this one, if they are scored on all rows."""
+        neighborhood = self.goal.around(mask)
+        scores = []
+        for score in self._scores.values():
+            if score.is_complete and neighborhood.is_met(score.mask):
+                scores.append(score)
+        return scores
 
-    def bettered(self, base: MaskScore, around: Goal) -> Iteration:
-        """The best of some restorations, and of some swaps that stay `around` a goal; or the mask
-        itself where none helps."""
-        energy = fit(self._units, self._scores.values())
-        rivals = self._restorations(base.mask) | dict.fromkeys(
-            self._swaps(base.mask, around, energy), base
-        )
+    def improve(self, base: MaskScore, neighborhood: Goal) -> Iteration:
+        """Score some restorations, and some swaps within the neighborhood. The choice is the best
+        of them, or the base if none is better."""
+        surrogate = fit(self._units, self._scores.values())
+        # A restoration competes with the best mask of its own size, a swap with the base.
+        rivals = self._restorations(base.mask)
+        for mask in self._swaps(base.mask, neighborhood, surrogate):
+            rivals[mask] = base
         masks = list(rivals)
-        change = energy(masks) - energy([score.mask for score in rivals.values()])
-        margin = (
-            SLACK * float(np.median(np.abs(self._errors[-RECENT:]))) if self._errors else math.inf
-        )
-        chosen = [i for i in np.argsort(change, kind="stable")[: self._tries] if change[i] < margin]
-        found, best, gain = {base.mask: base}, base, 0.0
-        for rival in dict.fromkeys(rivals[masks[i]] for i in chosen):
-            against = {masks[i]: change[i] for i in chosen if rivals[masks[i]] == rival}
-            for score in self._problem.select.challenge(rival, sorted(against, key=self._order)):
-                found[score.mask] = score
+        predicted_rises = surrogate(masks) - surrogate([rival.mask for rival in rivals.values()])
+        margin = math.inf
+        if self._errors:
+            margin = SLACK * float(np.median(np.abs(self._errors[-RECENT:])))
+        predicted_by_rival: dict[MaskScore, dict[Mask, float]] = {}
+        for number in np.argsort(predicted_rises, kind="stable")[: self._tries]:
+            if predicted_rises[number] < margin:
+                mask = masks[number]
+                predicted = predicted_by_rival.setdefault(rivals[mask], {})
+                predicted[mask] = predicted_rises[number]
+
+        scores = {base.mask: base}
+        best, largest_gain = base, 0.0
+        for rival, predicted in predicted_by_rival.items():
+            challengers = sorted(predicted, key=self._order)
+            for score in self._problem.select.challenge(rival, challengers):
+                scores[score.mask] = score
                 if score.loss == math.inf:
                     continue
                 self._scores[score.mask] = score
                 rise = score.rise_over(rival)
-                self._errors.append(rise - against[score.mask])
-                if score.is_complete and -rise > gain:
-                    best, gain = score, -rise
-        self._tried.update(found)
-        return compared(0, list(found.values()), best)
+                self._errors.append(rise - predicted[score.mask])
+                if score.is_complete and -rise > largest_gain:
+                    best, largest_gain = score, -rise
+        self._tried.update(scores)
+        return compared(0, list(scores.values()), best)
 
     def _restorations(self, mask: Mask) -> dict[Mask, MaskScore]:
-        """Masks with one unit less that were not tried, and the best known one that removes as much
-        as each."""
-        masks = [mask - unit for unit in self._units if unit <= mask]
-        like = {other: self._like(other) for other in masks if other not in self._scores}
-        return {
-            other: min(scores, key=lambda score: score.loss)
-            for other, scores in like.items()
-            if scores
-        }
+        """Masks with one unit less that have no score, and for each the best known mask that
+        removes as much."""
+        rivals = {}
+        for unit in self._units:
+            restored = mask - unit
+            if not unit <= mask or restored in self._scores:
+                continue
+            scores = self._scores_around(restored)
+            if scores:
+                rivals[restored] = min(scores, key=lambda score: score.loss)
+        return rivals
 
-    def _swaps(self, mask: Mask, around: Goal, energy: Surrogate) -> list[Mask]:
-        """Masks that one exchange leads to and that were not tried, the most promising ones."""
-        change = dict(
-            zip(
-                self._units,
-                energy([mask ^ unit for unit in self._units]) - energy([mask]),
-                strict=True,
-            )
-        )
-        swaps = by_prediction(mask, Space(self._units, around).exchanges(mask), change)
-        new = (other for other in swaps if other not in self._tried and self._fits(other))
-        new = (other for other in new if not any(unit <= other - mask for unit in self._overflown))
-        complete = {mask for mask, score in self._scores.items() if score.is_complete}
-        return list(islice((other for other in new if other not in complete), POOL))
+    def _swaps(self, mask: Mask, neighborhood: Goal, surrogate: Surrogate) -> list[Mask]:
+        """Masks that one exchange leads to and that were not tried, the most promising first."""
+        flipped = [mask ^ unit for unit in self._units]
+        rises = surrogate(flipped) - surrogate([mask])
+        rise_by_unit = dict(zip(self._units, rises, strict=True))
+        exchanges = Space(self._units, neighborhood).exchanges(mask)
+        swaps = []
+        for swapped in by_prediction(mask, exchanges, rise_by_unit):
+            score = self._scores.get(swapped)
+            is_scored = score is not None and score.is_complete
+            if is_scored or swapped in self._tried or not self._fits(swapped):
+                continue
+            added = swapped - mask
+            if not any(unit <= added for unit in self._overflowing):
+                swaps.append(swapped)
+            if len(swaps) == POOL:
+                break
+        return swaps
 
     def answer(self) -> Iteration:
-        """The known masks that meet the goal, or those that are as near to it as the nearest, and
-        the best of them."""
-        masks = sorted(
-            (mask for mask, score in self._scores.items() if score.is_complete), key=self._order
-        )
+        """Compare the known masks that meet the goal. If none does, those that are as near to it as
+        the nearest."""
+        complete = [mask for mask, score in self._scores.items() if score.is_complete]
+        masks = sorted(complete, key=self._order)
         goal = self.goal
         if not any(map(goal.is_met, masks)):
             goal = goal.around(nearest(goal, masks))
-        finished = [self._scores[mask] for mask in masks if goal.is_met(mask)]
-        return compared(0, finished, min(finished, key=lambda score: score.loss))
+        finalists = [self._scores[mask] for mask in masks if goal.is_met(mask)]
+        return compared(0, finalists, min(finalists, key=lambda score: score.loss))

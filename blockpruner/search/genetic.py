@@ -7,8 +7,9 @@ one row in `share`, then the best of these and the parent on all. The first pare
 some random masks. What a mask removes of each kind stays.
 """
 
+import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from pydantic import Field
@@ -29,51 +30,68 @@ class GeneticOptions(Options):
     initial: int = Field(default=64, ge=1)
     """Random masks, of which the best is the first parent."""
     share: int = Field(default=16, ge=1)
-    """Children are first compared on one row in so many."""
+    """Children are first compared on every `share`-th part of the rows."""
     seed: int = 0
 
 
 def genetic(problem: Problem, options: GeneticOptions) -> Iterator[Iteration]:
     """Yield an iteration for each generation; the last one's choice is the answer."""
-    draw, goal = random.Random(options.seed), goal_of_problem(problem)
+    generator = random.Random(options.seed)
+    goal = goal_of_problem(problem)
     space = Space(problem.units, goal, lambda unit: frozenset(block.kind for block in unit))
-    # as even as masks of the goal are
+    # How many units of each kind a mask removes: as even as the goal allows.
     counts = max(space.compositions, key=lambda counts: (min(counts), *counts))
-    rows = -(-problem.rows // options.share)
+    rows = math.ceil(problem.rows / options.share)
 
     def random_mask() -> Mask:
-        drawn = (
-            draw.sample(kind, count) for kind, count in zip(space.classes, counts, strict=True)
-        )
-        return DENSE.union(*(unit for units in drawn for unit in units))
-
-    def child(mask: Mask) -> Mask:
-        for _ in range(min(draw.randint(1, MUTATIONS), draw.randint(1, MUTATIONS))):
-            halves = [
-                ([u for u in kind if u <= mask], [u for u in kind if not u <= mask])
-                for kind in space.classes
-            ]
-            removed, kept = draw.choice([each for each in halves if all(each)])
-            mask = mask - draw.choice(removed) | draw.choice(kept)
+        mask = DENSE
+        for kind, count in zip(space.classes, counts, strict=True):
+            mask = mask.union(*generator.sample(kind, count))
         return mask
 
-    dense, *scores = problem.ask([DENSE, *_distinct(random_mask, options.initial, ())])
+    def mutate(mask: Mask) -> Mask:
+        mutations = min(generator.randint(1, MUTATIONS), generator.randint(1, MUTATIONS))
+        for _ in range(mutations):
+            exchangeable = []
+            for kind in space.classes:
+                removed = [unit for unit in kind if unit <= mask]
+                kept = [unit for unit in kind if not unit <= mask]
+                if removed and kept:
+                    exchangeable.append((removed, kept))
+            removed, kept = generator.choice(exchangeable)
+            restored_unit = generator.choice(removed)
+            removed_unit = generator.choice(kept)
+            mask = (mask - restored_unit) | removed_unit
+        return mask
+
+    initial_masks = distinct_masks(random_mask, options.initial)
+    dense, *scores = problem.ask([DENSE, *initial_masks])
     parent = min(scores, key=lambda score: score.loss)
     yield compared(0, [dense, *scores], parent)
-    removed, layers = sum(counts) / len(space.classes), len(problem.units) / len(space.classes)
-    for index in range(1, 1 + (options.generations or round(removed * (layers - removed) / 1.5))):
-        children = _distinct(partial(child, parent.mask), options.children, (parent.mask,))
-        first = sorted(problem.ask(children, rows), key=lambda score: score.loss)
-        finalists = [parent, *problem.ask([score.mask for score in first[:FINALISTS]])]
-        parent = min(finalists, key=lambda score: score.loss)
-        yield compared(index, [*finalists, *first[FINALISTS:]], parent)
+    generations = options.generations
+    if generations is None:
+        kinds = len(space.classes)
+        removed_layers = sum(counts) / kinds
+        kept_layers = len(problem.units) / kinds - removed_layers
+        generations = round(removed_layers * kept_layers / 1.5)
+    for index in range(1, generations + 1):
+        children = distinct_masks(partial(mutate, parent.mask), options.children, parent.mask)
+        ranked = sorted(problem.ask(children, rows), key=lambda score: score.loss)
+        finalists = [score.mask for score in ranked[:FINALISTS]]
+        candidates = [parent, *problem.ask(finalists)]
+        parent = min(candidates, key=lambda score: score.loss)
+        yield compared(index, [*candidates, *ranked[FINALISTS:]], parent)
 
 
-def _distinct(drawn: Callable[[], Mask], count: int, known: Sequence[Mask]) -> list[Mask]:
-    """So many different masks, none of them known; fewer where hardly any are left."""
-    found = dict.fromkeys(known)
+def distinct_masks(
+    draw: Callable[[], Mask], count: int, excluded: Mask | None = None
+) -> list[Mask]:
+    """Up to `count` distinct masks that differ from `excluded`: fewer if few are possible."""
+    masks = dict[Mask, None]()
     for _ in range(100 * count):
-        if len(found) == count + len(known):
+        if len(masks) == count:
             break
-        found.setdefault(drawn())
-    return list(found)[len(known) :]
+        mask = draw()
+        if mask != excluded:
+            masks[mask] = None
+    return list(masks)

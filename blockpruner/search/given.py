@@ -21,24 +21,26 @@ class GivenOptions(Options):
 def given(problem: Problem, options: GivenOptions) -> Iterator[Iteration]:
     """Remove in the order given; raises InputError for a block that is no candidate, or is named
     twice."""
-    # a number in YAML is no block; the error names it
+    # YAML may hold a number, which is no block: the error names it.
     steps = [parse_mask(str(text)) for text in options.order]
     if not steps:
         raise InputError(
             'score.options.order is empty; name what to remove, for instance ["mha.25", "mlp.3"]'
         )
-    known, seen = DENSE.union(*problem.units), DENSE
+    candidates = DENSE.union(*problem.units)
+    removed = DENSE
     for step in steps:
-        for fault, blocks in (
-            ("is not among the candidates", step - known),
-            ("was removed before", step & seen),
-        ):
+        problems = {
+            "is not among the candidates": step - candidates,
+            "was removed before": step & removed,
+        }
+        for problem_words, blocks in problems.items():
             if blocks:
                 raise InputError(
-                    f"score.options.order removes {format_mask(blocks)}, which {fault}; the"
-                    f" candidates are {format_mask(known)}"
+                    f"score.options.order removes {format_mask(blocks)}, which {problem_words}; the"
+                    f" candidates are {format_mask(candidates)}"
                 )
-        seen |= step
+        removed |= step
     return in_order(steps, problem.rows)
 
 
@@ -48,6 +50,6 @@ class RandomOptions(Options):
 
 def random_order(problem: Problem, options: RandomOptions) -> Iterator[Iteration]:
     """Remove the units in a random order."""
-    return in_order(
-        random.Random(options.seed).sample(list(problem.units), len(problem.units)), problem.rows
-    )
+    generator = random.Random(options.seed)
+    order = generator.sample(list(problem.units), len(problem.units))
+    return in_order(order, problem.rows)

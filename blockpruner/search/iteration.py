@@ -33,12 +33,11 @@ class Iteration:
     def losses(self) -> dict[Mask, tuple[float, ...]]:
         """The row losses of each candidate that was scored, or of whole masks where such are
         compared."""
-        named = zip(self.scores, self.added, strict=True)
-        return {
-            unit or score.mask: score.row_loss
-            for score, unit in named
-            if score.mask and score.row_loss
-        }
+        losses = {}
+        for score, unit in zip(self.scores, self.added, strict=True):
+            if score.mask and score.row_loss:
+                losses[unit or score.mask] = score.row_loss
+        return losses
 
     @property
     def removed(self) -> Mask:
@@ -55,7 +54,8 @@ class Iteration:
 
 def compared(index: int, scores: Sequence[MaskScore], best: MaskScore) -> Iteration:
     """A step that compares whole masks."""
-    return Iteration(index, tuple(scores), (None,) * len(scores), list(scores).index(best))
+    no_unit = (None,) * len(scores)
+    return Iteration(index, tuple(scores), no_unit, list(scores).index(best))
 
 
 def removals(trace: Sequence[Iteration], nested: bool) -> tuple[list[Mask], list[float]]:
@@ -73,11 +73,13 @@ def removals(trace: Sequence[Iteration], nested: bool) -> tuple[list[Mask], list
 def stabilities(trace: Sequence[Iteration], price: str = "none") -> tuple[Stability | None, ...]:
     """How firmly the rows decide each iteration. One that asks for no score chooses by the earlier
     ones. Where a resource prices removals, losses alone do not decide, and nothing is known."""
-    found: list[Stability | None] = []
+    if price != "none":
+        return (None,) * len(trace)
+    values = []
     losses: dict[Mask, tuple[float, ...]] = {}
     for iteration in trace:
         losses = iteration.losses or losses
         chosen = iteration.added[iteration.chosen] or iteration.removed
-        found.append(stability(losses, chosen) if price == "none" else None)
-        losses = {unit: rows for unit, rows in losses.items() if unit != chosen}
-    return tuple(found)
+        values.append(stability(losses, chosen))
+        losses.pop(chosen, None)
+    return tuple(values)

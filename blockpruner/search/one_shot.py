@@ -19,10 +19,10 @@ from blockpruner.search.problem import Problem
 def one_shot(problem: Problem, options: Options) -> Iterator[Iteration]:
     """Yield one removal at a time. All scores are in the first iteration."""
     dense, *scores = problem.ask([DENSE, *problem.units])
-    ranked = sorted(range(len(scores)), key=lambda i: scores[i].loss)  # stable: of equals the first
-    first = Iteration(0, (dense, *scores), (None, *problem.units), 1 + ranked[0])
-    yield first
-    order = [problem.units[i] for i in ranked]
+    # The sort is stable: of equal scores the first unit comes first.
+    ranking = sorted(range(len(scores)), key=lambda number: scores[number].loss)
+    yield Iteration(0, (dense, *scores), (None, *problem.units), 1 + ranking[0])
+    order = [problem.units[number] for number in ranking]
     yield from in_order(order, problem.rows, start=1)
 
 
@@ -31,10 +31,10 @@ def in_order(order: Sequence[Mask], rows: int, start: int = 0) -> Iterator[Itera
     score."""
     for index in range(start, len(order)):
         mask = DENSE.union(*order[: index + 1])
-        dense = [(MaskScore(DENSE, (), rows), None)] if index == 0 else []
-        rows_of: list[tuple[MaskScore, Mask | None]] = [
-            *dense,
-            (MaskScore(mask, (), rows), order[index]),
-        ]
-        scores, added = zip(*rows_of, strict=True)
-        yield Iteration(index, scores, added, len(scores) - 1)
+        scores = [MaskScore(mask, (), rows)]
+        added: list[Mask | None] = [order[index]]
+        # The dense model comes first in every trace.
+        if index == 0:
+            scores.insert(0, MaskScore(DENSE, (), rows))
+            added.insert(0, None)
+        yield Iteration(index, tuple(scores), tuple(added), len(scores) - 1)

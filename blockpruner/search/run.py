@@ -54,37 +54,43 @@ def search(
     serves every budget where the search is nested; and what it took. Raises InputError for a budget
     that cannot be reached, before anything is computed; or one that a search's removals end before.
     The stores are of `request.losses`, by name."""
-    seen = observer or SilentObserver()
+    if observer is None:
+        observer = SilentObserver()
 
-    def searched() -> tuple[dict[str, list[Iteration]], Counts]:
-        own = nll = Objective(
-            calibration, stores[request.metric.name], scorer, seen, request.metric
-        )
-        if request.metric.name != NLL.name:
-            nll = Objective(calibration, stores[NLL.name], scorer, seen)
-        found: dict[str, list[Iteration]] = {}
+    def run_from_the_start() -> tuple[dict[str, list[Iteration]], Counts]:
+        metric = request.metric
+        objective = Objective(calibration, stores[metric.name], scorer, observer, metric)
+        nll = objective
+        if metric.name != NLL.name:
+            nll = Objective(calibration, stores[NLL.name], scorer, observer)
+
+        def counts_so_far() -> Counts:
+            return objective.counts if nll is objective else objective.counts + nll.counts
+
+        traces: dict[str, list[Iteration]] = {}
         steps: list[Took] = []
-        for budget, iterations in _Run(request, own, nll, resources, seen).traces(budgets).items():
-            found[budget] = []
+        before: Took = (0, 0, 0.0)
+        run = Run(request, objective, nll, resources, observer)
+        for budget, iterations in run.iterations_by_budget(budgets).items():
+            traces[budget] = []
             for iteration in iterations:
-                counts = own.counts if nll is own else own.counts + nll.counts
-                steps.append(counts.step)
-                timed, other, seconds = map(
-                    sub, steps[-1], steps[-2] if len(steps) > 1 else (0, 0, 0.0)
-                )
+                after = counts_so_far().step
+                timed, other, seconds = map(sub, after, before)
                 on_iteration(budget, iteration, (timed, other, seconds))
-                found[budget].append(iteration)
-        counts = own.counts if nll is own else own.counts + nll.counts
-        return found, replace(counts, iterations=len(steps), steps=tuple(steps))
+                traces[budget].append(iteration)
+                steps.append(after)
+                before = after
+        return traces, replace(counts_so_far(), iterations=len(steps), steps=tuple(steps))
 
-    return in_one_origin(searched, seen)
+    return in_one_origin(run_from_the_start, observer)
 
 
 def require_searchable(request: Request, resources: Resources, budgets: Sequence[str]) -> None:
     """Refuse budgets that no sequence of removals meets, as far as the resources are known; see
     `require_reachable`."""
     units = units_of(request, resources)
-    for budget in (parse_budget(text, resources["parameters"]) for text in budgets):
+    for text in budgets:
+        budget = parse_budget(text, resources["parameters"])
         if budget.resource in resources:
             require_reachable(budget, units, resources[budget.resource])
 
@@ -95,18 +101,18 @@ def units_of(request: Request, resources: Resources) -> list[Mask]:
     layers = len(resources["parameters"].blocks) // 2
     units = removable_units(layers, request.score.unit, request.score.candidates)
     price = request.options.price
-    found = that_cost(units, resources[price]) if price in resources else units
-    if not found:
+    if price in resources:
+        units = that_cost(units, resources[price])
+    if not units:
         raise InputError(
             f"score.options.per {price}: no candidate takes anything of it; valid with these"
             " candidates: none, parameters"
         )
-    return found
+    return units
 
 
-class _Run:
-    """One search over one model; `nll` is the objective in which every choice is reported, maybe
-    the same one."""
+class Run:
+    """One search over one model."""
 
     def __init__(
         self,
@@ -116,117 +122,138 @@ class _Run:
         resources: Resources,
         observer: Observer,
     ) -> None:
-        self._request, self._objective, self._nll = request, objective, nll
-        self._resources, self._observer = resources, observer
+        """`nll` is the objective in which every choice is reported. It may be the same one."""
+        self._request = request
+        self._objective = objective
+        self._nll = nll
+        self._resources = resources
+        self._observer = observer
         self._units = units_of(request, resources)
-        self._known = 0
+        self._rows_before = 0
+        """Rows computed before the current iteration."""
 
-    def traces(self, budgets: Sequence[str]) -> dict[str, Iterator[Iteration]]:
-        """The iterations by budget, or under "" those for all budgets, where the search is
-        nested."""
-        wanted = [parse_budget(text, self._resources["parameters"]) for text in budgets]
-        for budget in wanted:
+    def iterations_by_budget(self, budgets: Sequence[str]) -> dict[str, Iterator[Iteration]]:
+        """The iterations by budget; those of a nested search, which serve all budgets, under ""."""
+        goals = []
+        for text in budgets:
+            budget = parse_budget(text, self._resources["parameters"])
             require_reachable(budget, self._units, self._costs(budget))
-        return (
-            {"": self._nested(wanted)}
-            if self._request.search.nested
-            else {b.text: self._for(b) for b in wanted}
-        )
+            goals.append(budget)
+        if self._request.search.nested:
+            return {"": self._search_for_all(goals)}
+        return {budget.text: self._search_for(budget) for budget in goals}
 
     def _costs(self, budget: Budget) -> Costs:
         return self._resources[budget.resource]
 
-    def _nested(self, budgets: Sequence[Budget]) -> Iterator[Iteration]:
+    def _search_for_all(self, budgets: Sequence[Budget]) -> Iterator[Iteration]:
         """Iterations until no further removal could change which prefix meets any of the
         budgets."""
         prefixes: list[Mask] = []
         remaining = list(self._units)
-        search = self._search(None, self._units)
-        while not all(
-            is_settled(budget, prefixes, self._costs(budget), remaining) for budget in budgets
-        ):
+        search = self._start_search(None, self._units)
+        while True:
+            unsettled = []
+            for budget in budgets:
+                if not is_settled(budget, prefixes, self._costs(budget), remaining):
+                    unsettled.append(budget)
+            if not unsettled:
+                return
             mask = prefixes[-1] if prefixes else DENSE
-            done = min((self._done(budget, mask) for budget in budgets), default=0.0)
-            self._observer.begin(f"removal {len(prefixes) + 1}", min(1.0, done))
-            found = next(search, None)
-            if found is None:
-                budget = next(
-                    b for b in budgets if not is_settled(b, prefixes, self._costs(b), remaining)
-                )
+            progress = min(self._progress(budget, mask) for budget in budgets)
+            self._observer.begin(f"removal {len(prefixes) + 1}", min(1.0, progress))
+            iteration = next(search, None)
+            if iteration is None:
+                budget = unsettled[0]
                 raise InputError(
                     f"budget {budget.text!r} is not reached: the removals end at"
                     f" {budget.amount(mask, self._costs(budget))}; ask for less, or give a longer"
                     " score.options.order"
                 )
-            iteration = self._reported(found)
+            iteration = self._report(iteration)
             yield iteration
             prefixes.append(iteration.removed)
             remaining = [unit for unit in remaining if not unit <= iteration.removed]
 
-    def _done(self, budget: Budget, mask: Mask) -> float:
-        """How much of the way to a budget a mask is."""
+    def _progress(self, budget: Budget, mask: Mask) -> float:
+        """The share of a budget that a mask has removed."""
         if budget.blocks is not None:
             return len(mask) / budget.blocks
         return self._costs(budget).ratio(mask) / (budget.ratio or 1.0)
 
-    def _for(self, budget: Budget) -> Iterator[Iteration]:
+    def _search_for(self, budget: Budget) -> Iterator[Iteration]:
         """Iterations of a search for one budget; the last one's choice is the answer."""
         costs = self._costs(budget)
         units = self._units if budget.ratio is None else that_cost(self._units, costs)
-        search = self._search(goal_of(budget, units, costs), units)
+        search = self._start_search(goal_of(budget, units, costs), units)
         for number in count(1):
             self._observer.begin(f"budget {budget.text}, step {number}")
-            found = next(search, None)
-            if found is None:
+            iteration = next(search, None)
+            if iteration is None:
                 self._observer.end("the search ends here", cached=True)
                 return
-            yield self._reported(found)
+            yield self._report(iteration)
 
-    def _search(self, goal: Goal | None, units: Sequence[Mask]) -> Iterator[Iteration]:
-        # what it has learned belongs to one search alone
+    def _start_search(self, goal: Goal | None, units: Sequence[Mask]) -> Iterator[Iteration]:
         costs = self._resources.get(self._request.options.price)
+        # A selection learns from the steps of its own search alone.
         select = make_select(self._objective, self._request.score, costs)
         problem = Problem(
             units, self._objective, select, self._objective.rows, goal, self._resources
         )
         return self._request.search.run(problem, self._request.options)
 
-    def _reported(self, iteration: Iteration) -> Iteration:
+    def _report(self, iteration: Iteration) -> Iteration:
         """The iteration with the NLL of what it chose; the observer gets a line and a table of
         it."""
-        iteration = replace(iteration, nll=self._nll_of(iteration), origin=self._objective.origin)
-        asked = self._objective.counts.rows_computed
-        computed, self._known = asked - self._known, asked
+        nll = self._nll_of(iteration)
+        iteration = replace(iteration, nll=nll, origin=self._objective.origin)
+        rows_now = self._objective.counts.rows_computed
+        is_cached = rows_now == self._rows_before
+        self._rows_before = rows_now
         added = iteration.added[iteration.chosen]
-        what = (
-            f"removed {format_mask(added)}"
-            if added
-            else f"best so far {format_mask(iteration.removed) or 'dense'}"
-        )
+        if added:
+            choice = f"removed {format_mask(added)}"
+        else:
+            choice = f"best so far {format_mask(iteration.removed) or 'dense'}"
         ratio = self._resources["parameters"].ratio(iteration.removed)
-        rows = zip(iteration.added, iteration.scores, iteration.nll, strict=True)
         self._observer.end(
-            f"{what}, perplexity {iteration.perplexity:.4f}, ratio {ratio:.4f}",
-            [
-                {
-                    "candidate": format_mask(unit or score.mask) or "(dense)",
-                    "loss": score.loss,
-                    "perplexity": (
-                        plain.perplexity if plain is not None and plain.row_loss else None
-                    ),
-                    "rows": f"{score.rows_used}/{score.rows_total}",
-                    "chosen": number == iteration.chosen,
-                }
-                for number, (unit, score, plain) in enumerate(rows)
-            ],
-            cached=computed == 0,
+            f"{choice}, perplexity {iteration.perplexity:.4f}, ratio {ratio:.4f}",
+            candidate_table(iteration),
+            cached=is_cached,
         )
         return iteration
 
     def _nll_of(self, iteration: Iteration) -> tuple[MaskScore | None, ...]:
-        own = self._objective is self._nll
-        wanted = {iteration.removed} | ({DENSE} if iteration.index == 0 else set())
-        found = {score.mask: score for score in iteration.scores if own}
-        missing = [mask for mask in wanted if mask not in found or not found[mask].is_complete]
-        found |= dict(zip(missing, self._nll(missing), strict=True))
-        return tuple(found.get(score.mask) for score in iteration.scores)
+        """The NLL of the iteration's choice, of the dense model in the first iteration, and of all
+        masks where NLL is the metric."""
+        masks = {iteration.removed}
+        if iteration.index == 0:
+            masks.add(DENSE)
+        nll_by_mask = {}
+        if self._objective is self._nll:
+            nll_by_mask = {score.mask: score for score in iteration.scores}
+        missing = []
+        for mask in masks:
+            if mask not in nll_by_mask or not nll_by_mask[mask].is_complete:
+                missing.append(mask)
+        nll_by_mask |= dict(zip(missing, self._nll(missing), strict=True))
+        return tuple(nll_by_mask.get(score.mask) for score in iteration.scores)
+
+
+def candidate_table(iteration: Iteration) -> list[dict[str, object]]:
+    """A row for each mask that an iteration considered, for the observer."""
+    table = []
+    rows = zip(iteration.added, iteration.scores, iteration.nll, strict=True)
+    for number, (unit, score, nll) in enumerate(rows):
+        has_perplexity = nll is not None and nll.row_loss
+        table.append(
+            {
+                "candidate": format_mask(unit or score.mask) or "(dense)",
+                "loss": score.loss,
+                "perplexity": nll.perplexity if nll is not None and has_perplexity else None,
+                "rows": f"{score.rows_used}/{score.rows_total}",
+                "chosen": number == iteration.chosen,
+            }
+        )
+    return table

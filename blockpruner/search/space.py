@@ -9,6 +9,7 @@ import heapq
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from operator import itemgetter
 
 from blockpruner.core.blocks import DENSE, Mask
 from blockpruner.core.budgets import Goal
@@ -28,19 +29,23 @@ def nearest(goal: Goal, masks: Iterable[Mask]) -> Mask:
     """The mask nearest to the goal that removes something; a tie goes to the larger, as in
     `choose_prefix`. Raises InputError where the dense model is nearer."""
     masks = list(masks)
-    found = min([DENSE, *masks], key=lambda mask: (goal.distance(mask), -goal.share(mask)))
-    if found == DENSE:
+    mask = min([DENSE, *masks], key=lambda mask: (goal.distance(mask), -goal.share(mask)))
+    if mask == DENSE:
         raise InputError(
             f"budget {goal.budget.text!r} is nearest to removing nothing; the smallest that removes"
             f" a block here is {min(map(goal.share, masks)):.4f}"
         )
-    return found
+    return mask
 
 
 def unit_order(units: Sequence[Mask]) -> Callable[[Mask], tuple[int, ...]]:
     """A sort key by which, of two masks, the one comes first that removes the first unit in which
     they differ: greedy's tie-break."""
-    return lambda mask: tuple(i for i, unit in enumerate(units) if unit <= mask)
+
+    def removed_indices(mask: Mask) -> tuple[int, ...]:
+        return tuple(index for index, unit in enumerate(units) if unit <= mask)
+
+    return removed_indices
 
 
 @dataclass(frozen=True)
@@ -66,57 +71,74 @@ class Space:
     def __init__(
         self, units: Sequence[Mask], goal: Goal, by: Callable[[Mask], Hashable] | None = None
     ) -> None:
-        kinds: dict[Hashable, list[Mask]] = {}
+        units_by_class: dict[Hashable, list[Mask]] = {}
+        class_of = by or goal.share
         for unit in units:
-            kinds.setdefault((by or goal.share)(unit), []).append(unit)
-        self.classes = list(kinds.values())
-        some = {  # one mask of each composition
-            counts: DENSE.union(
-                *(unit for kind, n in zip(self.classes, counts, strict=True) for unit in kind[:n])
-            )
-            for counts in product(*(range(len(kind) + 1) for kind in self.classes))
-            if any(counts)
-        }
-        if not any(map(goal.is_met, some.values())):
-            goal = goal.around(nearest(goal, some.values()))
+            units_by_class.setdefault(class_of(unit), []).append(unit)
+        self.classes = list(units_by_class.values())
+        mask_by_composition = self._one_mask_each()
+        if not any(map(goal.is_met, mask_by_composition.values())):
+            goal = goal.around(nearest(goal, mask_by_composition.values()))
         self.goal = goal
-        self.compositions = [counts for counts, mask in some.items() if goal.is_met(mask)]
+        self.compositions = []
+        for counts, mask in mask_by_composition.items():
+            if goal.is_met(mask):
+                self.compositions.append(counts)
+
+    def _one_mask_each(self) -> dict[tuple[int, ...], Mask]:
+        """A mask of each composition that removes something."""
+        count_ranges = [range(len(units) + 1) for units in self.classes]
+        masks = {}
+        for counts in product(*count_ranges):
+            mask = DENSE
+            for units, count in zip(self.classes, counts, strict=True):
+                mask = mask.union(*units[:count])
+            if mask:
+                masks[counts] = mask
+        return masks
 
     def exchanges(self, mask: Mask) -> list[Exchange]:
-        """All ways from one of the masks to others, those within a kind first."""
-        removed = [[unit for unit in kind if unit <= mask] for kind in self.classes]
-        kept = [[unit for unit in kind if not unit <= mask] for kind in self.classes]
-        found = [Exchange(r, 1, k, 1) for r, k in zip(removed, kept, strict=True) if r and k]
+        """All ways from one of the masks to others, those within a class first."""
+        removed = [[unit for unit in units if unit <= mask] for units in self.classes]
+        kept = [[unit for unit in units if not unit <= mask] for units in self.classes]
+        exchanges = []
+        for removed_units, kept_units in zip(removed, kept, strict=True):
+            if removed_units and kept_units:
+                exchanges.append(Exchange(removed_units, 1, kept_units, 1))
         for counts in self.compositions:
-            change = [after - len(before) for after, before in zip(counts, removed, strict=True)]
-            fewer = [kind for kind, n in enumerate(change) if n < 0]
-            more = [kind for kind, n in enumerate(change) if n > 0]
+            changes = []
+            for count, removed_units in zip(counts, removed, strict=True):
+                changes.append(count - len(removed_units))
+            fewer = [number for number, change in enumerate(changes) if change < 0]
+            more = [number for number, change in enumerate(changes) if change > 0]
+            # One unit of a class stands for one or several of one other class.
             if len(fewer) == len(more) == 1:
-                restored, added = -change[fewer[0]], change[more[0]]
+                restored = -changes[fewer[0]]
+                added = changes[more[0]]
                 if 1 in (restored, added):
-                    found.append(Exchange(removed[fewer[0]], restored, kept[more[0]], added))
-        return found
+                    exchanges.append(Exchange(removed[fewer[0]], restored, kept[more[0]], added))
+        return exchanges
 
 
 def by_prediction(
     mask: Mask, exchanges: list[Exchange], change: Mapping[Mask, float]
 ) -> Iterator[Mask]:
-    """All masks that one exchange leads to, those with the lowest predicted loss first."""
+    """All masks that one exchange leads to, those with the lowest predicted loss first. `change` is
+    the predicted change of the loss by unit."""
 
-    def of(exchange: Exchange) -> Iterator[tuple[float, Mask]]:
-        back, out = (
-            sorted(units, key=change.__getitem__)
-            for units in (exchange.restorable, exchange.removable)
-        )
-        costs = [[change[unit] for unit in units] for units in (back, out)]
-        for predicted, (restored, removed) in cheapest(
-            costs, (exchange.restored, exchange.removed)
-        ):
-            fewer = mask - DENSE.union(*(back[i] for i in restored))
-            yield predicted, fewer | DENSE.union(*(out[i] for i in removed))
+    def predicted_masks(exchange: Exchange) -> Iterator[tuple[float, Mask]]:
+        restorable = sorted(exchange.restorable, key=change.__getitem__)
+        removable = sorted(exchange.removable, key=change.__getitem__)
+        costs = [[change[unit] for unit in restorable], [change[unit] for unit in removable]]
+        sizes = (exchange.restored, exchange.removed)
+        for predicted, (restored, removed) in cheapest(costs, sizes):
+            restored_units = DENSE.union(*(restorable[index] for index in restored))
+            removed_units = DENSE.union(*(removable[index] for index in removed))
+            yield predicted, (mask - restored_units) | removed_units
 
-    for _, other in heapq.merge(*map(of, exchanges), key=lambda found: found[0]):
-        yield other
+    streams = [predicted_masks(exchange) for exchange in exchanges]
+    for _, exchanged in heapq.merge(*streams, key=itemgetter(0)):
+        yield exchanged
 
 
 Choice = tuple[tuple[int, ...], ...]
@@ -133,18 +155,25 @@ def cheapest(costs: list[list[float]], sizes: tuple[int, ...]) -> Iterator[tuple
     first: Choice = tuple(tuple(range(size)) for size in sizes)
 
     def total(choice: Choice) -> float:
-        return sum(costs[k][i] for k, indices in enumerate(choice) for i in indices)
+        # One sum in one order: equal choices have equal totals to the last bit.
+        return sum(costs[number][i] for number, indices in enumerate(choice) for i in indices)
 
-    waiting, seen = [(total(first), first)], {first}
+    waiting = [(total(first), first)]
+    seen = {first}
     while waiting:
         cost, choice = heapq.heappop(waiting)
         yield cost, choice
-        for k, indices in enumerate(choice):
-            ends = [*indices[1:], len(costs[k])]
-            for place, (i, end) in enumerate(zip(indices, ends, strict=True)):
-                if i + 1 < end:
-                    moved = (*indices[:place], i + 1, *indices[place + 1 :])
-                    following = (*choice[:k], moved, *choice[k + 1 :])
-                    if following not in seen:
-                        seen.add(following)
-                        heapq.heappush(waiting, (total(following), following))
+        for following in _next_choices(choice, costs):
+            if following not in seen:
+                seen.add(following)
+                heapq.heappush(waiting, (total(following), following))
+
+
+def _next_choices(choice: Choice, costs: list[list[float]]) -> Iterator[Choice]:
+    """The choices in which one index is larger by one."""
+    for number, indices in enumerate(choice):
+        ends = [*indices[1:], len(costs[number])]
+        for position, (index, end) in enumerate(zip(indices, ends, strict=True)):
+            if index + 1 < end:
+                moved = (*indices[:position], index + 1, *indices[position + 1 :])
+                yield (*choice[:number], moved, *choice[number + 1 :])

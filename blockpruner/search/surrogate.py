@@ -33,9 +33,8 @@ class Surrogate:
 
     def indicators(self, masks: Sequence[Mask]) -> np.ndarray:
         """m [masks, n]."""
-        return np.array([[unit <= mask for unit in self.units] for mask in masks], float).reshape(
-            -1, len(self.units)
-        )
+        rows = [[unit <= mask for unit in self.units] for mask in masks]
+        return np.array(rows, float).reshape(len(masks), len(self.units))
 
     def __call__(self, masks: Sequence[Mask]) -> np.ndarray:
         """E [masks], in the unit of the losses."""
@@ -50,23 +49,34 @@ class Surrogate:
 def fit(units: Sequence[Mask], scores: Collection[MaskScore]) -> Surrogate:
     """Fit E to the rises of the loss over the dense model, each on the rows that its mask was
     scored on. The scores are of different masks, the dense model on all rows among them."""
-    by_mask = {score.mask: score for score in scores}
-    dense = by_mask.pop(DENSE)
-    found = Surrogate(units, np.zeros(len(units)), np.zeros((len(units), len(units))))
-    m = found.indicators(list(by_mask))
-    for score, row in zip(by_mask.values(), m, strict=True):
+    score_by_mask = {score.mask: score for score in scores}
+    dense = score_by_mask.pop(DENSE)
+    n = len(units)
+    expansion = Surrogate(units, np.zeros(n), np.zeros((n, n)))
+    m = expansion.indicators(list(score_by_mask))
+    # The expansion at the dense model: single units, then pairs of units that were scored alone.
+    for score, row in zip(score_by_mask.values(), m, strict=True):
         members = np.flatnonzero(row).tolist()
-        parts = [by_mask.get(units[i]) for i in members]
-        if parts == [score]:
-            found.linear[members] = score.rise_over(dense)
-        elif len(parts) == 2 and None not in parts:
-            apart = sum(part.rise_over(dense, score.rows_used) for part in parts if part)
-            found.pairs[members, members[::-1]] = score.rise_over(dense) - apart
-    left = np.array([score.rise_over(dense) for score in by_mask.values()]) - found.of(m)
-    left[m.sum(axis=1) <= 2] = 0.0
+        # Units may overlap: a mask with one whole unit in it may hold other blocks, too.
+        if len(members) == 1 and units[members[0]] == score.mask:
+            expansion.linear[members] = score.rise_over(dense)
+        elif len(members) == 2:
+            singles = [score_by_mask.get(units[index]) for index in members]
+            first, second = singles
+            if first is not None and second is not None:
+                apart = first.rise_over(dense, score.rows_used)
+                apart += second.rise_over(dense, score.rows_used)
+                expansion.pairs[members, members[::-1]] = score.rise_over(dense) - apart
+    # Ridge regression of what the expansion does not explain, in its dual form.
+    rises = np.array([score.rise_over(dense) for score in score_by_mask.values()])
+    residuals = rises - expansion.of(m)
+    residuals[m.sum(axis=1) <= 2] = 0.0
     common = m @ m.T
-    ridge = [RIDGE * (dense.rows_used / score.rows_used) ** 2 for score in by_mask.values()]
-    weights = np.linalg.solve(common + common * (common - 1) / 2 + np.diag(ridge), left)
+    kernel = common + common * (common - 1) / 2
+    ridge = []
+    for score in score_by_mask.values():
+        ridge.append(RIDGE * (dense.rows_used / score.rows_used) ** 2)
+    weights = np.linalg.solve(kernel + np.diag(ridge), residuals)
     pairs = (m.T * weights) @ m
     np.fill_diagonal(pairs, 0.0)
-    return Surrogate(units, found.linear + m.T @ weights, found.pairs + pairs)
+    return Surrogate(units, expansion.linear + m.T @ weights, expansion.pairs + pairs)

@@ -104,31 +104,33 @@ def write_iteration(
 
 
 def _write_table(path: Path, iteration: Iteration, search: str) -> None:
-    scores, nll = iteration.scores, iteration.nll
-    table = pa.table(
-        {
-            "removed": [format_mask(s.mask).split(",") if s.mask else [] for s in scores],
-            "added": [None if unit is None else format_mask(unit) for unit in iteration.added],
-            "loss": [s.loss if s.row_loss else None for s in scores],
-            "perplexity": [s.perplexity if s is not None and s.row_loss else None for s in nll],
-            "rows_used": [s.rows_used for s in scores],
-            "rows_total": [s.rows_total for s in scores],
-            "chosen": [i == iteration.chosen for i in range(len(scores))],
-            "row_loss": [list(s.row_loss) for s in scores],
-            "row_nll": [None if s is None else list(s.row_loss) for s in nll],
-            "lazy_choice": [
-                None if iteration.lazy_choice is None else s.mask == iteration.lazy_choice
-                for s in scores
-            ],
-        },
-        schema=ITERATION,
-    )
-    facts = {"search": search, "iteration": str(iteration.index)}
-    facts |= {
+    rows = []
+    entries = zip(iteration.scores, iteration.added, iteration.nll, strict=True)
+    for number, (score, added, nll) in enumerate(entries):
+        is_lazy_choice = None
+        if iteration.lazy_choice is not None:
+            is_lazy_choice = score.mask == iteration.lazy_choice
+        rows.append(
+            {
+                "removed": format_mask(score.mask).split(",") if score.mask else [],
+                "added": None if added is None else format_mask(added),
+                "loss": score.loss if score.row_loss else None,
+                "perplexity": nll.perplexity if nll is not None and nll.row_loss else None,
+                "rows_used": score.rows_used,
+                "rows_total": score.rows_total,
+                "chosen": number == iteration.chosen,
+                "row_loss": list(score.row_loss),
+                "row_nll": None if nll is None else list(nll.row_loss),
+                "lazy_choice": is_lazy_choice,
+            }
+        )
+    facts = {
+        "search": search,
+        "iteration": str(iteration.index),
         "origin": json.dumps(dict(iteration.origin)),
         "environment": json.dumps(environment()),
     }
-    write_table(path, table, facts)
+    write_table(path, pa.Table.from_pylist(rows, ITERATION), facts)
 
 
 def read_iteration(directory: Path, index: int, search: str) -> Iteration:
@@ -141,29 +143,28 @@ def read_iteration(directory: Path, index: int, search: str) -> Iteration:
             f"{path} is not iteration {index} of search {search} (it says search"
             f" {facts.get('search')!r}, iteration {facts.get('iteration')!r})"
         )
-    rows = table.to_pylist()
-    masks = [parse_mask(",".join(row["removed"])) for row in rows]
-    added = tuple(None if row["added"] is None else parse_mask(row["added"]) for row in rows)
-
-    def scores_of(column: str) -> list[MaskScore | None]:
-        found = (
-            (mask, row[column], row["rows_total"]) for mask, row in zip(masks, rows, strict=True)
-        )
-        return [
-            None if losses is None else MaskScore(mask, tuple(losses), total)
-            for mask, losses, total in found
-        ]
-
-    scores = tuple(score for score in scores_of("row_loss") if score is not None)
+    scores, added, nll = [], [], []
+    chosen, lazy_choice = None, None
+    for number, row in enumerate(table.to_pylist()):
+        mask = parse_mask(",".join(row["removed"]))
+        total = row["rows_total"]
+        scores.append(MaskScore(mask, tuple(row["row_loss"]), total))
+        added.append(None if row["added"] is None else parse_mask(row["added"]))
+        has_nll = row["row_nll"] is not None
+        nll.append(MaskScore(mask, tuple(row["row_nll"]), total) if has_nll else None)
+        if row["chosen"]:
+            chosen = number
+        if row["lazy_choice"]:
+            lazy_choice = mask
+    if chosen is None:
+        raise InputError(f"{path} has no chosen mask; delete it, its scores are computed again")
     return Iteration(
         index=index,
-        scores=scores,
-        added=added,
-        chosen=[row["chosen"] for row in rows].index(True),
-        lazy_choice=next(
-            (s.mask for s, row in zip(scores, rows, strict=True) if row["lazy_choice"]), None
-        ),
-        nll=tuple(scores_of("row_nll")),
+        scores=tuple(scores),
+        added=tuple(added),
+        chosen=chosen,
+        lazy_choice=lazy_choice,
+        nll=tuple(nll),
         origin=json.loads(facts["origin"]),
     )
 
@@ -184,12 +185,15 @@ def drop_strays(directory: Path, trace: Sequence[Iteration], nested: bool, searc
     of device or batch may decide a near tie. What they knew is in the trial store (`seed_stores`).
     A nested trace is longer where a larger budget was asked for before; that part stays.
     """
-    index, last = len(trace), trace[-1]
+    index = len(trace)
+    last = trace[-1]
     while nested and table_path(directory, index).exists():
-        found = read_iteration(directory, index, search)
-        if found.removed - (found.added[found.chosen] or DENSE) != last.removed:
+        following = read_iteration(directory, index, search)
+        unit = following.added[following.chosen] or DENSE
+        if following.removed - unit != last.removed:
             break
-        index, last = index + 1, found
+        index += 1
+        last = following
     while table_path(directory, index).exists():
         table_path(directory, index).unlink()
         index += 1
@@ -206,32 +210,33 @@ def seed_stores(
     """
     problems = []
     for path in sorted(directory.glob("**/iteration_*.parquet")):
+        index = int(path.stem.removeprefix("iteration_"))
         try:
-            iteration = read_iteration(
-                path.parent, int(path.stem.removeprefix("iteration_")), search
-            )
-            wrong = next((s for s in iteration.scores if s.rows_total != len(store.rows)), None)
-            if wrong is not None:
-                raise InputError(
-                    f"{path} is over {wrong.rows_total} rows; the calibration set has"
-                    f" {len(store.rows)}"
-                )
+            iteration = read_iteration(path.parent, index, search)
+            _require_rows(path, iteration, len(store.rows))
         except InputError as error:
             problems.append(
                 f"{error}; set aside as {set_aside(path).name}, its trials are computed again"
             )
             continue
-        own, perplexity = (each.of(iteration.origin) for each in (store, nll))
-        for score, added, plain in zip(
-            iteration.scores, iteration.added, iteration.nll, strict=True
-        ):
-            base = score.mask - (added or DENSE)
-            _seed(
-                own, trial_key(added or DENSE, base) if influence else trial_key(score.mask), score
-            )
+        store_of_origin = store.of(iteration.origin)
+        nll_of_origin = nll.of(iteration.origin)
+        entries = zip(iteration.scores, iteration.added, iteration.nll, strict=True)
+        for score, added, plain in entries:
+            unit = added or DENSE
+            key = trial_key(unit, score.mask - unit) if influence else trial_key(score.mask)
+            _seed(store_of_origin, key, score)
             if plain is not None:
-                _seed(perplexity, trial_key(plain.mask), plain)
+                _seed(nll_of_origin, trial_key(plain.mask), plain)
     return problems
+
+
+def _require_rows(path: Path, iteration: Iteration, rows: int) -> None:
+    for score in iteration.scores:
+        if score.rows_total != rows:
+            raise InputError(
+                f"{path} is over {score.rows_total} rows; the calibration set has {rows}"
+            )
 
 
 def search_cost(tables: Sequence[Path], directory: Path) -> dict[str, float]:
@@ -240,9 +245,8 @@ def search_cost(tables: Sequence[Path], directory: Path) -> dict[str, float]:
     paths = [path.with_suffix(".json") for path in tables] or [directory / TOOK]
     if not all(path.exists() for path in paths):
         return {}
-    timed, other, seconds = map(
-        sum, zip(*(read_json(path, sealed=True)["took"] for path in paths), strict=True)
-    )
+    costs = [read_json(path, sealed=True)["took"] for path in paths]
+    timed, other, seconds = map(sum, zip(*costs, strict=True))
     return {"seconds": seconds, "trials_asked": timed + other, "trials_computed": timed}
 
 
@@ -257,7 +261,11 @@ def save_iterations(tables: Sequence[Path], path: Path) -> None:
 
 
 def _seed(store: TrialStore, key: str, score: MaskScore) -> None:
-    if missing := [row for row in range(score.rows_used) if not store.known(key, row, row + 1)]:
+    missing = []
+    for row in range(score.rows_used):
+        if not store.known(key, row, row + 1):
+            missing.append(row)
+    if missing:
         store.put(key, missing, [score.row_loss[row] for row in missing])
 
 
@@ -288,8 +296,9 @@ class Current:
 
     @classmethod
     def load(cls, scores: Path) -> Current:
-        found = read_json(scores / "current.json", sealed=True)
-        return cls(**found | {"score": Score.model_validate(found["score"])})
+        values = dict(read_json(scores / "current.json", sealed=True))
+        values["score"] = Score.model_validate(values["score"])
+        return cls(**values)
 
 
 def trace_directory(scores: Path, current: Current, budget: str) -> Path:
@@ -301,6 +310,6 @@ def trace_directory(scores: Path, current: Current, budget: str) -> Path:
     directory = scores / current.search
     if current.nested:
         return directory
-    return directory / (
-        f"{budget}-{fingerprint(current.latency or {})}" if budget.endswith("x") else budget
-    )
+    if budget.endswith("x"):
+        return directory / f"{budget}-{fingerprint(current.latency or {})}"
+    return directory / budget
