@@ -34,6 +34,8 @@ from tests.shards import in_shard
 from tests.shipped import replace_shipped
 
 replace_shipped(Path(tempfile.mkdtemp(prefix="blockpruner-tests-")))
+# A sync takes milliseconds, and only tests/power.py, which counts them, cuts the power.
+os.fsync = lambda descriptor: None
 torch.set_num_threads(1)
 settings.register_profile(
     "explore", deadline=None, derandomize=False, suppress_health_check=[HealthCheck.too_slow]

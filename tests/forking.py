@@ -51,6 +51,8 @@ LOADED = (
     "lm_eval.tasks",
     "peft",
     "matplotlib.pyplot",
+    "pydantic.main",
+    "pydantic.type_adapter",
     "pydantic.types",
     "pydantic.json_schema",
     "rich.console",
@@ -196,6 +198,7 @@ def work(job: dict[str, Any], path: list[str]) -> NoReturn:
     """
     # a signal for the group of the process that asked reaches that process, which passes it on
     os.setpgid(0, 0)
+    os.fsync = lambda descriptor: None  # a killed process loses no page that it has written
     signal.signal(signal.SIGINT, signal.default_int_handler if job["interrupt"] else signal.SIG_IGN)
     os.getppid = lambda: job["parent"]
     os.chdir(job["folder"])

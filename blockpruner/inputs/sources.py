@@ -5,6 +5,8 @@ Decides what a name stands for. Run files and params.yaml are read in `params`.
 
 import os
 from collections.abc import Mapping
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +78,17 @@ class Loader(yaml.SafeLoader):
         return node
 
 
+@lru_cache(maxsize=64)
+def _parse(text: str) -> Any:
+    """The values of a YAML text. Parsing is slow, and a stage reads its few files many times."""
+    return yaml.load(text, Loader=Loader)
+
+
 def read_yaml(path: Path, text: str | None = None) -> Any:
     try:
-        return yaml.load(path.read_text(encoding="utf-8") if text is None else text, Loader=Loader)
+        if text is None:
+            text = path.read_text(encoding="utf-8")
+        return deepcopy(_parse(text))
     except FileNotFoundError:
         where = "" if path.is_absolute() else "; run in the project folder"
         raise InputError(f"{path} does not exist{where}", rule="no-file", value=path) from None
