@@ -244,8 +244,7 @@ def _train(settings: Train, pruning: Pruning, rows: Rows, workspace: Workspace) 
     folder = workspace.trained(key)
     with workspace.alone(key, "trains the same"):
         if not workspace.is_whole(folder, TRAIN_FACTS):
-            states, processes = workspace.training_states, workspace.runtime.here
-            train(pruning, settings, rows, states, folder, workspace.observer, processes)
+            train(pruning, settings, rows, workspace.training_states, folder, workspace.observer)
     return folder
 
 
@@ -487,17 +486,13 @@ def train(
     states: Path,
     out: Path,
     observer: Observer,
-    processes: int = 1,
 ) -> None:
     """Train the model of a plan from its compensated weights on; weights and facts are at `out`. A
-    killed training continues from its `states`. The processes, all on this machine, train
-    together."""
+    killed training continues from its `states`."""
     from blockpruner.healing.train import write_trained
 
     validation = rows.validation if rows.validation.rows else None
-    write_trained(
-        out, pruning, train, rows.train, validation, states, observer, processes, rows.judge
-    )
+    write_trained(out, pruning, train, rows.train, validation, states, observer, rows.judge)
 
 
 def export(

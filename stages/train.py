@@ -5,7 +5,6 @@ from pathlib import Path
 
 from blockpruner import pipeline
 from blockpruner.core.progress import observer
-from blockpruner.params import load_params
 from blockpruner.splits import Rows
 from blockpruner.store.files import replace_directory, write_json
 from blockpruner.store.manifest import TRAIN_FACTS
@@ -28,8 +27,7 @@ def main(name: str) -> None:
     settings = sections(plan.run).train
     assert settings is not None  # load_params has checked it
     pruning = healed_of(name, "compensated")
-    processes = load_params().runtime.here
-    pipeline.train(pruning, settings, rows, DATA / "adapters", out, observer(), processes)
+    pipeline.train(pruning, settings, rows, DATA / "adapters", out, observer())
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def start(cache: Path, out: Path, log: Path) -> int:
             for number in (1, 2)
         )
         verification.subprocess = InProcess
-        trainer.SECONDS = trainer.SHARE = 0  # each step leaves a state
+        trainer.SAVE_SECONDS = trainer.SAVE_COST_FACTOR = 0  # each step leaves a state
         for module, name in ((choice, "choose"), (train, "train_"), (hf, "save_pruned")):
             counted(module, name, log)
         main.main([*COMMAND, "--cache", str(cache), "--out", str(out)])

@@ -278,7 +278,7 @@ class Runtime(Frozen):
     streaming: bool = False
     """Whether one layer at a time is in memory, for models larger than it."""
     executor: Literal["local", "ray"] = "local"
-    """Where the model is scored and trained: here, or in `workers` replicas."""
+    """Where the model is scored: here, or in `workers` replicas."""
     workers: int = Field(default=1, ge=1)
     ray_address: str | None = None
     """The address of a Ray cluster; null starts Ray on this machine, for this stage alone."""

@@ -26,6 +26,7 @@ from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
 from blockpruner.evaluation.benchmarks import BENCHMARKS
 from blockpruner.evaluation.perplexity import held_out, measure_perplexity
+from blockpruner.evaluation.processes import run_processes
 from blockpruner.evaluation.samples import NEW_TOKENS, PROMPTS, answer
 from blockpruner.evaluation.settings import Evaluate, Speed
 from blockpruner.evaluation.speed import measure_speed, weight_bytes
@@ -41,7 +42,6 @@ from blockpruner.methods.registry import model_facts
 from blockpruner.model import accelerator
 from blockpruner.model.classes import has_our_code
 from blockpruner.model.models import load_model, placement, resolve_device
-from blockpruner.model.process_group import ProcessGroup, run_processes
 from blockpruner.store.files import read_json, replace_directory, write_sealed_json, write_table
 from blockpruner.store.manifest import (
     REPORT_FILE,
@@ -333,12 +333,7 @@ class Evaluator:
 
 
 def _settle_unclaimed(
-    processes: ProcessGroup,
-    device: str,
-    observer: Observer,
-    store: Path,
-    claims: str,
-    plan: EvaluationPlan,
+    device: str, observer: Observer, store: Path, claims: str, plan: EvaluationPlan
 ) -> None:
     """The work of one process: one result after another that no other process has begun."""
     evaluations = replace(plan, subject=plan.subject.on(device)).without_speed()

@@ -13,7 +13,6 @@ arXiv 1503.02531).
 """
 
 from dataclasses import dataclass
-from itertools import starmap
 
 import torch
 from torch import Tensor
@@ -35,74 +34,100 @@ class TrainingLoss:
     """The dense model, if the recipe compares with it."""
     recipe: Train
 
-    def __call__(self, ids: Tensor, lengths: Tensor, count: float) -> tuple[Tensor, Tensor]:
-        """The sum over rows of the loss, and of the text's NLL, both divided by `count`. The rows
-        `ids` [B, T] are padded behind their `lengths` [B]."""
-        # Layers may be on several devices.
+    def __call__(self, ids: Tensor, lengths: Tensor, row_count: float) -> tuple[Tensor, Tensor]:
+        """The sum over rows of the loss, and of the text's NLL, both divided by `row_count`. The
+        rows `ids` [B, T] are padded behind their `lengths` [B]."""
+        # Layers may be on several devices; the logits are on that of the head.
         device = self.model.get_output_embeddings().weight.device
-        predicts = torch.arange(ids.shape[1] - 1) < (lengths - 1)[:, None]  # [B, T - 1]
-        row_weight = (1 / count / (lengths - 1).double())[:, None]  # [B, 1]
-        weight = row_weight.expand(predicts.shape)[predicts].to(device)  # [N]
-        targets = ids[:, 1:][predicts].to(device)
-        has_gradient = torch.is_grad_enabled()
-        states = _states(self.model, ids, predicts)
-        with torch.no_grad():
-            dense_states = [] if self.teacher is None else [_states(self.teacher, ids, predicts)]
-        total, nll = torch.zeros(2, dtype=torch.float64, device=device)
-        gradients = torch.empty_like(states)
-        chunk_size = max(1, LOGITS_BYTES // (4 * self.model.config.vocab_size))
+        target_counts = lengths - 1  # [B]
+        is_target = torch.arange(ids.shape[1] - 1) < target_counts[:, None]  # [B, T - 1]
+        row_weight = 1 / row_count / target_counts.double()  # [B]
+        weight = row_weight[:, None].expand(is_target.shape)[is_target].to(device)  # [N]
+        targets = ids[:, 1:][is_target].to(device)  # [N]
+        states = _final_states(self.model, ids, is_target)
+        dense_states = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                dense_states = _final_states(self.teacher, ids, is_target)
+
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        nll_sum = torch.zeros((), dtype=torch.float64, device=device)
+        gradient = torch.empty_like(states)
+        bytes_of_a_token = 4 * self.model.config.vocab_size
+        chunk_size = max(1, LOGITS_BYTES // bytes_of_a_token)
         for start in range(0, len(targets), chunk_size):
             chunk = slice(start, start + chunk_size)
-            leaf = states[chunk].detach().requires_grad_(has_gradient)
+            leaf = states[chunk].detach().requires_grad_(torch.is_grad_enabled())
             logits = head_of(self.model)(leaf)
-            with torch.no_grad():
-                dense_logits = [
-                    head_of(self.teacher)(dense[chunk]).to(device) for dense in dense_states
-                ]
-                tokens = pieces(logits.detach(), targets[chunk], weight[chunk], *dense_logits)
-                results = zip(*starmap(self._of_tokens, tokens), strict=True)
-                losses, nlls, slopes = map(torch.cat, results)
-            if has_gradient:
-                (gradients[chunk],) = torch.autograd.grad(logits, leaf, slopes)
-            total = total + losses.double() @ weight[chunk]
-            nll = nll + nlls.double() @ weight[chunk]
-        if has_gradient:
+            dense_logits = None
+            if dense_states is not None:
+                dense_logits = self._dense_logits(dense_states[chunk]).to(device)
+            loss, nll, logits_gradient = self._of_chunk(
+                logits.detach(), dense_logits, targets[chunk], weight[chunk]
+            )
+            if torch.is_grad_enabled():
+                (gradient[chunk],) = torch.autograd.grad(logits, leaf, logits_gradient)
+            loss_sum = loss_sum + loss.double() @ weight[chunk]
+            nll_sum = nll_sum + nll.double() @ weight[chunk]
+        if torch.is_grad_enabled():
             # A term of value 0 whose gradient for the states is the one computed above.
-            product = (states * gradients).sum()
-            total = total + (product - product.detach())
-        return total, nll
+            product = (states * gradient).sum()
+            loss_sum = loss_sum + (product - product.detach())
+        return loss_sum, nll_sum
+
+    @torch.no_grad()
+    def _dense_logits(self, states: Tensor) -> Tensor:
+        logits: Tensor = head_of(self.teacher)(states)
+        return logits
+
+    @torch.no_grad()
+    def _of_chunk(
+        self, logits: Tensor, dense_logits: Tensor | None, targets: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss and the NLL of some tokens, [N], and the gradient of the weighted loss for their
+        logits, [N, V]."""
+        arguments = [logits, targets, weight]
+        if dense_logits is not None:
+            arguments.append(dense_logits)
+        losses, nlls, gradients = [], [], []
+        for piece in pieces(*arguments):
+            loss, nll, gradient = self._of_tokens(*piece)
+            losses.append(loss)
+            nlls.append(nll)
+            gradients.append(gradient)
+        return torch.cat(losses), torch.cat(nlls), torch.cat(gradients)
 
     def _of_tokens(
-        self, logits: Tensor, targets: Tensor, weight: Tensor, *dense: Tensor
-    ) -> tuple[Tensor, ...]:
-        """The loss and the NLL of some tokens, [N], and the gradient of the weighted loss for their
-        logits [N, V]. A cross-entropy's gradient for the logits is q less the distribution that is
-        wanted. `dense` are the teacher's logits of these tokens, if there is a teacher."""
+        self, logits: Tensor, targets: Tensor, weight: Tensor, dense_logits: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `_of_chunk`. The gradient of a cross-entropy for the logits is q less the target
+        distribution."""
         log_q = log_probabilities(logits)
-        share = self.recipe.distill if dense else 0.0
+        distill = 0.0 if dense_logits is None else self.recipe.distill
         nll = -log_q.gather(-1, targets[:, None])[:, 0]
+        loss = torch.zeros_like(nll)
         # 0 times an infinite NLL would be NaN.
-        loss = (1 - share) * nll if share < 1 else torch.zeros_like(nll)
-        slope = log_q.exp()
-        if dense:
-            kl, dense_probabilities = _kl(log_q, *dense)
-            loss = loss + share * kl
-            slope = slope.sub_(dense_probabilities.mul_(share))
-        slope.scatter_add_(-1, targets[:, None], torch.full_like(nll, share - 1)[:, None])
-        return loss, nll, slope.mul_(weight[:, None].to(slope.dtype)).to(logits.dtype)
+        if distill < 1:
+            loss = (1 - distill) * nll
+        # (1 - distill) (q - target) + distill (q - p) = q - distill p - (1 - distill) target
+        gradient = log_q.exp()
+        if dense_logits is not None:
+            log_p = log_probabilities(dense_logits)
+            p = log_p.exp()
+            kl = log_p.sub_(log_q).mul_(p).sum(-1)
+            loss = loss + distill * kl
+            gradient = gradient.sub_(p.mul_(distill))
+        target_share = torch.full_like(nll, 1 - distill)[:, None]
+        gradient.scatter_add_(-1, targets[:, None], -target_share)
+        token_weight = weight[:, None].to(gradient.dtype)
+        return loss, nll, gradient.mul_(token_weight).to(logits.dtype)
 
 
-def _kl(log_q: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(p || q) of some tokens, [N], and p, [N, V], of the dense model's logits."""
-    log_p = log_probabilities(dense)
-    p = log_p.exp()
-    return log_p.sub_(log_q).mul_(p).sum(-1), p
-
-
-def _states(model: PreTrainedModel, ids: Tensor, chosen: Tensor) -> Tensor:
-    """The states [N, H] of the chosen tokens [B, T - 1] that the head reads; no token sees a pad
-    behind it."""
-    states: Tensor = model.get_decoder()(
-        input_ids=ids.to(model.device), use_cache=False
-    ).last_hidden_state
-    return states[:, :-1].to(model.get_output_embeddings().weight.device)[chosen.to(states.device)]
+def _final_states(model: PreTrainedModel, ids: Tensor, is_target: Tensor) -> Tensor:
+    """The states [N, H] that the head reads to predict the tokens of `is_target` [B, T - 1]; no
+    token sees the padding behind it."""
+    head_device = model.get_output_embeddings().weight.device
+    decoder = model.get_decoder()
+    states: Tensor = decoder(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
+    predicting_states = states[:, :-1].to(head_device)
+    return predicting_states[is_target.to(head_device)]

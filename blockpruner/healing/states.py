@@ -2,8 +2,8 @@
 is written last.
 
 Decides from which state a killed training continues. A state has the best weights so far as well,
-so an older one can be taken where the last one is damaged. What else is in a state is decided by
-the Trainer.
+so an older state can be taken where the last one is damaged. The other files of a state are the
+Trainer's.
 """
 
 import re
@@ -13,7 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from blockpruner.core.errors import InputError
-from blockpruner.model.process_group import ProcessGroup
 from blockpruner.store.files import (
     link_or_copy,
     make_folder,
@@ -31,7 +30,7 @@ BEST = "best.safetensors"
 SEAL = "seal.json"
 """The manifest of a state."""
 
-NAME = re.compile(r"checkpoint-(\d+)")
+STATE_FOLDER = re.compile(r"checkpoint-(\d+)")
 
 
 def seal_state(states: Path, step: int) -> None:
@@ -46,31 +45,33 @@ def seal_state(states: Path, step: int) -> None:
 
 def drop_old_states(states: Path) -> None:
     """Keep the newest state only, before another one is written."""
-    for _, state in sorted(_states(states).items())[:-1]:
+    for state in _states(states)[:-1]:
         _drop(state)
 
 
-def last_state(states: Path, team: ProcessGroup, note: Callable[[str], object]) -> Path | None:
-    """The last state that every process has whole; later ones are removed. A damaged state is set
-    aside, and `note` gets a line."""
+def last_state(states: Path, note: Callable[[str], object]) -> Path | None:
+    """The last whole state, if there is one; later ones are removed. A damaged state is set aside,
+    and `note` gets a line."""
     make_folder(states)
-    whole = {step for step, state in _states(states).items() if _is_whole(state, note)}
-    last = max(team.intersection(whole), default=None)
-    for step, state in _states(states).items():
-        if last is None or step > last:
-            _drop(state)
+    state = None
+    for candidate in reversed(_states(states)):
+        if _is_whole(candidate, note):
+            state = candidate
+            break
+        # A damaged state is set aside by now.
+        if candidate.exists():
+            _drop(candidate)
+    # The best weights so far may be of a step that is taken again.
     (states / BEST).unlink(missing_ok=True)
-    if last is None:
-        return None
-    state = states / f"checkpoint-{last}"
-    if (state / BEST).exists():
+    if state is not None and (state / BEST).exists():
         write_atomic(states / BEST, lambda temporary: link_or_copy(state / BEST, temporary))
     return state
 
 
-def _states(states: Path) -> dict[int, Path]:
-    """The folders of states by step, without those that were set aside."""
-    return {int(name[1]): path for path in states.iterdir() if (name := NAME.fullmatch(path.name))}
+def _states(states: Path) -> list[Path]:
+    """The folders of states in the order of their steps, without those that were set aside."""
+    folders = [path for path in states.iterdir() if STATE_FOLDER.fullmatch(path.name)]
+    return sorted(folders, key=lambda state: int(state.name.removeprefix("checkpoint-")))
 
 
 def _is_whole(state: Path, note: Callable[[str], object]) -> bool:
@@ -89,6 +90,7 @@ def _is_whole(state: Path, note: Callable[[str], object]) -> bool:
 
 
 def _drop(state: Path) -> None:
-    """Remove a state, its seal first: what a kill leaves of it is then no damaged one."""
+    """Remove a state, its seal first: if a kill comes in between, the rest counts as unfinished,
+    not as damaged."""
     (state / SEAL).unlink(missing_ok=True)
     shutil.rmtree(state)

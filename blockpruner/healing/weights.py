@@ -1,12 +1,11 @@
-"""The weights in training: which of a model's are trained, and the float32 copies that an optimizer
-moves.
+"""The weights in training: which weights of a model are trained, and the float32 copies that an
+optimizer moves.
 
 A step is often smaller than the last bit of a 16-bit weight, and would be lost. So training moves a
-master of each such weight in float32, and the model computes with its rounding. Of several
-processes each has a part of every master.
+master of each such weight in float32, and the model computes with the rounded master.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -15,80 +14,86 @@ from transformers import PreTrainedModel
 
 from blockpruner.core.errors import extra
 from blockpruner.healing.settings import Train
-from blockpruner.model.process_group import ProcessGroup
 from blockpruner.scoring.losses import wide
 
 
 class TrainedWeights(nn.Module):
-    """The masters of the trained weights. The model itself is not in it: it is neither saved nor
-    moved with them."""
+    """The masters of the trained weights. The model itself is not a part of this module, so it is
+    neither saved nor moved with them."""
 
     def __init__(
-        self, live: Mapping[str, nn.Parameter], end_: Callable[[], object], team: ProcessGroup
+        self, model_weights: Iterable[nn.Parameter], finish_: Callable[[], object]
     ) -> None:
-        """`live` is what the model computes with, by name; `end_` leaves the model with plain
-        weights alone."""
+        """`model_weights` are what the model computes with. `finish_` turns the model into one
+        without adapters, after the training."""
         super().__init__()
-        self.end_ = end_
-        self.team = team
-        self.closed = False
-        """Whether gradients are thrown away."""
-        self.masters = nn.ParameterList(map(self._master, live.values()))
-        self.pairs = list[tuple[nn.Parameter, nn.Parameter]]()
-        """The weights of which the master is another tensor, each with its master."""
-        for weight, master in zip(live.values(), self.masters, strict=True):
-            if weight is not master:
-                self.pairs.append((weight, master))
-        for weight, master in self.pairs:
-            weight.register_post_accumulate_grad_hook(partial(self._collect_, master))  # type: ignore[no-untyped-call]
+        self.finish_ = finish_
+        self.masters = nn.ParameterList()
+        self.rounded_weights = list[tuple[nn.Parameter, nn.Parameter]]()
+        """The weights that are roundings of their masters, each with its master."""
+        for weight in model_weights:
+            master = weight
+            # A float32 or float64 weight is its own master.
+            if wide(weight) is not weight:
+                master = nn.Parameter(weight.detach().float())
+                move_gradient_ = partial(_move_gradient_, master)
+                weight.register_post_accumulate_grad_hook(move_gradient_)  # type: ignore[no-untyped-call]
+                self.rounded_weights.append((weight, master))
+            self.masters.append(master)
 
     @torch.no_grad()
-    def show_(self) -> None:
+    def copy_to_model_(self) -> None:
         """Round the masters to the weights that the model computes with."""
-        for weight, master in self.pairs:
-            if self.team.count == 1:
-                weight.copy_(master)
-            else:
-                weight.copy_(self.team.all_gather(master.detach(), weight.shape))
+        for weight, master in self.rounded_weights:
+            weight.copy_(master)
 
-    def _master(self, weight: nn.Parameter) -> nn.Parameter:
-        if self.team.count > 1:
-            return nn.Parameter(self.team.shard(wide(weight.detach())))
-        if wide(weight) is weight:
-            return weight
-        return nn.Parameter(weight.detach().float())
-
-    def _collect_(self, master: nn.Parameter, weight: Tensor) -> None:
-        """Add the gradient of a weight to that of its master."""
-        assert weight.grad is not None
-        gradient, weight.grad = weight.grad, None
-        if self.closed:
-            return
-        if self.team.count > 1:
-            gradient = self.team.reduce_scatter(wide(gradient))
-        if master.grad is None:
-            master.grad = wide(gradient)
-        else:
-            master.grad.add_(gradient)
+    def snapshot(self) -> dict[str, Tensor]:
+        """A copy of the masters on the CPU, for `load_state_dict`."""
+        copies = {}
+        for name, master in self.state_dict().items():
+            copies[name] = master.detach().clone().cpu()
+        return copies
 
 
-def trained_weights_(model: PreTrainedModel, recipe: Train, team: ProcessGroup) -> TrainedWeights:
-    """Prepare a model for training. "lora": adapters on every linear layer but the head; the end
-    merges them into the model's own weights. "all": all weights but embeddings and head."""
+def _move_gradient_(master: nn.Parameter, weight: Tensor) -> None:
+    """Add the gradient of a weight to that of its master, in float32."""
+    gradient = weight.grad
+    assert gradient is not None
+    weight.grad = None
+    if master.grad is None:
+        master.grad = gradient.float()
+    else:
+        master.grad.add_(gradient)
+
+
+def trained_weights_(model: PreTrainedModel, recipe: Train) -> TrainedWeights:
+    """Prepare a model for training.
+
+    "lora": adapters on every linear layer but the head; `finish_` merges them into the model's own
+    weights. "all": all weights but embeddings and head. Raises MissingPackageError for "lora"
+    without peft.
+    """
     if recipe.weights == "lora":
-        with extra("train"):
-            from peft import LoraConfig, get_peft_model
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed)
-            config = LoraConfig(
-                r=recipe.rank, lora_alpha=recipe.alpha, target_modules="all-linear", bias="none"
-            )
-            # With a cast of adapters peft would copy inputs as float32.
-            adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
-        live = {name: weight for name, weight in adapted.named_parameters() if weight.requires_grad}
-        return TrainedWeights(live, adapted.merge_and_unload, team)
-    ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
-    live = {name: weight for name, weight in model.named_parameters() if id(weight) not in ends}
-    for weight in live.values():
-        weight.requires_grad_()
-    return TrainedWeights(live, partial(model.requires_grad_, False), team)
+        return _adapters_(model, recipe)
+    embeddings = model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
+    weights = []
+    for weight in model.parameters():
+        # The head may be the same tensor as the embeddings.
+        if weight is not embeddings and weight is not head:
+            weights.append(weight.requires_grad_())
+    return TrainedWeights(weights, partial(model.requires_grad_, False))
+
+
+def _adapters_(model: PreTrainedModel, recipe: Train) -> TrainedWeights:
+    with extra("train"):
+        from peft import LoraConfig, get_peft_model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        config = LoraConfig(
+            r=recipe.rank, lora_alpha=recipe.alpha, target_modules="all-linear", bias="none"
+        )
+        # With a cast of adapters peft would copy inputs as float32.
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    weights = [weight for weight in adapted.parameters() if weight.requires_grad]
+    return TrainedWeights(weights, adapted.merge_and_unload)

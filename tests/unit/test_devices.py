@@ -172,7 +172,7 @@ def recipe(**changes):
 def distance(model):
     """The training loss of the pruned model, with the dense one as the teacher."""
     student = prune_(copy.deepcopy(model), MASK)
-    losses = TrainingLoss(student, model, recipe())(**_batch(ROWS), count=len(ROWS))
+    losses = TrainingLoss(student, model, recipe())(**_batch(ROWS), row_count=len(ROWS))
     return [loss.item() for loss in losses]
 
 

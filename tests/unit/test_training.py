@@ -2,7 +2,6 @@
 after a kill."""
 
 import math
-import pickle
 import resource
 import shutil
 from contextlib import contextmanager
@@ -22,15 +21,12 @@ from blockpruner.healing.loss import TrainingLoss
 from blockpruner.healing.rows import training_rows
 from blockpruner.healing.settings import Train
 from blockpruner.healing.states import BEST, drop_old_states, last_state, seal_state
-from blockpruner.healing.train import write_trained
 from blockpruner.healing.trainer import train_
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import decoder_layers, prune_
 from blockpruner.model.narrow import narrow_
-from blockpruner.model.process_group import SINGLE_PROCESS, run_processes
 from blockpruner.scoring import losses
 from blockpruner.store.files import write_atomic
-from tests.plans import fetch_tiny, plan_of, pruning
 from tests.power import forked
 from tests.tiny import GRID, full_nll, tiny_model, tiny_tokenizer, tolerance
 
@@ -470,8 +466,8 @@ KINDS = [
 @pytest.mark.parametrize(("dtype", "changes", "validation"), KINDS)
 def test_a_killed_run_ends_in_the_same_weights(tmp_path, monkeypatch, dtype, changes, validation):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(trainer, "SECONDS", 0.0)
-    monkeypatch.setattr(trainer, "SHARE", 0)
+    monkeypatch.setattr(trainer, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(trainer, "SAVE_COST_FACTOR", 0)
     recipe = changed(epochs=3, batch=1, accumulation=2, **changes)
     undisturbed, model = pruned(dtype=dtype), pruned(dtype=dtype)
     given = {"teacher": tiny_model(dtype=dtype), "validation": validation}
@@ -508,8 +504,8 @@ def disturbed(tmp_path_factory):
     end leaves them."""
     states, model = tmp_path_factory.mktemp("disturbed"), pruned()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "SECONDS", 0.0)
-        patch.setattr(trainer, "SHARE", 0)
+        patch.setattr(trainer, "SAVE_SECONDS", 0.0)
+        patch.setattr(trainer, "SAVE_COST_FACTOR", 0)
         facts = train(model, states, DISTURBED, validation=ROWS)
     return facts, weights_of(model), states
 
@@ -571,7 +567,7 @@ def test_a_sealed_state_outlives_a_cut_of_power_before_any_write(tmp_path, mode)
         folder.mkdir()
         sealed.write_text("0")
         code, _ = forked(folder, lambda: write_states(folder, sealed), tmp_path / "log", cut, mode)
-        found, least = last_state(folder, SINGLE_PROCESS, notes.append), int(sealed.read_text())
+        found, least = last_state(folder, notes.append), int(sealed.read_text())
         step = 0 if found is None else int(found.name.partition("-")[2])
         assert step in (least, least + 1), f"write {cut}"
         if found is not None:
@@ -669,90 +665,3 @@ def test_joined_rows_are_full_and_validation_rows_are_others():
         InputError, match=r"fill (\d+) rows of 32 tokens, of which \1 are held out; give more texts"
     ):
         training_rows(texts, tiny_tokenizer(), held_out, at_most=True)
-
-
-# --- several processes
-
-
-SEVEN = CalibrationSet(ROWS.rows + tuple(row[::-1] for row in ROWS.rows[:3]))
-"""Seven: in the last step of an epoch one process has a batch more than the other."""
-RECIPES = {
-    "adapters": changed(epochs=2, accumulation=3),
-    "all weights": changed(
-        weights="all", epochs=2, distill=0.5, accumulation=2, batch=2, validate_every=1
-    ),
-}
-
-
-def trained(kind, states, team=None, observer=None):
-    """The model, and the facts."""
-    model, team = pruned(), team or SINGLE_PROCESS
-    given = {"teacher": tiny_model(), "validation": CalibrationSet(ROWS.rows[:2])}
-    states, observer = states / kind / str(team.rank), observer or SilentObserver()
-    return model, train_(
-        model, SEVEN, RECIPES[kind], states=states, observer=observer, team=team, **given
-    )
-
-
-def work(team, device, observer, folder):
-    """Both kinds; the second one also killed after a step whose state is saved, and gone on
-    with."""
-    assert device == "cpu"
-    for kind in RECIPES:
-        model, facts = trained(kind, folder / "whole", team, observer)
-        if team.rank == 0:
-            torch.save((weights_of(model), facts), folder / f"{kind}.pt")
-    trainer.SECONDS, trainer.SHARE = 0.0, 0
-    kind = "all weights"
-    with pytest.raises(KeyboardInterrupt):
-        trained(kind, folder / "killed", team, Watch(last=2))
-    ahead = folder / "killed" / kind / "0"
-    if team.rank == 0:
-        # a state that the other has not
-        shutil.copytree(ahead / "checkpoint-1", ahead / "checkpoint-3")
-    team.all_reduce(0.0)
-    before = sorted(path.name for path in ahead.iterdir())
-    model, facts = trained(kind, folder / "killed", team, observer)
-    (folder / f"killed {team.rank}").write_bytes(pickle.dumps((before, facts, weights_of(model))))
-
-
-def test_two_processes_give_the_weights_of_one(tmp_path):
-    observer = Watch()
-    run_processes(2, "cpu", work, observer, tmp_path)
-    for kind in RECIPES:
-        expected, wanted = trained(kind, tmp_path / "alone")
-        weights, facts = torch.load(tmp_path / f"{kind}.pt")
-        assert facts["losses"] == pytest.approx(wanted["losses"], abs=1e-6)
-        assert facts["validations"][-1] == pytest.approx(wanted["validations"][-1], abs=1e-6)
-        assert any(
-            (weight - weights_of(pruned())[name]).abs().max() > 1e-3
-            for name, weight in weights.items()
-        )
-        for name, weight in weights_of(expected).items():
-            torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-9)
-    for rank in (0, 1):
-        before, facts, weights = pickle.loads((tmp_path / f"killed {rank}").read_bytes())
-        assert "checkpoint-3" in before
-        for name, weight in weights_of(expected).items():
-            torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-9)
-    parts = [
-        load_file(next((tmp_path / "whole/adapters" / rank).glob("c*/model.safetensors")))
-        for rank in "01"
-    ]
-    assert parts[0]["masters.0"].shape[0] + parts[1]["masters.0"].shape[0] == 3
-    assert any("goes on after step" in note for note in observer.notes)
-
-
-def test_what_a_process_raises_arrives_as_itself(tmp_path):
-    dense = fetch_tiny(tmp_path)
-    made, wanted = (
-        pruning(dense, plan_of(dense, ["mlp.1", "mha.2"])),
-        changed(learning_rate=1e30, seq_len=32),
-    )
-    with pytest.raises(
-        NonFiniteLossError, match=r"loss of step \d is (nan|inf); lower train.learning_rate"
-    ):
-        write_trained(
-            tmp_path / "out", made, wanted, ROWS, None, tmp_path / "states", SilentObserver(), 2
-        )
-    assert not (tmp_path / "out").exists()
