@@ -49,34 +49,34 @@ class FloatingOptions(PricedOptions):
 def floating(problem: Problem, options: FloatingOptions) -> Iterator[Iteration]:
     """Yield an iteration for each forward step and for each attempt to improve its mask, and at the
     end one in which all known masks that meet the goal compete."""
-    walk = Walk(problem, options.tries)
+    search = FloatingSearch(problem, options.tries)
     costs = costs_of(problem, options)
     index = 0
     step = 0
     base: MaskScore | None = None
-    units = walk.removable_units(DENSE)
+    units = search.removable_units(DENSE)
     while units:
         iteration = replace(forward(problem, step, base, units, costs), index=index)
         yield iteration
-        base = walk.best_of_step(iteration)
+        base = search.best_of_step(iteration)
         index += 1
         step += 1
-        neighborhood = walk.goal.around(base.mask)
+        neighborhood = search.goal.around(base.mask)
         has_moved = True
         while has_moved:
-            iteration = replace(walk.improve(base, neighborhood), index=index)
+            iteration = replace(search.improve(base, neighborhood), index=index)
             yield iteration
             index += 1
             has_moved = iteration.removed != base.mask
             base = iteration.scores[iteration.chosen]
             # A restoration removes less than the neighborhood allows.
             if not neighborhood.is_met(base.mask):
-                neighborhood = walk.goal.around(base.mask)
-        units = walk.removable_units(base.mask)
-    yield replace(walk.answer(), index=index)
+                neighborhood = search.goal.around(base.mask)
+        units = search.removable_units(base.mask)
+    yield replace(search.answer(), index=index)
 
 
-class Walk:
+class FloatingSearch:
     """The scores that a floating search knows, and the moves that they suggest."""
 
     def __init__(self, problem: Problem, tries: int) -> None:

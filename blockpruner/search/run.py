@@ -70,7 +70,7 @@ def search(
         traces: dict[str, list[Iteration]] = {}
         steps: list[Took] = []
         before: Took = (0, 0, 0.0)
-        run = Run(request, objective, nll, resources, observer)
+        run = SearchOfModel(request, objective, nll, resources, observer)
         for budget, iterations in run.iterations_by_budget(budgets).items():
             traces[budget] = []
             for iteration in iterations:
@@ -111,7 +111,7 @@ def units_of(request: Request, resources: Resources) -> list[Mask]:
     return units
 
 
-class Run:
+class SearchOfModel:
     """One search over one model."""
 
     def __init__(
