@@ -46,12 +46,12 @@ def read_pipeline() -> dict[str, tuple[str, ...]]:
 
     with Repo() as repo:
         graph = repo.index.graph
-        # an edge leads from a stage to one that it depends on
-        order = networkx.dfs_postorder_nodes(graph)
-        return {
-            stage.addressing: tuple(each.addressing for each in graph.successors(stage))
-            for stage in order
-        }
+        pipeline = dict[str, tuple[str, ...]]()
+        # An edge leads from a stage to one that it depends on.
+        for stage in networkx.dfs_postorder_nodes(graph):
+            dependencies = graph.successors(stage)
+            pipeline[stage.addressing] = tuple(needed.addressing for needed in dependencies)
+        return pipeline
 
 
 def stale(stages: Sequence[str]) -> frozenset[str]:
@@ -82,17 +82,18 @@ def repro(
     """
     code, lines = _follow(["repro", "--single-item", stage], lock, show, environment or {})
     if code != 0:
-        reasons = [found[1] for found in map(REASON.match, lines) if found]
-        why = (
-            f": {reasons[-1]}"
-            if reasons
-            else f" (dvc ended with {code}); its output names the reason"
-        )
-        raise StageError(f"stage {stage} failed{why}")
-    return any(
-        line.startswith((f"Running stage '{stage}'", f"Stage '{stage}' is cached"))
-        for line in lines
-    )
+        raise StageError(f"stage {stage} failed{_reason(lines, code)}")
+    starts = (f"Running stage '{stage}'", f"Stage '{stage}' is cached")
+    return any(line.startswith(starts) for line in lines)
+
+
+def _reason(lines: Sequence[str], code: int) -> str:
+    """Why a stage failed, by its last output that names a reason."""
+    for line in reversed(lines):
+        match = REASON.match(line)
+        if match:
+            return f": {match[1]}"
+    return f" (dvc ended with {code}); its output names the reason"
 
 
 def require_remotes(push: str | None, share: str | None) -> None:
@@ -100,22 +101,37 @@ def require_remotes(push: str | None, share: str | None) -> None:
     from dvc.repo import Repo
 
     with Repo() as repo:
-        known = sorted(repo.config["remote"])
-    if push is not None and push not in known:
-        message = f"push {push!r} is no remote of DVC; existing: {', '.join(known) or 'none'}"
+        dvc_remotes = sorted(repo.config["remote"])
+    if push is not None and push not in dvc_remotes:
         raise InputError(
-            f"{message}; `dvc remote add` adds one", rule="no-remote", key="push", value=push
+            f"push {push!r} is no remote of DVC; existing: {', '.join(dvc_remotes) or 'none'};"
+            " `dvc remote add` adds one",
+            rule="no-remote",
+            key="push",
+            value=push,
         )
-    ask = ["git", "ls-remote", "--heads", str(share)]
-    if share is not None and subprocess.run(ask, capture_output=True, check=False).returncode != 0:
-        message = f"share {share!r} is no remote of Git that answers; see `git remote -v`"
-        raise InputError(message, rule="no-remote", key="share", value=share)
+    if share is None:
+        return
+    command = ["git", "ls-remote", "--heads", share]
+    answer = subprocess.run(command, capture_output=True, check=False)
+    if answer.returncode != 0:
+        raise InputError(
+            f"share {share!r} is no remote of Git that answers; see `git remote -v`",
+            rule="no-remote",
+            key="share",
+            value=share,
+        )
 
 
 def push(remote: str, stages: Sequence[str], lock: int, show: Callable[[str], object]) -> None:
     """Run `dvc push` of what the stages have made; arguments as those of `repro`."""
-    what, hint = f"push to the remote {remote!r}", f"; `dvc push -r {remote}` tries it again"
-    _send(["push", "--remote", remote, *stages], what, lock, show, hint)
+    _send(
+        ["push", "--remote", remote, *stages],
+        f"push to the remote {remote!r}",
+        lock,
+        show,
+        hint=f"; `dvc push -r {remote}` tries it again",
+    )
 
 
 def share(
@@ -135,27 +151,32 @@ def share(
         to: the remote of DVC that gets the files; None: the default one.
         stages: what has run. DVC records these alone, so nothing that is stale passes for current.
     """
-    # results and run files that Git does not know yet; its other new files are nobody's business
-    asked = ["git", "ls-files", "-z", "--others", "--exclude-standard", "data", "runs", "studies"]
-    new = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
-    options = [
-        "--force",
-        "--name",
-        name,
-        *(argument for path in new for argument in ("--include-untracked", path)),
-    ]
-    what, cache = f"share by the remote {remote!r}", ("--remote", to) if to else ()
-    _send(["exp", "save", *options, *stages], what, lock, show)
-    _send(["exp", "push", "--force", *cache, remote, name], what, lock, show)
+    save = ["exp", "save", "--force", "--name", name]
+    for path in _untracked_results():
+        save += ["--include-untracked", path]
+    send = ["exp", "push", "--force"]
+    if to:
+        send += ["--remote", to]
+    action = f"share by the remote {remote!r}"
+    _send([*save, *stages], action, lock, show)
+    _send([*send, remote, name], action, lock, show)
+
+
+def _untracked_results() -> list[str]:
+    """Results, run files and studies that Git does not know yet. Its other new files stay here."""
+    command = ["git", "ls-files", "-z", "--others", "--exclude-standard", "data", "runs", "studies"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return output.split("\0")[:-1]
 
 
 def _send(
-    arguments: Sequence[str], what: str, lock: int, show: Callable[[str], object], hint: str = ""
+    arguments: Sequence[str], action: str, lock: int, show: Callable[[str], object], hint: str = ""
 ) -> None:
     code, lines = _follow(arguments, lock, show, {})
     if code != 0:
-        why = next((line for line in reversed(lines) if "ERROR" in line), f"dvc ended with {code}")
-        raise StageError(f"{what} failed: {COLOURS.sub('', why)}{hint}")
+        errors = [line for line in lines if "ERROR" in line]
+        reason = errors[-1] if errors else f"dvc ended with {code}"
+        raise StageError(f"{action} failed: {COLOURS.sub('', reason)}{hint}")
 
 
 def _follow(
@@ -166,11 +187,18 @@ def _follow(
 ) -> tuple[int, list[str]]:
     """Exit status and output of a dvc command, which is stopped when this process is
     interrupted."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    own = {"PATH": path, "PYTHONUNBUFFERED": "1", FLOW_VARIABLE: str(os.getpid())}
+    # Stages call `python`, which has to be the one of this environment.
+    folders = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    variables = {
+        **os.environ,
+        **environment,
+        "PATH": os.pathsep.join(folders),
+        "PYTHONUNBUFFERED": "1",
+        FLOW_VARIABLE: str(os.getpid()),
+    }
     process = subprocess.Popen(
         [sys.executable, "-m", "flows.dvc", *arguments],
-        env={**os.environ, **environment, **own},
+        env=variables,
         start_new_session=True,
         pass_fds=(lock,),
         stdin=subprocess.DEVNULL,
@@ -182,9 +210,11 @@ def _follow(
     lines: list[str] = []
     try:
         assert process.stdout is not None
-        for line in filter(None, map(str.rstrip, process.stdout)):
-            lines.append(line)
-            show(line)
+        for line in process.stdout:
+            line = line.rstrip()
+            if line:
+                lines.append(line)
+                show(line)
         return process.wait(), lines
     except BaseException:  # a cancelled flow or Ctrl-C: only this process got the signal
         stop(process, lambda: os.killpg(process.pid, signal.SIGINT), GRACE)
@@ -233,7 +263,8 @@ def main() -> int | None:
     stage, and dvc reports it as failed. SIGINT is reset because children of `nohup` and `&` inherit
     it as ignored.
     """
-    if parent := os.environ.get(FLOW_VARIABLE):
+    parent = os.environ.get(FLOW_VARIABLE)
+    if parent:
         end_with(int(parent))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGINT))

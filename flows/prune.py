@@ -19,7 +19,6 @@ import signal
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -62,8 +61,8 @@ SENDING: dict[str, Any] = {
 
 def is_of_network(_task: object, _run: object, state: State[Any]) -> bool:
     """Whether a fetch has failed with the advice to check the network."""
-    stage, _, why = str(state.message).partition(" failed")
-    return stage.startswith("stage fetch@") and "network" in why
+    stage, _, reason = str(state.message).partition(" failed")
+    return stage.startswith("stage fetch@") and "network" in reason
 
 
 @task(
@@ -79,13 +78,20 @@ def run_stage(stage: str, lock: int, start: bool) -> State[None]:
     if not start:
         return cached
     url = get_current_settings().api.url
-    environment = {OBSERVER_VARIABLE: "flows.observer:PrefectObserver", "PREFECT_API_URL": str(url)}
-    environment[TASK_VARIABLE] = f"{flow_run.id}/{task_run.id}"
-    try:  # without a lasting server the stage would start another one
-        ran = dvc.repro(stage, lock, get_run_logger().info, environment if url else {})
+    environment = dict[str, str]()
+    # Without a server that lasts, the stage would start one of its own to report to.
+    if url:
+        environment = {
+            OBSERVER_VARIABLE: "flows.observer:PrefectObserver",
+            "PREFECT_API_URL": str(url),
+            TASK_VARIABLE: f"{flow_run.id}/{task_run.id}",
+        }
+    try:
+        ran = dvc.repro(stage, lock, get_run_logger().info, environment)
     except BaseException as error:
         if url:
-            with suppress(httpx.HTTPError):  # a server that is gone must not hide the error
+            # A server that is gone must not hide the error.
+            with suppress(httpx.HTTPError):
                 phases.close(str(flow_run.id), str(task_run.id))
         if isinstance(error, dvc.StageError):
             return Failed(message=str(error))
@@ -150,21 +156,24 @@ def build(
             result = outcome(states, chosen.additions)
             if keep_going or result.is_completed():
                 publish(chosen, states)
-            send = (
-                partial(share_outputs, share, push)
-                if share
-                else partial(push_outputs, push)
-                if push
-                else None
-            )
-            if send is not None and result.is_completed():
-                sent: State[Any] = send(list(needs), lock, return_state=True)
-                return result if sent.is_completed() else outcome({"sent": sent})
-            return result
+            if not result.is_completed():
+                return result
+            sent = _send(push, share, list(needs), lock)
+            return result if sent.is_completed() else outcome({"sent": sent})
     except InputError as error:
         return Failed(name="Refused", message=str(error))
     except dvc.StageError as error:
         return Failed(message=str(error))
+
+
+def _send(push: str | None, share: str | None, stages: Sequence[str], lock: int) -> State[Any]:
+    """Send what was made, as `build` says. An experiment takes its files along."""
+    sent: State[Any] = Completed()
+    if share:
+        sent = share_outputs(share, push, stages, lock, return_state=True)
+    elif push:
+        sent = push_outputs(push, stages, lock, return_state=True)
+    return sent
 
 
 def run_stages(
@@ -183,19 +192,30 @@ def run_stages(
             too; DVC is asked.
     """
     states: dict[str, State[Any]] = {}
-    behind: dict[str, set[str]] = {}  # all stages that one depends on
-    for stage, before in needs.items():
-        behind[stage] = {*before}.union(*(behind.get(each, ()) for each in before))
-        own = {each: states[each] for each in before if each in states}
-        done = {each: state for each, state in own.items() if state.is_completed()}
-        if len(done) < len(own) and not (stage in summaries and done):
-            failed = next(each for each, state in own.items() if not state.is_completed())
-            states[stage] = Failed(name=LEFT_OUT, message=f"{failed} failed")
+    ancestors: dict[str, set[str]] = {}
+    for stage, parents in needs.items():
+        ancestors[stage] = {*parents}
+        for parent in parents:
+            ancestors[stage] |= ancestors.get(parent, set())
+        completed = dict[str, State[Any]]()
+        failed = []
+        for parent in parents:
+            if parent in states and states[parent].is_completed():
+                completed[parent] = states[parent]
+            elif parent in states:
+                failed.append(parent)
+        # A summary shows the models that are there.
+        if failed and not (stage in summaries and completed):
+            states[stage] = Failed(name=LEFT_OUT, message=f"{failed[0]} failed")
             continue
-        start = stage in stale or any(state.name != "Cached" for state in done.values())
-        named = run_stage.with_options(name=stage, task_run_name=stage)
-        arrows = [done[each] for each in done if not any(each in behind[other] for other in done)]
-        states[stage] = named(stage, lock, start, wait_for=arrows, return_state=True)
+        start = stage in stale or any(state.name != "Cached" for state in completed.values())
+        # In the UI an arrow from a parent of a parent would say nothing new.
+        arrows = []
+        for parent, state in completed.items():
+            if not any(parent in ancestors[other] for other in completed):
+                arrows.append(state)
+        named_task = run_stage.with_options(name=stage, task_run_name=stage)
+        states[stage] = named_task(stage, lock, start, wait_for=arrows, return_state=True)
         if not states[stage].is_completed() and not keep_going:
             break
     return states
@@ -203,30 +223,32 @@ def run_stages(
 
 def outcome(states: Mapping[str, State[Any]], additions: Sequence[str] = ()) -> State[None]:
     """The state of a flow whose stages have these, and which has added this to params.yaml."""
-    failed = [
-        state for state in states.values() if not state.is_completed() and state.name != LEFT_OUT
-    ]
-    if not failed:
-        cached = sum(state.name == "Cached" for state in states.values())
-        return Completed(
-            message=f"{len(states)} stages: {len(states) - cached} run, {cached} cached"
-        )
-    words = "; ".join(str(state.message) for state in failed)
-    new = (
-        f". New in params.yaml: {', '.join(additions)}; delete there what cannot be made"
-        if additions
-        else ""
-    )
-    return Failed(message=f"{words}. Finished stages are kept: run again to go on{new}")
+    reasons = []
+    cached = 0
+    for state in states.values():
+        if not state.is_completed() and state.name != LEFT_OUT:
+            reasons.append(str(state.message))
+        if state.name == "Cached":
+            cached += 1
+    if not reasons:
+        ran = len(states) - cached
+        return Completed(message=f"{len(states)} stages: {ran} run, {cached} cached")
+    message = f"{'; '.join(reasons)}. Finished stages are kept: run again to go on"
+    if additions:
+        names = ", ".join(additions)
+        message += f". New in params.yaml: {names}; delete there what cannot be made"
+    return Failed(message=message)
 
 
 def publish(chosen: Chosen, states: Mapping[str, State[Any]]) -> None:
     """Show the results as artifacts of the flow run: one table of all models, and the report or the
     study's tables."""
-    if rows := results(chosen, states):
+    rows = results(chosen, states)
+    if rows:
         create_table_artifact(rows, "results", "Dense against pruned")
     folder = Path("data/tables") / chosen.study if chosen.study else REPORT
-    if (report := folder / "report.md").exists():
+    report = folder / "report.md"
+    if report.exists():
         create_markdown_artifact(with_links(report), phases.artifact_key(folder.name))
 
 
@@ -235,31 +257,36 @@ def results(chosen: Chosen, states: Mapping[str, State[Any]]) -> list[dict[str, 
     rows: list[dict[str, Any]] = []
     for run, targets in chosen.targets.items():
         for item in (run, *targets):
-            own = [state for stage, state in states.items() if stage.endswith(f"@{item}")]
-            failed = [state for state in own if not state.is_completed()]
-            metrics = METRICS / f"{f'{run}-dense' if item == run else item}.json"
-            found = read_json(metrics) if metrics.exists() and not failed else {}
-            if found or failed:
-                rows.append(
-                    {"model": metrics.stem, **found, "why": failed[0].message if failed else ""}
-                )
-    keys = dict.fromkeys(key for row in rows for key in row)
-    return [
-        {key: row.get(key) for key in (*(key for key in keys if key != "why"), "why")}
-        for row in rows
-    ]
+            reason = _failure(item, states)
+            name = f"{run}-dense" if item == run else item
+            file = METRICS / f"{name}.json"
+            metrics = read_json(file) if file.exists() and not reason else {}
+            if metrics or reason:
+                rows.append({"model": name, **metrics, "why": reason})
+    # The rows of a table artifact have the same columns, and the reason is the last one.
+    columns = list(dict.fromkeys(column for row in rows for column in row if column != "why"))
+    return [{column: row.get(column) for column in (*columns, "why")} for row in rows]
+
+
+def _failure(item: str, states: Mapping[str, State[Any]]) -> str:
+    """Why a stage of a run or target failed; "" if none did."""
+    for stage, state in states.items():
+        if stage.endswith(f"@{item}") and not state.is_completed():
+            return str(state.message)
+    return ""
 
 
 def with_links(report: Path) -> str:
     """A report's Markdown behind a link to its page; its pictures are links, too, where pages are
     served."""
-    text, pages = report.read_text(encoding="utf-8"), os.environ.get(PAGES_VARIABLE)
+    text = report.read_text(encoding="utf-8")
+    pages = os.environ.get(PAGES_VARIABLE)
     if not pages:
-        return f"The page: `{report.with_name('index.html')}`\n\n" + re.sub(
-            r"!\[.*?\]\(.*?\)", "", text
-        )
-    at = f"{pages}/{report.parent.relative_to('data').as_posix()}/"
-    return f"[The page]({at}index.html)\n\n" + re.sub(r"(!\[.*?\]\()", rf"\1{at}", text)
+        without_pictures = re.sub(r"!\[.*?\]\(.*?\)", "", text)
+        return f"The page: `{report.with_name('index.html')}`\n\n{without_pictures}"
+    url = f"{pages}/{report.parent.relative_to('data').as_posix()}/"
+    with_pictures = re.sub(r"(!\[.*?\]\()", rf"\1{url}", text)
+    return f"[The page]({url}index.html)\n\n{with_pictures}"
 
 
 def run_here(check: Callable[[], object], start: Callable[[], State[Any]]) -> int:
@@ -268,7 +295,8 @@ def run_here(check: Callable[[], object], start: Callable[[], State[Any]]) -> in
     try:
         check()
         with workspace(this_process()):
-            if url := get_current_settings().api.url:
+            url = get_current_settings().api.url
+            if url:
                 require_access(url)
         # the default skips the end of Prefect's own server
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -286,7 +314,9 @@ def run_here(check: Callable[[], object], start: Callable[[], State[Any]]) -> in
         print("interrupted; finished work is kept: run again to go on", file=sys.stderr)
         return 130
     print(state.message, file=sys.stderr)
-    return 0 if state.is_completed() else 2 if state.name == "Refused" else 1
+    if state.is_completed():
+        return 0
+    return 2 if state.name == "Refused" else 1
 
 
 def main(argv: list[str] | None = None) -> int:

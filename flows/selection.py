@@ -72,8 +72,12 @@ class Selection(Frozen):
     @property
     def words(self) -> str:
         """The name of its flow run."""
-        healing = [str(self.compensate)] * (self.compensate is not None) + ["train"] * self.train
-        return " ".join([*(self.runs or ["all runs"]), *self.budgets, *healing])
+        words = [*(self.runs or ["all runs"]), *self.budgets]
+        if self.compensate is not None:
+            words.append(self.compensate)
+        if self.train:
+            words.append("train")
+        return " ".join(words)
 
     @property
     def healing(self) -> dict[str, Any]:
@@ -105,31 +109,25 @@ class Chosen:
         """The stages of the chosen runs, then of their targets, then experiments, each behind those
         that it needs."""
         items = [item for run, targets in self.targets.items() for item in (run, *targets)]
-        own = [
-            name
-            for item in (*items, *self.experiments)
-            for name in pipeline
-            if name.partition("@")[2] == item
-        ]
-        found = dict[str, None]()
+        ordered = dict[str, None]()
 
-        def add(name: str) -> None:
-            for needed in pipeline.get(name, ()):
+        def add(stage: str) -> None:
+            for needed in pipeline.get(stage, ()):
                 add(needed)
-            found.setdefault(name)
+            ordered.setdefault(stage)
 
-        for name in own:
-            if not name.startswith(f"{TABLES}@"):
-                add(name)
-        return list(found)
+        for item in (*items, *self.experiments):
+            for stage in pipeline:
+                kind, _, stage_item = stage.partition("@")
+                if stage_item == item and kind != TABLES:
+                    add(stage)
+        return list(ordered)
 
     def summaries(self, names: Iterable[str]) -> list[str]:
         """Those over all models: the study's tables, or the report."""
-        return [
-            name
-            for name in names
-            if (name == f"{TABLES}@{self.study}" if self.study else "@" not in name)
-        ]
+        if self.study:
+            return [name for name in names if name == f"{TABLES}@{self.study}"]
+        return [name for name in names if "@" not in name]
 
 
 def choose(selection: Selection) -> Chosen:
@@ -142,21 +140,26 @@ def choose(selection: Selection) -> Chosen:
         words = " and ".join(selection.healing)
         message = f"{words}: for targets by budget only; name a budget, or edit {PARAMS}"
         raise InputError(message, rule="healing-without-budget")
-    known = {
-        (t.run, read_budget(t.budget)): name
-        for name, t in params.targets.items()
-        if (t.method, t.compensate, t.train) == (None, selection.compensate, selection.train)
-    }
-    targets = {run: [] if selection.budgets else _targets_of(run, params.targets) for run in runs}
-    wanted: dict[str, dict[str, Any]] = {}
+    if not selection.budgets:
+        targets_by_run = {run: _targets_of(run, params.targets) for run in runs}
+        return _chosen(params, targets_by_run, {}, "", {})
+    # A target of params.yaml serves a budget that it writes in another way, 0.3 or 0.30.
+    name_by_meaning = {}
+    for name, target in params.targets.items():
+        healing = (target.method, target.compensate, target.train)
+        if healing == (None, selection.compensate, selection.train):
+            name_by_meaning[target.run, read_budget(target.budget)] = name
+    targets_by_run = {run: [] for run in runs}
+    settings_by_target: dict[str, dict[str, Any]] = {}
     for run, budget in product(runs, selection.budgets):
         meaning = run, read_budget(budget)
-        if meaning not in known:
-            known[meaning] = target_name(run, "", budget, selection.compensate, selection.train)
-            wanted[known[meaning]] = {"run": run, "budget": budget, **selection.healing}
-        if known[meaning] not in targets[run]:
-            targets[run].append(known[meaning])
-    return _chosen(params, targets, wanted, "", {})
+        if meaning not in name_by_meaning:
+            name = target_name(run, "", budget, selection.compensate, selection.train)
+            name_by_meaning[meaning] = name
+            settings_by_target[name] = {"run": run, "budget": budget, **selection.healing}
+        if name_by_meaning[meaning] not in targets_by_run[run]:
+            targets_by_run[run].append(name_by_meaning[meaning])
+    return _chosen(params, targets_by_run, settings_by_target, "", {})
 
 
 def choose_study(name: str, only: Sequence[str] = ()) -> Chosen:
@@ -173,28 +176,31 @@ def choose_study(name: str, only: Sequence[str] = ()) -> Chosen:
                 raise InputError(
                     f"study {name} has no {item}; valid: {valid}", rule="unknown-item", value=item
                 )
-        shown = {target for item in only if item in items for target in items[item][1]["target"]}
+        shown = set[str]()
+        for item in only:
+            if item in items:
+                _title, models = items[item]
+                shown |= set(models["target"])
         targets = {key: target for key, target in targets.items() if key in shown}
-        experiments = {key: one for key, one in experiments.items() if key in only}
-    wanted = {
+        experiments = {key: value for key, value in experiments.items() if key in only}
+    settings_by_target = {
         key: target.model_dump(mode="json", exclude_defaults=True)
         for key, target in targets.items()
     }
-    of_runs = {run: _targets_of(run, targets) for run in study.runs}
+    targets_by_run = {run: _targets_of(run, targets) for run in study.runs}
+    # A run of experiments alone needs no stage of its own.
     if only or experiments:
-        of_runs = {run: own for run, own in of_runs.items() if own}
-    return _chosen(
-        params, of_runs, wanted, name, {key: one.run for key, one in experiments.items()}
-    )
+        targets_by_run = {run: names for run, names in targets_by_run.items() if names}
+    run_by_experiment = {key: experiment.run for key, experiment in experiments.items()}
+    return _chosen(params, targets_by_run, settings_by_target, name, run_by_experiment)
 
 
 def study_items(name: str) -> dict[str, tuple[str, "DataFrame"]]:
     """The tables and figures of a study, each with its title and the models that it shows."""
     from study.paper.needs import items_of  # loads much
 
-    return items_of(
-        study_frame(name), {run: load_run(run) for run in load_study(name).runs}, PUBLISHED
-    )
+    runs = {run: load_run(run) for run in load_study(name).runs}
+    return items_of(study_frame(name), runs, PUBLISHED)
 
 
 def study_frame(name: str) -> "DataFrame":
@@ -209,60 +215,68 @@ def _targets_of(run: str, targets: Mapping[str, Target]) -> list[str]:
 
 def _chosen(
     params: Params,
-    targets: Mapping[str, Sequence[str]],
-    wanted: Mapping[str, dict[str, Any]],
+    targets_by_run: Mapping[str, Sequence[str]],
+    settings_by_target: Mapping[str, dict[str, Any]],
     study: str,
-    experiments: Mapping[str, str],
+    run_by_experiment: Mapping[str, str],
 ) -> Chosen:
     """Add to params.yaml what it lacks of runs, targets, a study and its experiments; comments and
     quotes stay."""
-    text, buffer = PARAMS.read_text(encoding="utf-8"), io.StringIO()
-    editor = YAML()
-    editor.preserve_quotes = True
-    editor.width = 4096
-    editor.representer.add_representer(
-        type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null")
-    )
+    text = PARAMS.read_text(encoding="utf-8")
+    editor = _yaml_editor()
     document = editor.load(text)
-    new = {
-        "run": [
-            run
-            for run in dict.fromkeys([*targets, *experiments.values()])
-            if run not in params.runs
-        ],
-        "target": [name for name in wanted if name not in params.targets],
-        "study": [study] if study and study not in params.studies else [],
-        "experiment": [name for name in experiments if f"{study}-{name}" not in params.experiments],
-    }
-    document["runs"].extend(new["run"])
-    if new["study"]:
-        document.setdefault("studies", []).extend(new["study"])
-    for name in new["experiment"]:
-        own = {"study": study, "name": name, "run": experiments[name]}
-        document.setdefault("experiments", {})[f"{study}-{name}"] = own
-    for name, target in wanted.items():
-        there = params.targets.get(name, Target(**target))
-        if there != Target(**target):
-            own = there.model_dump(mode="json", exclude_defaults=True)
-            message = (
-                f"{PARAMS}: target {name!r} exists as {own}; rename it, since {target} needs this"
-                " name"
+    additions = []
+    for run in dict.fromkeys([*targets_by_run, *run_by_experiment.values()]):
+        if run not in params.runs:
+            document["runs"].append(run)
+            additions.append(f"run {run}")
+    for name, settings in settings_by_target.items():
+        if name not in params.targets:
+            document["targets"][name] = _in_one_line(settings)
+            additions.append(f"target {name}")
+        elif params.targets[name] != Target(**settings):
+            existing = params.targets[name].model_dump(mode="json", exclude_defaults=True)
+            raise InputError(
+                f"{PARAMS}: target {name!r} exists as {existing}; rename it, since {settings} needs"
+                " this name",
+                rule="target-taken",
+                key=f"targets.{name}",
             )
-            raise InputError(message, rule="target-taken", key=f"targets.{name}")
-        if name in new["target"]:
-            value = CommentedMap(target | {"budget": DoubleQuotedScalarString(target["budget"])})
-            value.fa.set_flow_style()
-            document["targets"][name] = value
-    additions = tuple(f"{what} {name}" for what, names in new.items() for name in names)
+    if study and study not in params.studies:
+        document.setdefault("studies", []).append(study)
+        additions.append(f"study {study}")
+    experiments = {}
+    for name, run in run_by_experiment.items():
+        item = f"{study}-{name}"
+        experiments[item] = run
+        if item not in params.experiments:
+            settings = {"study": study, "name": name, "run": run}
+            document.setdefault("experiments", {})[item] = settings
+            additions.append(f"experiment {name}")
     if additions:
+        buffer = io.StringIO()
         editor.dump(document, buffer)
         text = buffer.getvalue()
     with named(f"{PARAMS} is unchanged: "):
         load_params(PARAMS, text)
-    return Chosen(
-        targets,
-        text,
-        additions,
-        study,
-        {f"{study}-{name}": run for name, run in experiments.items()},
+    return Chosen(targets_by_run, text, tuple(additions), study, experiments)
+
+
+def _yaml_editor() -> YAML:
+    """Reads and writes YAML with its comments and quotes."""
+    editor = YAML()
+    editor.preserve_quotes = True
+    editor.width = 4096
+    # A null is written as a word, not as nothing.
+    editor.representer.add_representer(
+        type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null")
     )
+    return editor
+
+
+def _in_one_line(settings: Mapping[str, Any]) -> CommentedMap:
+    """A target as params.yaml has it: {run: tiny, budget: "0.3"}."""
+    target = CommentedMap(settings)
+    target["budget"] = DoubleQuotedScalarString(settings["budget"])
+    target.fa.set_flow_style()
+    return target

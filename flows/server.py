@@ -22,18 +22,22 @@ def password() -> tuple[str, str]:
     """The password of the environment, else the one that is kept, else a new one; and where it is,
     in words."""
     settings = get_current_settings()
-    if given := settings.server.api.auth_string or settings.api.auth_string:
-        return given.get_secret_value(), "the password of PREFECT_SERVER_API_AUTH_STRING"
+    from_environment = settings.server.api.auth_string or settings.api.auth_string
+    if from_environment:
+        return (
+            from_environment.get_secret_value(),
+            "the password of PREFECT_SERVER_API_AUTH_STRING",
+        )
     path = password_file()
-    if path.exists() and (kept := path.read_text(encoding="utf-8").strip()):
-        return kept, f"the password in {path}"
-    drawn = (  # as clients of HTTP write it: a user, which is nobody here, and a password
-        f"me:{secrets.token_hex(16)}"
-    )
+    stored = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+    if stored:
+        return stored, f"the password in {path}"
+    # As HTTP clients write it: a user, whose name means nothing here, and a password.
+    new = f"me:{secrets.token_hex(16)}"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch(mode=0o600)
-    path.write_text(f"{drawn}\n", encoding="utf-8")
-    return drawn, f"the password {drawn}, kept in {path}"
+    path.write_text(f"{new}\n", encoding="utf-8")
+    return new, f"the password {new}, kept in {path}"
 
 
 def status(url: str) -> int | None:
@@ -51,14 +55,13 @@ def status(url: str) -> int | None:
 
 def require_access(url: str) -> None:
     """Refuse a server that a flow cannot report to."""
-    found = status(url)
-    if found != 200:
-        what = "wants another password" if found == 401 else "does not answer"
-        start = (
-            'start it with `make serve` and export PREFECT_API_AUTH_STRING="$(cat'
-            ' .prefect/password)"'
-        )
-        message = f"the Prefect server at {url} (PREFECT_API_URL) {what}; {start}"
-        raise InputError(
-            f"{message}, or unset PREFECT_API_URL to run without one", rule="no-server"
-        )
+    status_code = status(url)
+    if status_code == 200:
+        return
+    problem = "wants another password" if status_code == 401 else "does not answer"
+    raise InputError(
+        f"the Prefect server at {url} (PREFECT_API_URL) {problem}; start it with `make serve` and"
+        ' export PREFECT_API_AUTH_STRING="$(cat .prefect/password)", or unset PREFECT_API_URL to'
+        " run without one",
+        rule="no-server",
+    )
