@@ -5,8 +5,8 @@ docs/results.md.
         [--models smollm2,qwen,gemma] [--cells NAME,...]
 
 Losses are kept in docs/results/kinds.jsonl (`RECORDS`), one line a cell and draw: what is there is
-not computed again, and a kill loses one cell. docs/results/kinds.csv is made from them, without
-FOLDER from what is there. FOLDER holds what is large and can go.
+not computed again, and a kill loses one cell. docs/results/kinds.csv and kinds-regret.csv are made
+from them, without FOLDER from what is there. FOLDER holds what is large and can go.
 
 A cell is a command with a name (`CELLS`). Draws differ by the seeds of all texts. Each checkpoint
 also answers five plain questions (`QUESTIONS`); `--answers` prints those of the first draws.
@@ -54,6 +54,7 @@ were set aside, by kind), nll (of each held-out row, by kind) and answers."""
 
 RECORDS = Path("docs/results/kinds.jsonl")
 TABLE = Path("docs/results/kinds.csv")
+REGRET_TABLE = Path("docs/results/kinds-regret.csv")
 MODELS = {"smollm2": "smollm2-135m", "qwen": "qwen25-coder-0.5b", "gemma": "gemma3-270m"}
 TITLES = {"smollm2": "SmolLM2-135M", "qwen": "Qwen2.5-Coder-0.5B", "gemma": "Gemma 3 270M"}
 OWN = ("--texts", "own.jsonl")
@@ -96,6 +97,9 @@ CELLS: Mapping[str, Sequence[str]] = {
     "trained 20 % at 3e-4": trained("0.20", "3e-4"),
     **{f"Python of {packages} packages 10 %": python_of(packages) for packages in PACKAGES},
 }
+
+RIVALS = ("shifted layers 10 %", "Relative Magnitude (Frobenius) 10 %")
+"""The cells that the default could have taken in place of what it took."""
 
 COMMIT = "14cd41b1"
 """The version of this project whose source is a held-out text: later versions are other texts."""
@@ -292,6 +296,32 @@ def table(records: Sequence[Record]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def regret_table(records: Sequence[Record]) -> pd.DataFrame:
+    """How many times as much the default costs as the best of itself and its `RIVALS`, by mean and
+    by worst kind: a row for each model with all of them in the first draw."""
+    rows = []
+    for model in MODELS:
+        of_model = {
+            record["cell"]: record
+            for record in records
+            if record["model"] == model and record["draw"] == 0
+        }
+        cells = ("default 10 %", *RIVALS)
+        if not {"dense", *cells} <= of_model.keys():
+            continue
+        losses = [Loss(loss_by_kind(of_model[cell], of_model["dense"])) for cell in cells]
+        means = [loss.mean for loss in losses]
+        worst = [loss.worst for loss in losses]
+        rows.append(
+            {
+                "model": TITLES[model],
+                "mean_regret_x": means[0] / min(means),
+                "worst_regret_x": worst[0] / min(worst),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -311,6 +341,9 @@ def main() -> None:
     frame = table(records)
     TABLE.write_text(frame.round(3).to_csv(index=False))
     print(frame.round(2).to_string(index=False))
+    regrets = regret_table(records)
+    REGRET_TABLE.write_text(regrets.round(3).to_csv(index=False))
+    print(regrets.round(3).to_string(index=False))
     for record in records if arguments.answers else ():
         if record["draw"] == 0:
             for question, words in zip(QUESTIONS, record["answers"], strict=True):
