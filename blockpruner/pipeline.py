@@ -199,6 +199,7 @@ def _search_and_heal(
                 compensate=method,
                 dense=dense.folder,
             )
+            material.scorer.close()  # a model of its own, or states that it keeps, would take room
             best = heal(material.dense, proposed, rows, workspace.observer)
             data = settings.compensate.data or settings.calibration.data
             choice.keep(compensated, best, dense.pruning(best.plan, rows.search), data)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from blockpruner.core.families import Config
 from blockpruner.fitting.memory import fit_bytes
 from blockpruner.model import accelerator
 from blockpruner.model.models import decoder_layers, load_model, move_buffers_, resolve_device
@@ -23,18 +24,25 @@ from blockpruner.store.files import read_json
 swap_: Any = torch.utils.swap_tensors  # untyped
 
 
+def is_fitted_whole(config: Config, dtype: str, device: str) -> bool:
+    """Whether `load_for_fit` puts the whole model on its device (or devices), without CPU
+    offload."""
+    target = resolve_device(device)
+    if target.type == "cpu" or device == "split":
+        return True
+    return fit_bytes(config, dtype) <= accelerator.total_memory(target)
+
+
 def load_for_fit(
     directory: Path, dtype: str, device: str, trust_remote_code: bool, attention: str = "auto"
 ) -> PreTrainedModel:
     """The model whose weights are fitted, on its device; with CPU offload if the device is too
     small for all layers."""
-    target = resolve_device(device)
     config = read_json(directory / "config.json")
-    has_room = target.type == "cpu" or fit_bytes(config, dtype) <= accelerator.total_memory(target)
-    if has_room or device == "split":
+    if is_fitted_whole(config, dtype, device):
         return load_model(directory, dtype, device, trust_remote_code, attention)
     model = load_model(directory, dtype, "cpu", trust_remote_code, attention)
-    offload_layers_(model, target)
+    offload_layers_(model, resolve_device(device))
     return model
 
 

@@ -23,6 +23,7 @@ from blockpruner.methods.kind import Job, Material
 from blockpruner.methods.registry import check_score, require_budgets
 from blockpruner.scoring.scorers import LazyScorer, make_scorer
 from blockpruner.scoring.settings import Score
+from blockpruner.scoring.work import Scorer
 from blockpruner.search.iteration import stabilities
 from blockpruner.search.trace import read_trace, trace_directory
 from blockpruner.store.files import read_json, remove_temporaries
@@ -37,7 +38,11 @@ def open_material(
     checkpoint: Path, model: Model, runtime: Runtime, trials: Path, observer: Observer
 ) -> Iterator[Material]:
     """A fetched checkpoint as methods use it. Torch is loaded only when something must be computed,
-    which raises InputError if the files are not those that were fetched."""
+    which raises InputError if the files are not those that were fetched.
+
+    Searches and fits share one model in memory, unless the scorer streams it, lies on Ray workers,
+    or has a device that is too small for fits."""
+    identity, config = checkpoint_identity(checkpoint), read_json(checkpoint / "config.json")
 
     @cache
     def dense() -> PreTrainedModel:
@@ -50,14 +55,23 @@ def open_material(
             checkpoint, model.dtype, runtime.device, model.trust_remote_code, runtime.attention
         )
 
-    def scorer() -> Any:
+    def scorer() -> Scorer:
+        from blockpruner.fitting.offload import is_fitted_whole
+        from blockpruner.scoring.engine import Engine
+
+        is_in_memory = runtime.executor == "local" and not runtime.streaming
+        if is_in_memory and is_fitted_whole(config, model.dtype, runtime.device):
+            return Engine(dense(), runtime.batch_tokens)
         require_unchanged(checkpoint)
-        trusted, note, advance = model.trust_remote_code, observer.note, observer.advance
         return make_scorer(
-            checkpoint, model.dtype, runtime, trust_remote_code=trusted, note=note, advance=advance
+            checkpoint,
+            model.dtype,
+            runtime,
+            trust_remote_code=model.trust_remote_code,
+            note=observer.note,
+            advance=observer.advance,
         )
 
-    identity, config = checkpoint_identity(checkpoint), read_json(checkpoint / "config.json")
     with closing(LazyScorer(scorer)) as lazy:
         yield Material(identity, model.dtype, config, trials, lazy, dense, observer)
 

@@ -1,18 +1,22 @@
 """Every door makes the same model of the same words, and what judges a model is seen by nothing
 else."""
 
+import gc
 import json
 import re
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from weakref import WeakSet
 
 import pytest
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
 import blockpruner
 from blockpruner import api, dag, pipeline, splits
+from blockpruner.checkpoints import output
 from blockpruner.cli import main as command
 from blockpruner.cli import pruning, talking
 from blockpruner.cli.pruning import Command
@@ -160,6 +164,84 @@ def test_every_door_makes_the_same_model_of_the_same_words(place, monkeypatch):
         absolute = {"data": asked[0].calibration.data}
         assert run.calibration.data.title == asked[0].calibration.data.title
         assert run.calibration.model_copy(update=absolute) == asked[0].calibration
+
+
+class ModelCounter:
+    """Counts the models in memory: those that transformers has built, and that are still alive."""
+
+    def __init__(self, monkeypatch):
+        self._alive = WeakSet()
+        self.most = 0
+        build = PreTrainedModel.__init__
+
+        def counted(model, *given, **named):
+            build(model, *given, **named)
+            gc.collect()
+            # An inner decoder is a model of transformers, too.
+            if isinstance(model, GenerationMixin):
+                self._alive.add(model)
+            self.most = max(self.most, len(self._alive))
+
+        monkeypatch.setattr(PreTrainedModel, "__init__", counted)
+
+    def most_during(self, work):
+        gc.collect()
+        self.most = len(self._alive)
+        work()
+        return self.most
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize(
+    ("method", "more", "expected"),
+    [
+        ("recommended", (), 1),
+        ("narrow", (), 1),
+        ("greedy", ("--compensate", "refit"), 1),
+        ("laco", ("--set", "score.options.count=2"), 1),
+        ("recommended", ("--train", "all"), 2),
+        ("recommended", ("--train", "lora"), 1),
+    ],
+)
+def test_the_command_holds_one_dense_model_and_in_training_one_student(
+    place, monkeypatch, method, more, expected
+):
+    monkeypatch.setattr(output.Output, "missing", lambda *_: {})  # an export is a model of its own
+    models = ModelCounter(monkeypatch)
+
+    def prune():
+        with pytest.raises(SystemExit) as end:
+            command.main((*PRUNE, "--method", method, *more))
+        assert end.value.code == 0
+
+    assert models.most_during(prune) == expected
+
+
+@pytest.mark.usefixtures("in_process")
+def test_every_stage_holds_one_dense_model_and_training_one_student(place, monkeypatch):
+    run = yaml.safe_load(Path("runs/tiny.yaml").read_text())
+    run["train"] = {
+        "num_samples": 80,
+        "seq_len": 64,
+        "validation": 4,
+        "weights": "all",
+        "distill": 1.0,
+    }
+    run["train"]["data"] = run["calibration"]["data"]
+    Path("runs/tiny.yaml").write_text(yaml.safe_dump(run))
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["targets"]["pruned"]["train"] = True
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    dag.write()
+    models = ModelCounter(monkeypatch)
+    most = {name: models.most_during(partial(stages, name)) for name in STAGES}
+    assert most == dict.fromkeys(STAGES[:3], 0) | {
+        "score": 1,
+        "commit": 0,
+        "compensate": 1,
+        "train": 2,
+        "materialize": 1,
+    }
 
 
 class RecordedError(BaseException):
