@@ -5,7 +5,7 @@ docs/results.md.
         [--models smollm2,qwen,gemma] [--cells NAME,...]
 
 Losses are kept in docs/results/kinds.jsonl (`RECORDS`), one line a cell and draw: what is there is
-not computed again, and a kill loses one cell. docs/results/kinds.csv and kinds-regret.csv are made
+not computed again, and a kill loses one cell. docs/results/kinds.csv and regret.csv are made
 from them, without FOLDER from what is there. FOLDER holds what is large and can go.
 
 A cell is a command with a name (`CELLS`). Draws differ by the seeds of all texts. Each checkpoint
@@ -54,7 +54,7 @@ were set aside, by kind), nll (of each held-out row, by kind) and answers."""
 
 RECORDS = Path("docs/results/kinds.jsonl")
 TABLE = Path("docs/results/kinds.csv")
-REGRET_TABLE = Path("docs/results/kinds-regret.csv")
+REGRET_TABLE = Path("docs/results/regret.csv")
 MODELS = {"smollm2": "smollm2-135m", "qwen": "qwen25-coder-0.5b", "gemma": "gemma3-270m"}
 TITLES = {"smollm2": "SmolLM2-135M", "qwen": "Qwen2.5-Coder-0.5B", "gemma": "Gemma 3 270M"}
 OWN = ("--texts", "own.jsonl")
