@@ -258,12 +258,6 @@ def by_worst_kind():
     ).format_map(regret)
 
 
-def other_kinds():
-    row = results("qwen25-texts-10", healing="refit").loc["narrower MLPs"]
-    logs = np.log([row["encyclopaedia_x"], row["mathematics_x"], row["stories and news_x"]])
-    return f"{np.exp(logs.mean()):.2f}"
-
-
 def single_attentions():
     """The five single attentions that cost least, in the table of masks."""
     nll = (
@@ -279,7 +273,6 @@ def single_attentions():
 
 
 DERIVED = [
-    ("README.md", other_kinds),
     ("docs/results.md", lambda: twice("smollm2")),
     ("docs/results.md", lambda: twice("qwen25")),
     ("docs/results.md", lambda: healed_share("smollm2", 10, 20)),
