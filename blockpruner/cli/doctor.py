@@ -41,76 +41,87 @@ FREE = 2 * 2**30
 
 @dataclass(frozen=True)
 class Checkup:
+    """One thing that was looked at."""
+
     name: str
-    found: str
-    """What is there; empty if it is missing or does not do."""
-    lacks: str = ""
-    """What is wrong, where something is, and the command that mends it."""
-    needed: bool = True
+    present: str
+    """What this machine has; empty if it is missing or cannot be used."""
+    problem: str = ""
+    """What is wrong, and the command that mends it; shown if nothing is present."""
+    is_required: bool = True
     """Whether nothing works without it."""
 
     @property
     def verdict(self) -> str:
-        return "ok" if self.found else "missing" if self.needed else "optional"
+        if self.present:
+            return "ok"
+        return "missing" if self.is_required else "optional"
 
 
 def look(cache: Path) -> Iterator[Checkup]:
     """Look at this machine; `cache` is the folder of `--cache`."""
-    yield Checkup("Python", platform.python_version())  # an older one does not install this package
-    rows = {row.name: row for row in map(Requirement, reversed(requires("blockpruner") or ()))}
-    for name, row in sorted(rows.items()):
-        if row.marker is None or name in OPTIONAL:
-            yield _package(row)
-    rates = ", ".join(
-        f"{dtype} {product_rate(dtype) / 1e9:.0f}" for dtype in ("float32", "bfloat16", "float16")
-    )
-    yield Checkup("CPU", f"{machine()}, {torch.get_num_threads()} threads; GFLOP/s: {rates}")
+    # An older Python does not install this package, so its version is never wrong.
+    yield Checkup("Python", platform.python_version())
+    requirements = map(Requirement, reversed(requires("blockpruner") or ()))
+    requirement_by_name = {requirement.name: requirement for requirement in requirements}
+    for name, requirement in sorted(requirement_by_name.items()):
+        # A requirement with a marker belongs to an extra.
+        if requirement.marker is None or name in OPTIONAL:
+            yield _package(requirement)
+    rates = []
+    for dtype in ("float32", "bfloat16", "float16"):
+        rates.append(f"{dtype} {product_rate(dtype) / 1e9:.0f}")
+    threads = torch.get_num_threads()
+    yield Checkup("CPU", f"{machine()}, {threads} threads; GFLOP/s: {', '.join(rates)}")
     devices = accelerator.devices()
     for device in devices:
-        free, whole = accelerator.free_memory(device), accelerator.total_memory(device)
-        yield Checkup(
-            str(device), f"{accelerator.name(device)}, {size(free)} of {size(whole)} free"
-        )
+        free = size(accelerator.free_memory(device))
+        total = size(accelerator.total_memory(device))
+        yield Checkup(str(device), f"{accelerator.name(device)}, {free} of {total} free")
     if not devices:
-        yield Checkup(
-            "GPU", "", f"torch {torch.__version__} finds none; the CPU is used", needed=False
-        )
-    for name, place, fix in (
-        ("cache", cache, "--cache DIR"),
-        ("downloads", Path(constants.HF_HUB_CACHE), "the environment variable HF_HOME"),
-    ):
-        there = next(parent for parent in (place, *place.parents) if parent.exists())
-        free = shutil.disk_usage(there).free if os.access(there, os.W_OK) and there.is_dir() else 0
-        found = f"{place}, {size(free)} free"
-        lacks = f"{found} to write: choose another folder: {fix}"
-        # downloads may be there
-        yield Checkup(name, found if free >= FREE else "", lacks, needed=name == "cache")
-    program = shutil.which(QUANTIZER) or ""  # it comes with llama.cpp and not with a Python package
-    yield Checkup(
-        QUANTIZER,
-        program,
-        f"for --export gguf:Q4_K_M: have llama.cpp's {QUANTIZER} on PATH",
-        needed=False,
-    )
+        problem = f"torch {torch.__version__} finds none; the CPU is used"
+        yield Checkup("GPU", "", problem, is_required=False)
+    yield _folder("cache", cache, "--cache DIR", is_required=True)
+    # Downloads may lie there already, so a full disk need not matter.
+    downloads = Path(constants.HF_HUB_CACHE)
+    yield _folder("downloads", downloads, "the environment variable HF_HOME", is_required=False)
+    # The quantizer comes with llama.cpp and not with a Python package.
+    program = shutil.which(QUANTIZER) or ""
+    problem = f"for --export gguf:Q4_K_M: have llama.cpp's {QUANTIZER} on PATH"
+    yield Checkup(QUANTIZER, program, problem, is_required=False)
 
 
-def _package(row: Requirement) -> Checkup:
+def _folder(name: str, folder: Path, setting: str, is_required: bool) -> Checkup:
+    """Whether a folder can be written and has room; `setting` names another one."""
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = 0
+    if os.access(existing, os.W_OK) and existing.is_dir():
+        free = shutil.disk_usage(existing).free
+    room = f"{folder}, {size(free)} free"
+    problem = f"{room} to write: choose another folder: {setting}"
+    return Checkup(name, room if free >= FREE else "", problem, is_required)
+
+
+def _package(requirement: Requirement) -> Checkup:
     try:
-        here = version(row.name)
+        installed = version(requirement.name)
     except PackageNotFoundError:
-        here = ""
-    fits = bool(here) and row.specifier.contains(here, prereleases=True)
-    lacks = (
-        f"{here} is not {row.specifier}" if here else f"for {OPTIONAL.get(row.name, 'all work')}"
-    )
-    extra = re.search(r'extra == "(\w+)"', str(row.marker))
-    lacks = f"{lacks}: in a clone of blockpruner, pip install {package(extra[1] if extra else '')}"
-    return Checkup(row.name, here if fits else "", lacks, needed=row.marker is None)
+        installed = ""
+        problem = f"for {OPTIONAL.get(requirement.name, 'all work')}"
+    else:
+        problem = f"{installed} is not {requirement.specifier}"
+        if requirement.specifier.contains(installed, prereleases=True):
+            return Checkup(requirement.name, installed)
+    extra = re.search(r'extra == "(\w+)"', str(requirement.marker))
+    command = f"pip install {package(extra[1] if extra else '')}"
+    problem = f"{problem}: in a clone of blockpruner, {command}"
+    return Checkup(requirement.name, "", problem, is_required=requirement.marker is None)
 
 
-def words(checks: list[Checkup]) -> Table:
+def table_of(checks: list[Checkup]) -> Table:
+    """A line for each thing that was looked at."""
     table = Table(box=None, pad_edge=False, show_header=False)
     for check in checks:
         style = {"ok": "green", "missing": "bold red", "optional": "yellow"}[check.verdict]
-        table.add_row(check.name, Text(check.verdict, style), check.found or check.lacks)
+        table.add_row(check.name, Text(check.verdict, style), check.present or check.problem)
     return table

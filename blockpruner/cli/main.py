@@ -428,9 +428,8 @@ def doctor(cache: Annotated[Path, CACHE], as_json: AsJson = False) -> None:
     from blockpruner.cli import doctor as work
 
     checks = list(work.look(cache.expanduser().absolute()))
-    _print_result(
-        [{**vars(check), "verdict": check.verdict} for check in checks], work.words(checks), as_json
-    )
+    facts = [{**vars(check), "verdict": check.verdict} for check in checks]
+    _print_result(facts, work.table_of(checks), as_json)
     if any(check.verdict == "missing" for check in checks):
         raise typer.Exit(1)
 

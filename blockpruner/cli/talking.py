@@ -40,6 +40,7 @@ from blockpruner.store.manifest import REPORT_FILE, require_verified
 def config_of(folder: Path) -> Config:
     """A checkpoint's config; raises InputError if the folder holds none, or no weights, or a
     checkpoint of ours that is not what was verified."""
+    # Only checkpoints of ours have a report of what was verified.
     if (folder / REPORT_FILE).exists():
         require_verified(folder)
     if not (folder / "config.json").is_file():
@@ -75,9 +76,9 @@ class Talker:
 
     def answer(self, turns: Sequence[str], limit: int, show: bool = False) -> str:
         """As `samples.answer`; `show` prints the text as it comes."""
-        streamer = (
-            Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
-        )
+        streamer = None
+        if show:
+            streamer = Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         return answer(self.model, self.tokenizer, turns, limit, streamer)
 
     def chat(self, prompts: Iterable[str] | None, limit: int) -> None:
@@ -89,17 +90,19 @@ class Talker:
 
 
 def typed() -> Iterator[str]:
+    """The lines that a user types, to the end of standard input."""
     while True:
         try:
-            if (line := input("> ")).strip():
-                yield line
+            line = input("> ")
         except EOFError:
             return
+        if line.strip():
+            yield line
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A checkpoint beside others; None is what was not asked for."""
+    """A checkpoint beside others; what was not asked for is None."""
 
     model: str
     """Its folder."""
@@ -107,41 +110,39 @@ class Compared:
     answer: str | None = None
     perplexity: float | None = None
     relative: float | None = None
-    """The perplexity, times that of the first checkpoint; as is the next, None for that one
-    itself."""
+    """The perplexity over that of the first checkpoint, which has none, and no interval."""
     interval: tuple[float, float] | None = None
     """The 95 % interval of `relative`, over paired rows."""
     kinds: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """By kind of text, where there are several: `perplexity`, `relative` and `interval`."""
 
 
-def rows_of(folders: Sequence[Path], wanted: Perplexity) -> HeldOut:
+def rows_of(folders: Sequence[Path], settings: Perplexity) -> HeldOut:
     """Held-out rows that fit into the shortest context of some checkpoints; raises InputError if
     the texts are fewer than two rows, or the tokenizers make different rows of them."""
-    written = partial(conversation, cache(lambda: load_tokenizer(folders[0])))
-    texts, found = load_texts(wanted.data, Path(), Path(), written), list[HeldOut]()
-    shortest = min(
-        map(config_of, folders),
-        key=lambda config: config.get("max_position_embeddings") or math.inf,
-    )
-    wanted = fitted(wanted, shortest, "evaluate.perplexity.seq_len")
-    for folder in folders:
+    first_tokenizer = cache(lambda: load_tokenizer(folders[0]))
+    texts = load_texts(settings.data, Path(), Path(), partial(conversation, first_tokenizer))
+    configs = [config_of(folder) for folder in folders]
+    shortest = min(configs, key=lambda config: config.get("max_position_embeddings") or math.inf)
+    settings = fitted(settings, shortest, "evaluate.perplexity.seq_len")
+    heldout_sets = []
+    for folder, config in zip(folders, configs, strict=True):
         tokenizer = load_tokenizer(folder)
-        found.append(held_out(tokenizer, texts, wanted))
-        if len(found[-1].rows) < 2:
-            few = (
-                f"the held-out texts are 1 row of {wanted.seq_len} tokens, and an interval needs at"
-                " least 2"
-            )
+        heldout = held_out(tokenizer, texts, settings)
+        heldout_sets.append(heldout)
+        # One row has no variance, and so no interval.
+        if len(heldout.rows) < 2:
             raise InputError(
-                f"{few}; give a smaller --seq-len, a larger --max-rows or longer --texts"
+                f"the held-out texts are 1 row of {settings.seq_len} tokens, and an interval needs"
+                " at least 2; give a smaller --seq-len, a larger --max-rows or longer --texts"
             )
-        require_embedded(found[-1].rows, tokenizer, config_of(folder))
-        if found[-1].rows != found[0].rows:
-            why = "perplexities of different tokens cannot be compared"
-            fix = "leave out --texts, or compare models of one tokenizer"
-            raise InputError(f"{folder} has another tokenizer than {folders[0]}: {why}; {fix}")
-    return found[0]
+        require_embedded(heldout.rows, tokenizer, config)
+        if heldout.rows != heldout_sets[0].rows:
+            raise InputError(
+                f"{folder} has another tokenizer than {folders[0]}: perplexities of different"
+                " tokens cannot be compared; leave out --texts, or compare models of one tokenizer"
+            )
+    return heldout_sets[0]
 
 
 def compared(
@@ -149,72 +150,94 @@ def compared(
 ) -> list[Compared]:
     """Checkpoints compared, one model at a time in memory; raises InputError as `rows_of`."""
     rows = None if heldout is None else rows_of(folders, heldout)
-    found: list[Compared] = []
-    first: Sequence[float] = ()
+    results: list[Compared] = []
+    reference_nll: Sequence[float] = ()
     for folder in folders:
         talker = Talker(folder, device)
-        one = Compared(str(folder), talker.model.num_parameters())
+        result = Compared(str(folder), talker.model.num_parameters())
         if prompt is not None:
-            one = replace(one, answer=talker.answer([prompt], limit).strip())
+            result = replace(result, answer=talker.answer([prompt], limit).strip())
         if rows is not None:
-            measured = measure_perplexity(talker.model, rows.rows)
-            own = measured.row_nll
-            kinds = {
-                kind: {
-                    "perplexity": value,
-                    "relative": times.value,
-                    "interval": astuple(times.interval),
-                }
-                for kind, (value, times) in losses_by_kind(first or own, own, rows.kinds).items()
-            }
-            one = replace(one, perplexity=measured.perplexity, kinds=kinds)
-            if first:
-                effect = perplexity_ratio(first, own)
-                one = replace(one, relative=effect.value, interval=astuple(effect.interval))
-            first = first or own
-        found.append(one)
-    return found
+            measurement = measure_perplexity(talker.model, rows.rows)
+            result = replace(result, perplexity=measurement.perplexity)
+            # The first checkpoint is what the others are compared with.
+            if reference_nll:
+                ratio = perplexity_ratio(reference_nll, measurement.row_nll)
+                result = replace(result, relative=ratio.value, interval=astuple(ratio.interval))
+            reference_nll = reference_nll or measurement.row_nll
+            kinds = _kinds(reference_nll, measurement.row_nll, rows.kinds)
+            result = replace(result, kinds=kinds)
+        results.append(result)
+    return results
+
+
+def _kinds(
+    reference_nll: Sequence[float], row_nll: Sequence[float], kinds: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """`Compared.kinds` from the NLL of each row."""
+    facts_by_kind = {}
+    for kind, (perplexity, ratio) in losses_by_kind(reference_nll, row_nll, kinds).items():
+        facts_by_kind[kind] = {
+            "perplexity": perplexity,
+            "relative": ratio.value,
+            "interval": astuple(ratio.interval),
+        }
+    return facts_by_kind
 
 
 def scored(
-    folder: Path, wanted: ZeroShot, cache: Path, device: str, note: Callable[[str], object]
+    folder: Path, settings: ZeroShot, cache: Path, device: str, note: Callable[[str], object]
 ) -> dict[str, Any]:
     """A checkpoint's scores by task, with the keys that lm-eval's command prints."""
-    check_tasks(wanted)
-    config_of(folder)  # refuses what cannot be scored before anything is downloaded
-    from blockpruner.evaluation.zero_shot import evaluate  # lm-eval takes seconds to import
+    # What cannot be scored is refused before anything is downloaded.
+    check_tasks(settings)
+    config_of(folder)
+    # lm-eval takes seconds to import.
+    from blockpruner.evaluation.zero_shot import evaluate
 
+    scores_by_task = {}
     with TemporaryDirectory() as directory:
         tasks = Path(directory)
-        fetch_tasks(wanted, tasks, tasks, cache / "cache", cache / "pins.json", note)
-        talker, found = Talker(folder, device), {}
-        for task in wanted.tasks:
-            found[task] = evaluate(talker.model, talker.tokenizer, task, tasks, wanted.limit).scores
+        fetch_tasks(settings, tasks, tasks, cache / "cache", cache / "pins.json", note)
+        talker = Talker(folder, device)
+        for task in settings.tasks:
+            result = evaluate(talker.model, talker.tokenizer, task, tasks, settings.limit)
+            scores_by_task[task] = result.scores
             note(f"{task}: scored")
-    return found
+    return scores_by_task
 
 
 def _times(relative: float, interval: tuple[float, float]) -> str:
     return str(Number(relative, 2, low=interval[0], high=interval[1]))
 
 
-def side_by_side(found: Sequence[Compared]) -> Table:
+def side_by_side(results: Sequence[Compared]) -> Table:
+    """A column for each checkpoint."""
     table = Table(expand=True)
-    for one in found:
-        lines = [one.model, f"{one.parameters / 1e6:,.1f} M parameters"]
-        if one.perplexity is not None:
-            lines.append(f"held-out perplexity {number(one.perplexity)}")
-        if one.relative is not None and one.interval is not None:
-            lines.append(f"{_times(one.relative, one.interval)} of the first")
-        for kind, own in one.kinds.items():
-            times = "" if one.relative is None else f", {_times(own['relative'], own['interval'])}"
-            lines.append(f"{kind}: {number(own['perplexity'])}{times}")
-        ratios = {kind: own["relative"] for kind, own in one.kinds.items()}
-        if len(ratios) > 1 and one.relative is not None:
-            lines.append(f"{ALL}: {Loss(ratios)}")
-        if warning := uneven(ratios):
-            lines.append(f"warning: {warning}")
-        table.add_column(Text(printable("\n".join(lines))), ratio=1)
-    if found[0].answer is not None:
-        table.add_row(*(Text(printable(one.answer or "")) for one in found))
+    for result in results:
+        heading = "\n".join(_heading(result))
+        table.add_column(Text(printable(heading)), ratio=1)
+    if results[0].answer is not None:
+        table.add_row(*(Text(printable(result.answer or "")) for result in results))
     return table
+
+
+def _heading(result: Compared) -> list[str]:
+    """The lines above a checkpoint's answer: its size and its perplexities."""
+    lines = [result.model, f"{result.parameters / 1e6:,.1f} M parameters"]
+    if result.perplexity is not None:
+        lines.append(f"held-out perplexity {number(result.perplexity)}")
+    if result.relative is not None and result.interval is not None:
+        lines.append(f"{_times(result.relative, result.interval)} of the first")
+    ratios = {}
+    for kind, facts in result.kinds.items():
+        line = f"{kind}: {number(facts['perplexity'])}"
+        if result.relative is not None:
+            line += f", {_times(facts['relative'], facts['interval'])}"
+        lines.append(line)
+        ratios[kind] = facts["relative"]
+    if len(ratios) > 1 and result.relative is not None:
+        lines.append(f"{ALL}: {Loss(ratios)}")
+    if warning := uneven(ratios):
+        lines.append(f"warning: {warning}")
+    return lines

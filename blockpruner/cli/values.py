@@ -62,96 +62,125 @@ def data_of(texts: Path | None, dataset: str | None) -> dict[str, Any] | None:
 
 def model_of(text: str) -> dict[str, Any]:
     """The source of a model, as `source_of` reads it, with the whole path of a folder."""
-    found = source_of(text)
-    if "path" in found:
-        found["path"] = str(Path(found["path"]).expanduser().absolute())
-    return found
+    source = source_of(text)
+    if "path" in source:
+        source["path"] = str(Path(source["path"]).expanduser().absolute())
+    return source
 
 
 def values_of(
     config: Path | None,
     sets: Sequence[str],
-    others: Mapping[str, Any],
+    section_values: Mapping[str, Any],
     method: str | None,
     only_texts: bool = False,
-    **given: Any,
+    **options: Any,
 ) -> dict[str, Any]:
     """Sections of a run file, and `runtime`.
 
     Args:
-        config: a run file, which is kept but for what else is given.
+        config: a run file; the other arguments replace what it says.
         sets: texts KEY=VALUE, the key dotted and the value as in YAML.
-        others: values of sections that are no argument of `methods.recipes.sections`, as the rest
-            is.
+        section_values: values by section, of sections that are no argument of
+            `methods.recipes.sections`.
+        options: the other arguments of `methods.recipes.sections`.
     """
     from blockpruner.inputs.sources import named_sources, with_sources
-    from blockpruner.params import read_values
 
     if config is None:
-        found = sections(method or RECOMMENDED, only_texts=only_texts, **given)
+        values = sections(method or RECOMMENDED, only_texts=only_texts, **options)
     else:
-        score = given["score"] | ({"method": method} if method else {})
-        compensate = {"method": given["compensate"]} if given["compensate"] else {}
-        more = {"calibration": given["calibration"], "score": score, "compensate": compensate}
-        found = merged(
-            read_values(config.expanduser()), {key: value for key, value in more.items() if value}
-        )
-        name = str((found.get("score") or {}).get("method") or RECOMMENDED)
-        own = {} if given["data"] is None else {"data": mixed(given["data"], name, only_texts)}
-        found = merged(
-            completed(found, given["data"], only_texts), {"calibration": own} if own else {}
-        )
-        if given["train"]:
-            texts = found.get("train") or found.get("calibration") or {}
-            found["train"] = (
-                training(given["train"])
-                | {key: texts[key] for key in ("data",) if key in texts}
-                | own
+        values = _run_file_with(config, method, only_texts, **options)
+    for replacing in (section_values, *map(_set, sets)):
+        values = merged(values, _checked(replacing))
+    return dict(with_sources(values, named_sources()))
+
+
+def _run_file_with(
+    config: Path,
+    method: str | None,
+    only_texts: bool,
+    *,
+    data: Mapping[str, Any] | None,
+    calibration: Mapping[str, Any],
+    score: Mapping[str, Any],
+    compensate: str | None,
+    train: str | None,
+) -> dict[str, Any]:
+    """The sections of a run file, with what options say in place of the same keys."""
+    from blockpruner.params import read_values
+
+    values: dict[str, Any] = dict(read_values(config.expanduser()))
+    if calibration:
+        values = merged(values, {"calibration": calibration})
+    if score or method:
+        values = merged(values, {"score": {**score, **({"method": method} if method else {})}})
+    if compensate:
+        values = merged(values, {"compensate": {"method": compensate}})
+    values = completed(values, data, only_texts)
+    # Texts that an option names win over those of the file, in training, too.
+    texts: dict[str, Any] = {}
+    if data is not None:
+        method_name = str((values.get("score") or {}).get("method") or RECOMMENDED)
+        texts = {"data": mixed(data, method_name, only_texts)}
+        values = merged(values, {"calibration": texts})
+    if train:
+        section = values.get("train") or values.get("calibration") or {}
+        if "data" in section:
+            texts = {"data": section["data"], **texts}
+        values["train"] = training(train) | texts
+    return values
+
+
+def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by section; raises InputError for a section that has a single value."""
+    if "export" in values:
+        formats = values["export"]
+        return {"export": formats.split(",") if isinstance(formats, str) else formats or []}
+    for section, value in values.items():
+        # `train=null` is a run without training.
+        if not isinstance(value, Mapping) and (section, value) != ("train", None):
+            raise InputError(
+                f"{section} is {value!r}; valid: keys within it, as {section}.NAME=VALUE",
+                rule="settings",
             )
-    for each in (others, *map(_set, sets)):
-        for key, value in each.items():
-            if key == "export":
-                each = {key: value.split(",") if isinstance(value, str) else value or []}
-            elif not isinstance(value, Mapping) and (key, value) != ("train", None):
-                raise InputError(
-                    f"{key} is {value!r}; valid: keys within it, as {key}.NAME=VALUE",
-                    rule="settings",
-                )
-        found = merged(found, each)
-    return dict(with_sources(found, named_sources()))
+    return dict(values)
 
 
 def _set(text: str) -> dict[str, Any]:
+    """The values of one --set KEY=VALUE, nested by the parts of the key."""
     from blockpruner.inputs.sources import Loader
 
-    key, equals, value = text.partition("=")
+    key, equals, value_text = text.partition("=")
     if not equals or not key:
         raise InputError(
             f"--set {text!r} is not KEY=VALUE; an example: --set calibration.split=all",
             rule="set-form",
         )
     try:
-        found: Any = yaml.load(value, Loader=Loader)
+        value: Any = yaml.load(value_text, Loader=Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(
-            f"--set {text!r}: the value is not valid YAML", rule="yaml", key=key, value=value
+            f"--set {text!r}: the value is not valid YAML", rule="yaml", key=key, value=value_text
         ) from error
-    for part in reversed(key.strip().split(".")):
-        found = {part: found}
-    return dict(found)
+    for name in reversed(key.strip().split(".")):
+        value = {name: value}
+    return dict(value)
 
 
 def called(message: str, key: str, options: Collection[str]) -> str:
     """A message, and what a command with these options calls the settings keys in it, and the
     error's own `key`."""
-    keys = [key, *KEY.findall(message)]
-    found = []
-    for each in dict.fromkeys(TAGS.sub("", one) for one in keys):
-        if (option := OPTIONS.get(each, "")) in options:
-            found.append(option)
-        elif "--set" in options and "." in each:
-            found.append(f"--set {each}=VALUE")
-    return f"{message} (here: {', '.join(found)})" if found else message
+    keys = [TAGS.sub("", name) for name in (key, *KEY.findall(message))]
+    names = []
+    for settings_key in dict.fromkeys(keys):
+        option = OPTIONS.get(settings_key, "")
+        if option in options:
+            names.append(option)
+        # A key within a section can be set where no option gives it.
+        elif "--set" in options and "." in settings_key:
+            names.append(f"--set {settings_key}=VALUE")
+    return f"{message} (here: {', '.join(names)})" if names else message
 
 
 def to_json(value: Any, **options: Any) -> str:

@@ -1408,10 +1408,10 @@ def test_a_package_that_training_needs_is_asked_for_before_the_search(
 
 def test_doctor_names_what_is_missing_and_what_mends_it(place, say, monkeypatch):
     checks = {check["name"]: check for check in done(say("doctor", "--json"))}
-    assert checks["torch"]["verdict"] == "ok" and checks["torch"]["found"] == metadata.version(
+    assert checks["torch"]["verdict"] == "ok" and checks["torch"]["present"] == metadata.version(
         "torch"
     )
-    assert checks["cache"]["found"].startswith(str(place / "cache/blockpruner"))
+    assert checks["cache"]["present"].startswith(str(place / "cache/blockpruner"))
     hub, disk = place / "hub", shutil.disk_usage(place)
     monkeypatch.setattr(doctor.constants, "HF_HUB_CACHE", str(hub))
     monkeypatch.setattr(
@@ -1423,7 +1423,7 @@ def test_doctor_names_what_is_missing_and_what_mends_it(place, say, monkeypatch)
     code, out, _ = say("doctor", "--json")
     (downloads,) = (check for check in json.loads(out) if check["name"] == "downloads")
     assert (code, downloads["verdict"]) == (0, "optional"), "the models may be there"
-    assert str(hub) in downloads["lacks"] and "HF_HOME" in downloads["lacks"]
+    assert str(hub) in downloads["problem"] and "HF_HOME" in downloads["problem"]
     hub.rmdir()
     known, absent = doctor.version, {"ray": "", "typer": "0.1"}
 
@@ -1441,10 +1441,10 @@ def test_doctor_names_what_is_missing_and_what_mends_it(place, say, monkeypatch)
         and checks["ray"]["verdict"] == "optional"
     )
     advice = str(errors.missing("ray", "ray")).partition("not installed: ")[2]
-    assert checks["ray"]["lacks"].endswith(f": {advice}"), "the same as where it is imported"
+    assert checks["ray"]["problem"].endswith(f": {advice}"), "the same as where it is imported"
     floor = next(line for line in metadata.requires("blockpruner") if line.startswith("typer"))
     assert (
-        checks["typer"]["lacks"]
+        checks["typer"]["problem"]
         == f"0.1 is not {floor[5:]}: in a clone of blockpruner, pip install '.'"
     )
     assert say("doctor", "--cache", "texts.txt/inner")[0] == 1
