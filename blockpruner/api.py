@@ -188,8 +188,8 @@ class Pruned:
             if generation is not None:
                 write_text(dense / GENERATION_FILE, generation.to_json_string())
             no_rows = CalibrationSet(())
-            made = Made(dense, plan, no_rows, dtype, "cpu", healed=healed, model=self.model)
-            pipeline.export(made, folders)
+            finished = Made(dense, plan, no_rows, dtype, "cpu", healed=healed, model=self.model)
+            pipeline.export(finished, folders)
         return folders
 
     save = save_pretrained
@@ -231,62 +231,42 @@ def prune(
     device: str = "auto",
     observer: Observer | None = None,
 ) -> Pruned:
-    """Remove the channels of MLPs, layers or blocks of which no kind of text loses much, in place,
-    and fit the weights that stay.
+    """Remove, in place, what no kind of text loses much by, and fit the weights that stay.
 
     Args:
         model: a transformers causal LM of a supported family. It is changed.
         texts: your texts, half of those that decide; the other half are ours, of packages that are
             downloaded once. A list, or a `datasets.Dataset` with a column `text`, or `messages` of
             chats.
-        budget: the share of all parameters to remove, in (0, 1); or a budget as in params.yaml
-            ("17blocks", "0.30kv"). The nearest reachable one is taken.
+        budget: the share of all parameters to remove, in (0, 1), or "17blocks" or "0.30kv" as in
+            params.yaml. The nearest reachable one is taken.
         only_texts: whether your texts alone decide. A method of the paper always takes them alone.
-        max_loss: the most that a kind of text may lose; 1.5 is 1.5 times the dense model's
-            perplexity.
-        seq_len: tokens in a calibration row, by default 256; shortened to the model's context. A
-            method of the paper has 2,048.
+        max_loss: the highest perplexity of a kind of text, in times the dense model's.
+        seq_len: tokens in a row, at most the model's context; 256, or 2,048 as in the paper.
         num_rows: the most calibration rows, by default 64, and 16 for a method of the paper.
         method: the name of a recipe or of a search (docs/methods.md); a row of your own
             (docs/extend.md); or a function of (problem, options) that yields iterations, whose last
             choice is taken. Methods that change weights need a run file.
-        metric: a name, a row of your own, or a function of (logits, targets, the dense model's
-            logits).
-        unit, candidates, options: as in a run file's `score` section; None leaves the unit to the
-            method.
-        acceleration, compensate: in place of the method's own (docs/methods.md).
-        train: "lora" or "all" trains the result towards the dense model's predictions, on the
-            texts.
-        cache: a folder that keeps every score, so that a call that was killed continues where it
-            was.
+        metric: a name, a row of your own, or a function of (logits, targets, dense logits).
+        unit, candidates, options, acceleration, compensate: as in a run file; None is the method's.
+        train: "lora" or "all" trains the result towards the dense model's predictions.
+        cache: a folder that keeps every score: a call that was killed continues.
         device: auto (a model on the CPU moves to the GPU if there is one), cpu, cuda or cuda:N.
-        observer: shows progress; by default on standard error. `core.progress.SilentObserver()`
-            shows nothing.
+        observer: shows progress; `core.progress.SilentObserver()` shows none.
 
     Raises:
         InputError: unsupported family; a model that is quantized, offloaded, on MPS or has
-            adapters; no calibration row, a budget that cannot be met, settings that do not fit;
-            texts of ours that cannot be downloaded; a kind of text that loses more than `max_loss`,
-            and the model is as it was.
+            adapters; no calibration row; a budget that cannot be met; settings that do not fit; no
+            network for our texts; a kind of text above `max_loss` (the model is as it was).
     """
     require_plain(model)
     user_texts = listed(texts, partial(conversation, lambda: tokenizer))
     search_row, metric_row = _search(method), _metric(metric)
-    if callable(metric) and cache is not None:
-        raise InputError(
-            "cache keeps scores by a metric's name, and a function may change; give a row, or no"
-            " cache",
-            rule="cache-of-function",
-            key="cache",
-        )
+    if cache is not None:
+        _require_named(metric)
     progress = observer or stderr_observer()
     with ExitStack() as stack:
-        # The rows of this call are registered while it runs: settings name them as any other.
-        if search_row is not None:
-            stack.enter_context(SEARCHES.added(search_row))
-        if not isinstance(metric, str):
-            stack.enter_context(METRICS.added(metric_row))
-        runtime = read_settings(Runtime, {"batch_tokens": batch_tokens})
+        _register(stack, search_row, None if isinstance(metric, str) else metric_row)
         run = _read_run(
             model.config.max_position_embeddings,
             search_row.name if search_row else str(method),
@@ -297,18 +277,36 @@ def prune(
             compensate=compensate,
             train=train,
         )
+        # A model that is already on an accelerator stays there, unless the caller names a device.
         if device != "auto" or model.device.type == "cpu":
             model.to(resolve_device(device))
-        runtime = runtime.model_copy(update={"device": _device(model)})
+        runtime_values = {"batch_tokens": batch_tokens, "device": _device(model)}
+        runtime = read_settings(Runtime, runtime_values)
         stack.enter_context(evaluating(model))
-        workspace = Workspace(
-            Path(stack.enter_context(tempfile.TemporaryDirectory())),
-            None if cache is None else Path(cache),
-            runtime,
-            progress,
-            progress.note,
-        )
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        scores = None if cache is None else Path(cache)
+        workspace = Workspace(folder, scores, runtime, progress, progress.note)
         return _prune(run, model, tokenizer, user_texts, _budget(budget), max_loss, workspace)
+
+
+def _require_named(metric: str | Metric | Callable[..., Any]) -> None:
+    """Refuse to keep scores of a function; raises InputError."""
+    if callable(metric):
+        raise InputError(
+            "cache keeps scores by a metric's name, and a function may change; give a row, or no"
+            " cache",
+            rule="cache-of-function",
+            key="cache",
+        )
+
+
+def _register(stack: ExitStack, search: Search | None, metric: Metric | None) -> None:
+    """Register the rows that a caller wrote until the stack is closed: the settings of the call
+    name them as any other row."""
+    if search is not None:
+        stack.enter_context(SEARCHES.added(search))
+    if metric is not None:
+        stack.enter_context(METRICS.added(metric))
 
 
 @dataclass(frozen=True)
@@ -417,13 +415,13 @@ def _read_run(
     """The settings of a call, as a run file would have them, with rows that fit into the model's
     context; raises InputError. None leaves a value of `calibration` and `score` to the method."""
     source = {"source": "path", "path": IN_MEMORY}
-    drawn = {name: value for name, value in calibration.items() if value is not None}
+    calibration_set = {name: value for name, value in calibration.items() if value is not None}
     optional = {name: value for name, value in score.items() if value is not None}
     values = sections(
         method,
         data=source,
         only_texts=only_texts,
-        calibration=drawn,
+        calibration=calibration_set,
         score={**scored, "options": scored["options"] or {}, **optional},
         compensate=compensate,
         train=train,

@@ -38,12 +38,11 @@ def _check_unit(score: Score) -> None:
 
 def check_target(run: Run, target: Target) -> None:
     """Refuse keys of a target that do not fit its run; raises InputError."""
-    own = target.compensate or compensation(
-        run.compensate.method, target.method or run.score.method
-    )
+    method = target.method or run.score.method
+    compensate = target.compensate or compensation(run.compensate.method, method)
     for score in searches(score_of(run, target.method)).values():
         check_score(score)
-        check_compensation(score, own)
+        check_compensation(score, compensate)
     if target.train and run.train is None:
         raise InputError(
             f"train: true needs a train section in runs/{target.run}.yaml; add one (train: {{}} is"

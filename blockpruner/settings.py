@@ -112,9 +112,9 @@ class Params(Frozen):
     def _names(self) -> Params:
         for name in (*self.runs, *self.targets, *self.experiments):
             if not NAME.fullmatch(name):
-                why = "a run name is the file runs/<name>.yaml, a target name a folder under data/"
+                hint = "a run name is the file runs/<name>.yaml, a target name a folder under data/"
                 raise ValueError(
-                    f"name {name!r} is not valid: at most 100 letters, digits, '_' and '-' ({why})"
+                    f"name {name!r} is not valid: at most 100 letters, digits, '_' and '-' ({hint})"
                 )
         if len(set(self.runs)) != len(self.runs):
             raise ValueError(f"runs {list(self.runs)} name the same run twice; keep one")
@@ -203,7 +203,9 @@ class Sections(Frozen):
         """The content of each section's file by its name. Each method of `searches` has a file of
         its own."""
         values = self.model_dump(mode="json")
-        searches = {f"searches/{method}": one for method, one in values.pop("searches").items()}
+        searches = {
+            f"searches/{method}": search for method, search in values.pop("searches").items()
+        }
         return {
             name: json.dumps(value, indent=1) + "\n"
             for name, value in {**values, **searches}.items()
@@ -220,13 +222,15 @@ def score_of(run: Run, method: str | None) -> Score:
     if method is None or method == run.score.method:
         return run.score
     row = {"metric": run.score.metric, **next(iter(recipe(method).searches.values()))}
-    name, kept = str(row["method"]), {"latency"}
+    name = str(row["method"])
+    shared_keys = {"latency"}
     if kind_of_method(name).removes_blocks:
-        kept |= {"metric"}
+        shared_keys.add("metric")
+        # A metric that one pass computes for all blocks has nothing to accelerate.
         if SEARCHES[name].accelerated and not METRICS[str(row["metric"])].influence:
-            kept.add("acceleration")
-    given = run.score.model_dump(include=kept, exclude_none=True)
-    return read_settings(Score, {**given, "method": method})
+            shared_keys.add("acceleration")
+    values = run.score.model_dump(include=shared_keys, exclude_none=True)
+    return read_settings(Score, {**values, "method": method})
 
 
 def resolve(run: Run, targets: Sequence[Target]) -> Sections:
@@ -241,18 +245,20 @@ def resolve(run: Run, targets: Sequence[Target]) -> Sections:
     for target in targets:
         budgets.setdefault(target.method or run.score.method, []).append(target.budget)
     scored = {}
-    for method, wanted in budgets.items():
+    for method, target_budgets in budgets.items():
         score = score_of(run, method)
         if method not in RECIPES:
             score = score.model_copy(update={"options": options_of(score).model_dump()})
-        metrics = {one.metric: METRICS[one.metric].version for one in searches(score).values()}
-        scored[method] = Scored(score=score, metrics=metrics, budgets=tuple(dict.fromkeys(wanted)))
-    pruned = {(run.score.method, run.compensate.method)}
-    pruned |= {
-        (each.method or run.score.method, each.compensate or run.compensate.method)
-        for each in targets
-    }
-    judged = any(is_judged(method, compensation(own, method)) for method, own in pruned)
+        metrics = {
+            search.metric: METRICS[search.metric].version for search in searches(score).values()
+        }
+        distinct_budgets = tuple(dict.fromkeys(target_budgets))
+        scored[method] = Scored(score=score, metrics=metrics, budgets=distinct_budgets)
+    pairs = {(run.score.method, run.compensate.method)}
+    for target in targets:
+        method = target.method or run.score.method
+        pairs.add((method, target.compensate or run.compensate.method))
+    judged = any(is_judged(method, compensation(healing, method)) for method, healing in pairs)
     if judged:
         texts["judge"] = shipped_texts()
     fetched, items = {role: data for role, data in texts.items() if data}, run.evaluate.zero_shot

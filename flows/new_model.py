@@ -70,10 +70,10 @@ class NewModel(Frozen):
     def text(self) -> str:
         named = named_sources(RUNS)
         data = None if self.texts is None else source_of(self.texts, named)
-        own = sections(
+        run_sections = sections(
             self.method, data=data, calibration={}, score={}, train="all" if self.train else None
         )
-        values = {"model": source_of(self.model, named), **own}
+        values = {"model": source_of(self.model, named), **run_sections}
         if self.heldout is not None:
             values["evaluate"] = {"perplexity": {"data": source_of(self.heldout, named)}}
         values = merged(values, self.more)

@@ -42,12 +42,12 @@ class Phase:
     """
 
     def __init__(
-        self, flow_run: str, parent: str, stage: str, name: str, before: "Phase | None"
+        self, flow_run: str, parent: str, stage: str, name: str, previous: "Phase | None"
     ) -> None:
         self._flow_run, self._stage, self._name = UUID(flow_run), stage, name
         inputs: Any = {"__parents__": [TaskRunResult(id=UUID(parent))]}
-        if before is not None:
-            inputs["before"] = [TaskRunResult(id=before._id)]
+        if previous is not None:
+            inputs["before"] = [TaskRunResult(id=previous._id)]
         with _client() as client:
             task = Task(artifact_key, name=name)
             key = str(uuid4())

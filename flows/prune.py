@@ -150,15 +150,17 @@ def build(
                 )
             pipeline = dvc.read_pipeline()
             summaries = chosen.summaries(pipeline)
-            needs = {stage: pipeline[stage] for stage in (*chosen.stages(pipeline), *summaries)}
-            stale = dvc.stale(list(needs))
-            states = run_stages(needs, summaries, stale, lock, keep_going)
+            parents_by_stage = {
+                stage: pipeline[stage] for stage in (*chosen.stages(pipeline), *summaries)
+            }
+            stale = dvc.stale(list(parents_by_stage))
+            states = run_stages(parents_by_stage, summaries, stale, lock, keep_going)
             result = outcome(states, chosen.additions)
             if keep_going or result.is_completed():
                 publish(chosen, states)
             if not result.is_completed():
                 return result
-            sent = _send(push, share, list(needs), lock)
+            sent = _send(push, share, list(parents_by_stage), lock)
             return result if sent.is_completed() else outcome({"sent": sent})
     except InputError as error:
         return Failed(name="Refused", message=str(error))
@@ -177,23 +179,23 @@ def _send(push: str | None, share: str | None, stages: Sequence[str], lock: int)
 
 
 def run_stages(
-    needs: Mapping[str, Sequence[str]],
+    parents_by_stage: Mapping[str, Sequence[str]],
     summaries: Sequence[str],
     stale: Collection[str],
     lock: int,
     keep_going: bool,
 ) -> dict[str, State[Any]]:
-    """Run stages in the order of `needs`; their states.
+    """Run stages in the order of `parents_by_stage`; their states.
 
     Args:
-        needs: the stages, each with those that it depends on.
+        parents_by_stage: the stages, each with those that it depends on.
         summaries: the stages over all models, which run if one of these is there.
         stale: the stages that DVC finds changed. What depends on a stage that ran may have changed,
             too; DVC is asked.
     """
     states: dict[str, State[Any]] = {}
     ancestors: dict[str, set[str]] = {}
-    for stage, parents in needs.items():
+    for stage, parents in parents_by_stage.items():
         ancestors[stage] = {*parents}
         for parent in parents:
             ancestors[stage] |= ancestors.get(parent, set())

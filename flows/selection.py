@@ -72,12 +72,12 @@ class Selection(Frozen):
     @property
     def words(self) -> str:
         """The name of its flow run."""
-        words = [*(self.runs or ["all runs"]), *self.budgets]
+        labels = [*(self.runs or ["all runs"]), *self.budgets]
         if self.compensate is not None:
-            words.append(self.compensate)
+            labels.append(self.compensate)
         if self.train:
-            words.append("train")
-        return " ".join(words)
+            labels.append("train")
+        return " ".join(labels)
 
     @property
     def healing(self) -> dict[str, Any]:
@@ -137,8 +137,8 @@ def choose(selection: Selection) -> Chosen:
     for run in runs:
         load_run(run)
     if selection.healing and not selection.budgets:
-        words = " and ".join(selection.healing)
-        message = f"{words}: for targets by budget only; name a budget, or edit {PARAMS}"
+        keys = " and ".join(selection.healing)
+        message = f"{keys}: for targets by budget only; name a budget, or edit {PARAMS}"
         raise InputError(message, rule="healing-without-budget")
     if not selection.budgets:
         targets_by_run = {run: _targets_of(run, params.targets) for run in runs}

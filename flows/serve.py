@@ -66,12 +66,12 @@ def require_free(port: int) -> None:
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            words = (
+            problem = (
                 f"port {port} of {HOST} cannot be used ({error.strerror}); it may be another `make"
                 " serve`"
             )
             free = "set PREFECT_SERVER_API_PORT to a free port with a free one above it"
-            raise InputError(f"{words}; stop that, or {free}", rule="port-taken") from None
+            raise InputError(f"{problem}; stop that, or {free}", rule="port-taken") from None
 
 
 class ReportHandler(SimpleHTTPRequestHandler):
@@ -87,11 +87,14 @@ class ReportHandler(SimpleHTTPRequestHandler):
 
     def translate_path(self, path: str) -> str:
         """Find files in PAGES only, also behind links."""
-        found, root = super().translate_path(path), Path(self.directory).resolve()
-        if "\0" in found:  # no file has such a name, and none can be looked for
+        file = super().translate_path(path)
+        if "\0" in file:  # no file has such a name, and none can be looked for
             return ""
-        target = Path(found).resolve()
-        return found if any(target.is_relative_to(root / name) for name in PAGES) else ""
+        root = Path(self.directory).resolve()
+        target = Path(file).resolve()
+        if any(target.is_relative_to(root / name) for name in PAGES):
+            return file
+        return ""
 
     def list_directory(self, path: str | os.PathLike[str]) -> None:
         self.send_error(404)
@@ -154,11 +157,10 @@ def prefect_server(port: int, secret: str) -> Iterator[subprocess.Popen[bytes]]:
         end = time.monotonic() + START
         while status(f"http://{HOST}:{port}/api") is None:
             if process.poll() is not None or time.monotonic() > end:
-                last = "\n".join(
-                    log.read_text(encoding="utf-8", errors="replace").splitlines()[-10:]
-                )
+                lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+                tail = "\n".join(lines[-10:])
                 raise InputError(
-                    f"the Prefect server did not start; {log} ends with:\n{last}", rule="no-server"
+                    f"the Prefect server did not start; {log} ends with:\n{tail}", rule="no-server"
                 )
             time.sleep(0.2)
         yield process
@@ -175,16 +177,19 @@ def main() -> int:
     logging.getLogger("prefect.runner").setLevel(logging.WARNING)
     try:
         settings = get_current_settings()
-        port, given = settings.server.api.port, settings.api.url
+        port = settings.server.api.port
+        server_url = settings.api.url  # of a server that already runs
         with ExitStack() as stack:
-            for each in (port + 1,) if given else (port, port + 1):
-                require_free(each)
+            require_free(port + 1)
+            if not server_url:
+                require_free(port)
             secret, hint = password()
-            url, pages = given or f"http://{HOST}:{port}/api", f"http://{HOST}:{port + 1}"
+            url = server_url or f"http://{HOST}:{port}/api"
+            pages = f"http://{HOST}:{port + 1}"
             stack.enter_context(
                 temporary_settings({PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: secret})
             )
-            if not given:
+            if not server_url:
                 stack.enter_context(prefect_server(port, secret))
             require_access(url)
             stack.enter_context(report_pages(port + 1))

@@ -86,7 +86,7 @@ def export(folder: Path, command: Command) -> dict[str, Any]:
         write_json(dense / "config.json", dense_config)
         copy_files(folder, dense, (*TOKENIZER_FILES, GENERATION_FILE, *LICENCE_FILES))
         _write_source(folder, dense)
-        made = Made(
+        finished = Made(
             dense,
             plan,
             CalibrationSet(()),
@@ -95,7 +95,7 @@ def export(folder: Path, command: Command) -> dict[str, Any]:
             healed=kept_facts(folder),
             model=model,
         )
-        pipeline.export(made, folders, command.formats)
+        pipeline.export(finished, folders, command.formats)
     return checkpoint_facts(plan, folders)
 
 

@@ -32,9 +32,9 @@ from blockpruner.inputs.sources import cache_folder
 from blockpruner.methods.recipes import RECOMMENDED
 
 
-def value(metavar: str, text: str, default: str | bool = True, **more: Any) -> Any:
-    """An option with a value; `default` is shown as its default."""
-    return Option(metavar=metavar, help=text, show_default=default, **more)
+def value(metavar: str, text: str, default: str | bool = True, **limits: Any) -> Any:
+    """An option with a value; `default` is shown as its default, `limits` are typer's."""
+    return Option(metavar=metavar, help=text, show_default=default, **limits)
 
 
 A_MODEL = "A folder, or a name on the Hugging Face hub, perhaps with @REVISION."
@@ -116,8 +116,8 @@ app = typer.Typer(
 )
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(is_set: bool) -> None:
+    if is_set:
         print(__version__)
         raise typer.Exit
 
@@ -132,63 +132,81 @@ def common(
     least."""
 
 
+# The options of `prune`, in the order of its help.
+Budget = Annotated[str, value("SHARE", BUDGETS)]
+OptionalModel = Annotated[
+    str | None, Argument(metavar="MODEL", help=A_MODEL, show_default="that of --config")
+]
+OutFolder = Annotated[Path | None, value("DIR", "The checkpoint's folder.", "NAME-BUDGET")]
+ConfigFile = Annotated[
+    Path | None, value("FILE", "A run file (docs/methods.md); options replace its values.")
+]
+SetKeys = Annotated[
+    list[str] | None,
+    Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Any key of a run file or of runtime, as in calibration.split=all.",
+    ),
+]
+Revision = Annotated[
+    str | None, value("NAME", "The model's commit, branch or tag on the hub.", "main")
+]
+UserTexts = Annotated[Path | None, value("FILE", CALIBRATION, "ours alone, eight kinds")]
+DataSet = Annotated[str | None, value("REPO[:SPLIT]", "The same from a data set of the hub.")]
+OnlyTexts = Annotated[bool, Option("--only-texts", help=ONLY_TEXTS)]
+MaxLoss = Annotated[float | None, value("TIMES", MAX_LOSS, "no limit", min=1.0)]
+NumSamples = Annotated[int | None, value("N", "Texts that are drawn.", SAMPLES, min=1)]
+SeqLen = Annotated[int | None, value("N", "Tokens in a row.", SEQ_LEN, min=2)]
+Method = Annotated[str | None, value("NAME", METHODS, RECOMMENDED)]
+Unit = Annotated[str | None, value("NAME", UNITS, "that of the method")]
+MetricName = Annotated[
+    str | None, value("NAME", "The score to minimise (docs/methods.md).", "perplexity")
+]
+Acceleration = Annotated[str | None, value("NAME", ACCELERATIONS, "lazy+race if recommended")]
+Compensation = Annotated[str | None, value("NAME", COMPENSATIONS, "refit if recommended")]
+Training = Annotated[str | None, value("NAME", TRAIN, "no training")]
+Workers = Annotated[
+    int | None, value("N", "Copies of the model that score at once, by Ray.", min=1)
+]
+Streaming = Annotated[
+    bool,
+    Option(
+        "--streaming",
+        help="Score one layer at a time; healing and exports hold the whole model.",
+    ),
+]
+DryRun = Annotated[bool, Option("--dry-run", help="Print what it would take; prune nothing.")]
+
+
 @app.command()
 def prune(
-    budget: Annotated[str, value("SHARE", BUDGETS)],
+    budget: Budget,
     cache: Annotated[Path, CACHE],
-    model: Annotated[
-        str | None, Argument(metavar="MODEL", help=A_MODEL, show_default="that of --config")
-    ] = None,
-    out: Annotated[Path | None, value("DIR", "The checkpoint's folder.", "NAME-BUDGET")] = None,
-    config: Annotated[
-        Path | None, value("FILE", "A run file (docs/methods.md); options replace its values.")
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Any key of a run file or of runtime, as in calibration.split=all.",
-        ),
-    ] = None,
-    revision: Annotated[
-        str | None, value("NAME", "The model's commit, branch or tag on the hub.", "main")
-    ] = None,
-    texts: Annotated[Path | None, value("FILE", CALIBRATION, "ours alone, eight kinds")] = None,
-    dataset: Annotated[
-        str | None, value("REPO[:SPLIT]", "The same from a data set of the hub.")
-    ] = None,
-    only_texts: Annotated[bool, Option("--only-texts", help=ONLY_TEXTS)] = False,
-    max_loss: Annotated[float | None, value("TIMES", MAX_LOSS, "no limit", min=1.0)] = None,
-    num_samples: Annotated[int | None, value("N", "Texts that are drawn.", SAMPLES, min=1)] = None,
-    seq_len: Annotated[int | None, value("N", "Tokens in a row.", SEQ_LEN, min=2)] = None,
-    method: Annotated[str | None, value("NAME", METHODS, RECOMMENDED)] = None,
-    unit: Annotated[str | None, value("NAME", UNITS, "that of the method")] = None,
-    metric: Annotated[
-        str | None, value("NAME", "The score to minimise (docs/methods.md).", "perplexity")
-    ] = None,
-    acceleration: Annotated[
-        str | None, value("NAME", ACCELERATIONS, "lazy+race if recommended")
-    ] = None,
-    compensate: Annotated[str | None, value("NAME", COMPENSATIONS, "refit if recommended")] = None,
-    train: Annotated[str | None, value("NAME", TRAIN, "no training")] = None,
+    model: OptionalModel = None,
+    out: OutFolder = None,
+    config: ConfigFile = None,
+    set_: SetKeys = None,
+    revision: Revision = None,
+    texts: UserTexts = None,
+    dataset: DataSet = None,
+    only_texts: OnlyTexts = False,
+    max_loss: MaxLoss = None,
+    num_samples: NumSamples = None,
+    seq_len: SeqLen = None,
+    method: Method = None,
+    unit: Unit = None,
+    metric: MetricName = None,
+    acceleration: Acceleration = None,
+    compensate: Compensation = None,
+    train: Training = None,
     export: Export = "",
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: Trust = False,
-    workers: Annotated[
-        int | None, value("N", "Copies of the model that score at once, by Ray.", min=1)
-    ] = None,
-    streaming: Annotated[
-        bool,
-        Option(
-            "--streaming",
-            help="Score one layer at a time; healing and exports hold the whole model.",
-        ),
-    ] = False,
-    dry_run: Annotated[
-        bool, Option("--dry-run", help="Print what it would take; prune nothing.")
-    ] = False,
+    workers: Workers = None,
+    streaming: Streaming = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a pruned checkpoint that transformers loads. If it is interrupted, run the same command
@@ -326,7 +344,7 @@ def compare(
             Perplexity, {"data": {"source": "path", "path": str(texts)}, **rows}
         )
     result = compared([_folder(a), _folder(b)], prompt, max_new_tokens, heldout, device)
-    _print_result([vars(one) for one in result], side_by_side(result), as_json)
+    _print_result([vars(measured) for measured in result], side_by_side(result), as_json)
 
 
 @app.command("eval")
@@ -402,20 +420,19 @@ def push(
     licence = hub.base_licence(folder, cache.expanduser().absolute())
     sizes = {name: (folder / name).stat().st_size for name in hub.files_to_push(folder, licence)}
     result = {"repo": repo, "private": private, "files": sizes}
-    words = (
-        f"to the {'private' if private else 'public'} repository {repo}:"
-        f" {size(sum(sizes.values()))}"
-    )
-    words = "\n".join([words, *(f"  {name}  {size(count)}" for name, count in sizes.items())])
+    visibility = "private" if private else "public"
+    lines = [f"to the {visibility} repository {repo}: {size(sum(sizes.values()))}"]
+    lines += [f"  {name}  {size(num_bytes)}" for name, num_bytes in sizes.items()]
+    text = "\n".join(lines)
     if dry_run:
-        _print_result(result, words, as_json)
+        _print_result(result, text, as_json)
         return
     if not yes:
         if not sys.stdin.isatty():
             raise InputError(
                 f"nothing was uploaded to {repo!r}: there is no terminal to ask on; give --yes"
             )
-        print(words, file=sys.stderr)
+        print(text, file=sys.stderr)
         typer.confirm("Upload this?", abort=True, err=True)
     address = hub.push(folder, repo, private, licence, folder.name)
     _print_result({**result, "commit": address}, address, as_json)
@@ -471,30 +488,31 @@ def _output_folder(out: Path) -> Path:
     return out.expanduser().resolve()
 
 
-def _print_result(result: Any, words: str | Table, as_json: bool) -> None:
-    """Print a result as JSON, or in words. What is in the cells of a table is text, and no
-    markup of rich."""
-    if as_json or isinstance(words, str):
-        print(to_json(result) if as_json else words)
+def _print_result(result: Any, text: str | Table, as_json: bool) -> None:
+    """Print a result as JSON, or as a text or table."""
+    if as_json:
+        print(to_json(result))
+    elif isinstance(text, str):
+        print(text)
     else:
-        Console(markup=False, emoji=False).print(words)
+        # A cell may hold brackets or colons of a user's text, which rich would take for markup.
+        Console(markup=False, emoji=False).print(text)
 
 
 def _fail(raised: Exception, name: str) -> NoReturn:
     from blockpruner.store.files import explained  # loads much
 
     commands: Any = typer.main.get_command(app)
-    options = {
-        option for each in commands.commands.get(name, commands).params for option in each.opts
-    }
+    command = commands.commands.get(name, commands)
+    options = {option for parameter in command.params for option in parameter.opts}
     error = explained(raised, cache_folder())
-    words = called(str(error), error.key, options)
+    message = called(str(error), error.key, options)
     if error.rule in ("missing-file", "damaged-file") and "--cache" in options:
-        words += (
+        message += (
             "; if it is in the folder of --cache, delete its own folder there and run again; else"
             " give a whole one"
         )
-    print(f"error: {words}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr)
     sys.exit(1 if error.rule == "unforeseen" else 2)
 
 
@@ -513,9 +531,9 @@ def main(args: Sequence[str] | None = None) -> None:
         app(args, prog_name="blockpruner")
     except SystemExit as end:
         if end.code in (129, 130, 143):
-            kept = "; scores are kept: run the same command again" if "prune" in args[:1] else ""
+            hint = "; scores are kept: run the same command again" if "prune" in args[:1] else ""
             with suppress(OSError):  # the terminal is closed
-                print(f"interrupted{kept}", file=sys.stderr)
+                print(f"interrupted{hint}", file=sys.stderr)
         raise
     except Exception as error:
         _fail(error, "".join(args[:1]))

@@ -62,15 +62,15 @@ def write_page_of(checkpoint: Path, out: Path) -> None:
     form = {"mlx_lm": "mlx", "xllamacpp": "gguf"}.get(verified["engine"], "hf")
     if form == "mlx" and read_fields(checkpoint)["model_type"] == "nemotron-nas":
         form = "nas"
-    beside = {
-        other: checkpoint.with_name(f"{checkpoint.name}-{other}")
-        for other in EXPORTS
-        if form == "hf" != other
-    }
-    places = {form: checkpoint} | {
-        other: path for other, path in beside.items() if (path / REPORT_FILE).is_file()
-    }
-    commands = [line for other, path in places.items() for line in starts(other, plan, path)]
+    folder_by_format = {form: checkpoint}
+    if form == "hf":
+        for other in EXPORTS:
+            folder = checkpoint.with_name(f"{checkpoint.name}-{other}")
+            if other != "hf" and (folder / REPORT_FILE).is_file():
+                folder_by_format[other] = folder
+    commands: list[Any] = []
+    for name, folder in folder_by_format.items():
+        commands += starts(name, plan, folder)
     use = Facts("Use it", tuple(commands), is_code=True)
     sections = (
         Section("Verdict", (findings, *tables, *lost)),
@@ -80,44 +80,43 @@ def write_page_of(checkpoint: Path, out: Path) -> None:
     write_text(out, to_html(Page(plan.target, INTRO, sections)))
 
 
-def _healing(told: Mapping[str, Mapping[str, float]]) -> Table:
+def _healing(perplexities: Mapping[str, Mapping[str, float]]) -> Table:
     """The perplexities of rows held out from each part of healing."""
     columns = (Column("rows", "perplexity"), *(Column(key, key) for key in HEALED))
-    cells = [
-        (
-            f"rows held out from {name}",
-            *(Number(found[key]) if key in found else None for key in HEALED),
-        )
-        for name, found in told.items()
-    ]
+    cells = []
+    for name, heldout in perplexities.items():
+        numbers = [Number(heldout[key]) if key in heldout else None for key in HEALED]
+        cells.append((f"rows held out from {name}", *numbers))
     return Table("healing", "Before and after healing", columns, tuple(cells))
 
 
 def _findings(
-    plan: Plan, verified: dict[str, Any], place: Path, is_healed: bool
+    plan: Plan, verified: dict[str, Any], folder: Path, is_healed: bool
 ) -> Iterator[Finding]:
-    before, after = plan.calibration["dense_perplexity"], plan.calibration["perplexity"]
+    dense_perplexity = plan.calibration["dense_perplexity"]
+    perplexity = plan.calibration["perplexity"]
     dense, pruned = (parameters(plan.parameters[name]) for name in ("dense", "pruned"))
+    if perplexity:
+        quality = (
+            f"Perplexity of the calibration texts {number(dense_perplexity)} →"
+            f" {number(perplexity)}, {times(perplexity / dense_perplexity)} the dense model's,"
+            " before any healing. The blocks were chosen on these texts; others tell more."
+        )
+    elif is_healed:
+        quality = "Perplexities are in the table below."
+    else:
+        quality = "The perplexity of the pruned model was not measured."
     yield Finding(
         Level.RESULT,
         "outcome",
         f"{percent(plan.ratio)} of the parameters removed ({KINDS[plan.kind].removed_words(plan)}):"
         f" {dense} → {pruned}",
-        (
-            f"Perplexity of the calibration texts {number(before)} → {number(after)},"
-            f" {times(after / before)} the dense model's, before any healing. The blocks were"
-            " chosen on these texts; others tell more."
-            if after
-            else (
-                "Perplexities are in the table below."
-                if is_healed
-                else "The perplexity of the pruned model was not measured."
-            )
-        ),
+        quality,
     )
-    if warning := in_words(plan.kinds or {})[1]:
+    _, warning = in_words(plan.kinds or {})
+    if warning:
         yield Finding(Level.WARNING, "uneven", UNLIKE, warning)
-    path = quote(str(place))
+    path = quote(str(folder))
     text = (
         f"blockpruner compare MODEL {path} --texts FILE does that, and blockpruner eval {path} asks"
         " benchmarks."

@@ -428,10 +428,10 @@ def summary(result: Mapping[str, Any]) -> str:
         )
     perplexities = result.get("perplexity", {})
     for name, perplexity in perplexities.items():
-        before, after, dense = (perplexity.get(key) for key in ("before", "after", "dense"))
-        line = f"{name}: perplexity of texts set aside {before:.2f} -> {after:.2f}"
-        if dense:
-            line += f", dense {dense:.2f} ({after / dense:.2f} times)"
+        pruned, healed = perplexity["before"], perplexity["after"]
+        line = f"{name}: perplexity of texts set aside {pruned:.2f} -> {healed:.2f}"
+        if dense := perplexity.get("dense"):
+            line += f", dense {dense:.2f} ({healed / dense:.2f} times)"
         lines.append(line)
     if not perplexities and not plan["train"] and plan["compensate"] == "none":
         lines.append("no weight was fitted again: --compensate refit makes up for part of the loss")

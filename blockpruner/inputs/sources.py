@@ -68,13 +68,15 @@ class Loader(yaml.SafeLoader):
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
-        seen: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
+        keys: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in keys:
                 raise yaml.MarkedYAMLError(
                     problem=f"key {key.value!r} is there twice", problem_mark=key.start_mark
                 )
-            seen.add(key.value)
+            keys.add(key.value)
         return node
 
 
@@ -90,8 +92,8 @@ def read_yaml(path: Path, text: str | None = None) -> Any:
             text = path.read_text(encoding="utf-8")
         return deepcopy(_parse(text))
     except FileNotFoundError:
-        where = "" if path.is_absolute() else "; run in the project folder"
-        raise InputError(f"{path} does not exist{where}", rule="no-file", value=path) from None
+        hint = "" if path.is_absolute() else "; run in the project folder"
+        raise InputError(f"{path} does not exist{hint}", rule="no-file", value=path) from None
     except OSError as error:
         raise InputError(
             f"{path} cannot be read: {error.strerror}", rule="no-file", value=path
@@ -106,13 +108,13 @@ def read_yaml(path: Path, text: str | None = None) -> Any:
         ) from error
 
 
-def with_sources(values: Any, sources: Mapping[str, Any], where: str = "") -> Any:
-    """The values of a run file with the keys of each named source in place of its name; `where`
+def with_sources(values: Any, sources: Mapping[str, Any], context: str = "") -> Any:
+    """The values of a run file with the keys of each named source in place of its name; `context`
     begins messages."""
     if isinstance(values, list):
         items: list[Any] = []
         for value in values:
-            item = with_sources(value, sources, where)
+            item = with_sources(value, sources, context)
             if isinstance(item, dict) and item.get("source") == "mix":
                 # A list of sources belongs to a mix, and a mix in a mix is its sources.
                 items.extend(item["of"])
@@ -121,18 +123,17 @@ def with_sources(values: Any, sources: Mapping[str, Any], where: str = "") -> An
         return items
     if not isinstance(values, dict):
         return values
-    resolved = {key: with_sources(value, sources, where) for key, value in values.items()}
+    resolved = {key: with_sources(value, sources, context) for key, value in values.items()}
     source = values.get("source")
     if not isinstance(source, str) or source in KINDS_OF_SOURCE:
         return resolved
     if source not in sources:
-        message = (
-            f"{where}source {source!r} is unknown; valid: {', '.join([*KINDS_OF_SOURCE, *sources])}"
-        )
+        valid = ", ".join([*KINDS_OF_SOURCE, *sources])
+        message = f"{context}source {source!r} is unknown; valid: {valid}"
         raise InputError(message, rule="unknown-source", key="source", value=source)
     # Without the source itself, a circle of names ends in the refusal above.
     remaining = {name: keys for name, keys in sources.items() if name != source}
-    named_keys: dict[str, Any] = with_sources(sources[source], remaining, where)
+    named_keys: dict[str, Any] = with_sources(sources[source], remaining, context)
     del resolved["source"]
     return {**named_keys, **resolved}
 

@@ -231,7 +231,7 @@ def parse_texts(
             text = content.decode()
             if separator is None:
                 return [text]
-            return [part.strip("\n") for part in text.split(separator) if part.strip()]
+            return [piece.strip("\n") for piece in text.split(separator) if piece.strip()]
         if separator is not None:
             raise InputError(
                 f"{name}: separator {separator!r} is for plain text (.txt, .utf8); leave it out"
