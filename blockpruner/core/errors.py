@@ -65,11 +65,11 @@ def extra(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def named(where: str) -> Iterator[None]:
-    """Within, messages of InputErrors begin with this."""
+def named(prefix: str) -> Iterator[None]:
+    """Within, messages of InputErrors begin with `prefix`."""
     try:
         yield
     except InputError as error:
         raise InputError(
-            f"{where}{error}", rule=error.rule, key=error.key, value=error.value
+            f"{prefix}{error}", rule=error.rule, key=error.key, value=error.value
         ) from None

@@ -321,19 +321,19 @@ def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
 T = TypeVar("T")
 
 
-def read_settings(model: type[T], values: Any, where: str = "", section: str = "") -> T:
+def read_settings(model: type[T], values: Any, prefix: str = "", section: str = "") -> T:
     """Settings from values as a file gives them. Raises InputError with one line for each mistake,
-    in pydantic's words: `where` ("params.yaml: ") begins a line, and `section` ("score.options.") a
-    key, where the values are not a whole file. The error's key and value are the first
-    mistake's."""
+    in pydantic's words. `prefix` ("params.yaml: ") begins a line; `section` ("score.options.")
+    begins a key of values that are not a whole file. The error's key and value are those of the
+    first mistake."""
     try:
         return TypeAdapter(model).validate_python(values)
     except ValidationError as error:
-        raise input_error(error, where, section) from error
+        raise input_error(error, prefix, section) from error
 
 
-def input_error(error: ValidationError, where: str, section: str = "") -> InputError:
-    """A refusal of pydantic as an InputError; where and section are as in `read_settings`."""
+def input_error(error: ValidationError, prefix: str, section: str = "") -> InputError:
+    """A refusal of pydantic as an InputError; prefix and section are as in `read_settings`."""
     # A default that depends on a bad value cannot be made: that is no second mistake.
     mistakes = [e for e in error.errors() if e["type"] != "default_factory_not_called"]
     keys = []
@@ -342,7 +342,7 @@ def input_error(error: ValidationError, where: str, section: str = "") -> InputE
         key = (section + ".".join(map(str, mistake["loc"]))).rstrip(".")
         message = _message(mistake)
         keys.append(key)
-        lines.append(f"{where}{key}: {message}" if key else f"{where}{message}")
+        lines.append(f"{prefix}{key}: {message}" if key else f"{prefix}{message}")
     value = mistakes[0]["input"]
     return InputError("\n".join(lines), rule="settings", key=keys[0], value=value)
 

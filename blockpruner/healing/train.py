@@ -102,8 +102,8 @@ def _write(
     perplexity_by_kind = dict[str, dict[str, float]]()
     if plan.kinds and selection.rows:
         row_nll = measure_perplexity(model, selection.rows).row_nll
-        for kind, after in perplexities(row_nll, selection.kinds).items():
-            perplexity_by_kind[kind] = {"dense": plan.kinds[kind]["dense"], "after": after}
+        for kind, trained in perplexities(row_nll, selection.kinds).items():
+            perplexity_by_kind[kind] = {"dense": plan.kinds[kind]["dense"], "after": trained}
 
     def build(directory: Path) -> None:
         save_healed(
@@ -139,8 +139,8 @@ def _student(
         student = pruned_copy(dense, pruning.plan, pruning.rows.rows)
     else:
         # Without a teacher nothing needs the dense model any more: it is pruned in place.
-        whole = pruning.load() if recipe.distill else dense
-        student = replace(pruning, healed=None).prune_(whole)
+        unpruned = pruning.load() if recipe.distill else dense
+        student = replace(pruning, healed=None).prune_(unpruned)
     plan_digests = parameter_digests(student)
     if pruning.healed is not None:
         load_healed_(student, pruning.healed.path, is_shared)

@@ -175,14 +175,18 @@ def parameter_digests(model: PreTrainedModel) -> dict[str, str]:
 
 
 def changed_weights(
-    model: PreTrainedModel, before: Mapping[str, str], plan: Plan
+    model: PreTrainedModel, plan_digests: Mapping[str, str], plan: Plan
 ) -> dict[str, Tensor]:
-    """The parameters whose digest is not that of `before`. All of them for a kind of plan without
-    `temporarily_pruned`: the last bits of its weights may differ from machine to machine, and the
-    others would not fit to these."""
+    """The parameters whose digest is not that of `plan_digests`.
+
+    For a kind of plan without `temporarily_pruned` they are all parameters: the last bits of its
+    weights may differ between machines, and the others would not fit to these.
+    """
     if not KINDS[plan.kind].is_reversible:
         return dict(model.named_parameters())
     digests = parameter_digests(model)
     return {
-        name: weight for name, weight in model.named_parameters() if digests[name] != before[name]
+        name: weight
+        for name, weight in model.named_parameters()
+        if digests[name] != plan_digests[name]
     }

@@ -89,15 +89,16 @@ def score_run(
     nested search. Raises InputError for settings or budgets that cannot be met, before anything is
     computed. `latency` measures what generation and each block takes (`budgets.resources_of`),
     where a budget is a speed-up or the time prices removals."""
-    kind, started = check_score(score), time.monotonic()
+    kind = check_score(score)
+    started = time.monotonic()
     require_rows(len(calibration.rows))
     remove_temporaries(folder)
     if not kind.removes_blocks:
         require_budgets(score, material.config, tuple(budgets))
-    known = _known_latency(material.config, score, tuple(budgets), latency)
-    resources = resources_of(material.config, known)
+    measured_latency = _known_latency(material.config, score, tuple(budgets), latency)
+    resources = resources_of(material.config, measured_latency)
     current, counted = kind.score(
-        Job(material, calibration, score, tuple(budgets), folder, resources, known)
+        Job(material, calibration, score, tuple(budgets), folder, resources, measured_latency)
     )
     current.save(folder)
     counts: dict[str, Any] = asdict(counted)
@@ -105,19 +106,14 @@ def score_run(
         round(counts["tokens"] / counts["seconds"], 1) if counts["seconds"] else None
     )
     counts["seconds"] = round(counts["seconds"], 2)
-    trace = (
-        read_trace(trace_directory(folder, current, ""), current.search) if current.nested else []
-    )
-    firm = [
-        found
-        for found in stabilities(trace, str(current.score.options.get("per", "none")))
-        if found
-    ]
-    if firm:
-        counts |= {
-            "rivals": fmean(len(found.rivals) for found in firm),
-            "kept": fmean(found.kept for found in firm),
-        }
+    # Only the steps of a nested search are one sequence, whose choices can be compared.
+    if current.nested:
+        trace = read_trace(trace_directory(folder, current, ""), current.search)
+        by_step = stabilities(trace, str(current.score.options.get("per", "none")))
+        comparable = [step for step in by_step if step]
+        if comparable:
+            counts["rivals"] = fmean(len(step.rivals) for step in comparable)
+            counts["kept"] = fmean(step.kept for step in comparable)
     return {**counts, "wall_seconds": round(time.monotonic() - started, 2)}
 
 
@@ -158,8 +154,8 @@ def _known_latency(
     """The measurement, where something depends on it; other budgets are checked before it is
     made."""
     resources = resources_of(config)
-    wanted = {parse_budget(text, resources["parameters"]).resource for text in budgets}
-    if "latency" not in wanted | {score.options.get("per")}:
+    limited = {parse_budget(text, resources["parameters"]).resource for text in budgets}
+    if "latency" not in limited | {score.options.get("per")}:
         return None
     require_budgets(score, config, budgets)
     if latency is None:

@@ -26,22 +26,25 @@ token alone: torch divides the sum over a single token among its threads, and KL
 then has other bits."""
 
 
-def pieces(*given: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Logits, and what else there is of each token, in pieces: of a few tokens each on a CPU, else
     all at once."""
-    logits = given[0]
-    item = max(4, logits.element_size())  # sums run in float32 at least
-    most = max(PIECE_TOKENS, PIECE_BYTES // (logits.shape[-1] * item))
-    count = max(1, math.ceil(len(logits) / most)) if logits.device.type == "cpu" else 1
-    return zip(*(part.tensor_split(count) for part in given), strict=True)
+    logits = tensors[0]
+    number_bytes = max(4, logits.element_size())  # sums run in float32 at least
+    max_tokens = max(PIECE_TOKENS, PIECE_BYTES // (logits.shape[-1] * number_bytes))
+    num_pieces = 1
+    # Only a CPU has a cache that the logits of a whole batch do not fit into.
+    if logits.device.type == "cpu":
+        num_pieces = max(1, math.ceil(len(logits) / max_tokens))
+    return zip(*(tensor.tensor_split(num_pieces) for tensor in tensors), strict=True)
 
 
 def in_pieces(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A loss with the same bits, on a CPU computed for a few tokens at a time."""
 
     @wraps(loss)
-    def computed(*given: Tensor) -> Tensor:
-        return torch.cat([loss(*piece) for piece in pieces(*given)])
+    def computed(*tensors: Tensor) -> Tensor:
+        return torch.cat([loss(*piece) for piece in pieces(*tensors)])
 
     return computed
 

@@ -46,27 +46,29 @@ def stability(losses: Mapping[Mask, Sequence[float]], chosen: Mask) -> Stability
     The losses are of each candidate on the first rows, in the order of ties. Those with the most
     rows are compared, on the rows that they share with the chosen one. One that is infinite is
     not."""
-    rows = min(
-        len(losses.get(chosen, ())),
-        max((len(own) for mask, own in losses.items() if mask != chosen), default=0),
-    )
-    shared = [mask for mask, own in losses.items() if len(own) >= rows and math.inf not in own]
+    rivals_rows = [len(row_losses) for mask, row_losses in losses.items() if mask != chosen]
+    rows = min(len(losses.get(chosen, ())), max(rivals_rows, default=0))
+    shared = [
+        mask
+        for mask, row_losses in losses.items()
+        if len(row_losses) >= rows and math.inf not in row_losses
+    ]
     if rows < 2 or chosen not in shared:
         return None
-    found = np.array([losses[mask][:rows] for mask in shared])
-    d = found - found[shared.index(chosen)]
-    means, errors = d.mean(axis=1), d.std(axis=1, ddof=1) / math.sqrt(rows)
+    chosen_index = shared.index(chosen)
+    row_losses = np.array([losses[mask][:rows] for mask in shared])
+    d = row_losses - row_losses[chosen_index]
+    means = d.mean(axis=1)
+    errors = d.std(axis=1, ddof=1) / math.sqrt(rows)
+    # The search took another than the lowest loss, as with a price: these rows do not decide.
     if means.min() < -ROUNDING:
         return None
     close = means <= special.stdtrit(rows - 1, (1 + LEVEL) / 2) * errors + ROUNDING
-    return Stability(
-        rivals=tuple(
-            mask
-            for mask, is_close in zip(shared, close, strict=True)
-            if is_close and mask != chosen
-        ),
-        kept=float(np.mean((_counts(rows) @ d.T / rows).argmin(axis=1) == shared.index(chosen))),
-    )
+    pairs = zip(shared, close, strict=True)
+    rivals = tuple(mask for mask, is_close in pairs if is_close and mask != chosen)
+    resampled_means = _counts(rows) @ d.T / rows
+    share = np.mean(resampled_means.argmin(axis=1) == chosen_index)
+    return Stability(rivals, float(share))
 
 
 @lru_cache(maxsize=8)

@@ -56,30 +56,31 @@ def batch_bytes(config: Config, dtype: str) -> int:
 
 def inner_size(config: Config) -> int:
     """The width of an MLP; of a mixture's experts, of all that a token goes to."""
-    own, experts = (
-        int(config.get("intermediate_size") or 0),
-        int(config.get("num_experts_per_tok") or 0),
-    )
-    expert = int(config.get("moe_intermediate_size") or own)
-    shared = int(config.get("shared_expert_intermediate_size") or 0)
-    return max(own, experts * expert + shared) or 4 * int(config["hidden_size"])
+    dense_size = int(config.get("intermediate_size") or 0)
+    num_experts = int(config.get("num_experts_per_tok") or 0)
+    expert_size = int(config.get("moe_intermediate_size") or dense_size)
+    shared_size = int(config.get("shared_expert_intermediate_size") or 0)
+    experts_size = num_experts * expert_size + shared_size
+    return max(dense_size, experts_size) or 4 * int(config["hidden_size"])
 
 
-def row_batches(rows: Rows, span: Span, most: int, growth: float = 0.0) -> list[Span]:
-    """Neighbours grouped so that a group has at most so many padded tokens, and pads do not
+def row_batches(rows: Rows, span: Span, max_tokens: int, growth: float = 0.0) -> list[Span]:
+    """Neighbours grouped so that a group has at most `max_tokens` padded tokens, and pads do not
     outweigh what is real; a longer row is a group of its own. `growth` is how much more memory a
     token takes for each token of its row, where attention keeps every head's map."""
     batches: list[Span] = []
     start, longest, real = 0, 0, 0
-    for place, row in enumerate(span):
+    for index, row in enumerate(span):
         length = len(rows[row])
-        padded = max(longest, length) * (place - start + 1)
-        is_full = padded * (1 + growth * max(longest, length)) > most
+        padded = max(longest, length) * (index - start + 1)
+        is_full = padded * (1 + growth * max(longest, length)) > max_tokens
+        # Below FULL_TOKENS one batch more would cost more than the pads do.
         is_waste = real >= FULL_TOKENS and padded > (1 + WASTE) * (real + length)
-        if place > start and (is_full or is_waste):
-            batches.append(span[start:place])
-            start, longest, real = place, 0, 0
-        longest, real = max(longest, length), real + length
+        if index > start and (is_full or is_waste):
+            batches.append(span[start:index])
+            start, longest, real = index, 0, 0
+        longest = max(longest, length)
+        real += length
     batches.append(span[start:])
     return batches
 

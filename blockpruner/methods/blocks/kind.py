@@ -134,27 +134,29 @@ class Blocks(Kind):
     keeps_weights = True
 
     def score(self, job: Job) -> tuple[Current, Counts]:
-        asked = request(job.score)
+        search_request = request(job.score)
         observer = job.material.observer
         rows = job.calibration
-        loss = asked.metric.name
-        fields = dict(asked.fields)
-        if asked.options.price == "latency":
+        loss = search_request.metric.name
+        fields = dict(search_request.fields)
+        if search_request.options.price == "latency":
             fields["latency"] = job.latency
         fingerprint = search_fingerprint(job.store_fields(loss), fields)
-        current = job.current(self.name, fingerprint, asked.search.nested, asked.options, loss)
+        current = job.current(
+            self.name, fingerprint, search_request.search.nested, search_request.options, loss
+        )
 
         def keep(budget: str, iteration: Iteration, took: Took) -> None:
             directory = trace_directory(job.folder, current, budget)
             write_iteration(directory, iteration, fingerprint, took)
 
-        with job.stores(asked.losses) as stores:
+        with job.stores(search_request.losses) as stores:
             problems = seed_stores(
                 job.folder / fingerprint,
                 fingerprint,
                 stores[loss],
                 stores[NLL.name],
-                asked.metric.influence,
+                search_request.metric.influence,
             )
             for problem in problems:
                 observer.note(f"warning: {problem}")
@@ -163,7 +165,7 @@ class Blocks(Kind):
                 f" {fingerprint}"
             )
             traces, counts = search(
-                asked,
+                search_request,
                 rows,
                 stores,
                 job.material.scorer,

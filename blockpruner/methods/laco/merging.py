@@ -40,17 +40,13 @@ def merge_(model: PreTrainedModel, merges: Sequence[Merge], variant: str) -> Pre
     config stay the family's own, so that transformers needs no code of ours. A merged layer keeps
     its own type (sliding window or full)."""
     layers = decoder_layers(model)
-    after = layers_after(merges, len(layers))
-    for sources in after:
-        if (
-            len(
-                {
-                    frozenset(name for name, _ in layers[source].named_parameters())
-                    for source in sources
-                }
-            )
-            > 1
-        ):
+    merged_sources = layers_after(merges, len(layers))
+    for sources in merged_sources:
+        layouts = {
+            frozenset(name for name, _ in layers[source].named_parameters()) for source in sources
+        }
+        # Parameters can be added only if each layer has the same ones.
+        if len(layouts) > 1:
             raise InputError(
                 f"LaCo's merges {', '.join(map(str, merges))} are of layers of different kinds"
                 " (dense MLPs and experts, or linear and full attentions), whose parameters cannot"
@@ -68,7 +64,7 @@ def merge_(model: PreTrainedModel, merges: Sequence[Merge], variant: str) -> Pre
             if name in values
         }
         replace_parameters_(group[0], new)
-    keep_layers_(model, [(sources[0], sources[0]) for sources in after])
+    keep_layers_(model, [(sources[0], sources[0]) for sources in merged_sources])
     return model
 
 
@@ -148,8 +144,11 @@ def merged_nll(model: PreTrainedModel, rows: Rows, merges: Merges, variant: str)
     with merged(model, merges, variant):
         engine = Engine(model)
         tasks = [Task(span, (DENSE,)) for span in engine.row_batches(rows, range(len(rows)))]
-        found = sorted(engine.run(tasks, rows), key=lambda scored: scored.span[0])
-    return [value for scored in found for value in scored.loss]
+        batches = sorted(engine.run(tasks, rows), key=lambda scored: scored.span[0])
+    losses: list[float] = []
+    for batch in batches:
+        losses += batch.loss
+    return losses
 
 
 def _last_linears(layers: Layers) -> dict[str, Tensor]:
@@ -173,13 +172,13 @@ def _sum_of_differences(layers: Layers) -> dict[str, Tensor]:
     """theta* = theta_l + sum_k (theta_{l+k} - theta_l), k = 1..m, for all parameters of the layer,
     norms included. This is the equation of arXiv 2402.11187, section 2, in float32 at least and
     rounded once."""
-    base, *others = (dict(layer.named_parameters()) for layer in layers)
+    base, *following = (dict(layer.named_parameters()) for layer in layers)
     result = {}
     for name, parameter in base.items():
         theta = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
         total = theta.clone()
-        for other in others:
-            total += other[name].to(theta) - theta
+        for layer in following:
+            total += layer[name].to(theta) - theta
         result[name] = total.to(parameter.dtype)
     return result
 

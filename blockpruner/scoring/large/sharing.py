@@ -33,7 +33,7 @@ def share_out(
 
 def unfinished(tasks: Sequence[Task], scored: Iterable[ScoredRows]) -> list[Task]:
     """The tasks without what is already scored, which may be some of a task's rows."""
-    done = {(part.mask, row) for part in scored for row in part.span}
+    done = {(piece.mask, row) for piece in scored for row in piece.span}
     masks_by_task: dict[Task, list[Mask]] = {}
     for task in tasks:
         for mask in task.masks:
