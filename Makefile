@@ -80,7 +80,7 @@ test-floors test-newest: test-%: $(LOCK)/bin/uv
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(VENV)-$*/bin/python -m pytest -n $(JOBS) $(CORE)
 
 demo: $(VENV)/.ready
-	$(BIN)/python -m blockpruner.dag
+	$(BIN)/python -m blockpruner.config.dag
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m flows.dvc repro
 	@echo "The report: data/report/index.html"
 

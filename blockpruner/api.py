@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from blockpruner import pipeline
 from blockpruner.checkpoints.hub import push
 from blockpruner.checkpoints.registry import require_exports
-from blockpruner.checks import check_run
+from blockpruner.config.checks import check_run
+from blockpruner.config.sections import Run
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config
 from blockpruner.core.plan import Plan
@@ -53,7 +54,6 @@ from blockpruner.scoring.stability import Stability
 from blockpruner.search.iteration import Iteration, stabilities
 from blockpruner.search.registry import SEARCHES, Search
 from blockpruner.search.trace import Current, read_trace, trace_directory
-from blockpruner.settings import Run
 from blockpruner.splits import Pool, our_judging_texts
 from blockpruner.store.files import write_json, write_text
 from blockpruner.store.manifest import CARD_FILE, SOURCE_FILE
@@ -231,7 +231,7 @@ def prune(
     device: str = "auto",
     observer: Observer | None = None,
 ) -> Pruned:
-    """Remove, in place, what no kind of text loses much by, and fit the weights that stay.
+    """Remove MLP channels, layers or blocks that every text can spare, in place; refit the rest.
 
     Args:
         model: a transformers causal LM of a supported family. It is changed.

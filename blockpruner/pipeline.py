@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from blockpruner import splits
 from blockpruner.checkpoints.output import Output
+from blockpruner.config.sections import Run, Target, score_of
 from blockpruner.core.errors import InputError
 from blockpruner.core.families import Config
 from blockpruner.core.plan import Plan
@@ -38,7 +39,6 @@ from blockpruner.methods.registry import KINDS, kind_of_method
 from blockpruner.methods.score import score_run
 from blockpruner.scoring.settings import Score
 from blockpruner.search.trace import Current, search_cost, trace_directory
-from blockpruner.settings import Run, Target, score_of
 from blockpruner.splits import Pool, Rows
 from blockpruner.store.files import read_json
 from blockpruner.store.manifest import COMPENSATE_FACTS, HEALED_PLAN, TRAIN_FACTS

@@ -1,8 +1,8 @@
 """A new model from a form of the UI: its run file is written, and it is made.
 
 Decides what the form asks for, and what no form may ask for (a place outside the workspace, code of
-a model's repository). What a run file may hold is decided by blockpruner.params, and how a model is
-made by flows.prune.
+a model's repository). What a run file may hold is decided by blockpruner.config.params, and how a
+model is made by flows.prune.
 """
 
 from pathlib import Path
@@ -13,11 +13,11 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from pydantic import Field
 
+from blockpruner.config.params import load_run
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Frozen, merged, source_of
 from blockpruner.inputs.sources import named_sources
 from blockpruner.methods.recipes import RECOMMENDED, sections
-from blockpruner.params import load_run
 from blockpruner.store.files import write_text
 from flows.prune import build
 from flows.selection import BUDGETS, Chosen, Selection, choose

@@ -16,8 +16,8 @@ from pathlib import Path
 from prefect import flow
 from prefect.client.schemas.objects import State
 
+from blockpruner.config.params import load_run
 from blockpruner.core.errors import InputError
-from blockpruner.params import load_run
 from blockpruner.reporting.formats import size
 from flows.prune import build, run_here
 from flows.selection import EVIDENCE, PUBLISHED, Chosen, choose_study, study_frame, study_items

@@ -2,8 +2,8 @@
 stages to run.
 
 Decides the form that the UI shows, the names of added targets and how params.yaml is edited. What a
-value may be is decided by blockpruner.params, which checks the new content before it is written.
-How far a model can be pruned is decided by the stage score.
+value may be is decided by blockpruner.config.params, which checks the new content before it is
+written. How far a model can be pruned is decided by the stage score.
 """
 
 import io
@@ -18,13 +18,13 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
-from blockpruner import dag
+from blockpruner.config import dag
+from blockpruner.config.params import load_params, load_run
+from blockpruner.config.sections import Params, Target
 from blockpruner.core.budgets import read_budget
 from blockpruner.core.errors import InputError, named
 from blockpruner.core.settings import Frozen
 from blockpruner.healing.settings import CompensationMethod
-from blockpruner.params import load_params, load_run
-from blockpruner.settings import Params, Target
 from blockpruner.store.files import write_text
 from study.studies import load_study, rows_of_study, target_name
 

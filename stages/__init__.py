@@ -16,12 +16,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from blockpruner.config.dag import require_current
+from blockpruner.config.params import load_params, load_sections
+from blockpruner.config.sections import Scored, Sections, Target
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.core.settings import Runtime
-from blockpruner.dag import require_current
-from blockpruner.params import load_params, load_sections
-from blockpruner.settings import Scored, Sections, Target
 from blockpruner.store import provenance
 from blockpruner.store.files import explained, read_json, write_json
 from blockpruner.store.plans import load_plan

@@ -4,11 +4,11 @@ data/evidence/<target>.
 The model is the checkpoint that transformers loads; without one it is made in memory.
 """
 
+from blockpruner.config.params import load_params
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import observer
 from blockpruner.evaluation.settings import Evaluate
 from blockpruner.evaluation.suite import Checkpoint, InMemory, benchmark, headline
-from blockpruner.params import load_params
 from blockpruner.store.files import read_json, write_json
 from stages import DATA, run, runtime, sections, write_manifest
 from stages.materialize import healed_of

@@ -5,8 +5,8 @@ no plan."""
 from pathlib import Path
 
 from blockpruner import pipeline
+from blockpruner.config.dag import read_dag
 from blockpruner.core.progress import observer
-from blockpruner.dag import read_dag
 from blockpruner.methods.recipes import compensation
 from blockpruner.methods.registry import KINDS
 from blockpruner.search.trace import save_iterations

@@ -3,10 +3,10 @@ data/evidence/<study>-<name>/points.parquet."""
 
 from pathlib import Path
 
+from blockpruner.config.params import load_params
+from blockpruner.config.sections import Run
 from blockpruner.core.progress import observer
 from blockpruner.evaluation.settings import Evaluate
-from blockpruner.params import load_params
-from blockpruner.settings import Run
 from blockpruner.store.files import replace_directory, write_table
 from stages import DATA, checked, run, runtime, sections, write_manifest
 from stages.benchmark import dense_of

@@ -6,7 +6,7 @@ What is fetched of it depends on them, so a text or model that was changed is fe
 
 from pathlib import Path
 
-from blockpruner.dag import read_dag
+from blockpruner.config.dag import read_dag
 from blockpruner.store.files import write_json
 from blockpruner.store.provenance import file_sha256
 from stages import DATA, run

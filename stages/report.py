@@ -6,8 +6,8 @@ Git keeps its CSV files at data/plots, from which `dvc plots diff` draws any com
 
 import shutil
 
+from blockpruner.config.params import load_params, load_sections
 from blockpruner.core.progress import observer
-from blockpruner.params import load_params, load_sections
 from blockpruner.reporting.labels import labels
 from blockpruner.reporting.report import write_report
 from blockpruner.store.files import replace_directory

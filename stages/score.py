@@ -8,10 +8,10 @@ search.
 from functools import partial
 
 from blockpruner import pipeline
+from blockpruner.config.dag import read_dag, require_current
+from blockpruner.config.params import load_params, load_run
 from blockpruner.core.progress import observer
-from blockpruner.dag import read_dag, require_current
 from blockpruner.methods.score import headline, open_material
-from blockpruner.params import load_params, load_run
 from blockpruner.splits import Rows
 from blockpruner.store.files import write_json
 from blockpruner.store.trials import trials_root

@@ -1,7 +1,7 @@
 """settings <run>: its sections with every default filled in, at
 data/settings/<run>/<section>.json."""
 
-from blockpruner.params import load_sections
+from blockpruner.config.params import load_sections
 from blockpruner.store.files import write_text
 from stages import SETTINGS, resolved, run
 

@@ -21,6 +21,7 @@ import pyarrow as pa
 from transformers import PreTrainedModel
 
 from blockpruner import pipeline, splits
+from blockpruner.config.sections import Run
 from blockpruner.core.blocks import BlockKind
 from blockpruner.core.plan import Plan
 from blockpruner.core.progress import Observer
@@ -43,7 +44,6 @@ from blockpruner.methods.registry import kind_of_method, model_facts
 from blockpruner.methods.score import open_material, taken
 from blockpruner.model.models import placement
 from blockpruner.scoring.settings import Score
-from blockpruner.settings import Run
 from blockpruner.splits import Pool, Rows
 from blockpruner.store.files import read_json
 from blockpruner.store.provenance import fingerprint, made

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from blockpruner.config.params import load_run, read_file
+from blockpruner.config.sections import Run, Target, resolve, score_of
 from blockpruner.core.budgets import read_budget
 from blockpruner.core.errors import InputError, named
 from blockpruner.core.settings import NAME, Frozen, read_settings
 from blockpruner.healing.settings import CompensationMethod
 from blockpruner.methods.recipes import compensation, recipe, searches
 from blockpruner.methods.registry import check_score
-from blockpruner.params import load_run, read_file
 from blockpruner.scoring.settings import Score
-from blockpruner.settings import Run, Target, resolve, score_of
 
 if TYPE_CHECKING:
     from study.paper.evidence import Row

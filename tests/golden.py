@@ -33,7 +33,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from blockpruner import dag, versions
+from blockpruner import versions
+from blockpruner.config import dag
 from blockpruner.core.blocks import DENSE, Mask, format_mask
 from blockpruner.core.budgets import resources_of
 from blockpruner.inputs import texts

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from blockpruner.cli.pruning import own_dtype
+from blockpruner.config.sections import Run
 from blockpruner.core.blocks import removable_units
 from blockpruner.core.budgets import parse_budget
 from blockpruner.core.families import Config, count_parameters
@@ -14,7 +15,6 @@ from blockpruner.methods.registry import kind_of_method
 from blockpruner.reporting.formats import size
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.work import BYTES
-from blockpruner.settings import Run
 
 
 def dry_run(run: Run, config: Config, budget: str) -> dict[str, Any]:

@@ -454,8 +454,8 @@ def doctor(cache: Annotated[Path, CACHE], as_json: AsJson = False) -> None:
 @app.command()
 def schema() -> None:
     """Print the JSON schema of run files, for editors and checkers."""
+    from blockpruner.config.params import run_schema
     from blockpruner.inputs.sources import named_sources
-    from blockpruner.params import run_schema
 
     print(to_json(run_schema(named_sources()), indent=1, sort_keys=True))
 

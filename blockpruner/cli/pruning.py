@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 from blockpruner import pipeline
 from blockpruner.checkpoints.output import Output, holds_checkpoint
 from blockpruner.checkpoints.registry import EXPORTS, require_families, require_packages
-from blockpruner.checks import check_run
 from blockpruner.cli.values import called, model_of
+from blockpruner.config.checks import check_run
+from blockpruner.config.sections import Run
 from blockpruner.core.errors import InputError, named
 from blockpruner.core.families import FAMILIES, Config, count_parameters
 from blockpruner.core.plan import Plan
@@ -47,7 +48,6 @@ from blockpruner.inputs.tokenizers import conversation, load_tokenizer
 from blockpruner.methods.blocks.kind import require_of
 from blockpruner.methods.recipes import DRAWN, require_reached
 from blockpruner.methods.registry import KINDS
-from blockpruner.settings import Run
 from blockpruner.splits import Pool, our_judging_texts
 from blockpruner.store.files import read_json
 from blockpruner.store.plans import PLAN_FILE, load_plan, plan_fields, unmeasured

@@ -108,7 +108,7 @@ def _run_file_with(
     train: str | None,
 ) -> dict[str, Any]:
     """The sections of a run file, with what options say in place of the same keys."""
-    from blockpruner.params import read_values
+    from blockpruner.config.params import read_values
 
     values: dict[str, Any] = dict(read_values(config.expanduser()))
     if calibration:

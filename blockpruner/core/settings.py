@@ -2,7 +2,7 @@
 the runtime.
 
 Decides how a mistake in a file is put into words. Each section has its class in its room
-(`settings.py` there); `blockpruner.settings` puts them together.
+(`settings.py` there); `blockpruner.config.sections` puts them together.
 """
 
 from __future__ import annotations

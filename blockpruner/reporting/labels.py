@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from blockpruner.config.sections import Sections
 from blockpruner.evaluation.settings import Perplexity, ZeroShot
 from blockpruner.healing.settings import Compensate, Train
 from blockpruner.inputs.settings import Calibration
 from blockpruner.methods.recipes import searches
 from blockpruner.reporting.results import RunLabels
-from blockpruner.settings import Sections
 
 EXACT = {"none": "exact", "lazy+race": "lazy + race"}
 PINNED = {"data": {"revision"}}

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from blockpruner.config.sections import Target
 from blockpruner.core.errors import InputError
 from blockpruner.core.plan import Plan
 from blockpruner.methods.recipes import recipe
 from blockpruner.reporting.results import Model, Race, RunLabels, read_items, read_results
-from blockpruner.settings import Target
 from blockpruner.store.plans import load_plan
 from study.paper.published import DENSE
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from blockpruner.config.sections import Run
 from blockpruner.core.budgets import read_budget
 from blockpruner.evaluation.benchmarks import BENCHMARKS
-from blockpruner.settings import Run
 from study.paper.curves import FIGURES
 from study.paper.published import DENSE, read_published
 from study.paper.tables import (

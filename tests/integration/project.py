@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from blockpruner import dag
+from blockpruner.config import dag
 from blockpruner.inputs.sources import SHIPPED
 from tests import forking
 from tests.shipped import WORDS, write_shipped

@@ -26,11 +26,11 @@ from prefect.settings import (
     temporary_settings,
 )
 
+from blockpruner.config.params import load_params
+from blockpruner.config.sections import Target
 from blockpruner.core.errors import InputError
 from blockpruner.inputs.hub import hub_error
 from blockpruner.methods.recipes import training
-from blockpruner.params import load_params
-from blockpruner.settings import Target
 from blockpruner.store.locks import workspace
 from flows import dvc, serve
 from flows import prune as prune_module

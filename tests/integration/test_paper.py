@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from blockpruner.dag import read_dag
+from blockpruner.config.dag import read_dag
 from blockpruner.evaluation import suite
 from flows.selection import choose_study
 from stages import (

@@ -15,9 +15,9 @@ import pytest
 import yaml
 
 import stages
-from blockpruner import dag
-from blockpruner.params import load_run
-from blockpruner.settings import Target, resolve
+from blockpruner.config import dag
+from blockpruner.config.params import load_run
+from blockpruner.config.sections import Target, resolve
 from blockpruner.store.files import read_json
 from tests.errors import refused
 from tests.integration.project import make_project, set_targets

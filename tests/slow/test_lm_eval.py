@@ -4,11 +4,11 @@ generated sums."""
 import pytest
 
 from blockpruner.checkpoints.registry import EXPORTS
+from blockpruner.config.params import load_run
 from blockpruner.evaluation.tasks import fetch_tasks
 from blockpruner.evaluation.zero_shot import evaluate
 from blockpruner.inputs.tokenizers import load_tokenizer
 from blockpruner.model.models import load_model
-from blockpruner.params import load_run
 from stages import CACHE, PINS
 from tests.harness import assert_same, command_line
 from tests.plans import pruning

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import stages
+from blockpruner.config.params import read_values
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import LocalModel
 from blockpruner.evaluation import benchmarks
@@ -31,7 +32,6 @@ from blockpruner.inputs.checkpoints import (
 )
 from blockpruner.inputs.texts import TEXTS, parse_texts
 from blockpruner.methods.healed import kept_facts
-from blockpruner.params import read_values
 from blockpruner.search.trace import ITERATION
 from blockpruner.store.files import (
     DIGEST,

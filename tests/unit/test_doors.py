@@ -15,18 +15,19 @@ import yaml
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
 import blockpruner
-from blockpruner import api, dag, pipeline, splits
+from blockpruner import api, pipeline, splits
 from blockpruner.checkpoints import output
 from blockpruner.cli import main as command
 from blockpruner.cli import pruning, talking
 from blockpruner.cli.pruning import Command
+from blockpruner.config import dag
+from blockpruner.config.params import load_run
 from blockpruner.core.errors import InputError
 from blockpruner.core.progress import SilentObserver
 from blockpruner.evaluation import perplexity
 from blockpruner.healing import rows as healing_rows
 from blockpruner.inputs import calibration, sources, texts
 from blockpruner.inputs.texts import ALPACA_WITHOUT_INPUT
-from blockpruner.params import load_run
 from blockpruner.store.plans import load_plan
 from flows.new_model import NewModel
 from tests import shipped

@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 import stages
-from blockpruner import dag
+from blockpruner.config import dag
+from blockpruner.config.params import load_run
 from blockpruner.core.blocks import parse_mask
 from blockpruner.core.progress import SilentObserver
 from blockpruner.core.settings import Runtime
@@ -23,7 +24,6 @@ from blockpruner.evaluation.tasks import fetch_tasks
 from blockpruner.inputs.checkpoints import fetch_checkpoint
 from blockpruner.inputs.texts import MixedText, TextKind, write_texts
 from blockpruner.model.models import load_model, prune_
-from blockpruner.params import load_run
 from blockpruner.store.files import write_table
 from flows import paper
 from flows.selection import choose_study

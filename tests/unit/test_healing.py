@@ -12,7 +12,8 @@ import torch
 from huggingface_hub import metadata_load
 from safetensors.torch import load_file
 
-from blockpruner import dag
+from blockpruner.config import dag
+from blockpruner.config.params import load_run
 from blockpruner.core.errors import UnreachableError
 from blockpruner.core.settings import HubTexts
 from blockpruner.evaluation.kinds import Loss, best_loss
@@ -20,7 +21,6 @@ from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.inputs.texts import write_texts
 from blockpruner.methods.healed import save_healed
 from blockpruner.methods.recipes import proposals, recipe, require_reached, searches
-from blockpruner.params import load_run
 from blockpruner.scoring.settings import Score
 from blockpruner.store.files import read_json, write_json
 from blockpruner.store.plans import load_plan, save_plan

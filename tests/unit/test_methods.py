@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from blockpruner.config.params import load_run
 from blockpruner.core.blocks import DENSE, BlockKind, format_mask, parse_mask, removable_units
 from blockpruner.core.budgets import choose_prefix, parse_budget, resources_of
 from blockpruner.core.errors import InputError
@@ -22,7 +23,6 @@ from blockpruner.core.settings import read_settings
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.methods.registry import KINDS, check_score
 from blockpruner.model.models import decoder_layers, masked
-from blockpruner.params import load_run
 from blockpruner.scoring.metrics import METRICS
 from blockpruner.scoring.settings import Score
 from blockpruner.search.iteration import removals

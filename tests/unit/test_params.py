@@ -12,8 +12,11 @@ import pytest
 import yaml
 from jsonschema import ValidationError, validate
 
-from blockpruner import dag, versions
+from blockpruner import versions
 from blockpruner.cli.values import values_of
+from blockpruner.config import dag
+from blockpruner.config.params import NO_RUNS, load_params, load_run, read_values, run_schema
+from blockpruner.config.sections import Run, Sections, resolve
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import LocalModel, LocalTexts, MixedTexts, read_settings
 from blockpruner.evaluation.settings import Evaluate, ZeroShot
@@ -21,9 +24,7 @@ from blockpruner.healing.settings import Train
 from blockpruner.inputs.settings import Calibration
 from blockpruner.inputs.sources import named_sources, with_sources
 from blockpruner.methods.recipes import sections
-from blockpruner.params import NO_RUNS, load_params, load_run, read_values, run_schema
 from blockpruner.scoring.settings import Score
-from blockpruner.settings import Run, Sections, resolve
 from tests.errors import refused
 
 ROOT = Path(__file__).parents[2]

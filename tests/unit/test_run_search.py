@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from blockpruner.config.sections import Run, resolve
 from blockpruner.core.blocks import format_mask
 from blockpruner.core.errors import InputError
 from blockpruner.inputs.calibration import CalibrationSet
@@ -19,7 +20,6 @@ from blockpruner.search.trace import (
     trace_directory,
     write_iteration,
 )
-from blockpruner.settings import Run, resolve
 from tests.builders import FakeScorer, scored, short_rows, small_config
 
 CONFIG = small_config(2)

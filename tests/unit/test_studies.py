@@ -18,6 +18,8 @@ import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
+from blockpruner.config.params import load_run
+from blockpruner.config.sections import Run, Target, resolve
 from blockpruner.core.blocks import BlockKind, format_mask, removable_units, sorted_blocks
 from blockpruner.core.plan import Plan
 from blockpruner.core.settings import read_settings
@@ -25,11 +27,9 @@ from blockpruner.evaluation.settings import Evaluate
 from blockpruner.evaluation.store import ITEMS
 from blockpruner.methods.recipes import RECIPES
 from blockpruner.methods.registry import check_score
-from blockpruner.params import load_run
 from blockpruner.reporting.labels import labels
 from blockpruner.reporting.results import RunLabels
 from blockpruner.scoring.settings import Score
-from blockpruner.settings import Run, Target, resolve
 from blockpruner.store.files import write_sealed_json, write_table
 from blockpruner.store.plans import save_plan
 from study import publish

@@ -2,12 +2,12 @@
 file is read."""
 
 from blockpruner.checkpoints.registry import require_exports
+from blockpruner.config.sections import Run, Target, score_of
 from blockpruner.core.errors import InputError
 from blockpruner.evaluation.benchmarks import BENCHMARKS
 from blockpruner.methods.recipes import compensation, recipe, searches
 from blockpruner.methods.registry import check_score, kind_of_method
 from blockpruner.scoring.settings import Score
-from blockpruner.settings import Run, Target, score_of
 
 
 def check_run(run: Run) -> None:

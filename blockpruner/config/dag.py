@@ -1,5 +1,6 @@
-"""dag.yaml: what dvc.yaml makes its stages of beyond params.yaml. `python -m blockpruner.dag`
-writes it.
+"""dag.yaml: what dvc.yaml makes its stages of beyond params.yaml.
+
+`python -m blockpruner.config.dag` writes it.
 
 DVC cannot work out which searches the targets need, which local paths a run names, the defaults of
 settings, and what moves results besides the settings: the machine and its packages. A flow writes
@@ -14,17 +15,17 @@ from typing import Any
 
 import yaml
 
+from blockpruner.config.params import load_params, load_run, run_schema
+from blockpruner.config.sections import Sources, resolve
 from blockpruner.core.errors import InputError
 from blockpruner.core.settings import Local, Runtime
 from blockpruner.inputs.sources import read_yaml
-from blockpruner.params import load_params, load_run, run_schema
-from blockpruner.settings import Sources, resolve
 from blockpruner.store.files import write_text
 from blockpruner.store.provenance import fingerprint
 from blockpruner.store.trials import SIXTEEN_BITS
 
 FILE = Path("dag.yaml")
-COMMAND = "python -m blockpruner.dag"
+COMMAND = "python -m blockpruner.config.dag"
 HEAD = f"# Derived from params.yaml, runs/, studies/ and the machine. `{COMMAND}` writes it.\n"
 
 

@@ -8,13 +8,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from blockpruner.checks import check_run, check_target
+from blockpruner.config.checks import check_run, check_target
+from blockpruner.config.sections import Params, Run, Sections, Target, resolve
 from blockpruner.core.errors import InputError, named
 from blockpruner.core.settings import NAME, T, read_settings
 from blockpruner.inputs.sources import named_sources, read_yaml, with_sources
 from blockpruner.methods.recipes import RECIPES, completed, names
 from blockpruner.methods.registry import method_names, row_of
-from blockpruner.settings import Params, Run, Sections, Target, resolve
 
 NO_RUNS = frozenset({"sources"})
 """Files of runs/ that are something else: sources by name."""
