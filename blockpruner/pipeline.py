@@ -108,6 +108,7 @@ def run(
         InputError: texts, budget, memory or folders that do not suffice, before the search; a model
             of which a kind of text has lost more than `max_loss`, before its checkpoint.
     """
+    # 1. Rows
     rows = splits.calibrate(
         settings.calibration,
         settings.compensate,
@@ -119,11 +120,13 @@ def run(
         judged=has_judges(settings, max_loss),
         at_most=True,
     )
+    # 2 and 3. Checks, search and compensation, unless the workspace holds their result
     key = work_key(settings, rows, dense, budget)
     search_folder, compensated = workspace.searches(key), workspace.compensated(key)
     with workspace.alone(key, "searches and fits the same"):
         counts = _search_and_heal(settings, budget, dense, rows, workspace, key, output)
     facts = read_json(compensated / COMPENSATE_FACTS)
+    # The name of a checkpoint and training are no part of the key: both reuse the same fit.
     target = output.path.name if output else ""
     is_trained = settings.train is not None
     plan = replace(load_plan(compensated / HEALED_PLAN), target=target, train=is_trained)
@@ -131,11 +134,13 @@ def run(
     perplexity = {}
     if "perplexity" in facts:
         perplexity["compensated"] = facts["perplexity"]
+    # 4. Training
     if settings.train is not None:
         folder = _train(settings.train, pruning, rows, workspace)
         pruning = _healed(dense, plan, rows, folder)
         if pruning.healed and "training" in pruning.healed.perplexity:
             perplexity["trained"] = pruning.healed.perplexity["training"]
+    # 5. Checkpoints
     require_kept(pruning.plan, max_loss)
     if output is not None:
         write_checkpoints(pruning, output, workspace)
@@ -159,6 +164,7 @@ def _search_and_heal(
     search_folder, compensated = workspace.searches(key), workspace.compensated(key)
     is_kept = workspace.is_whole(compensated, HEALED_PLAN, COMPENSATE_FACTS)
     plan = load_plan(compensated / HEALED_PLAN) if is_kept else None
+    # A folder in the way is refused now, not after hours of search.
     if output is not None:
         output.require_free(plan and replace(plan, train=settings.train is not None))
     if not is_kept:
@@ -175,6 +181,7 @@ def _search_and_heal(
         )
     with dense.open(workspace) as material:
         time_generation = None
+        # A fresh process times blocks, and it can load a model from a folder only.
         if dense.folder is not None:
             time_generation = partial(
                 latency,
@@ -252,6 +259,7 @@ def _train(settings: Train, pruning: Pruning, rows: Rows, workspace: Workspace) 
 def write_checkpoints(pruning: Pruning, output: Output, workspace: Workspace) -> None:
     """Write the formats of an output that are not there yet."""
     with workspace.alone(fingerprint({"out": str(output.path)}), f"writes {output.path}"):
+        # Asked while the lock is held: an equal run may have written them meanwhile.
         missing = output.missing(pruning)
         dtype = output.dtype or pruning.dtype
         export(replace(pruning, dtype=dtype), missing, output.quantizations)
@@ -275,10 +283,12 @@ def require_room(
     if runtime.device == "split" or runtime.executor != "local":
         return
     device = resolve_device(runtime.device)
+    # A CPU can swap, and what else its processes will take is not known.
     if device.type == "cpu":
         return
     room = accelerator.total_memory(device)
     for step, size in step_bytes(config, dtype, score, compensate, train, budget).items():
+        # Streaming holds one layer at a time, for the search alone.
         if size <= room or (step == "search" and runtime.streaming):
             continue
         raise InputError(
@@ -449,6 +459,7 @@ def commit(
     content. Raises InputError if the budget cannot be met, or a file of a search is missing or
     damaged.
     """
+    # What a plan says of its target, beside what the search decided.
     facts: dict[str, Any] = {
         "target": target,
         "run": run,
@@ -513,6 +524,7 @@ def export(
     from blockpruner.checkpoints.registry import EXPORTS
     from blockpruner.store.files import require_free
 
+    # All folders first: none of the checkpoints is written if one is in the way.
     for folder in folders.values():
         require_free(folder)
     for form, folder in folders.items():

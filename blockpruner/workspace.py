@@ -70,15 +70,18 @@ class Workspace:
         remove_temporaries(folder.parent, f".{folder.name}.*.tmp")
         if not folder.exists():
             return False
+        # loads torch
         from blockpruner.methods.healed import FILE, has_weights
         from blockpruner.store.tensors import read_tensors
 
         try:
+            # Reading checks the digest that a file holds of itself.
             for name in facts:
                 read_json(folder / name)
             if has_weights(folder):
                 read_tensors(folder / FILE)
         except InputError:
+            # Nothing is deleted: the old folder may be of use to find what damaged it.
             damaged = set_aside(folder).name
             self.observer.note(
                 f"warning: {folder} is not whole: it is made again; {damaged} is the old one"
@@ -149,6 +152,7 @@ class FetchedModel:
     def pruning(self, plan: Plan, rows: CalibrationSet) -> Pruning:
         from blockpruner.methods.apply import Pruning  # loads torch
 
+        # A plan of other weights would make a wrong model that loads without an error.
         require_unchanged(self.folder)
         return Pruning(
             self.folder, plan, rows, self.dtype, self.device, self.settings.trust_remote_code

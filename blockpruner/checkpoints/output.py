@@ -50,7 +50,7 @@ class Output:
         healing = pruning.healed.words if pruning.healed else ""
         missing = {}
         for form, folder in self.folders.items():
-            clear_left(folder)
+            clear_left(folder)  # of a writer that was killed
             if holds_checkpoint(folder, pruning.plan, healing):
                 _require_quantized(folder, self.quantizations[form])
             else:
@@ -66,6 +66,7 @@ def holds_checkpoint(folder: Path, plan: Plan | None, healing: str | None = None
         plan: None before a search has found it.
         healing: the model card's words on healing (`Healed.words`); None: they are not compared.
     """
+    # Free: only whether it can be made is left to check.
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         parent = next(parent for parent in folder.absolute().parents if parent.exists())
         if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
@@ -78,9 +79,11 @@ def holds_checkpoint(folder: Path, plan: Plan | None, healing: str | None = None
         return False
     is_same = False
     if plan is not None and (folder / PLAN_FILE).is_file():
+        # The name of the target and what was measured of it change no weight.
         held = load_plan(folder / PLAN_FILE)
         is_same = replace(held, target=plan.target, kinds=plan.kinds) == plan
     card = folder / CARD_FILE
+    # Two trainings of one plan differ by what their cards say.
     if healing is not None and card.exists():
         is_same = is_same and healing in card.read_text(encoding="utf-8")
     if not is_same:

@@ -219,6 +219,7 @@ def score_of(run: Run, method: str | None) -> Score:
     It keeps the metric and the lengths of timings of the run's own section, and the acceleration
     where it takes one.
     """
+    # The run's own method has all that its section sets.
     if method is None or method == run.score.method:
         return run.score
     row = {"metric": run.score.metric, **next(iter(recipe(method).searches.values()))}
@@ -247,6 +248,7 @@ def resolve(run: Run, targets: Sequence[Target]) -> Sections:
     scored = {}
     for method, target_budgets in budgets.items():
         score = score_of(run, method)
+        # The options of a recipe are those of its searches, which set them themselves.
         if method not in RECIPES:
             score = score.model_copy(update={"options": options_of(score).model_dump()})
         metrics = {

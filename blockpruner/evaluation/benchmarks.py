@@ -82,16 +82,19 @@ class Benchmark:
         metric is acc_norm: p = exp(s_gold) / sum_i exp(s_i). Where the answer is a word among all
         words, p is exp(log-likelihood).
         """
+        # Without choices (LAMBADA) the only log-likelihood is that of the right word.
         if gold is None:
             return math.exp(loglikelihoods[0])
         lengths = [len(choice) if self.metric == "acc_norm" else 1 for choice in choices]
         scores = [value / length for value, length in zip(loglikelihoods, lengths, strict=True)]
+        # Differences from the best: exp of a long answer's log-likelihood would be 0.
         best = max(scores)
         return math.exp(scores[gold] - best) / math.fsum(math.exp(score - best) for score in scores)
 
     def chance(self, items: pa.Table) -> float:
         """The expected accuracy of guessing: the mean over items of 1 / choices, 0 where there are
         none."""
+        # A word among all words cannot be guessed.
         if not self.has_choices:
             return 0.0
         choices = items.column("loglikelihoods").combine_chunks().value_lengths().to_pylist()

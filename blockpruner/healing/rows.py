@@ -41,6 +41,7 @@ def training_rows(
     """
     pool = without_evaluated(texts, evaluated, "training", note)
     heldout = recipe.validation
+    # Joined texts in full rows: every token of a row is trained on.
     if recipe.num_rows is not None:
         joined = Calibration(seq_len=recipe.seq_len, split="all", score="all", seed=recipe.seed)
         rows = fill_rows(
@@ -53,6 +54,7 @@ def training_rows(
             reserved,
             note,
         ).rows
+        # With `at_most` there may be fewer rows than asked for, but one has to be trained on.
         if len(rows) <= heldout:
             raise InputError(
                 f"the training's texts fill {len(rows)} rows of {recipe.seq_len} tokens, of which"
@@ -71,6 +73,7 @@ def training_rows(
             reserved=reserved,
             note=note,
         )
+        # The end-of-text token teaches the model where an answer ends.
         samples = [text + (tokenizer.eos_token or "") for text in chosen_texts]
         groups = [samples[: recipe.num_samples]]
         if heldout:
@@ -91,6 +94,7 @@ def compensation_rows(
     """Draw at most `recipe.num_rows` full rows, every token of which counts: those that weights are
     fitted to, and those that choose the fit's strength. No row is longer than the model's
     `context`; the rest is as in `training_rows`."""
+    # Least squares need no response alone: each token is an equation.
     joined = Calibration(
         seq_len=min(recipe.seq_len, context), split="all", score="all", seed=recipe.seed
     )

@@ -79,14 +79,17 @@ def save_healed(
     done before."""
     datasets = list[str]()
     perplexities = dict(perplexity or {})
+    # Training continues from compensated weights: the card names both steps.
     if since is not None:
         datasets += since.datasets
         words = f"{since.words}, {words}"
         perplexities = {**since.perplexity, **perplexities}
     sources = data.of if isinstance(data, MixedTexts) else (data,)
     for source in sources:
+        # A model card can link data sets of the hub only.
         if isinstance(source, Hub):
             datasets.append(source.repo)
+    # The header of a safetensors file holds texts only.
     facts = {
         "of": of,
         "words": words,
@@ -120,6 +123,7 @@ def find_healed(folders: Iterable[Path], of: str) -> Healed | None:
     if path is None:
         return None
     facts = read_facts(path)
+    # Weights of another plan may have the same shapes, and would load without an error.
     if facts.get("of") != of:
         raise damaged(path, "belongs to another model, plan or calibration than this target's")
     return Healed(
@@ -159,6 +163,7 @@ def set_weights_(
                 f"{name} is {list(weight.shape)} here and {shape or 'absent'} in the pruned model"
             )
         parameter = parameters[name]
+        # A write in place would change the other model that shares the tensor.
         if shared:
             replacements[parameter] = nn.Parameter(weight.to(parameter), requires_grad=False)
         else:

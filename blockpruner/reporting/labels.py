@@ -32,6 +32,7 @@ def origin(source: Any) -> str:
         case "mix":
             titles = [text.title if text.kind else origin(text) for text in source.of]
             titles = list(dict.fromkeys(titles))
+            # Sources that name their kinds of text are listed behind the mix's own title.
             if all(text.kind for text in source.of):
                 return f"{source.title} ({', '.join(titles)})"
             return " + ".join(titles)
@@ -41,6 +42,7 @@ def origin(source: Any) -> str:
 def name_of(source: Any) -> str:
     """What people call a model, from its repository, folder or file."""
     address = getattr(source, "repo", None) or getattr(source, "path", None)
+    # A package's file has neither: its name is the first word of its origin.
     if not address:
         address = origin(source).partition(" ")[0]
     return FORMAT_SUFFIXES.sub("", Path(address).name)

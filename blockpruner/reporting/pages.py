@@ -91,6 +91,7 @@ def provenance_line(results: Iterable[Mapping[str, str]]) -> str:
     for record in filter(None, results):
         versions = [f"{name} {record[name]}" for name in ("python", *COMPUTING) if name in record]
         device = record["processor"]
+        # On a GPU the processor says little of the speed, and is named second.
         if record["device"] != "cpu":
             device = f"{record['device_name']} ({device})"
         environment = f"on {device}, attention {record['attention']}, with {listed(versions)}"

@@ -149,6 +149,7 @@ class Race:
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Self:
         """Read what a measurement wrote of both, or of the dense model alone."""
+        # The dense model is timed alone, and its speed-up is 1.
         pruned = fields.get("pruned", fields["dense"])
         return cls(Timings.of(fields["dense"]), Timings.of(pruned))
 
@@ -159,6 +160,7 @@ class Race:
         speedups = {}
         for phase in PHASES:
             dense, pruned = self.dense.seconds[phase], self.pruned.seconds[phase]
+            # One repeat says nothing of its spread.
             if len(dense) == 1:
                 speedup = dense[0] / pruned[0]
                 speedups[phase] = Effect(speedup, Interval(0, math.inf), 1.0)
@@ -196,6 +198,7 @@ class Model:
         p_gold: dict[str, Floats] = {}
         for task, values in items.items():
             scores[task] = values.scores
+            # Generated answers have no log-likelihood of the right one.
             if not np.isnan(values.p_gold).any():
                 p_gold[task] = values.p_gold
         text = fields["perplexity"]
@@ -303,6 +306,7 @@ def read_items(folders: Sequence[Path], metrics: Mapping[str, str]) -> dict[str,
     or a file is missing or damaged."""
     models: dict[str, Items] = {}
     for folder in folders:
+        # Log-likelihoods are most of the file, and no statistic needs them.
         table, _ = read_table(folder / "items.parquet", ITEMS)
         frame = table.drop(["loglikelihoods"]).to_pandas().sort_values("item")
         items: Items = {}
@@ -312,6 +316,7 @@ def read_items(folders: Sequence[Path], metrics: Mapping[str, str]) -> dict[str,
             items[task] = TaskItems(numbers, scores, rows["p_gold"].to_numpy(float))
         models[folder.name] = items
     reference = folders[0].name
+    # Differences are paired item by item, so every model needs the same items.
     for name, task in product(models, metrics):
         numbers, expected = models[name][task].numbers, models[reference][task].numbers
         if not np.array_equal(numbers, expected):

@@ -60,6 +60,7 @@ def search(
     def run_from_the_start() -> tuple[dict[str, list[Iteration]], Counts]:
         metric = request.metric
         objective = Objective(calibration, stores[metric.name], scorer, observer, metric)
+        # Each choice is reported by its perplexity, whatever the search minimises.
         nll = objective
         if metric.name != NLL.name:
             nll = Objective(calibration, stores[NLL.name], scorer, observer)
@@ -91,6 +92,7 @@ def require_searchable(request: Request, resources: Resources, budgets: Sequence
     units = units_of(request, resources)
     for text in budgets:
         budget = parse_budget(text, resources["parameters"])
+        # The time of blocks is known only after it was measured.
         if budget.resource in resources:
             require_reachable(budget, units, resources[budget.resource])
 
@@ -101,6 +103,7 @@ def units_of(request: Request, resources: Resources) -> list[Mask]:
     layers = len(resources["parameters"].blocks) // 2
     units = removable_units(layers, request.score.unit, request.score.candidates)
     price = request.options.price
+    # A loss per unit of a price that is zero would be infinite.
     if price in resources:
         units = that_cost(units, resources[price])
     if not units:
@@ -139,6 +142,7 @@ class SearchOfModel:
             budget = parse_budget(text, self._resources["parameters"])
             require_reachable(budget, self._units, self._costs(budget))
             goals.append(budget)
+        # One sequence of removals serves every budget: each takes a prefix of it.
         if self._request.search.nested:
             return {"": self._search_for_all(goals)}
         return {budget.text: self._search_for(budget) for budget in goals}
@@ -163,6 +167,7 @@ class SearchOfModel:
             progress = min(self._progress(budget, mask) for budget in budgets)
             self._observer.begin(f"removal {len(prefixes) + 1}", min(1.0, progress))
             iteration = next(search, None)
+            # Only an order that the user gives can end early.
             if iteration is None:
                 budget = unsettled[0]
                 raise InputError(
@@ -173,6 +178,7 @@ class SearchOfModel:
             iteration = self._report(iteration)
             yield iteration
             prefixes.append(iteration.removed)
+            # A unit such as a layer may be in part removed, and can still be chosen.
             remaining = [unit for unit in remaining if not unit <= iteration.removed]
 
     def _progress(self, budget: Budget, mask: Mask) -> float:
@@ -209,9 +215,11 @@ class SearchOfModel:
         nll = self._nll_of(iteration)
         iteration = replace(iteration, nll=nll, origin=self._objective.origin)
         rows_now = self._objective.counts.rows_computed
+        # Nothing was computed: all losses came from the trial store.
         is_cached = rows_now == self._rows_before
         self._rows_before = rows_now
         added = iteration.added[iteration.chosen]
+        # Searches such as the genetic one look at whole masks, which add no single unit.
         if added:
             choice = f"removed {format_mask(added)}"
         else:
@@ -228,6 +236,7 @@ class SearchOfModel:
         """The NLL of the iteration's choice, of the dense model in the first iteration, and of all
         masks where NLL is the metric."""
         masks = {iteration.removed}
+        # The first iteration's table also shows where the search started from.
         if iteration.index == 0:
             masks.add(DENSE)
         nll_by_mask = {}

@@ -177,6 +177,7 @@ def _sum_of_differences(layers: Layers) -> dict[str, Tensor]:
     for name, parameter in base.items():
         theta = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
         total = theta.clone()
+        # The sum runs over k = 1..m.
         for layer in following:
             total += layer[name].to(theta) - theta
         result[name] = total.to(parameter.dtype)
