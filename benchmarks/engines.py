@@ -100,8 +100,10 @@ def main() -> None:
         "transformers_kv": transformers(models, LONG, REPEATS["transformers_kv"]),
         "llama_cpp": decoded,
     }
-    config, lines = dense.config.to_dict(), []
-    parameters, cache = count_parameters(config), count_kv_cache(config)
+    config = dense.config.to_dict()
+    parameters = count_parameters(config)
+    cache = count_kv_cache(config)
+    lines = []
     for name, mask in masks.items():
         line: dict[str, object] = {"model": name, "removed_pct": 100 * parameters.ratio(mask)}
         line |= {kind.value: sum(block.kind is kind for block in mask) for kind in BlockKind}

@@ -56,15 +56,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as workspace:
         paths: dict[tuple[str, str], Path] = {}
         for name, folder in folders.items():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16").requires_grad_(
-                False
-            )
-            paths[name, "F16"] = plain = files({name: model}, folder, Path(workspace))[name]
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16")
+            model.requires_grad_(False)
+            plain = files({name: model}, folder, Path(workspace))[name]
+            paths[name, "F16"] = plain
             for quantization in QUANTIZATIONS:
-                paths[name, quantization] = path = plain.with_suffix(f".{quantization}")
-                subprocess.run(
-                    ["llama-quantize", plain, path, quantization], check=True, capture_output=True
-                )
+                quantized = plain.with_suffix(f".{quantization}")
+                command = ["llama-quantize", plain, quantized, quantization]
+                subprocess.run(command, check=True, capture_output=True)
+                paths[name, quantization] = quantized
         watcher = observer()
         watcher.begin("perplexity")
         window_losses: dict[tuple[str, str], list[float]] = {}
@@ -72,18 +72,20 @@ def main() -> None:
             window_losses[key] = losses(path, options.text)
             watcher.advance(len(window_losses), len(paths), " ".join(key))
         watcher.end(f"{len(paths)} files")
-        named = {" ".join(key): path for key, path in paths.items()}
-        seconds, lines = llama_cpp(named, SHORT.new_tokens, REPEATS["llama_cpp"]), []
+        path_by_title = {" ".join(key): path for key, path in paths.items()}
+        # All files are timed in turns: a drift of the machine falls on each of them.
+        seconds = llama_cpp(path_by_title, SHORT.new_tokens, REPEATS["llama_cpp"])
+        lines = []
         for key, path in paths.items():
+            name, precision = key
             pairs = zip(window_losses["dense", "F16"], window_losses[key], strict=True)
-            rises = [loss - dense_loss for dense_loss, loss in pairs]
-            rise, speed = (
-                average({"": rises}),
-                ratio_of_medians(seconds["dense F16"], seconds[" ".join(key)]),
-            )
-            line = {"model": key[0], "precision": key[1], "bytes": path.stat().st_size}
-            times = {name: math.exp(nats) for name, nats in interval("perplexity_x", rise).items()}
-            lines.append(line | times | interval("decode_x", speed))
+            rise = average({"": [loss - dense_loss for dense_loss, loss in pairs]})
+            speed = ratio_of_medians(seconds["dense F16"], seconds[f"{name} {precision}"])
+            line = {"model": name, "precision": precision, "bytes": path.stat().st_size}
+            # A difference of mean NLL is the logarithm of a ratio of perplexities.
+            for column, nats in interval("perplexity_x", rise).items():
+                line[column] = math.exp(nats)
+            lines.append(line | interval("decode_x", speed))
     pd.DataFrame(lines).round(4).to_csv(options.out, index=False)
 
 

@@ -181,7 +181,7 @@ def _search_and_heal(
         )
     with dense.open(workspace) as material:
         time_generation = None
-        # A fresh process times blocks, and it can load a model from a folder only.
+        # A measurement is kept under the identity of a model's files, which one in memory has not.
         if dense.folder is not None:
             time_generation = partial(
                 latency,

@@ -86,16 +86,20 @@ def require_inside(values: Any) -> None:
     if isinstance(values, list):
         for value in values:
             require_inside(value)
-    for key, value in values.items() if isinstance(values, dict) else ():
+    if not isinstance(values, dict):
+        return
+    for key, value in values.items():
         require_inside(value)
+        # Who reaches the form need not own the machine: code of others is for a file on it.
         if key == "trust_remote_code" and value is not False:
             raise InputError(
                 "trust_remote_code: a form cannot allow it; write a run file by hand",
                 rule="form-trust",
             )
-        if key == "path" and not Path(str(value)).expanduser().resolve().is_relative_to(
-            Path.cwd().resolve()
-        ):
+        if key != "path":
+            continue
+        path = Path(str(value)).expanduser().resolve()
+        if not path.is_relative_to(Path.cwd().resolve()):
             message = (
                 f"path {value!r} leads out of the workspace; put a copy inside, or write a run file"
                 " by hand"
