@@ -200,10 +200,9 @@ def require_reached(score: Score, config: Config, budget: str) -> None:
         ) from None
 
 
-def compensation(own: str | None, method: str) -> str:
-    """How models are compensated: as the section `compensate` says itself, else as the recipe
-    does."""
-    return own or recipe(method).compensate
+def compensation(setting: str | None, method: str) -> str:
+    """How models are compensated: the `compensate.method` of a run file, else the recipe's."""
+    return setting or recipe(method).compensate
 
 
 def is_judged(method: str, compensate: str) -> bool:
@@ -286,18 +285,24 @@ def sections(
     the paper has the paper's calibration set, or these texts alone. The others are what differs
     from the defaults and from the recipe, and a recipe of training.
     """
-    drawn, is_papers = dict(calibration), bool(recipe(method).published)
+    calibration = dict(calibration)
+    is_papers = bool(recipe(method).published)
+    # Without texts of the user, a method of the paper has the paper's calibration set, which is
+    # the default of the section.
     if data is not None or not is_papers:
         rows = dict(PAPERS if is_papers else DRAWN)
-        if "num_samples" in drawn or drawn.get("packing") == "per_sample":
+        # Rows of single samples are as many as the samples.
+        if "num_samples" in calibration or calibration.get("packing") == "per_sample":
             del rows["num_rows"]
-        drawn = {"data": mixed(data, method, only_texts), **rows, **drawn}
-    found: dict[str, Any] = {"calibration": drawn, "score": {"method": method, **score}}
+        calibration = {"data": mixed(data, method, only_texts), **rows, **calibration}
+    values: dict[str, Any] = {"calibration": calibration, "score": {"method": method, **score}}
     if compensate is not None:
-        found["compensate"] = {"method": compensate}
+        values["compensate"] = {"method": compensate}
     if train is not None:
-        found["train"] = training(train) | {key: drawn[key] for key in drawn if key == "data"}
-    return found
+        values["train"] = training(train)
+        if "data" in calibration:
+            values["train"]["data"] = calibration["data"]
+    return values
 
 
 def completed(
@@ -305,10 +310,13 @@ def completed(
 ) -> dict[str, Any]:
     """The values of a run file. If it names no texts, they are those of `data` and ours (see
     `mixed`), or those that belong to its method."""
-    drawn, score = values.get("calibration", {}), values.get("score")
-    if not isinstance(drawn, Mapping) or "data" in drawn:
+    calibration = values.get("calibration", {})
+    # What is no mapping is refused with the other mistakes of the file, when it is read.
+    if not isinstance(calibration, Mapping) or "data" in calibration:
         return dict(values)
+    score = values.get("score")
     method = score.get("method") if isinstance(score, Mapping) else None
-    known = method if method in names() else RECOMMENDED
-    own = sections(known, data=data, only_texts=only_texts, calibration=drawn, score={})
-    return {**values, "calibration": own["calibration"]}
+    if method not in names():
+        method = RECOMMENDED
+    defaults = sections(method, data=data, only_texts=only_texts, calibration=calibration, score={})
+    return {**values, "calibration": defaults["calibration"]}
