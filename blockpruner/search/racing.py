@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import special
@@ -68,7 +68,8 @@ class Select:
     def __call__(self, index: int, base: Mask, masks: Sequence[Mask]) -> Considered:
         """The scores of one greedy step; the lowest of those on all rows is the step's choice.
         `masks` are the base plus one candidate each, and the base itself if its score is needed."""
-        return Considered(tuple(self._objective(masks, base=base)))
+        scores = self._objective(masks, base=base)
+        return Considered(tuple(scores))
 
     def challenge(self, standing: MaskScore, masks: Sequence[Mask]) -> list[MaskScore]:
         """Scores of masks that may be better than a standing one. The best one has all rows if it
@@ -79,16 +80,20 @@ class Select:
 def make_select(objective: Objective, score: Score, costs: Costs | None = None) -> Select:
     """The selection of a search by `score.acceleration`. `costs` are those of the resource that
     prices a removal, None where all cost the same."""
-    rules = (score.acceleration or "none").split("+")
-    if rules == ["none"]:
+    acceleration = score.acceleration or "none"
+    if acceleration == "none":
         return Select(objective)
-    return Accelerated(objective, "race" in rules, "lazy" in rules, costs)
+    races = "race" in acceleration
+    is_lazy = "lazy" in acceleration
+    return Accelerated(objective, races, is_lazy, costs)
 
 
 def price(rise: float, share: float) -> float:
-    """The number that is lowest for the best removal. Where a removal lowers the loss, saving more
-    is better."""
-    return rise / share if rise > 0 else rise * share
+    """The number that is lowest for the best removal."""
+    if rise > 0:
+        return rise / share
+    # Of two removals that lower the loss, the one that saves more is better.
+    return rise * share
 
 
 def worth(score: MaskScore, base: MaskScore, costs: Costs | None) -> float:
@@ -96,7 +101,18 @@ def worth(score: MaskScore, base: MaskScore, costs: Costs | None) -> float:
     base."""
     if costs is None:
         return score.loss
-    return price(score.loss - base.loss, costs.ratio(score.mask - base.mask))
+    rise = score.loss - base.loss
+    share = costs.ratio(score.mask - base.mask)
+    return price(rise, share)
+
+
+def row_rises(score: MaskScore, base: MaskScore) -> np.ndarray:
+    """The rise of the loss over the base, row by row, on the rows that both were scored on."""
+    rows = min(score.rows_used, base.rows_used)
+    losses = np.array(score.row_loss[:rows])
+    base_losses = np.array(base.row_loss[:rows])
+    rises: np.ndarray = losses - base_losses
+    return rises
 
 
 class Accelerated(Select):
@@ -107,7 +123,9 @@ class Accelerated(Select):
         self, objective: Objective, races: bool, is_lazy: bool, costs: Costs | None
     ) -> None:
         super().__init__(objective)
-        self._races, self._is_lazy, self._costs = races, is_lazy, costs
+        self._races = races
+        self._is_lazy = is_lazy
+        self._costs = costs
         self._rises: dict[Mask, np.ndarray] = {}
         """The latest rises of each unit, row by row."""
         self._drifts: list[float] = []
@@ -122,6 +140,7 @@ class Accelerated(Select):
             scores = self._score(candidates, base)
         else:
             scores = self._score_promising(candidates, base)
+            # Rises are not monotone: an audit shows what the lazy rule misses.
             if index % AUDIT == 0:
                 lazy_choice = self._best(scores, base)
                 unscored = [mask for mask in candidates if mask not in scores]
@@ -139,21 +158,26 @@ class Accelerated(Select):
 
     def _score_promising(self, candidates: Sequence[Mask], base: Mask) -> dict[Mask, MaskScore]:
         """The lazy rule: score candidates by priority, until no other can be the best."""
-        error = {
-            mask: standard_error(self._rises[mask - base], self._objective.rows)
-            for mask in candidates
-        }
-        waiting = sorted(candidates, key=lambda mask: self._optimistic_price(mask - base))
-        entering, waiting = waiting[:FLOOR], waiting[FLOOR:]
+        errors = {}
+        prices = {}
+        for mask in candidates:
+            unit = mask - base
+            errors[mask] = standard_error(self._rises[unit], self._objective.rows)
+            prices[mask] = self._optimistic_price(unit)
+        waiting = sorted(candidates, key=prices.__getitem__)
+        entering = waiting[:FLOOR]
+        waiting = waiting[FLOOR:]
         scores: dict[Mask, MaskScore] = {}
+        standing = None
         while entering:
-            standing = scores[self._best(scores, base)] if scores else None
             scores |= self._score(entering, base, standing)
-            best_price = self._optimistic_price(self._best(scores, base) - base)
+            best = self._best(scores, base)
+            standing = scores[best]
+            best_price = self._optimistic_price(best - base)
             drift = float(np.median(np.abs(self._drifts)))
             entering = []
             for mask in waiting:
-                margin = SLACK * math.hypot(drift, error[mask])
+                margin = SLACK * math.hypot(drift, errors[mask])
                 if self._optimistic_price(mask - base, margin) < best_price:
                     entering.append(mask)
             waiting = [mask for mask in waiting if mask not in entering]
@@ -163,17 +187,21 @@ class Accelerated(Select):
         """The best of the masks that are scored on all rows, the earliest of equals."""
         base_score = self._score_base(base)
         complete = [score for score in scores.values() if score.is_complete]
-        return min(complete, key=lambda score: worth(score, base_score, self._costs)).mask
+        best = min(complete, key=lambda score: worth(score, base_score, self._costs))
+        return best.mask
 
     def _score_base(self, base: Mask) -> MaskScore:
         return self._objective([base])[0]
 
     def _optimistic_price(self, unit: Mask, margin: float = 0.0) -> float:
         """The price of a unit's latest rise less a margin."""
-        return price(float(self._rises[unit].mean()) - margin, self._share(unit))
+        rise = float(self._rises[unit].mean())
+        return price(rise - margin, self._share(unit))
 
     def _share(self, unit: Mask) -> float:
-        return 1.0 if self._costs is None else self._costs.ratio(unit)
+        if self._costs is None:
+            return 1.0
+        return self._costs.ratio(unit)
 
     def _score(
         self, masks: Sequence[Mask], base: Mask, standing: MaskScore | None = None
@@ -185,20 +213,20 @@ class Accelerated(Select):
         past = {}
         for mask in masks:
             rises = self._rises.get(mask - base)
+            # The change from an infinite rise has no mean.
             if rises is not None and np.isfinite(rises).all():
                 past[mask] = rises
         if self._races:
             scores = race(self._objective, base, masks, CONFIDENCE, past, standing, self._share)
         else:
-            scores = dict(zip(masks, self._objective([base, *masks])[1:], strict=True))
-        base_losses = np.array(self._score_base(base).row_loss)
+            complete = self._objective([base, *masks])[1:]
+            scores = dict(zip(masks, complete, strict=True))
+        base_score = self._score_base(base)
         for mask, score in scores.items():
-            runner = Runner(
-                np.array(score.row_loss) - base_losses[: score.rows_used],
-                past.get(mask, np.empty(0)),
-            )
+            runner = Runner(row_rises(score, base_score), past.get(mask, NO_ROWS))
             if mask in past and score.loss < math.inf:
-                self._drifts.append(float(runner.expected.mean() - past[mask].mean()))
+                drift = runner.expected.mean() - past[mask].mean()
+                self._drifts.append(float(drift))
             self._rises[mask - base] = runner.expected
         return scores
 
@@ -207,9 +235,11 @@ def standard_error(rises: np.ndarray, total: int) -> float:
     """The standard error of the mean over all rows, from the rises on K of them: sd / sqrt(K) with
     the finite population correction."""
     count = len(rises)
+    # The error of an infinite mean is not defined; such a candidate gets no margin for it.
     if count == total or not np.isfinite(rises).all():
         return 0.0
-    return float(rises.std(ddof=1)) * math.sqrt(1 / count - 1 / total)
+    deviation = float(rises.std(ddof=1))
+    return deviation * math.sqrt(1 / count - 1 / total)
 
 
 def slices(rows: int) -> Iterator[int]:
@@ -221,22 +251,26 @@ def slices(rows: int) -> Iterator[int]:
     yield rows
 
 
+NO_ROWS = np.empty(0)
+
+
 @dataclass(frozen=True)
 class Runner:
     """A candidate in a race: its rises of the loss over the base, nats per token, row by row."""
 
     current: np.ndarray
     """[k] in this step."""
-    past: np.ndarray = field(default_factory=lambda: np.empty(0))
+    past: np.ndarray
     """[K] of an earlier step, K >= k, or [0] if there is none."""
 
     @property
     def expected(self) -> np.ndarray:
         """Rises on all rows of either step, [K]: the current ones, then the past ones moved by the
         mean change. Their mean is the difference estimator of two-phase sampling."""
-        rest = self.past[len(self.current) :]
-        shift = self.change.mean() if len(rest) else 0.0
-        return np.concatenate([self.current, rest + shift])
+        unseen = self.past[len(self.current) :]
+        if not len(unseen):
+            return self.current
+        return np.concatenate([self.current, unseen + self.change.mean()])
 
     @property
     def change(self) -> np.ndarray:
@@ -249,7 +283,7 @@ class Runner:
 
 
 def lower_bounds(
-    others: Sequence[Runner], leader: Runner, total: int, confidence: float
+    runners: Sequence[Runner], leader: Runner, total: int, confidence: float
 ) -> np.ndarray:
     """Lower confidence bound of the mean over all rows of each runner's difference to the leader.
 
@@ -263,28 +297,35 @@ def lower_bounds(
     (p * median over runners + (k - 1) * variance) / (p + k - 1), p = PRIOR_ROWS.
     """
     k = len(leader.current)
-    row_counts, differences, changes = [], [], []
-    for runner in others:
-        rows = min(len(runner.expected), len(leader.expected))
-        row_counts.append(rows)
-        differences.append(runner.expected[:rows] - leader.expected[:rows])
+    leader_rises = leader.expected
+    differences = []
+    changes = []
+    for runner in runners:
+        rises = runner.expected
+        rows = min(len(rises), len(leader_rises))
+        differences.append(rises[:rows] - leader_rises[:rows])
         if rows > k:
             changes.append(runner.change - leader.change)
-    expected_rows = np.array(row_counts)
-    freedom = PRIOR_ROWS + k - 1
-
-    def moderated_variance(samples: Sequence[np.ndarray]) -> np.ndarray:
-        variances = np.array([sample.var(ddof=1) for sample in samples])
-        moderated: np.ndarray = PRIOR_ROWS * np.median(variances) + (k - 1) * variances
-        return moderated / freedom
-
-    variance = moderated_variance(differences) * (1 / expected_rows - 1 / total)
+    K = np.array([len(difference) for difference in differences])
+    # The uncertainty of the past rises: they are of K rows, not of all.
+    variance = moderated_variance(differences, k) * (1 / K - 1 / total)
+    # The uncertainty of the change since then: it is of k rows, not of K.
     if changes:
-        has_past = expected_rows > k
-        variance[has_past] += moderated_variance(changes) * (1 / k - 1 / expected_rows[has_past])
+        has_past = k < K
+        scale = 1 / k - 1 / K[has_past]
+        variance[has_past] += moderated_variance(changes, k) * scale
     means = np.array([difference.mean() for difference in differences])
-    bounds: np.ndarray = means - special.stdtrit(freedom, confidence) * np.sqrt(variance)
+    quantile = special.stdtrit(PRIOR_ROWS + k - 1, confidence)
+    bounds: np.ndarray = means - quantile * np.sqrt(variance)
     return bounds
+
+
+def moderated_variance(samples: Sequence[np.ndarray], k: int) -> np.ndarray:
+    """V of `lower_bounds`, one of each sample."""
+    variances = np.array([sample.var(ddof=1) for sample in samples])
+    prior = PRIOR_ROWS * np.median(variances)
+    moderated: np.ndarray = prior + (k - 1) * variances
+    return moderated / (PRIOR_ROWS + k - 1)
 
 
 def race(
@@ -302,57 +343,65 @@ def race(
     Args:
         base: scored on the same rows, outside the race.
         past: rises of masks in an earlier step, row by row from row 0 on.
-        standing: a mask with all rows, which the others run against and which cannot be dropped;
-            without it, at least one of the others sees all rows.
+        standing: a mask with all rows, which the masks run against and which cannot be dropped;
+            without it, at least one of the masks sees all rows.
         share: what a removed unit saves of the resource that prices it. Rises are compared as if
             all saved as much as the leader.
     """
-    scores: dict[Mask, MaskScore] = {}
-    alive = list(masks)
-    standing_rises = None
+    past_rises = dict(past or {})
     if standing is not None:
         (base_score,) = objective([base])
-        standing_rises = np.array(standing.row_loss) - np.array(base_score.row_loss)
+        past_rises[standing.mask] = row_rises(standing, base_score)
+    scores: dict[Mask, MaskScore] = {}
+    alive = list(masks)
     for rows in slices(objective.rows):
+        # The last candidate has won, and the winner has all rows.
         if len(alive) == 1 and standing is None:
             rows = objective.rows
         base_score, *alive_scores = objective([base, *alive], rows)
         scores |= {score.mask: score for score in alive_scores}
         if rows == objective.rows:
             break
-        base_losses = np.array(base_score.row_loss)
-        runners: dict[Mask, Runner] = {}
-        for score in alive_scores:
-            if score.loss < math.inf:
-                rises = np.array(score.row_loss) - base_losses
-                runners[score.mask] = Runner(rises, (past or {}).get(score.mask, np.empty(0)))
-        if runners:
-            if standing is not None and standing_rises is not None:
-                runners[standing.mask] = Runner(standing_rises[:rows], standing_rises)
-            shares = [share(mask - base) for mask in runners]
-            survives = _survivors(list(runners.values()), shares, objective.rows, confidence)
-            survivors = {mask for mask, lives in zip(runners, survives, strict=True) if lives}
-            alive = [mask for mask in alive if mask in survivors]
-        else:
+        contenders = [score for score in alive_scores if score.loss < math.inf]
+        if not contenders:
             # All overflow. Without a standing mask somebody has to win.
             alive = alive[:1] if standing is None else []
+        else:
+            if standing is not None:
+                contenders.append(standing)
+            runners = {}
+            shares = {}
+            for score in contenders:
+                rises = row_rises(score, base_score)
+                runners[score.mask] = Runner(rises, past_rises.get(score.mask, NO_ROWS))
+                shares[score.mask] = share(score.mask - base)
+            survivors = _survivors(runners, shares, objective.rows, confidence)
+            alive = [mask for mask in alive if mask in survivors]
         if not alive:
             break
     return scores
 
 
 def _survivors(
-    runners: Sequence[Runner], shares: Sequence[float], total: int, confidence: float
-) -> list[bool]:
-    """Whether each runner stays in the race: the leader, and all that may be as good."""
-    rises = [float(runner.expected.mean()) for runner in runners]
-    prices = [price(rise, share) for rise, share in zip(rises, shares, strict=True)]
-    leader = int(np.argmin(prices))
-    scaled = []
-    for runner, share in zip(runners, shares, strict=True):
-        factor = shares[leader] / share if rises[leader] > 0 else share / shares[leader]
-        scaled.append(runner.times(factor))
-    others = [runner for number, runner in enumerate(scaled) if number != leader]
-    survives = (lower_bounds(others, scaled[leader], total, confidence) <= 0).tolist()
-    survives.insert(leader, True)
-    return [bool(lives) for lives in survives]
+    runners: Mapping[Mask, Runner], shares: Mapping[Mask, float], total: int, confidence: float
+) -> set[Mask]:
+    """The masks that stay in the race: the leader, and all that may be as good."""
+    prices = {}
+    for mask, runner in runners.items():
+        rise = float(runner.expected.mean())
+        prices[mask] = price(rise, shares[mask])
+    leader = min(prices, key=prices.__getitem__)
+    scaled = {}
+    for mask, runner in runners.items():
+        factor = shares[mask] / shares[leader]
+        # A rise is divided by the share, a fall is multiplied by it.
+        if prices[leader] > 0:
+            factor = shares[leader] / shares[mask]
+        scaled[mask] = runner.times(factor)
+    leading = scaled.pop(leader)
+    bounds = lower_bounds(list(scaled.values()), leading, total, confidence)
+    survivors = {leader}
+    for mask, bound in zip(scaled, bounds, strict=True):
+        if bound <= 0:
+            survivors.add(mask)
+    return survivors
