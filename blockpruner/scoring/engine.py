@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -71,8 +72,8 @@ class Unread:
     def means(self) -> list[float]:
         if self.ready is not None:
             self.ready.synchronize()
-        means: list[float] = (self.sums / self.counts).tolist()
-        return means
+        row_means = self.sums / self.counts
+        return cast(list[float], row_means.tolist())
 
 
 class Engine(Forward):
@@ -91,27 +92,29 @@ class Engine(Forward):
     def __init__(self, model: PreTrainedModel, batch_tokens: int | str = "auto") -> None:
         super().__init__(model)
         self._set_batch_tokens(batch_tokens)
-        # The dense model's final states by row. Its logits are made of them again: a state has H
-        # numbers a token, logits have V.
+        # The dense model's final states by row. Its logits are computed from them again: a state
+        # has H numbers a token, logits have V.
         self._dense: dict[tuple[int, ...], Tensor] = {}
 
     def row_batches(self, rows: Rows, span: Span) -> list[Span]:
-        """Neighbouring rows grouped so that the padded tokens of a group stay within the batch
+        """Group neighbouring rows so that the padded tokens of a group stay within the batch
         budget."""
         return row_batches(rows, span, self.batch_tokens, self.growth)
 
     @property
     def batch_tokens(self) -> int:
-        return min(self._batch_tokens, self.limit or self._batch_tokens)
+        if self.limit is None:
+            return self._batch_tokens
+        return min(self._batch_tokens, self.limit)
 
     def origin(self) -> Origin:
-        device = processor() if self.home.type == "cpu" else accelerator.name(self.home)
-        placed: dict[str, str | int] = {
+        device = accelerator.name(self.home) if self._on_gpu else processor()
+        return {
+            **computing(),
             "device": device,
             "attention": str(placement(self.model)["attention"]),
             "batch_tokens": self.batch_tokens,
         }
-        return {**computing(), **placed}
 
     def run(self, tasks: Sequence[Task], rows: Rows) -> Iterator[ScoredRows]:
         """Yield the values of each task, in the order in which the walk reaches them; those before
@@ -121,9 +124,9 @@ class Engine(Forward):
         the rest is halved; later batches are smaller too. Raises DeviceMemoryError if not even one
         row fits, and NonFiniteLossError for a loss of the dense model.
         """
-        waiting = deque(self.referenced(tasks, rows))
+        waiting = self.referenced(tasks, rows)
         while waiting:
-            task = waiting.popleft()
+            task = waiting.pop(0)
             done: set[Mask] = set()
             reason = ""
             try:
@@ -137,15 +140,17 @@ class Engine(Forward):
             # Not in the handler: its traceback keeps the tensors of the failed walk alive.
             if reason:
                 masks = tuple(mask for mask in task.masks if mask not in done)
-                waiting.extendleft(reversed(self._halved(replace(task, masks=masks), rows, reason)))
-                waiting = deque(self._in_batches(waiting, rows))
+                unfinished = replace(task, masks=masks)
+                halves = self._halved(unfinished, rows, reason)
+                waiting = self._in_batches(halves + waiting, rows)
 
     def referenced(self, tasks: Sequence[Task], rows: Rows) -> list[Task]:
-        """The tasks, after those that keep the states with which their losses compare."""
+        """Return the tasks, after those that keep the states with which their losses compare."""
         spans = dict.fromkeys(task.span for task in tasks if task.metric.reference)
         references = []
         for span in spans:
-            if any(tuple(rows[row]) not in self._dense for row in span):
+            is_held = all(tuple(rows[row]) in self._dense for row in span)
+            if not is_held:
                 references.append(Task(span, (DENSE,), REFERENCE))
         return [*references, *tasks]
 
@@ -160,14 +165,16 @@ class Engine(Forward):
         return batches
 
     def _halved(self, task: Task, rows: Rows, reason: str) -> list[Task]:
-        """A task that did not fit, in parts that may."""
+        """Split a task that did not fit into tasks that may."""
         span = task.span
         longest = max(len(rows[row]) for row in span)
+        padded_tokens = len(span) * longest
         # Several masks at once are given up before rows are split.
-        if self._width(len(span) * longest) > 1:
-            self._batch_tokens = len(span) * longest
+        if self._width(padded_tokens) > 1:
+            self._batch_tokens = padded_tokens
             return [task]
         if len(span) == 1:
+            # An influence is not streamed, so streaming would not help it.
             streaming = "" if task.metric.influence else self._streaming_fix
             raise DeviceMemoryError(
                 f"one row of {longest} tokens does not fit into the device's memory beside the"
@@ -179,12 +186,13 @@ class Engine(Forward):
         accelerator.empty_cache()
         middle = len(span) // 2
         self._batch_tokens = min(self._batch_tokens, longest * middle)
-        return [replace(task, span=span[:middle]), replace(task, span=span[middle:])]
+        return [replace(task, span=half) for half in (span[:middle], span[middle:])]
 
     @torch.inference_mode()
     def score(self, task: Task, rows: Rows) -> Iterator[ScoredRows]:
-        """One walk: the values of a task, with its rows as one batch."""
-        batch = Batch.of([rows[row] for row in task.span], self.home)
+        """Yield the values of a task from one walk, with its rows as one batch."""
+        batch_rows = [rows[row] for row in task.span]
+        batch = Batch.of(batch_rows, self.home)
         embedded, layer_kwargs = self.prepare(batch.input_ids)
         if task.metric.influence:
             yield from self._influences(task, embedded, batch, layer_kwargs)
@@ -197,10 +205,12 @@ class Engine(Forward):
 
     def _width(self, tokens: int) -> int:
         """The number of masks that go along at once with a batch of `tokens` padded tokens."""
+        # On a CPU, several masks at once would move bits.
         if not self._on_gpu:
-            return 1  # on a CPU more would move bits
-        hidden_size: int = self.model.config.hidden_size
-        return max(1, min(WIDE_NUMBERS // hidden_size, self.batch_tokens) // tokens)
+            return 1
+        wide_tokens = WIDE_NUMBERS // int(self.model.config.hidden_size)
+        budget = min(wide_tokens, self.batch_tokens)
+        return max(1, budget // tokens)
 
     def _added(
         self,
@@ -210,7 +220,7 @@ class Engine(Forward):
         block: BlockId,
         states: Sequence[Tensor],
     ) -> Sequence[Tensor]:
-        """What a block adds to each of some states of the batch, in one call."""
+        """What a block adds to each of some states of the batch, computed in one call."""
         inputs = list(states)
         if self._on_gpu:
             # The bits may depend on the number of states, so a call always has `width`.
@@ -219,14 +229,16 @@ class Engine(Forward):
             return [self.run_block(block, inputs[0], layer_kwargs, batch.packed)]
         device = self.device_of(block.layer)
         stacked = torch.cat([state.to(device) for state in inputs])
-        added = self.run_block(block, stacked, layer_kwargs, batch.repeated(len(inputs)))
-        return torch.split(added, len(batch.input_ids))[: len(states)]
+        packed = batch.repeated(len(inputs))
+        added = self.run_block(block, stacked, layer_kwargs, packed)
+        added_by_state = torch.split(added, len(batch.input_ids))
+        return added_by_state[: len(states)]
 
     def _launched(
         self, masks: Sequence[Mask], hidden: Tensor, batch: Batch, task: Task, rows: Rows
     ) -> Unread:
-        """The losses of masks at the end of their walk. A reference has none; its states are
-        kept."""
+        """Start to compute the losses of masks at the end of their walk. A reference has none; its
+        states are kept."""
         keys = [tuple(rows[row]) for row in task.span]
         states = self.final_states(hidden, batch)
         if task.metric == REFERENCE:
@@ -238,23 +250,25 @@ class Engine(Forward):
             dense_states = torch.cat([self._dense[key].to(device) for key in keys])
         sums = self.row_losses(states, dense_states, batch, task.metric)
         sums_on_cpu = sums.to("cpu", non_blocking=True)
-        return Unread(masks, sums_on_cpu, batch.counts, accelerator.mark(sums.device))
+        arrival = accelerator.mark(sums.device)
+        return Unread(masks, sums_on_cpu, batch.counts, arrival)
 
     def _keep_dense_states(
         self, keys: Sequence[tuple[int, ...]], states: Tensor, batch: Batch
     ) -> None:
-        on_device = [kept.nbytes for kept in self._dense.values() if kept.device == self.home]
-        total = sum(on_device) + states.nbytes
-        if self.room is None or total > self.room // DENSE_SHARE:
+        size = states.nbytes
+        for dense_states in self._dense.values():
+            if dense_states.device == self.home:
+                size += dense_states.nbytes
+        if self.room is None or size > self.room // DENSE_SHARE:
             states = states.cpu()
-        self._dense.update(zip(keys, torch.split(states, batch.counts.tolist()), strict=True))
+        row_states = torch.split(states, batch.counts.tolist())
+        self._dense.update(zip(keys, row_states, strict=True))
 
     def _values(self, launched: Iterable[Unread], task: Task) -> Iterator[ScoredRows]:
-        """Read the values, on a GPU with a delay of one launch for each device.
-
-        A CPU computes nothing meanwhile, so its values are read at once: a kill loses the unread
-        ones.
-        """
+        """Read the values, on a GPU with a delay of one launch for each device."""
+        # A CPU computes nothing meanwhile, so its values are read at once: a kill loses the unread
+        # ones.
         if self._on_gpu:
             devices = {self.device_of(layer) for layer in range(len(self.layers))}
             launched = late(launched, len(devices))
@@ -266,11 +280,12 @@ class Engine(Forward):
     def _finite(self, mask: Mask, values: Sequence[float], task: Task) -> ScoredRows:
         """The values, infinite where a mask makes the model overflow: a search then never chooses
         it."""
-        is_dense = (task.base if task.metric.influence else mask) == DENSE
+        # An influence is computed with only the base removed.
+        removed = task.base if task.metric.influence else mask
         losses = []
         for row, value in zip(task.span, values, strict=True):
             is_finite = math.isfinite(value)
-            if is_dense and not is_finite:
+            if removed == DENSE and not is_finite:
                 raise NonFiniteLossError(
                     f"the loss of row {row} is {value} in the dense model; try a"
                     " wider dtype (model.dtype: float32), or leave the row out of the calibration"
@@ -282,35 +297,40 @@ class Engine(Forward):
     def _influences(
         self, task: Task, hidden: Tensor, batch: Batch, layer_kwargs: LayerKwargs
     ) -> Iterator[ScoredRows]:
-        """One pass without `task.base`; a unit is yielded after its last layer."""
+        """Yield the influence of each unit, after its last layer, from one pass without
+        `task.base`."""
         influence = task.metric.compute
         wide_dtype = torch.promote_types(hidden.dtype, torch.float32)
-        waiting = {
-            mask: sorted(mask - task.base, key=lambda block: (block.layer, block.order))
-            for mask in task.masks
-        }
+        units = {}
+        for mask in task.masks:
+            blocks = mask - task.base
+            units[mask] = sorted(blocks, key=lambda block: (block.layer, block.order))
         inputs: dict[BlockId, Tensor] = {}
         outputs: dict[BlockId, Tensor] = {}
         for layer in range(len(self.layers)):
             for step in self.steps_of_layer(layer):
-                kept = [block for block in step if block not in task.base]
-                for block in kept:
+                live_blocks = [block for block in step if block not in task.base]
+                for block in live_blocks:
                     inputs[block] = hidden
                     outputs[block] = self.run_block(block, hidden, layer_kwargs, batch.packed)
-                hidden = joined(hidden, [outputs[block] for block in kept])
-            complete = [mask for mask, unit in waiting.items() if unit[-1].layer == layer]
+                hidden = joined(hidden, [outputs[block] for block in live_blocks])
+            complete = [mask for mask, unit in units.items() if unit[-1].layer == layer]
             for mask in complete:
-                unit = waiting.pop(mask)
+                unit = units.pop(mask)
+                # The unit takes x to x + f, where f is the sum of what its blocks add.
                 added = outputs[unit[0]].to(wide_dtype)
                 for block in unit[1:]:
                     added = added + outputs[block].to(added)
+                unit_input = inputs[unit[0]].to(added)
                 is_real = batch.is_real.to(added.device)
-                values = influence(inputs[unit[0]].to(added), added, is_real).tolist()
-                yield self._finite(mask, values, task)
-            # A state is kept as long as a waiting unit began at it.
-            oldest = min((unit[0].layer for unit in waiting.values()), default=len(self.layers))
-            inputs = {block: state for block, state in inputs.items() if block.layer >= oldest}
-            outputs = {block: state for block, state in outputs.items() if block.layer >= oldest}
+                values = influence(unit_input, added, is_real)
+                yield self._finite(mask, values.tolist(), task)
+            # States are freed as soon as no unit under way begins at them.
+            oldest = min((unit[0].layer for unit in units.values()), default=len(self.layers))
+            for block in list(inputs):
+                if block.layer < oldest:
+                    del inputs[block]
+                    del outputs[block]
 
     def row_losses(
         self, states: Tensor, dense: Tensor | None, batch: Batch, metric: Metric
@@ -321,17 +341,22 @@ class Engine(Forward):
         where the metric compares with it. Logits are made in chunks of tokens.
         """
         compute_loss = metric.compute
-        chunk_size = max(1, logits_bytes(self.room) // (self.head.weight.shape[0] * 4))
+        # The logits of a token are V numbers in float32.
+        token_bytes = self.head.weight.shape[0] * 4
+        chunk_size = max(1, logits_bytes(self.room) // token_bytes)
         losses = []
         for start in range(0, len(states), chunk_size):
             chunk = slice(start, start + chunk_size)
             logits = self.logits(states[chunk])
-            reference = logits[:0] if dense is None else self.logits(dense[chunk].to(self.home))
+            reference = logits[:0]
+            if dense is not None:
+                reference = self.logits(dense[chunk].to(self.home))
             losses.append(compute_loss(logits, batch.targets[chunk], reference))
         rows, length = batch.input_ids.shape
-        by_position = torch.zeros(rows * (length - 1), dtype=torch.float64, device=states.device)
+        positions = rows * (length - 1)
+        by_position = torch.zeros(positions, dtype=torch.float64, device=states.device)
         by_position[batch.places] = torch.cat(losses).double()
-        return by_position.view(rows, length - 1).sum(dim=1)
+        return by_position.view(rows, -1).sum(dim=1)
 
     def _set_batch_tokens(self, batch_tokens: int | str, reserved: int = 0) -> None:
         """Set the padded tokens of a batch. "auto" is as many as the device holds beside the
@@ -342,28 +367,33 @@ class Engine(Forward):
         device, batches are halved (`run`).
         """
         config = self.model.config
-        item = self.head.weight.element_size()
+        itemsize = self.head.weight.element_size()
+        self.limit = None
+        self.growth = 0.0
         self.room = None
         if self._on_gpu:
-            self.room = max(0, room_beside(self.model, self.home) - reserved)
-        self.growth, self.limit = 0.0, None
+            free = room_beside(self.model, self.home) - reserved
+            self.room = max(0, free)
         if batch_tokens != "auto":
             self._batch_tokens = int(batch_tokens)
         elif self.room is None:
             self._batch_tokens = CPU_BATCH_TOKENS
         else:
-            token_bytes = live_numbers(config.hidden_size, inner_size(config.to_dict())) * item
+            inner = inner_size(config.to_dict())
+            token_bytes = live_numbers(config.hidden_size, inner) * itemsize
             room = self.room - self.room // DENSE_SHARE - 4 * logits_bytes(self.room)
-            least, most = GPU_BATCH_TOKENS
-            self._batch_tokens = int(max(least, min(most, room // token_bytes)))
+            smallest, largest = GPU_BATCH_TOKENS
+            fitting = room // token_bytes
+            self._batch_tokens = max(smallest, min(largest, fitting))
             # Eager attention holds every head's map twice, and its softmax in float32.
             if config._attn_implementation == "eager":
-                self.growth = config.num_attention_heads * (2 * item + 4) / token_bytes
+                map_bytes = 2 * itemsize + 4
+                self.growth = config.num_attention_heads * map_bytes / token_bytes
 
 
 def late(launched: Iterable[Unread], depth: int) -> Iterator[Unread]:
-    """Each item once `depth` more are launched, or no more can be. `depth` devices, each with some
-    layers, then compute while a value is read."""
+    """Yield each item once `depth` further items are launched, or none is left to launch. `depth`
+    devices, each with some layers, then compute while a value is read."""
     queue = deque[Unread]()
     try:
         for item in launched:
