@@ -13,6 +13,7 @@ from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -59,7 +60,8 @@ class Weights:
     embedding's)."""
 
     def __init__(self, model: PreTrainedModel, checkpoint: Path, device: torch.device) -> None:
-        self._model, self._device = model, device
+        self._model = model
+        self._device = device
         self._empty = dict(model.named_parameters(remove_duplicate=False))
         self._stored, self.names = _matched(model, checkpoint, self._empty)
         self._files: dict[Path, int] = {}
@@ -71,7 +73,8 @@ class Weights:
 
     def load(self, names: Sequence[str]) -> None:
         """Read these weights into new memory, which is freed once all of them are dropped."""
-        self._use(self._read(names, self._slab(self.bytes(names))))
+        slab = self._slab(self.bytes(names))
+        self._use(self._read(names, slab))
 
     def in_turn(self, groups: Sequence[Sequence[str]]) -> Generator[None]:
         """Have one group of weights after another in memory: each from when it is yielded until the
@@ -91,15 +94,19 @@ class Weights:
         start = 0
         tensors = {}
         for name in sorted(names, key=self._file_order):
-            empty, stored = self._empty[name], self._stored[name]
+            empty = self._empty[name]
+            stored = self._stored[name]
+            offset = stored[0].offset
             is_direct = self._is_used_as_stored(name)
+            begin = start
             # A model in memory uses tensors where safetensors maps them, aligned as in the file. It
             # copies a tensor that is made of several, or that is not aligned to its items.
-            is_mapped = is_direct and len(stored) == 1 and stored[0].offset % empty.itemsize == 0
-            begin = start + (stored[0].offset % VECTOR if is_mapped else 0)
+            if is_direct and len(stored) == 1 and offset % empty.itemsize == 0:
+                begin += offset % VECTOR
             target = slab[begin : begin + empty.nbytes].view(empty.dtype)
             sizes = [tensor.shape.numel() for tensor in stored]
-            for piece, tensor in zip(torch.split(target, sizes), stored, strict=True):
+            pieces = torch.split(target, sizes)
+            for piece, tensor in zip(pieces, stored, strict=True):
                 self._fill(piece, tensor, is_direct)
             tensors[name] = target.view(empty.shape)
             start += aligned(empty.nbytes + VECTOR)
@@ -116,7 +123,10 @@ class Weights:
     def _fill(self, target: Tensor, stored: _Stored, is_direct: bool) -> None:
         if stored.file not in self._files:
             self._files[stored.file] = os.open(stored.file, os.O_RDONLY)
-        buffer = target if is_direct else torch.empty(len(target), dtype=stored.dtype)
+        buffer = target
+        # Another dtype or device needs a copy of what is read.
+        if not is_direct:
+            buffer = torch.empty(len(target), dtype=stored.dtype)
         read_into(self._files[stored.file], buffer, stored.offset, str(stored.file))
         self.bytes_read += buffer.nbytes
         if not is_direct:
@@ -125,7 +135,8 @@ class Weights:
     def _use(self, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             for use in self.names[name]:
-                self._set(use, nn.Parameter(tensor, requires_grad=False))
+                parameter = nn.Parameter(tensor, requires_grad=False)
+                self._set(use, parameter)
 
     def drop(self, names: Iterable[str]) -> None:
         for name in names:
@@ -139,7 +150,8 @@ class Weights:
 
     def _set(self, name: str, parameter: nn.Parameter) -> None:
         path, _, leaf = name.rpartition(".")
-        self._model.get_submodule(path)._parameters[leaf] = parameter
+        module = self._model.get_submodule(path)
+        module._parameters[leaf] = parameter
 
 
 def skeleton(
@@ -149,21 +161,23 @@ def skeleton(
     on `device`."""
     config = read_config(checkpoint, trust_remote_code)
     options = kernel_options(attention, dtype, device)
+    torch_dtype = getattr(torch, dtype)
     # Parameters lose their memory, which is still untouched, when a module registers them. Torch
     # types the hook as one that returns nothing, and takes what it returns.
     with usable(attention), register_module_parameter_registration_hook(_on_meta):  # type: ignore[arg-type]
         model = AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, **options
+            config, dtype=torch_dtype, trust_remote_code=trust_remote_code, **options
         )
     move_buffers_(model, device)
-    result: PreTrainedModel = model.eval()
-    return result
+    model.eval()
+    return cast(PreTrainedModel, model)
 
 
 def _on_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
     if parameter.is_meta:
         return parameter
-    return nn.Parameter(parameter.to("meta"), requires_grad=False)
+    empty = parameter.to("meta")
+    return nn.Parameter(empty, requires_grad=False)
 
 
 def _matched(
@@ -175,28 +189,32 @@ def _matched(
     uses: dict[str, tuple[str, ...]] = {name: (name,) for name in expected}
     for tied, source in model.all_tied_weights_keys.items():
         # Where both are stored they may differ, so each is read.
-        if tied in stored and source in stored:
-            continue
-        absent, present = (source, tied) if tied in stored else (tied, source)
-        uses[present] += uses.pop(absent)
-    ignored = re.compile(
-        "|".join([*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"])
-    )
-    mismatched, unreadable = set(), set()
+        if tied not in stored:
+            uses[source] += uses.pop(tied)
+        elif source not in stored:
+            uses[tied] += uses.pop(source)
+    ignored_patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
+    ignored = re.compile("|".join(ignored_patterns))
+    mismatched = set()
+    unreadable = set()
     for key in stored.keys() & uses.keys():
-        if not _make_up(expected[key].shape, [tensor.shape for tensor in stored[key]]):
+        shapes = [tensor.shape for tensor in stored[key]]
+        if not _make_up(expected[key].shape, shapes):
             mismatched.add(key)
         if any(tensor.dtype is None for tensor in stored[key]):
             unreadable.add(key)
+    extra = stored.keys() - uses.keys()
     problems = {
         "missing keys": uses.keys() - stored.keys(),
-        "unexpected keys": {key for key in stored.keys() - uses.keys() if not ignored.search(key)},
+        "unexpected keys": {key for key in extra if not ignored.search(key)},
         "mismatched keys": mismatched,
         f"not of a dtype that is streamed ({', '.join(FLOATS)})": unreadable,
     }
-    messages = [
-        f"{problem}: {', '.join(sorted(keys)[:5])}" for problem, keys in problems.items() if keys
-    ]
+    messages = []
+    for problem, keys in problems.items():
+        if keys:
+            examples = sorted(keys)[:5]
+            messages.append(f"{problem}: {', '.join(examples)}")
     if messages:
         raise InputError(
             f"the weights in {checkpoint} do not match its config.json ({'; '.join(messages)}); "
@@ -213,14 +231,17 @@ def _renamed(
     changes = get_model_conversion_mapping(model)
     renamings = [change for change in changes if isinstance(change, WeightRenaming)]
     merges = [change for change in changes if isinstance(change, WeightConverter)]
-    patterns = [pattern for merge in merges for pattern in merge.source_patterns]
+    patterns: list[str] = []
+    for merge in merges:
+        patterns += merge.source_patterns
     parts: dict[str, list[tuple[list[int], _Stored]]] = {}
     for key, tensor in headers.items():
         name, pattern = rename_source_key(key, renamings, merges, model.base_model_prefix, expected)
         position = []
+        # A pattern means that the tensor is merged with others into one weight.
         if pattern is not None:
-            position = [int(number) for number in re.findall(r"experts\.(\d+)\.", key)]
-            position.append(patterns.index(pattern))
+            experts = re.findall(r"experts\.(\d+)\.", key)
+            position = [*map(int, experts), patterns.index(pattern)]
         parts.setdefault(name, []).append((position, tensor))
     stored = {}
     for name, positioned in parts.items():
@@ -232,6 +253,7 @@ def _renamed(
 def _make_up(weight: torch.Size, parts: Sequence[torch.Size]) -> bool:
     """Whether the parts, one after another, are the weight: itself, or matrices [*, H] of a weight
     [E, I, H]."""
+    # The weight is stored whole.
     if len(parts) == 1:
         return parts[0] == weight
     has_all = sum(part.numel() for part in parts) == weight.numel()
@@ -240,11 +262,13 @@ def _make_up(weight: torch.Size, parts: Sequence[torch.Size]) -> bool:
 
 def _read_headers(checkpoint: Path) -> dict[str, _Stored]:
     """Every tensor of a checkpoint directory, by the name in its file."""
-    single, index = checkpoint / "model.safetensors", checkpoint / "model.safetensors.index.json"
+    single = checkpoint / "model.safetensors"
+    index = checkpoint / "model.safetensors.index.json"
     if single.exists():
         names = {single.name}
     elif index.exists():
-        names = set(json.loads(index.read_bytes())["weight_map"].values())
+        content = json.loads(index.read_bytes())
+        names = set(content["weight_map"].values())
     else:
         raise InputError(
             f"{checkpoint} holds neither {single.name} nor {index.name}; fetch the checkpoint again"
@@ -259,7 +283,7 @@ def _read_header(path: Path) -> dict[str, _Stored]:
     """The header of a safetensors file: its length in 8 bytes, then JSON of name -> dtype, shape,
     offsets."""
     try:
-        # safe_open checks header and size
+        # `safe_open` checks the header and the size of the file.
         with safe_open(path, framework="pt"), path.open("rb", buffering=0) as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
@@ -270,15 +294,17 @@ def _read_header(path: Path) -> dict[str, _Stored]:
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
-        offset = 8 + length + entry["data_offsets"][0]
+        begin, _ = entry["data_offsets"]
         dtype = FLOATS.get(entry["dtype"])
-        tensors[name] = _Stored(path, offset, dtype, torch.Size(entry["shape"]))
+        shape = torch.Size(entry["shape"])
+        tensors[name] = _Stored(path, 8 + length + begin, dtype, shape)
     return tensors
 
 
 def read_into(file: int, target: Tensor, offset: int, name: str) -> None:
     """Fill a contiguous tensor of main memory from `offset` of a file."""
     data = target.view(torch.uint8).numpy().data
+    # The kernel may read less than is requested, so the rest is requested again.
     while data:
         count = os.preadv(file, [data], offset)
         if count == 0:
