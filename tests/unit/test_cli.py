@@ -230,23 +230,23 @@ def test_a_command_that_is_told_to_end_leaves_no_half_checkpoint(
 
     monkeypatch.setattr(files, "sync", stop)
     # the test fails, and does not end, without a handler
-    initial = signal.signal(number, signal.default_int_handler)
+    handler = signal.signal(number, signal.default_int_handler)
     try:
         code, _, err = say(*prune(model, "--out", "new/out"))
     finally:
-        signal.signal(number, initial)
+        signal.signal(number, handler)
     assert code == 128 + number
     assert not [*(workdir / "new").iterdir()]
     assert err.splitlines()[-1] == "interrupted; scores are kept: run the same command again"
 
 
 def test_a_command_goes_on_behind_nohup(workdir, say):
-    initial = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         assert say("--version")[0] == 0
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGHUP, initial)
+        signal.signal(signal.SIGHUP, handler)
 
 
 @pytest.mark.usefixtures("in_process")
@@ -409,14 +409,14 @@ def test_a_finished_checkpoint_gets_other_formats(model, workdir, refused, answe
         ).read_bytes(), name
     assert load_plan(workdir / "small-nas/blockpruner_plan.json").removed
     assert "| rows held out from refit |" in (workdir / "small-nas/README.md").read_text()
-    for text, message in (
+    for args, message in (
         (("small", "nas"), "is not empty; choose another folder"),
         (("small", "hf"), "is the hf checkpoint itself"),
         (("small-nas/..", "nas"), "there is no plan at"),
         (("small", "onnx"), "onnx"),
         (("small-gguf", "gguf"), "is no hf checkpoint; give the one that it was made of"),
     ):
-        refused(message, "export", *text)
+        refused(message, "export", *args)
 
 
 def test_llama_cpp_takes_the_layers_of_a_plan_out_of_any_file(workdir, say, refused):
@@ -475,9 +475,9 @@ def test_a_plan_of_channels_says_all(model, workdir, say, refused, answer):
     args = prune(
         model, "--set", "compensate.method=none", "--out", "out", "--json", method="narrow"
     )
-    output = answer(*args)["plan"]
-    assert output["details"]["channels"]
-    assert not output["removed"]
+    pruned = answer(*args)["plan"]
+    assert pruned["details"]["channels"]
+    assert not pruned["removed"]
     assert say("apply", model, "out", "--out", "again")[0] == 0
     assert (workdir / "again/model.safetensors").read_bytes() == (
         workdir / "out/model.safetensors"
@@ -509,22 +509,22 @@ def test_compensated_weights_are_kept_and_no_plan_promises_them(model, workdir, 
     args = prune(
         model, "--seq-len", 16, "--out", "out", "--json", budget="1blocks", method="recommended"
     )
-    output = answer(*args)["plan"]
-    assert (output["method"], output["compensate"]) == ("floating", "refit")
+    plan = answer(*args)["plan"]
+    assert (plan["method"], plan["compensate"]) == ("floating", "refit")
     (report,) = (workdir / "cache/blockpruner/compensated").glob("*/compensate.json")
-    initial = report.stat().st_mtime_ns
+    written_at = report.stat().st_mtime_ns
     assert json.loads(report.read_text())["method"] == "refit"
     assert ("compensated without training" in (workdir / "out/README.md").read_text()) is (
         report.with_name("weights.safetensors").exists()
     )
     answer(*args)
-    assert report.stat().st_mtime_ns == initial
+    assert report.stat().st_mtime_ns == written_at
     code, _, err = say("apply", model, "out", "--out", "again")
     assert code == 0
     assert "loses the same parts, but is not healed (refit)" in err
     plain = load_plan(workdir / "again/blockpruner_plan.json")
     assert plain.compensate == "none"
-    assert list(plain.removed) == output["removed"]
+    assert list(plain.removed) == plan["removed"]
     assert "compensated" not in (workdir / "again/README.md").read_text()
 
 
@@ -925,13 +925,13 @@ def test_no_command_uses_a_damaged_checkpoint_of_ours(model, workdir, say, answe
 @pytest.mark.usefixtures("workdir")
 def test_a_revision_and_an_address_of_the_hub(model, say, asked, monkeypatch):
     hub = Hub(model, monkeypatch)
-    for text in (
+    for args in (
         ("a/tiny@v1",),
         ("a/tiny", "--revision", "v1"),
         ("hf://a/tiny@v1",),
         ("https://huggingface.co/a/tiny@v1",),
     ):
-        code, _, err = say("prune", *text, "--budget", 0.3)
+        code, _, err = say("prune", *args, "--budget", 0.3)
         assert code == 130, err
         assert (asked[-1][1].model.repo, asked[-1][1].model.revision) == ("a/tiny", "v1")
     assert {*hub.asked} == {("a/tiny", "v1")}
@@ -985,21 +985,21 @@ def test_chat_records_go_through_the_template(workdir, say, refused, monkeypatch
 
 
 def test_a_bad_model_an_absent_package_and_an_interrupt(workdir, say, refused, monkeypatch):
-    for text in (prune("./absent"), prune("absent.gguf"), ("chat", "texts.txt")):
-        assert say(*text)[0] == 2
+    for args in (prune("./absent"), prune("absent.gguf"), ("chat", "texts.txt")):
+        assert say(*args)[0] == 2
     missing = (
         "there is no folder 'modles/tiny' here, and hub repository 'modles/tiny' cannot be used:"
         " HF_HUB_OFFLINE"
     )
-    for text in (
+    for args in (
         prune("modles/tiny"),
         ("chat", "modles/tiny"),
         ("apply", "modles/tiny", "p", "--out", "o"),
     ):
-        refused(missing, *text)
+        refused(missing, *args)
     (save_tiny(workdir / "odd") / "config.json").write_text('{"model_type": "rnn"}')
     refused("'rnn' is unknown; valid: ", *prune("odd"))
-    for raised, code, text in (
+    for raised, code, message in (
         (ModuleNotFoundError("", name="gguf"), 2, "error: this needs the package gguf"),
         (KeyboardInterrupt(), 130, "interrupted; scores are kept"),
     ):
@@ -1007,7 +1007,7 @@ def test_a_bad_model_an_absent_package_and_an_interrupt(workdir, say, refused, m
             Command, "read_run", lambda *args, raised=raised, **_: (x for x in ()).throw(raised)
         )
         assert (result := say(*prune("odd")))[0] == code
-        assert result[2].startswith(text)
+        assert result[2].startswith(message)
 
 
 def test_help_loads_no_torch_and_every_command_explains_itself(say):
@@ -1181,8 +1181,8 @@ def test_compare_measures_perplexity_on_the_same_rows(
     assert both[0]["perplexity"] == pytest.approx(math.exp(mean(long)), rel=1e-5), (
         "rows fit into both contexts"
     )
-    rest = iter([tiny_tokenizer(), lambda text, **_: {"input_ids": ids[::-1]}])
-    monkeypatch.setattr(talking, "load_tokenizer", lambda folder: next(rest))
+    tokenizers = iter([tiny_tokenizer(), lambda text, **_: {"input_ids": ids[::-1]}])
+    monkeypatch.setattr(talking, "load_tokenizer", lambda folder: next(tokenizers))
     refused("pruned has another tokenizer than", *args)
 
 
