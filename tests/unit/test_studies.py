@@ -95,7 +95,7 @@ def test_shipped_studies_are_of_runs_and_methods_that_there_are(name):
     assert all(re.fullmatch(r"[A-Za-z0-9-]+", target) for target in study.targets)
     for run, settings in runs.items():
         targets = [target for target in study.targets.values() if target.run == run]
-        experiments = [one for one in study.experiments.values() if one.run == run]
+        experiments = [item for item in study.experiments.values() if item.run == run]
         assert targets or experiments, f"nothing is asked of {run}"
         assert not targets or settings.export == (), "a study shows numbers, no checkpoints"
         assert settings.train is not None or not any(target.train for target in targets)
@@ -120,11 +120,11 @@ def test_a_grid_is_every_method_at_every_budget():
             "train": True,
         },
     ]
-    more = {"mine": {"run": "a", "budget": "0.1"}}
-    found = targets_of(
-        read_settings(Study, {"title": "t", "runs": ["a", "b"], "grids": grids, "targets": more})
+    extra = {"mine": {"run": "a", "budget": "0.1"}}
+    result = targets_of(
+        read_settings(Study, {"title": "t", "runs": ["a", "b"], "grids": grids, "targets": extra})
     )
-    assert list(found) == [
+    assert list(result) == [
         "a-floating-b21-99",
         "a-floating-7layers",
         "a-greedy-layers-b21-99",
@@ -137,10 +137,10 @@ def test_a_grid_is_every_method_at_every_budget():
         "b-blockpruner-b30kv-refit-train",
         "mine",
     ]
-    assert found["b-blockpruner-b30kv-refit-train"] == Target(
+    assert result["b-blockpruner-b30kv-refit-train"] == Target(
         run="b", budget="0.3kv", method="blockpruner", compensate="refit", train=True
     )
-    assert found["mine"].method is None
+    assert result["mine"].method is None
 
 
 @pytest.mark.parametrize(
@@ -325,37 +325,37 @@ def raw(folder: Path, target: str) -> tuple[dict[str, Any], pd.DataFrame]:
 
 def test_numbers_of_a_model_are_those_of_its_files(folder, rows):
     frame = models_frame(rows).set_index("target")
-    found, (facts, items) = frame.loc["tiny-shortgpt-b20"], raw(folder, "tiny-shortgpt-b20")
+    result, (facts, items) = frame.loc["tiny-shortgpt-b20"], raw(folder, "tiny-shortgpt-b20")
     plan = json.loads((folder / "tiny-shortgpt-b20" / "plan.json").read_text())
     dense, _ = raw(folder, "tiny-dense")
-    assert (
-        found["removed_pct"] == pytest.approx(100 * plan["ratio"])
-        and found["mha"] == plan["blocks"]["mha"]
-    )
-    assert found["heldout_ppl"] == facts["perplexity"]["perplexity"]
+    assert result["removed_pct"] == pytest.approx(100 * plan["ratio"])
+    assert result["mha"] == plan["blocks"]["mha"]
+    assert result["heldout_ppl"] == facts["perplexity"]["perplexity"]
     ratio = stats.ttest_rel(
         facts["perplexity"]["row_nll"], dense["perplexity"]["row_nll"]
     ).confidence_interval(0.95)
-    assert (found["heldout_x_low"], found["heldout_x_high"]) == pytest.approx(
+    assert (result["heldout_x_low"], result["heldout_x_high"]) == pytest.approx(
         np.exp([ratio.low, ratio.high])
     )
     by_task = items.groupby("task")["acc"]
-    assert found["avg_pct"] == pytest.approx(100 * by_task.mean().mean())
-    assert found["avg_pct_se"] == pytest.approx(100 * np.sqrt((by_task.sem() ** 2).sum()) / 5)
-    assert found["p_gold_pct"] == pytest.approx(100 * items.groupby("task")["p_gold"].mean().mean())
+    assert result["avg_pct"] == pytest.approx(100 * by_task.mean().mean())
+    assert result["avg_pct_se"] == pytest.approx(100 * np.sqrt((by_task.sem() ** 2).sum()) / 5)
+    assert result["p_gold_pct"] == pytest.approx(
+        100 * items.groupby("task")["p_gold"].mean().mean()
+    )
     timed = json.loads((folder / "tiny-shortgpt-b20" / "speed.json").read_text())["speed"]
     dense_s, pruned_s = (
         timed[side]["generation_seconds"]["samples"] for side in ("dense", "pruned")
     )
-    assert found["generation_x"] == pytest.approx(np.median(dense_s) / np.median(pruned_s))
-    assert found["generation_x_low"] <= found["generation_x"] <= found["generation_x_high"]
+    assert result["generation_x"] == pytest.approx(np.median(dense_s) / np.median(pruned_s))
+    assert result["generation_x_low"] <= result["generation_x"] <= result["generation_x_high"]
     assert frame.loc["tiny-shortgpt-b20-refit-train", "healing"] == "refit + training"
 
 
 def test_the_average_is_of_the_papers_tasks_whatever_else_is_measured(tmp_path):
     study = study_of(["blockpruner"], ["0.20"])
-    more = rows_of(study, evidence(tmp_path / "more", study, (*FIVE, "lambada_openai")))
-    own = models_frame(more).iloc[1]
+    extra = rows_of(study, evidence(tmp_path / "more", study, (*FIVE, "lambada_openai")))
+    own = models_frame(extra).iloc[1]
     assert (
         own["avg_pct"]
         == pytest.approx(np.mean([own[task] for task in FIVE]))
@@ -366,8 +366,8 @@ def test_the_average_is_of_the_papers_tasks_whatever_else_is_measured(tmp_path):
 
 
 def test_comparisons_are_paired_and_corrected_over_the_table(folder, rows):
-    found = tables_of(rows)["paired"]
-    one = found[(found["method"] == "ShortGPT") & (found["removed_pct"] > 15)].iloc[0]
+    result = tables_of(rows)["paired"]
+    item = result[(result["method"] == "ShortGPT") & (result["removed_pct"] > 15)].iloc[0]
     (other, items), (base, own) = (
         raw(folder, "tiny-shortgpt-b20"),
         raw(folder, "tiny-blockpruner-b20"),
@@ -377,12 +377,11 @@ def test_comparisons_are_paired_and_corrected_over_the_table(folder, rows):
         .groupby("task")
         .mean()
     )
-    assert one["against"] == "BlockPruner" and one["avg_against"] == pytest.approx(
-        100 * gaps.mean()
-    )
+    assert item["against"] == "BlockPruner"
+    assert item["avg_against"] == pytest.approx(100 * gaps.mean())
     t = stats.ttest_rel(other["perplexity"]["row_nll"], base["perplexity"]["row_nll"])
     p_values = []
-    for line in found.itertuples():
+    for line in result.itertuples():
         target = f"-b{10 if line.removed_pct < 15 else 20}" + "-refit" * ("refit" in line.method)
         method = {"S": "shortgpt", "g": "greedy-layers"}[line.method[0]]
         pair = [
@@ -390,18 +389,18 @@ def test_comparisons_are_paired_and_corrected_over_the_table(folder, rows):
             for m in (method, "blockpruner")
         ]
         p_values.append(stats.ttest_rel(*pair).pvalue)
-    assert found["ppl_against_p"].tolist() == pytest.approx(
+    assert result["ppl_against_p"].tolist() == pytest.approx(
         multipletests(p_values, method="holm")[1]
     )
     smaller = sum(p < t.pvalue for p in p_values)
     ends = np.exp(t.confidence_interval(1 - 0.05 / (len(p_values) - smaller)))
-    assert (one["ppl_against_low"], one["ppl_against_high"]) == pytest.approx(tuple(ends))
-    assert not found["method"].str.contains("training").any()  # BlockPruner's is not trained
+    assert (item["ppl_against_low"], item["ppl_against_high"]) == pytest.approx(tuple(ends))
+    assert not result["method"].str.contains("training").any()  # BlockPruner's is not trained
 
 
 def test_methods_are_compared_on_each_task_and_corrected_over_the_tasks_of_a_pair(folder, rows):
-    found = tables_of(rows)["paired-tasks"]
-    own = found[(found["method"] == "ShortGPT") & (found["removed_pct"] > 15)].set_index("task")
+    result = tables_of(rows)["paired-tasks"]
+    own = result[(result["method"] == "ShortGPT") & (result["removed_pct"] > 15)].set_index("task")
     assert tuple(own.index) == FIVE
     (_, items), (_, base) = raw(folder, "tiny-shortgpt-b20"), raw(folder, "tiny-blockpruner-b20")
     scores = [
@@ -445,8 +444,8 @@ def calibrated(folder: Path) -> list[Row]:
 
 def test_figures_of_calibration_and_training_have_their_models_alone(tmp_path):
     rows = calibrated(tmp_path)
-    found, frame = tables_of(rows), models_frame(rows).set_index("target")
-    seven, eight = found["figure7"], found["figure8"]
+    result, frame = tables_of(rows), models_frame(rows).set_index("target")
+    seven, eight = result["figure7"], result["figure8"]
     assert list(seven[["texts", "samples"]].itertuples(index=False, name=None)) == [
         ("alpaca", 256),
         ("alpaca", 64),
@@ -460,7 +459,7 @@ def test_figures_of_calibration_and_training_have_their_models_alone(tmp_path):
         frame["heldout_ppl"][f"a-{name}"]
         for name in ("dense", "blockpruner-b21-99", "blockpruner-b21-99-train")
     ]
-    assert "table1" not in found, "which has plain models alone, here of one method"
+    assert "table1" not in result, "which has plain models alone, here of one method"
 
 
 def test_what_a_study_takes_is_told_of_any_method_and_checked_where_the_paper_has_it(tmp_path):
@@ -469,9 +468,9 @@ def test_what_a_study_takes_is_told_of_any_method_and_checked_where_the_paper_ha
         frame = models_frame(rows_of(study, evidence(tmp_path / title, study), title))
         frame["recipe"] = frame["recipe"].replace("greedy-layers", "recommended")  # two searches
         runs = {run: load_run("llama2-7b", ROOT / "runs") for run in frame["run"]}
-        found = items_of(frame, runs, PUBLISHED)
-        assert ("check" in found) is checked
-        assert takes(found["all"][1]).startswith(
+        result = items_of(frame, runs, PUBLISHED)
+        assert ("check" in result) is checked
+        assert takes(result["all"][1]).startswith(
             f"{len(frame)} models ({len(frame)} measured); 3 searches; "
         )
 
@@ -515,8 +514,8 @@ def test_what_differs_from_the_paper_is_a_fault_only_where_nothing_searches(tmp_
 
 def test_rows_of_the_paper_follow_ours_at_the_nearest_ratio(tmp_path):
     study = study_of(["blockpruner", "greedy-layers"], ["0.2199", "0.30", "0.47"])
-    found = tables_of(rows_of(study, evidence(tmp_path, study), "Llama2-7B"))
-    table5 = found["table5"]
+    result = tables_of(rows_of(study, evidence(tmp_path, study), "Llama2-7B"))
+    table5 = result["table5"]
     block = table5[table5["method"] == "BlockPruner"]
     # 0.47 is too far from 43.03
     assert block["source"].tolist() == [
@@ -526,36 +525,37 @@ def test_rows_of_the_paper_follow_ours_at_the_nearest_ratio(tmp_path):
         "paper",
     ]
     assert block[block["source"] == "paper"]["removed_pct"].tolist() == [30.0, 37.02, 43.03]
-    table1 = found["table1"]
+    table1 = result["table1"]
     assert table1[table1["method"] == "BlockPruner"]["source"].tolist() == ["here", "paper"]
     theirs = table1[(table1["method"] == "BlockPruner") & (table1["source"] == "paper")].iloc[0]
-    assert theirs["avg_pct"] == 60.17 and theirs["heldout_ppl"] is None
+    assert theirs["avg_pct"] == 60.17
+    assert theirs["heldout_ppl"] is None
     assert set(table1["method"]) >= {"SliceGPT", "LaCo"}  # which the study has not
-    minutes = found["table7"].set_index(["method", "source"])["minutes"]
-    assert minutes["BlockPruner", "here"] == 1.5 and minutes["BlockPruner", "paper"] == 45
+    minutes = result["table7"].set_index(["method", "source"])["minutes"]
+    assert minutes["BlockPruner", "here"] == 1.5
+    assert minutes["BlockPruner", "paper"] == 45
 
 
 def test_tables_without_ratios_are_at_those_of_table_1(tmp_path):
     study = study_of(["blockpruner", "shortgpt"], ["0.17", "0.2199", "0.30"])
-    found = tables_of(
+    result = tables_of(
         rows_of(study, evidence(tmp_path, study, (*FIVE, "agieval_aqua_rat")), "Llama2-7B")
     )
-    one = found["table1"].query("method == 'BlockPruner' and source == 'here'").iloc[0]
-    every = found["models"].query("method == 'BlockPruner'").set_index("budget")
-    (aqua,) = found["table8"].query("method == 'BlockPruner' and source == 'here'")[
+    item = result["table1"].query("method == 'BlockPruner' and source == 'here'").iloc[0]
+    every = result["models"].query("method == 'BlockPruner'").set_index("budget")
+    (aqua,) = result["table8"].query("method == 'BlockPruner' and source == 'here'")[
         "agieval_aqua_rat"
     ]
-    assert (
-        one["avg_pct"] == every["avg_pct"]["0.2199"] and aqua == every["agieval_aqua_rat"]["0.2199"]
-    )
+    assert item["avg_pct"] == every["avg_pct"]["0.2199"]
+    assert aqua == every["agieval_aqua_rat"]["0.2199"]
 
 
 def test_both_readings_of_relative_magnitude_are_shown_with_the_papers_row(tmp_path):
     study = study_of(
         ["blockpruner", "relative-magnitude", "relative-magnitude-frobenius"], ["0.2102", "0.2407"]
     )
-    found = tables_of(rows_of(study, evidence(tmp_path / "a", study), "Llama2-7B"))["table1"]
-    own = found[found["method"].str.startswith("Relative")]
+    result = tables_of(rows_of(study, evidence(tmp_path / "a", study), "Llama2-7B"))["table1"]
+    own = result[result["method"].str.startswith("Relative")]
     assert own["method"].tolist() == [
         "Relative Magnitude",
         "Relative Magnitude, Frobenius",
@@ -606,29 +606,30 @@ def test_a_target_without_evidence_is_a_row_with_its_reason(tmp_path):
     write_table(folder / "tiny-mha-only-b20" / "items.parquet", table)
     frame = models_frame(rows_of(study, folder))
     reasons = frame.set_index("target")["reason"]
-    assert (
-        reasons["tiny-blockpruner-b20"] == "" and reasons["tiny-shortgpt-b20"] == "not measured yet"
-    )
+    assert reasons["tiny-blockpruner-b20"] == ""
+    assert reasons["tiny-shortgpt-b20"] == "not measured yet"
     assert "different items" in reasons["tiny-mha-only-b20"]
 
 
 def test_conditions_tell_of_healing_and_name_runs_that_differ_by_a_seed_once():
-    apart, told = (
+    apart, reported = (
         (("a", "42", ""), ("b", "43", "more"), ("c", "44", "")),
         {"training": "LoRA", "compensation": "texts"},
     )
     subjects = [
-        Subject(run, replace(LABELS, calibration=f"web, seed {seed}", tasks=tasks, **told))
+        Subject(run, replace(LABELS, calibration=f"web, seed {seed}", tasks=tasks, **reported))
         for run, seed, tasks in apart
     ]
-    rows = [Row(one.run, one, "laco", how, "", None) for one in subjects for how in ("", "refit")]
+    rows = [
+        Row(item.run, item, "laco", how, "", None) for item in subjects for how in ("", "refit")
+    ]
     both, other = conditions(rows)
-    assert (
-        both.startswith("a, c: ")
-        and "web, seed 42, 44; " in both
-        and both.endswith("; refit: texts.")
-    )
-    assert other.startswith("b: ") and "web, seed 43; " in other and "LoRA" not in other
+    assert both.startswith("a, c: ")
+    assert "web, seed 42, 44; " in both
+    assert both.endswith("; refit: texts.")
+    assert other.startswith("b: ")
+    assert "web, seed 43; " in other
+    assert "LoRA" not in other
     (trained,) = conditions([replace(rows[0], healing="refit + training")])
     assert trained.endswith("; refit: texts; training: LoRA.")
 
@@ -648,9 +649,11 @@ def test_a_study_writes_its_tables_figures_and_pages(written, rows):
         tables["models"]["heldout_ppl"].tolist(), rel=1e-15
     )
     plots = {path.stem for path in (out / "plots").glob("*.png")}
-    assert plots == {"figure5", "figure10"} and plots < tables.keys()
+    assert plots == {"figure5", "figure10"}
+    assert plots < tables.keys()
     html = (out / "index.html").read_text()
-    assert "&lt;tiny&gt;" in html and "<tiny>" not in html
+    assert "&lt;tiny&gt;" in html
+    assert "<tiny>" not in html
 
 
 # docs/
@@ -658,12 +661,12 @@ def test_a_study_writes_its_tables_figures_and_pages(written, rows):
 
 def test_pages_hold_the_tables_of_docs_results():
     """`python -m study.publish` fills them."""
-    found = 0
+    result = 0
     for path in publish.pages(ROOT):
         text = path.read_text(encoding="utf-8")
         assert publish.filled(text, ROOT / "docs" / "results") == text, path
-        found += len(publish.BLOCK.findall(text))
-    assert found >= 2
+        result += len(publish.BLOCK.findall(text))
+    assert result >= 2
 
 
 def test_a_number_in_a_text_is_that_of_the_only_row_with_these_values(tmp_path):
@@ -716,12 +719,16 @@ def test_publish_copies_a_study_and_fills_the_pages(written, monkeypatch, capsys
     with refused("no-results"):
         publish.publish("other", root)
     publish.publish("mine", root)
-    assert publish.fill(root) == [root / "README.md"] and publish.fill(root) == []
+    assert publish.fill(root) == [root / "README.md"]
+    assert publish.fill(root) == []
     lines = (root / "README.md").read_text().splitlines()
-    assert lines[2].startswith("  | model | method |") and lines[-2:] == ["  <!-- /table -->", "b"]
+    assert lines[2].startswith("  | model | method |")
+    assert lines[-2:] == ["  <!-- /table -->", "b"]
     assert (root / "docs" / "results" / "figure5.png").exists()
     (root / "README.md").write_text("<!-- table: none -->\n<!-- /table -->\n")
     monkeypatch.chdir(root)
-    assert publish.main(["mine"]) == 2 and "table 'none'" in capsys.readouterr().err
+    assert publish.main(["mine"]) == 2
+    assert "table 'none'" in capsys.readouterr().err
     (root / "README.md").write_text("<!-- table: figure5 -->\n<!-- /table -->\n")
-    assert publish.main([]) == 0 and capsys.readouterr().out == "written: README.md\n"
+    assert publish.main([]) == 0
+    assert capsys.readouterr().out == "written: README.md\n"
