@@ -119,7 +119,7 @@ def build(data: Path, world: World = World()) -> Path:
         masks.append(removed)
         nlls.append(nll)
     searched = world.method != "slicegpt"
-    rows = [told for row in rows if (told := _told(world, row))]
+    rows = [reported for row in rows if (reported := _told(world, row))]
     results(data / "evidence" / f"{world.run}-dense", world, 0, 0.0, None)
     for position, (target, count) in enumerate(world.removals):
         plan = {
@@ -466,9 +466,10 @@ def test_csv_files_hold_full_precision(report: Path) -> None:
     dense, _, last = _csv(report / "curve.csv")
     folder = report.parent / "evidence" / "tiny-b"
     plan, result, speed = (_json(folder / f"{name}.json") for name in ("plan", "results", "speed"))
-    found = dense["target"], float(dense["ratio"]), last["target"], int(last["removals"])
-    assert found == ("tiny-dense", 0, "tiny-b", 6)
-    assert float(last["ratio"]) == plan["ratio"] and dense["compensated"] == "none"
+    outcome = dense["target"], float(dense["ratio"]), last["target"], int(last["removals"])
+    assert outcome == ("tiny-dense", 0, "tiny-b", 6)
+    assert float(last["ratio"]) == plan["ratio"]
+    assert dense["compensated"] == "none"
     assert float(last["perplexity_heldout"]) == result["perplexity"]["perplexity"]
     assert float(last["perplexity_calibration"]) == plan["calibration"]["perplexity"]
     assert float(last["accuracy"]) == result["average"]["value"]
@@ -494,7 +495,8 @@ def test_the_page_loads_nothing_and_escapes_its_title(report: Path) -> None:
     }
     assert loads == {"curve.csv", "iterations.csv"} <= {path.name for path in report.iterdir()}
     assert all(target[1:] in page.ids for target in page.loads if target[0] == "#")
-    assert len(page.ids) == len(set(page.ids)) and not page.tags & {
+    assert len(page.ids) == len(set(page.ids))
+    assert not page.tags & {
         "script",
         "link",
         "iframe",
@@ -502,7 +504,8 @@ def test_the_page_loads_nothing_and_escapes_its_title(report: Path) -> None:
         "embed",
     }
     assert not re.search(r"@import|url\(|https?://", text)
-    assert "<h1>A &lt;b&gt;bold&lt;/b&gt; | title &amp; more</h1>" in text and "<b>bold" not in text
+    assert "<h1>A &lt;b&gt;bold&lt;/b&gt; | title &amp; more</h1>" in text
+    assert "<b>bold" not in text
     assert (report / "report.md").read_text().startswith(r"# A \<b\>bold\</b\> \| title \& more")
 
 
@@ -524,8 +527,8 @@ def test_the_dense_models_multiples_have_the_intervals_of_scipy(tmp_path: Path) 
 def test_each_kind_of_held_out_text_has_its_loss_and_an_uneven_one_is_a_warning(
     tmp_path: Path,
 ) -> None:
-    found = study(tmp_path, replace(World(), uneven=0.1))
-    shown, text = rows(headline(found)), finding(found, "uneven")
+    result = study(tmp_path, replace(World(), uneven=0.1))
+    shown, text = rows(headline(result)), finding(result, "uneven")
     dense, pruned = (
         _json(tmp_path / f"evidence/tiny-{name}/results.json")["perplexity"]
         for name in ("dense", "b")
@@ -546,9 +549,8 @@ def test_each_kind_of_held_out_text_has_its_loss_and_an_uneven_one_is_a_warning(
     assert f"tiny-b: The kind 'program text' lost most: its perplexity is {worst} the mean" in text
     assert "tiny-a" not in text
     plain = study(tmp_path / "plain")
-    assert "uneven" not in warned(plain) and not any(
-        "Perplexity of" in name for name in rows(headline(plain))
-    )
+    assert "uneven" not in warned(plain)
+    assert not any("Perplexity of" in name for name in rows(headline(plain)))
 
 
 class _Page(HTMLParser):
@@ -583,16 +585,14 @@ class _Page(HTMLParser):
     ],
 )
 def test_jump(tmp_path: Path, costs: tuple[float, ...], index: int | None) -> None:
-    found = study(tmp_path, replace(World(), costs=costs, heldout_factor=0.1))
-    (trace,) = found.traces
+    result = study(tmp_path, replace(World(), costs=costs, heldout_factor=0.1))
+    (trace,) = result.traces
     assert jump_at(trace) == index
-    assert warned(found) == ([] if index is None else ["jump"])
+    assert warned(result) == ([] if index is None else ["jump"])
     if index is not None:
-        text = finding(found, "jump")
-        assert (
-            trace.plan.order[index] in text
-            and f"to {math.exp(2.5 + sum(costs[: index + 1])):.2f}." in text
-        )
+        text = finding(result, "jump")
+        assert trace.plan.order[index] in text
+        assert f"to {math.exp(2.5 + sum(costs[: index + 1])):.2f}." in text
         assert not index or f"{index} blocks ({100 * trace.plan.ratios[index - 1]:.2f} %" in text
 
 
@@ -624,17 +624,17 @@ def test_jump(tmp_path: Path, costs: tuple[float, ...], index: int | None) -> No
 def test_the_verdict_is_by_what_was_measured_of_a_model(
     tmp_path: Path, change: dict[str, Any], name: str | None, broken: str
 ) -> None:
-    found = study(tmp_path, replace(World(), **change))
-    best = recommended(found.targets)
+    result = study(tmp_path, replace(World(), **change))
+    best = recommended(result.targets)
     assert (best and best.name) == name
-    assert [option.name for option in found.targets if is_broken(option)] == [
+    assert [option.name for option in result.targets if is_broken(option)] == [
         f"tiny-{one}" for one in broken
     ]
-    assert ("broken" in warned(found)) == bool(broken)
+    assert ("broken" in warned(result)) == bool(broken)
     assert (f"Fastest that holds up: {name}" if name else "Keep the dense model") in finding(
-        found, "stop"
+        result, "stop"
     )
-    assert ("jump" in warned(found)) == (0.9 in change.get("costs", ()))
+    assert ("jump" in warned(result)) == (0.9 in change.get("costs", ()))
 
 
 def test_a_jump_that_all_models_beyond_it_are_healed_of_is_no_warning(tmp_path: Path) -> None:
@@ -642,8 +642,8 @@ def test_a_jump_that_all_models_beyond_it_are_healed_of_is_no_warning(tmp_path: 
     for target, expected in (("tiny-a", Level.WARNING), ("tiny-b", Level.NOTE)):
         path = tmp_path / "evidence" / target / "plan.json"
         write_sealed_json(path, _json(path) | {"train": True})
-        (found,) = read_runs(["tiny-a", "tiny-b"], LABELS, tmp_path)
-        (jump,) = [finding for finding in findings(found) if finding.rule == "jump"]
+        (result,) = read_runs(["tiny-a", "tiny-b"], LABELS, tmp_path)
+        (jump,) = [finding for finding in findings(result) if finding.rule == "jump"]
         assert jump.level is expected
 
 
@@ -656,21 +656,23 @@ def test_a_model_is_to_be_taken_if_it_lost_little(tmp_path: Path) -> None:
             ({"accuracy_loss": 0.04, "items": 4000}, "Fastest"),
         )
     ):
-        found = study(
+        result = study(
             tmp_path / str(number), replace(World(), **({"heldout_factor": 0.34} | change))
         )
-        assert finding(found, "stop").startswith(words)
+        assert finding(result, "stop").startswith(words)
 
 
 def test_signs_are_judged_model_by_model_and_with_healing(tmp_path: Path) -> None:
     """One that is not faster has more MLP than MHA removed; one suffers on other text, and its
     refit does not help."""
     build(tmp_path, replace(World(), speedups=(1.0, 1.12), heldout_factor=1.9, candidates="mlp"))
-    (found,) = read_runs(["tiny-a", "tiny-b"], LABELS, tmp_path)
-    assert warned(found) == ["broken", "mismatch", "slow"]
-    assert "tiny-b" in finding(found, "mismatch") and "tiny-a" not in finding(found, "mismatch")
-    assert "tiny-a" in finding(found, "slow") and "tiny-b" not in finding(found, "slow")
-    assert "more MLP than MHA" in finding(found, "slow")
+    (result,) = read_runs(["tiny-a", "tiny-b"], LABELS, tmp_path)
+    assert warned(result) == ["broken", "mismatch", "slow"]
+    assert "tiny-b" in finding(result, "mismatch")
+    assert "tiny-a" not in finding(result, "mismatch")
+    assert "tiny-a" in finding(result, "slow")
+    assert "tiny-b" not in finding(result, "slow")
+    assert "more MLP than MHA" in finding(result, "slow")
     assert "more MLP than MHA" not in finding(
         study(tmp_path / "mha", replace(World(), speedups=(1.0, 1.1), candidates="mha")), "slow"
     )
@@ -686,8 +688,8 @@ def test_signs_are_judged_model_by_model_and_with_healing(tmp_path: Path) -> Non
             tmp_path / "compensated/tiny-b/compensate.json",
             {"search": "mine", "perplexity": rows_of_fit},
         )
-        (found,) = read_runs(["tiny-a", "tiny-b"], LABELS, tmp_path)
-        assert ("mismatch" in warned(found)) is expected
+        (result,) = read_runs(["tiny-a", "tiny-b"], LABELS, tmp_path)
+        assert ("mismatch" in warned(result)) is expected
 
 
 def test_tasks_fail_by_a_tenth_and_beyond_noise(tmp_path: Path) -> None:
@@ -716,16 +718,16 @@ def test_nothing_is_compared_with_a_time_that_is_not_known(tmp_path: Path) -> No
     data, names = build(tmp_path), ["tiny-a", "tiny-b"]
     write_sealed_json(data / "evidence" / "tiny-a" / "speed.json", {"speed": None, "made": {}})
     write_report(data / "report", "A title", names, LABELS, data, True)
-    (found,) = read_runs(names, LABELS, data)
-    table = rows(headline(found))
+    (result,) = read_runs(names, LABELS, data)
+    table = rows(headline(result))
     for measure in ("Prefill, tokens/s", "Generation, × dense", "Peak memory", "KV cache"):
         assert set(table[measure].values()) == {measure, "–", "not timed"}
-    (verdict,) = [f for f in findings(found) if f.rule == "stop"]
-    assert verdict.level is Level.NOTE and recommended(found.targets) is None
+    (verdict,) = [f for f in findings(result) if f.rule == "stop"]
+    assert verdict.level is Level.NOTE
+    assert recommended(result.targets) is None
     curve = _csv(data / "report" / "curve.csv")
-    assert {row["speedup_generation"] for row in curve} == {""} and {
-        row["front"] for row in curve
-    } == {"1"}
+    assert {row["speedup_generation"] for row in curve} == {""}
+    assert {row["front"] for row in curve} == {"1"}
 
 
 def test_a_speed_stands_beside_that_of_the_dense_model_in_the_same_turns(tmp_path: Path) -> None:
@@ -734,7 +736,7 @@ def test_a_speed_stands_beside_that_of_the_dense_model_in_the_same_turns(tmp_pat
     for target in ("tiny-a", "tiny-b"):
         speed = read_json(data / "evidence" / target / "speed.json")["speed"]
         pruned, dense = (
-            31 / median(speed[one]["decode_seconds"]["samples"]) for one in ("pruned", "dense")
+            31 / median(speed[item]["decode_seconds"]["samples"]) for item in ("pruned", "dense")
         )
         assert table["Decode, tokens/s"][target] == f"{pruned:.2f} (dense {dense:.2f})"
 
@@ -776,9 +778,8 @@ def test_methods_without_a_sequence(tmp_path: Path) -> None:
         for row in csv.DictReader(io.StringIO(iterations_csv([walked])))
         if row["target"] == "floating-a"
     ]
-    assert [row["blocks"] for row in steps] == ["0", "2", "3"] and not any(
-        row["put_back"] for row in steps
-    )
+    assert [row["blocks"] for row in steps] == ["0", "2", "3"]
+    assert not any(row["put_back"] for row in steps)
     assert parse_mask(",".join(row["removed"] for row in steps[1:])) == walked.targets[0].plan.mask
     assert np.log([float(row["perplexity"]) for row in steps]) == pytest.approx(
         [nlls[0], nlls[1] + 0.2, nlls[1]]
@@ -794,11 +795,11 @@ def test_methods_without_a_sequence(tmp_path: Path) -> None:
 
 
 def test_searches_that_are_not_nested_are_both_shown(tmp_path: Path) -> None:
-    found = study(tmp_path)
-    short, long = found.targets
+    result = study(tmp_path)
+    short, long = result.targets
     other = replace(short, plan=replace(short.plan, order=("mha.11", "mlp.11", "mha.10")))
-    assert found.traces == (long,)
-    assert replace(found, targets=(other, long)).traces == (other, long)
+    assert result.traces == (long,)
+    assert replace(result, targets=(other, long)).traces == (other, long)
 
 
 def test_an_answer_that_nobody_guesses_is_in_the_average(tmp_path: Path) -> None:
@@ -820,11 +821,11 @@ def test_an_answer_that_nobody_guesses_is_in_the_average(tmp_path: Path) -> None
             for i in range(2)
         ]
         write_table(path / "items.parquet", pa.Table.from_pylist(items, ITEMS))
-    (found,) = read_runs(["tiny-a", "tiny-b"], LABELS, data)
-    assert list(found.chance) == [*CHANCE, "gsm8k"]
-    assert all(set(option.model.scores) == {*CHANCE, "gsm8k"} for option in found.options)
-    assert found.dense.model.scores["gsm8k"].tolist() == [0.0, 1.0]
-    assert rows(headline(found))["gsm8k, %"]["chance"] == "0.0"
+    (result,) = read_runs(["tiny-a", "tiny-b"], LABELS, data)
+    assert list(result.chance) == [*CHANCE, "gsm8k"]
+    assert all(set(option.model.scores) == {*CHANCE, "gsm8k"} for option in result.options)
+    assert result.dense.model.scores["gsm8k"].tolist() == [0.0, 1.0]
+    assert rows(headline(result))["gsm8k, %"]["chance"] == "0.0"
 
 
 def test_what_healed_a_target_is_shown(tmp_path: Path) -> None:
@@ -836,20 +837,20 @@ def test_what_healed_a_target_is_shown(tmp_path: Path) -> None:
     for name, after, changes in (("tiny-a", 20.5, {"train": True}), ("tiny-b", 30.25, {})):
         path = tmp_path / "evidence" / name / "plan.json"
         write_sealed_json(path, _json(path) | {"compensate": "refit"} | changes)
-        found = {"dense": 12.0, "before": 30.25, "after": after}
+        result = {"dense": 12.0, "before": 30.25, "after": after}
         write_sealed_json(
             tmp_path / "compensated" / name / "compensate.json",
-            {"search": "mine", "perplexity": found},
+            {"search": "mine", "perplexity": result},
         )
     labels = {"tiny": replace(LABEL, compensation="Wikipedia", training="LoRA on 8,000 samples")}
-    (found,) = read_runs(["tiny-a", "tiny-b", "tiny-c"], labels, tmp_path)
-    row = rows(headline(found))["Weights healed by"]
+    (result,) = read_runs(["tiny-a", "tiny-b", "tiny-c"], labels, tmp_path)
+    row = rows(headline(result))["Weights healed by"]
     assert [row[name] for name in ("tiny-c", "tiny-b", "tiny-a")] == [
         "nothing",
         "nothing",
         "refit + training",
     ]
-    shown = facts(replace(found, targets=found.targets[1:]))
+    shown = facts(replace(result, targets=result.targets[1:]))
     assert shown["Training"] == "LoRA on 8,000 samples: tiny-a"
     assert "tiny-a: refit, 30.25 → 20.50 (dense 12.00)" in shown["Compensation"]
 
@@ -889,8 +890,8 @@ def test_damaged_inputs_are_named_and_the_old_report_stays(
 
 
 def test_paired_errors_match_numpy_and_mark_only_real_differences(tmp_path: Path) -> None:
-    found = study(tmp_path, replace(World(), accuracy_loss=0.25))
-    dense, target = found.dense.model, found.targets[1].model
+    result = study(tmp_path, replace(World(), accuracy_loss=0.25))
+    dense, target = result.dense.model, result.targets[1].model
     errors = []
     for task in CHANCE:
         d = target.scores[task] - dense.scores[task]
@@ -900,10 +901,9 @@ def test_paired_errors_match_numpy_and_mark_only_real_differences(tmp_path: Path
     average = paired(dense, target)
     assert average.stderr == pytest.approx(math.sqrt(sum(e * e for e in errors)) / 3)
     assert average.value < -2 * average.stderr
-    table = rows(headline(found))
-    assert table["Average, %"]["tiny-b"].endswith("↓") and not table["Average, %"][
-        "dense"
-    ].endswith("↓")
+    table = rows(headline(result))
+    assert table["Average, %"]["tiny-b"].endswith("↓")
+    assert not table["Average, %"]["dense"].endswith("↓")
     assert (table["winogrande, %"]["chance"], table["winogrande, %"]["dense"]) == (
         "50.0",
         "52.0 ± 7.1",
@@ -1010,5 +1010,5 @@ def test_the_tables_of_every_search_are_read(
             perplexities[: len(plan.order) + 1]
         )
     else:
-        chosen = [DENSE, *(found.removed for found in trace)]
+        chosen = [DENSE, *(result.removed for result in trace)]
         assert [step.mask for step in steps] == [mask for mask, _ in groupby(chosen)]
