@@ -156,20 +156,20 @@ def test_three_steps_of_lora_and_adamw_by_hand(tmp_path, family):
         merged = base | {
             f"{name}.weight": base[f"{name}.weight"] + 10 / 3 * B[name] @ A[name] for name in A
         }
-        found = 0.0
+        result = 0.0
         for row in ROWS.rows:
             logits = functional_call(
                 model, merged, (torch.tensor([row]),), {"use_cache": False}
             ).logits[0, :-1]
-            found = found - logits.log_softmax(-1).gather(
+            result = result - logits.log_softmax(-1).gather(
                 1, torch.tensor(row[1:])[:, None]
             ).mean() / len(ROWS.rows)
-        return found
+        return result
 
     losses, clipped = steps_by_hand([*A.values(), *B.values()], loss)
     assert clipped
-    found = train(model, tmp_path / "all", recipe)
-    assert found["losses"] == pytest.approx(losses, abs=1e-6)  # the Trainer adds them as float32
+    result = train(model, tmp_path / "all", recipe)
+    assert result["losses"] == pytest.approx(losses, abs=1e-6)  # the Trainer adds them as float32
     for name, weight in model.state_dict().items():
         layer = name.removesuffix(".weight")
         expected = (
@@ -191,8 +191,8 @@ def test_three_steps_of_all_weights_by_hand(tmp_path):
         own, lambda: sum(plain_loss(plain, teacher, row, recipe) for row in ROWS.rows) / 4
     )
     model = pruned()
-    found = train(model, tmp_path, recipe, teacher=teacher)
-    assert found["losses"] == pytest.approx(losses, abs=1e-6)
+    result = train(model, tmp_path, recipe, teacher=teacher)
+    assert result["losses"] == pytest.approx(losses, abs=1e-6)
     for (name, weight), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert (weight - expected).abs().max() < 1e-8, name
 
@@ -238,14 +238,14 @@ def test_what_is_trained_learns_and_nothing_else(tmp_path, variant, weights):
         (model.get_input_embeddings().weight, model.get_output_embeddings().weight),
     )
     if weights == "lora":
-        wanted = {
+        expected = {
             f"{name}.weight"
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear)
         }
-        wanted -= {f"{head_of(model)}.weight"}
+        expected -= {f"{head_of(model)}.weight"}
     else:
-        wanted = {
+        expected = {
             name
             for name, weight in model.named_parameters()
             if all(weight is not end for end in ends)
@@ -253,13 +253,14 @@ def test_what_is_trained_learns_and_nothing_else(tmp_path, variant, weights):
     nll = sum(full_nll(model, row) for row in ROWS.rows)
     train(model, tmp_path, changed(weights=weights, epochs=12))
     after = weights_of(model)
-    assert {name for name in before if not torch.equal(before[name], after[name])} == wanted
+    assert {name for name in before if not torch.equal(before[name], after[name])} == expected
     assert (type(model), model.config.to_dict(), [name for name, _ in model.named_modules()]) == (
         kind,
         config,
         names,
     )
-    assert not model.training and not any(weight.requires_grad for weight in model.parameters())
+    assert not model.training
+    assert not any(weight.requires_grad for weight in model.parameters())
     assert sum(full_nll(model, row) for row in ROWS.rows) < nll
 
 
@@ -298,7 +299,7 @@ def plain_loss(model, teacher, row, wanted):
     """The formula for one row, from whole logits of both models, sums over the vocabulary written
     out."""
     z, dense = (
-        each(torch.tensor([row]), use_cache=False).logits[0, :-1] for each in (model, teacher)
+        item(torch.tensor([row]), use_cache=False).logits[0, :-1] for item in (model, teacher)
     )
     loss = 0.0
     for t, target in enumerate(row[1:]):
@@ -331,11 +332,11 @@ def test_gradient_is_that_of_the_plain_formula(monkeypatch, family, share):
         sum(full_nll(models[1], row) for row in ROWS.rows) / 4, rel=close
     )
     head = head_of(models[0])
-    for (name, found), (_, plain) in zip(
+    for (name, result), (_, plain) in zip(
         *(model.named_parameters() for model in models), strict=True
     ):
         if plain.grad is not None and not name.startswith(head):
-            assert (found.grad - plain.grad).norm() <= 10 * close * plain.grad.norm(), name
+            assert (result.grad - plain.grad).norm() <= 10 * close * plain.grad.norm(), name
 
 
 def test_steps_smaller_than_the_last_bit_are_not_lost(tmp_path):
@@ -350,10 +351,10 @@ def test_steps_smaller_than_the_last_bit_are_not_lost(tmp_path):
         torch.cat(
             [
                 (w.float() - before[name].float())[before[name].abs() > 0.5]
-                for name, w in each.named_parameters()
+                for name, w in item.named_parameters()
             ]
         )
-        for each in (model, exact)
+        for item in (model, exact)
     )
     assert (moved != 0).float().mean() > 0.1
     assert torch.corrcoef(torch.stack([moved, goal]))[0, 1] > 0.5
@@ -368,19 +369,20 @@ def test_the_state_that_is_best_on_held_out_rows_is_kept(tmp_path, weights):
     in between."""
     recipe = changed(weights=weights, epochs=8, learning_rate=0.02, validate_every=2)
     model = pruned()
-    found = train(
+    result = train(
         model,
         tmp_path,
         recipe,
         CalibrationSet(ROWS.rows[:2]),
         validation=CalibrationSet(ROWS.rows[2:]),
     )
-    assert [each["step"] for each in found["validations"]] == [0, 2, 4, 6, 8]
+    assert [item["step"] for item in result["validations"]] == [0, 2, 4, 6, 8]
     nll = sum(full_nll(model, row) for row in ROWS.rows[2:]) / 2
-    best = min(found["validations"], key=lambda each: each["nll"])
-    assert (found["step"], best["nll"]) == (best["step"], pytest.approx(nll, abs=1e-6))
+    best = min(result["validations"], key=lambda item: item["nll"])
+    assert (result["step"], best["nll"]) == (best["step"], pytest.approx(nll, abs=1e-6))
     start = sum(full_nll(pruned(), row) for row in ROWS.rows[2:]) / 2
-    assert found["validations"][0]["nll"] == pytest.approx(start, abs=1e-6) and nll <= start + 1e-9
+    assert result["validations"][0]["nll"] == pytest.approx(start, abs=1e-6)
+    assert nll <= start + 1e-9
 
 
 @pytest.mark.parametrize("weights", ["lora", "all"])
@@ -394,8 +396,9 @@ def test_what_does_not_get_better_is_left_as_it_was(tmp_path, monkeypatch, weigh
     )
     model, watch = pruned(dtype=dtype), Watch()
     recipe = changed(weights=weights, validate_every=1)
-    found = train(model, tmp_path, recipe, validation=ROWS, observer=watch)
-    assert found["step"] == 0 and len(found["validations"]) == 4
+    result = train(model, tmp_path, recipe, validation=ROWS, observer=watch)
+    assert result["step"] == 0
+    assert len(result["validations"]) == 4
     assert "never fell: the weights are left as they were" in watch.summary
     before = weights_of(pruned(dtype=dtype))
     assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
@@ -412,7 +415,7 @@ def test_a_full_device_gets_fewer_rows_at_once_then_checkpointing_and_the_same_w
     second batch of a step, when one gradient is there already, and in the middle of a backward
     pass."""
     recipe = changed(weights=weights, epochs=2, **ALL_AT_ONCE)
-    expected, found = pruned(), pruned()
+    expected, result = pruned(), pruned()
     train(expected, tmp_path / "roomy", recipe)
     plain, asked, calls = TrainingLoss.__call__, [], count()
 
@@ -425,12 +428,11 @@ def test_a_full_device_gets_fewer_rows_at_once_then_checkpointing_and_the_same_w
         return loss, nll
 
     monkeypatch.setattr(TrainingLoss, "__call__", full)
-    facts = train(found, tmp_path / "full", recipe)
-    assert asked[:4] == [(3, False), (1, False), (2, False), (1, False)] and set(asked[4:]) == {
-        (1, True)
-    }
+    facts = train(result, tmp_path / "full", recipe)
+    assert asked[:4] == [(3, False), (1, False), (2, False), (1, False)]
+    assert set(asked[4:]) == {(1, True)}
     assert len(facts["losses"]) == 2
-    for name, weight in weights_of(found).items():
+    for name, weight in weights_of(result).items():
         torch.testing.assert_close(weight, weights_of(expected)[name], rtol=1e-5, atol=1e-7)
 
     def always(self, ids, lengths, total):
@@ -477,9 +479,10 @@ def test_a_killed_run_ends_in_the_same_weights(tmp_path, monkeypatch, dtype, cha
     (tmp_path / "killed/checkpoint-99").mkdir(parents=True)  # killed while it was written
     watch = Watch()
     torch.rand(5)  # the order of the rows is not the process's
-    found = train(model, tmp_path / "killed", recipe, observer=watch, **given)
-    assert found == expected
-    assert watch.steps == 2 and "goes on after step 4" in watch.notes[0]
+    result = train(model, tmp_path / "killed", recipe, observer=watch, **given)
+    assert result == expected
+    assert watch.steps == 2
+    assert "goes on after step 4" in watch.notes[0]
     assert {path.name for path in tmp_path.iterdir()} == {"killed", "undisturbed"}
     for name, weight in weights_of(model).items():
         assert torch.equal(weight, weights_of(undisturbed)[name]), name
@@ -567,12 +570,14 @@ def test_a_sealed_state_outlives_a_cut_of_power_before_any_write(tmp_path, mode)
         folder.mkdir()
         sealed.write_text("0")
         code, _ = forked(folder, lambda: write_states(folder, sealed), tmp_path / "log", cut, mode)
-        found, least = last_state(folder, notes.append), int(sealed.read_text())
-        step = 0 if found is None else int(found.name.partition("-")[2])
+        result, least = last_state(folder, notes.append), int(sealed.read_text())
+        step = 0 if result is None else int(result.name.partition("-")[2])
         assert step in (least, least + 1), f"write {cut}"
-        if found is not None:
+        if result is not None:
             content = {
-                path.name: path.read_bytes() for path in found.iterdir() if path.name != "seal.json"
+                path.name: path.read_bytes()
+                for path in result.iterdir()
+                if path.name != "seal.json"
             }
             assert content == {
                 "optimizer.pt": b"%d" % step * 100,
@@ -582,7 +587,9 @@ def test_a_sealed_state_outlives_a_cut_of_power_before_any_write(tmp_path, mode)
             assert (folder / BEST).read_bytes() == content[BEST]
         if code == 0:
             break
-    assert cut > 20 and step == 2 and not notes
+    assert cut > 20
+    assert step == 2
+    assert not notes
 
 
 @contextmanager
@@ -618,8 +625,8 @@ def test_samples_end_where_the_text_ends_or_at_seq_len():
     texts = ["ab", "abc", "abcdefgh"]
 
     def rows_of(texts, samples, seed):
-        wanted = changed(num_samples=samples, seq_len=4, seed=seed, validation=0)
-        return training_rows(texts, tiny_tokenizer(), wanted)[0].rows
+        expected = changed(num_samples=samples, seq_len=4, seed=seed, validation=0)
+        return training_rows(texts, tiny_tokenizer(), expected)[0].rows
 
     rows = rows_of(texts, 3, 0)
     ids = {letter: tiny_tokenizer()(letter)["input_ids"][0] for letter in "abcd"}
@@ -640,8 +647,8 @@ def test_joined_rows_are_full_and_validation_rows_are_others():
         + f"the paragraph of {number} has well more than fifty characters"
         for number in range(30)
     ]
-    notes, wanted = [], changed(num_rows=5, seq_len=32, validation=3)
-    rows, held = training_rows(texts, tiny_tokenizer(), wanted, texts[:4], notes.append)
+    notes, expected = [], changed(num_rows=5, seq_len=32, validation=3)
+    rows, held = training_rows(texts, tiny_tokenizer(), expected, texts[:4], notes.append)
     assert [len(row) for row in rows.rows + held.rows] == [32] * 8
     assert notes == ["4 of 30 training texts are evaluated too: they are not drawn"]
     text = tiny_tokenizer().decode([token for row in rows.rows + held.rows for token in row])
@@ -649,18 +656,19 @@ def test_joined_rows_are_full_and_validation_rows_are_others():
     samples, others = training_rows(
         texts, tiny_tokenizer(), changed(num_samples=20, validation=10, seq_len=99)
     )
-    assert (len(samples.rows), len(others.rows)) == (20, 10) and not set(samples.rows) & set(
-        others.rows
-    )
+    assert (len(samples.rows), len(others.rows)) == (20, 10)
+    assert not set(samples.rows) & set(others.rows)
     with pytest.raises(
         InputError, match=r"train.num_rows \+ validation 903 is more than the \d+ rows of 32 tokens"
     ):
-        training_rows(texts, tiny_tokenizer(), wanted.model_copy(update={"num_rows": 900}))
+        training_rows(texts, tiny_tokenizer(), expected.model_copy(update={"num_rows": 900}))
     few, last = training_rows(
-        texts, tiny_tokenizer(), wanted.model_copy(update={"num_rows": 900}), at_most=True
+        texts, tiny_tokenizer(), expected.model_copy(update={"num_rows": 900}), at_most=True
     )
-    assert len(few.rows) > 5 and len(last.rows) == 3 and not set(few.rows) & set(last.rows)
-    held_out = wanted.model_copy(update={"validation": len(few.rows) + 3})
+    assert len(few.rows) > 5
+    assert len(last.rows) == 3
+    assert not set(few.rows) & set(last.rows)
+    held_out = expected.model_copy(update={"validation": len(few.rows) + 3})
     with pytest.raises(
         InputError, match=r"fill (\d+) rows of 32 tokens, of which \1 are held out; give more texts"
     ):
