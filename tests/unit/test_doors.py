@@ -125,7 +125,7 @@ def test_every_door_makes_the_same_model_of_the_same_words(place, monkeypatch):
     monkeypatch.setattr(
         Command,
         "read_run",
-        lambda *given, **more: asked.append(read(*given, **more)) or asked[-1],
+        lambda *args, **more: asked.append(read(*args, **more)) or asked[-1],
     )
     with pytest.raises(SystemExit) as end:
         command.main(PRUNE)
@@ -142,9 +142,9 @@ def test_every_door_makes_the_same_model_of_the_same_words(place, monkeypatch):
     assert (place / "by-file/model.safetensors").read_bytes() == (
         exported / "model.safetensors"
     ).read_bytes()
-    found = prune_in_memory()
-    assert found.plan.removed == same_plan(exported, "tiny").removed
-    assert (found.compensation["heat"] | found.compensation["judged"]).keys() == {
+    result = prune_in_memory()
+    assert result.plan.removed == same_plan(exported, "tiny").removed
+    assert (result.compensation["heat"] | result.compensation["judged"]).keys() == {
         "layers",
         "narrow",
     }
@@ -152,7 +152,7 @@ def test_every_door_makes_the_same_model_of_the_same_words(place, monkeypatch):
     assert load_plan(place / "data/plans/pruned/narrow.json").calibration["rows"] == len(fit), (
         "not the search's rows"
     )
-    found.save(str(place / "memory"))
+    result.save(str(place / "memory"))
     assert (place / "memory/model.safetensors").read_bytes() == (
         exported / "model.safetensors"
     ).read_bytes()
@@ -278,9 +278,9 @@ def gemma(place, monkeypatch):
     bos_tokenizer().save_pretrained(place / "tiny")
     write_texts(place / "heldout.jsonl", [f"other words {i} " * 9 for i in range(20)])
 
-    def load(data, *given):
+    def load(data, *args):
         if data.source != "hub":
-            return texts.load_texts(data, *given)
+            return texts.load_texts(data, *args)
         return TEXTS[60:] if data.repo == "Salesforce/wikitext" else [*map(instruction, TEXTS[:60])]
 
     parts = [TEXTS[i : i + 24] for i in range(0, len(TEXTS), 24)]
@@ -296,7 +296,7 @@ def gemma(place, monkeypatch):
     five = yaml.safe_load(shipped.REAL.read_text()) | {"wide": {"source": "general"}}
     (place / "five.yaml").write_text(yaml.safe_dump(five))
     monkeypatch.setattr(sources, "OURS", place / "five.yaml")
-    monkeypatch.setattr(texts, "package_file", lambda *given: None)
+    monkeypatch.setattr(texts, "package_file", lambda *args: None)
     monkeypatch.setattr(texts, "read_member", lambda archive, file: files[Path(file).name].encode())
     monkeypatch.setattr(pruning, "load_texts", load)
     return place
@@ -312,14 +312,14 @@ def instruction(text):
 
 def test_without_texts_every_family_can_read_the_rows_and_responses_are_scored(gemma, monkeypatch):
     """The paper's draw begins one row with BOS, and scores Alpaca's template."""
-    found, noted = [], []
+    result, noted = [], []
 
     class Noted(SilentObserver):
         def note(self, message):
             noted.append(message)
 
-    def recorded(*given, **more):
-        found.append(calibrate(*given, **more))
+    def recorded(*args, **more):
+        result.append(calibrate(*args, **more))
         raise RecordedError
 
     calibrate = splits.calibrate
@@ -327,25 +327,27 @@ def test_without_texts_every_family_can_read_the_rows_and_responses_are_scored(g
     monkeypatch.setattr(command, "stderr_observer", Noted)
     with pytest.raises(RecordedError):
         by_command_without_texts()
-    for name, part in vars(found[0]).items():
-        assert part.rows and {max(row[0], ~row[0]) for row in part.rows} == {257}, name
+    for name, part in vars(result[0]).items():
+        assert part.rows, name
+        assert {max(row[0], ~row[0]) for row in part.rows} == {257}, name
     rows = {
         name: set(re.findall(r"doc\d{3}", decoded(part.rows)))
-        for name, part in vars(found[0]).items()
+        for name, part in vars(result[0]).items()
     }
     judge = rows.pop("judge")
     assert judge and not judge & set().union(*rows.values()), "set aside before the search draws"
-    scored = decoded([token for token in row if token >= 0] for row in found[0].search.rows)
+    scored = decoded([token for token in row if token >= 0] for row in result[0].search.rows)
     assert {int(number) // 24 for number in re.findall(r"doc(\d{3})", scored)} == {*range(5)}, (
         "all kinds of text"
     )
     kinds = {"encyclopaedia", "instructions", "web", "program text", "stories"}
-    assert {*found[0].judge.kinds} == {*kinds, "Python's library"}
-    assert "Response" not in scored and not any("BOS" in note for note in noted)
+    assert {*result[0].judge.kinds} == {*kinds, "Python's library"}
+    assert "Response" not in scored
+    assert not any("BOS" in note for note in noted)
     paper = ("--method", "blockpruner", "--seq-len", "64", "--num-samples", "4")
     with pytest.raises(RecordedError):
         command.main(("prune", "tiny", "--budget", "0.3", *paper))
-    assert "Response" in decoded(found[1].search.rows), "as published"
+    assert "Response" in decoded(result[1].search.rows), "as published"
 
 
 def test_held_out_rows_begin_with_bos_in_every_door(gemma, monkeypatch):
@@ -381,10 +383,10 @@ def test_no_row_that_judges_or_is_evaluated_is_seen_elsewhere(
     place, monkeypatch, door, evaluated, ignored
 ):
     """`ignored`: that this test would find it."""
-    draw_rows, found = splits.calibrate, []
+    draw_rows, result = splits.calibrate, []
 
-    def recorded(*given, **more):
-        found.append(draw_rows(*given, **more))
+    def recorded(*args, **more):
+        result.append(draw_rows(*args, **more))
         raise RecordedError
 
     monkeypatch.setattr(splits, "calibrate", recorded)
@@ -392,11 +394,11 @@ def test_no_row_that_judges_or_is_evaluated_is_seen_elsewhere(
         drawn = calibration.draw
         for module in (calibration, healing_rows):
             monkeypatch.setattr(
-                module, "draw", lambda *given, reserved=(), **more: drawn(*given, **more)
+                module, "draw", lambda *args, reserved=(), **more: drawn(*args, **more)
             )
     with pytest.raises(RecordedError):
         door()
-    rows = {name: part for name, part in vars(found[0]).items() if part.rows}
+    rows = {name: part for name, part in vars(result[0]).items() if part.rows}
     decoded = {
         name: tiny_tokenizer().decode([t for row in part.rows for t in row])
         for name, part in rows.items()
@@ -406,19 +408,15 @@ def test_no_row_that_judges_or_is_evaluated_is_seen_elsewhere(
     }
     ours = {name: set(re.findall(r"(?:tales|code) \d+", text)) for name, text in decoded.items()}
     if not ignored:
-        assert (
-            ours["judge"]
-            and ours["fit"]
-            and not ours["judge"] & (ours["search"] | ours["fit"] | ours["tuning"])
-        )
+        assert ours["judge"]
+        assert ours["fit"]
+        assert not ours["judge"] & (ours["search"] | ours["fit"] | ours["tuning"])
     assert {*rows["judge"].kinds} >= {"tales", "code", "Python's library"}
     judge, others = documents.pop("judge"), set().union(*documents.values())
     keys = rows.pop("judge").row_keys
-    assert (
-        judge
-        and documents.keys() >= {"search", "fit", "tuning"}
-        and ("train" in documents) is (door is not in_memory)
-    )
+    assert judge
+    assert documents.keys() >= {"search", "fit", "tuning"}
+    assert ("train" in documents) is (door is not in_memory)
     assert not evaluated & (judge | others)
     assert bool(judge & others) is ignored
     assert ignored or not {*keys} & {key for part in rows.values() for key in part.row_keys}
@@ -444,10 +442,10 @@ def test_what_must_be_apart_has_no_row_and_no_text_in_common(place):
     }
     Path("runs/tiny.yaml").write_text(yaml.safe_dump(run))
     stages(*OF_RUN[:3])
-    found = splits.Rows.load(Path("data/calibration/tiny"))
+    result = splits.Rows.load(Path("data/calibration/tiny"))
     held = texts.read_texts(Path("data/sources/tiny/perplexity.parquet"))
     evaluated = perplexity.held_out(tiny_tokenizer(), held, load_run("tiny").evaluate.perplexity)
-    rows = {name: part.rows for name, part in vars(found).items()} | {"evaluated": evaluated.rows}
+    rows = {name: part.rows for name, part in vars(result).items()} | {"evaluated": evaluated.rows}
     seen = {name: re.findall(r"doc(\d{3}) begins", decoded(own)) for name, own in rows.items()}
     apart = [("fit", "tuning"), ("train", "validation"), ("judge", "evaluated")]
     apart += [
@@ -459,7 +457,7 @@ def test_what_must_be_apart_has_no_row_and_no_text_in_common(place):
         assert seen[name] and not {*seen[name]} & {*seen[other]}, (name, other)
         assert not {*rows[name]} & {*rows[other]}, (name, other)
     assert evaluated.kinds == ("a", "b", "c")
-    assert list(dict.fromkeys(found.judge.kinds)) == [
+    assert list(dict.fromkeys(result.judge.kinds)) == [
         "a",
         "b",
         "c",
@@ -484,12 +482,11 @@ def test_texts_too_few_to_set_some_aside_are_named_and_others_judge(place):
 
     notes = []
     model = AutoModelForCausalLM.from_pretrained("tiny")
-    found = blockpruner.prune(
+    result = blockpruner.prune(
         model, tiny_tokenizer(), TEXTS[:5], 0.3, seq_len=64, only_texts=True, observer=Notes()
     )
-    assert "your texts" not in found.plan.kinds and any(
-        "too few texts of your texts" in note for note in notes
-    )
+    assert "your texts" not in result.plan.kinds
+    assert any("too few texts of your texts" in note for note in notes)
 
 
 @pytest.mark.parametrize(
@@ -526,7 +523,7 @@ def test_the_stage_score_refuses_what_a_later_stage_cannot_finish(
             raise InputError("no room", rule="training" if train else "refit")
 
     monkeypatch.setattr(pipeline, "require_room", room)
-    monkeypatch.setattr(pipeline, "score", lambda *given: {})
+    monkeypatch.setattr(pipeline, "score", lambda *args: {})
     if refused is None:
         stages("score")
         assert checked == [(None, None, "0.3")]
