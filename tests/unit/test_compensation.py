@@ -171,7 +171,8 @@ def test_the_penalty_is_the_best_of_all_wherever_the_walk_begins(start, noise, m
     monkeypatch.setattr(Moments, "solve", solve)
     change, penalty, error = best_change(moments, heldout, PENALTIES, start)
     assert penalty == min(errors, key=errors.get)
-    assert error == errors[penalty] and change is changes[penalty]
+    assert error == errors[penalty]
+    assert change is changes[penalty]
     # From the start to the best one, and a neighbour on either side.
     steps = abs(PENALTIES.index(start) - PENALTIES.index(penalty))
     assert len(tried) == len(set(tried)) <= steps + 3
@@ -338,7 +339,8 @@ def test_every_block_behind_a_removed_span_is_fitted_and_no_heldout_error_rises(
         if point.removed_span or fittable:
             able = [b for b in point.blocks if streams.output_projection(b) is not None]
             fittable += map(str, able)
-    assert names(stats, "writers") == fittable and len(fittable) >= 2
+    assert names(stats, "writers") == fittable
+    assert len(fittable) >= 2
 
 
 # Where the dense model can be recovered exactly
@@ -383,7 +385,8 @@ def test_a_removed_linear_map_is_recovered_by_the_output_projection(monkeypatch)
     first, *others = refit_(model, "mlp.1")
     with masked(model, parse_mask("mlp.1")) as pruned:
         torch.testing.assert_close(pruned(IDS).logits, logits, atol=1e-5, rtol=0)
-    assert first["error"] < 1e-9 and len(others) == 4
+    assert first["error"] < 1e-9
+    assert len(others) == 4
 
 
 # Compensated plans
@@ -403,7 +406,8 @@ def test_a_span_before_all_kept_blocks_and_progress_to_the_last_block(variant):
     assert facts["stops"][0] == {"hole": ["mha.0", "mlp.0"], "writers": [], "error": 1.0}
     blocks = [f"{kind}.{layer}" for layer in (1, 2, 3) for kind in ("mha", "mlp")]
     assert names(facts["stops"], "writers") == blocks
-    assert progress == sorted(progress) and progress[-1] == (8, 8)
+    assert progress == sorted(progress)
+    assert progress[-1] == (8, 8)
 
 
 def test_weights_are_named_as_in_the_pruned_model_and_the_dense_one_is_not_changed():
@@ -486,7 +490,8 @@ def test_a_change_of_one_fit_point_that_does_harm_there_is_undone(variant, error
     changed = [
         name for name, weight in model.state_dict().items() if not weight.equal(before[name])
     ]
-    assert changed and not any("layers.1." in name for name in changed)
+    assert changed
+    assert not any("layers.1." in name for name in changed)
 
 
 @pytest.mark.parametrize(
@@ -506,7 +511,8 @@ def test_the_step_of_the_least_heldout_loss_is_taken(losses, step, monkeypatch):
     monkeypatch.setattr(Streams, "losses", lambda self, states: [next(all_losses)])
     weights, facts = compensate(model, mask_plan(model, "mlp.1"))
     perplexity = facts["perplexity"]
-    assert facts["share"] == step and bool(weights) == bool(step)
+    assert facts["share"] == step
+    assert bool(weights) == bool(step)
     assert perplexity["before"] == math.exp(2)
     assert perplexity["after"] == pytest.approx(math.exp(min(2, *losses)) if step else math.exp(2))
     assert next(all_losses, None) is None
