@@ -78,21 +78,21 @@ def sequence(world, steps=8, objective=None, per="none", acceleration="none", **
 
 
 def brute_force(world, steps=8, per="none"):
-    removed, found = DENSE, []
+    removed, result = DENSE, []
     for _ in range(steps):
-        left = [unit for unit in UNITS if not unit <= removed]
+        remaining = [unit for unit in UNITS if not unit <= removed]
         rise = {
             unit: world.rows_of(removed | unit).mean() - world.rows_of(removed).mean()
-            for unit in left
+            for unit in remaining
         }
-        size = {unit: COSTS.ratio(unit) if per == "parameters" else 1 for unit in left}
+        size = {unit: COSTS.ratio(unit) if per == "parameters" else 1 for unit in remaining}
         best = min(
-            left,
+            remaining,
             key=lambda unit: rise[unit] / size[unit] if rise[unit] > 0 else rise[unit] * size[unit],
         )
-        found.append(format_mask(best))
+        result.append(format_mask(best))
         removed |= best
-    return found
+    return result
 
 
 def bounds(differences, total, confidence):
@@ -108,15 +108,15 @@ def test_bound_is_scipys_interval(monkeypatch):
     monkeypatch.setattr(racing, "PRIOR_ROWS", 0)
     random = np.random.default_rng(0)
     leader, others = random.normal(2, 0.3, 5), random.normal(2.2, 0.4, (3, 5))
-    wanted = [
+    expected = [
         stats.ttest_rel(other, leader, alternative="greater").confidence_interval(0.95).low
         for other in others
     ]
-    found = lower_bounds(
+    result = lower_bounds(
         [Runner(o, np.empty(0)) for o in others], Runner(leader, np.empty(0)), 10**9, 0.95
     )
-    assert found == pytest.approx(wanted, abs=1e-6)
-    assert bounds(others - leader, 10**9, 0.95) == pytest.approx(wanted, abs=1e-6)
+    assert result == pytest.approx(expected, abs=1e-6)
+    assert bounds(others - leader, 10**9, 0.95) == pytest.approx(expected, abs=1e-6)
 
 
 def test_bound_with_a_past_covers_as_often_as_it_says(monkeypatch):
@@ -164,10 +164,12 @@ def test_removals_that_lower_the_loss_are_priced_alike(seed, acceleration):
 def test_the_choice_has_all_rows_and_losers_say_how_few_they_have():
     trace = sequence(World(1), acceleration="lazy+race")
     partial = [score for iteration in trace for score in iteration.scores if score.rows_used < ROWS]
-    assert partial and all(score.rows_used in slices(ROWS) for score in partial)
+    assert partial
+    assert all(score.rows_used in slices(ROWS) for score in partial)
     for iteration in trace:
         assert iteration.scores[iteration.chosen].rows_used == ROWS
-    assert trace[0].added[0] is None and trace[0].scores[0].rows_used == ROWS
+    assert trace[0].added[0] is None
+    assert trace[0].scores[0].rows_used == ROWS
 
 
 def test_how_often_a_race_loses_the_best():
@@ -185,7 +187,8 @@ def test_how_often_a_race_loses_the_best():
             lost[confidence] += (
                 race(world.objective(), DENSE, UNITS, confidence)[best].rows_used < ROWS
             )
-    assert lost[0.8] > 40 > 20 >= lost[0.99] > lost[0.9999] and lost[0.9999] <= 2
+    assert lost[0.8] > 40 > 20 >= lost[0.99] > lost[0.9999]
+    assert lost[0.9999] <= 2
 
 
 def test_an_audit_finds_what_lazy_evaluation_missed():
@@ -202,9 +205,8 @@ def test_an_audit_finds_what_lazy_evaluation_missed():
 
     world.rows_of = rows_of
     trace = sequence(world, acceleration="lazy", floor=2, slack=0.0, audit=2)
-    assert removed_in(trace)[:2] == [first, removed_in(trace)[1]] and removed_in(trace)[
-        1
-    ] != format_mask(hidden)
+    assert removed_in(trace)[:2] == [first, removed_in(trace)[1]]
+    assert removed_in(trace)[1] != format_mask(hidden)
     assert removed_in(trace)[2] == format_mask(hidden)
     assert trace[1].lazy_choice is None
     assert trace[2].lazy_choice not in (None, trace[2].removed)
@@ -237,8 +239,8 @@ def test_nothing_that_is_known_is_better_than_the_choice(seed, noise):
 def test_stopped_anywhere_and_run_again(units):
     """A kill in the middle of a race or a lazy round: some rows of some masks are known. Nothing is
     computed twice."""
-    whole, world = World(6), World(6)
-    expected = sequence(whole, acceleration="lazy+race", floor=3, audit=3)
+    complete, world = World(6), World(6)
+    expected = sequence(complete, acceleration="lazy+race", floor=3, audit=3)
     store = TrialStore({}, short_rows(ROWS).row_keys)
     plain = world.run
 
@@ -262,7 +264,7 @@ def test_stopped_anywhere_and_run_again(units):
         )
         == expected
     )
-    assert len(world.asked) == len(whole.asked) - sum(len(unit.loss) for unit in store_calls)
+    assert len(world.asked) == len(complete.asked) - sum(len(unit.loss) for unit in store_calls)
 
 
 @PRICED
@@ -273,7 +275,8 @@ def test_what_a_store_knows_changes_no_decision(per):
     assert sequence(
         warm, objective=warm.objective(store), per=per, acceleration="lazy+race"
     ) == sequence(cold, per=per, acceleration="lazy+race")
-    assert warm.asked == [] and cold.asked
+    assert warm.asked == []
+    assert cold.asked
 
 
 @pytest.mark.parametrize("known", [2, 3, 5])
@@ -311,17 +314,17 @@ def test_acceleration_on_a_real_model_is_brute_force(monkeypatch):
         tuple(tuple(np.random.default_rng(i).integers(1, 257, 12).tolist()) for i in range(8))
     )
     units = removable_units(3, "block", "all")
-    removed, wanted = DENSE, []
+    removed, expected = DENSE, []
     for _ in range(3):
         losses = {}
         for unit in units:
             if not unit <= removed:
                 with masked(model, removed | unit):
                     losses[unit] = math.fsum(full_nll(model, row) for row in rows.rows)
-        wanted.append(min(losses, key=losses.__getitem__))
-        removed |= wanted[-1]
+        expected.append(min(losses, key=losses.__getitem__))
+        removed |= expected[-1]
     traces = searched(model, rows, ["3blocks"], acceleration="lazy+race")
-    assert removed_in(traces.of("3blocks")) == [format_mask(unit) for unit in wanted]
+    assert removed_in(traces.of("3blocks")) == [format_mask(unit) for unit in expected]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
