@@ -91,7 +91,8 @@ class Table(FakeScorer):
             assert step.scores[step.chosen].is_complete
         assert computed == shown
         assert [step.index for step in trace] == list(range(len(trace)))
-        assert trace[0].scores[0].mask == DENSE and trace[0].added[0] is None
+        assert trace[0].scores[0].mask == DENSE
+        assert trace[0].added[0] is None
         return trace
 
     def greedy(self):
@@ -158,8 +159,8 @@ def test_a_candidate_that_overflows_is_as_if_it_were_none(method, acceleration, 
     assert [step.removed for step in trace] == [step.removed for step in trace_without]
     assert trace[-1].perplexity == trace_without[-1].perplexity
     if method == "greedy":
-        for one, other in zip(stabilities(trace), stabilities(trace_without), strict=True):
-            assert (one and (one.kept, one.rivals)) == (other and (other.kept, other.rivals))
+        for item, other in zip(stabilities(trace), stabilities(trace_without), strict=True):
+            assert (item and (item.kept, item.rivals)) == (other and (other.kept, other.rivals))
 
 
 @pytest.mark.parametrize(("budget", "share"), [("0.5kv", 0.5), ("1.2x", 1 - 1 / 1.2)])
@@ -217,17 +218,21 @@ def test_children_are_one_to_three_swaps_within_a_kind_from_their_parent(budget)
     options = {"generations": 12, "children": 8, "initial": 10, "share": 4}
     trace = Table(1, layers=6).search("genetic", budget, **options)
     again = Table(1, layers=6).search("genetic", budget, **options)
-    assert len(trace) == 13 and [step.removed for step in trace] == [step.removed for step in again]
+    assert len(trace) == 13
+    assert [step.removed for step in trace] == [step.removed for step in again]
     initial = trace[0].scores[1:]
     parent = trace[0].scores[trace[0].chosen]
-    assert len(initial) == 10 and parent.loss == min(score.loss for score in initial)
+    assert len(initial) == 10
+    assert parent.loss == min(score.loss for score in initial)
     for step in trace[1:]:
         first, *children = step.scores
-        assert first == parent and len(children) == 8
+        assert first == parent
+        assert len(children) == 8
         for child in children:
             removed = Counter(block.kind for block in child.mask - first.mask)
             returned = Counter(block.kind for block in first.mask - child.mask)
-            assert removed == returned and 1 <= removed.total() <= 3
+            assert removed == returned
+            assert 1 <= removed.total() <= 3
         assert [score.rows_used for score in children] == [8] * 2 + [2] * 6
         first_losses = [math.fsum(score.row_loss[:2]) for score in children]
         assert max(first_losses[:2]) <= min(first_losses[2:])
@@ -304,7 +309,8 @@ def test_regret(cubic):
                 if goal.is_met(answer):
                     regret[method][seed, budget] = losses[answer] - least
     floating = regret["floating"]
-    assert len(floating) == 28 and sum(floating.values()) / 28 < 0.03
+    assert len(floating) == 28
+    assert sum(floating.values()) / 28 < 0.03
     for case, greedy_regret in regret["greedy"].items():
         assert floating[case] <= greedy_regret + 1e-12
 
@@ -352,7 +358,9 @@ def test_the_cheapest_of_very_many_choices_come_first():
     costs = [[float(cost) for cost in range(200)]] * 2
     choices = list(islice(cheapest(costs, (5, 1)), 100))  # of 5e11
     totals = [total for total, _ in choices]
-    assert totals[0] == 10 and totals == sorted(totals) and len(choices) == 100
+    assert totals[0] == 10
+    assert totals == sorted(totals)
+    assert len(choices) == 100
 
 
 @NOT_NESTED
@@ -397,7 +405,8 @@ def test_whole_layers():
     """Units of two blocks: all of a kind, exchanged whole."""
     table = Table(3, layers=6)
     removed = table.search("floating", "6blocks", unit="layer")[-1].removed
-    assert len(removed) == 6 and len({block.layer for block in removed}) == 3
+    assert len(removed) == 6
+    assert len({block.layer for block in removed}) == 3
 
 
 @pytest.mark.parametrize("budget", ["0.3", "3blocks"])
