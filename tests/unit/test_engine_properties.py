@@ -54,11 +54,11 @@ def row_lists(draw: st.DrawFn, fewest: int) -> list[Row]:
     """Rows of 2 to 16 tokens, equally long or not; the pad's and the end's ids are tokens like
     others."""
     count = draw(st.integers(fewest, 6))
-    one, several = (
+    item, several = (
         st.integers(2, 16).map(lambda n: [n] * count),
         st.lists(st.integers(2, 16), min_size=count),
     )
-    lengths = draw(st.one_of(one, several))[:count]
+    lengths = draw(st.one_of(item, several))[:count]
     generator = torch.Generator().manual_seed(draw(st.integers(0, 3)))
     return [
         tuple(torch.randint(0, VOCABULARY, (length,), generator=generator).tolist())
@@ -102,15 +102,15 @@ def brute_force(variant: str, layers: int, mask: Mask, row: Row) -> float:
 
 
 def assert_once_and_exact(case: Case, units: list[ScoredRows], tasks: list[Task]) -> None:
-    found = [
+    result = [
         ((unit.mask, unit.span[offset]), value)
         for unit in units
         for offset, value in enumerate(unit.loss)
     ]
-    keys = [key for key, _ in found]
+    keys = [key for key, _ in result]
     assert len(keys) == len(set(keys)), "a (mask, row) was scored twice"
     assert set(keys) == {(mask, row) for task in tasks for mask in task.masks for row in task.span}
-    for (mask, row), value in found:
+    for (mask, row), value in result:
         expected = brute_force(case.variant, case.layers, mask, case.rows[row])
         assert value == pytest.approx(expected, rel=0, abs=tolerance(case.variant))
 
@@ -210,10 +210,10 @@ def test_the_ways_of_a_gpu_give_the_same_values(case: Case, wide: int):
                 ("<", count - 1)
             ]
             assert stream.log == [entry for entry in late if entry[1] >= 0]
-    for task, found in shapes.items():
+    for task, result in shapes.items():
         longest = max(len(case.rows[row]) for row in task.span)
         width = max(1, min(wide, case.batch_tokens) // (len(task.span) * longest))
-        assert found <= {(width * len(task.span), longest, 32)}
+        assert result <= {(width * len(task.span), longest, 32)}
 
 
 @settings(max_examples=75)
@@ -243,13 +243,13 @@ def test_out_of_memory_anywhere_halves_the_batch_and_loses_nothing(
     ]
     for number in failures:
         task, done = engine.walks[number]
-        left = {mask for mask in task.masks if mask not in done}
+        remaining = {mask for mask in task.masks if mask not in done}
         later = [
             (again, budget) for (again, _), budget in zip(engine.walks, engine.budgets, strict=True)
         ][number + 1 :]
-        assert {row for again, _ in later if left == set(again.masks) for row in again.span} >= set(
-            task.span
-        )
+        assert {
+            row for again, _ in later if remaining == set(again.masks) for row in again.span
+        } >= set(task.span)
         for again, budget in later:
             assert (
                 len(again.span) == 1
@@ -290,7 +290,8 @@ def test_masks_go_one_by_one_before_a_batch_is_halved():
     with as_on_a_gpu(engine):
         assert engine._width(32) == 3
         assert_once_and_exact(case, list(engine.run(tasks, rows)), tasks)
-        assert [task.span for task, _ in engine.walks] == [range(1)] * 2 and engine._width(32) == 1
+        assert [task.span for task, _ in engine.walks] == [range(1)] * 2
+        assert engine._width(32) == 1
 
 
 @pytest.mark.parametrize("variant", GRID)
