@@ -82,11 +82,12 @@ def test_nan_of_a_candidate_is_infinite_and_of_the_dense_model_names_the_row():
     model.model.embed_tokens.weight[rows[2][0]] = float("nan")
     engine = Engine(model, batch_tokens=6)
     spans = engine.row_batches(rows, range(3))
-    found = [
+    result = [
         scored.loss[0]
         for scored in engine.run([Task(span, (parse_mask("mlp.1"),)) for span in spans], rows)
     ]
-    assert [math.isfinite(loss) for loss in found] == [True, True, False] and found[2] == math.inf
+    assert [math.isfinite(loss) for loss in result] == [True, True, False]
+    assert result[2] == math.inf
     with pytest.raises(NonFiniteLossError, match=r"row 2 is nan in the dense model.*float32"):
         list(engine.run([Task(span, (DENSE,)) for span in spans], rows))
 
@@ -106,13 +107,16 @@ def test_a_batch_of_which_some_rows_are_known_compares_with_all_of_them():
     """The dense model's states of the first row are there, those of the second are not."""
     rows, mask = [row(9, seed) for seed in (1, 2)], parse_mask("mha.1,mlp.0")
     engine = Engine(tiny_model(layers=LAYERS), 1000)
-    found = [
+    result = [
         unit
         for span in (range(1), range(2))
         for unit in engine.run([Task(span, (mask,), METRICS["kl"])], rows)
     ]
-    wanted = [divergence("kl", "llama", mask, tokens) for tokens in rows]
-    assert [list(unit.loss) for unit in found] == [pytest.approx(wanted[:1]), pytest.approx(wanted)]
+    expected = [divergence("kl", "llama", mask, tokens) for tokens in rows]
+    assert [list(unit.loss) for unit in result] == [
+        pytest.approx(expected[:1]),
+        pytest.approx(expected),
+    ]
 
 
 def test_an_infinite_loss_is_kept_and_read_again(tmp_path):
@@ -121,7 +125,8 @@ def test_an_infinite_loss_is_kept_and_read_again(tmp_path):
     store.put("mha.1", [0, 1], [math.inf, 2.0])
     store.close()
     again = TrialStore({"model": "m"}, ["a", "b"], tmp_path)
-    assert again.get("mha.1") == [math.inf, 2.0] and again.problems == []
+    assert again.get("mha.1") == [math.inf, 2.0]
+    assert again.problems == []
     scores = MaskScore(DENSE, (1.0, 2.0), 2), MaskScore(parse_mask("mha.1"), (710.0, math.inf), 2)
     assert (
         scores[1].perplexity
@@ -133,10 +138,8 @@ def test_an_infinite_loss_is_kept_and_read_again(tmp_path):
     write_iteration(tmp_path, step, "search")
     assert read_iteration(tmp_path, 0, "search") == step
     write_sealed_json(tmp_path / "facts.json", {"perplexity": math.inf})
-    assert (
-        read_json(tmp_path / "facts.json", sealed=True) == {"perplexity": math.inf}
-        and number(math.inf) == "inf"
-    )
+    assert read_json(tmp_path / "facts.json", sealed=True) == {"perplexity": math.inf}
+    assert number(math.inf) == "inf"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -144,9 +147,9 @@ def test_lower_precision_stays_near(dtype):
     rows = make_rows([12, 12])
     exact = score_all(Engine(tiny_model()), sweep(), rows)
     model = tiny_model().to(dtype)
-    found = score_all(Engine(model), sweep(), rows)
+    result = score_all(Engine(model), sweep(), rows)
     tolerance = 1e-4 if dtype is torch.float32 else 0.35
-    assert found == pytest.approx(exact, abs=tolerance)
+    assert result == pytest.approx(exact, abs=tolerance)
 
 
 # --- what only CUDA does, on a CPU
@@ -181,9 +184,11 @@ def test_logits_of_16_bit_models_are_not_rounded(monkeypatch, family):
         torch, "mm", lambda a, b, out_dtype: (a.double() @ b.double()).to(out_dtype)
     )
     monkeypatch.setattr(models, "widens", lambda head: True)
-    found = engine.logits(states)
-    assert rounded.dtype == torch.bfloat16 and found.dtype == torch.float32
-    assert (rounded - exact).abs().max() > 1e-3 and (found - exact).abs().max() < 1e-5
+    result = engine.logits(states)
+    assert rounded.dtype == torch.bfloat16
+    assert result.dtype == torch.float32
+    assert (rounded - exact).abs().max() > 1e-3
+    assert (result - exact).abs().max() < 1e-5
 
 
 def on_card(monkeypatch, model, total, batch_tokens="auto"):
@@ -260,9 +265,9 @@ def test_once_memory_has_run_out_later_batches_are_cut_before_they_fail():
     pairs = (
         (unit.mask, zip(unit.span, unit.loss, strict=True)) for unit in engine.run(tasks, rows)
     )
-    found = {(mask, row): loss for mask, values in pairs for row, loss in values}
+    result = {(mask, row): loss for mask, values in pairs for row, loss in values}
     assert (len(tasks), engine.failed) == (3, 1)
-    assert found == pytest.approx(score_all(Engine(model, 40), masks, rows), abs=1e-10)
+    assert result == pytest.approx(score_all(Engine(model, 40), masks, rows), abs=1e-10)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 8])
