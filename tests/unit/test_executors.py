@@ -53,11 +53,12 @@ def test_every_mask_is_in_one_piece_and_spans_stay_whole(pieces, seed):
     """Whatever the order of the masks."""
     tasks = tasks_of(seed)
     shared = share_out(tasks, ROWS, pieces, STEPS)
-    found = [(task.span, mask) for piece in shared for task in piece for mask in task.masks]
-    assert sorted(found, key=repr) == sorted(
+    result = [(task.span, mask) for piece in shared for task in piece for mask in task.masks]
+    assert sorted(result, key=repr) == sorted(
         ((t.span, mask) for t in tasks for mask in t.masks), key=repr
     )
-    assert 1 <= len(shared) <= pieces and all(task.masks for piece in shared for task in piece)
+    assert 1 <= len(shared) <= pieces
+    assert all(task.masks for piece in shared for task in piece)
     assert (
         share_out([Task(task.span, task.masks[::-1]) for task in tasks], ROWS, pieces, STEPS)
         == shared
@@ -99,9 +100,9 @@ def test_a_wide_walk_ends_in_the_same_states_with_no_more_work(parallel, seed, w
         assert all(read == state for read, _ in adds)
         return (*state, *(block for _, block in adds))
 
-    found = list(walk(steps, masks, (), run, join, width))
-    assert [group for group, _ in found] == [group for group, _ in runs(steps, masks)]
-    for group, state in found:
+    result = list(walk(steps, masks, (), run, join, width))
+    assert [group for group, _ in result] == [group for group, _ in runs(steps, masks)]
+    for group, state in result:
         assert [state] * len(group) == [
             tuple(b for step in steps for b in step if b not in mask) for mask in group
         ]
@@ -117,11 +118,11 @@ def test_unfinished_is_the_rest(seed):
         ScoredRows(mask, (row,), (0.0,))
         for mask, row in generator.sample(sorted(everything, key=repr), len(everything) // 2)
     ]
-    left = [
+    remaining = [
         (mask, row) for task in unfinished(tasks, units) for mask in task.masks for row in task.span
     ]
-    assert len(left) == len(set(left))
-    assert set(left) == everything - {(unit.mask, unit.span[0]) for unit in units}
+    assert len(remaining) == len(set(remaining))
+    assert set(remaining) == everything - {(unit.mask, unit.span[0]) for unit in units}
     assert unfinished(tasks, []) == tasks
     assert (
         unfinished(
@@ -140,11 +141,11 @@ def score(checkpoint, **runtime):
     masks = (DENSE, *(frozenset({block}) for block in all_blocks(2)))
     scorer = make_scorer(checkpoint, "float64", Runtime(**RUNTIME | runtime))
     tasks = [Task(span, masks) for span in scorer.row_batches(rows, range(5))]
-    found = {
+    result = {
         (u.mask, u.span[i]): nll for u in scorer.run(tasks, rows) for i, nll in enumerate(u.loss)
     }
     scorer.close()
-    return rows, found
+    return rows, result
 
 
 def agrees(rows, found, model):
@@ -217,13 +218,13 @@ def test_a_share_is_the_largest_of_which_every_worker_finds_one_on_a_node(seed):
         )
         gpus = {"cpu": [0], "cuda": [1], "split": range(1, 5)}[device]
         valid = [(c, g) for c in cpus for g in gpus if fits(workers, c, g, nodes)]
-        wanted = {"workers": workers, "threads": threads, "device": device}
+        expected = {"workers": workers, "threads": threads, "device": device}
         if valid:
-            found = worker_resources(ray_runtime(**wanted), ray_nodes(nodes))
-            assert (found["CPU"], found.get("GPU", 0)) == max(valid)
+            result = worker_resources(ray_runtime(**expected), ray_nodes(nodes))
+            assert (result["CPU"], result.get("GPU", 0)) == max(valid)
         else:
             with pytest.raises(InputError, match=f"runtime.workers {workers} with "):
-                worker_resources(ray_runtime(**wanted), ray_nodes(nodes))
+                worker_resources(ray_runtime(**expected), ray_nodes(nodes))
 
 
 def test_a_replica_reports_smaller_batches_with_the_values_that_came_of_them():
