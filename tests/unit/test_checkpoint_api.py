@@ -67,7 +67,8 @@ def export(dense, plan, out, write=export_hf, dtype="float32"):
 def test_export_is_complete_and_verified(tmp_path, dense):
     plan = plan_of(dense, ["mha.0", "mlp.3", "mlp.0"])
     report = export(dense, plan, tmp_path / "out")
-    assert report["ok"] and report["cache_layers"] == 3
+    assert report["ok"]
+    assert report["cache_layers"] == 3
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names >= {
         "README.md",
@@ -81,12 +82,11 @@ def test_export_is_complete_and_verified(tmp_path, dense):
         "tokenizer_config.json",
     }
     card = (tmp_path / "out/README.md").read_text()
-    assert "| 3 | mlp.0 |" in card and "license_link: NOTICE.txt" in card
+    assert "| 3 | mlp.0 |" in card
+    assert "license_link: NOTICE.txt" in card
     assert f"{plan.parameters['pruned']:,} of {plan.parameters['dense']:,} parameters" in card
-    assert (
-        "Python package `blockpruner` 0.1.0, which has no public address yet" in card
-        and "clone" not in card
-    )
+    assert "Python package `blockpruner` 0.1.0, which has no public address yet" in card
+    assert "clone" not in card
     assert "\nvllm serve <this directory> " in card and "\n## Limits\n" in card
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert loaded.num_parameters() == plan.parameters["pruned"]
@@ -119,16 +119,12 @@ def test_whole_layers_are_a_plain_checkpoint(tmp_path, dense):
     assert export(dense, plan, tmp_path / "out")["class"] == "LlamaForCausalLM"
     assert not list((tmp_path / "out").glob("*.py"))
     card = (tmp_path / "out/README.md").read_text()
-    assert (
-        "trust_remote_code" not in card
-        and "pip install" not in card
-        and "\nvllm serve <this directory> " in card
-    )
+    assert "trust_remote_code" not in card
+    assert "pip install" not in card
+    assert "\nvllm serve <this directory> " in card
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert (
-        loaded.config.num_hidden_layers == 3
-        and loaded.num_parameters() == plan.parameters["pruned"]
-    )
+    assert loaded.config.num_hidden_layers == 3
+    assert loaded.num_parameters() == plan.parameters["pruned"]
 
 
 @pytest.mark.parametrize(
@@ -214,7 +210,8 @@ def test_a_model_pruned_in_memory_is_the_masked_one_and_can_be_saved(tmp_path):
     pruned = blockpruner.prune(
         model, tiny_tokenizer(), TEXTS, ratio, seq_len=32, method="blockpruner"
     )
-    assert pruned.plan.method == "greedy" and not pruned.compensation
+    assert pruned.plan.method == "greedy"
+    assert not pruned.compensation
     counts = count_parameters(reference.config.to_dict())
     assert (
         abs(counts.ratio(pruned.plan.mask) - ratio)
@@ -247,12 +244,13 @@ def test_prune_goes_on_from_the_trials_of_a_call_that_was_killed(tmp_path):
             forward.remove()
         return plan, len(counted)
 
-    whole, passes = prune(tiny_model(), cache=tmp_path / "other")
+    complete, passes = prune(tiny_model(), cache=tmp_path / "other")
     with pytest.raises(KeyboardInterrupt):
         prune(tiny_model(), cache=tmp_path, observer=Killed())
     resumed, rest = prune(tiny_model(), cache=tmp_path)
-    assert resumed == whole and 0 < rest < passes
-    assert prune(tiny_model(), cache=tmp_path) == (whole, 0)
+    assert resumed == complete
+    assert 0 < rest < passes
+    assert prune(tiny_model(), cache=tmp_path) == (complete, 0)
     other = tiny_model()
     other.model.norm.weight.mul_(1.5)
     assert prune(other, cache=tmp_path)[1] == passes
@@ -287,33 +285,31 @@ def test_a_trained_model_is_nearer_to_the_dense_one(tmp_path, monkeypatch, train
         "compensate": "refit",
     }
     settings |= {"train": train, "cache": tmp_path / "cache"}
-    calibrate, found = splits.calibrate, []
+    calibrate, result = splits.calibrate, []
     monkeypatch.setattr(
         splits,
         "calibrate",
-        lambda *given, **more: found.append(calibrate(*given, **more)) or found[-1],
+        lambda *args, **extra: result.append(calibrate(*args, **extra)) or result[-1],
     )
     pruned = blockpruner.prune(
         tiny_model(dtype=torch.float32), tokenizer, MANY, "1blocks", **settings
     )
-    told = pruned.healed.perplexity
-    assert (
-        set(told) == {"refit", "training"}
-        and told["training"]["after"] < told["training"]["before"]
-    )
-    validation = found[0].validation.rows
+    reported = pruned.healed.perplexity
+    assert set(reported) == {"refit", "training"}
+    assert reported["training"]["after"] < reported["training"]["before"]
+    validation = result[0].validation.rows
     for model, name in ((pruned.model, "after"), (tiny_model(dtype=torch.float32), "dense")):
         nll = mean(full_nll(model, row) for row in validation)
-        assert math.exp(nll) == pytest.approx(told["training"][name], rel=1e-4)
-    assert pruned.plan.train and not [
-        path for path in (tmp_path / "cache/training").iterdir() if path.is_dir()
-    ]
+        assert math.exp(nll) == pytest.approx(reported["training"][name], rel=1e-4)
+    assert pruned.plan.train
+    assert not [path for path in (tmp_path / "cache/training").iterdir() if path.is_dir()]
     pruned.save(tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     ids = torch.arange(1, 20)[None]
     assert torch.equal(loaded(ids).logits, pruned.model(ids).logits)
     card = (tmp_path / "out/README.md").read_text()
-    assert "compensated without training (refit" in card and "held out from training |" in card
+    assert "compensated without training (refit" in card
+    assert "held out from training |" in card
 
 
 def test_proposals_far_behind_after_a_quarter_of_the_rows_are_not_fitted_to_all(monkeypatch):
@@ -323,7 +319,7 @@ def test_proposals_far_behind_after_a_quarter_of_the_rows_are_not_fitted_to_all(
         asked.append((set(plans), len(fit.rows)))
         return fit_to(dense, plans, fit, tuning, observer, is_final)
 
-    monkeypatch.setattr(choice, "compensate", lambda *given, is_final: compensate(*given, is_final))
+    monkeypatch.setattr(choice, "compensate", lambda *args, is_final: compensate(*args, is_final))
     monkeypatch.setattr(choice, "MIN_ROWS", 2)
     names = {"narrow", "layers"}
     for behind in (1.0, math.inf):
@@ -331,30 +327,32 @@ def test_proposals_far_behind_after_a_quarter_of_the_rows_are_not_fitted_to_all(
         facts = blockpruner.prune(
             tiny_model(), tiny_tokenizer(), MANY, 0.3, seq_len=16
         ).compensation
-        heat = {name: one["worst"] for name, one in facts["heat"].items()}
-        left = names if behind == math.inf else {min(heat, key=heat.get)}
-        assert heat.keys() == names and facts["judged"].keys() == left
+        heat = {name: item["worst"] for name, item in facts["heat"].items()}
+        remaining = names if behind == math.inf else {min(heat, key=heat.get)}
+        assert heat.keys() == names
+        assert facts["judged"].keys() == remaining
         (some, few), (rest, rows) = asked[-2:]
-        assert (some, rest) == (names, left) and few == -(-rows // 4) < rows
+        assert (some, rest) == (names, remaining)
+        assert few == -(-rows // 4) < rows
 
 
 def test_of_the_searches_that_can_meet_a_budget_one_is_kept():
-    def kept(budget, **given):
-        return blockpruner.prune(tiny_model(), tiny_tokenizer(), MANY, budget, seq_len=16, **given)
+    def kept(budget, **args):
+        return blockpruner.prune(tiny_model(), tiny_tokenizer(), MANY, budget, seq_len=16, **args)
 
     best = kept(0.3)
     judged, steps = (
         best.compensation["heat"] | best.compensation["judged"],
         {"layers": 2, "narrow": 0},
     )
-    losses = {name: Loss({"": one["worst"]}) for name, one in best.compensation["judged"].items()}
-    assert judged.keys() == steps.keys() and len(best.plan.order) == steps[best_loss(losses)]
+    losses = {name: Loss({"": item["worst"]}) for name, item in best.compensation["judged"].items()}
+    assert judged.keys() == steps.keys()
+    assert len(best.plan.order) == steps[best_loss(losses)]
     for few in (kept(0.05), kept(0.25)):  # no layers come near those
         assert (few.compensation["heat"] | few.compensation["judged"]).keys() == {"narrow"}
     for alone in (kept(0.1, candidates="mha"), kept("2layers")):
-        assert alone.plan.method == "floating" and alone.compensation["judged"].keys() == {
-            "floating"
-        }
+        assert alone.plan.method == "floating"
+        assert alone.compensation["judged"].keys() == {"floating"}
 
 
 @pytest.mark.parametrize(
@@ -401,9 +399,11 @@ def test_a_model_stays_in_its_mode_and_an_export_of_it_is_verified(tmp_path, mon
         pruned.plan.removed
         == blockpruner.prune(fresh, tiny_tokenizer(), budget="1blocks", **given).plan.removed
     )
-    assert model.training and not model.model.layers[0].training
+    assert model.training
+    assert not model.model.layers[0].training
     blockpruner.evaluate(model, tiny_tokenizer(), TEXTS, seq_len=32)
-    assert model.training and not model.model.layers[0].training
+    assert model.training
+    assert not model.model.layers[0].training
     pruned.save(tmp_path / "out")
 
 
@@ -419,16 +419,16 @@ def sharper(model):
 def test_a_model_that_computes_otherwise_has_no_scores_of_another(tmp_path, change):
     """What differs is neither in its config nor in its weights."""
 
-    def perplexity(**more):
+    def perplexity(**extra):
         model = tiny_model()
-        if more.pop("changed"):
+        if extra.pop("changed"):
             change(model)
         given = {
             "texts": TEXTS,
             "seq_len": 32,
             "method": "greedy",
             "observer": SilentObserver(),
-        } | more
+        } | extra
         return blockpruner.prune(
             model, tiny_tokenizer(), budget="1blocks", **given
         ).plan.calibration["dense_perplexity"]
@@ -492,9 +492,9 @@ def test_mps_is_refused_with_the_fix(monkeypatch):
     """MPS has no float64, in which losses are added."""
     model = tiny_model()
     monkeypatch.setattr(type(model), "device", torch.device("mps"))
-    for call, more in ((blockpruner.prune, ("1blocks",)), (blockpruner.evaluate, ())):
+    for call, extra in ((blockpruner.prune, ("1blocks",)), (blockpruner.evaluate, ())):
         with refused("mps-model") as caught:
-            call(model, tiny_tokenizer(), TEXTS, *more, seq_len=32)
+            call(model, tiny_tokenizer(), TEXTS, *extra, seq_len=32)
         assert 'model.to("cpu")' in str(caught.value)
 
 
@@ -549,11 +549,9 @@ def test_evaluate_is_the_perplexity_of_joined_rows():
     dense = blockpruner.evaluate(model, tokenizer, TEXTS, seq_len=32, max_rows=3, packing="joined")
     assert dense.perplexity == pytest.approx(math.exp(mean(full_nll(model, row) for row in rows)))
     pruned = blockpruner.prune(model, tokenizer, TEXTS, "2blocks", seq_len=32, method="greedy")
-    found = pruned.evaluate(TEXTS, seq_len=32, max_rows=3, packing="joined")
-    assert (
-        found.row_nll == pytest.approx([full_nll(pruned.model, row) for row in rows])
-        and found != dense
-    )
+    result = pruned.evaluate(TEXTS, seq_len=32, max_rows=3, packing="joined")
+    assert result.row_nll == pytest.approx([full_nll(pruned.model, row) for row in rows])
+    assert result != dense
 
 
 @pytest.fixture
@@ -583,7 +581,8 @@ def test_formats_are_written_of_a_model_in_memory_and_verified(tmp_path, compens
     for place in places.values():
         assert json.loads((place / "verification.json").read_text())["ok"]
     for name, tensor in compensated.model.state_dict().items():
-        assert torch.equal(tensor, before[name]) and tensor.dtype is torch.float32
+        assert torch.equal(tensor, before[name])
+        assert tensor.dtype is torch.float32
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     ids = torch.arange(1, 20)[None]
     assert torch.equal(loaded(ids).logits, compensated.model(ids).logits)
@@ -601,7 +600,7 @@ def test_formats_are_written_of_a_model_in_memory_and_verified(tmp_path, compens
     columns = " | ".join(f"{held_out[name]:.3f}" for name in ("dense", "before", "after"))
     assert f"| rows held out from refit | {columns} |" in card
     ((result,),) = (
-        each["results"] for each in metadata_load(tmp_path / "out/README.md")["model-index"]
+        item["results"] for item in metadata_load(tmp_path / "out/README.md")["model-index"]
     )
     assert result["metrics"] == [{"type": "perplexity", "value": held_out["after"]}]
     assert "mlx_lm.server --model <this directory>" in (tmp_path / "out-nas/README.md").read_text()
@@ -624,19 +623,15 @@ def test_a_card_gives_no_number_of_weights_that_were_changed_since(tmp_path, com
     place = pruning_module.Command(tmp_path / "cache", "cpu", SilentObserver(), "nas")
     exporting.export(tmp_path / "out", place)
     plan = load_plan(tmp_path / "out/blockpruner_plan.json")
-    assert (
-        plan.calibration["perplexity"] is None and plan.kinds is None and plan.removed == ("mlp.0",)
-    )
+    assert plan.calibration["perplexity"] is None
+    assert plan.kinds is None
+    assert plan.removed == ("mlp.0",)
     for folder in ("out", "out-nas"):
         card = (tmp_path / folder / "README.md").read_text()
-        assert (
-            "compensated without training (refit" in card
-            and "then changed, after which nothing was measured" in card
-        )
-        assert (
-            not [number for number in numbers if f"{number:.3f}" in card]
-            and "model-index" not in card
-        )
+        assert "compensated without training (refit" in card
+        assert "then changed, after which nothing was measured" in card
+        assert not [number for number in numbers if f"{number:.3f}" in card]
+        assert "model-index" not in card
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert torch.equal(again.model.norm.weight, compensated.model.model.norm.weight)
 
@@ -681,7 +676,9 @@ def test_what_is_pushed_is_private_verified_and_licensed(compensated, monkeypatc
     hub = PushHub(monkeypatch)
     assert compensated.push_to_hub("me/small") == "https://hub.invalid/me/small/commit/1"
     (_, card), (_, repo, made), (_, _, files, _) = hub.calls
-    assert repo == "me/small" and made["private"] is True and card["license"] == "mit"
+    assert repo == "me/small"
+    assert made["private"] is True
+    assert card["license"] == "mit"
     assert {"model.safetensors", "verification.json", "blockpruner_plan.json"} <= {
         file.path_in_repo for file in files
     }
