@@ -37,10 +37,8 @@ def assert_quantiles(interval, population, level, resamples):
     population = np.asarray(population)
     for end, q in ((interval.low, (1 - level) / 2), (interval.high, (1 + level) / 2)):
         slack = 5 * math.sqrt(q * (1 - q) / resamples)
-        assert (
-            np.mean(population < end - 1e-9) <= q + slack
-            and np.mean(population <= end + 1e-9) >= q - slack
-        )
+        assert np.mean(population < end - 1e-9) <= q + slack
+        assert np.mean(population <= end + 1e-9) >= q - slack
 
 
 # Averages and their errors
@@ -58,9 +56,9 @@ def test_average_and_its_error_by_hand():
 
 
 def test_differences_are_b_minus_a_by_task():
-    found = differences({"y": [1, 0], "x": [0.25]}, {"x": [1], "y": [True, True]})
-    assert {task: items.tolist() for task, items in found.items()} == {"x": [0.75], "y": [0, 1]}
-    assert list(found) == ["x", "y"]
+    result = differences({"y": [1, 0], "x": [0.25]}, {"x": [1], "y": [True, True]})
+    assert {task: items.tolist() for task, items in result.items()} == {"x": [0.75], "y": [0, 1]}
+    assert list(result) == ["x", "y"]
 
 
 # Bootstrap over items
@@ -76,14 +74,14 @@ def test_bootstrap_against_all_resamples(level):
         for x in itertools.product(d["x"], repeat=2)
         for y in itertools.product(d["y"], repeat=4)
     ]
-    found = paired_bootstrap(a, b, resamples=20_000, level=level)
-    assert found.value == pytest.approx((1 / 2 + 0.5 / 4) / 2)
-    assert_quantiles(found.interval, every, level, 20_000)
+    result = paired_bootstrap(a, b, resamples=20_000, level=level)
+    assert result.value == pytest.approx((1 / 2 + 0.5 / 4) / 2)
+    assert_quantiles(result.interval, every, level, 20_000)
     tails = [
         sum(m <= 1e-9 for m in every) / len(every),
         sum(m >= -1e-9 for m in every) / len(every),
     ]
-    assert found.p == pytest.approx(2 * min(tails), abs=2 * 5 * math.sqrt(0.25 / 20_000))
+    assert result.p == pytest.approx(2 * min(tails), abs=2 * 5 * math.sqrt(0.25 / 20_000))
 
 
 def test_bootstrap_of_items_that_do_not_vary():
@@ -111,20 +109,20 @@ def test_paired_t_by_hand():
     # sqrt(16/30), and the quantile of 0.975 solves 0.95 = t / sqrt(2 + t^2): t = 0.95 sqrt(2 / (1 -
     # 0.95^2)).
     half = 0.95 * math.sqrt(2 / (1 - 0.95**2)) * math.sqrt(7 / 9)
-    found = paired_t([1, 1, 1], [1, 2, 4])
-    assert (found.value, found.p) == (pytest.approx(4 / 3), pytest.approx(1 - math.sqrt(16 / 30)))
-    assert found.interval == Interval(pytest.approx(4 / 3 - half), pytest.approx(4 / 3 + half))
+    result = paired_t([1, 1, 1], [1, 2, 4])
+    assert (result.value, result.p) == (pytest.approx(4 / 3), pytest.approx(1 - math.sqrt(16 / 30)))
+    assert result.interval == Interval(pytest.approx(4 / 3 - half), pytest.approx(4 / 3 + half))
 
 
 def test_a_ratio_of_perplexities_is_the_exponential_of_paired_t():
     a, b = [2.0, 2.0, 2.0], [2.0, 3.0, 5.0]
-    found, nats = perplexity_ratio(a, b, level=0.8), stats.ttest_rel(b, a)
+    result, nats = perplexity_ratio(a, b, level=0.8), stats.ttest_rel(b, a)
     ends = nats.confidence_interval(0.8)
-    assert (found.value, found.p) == (
+    assert (result.value, result.p) == (
         pytest.approx(math.exp(10 / 3 - 2)),
         pytest.approx(nats.pvalue),
     )
-    assert found.interval == Interval(
+    assert result.interval == Interval(
         pytest.approx(math.exp(ends.low)), pytest.approx(math.exp(ends.high))
     )
 
@@ -133,13 +131,13 @@ def test_a_ratio_of_perplexities_is_the_exponential_of_paired_t():
 def test_paired_t_is_a_t_test_of_the_differences_and_turns_round(pairs):
     a, b = map(np.array, zip(*pairs, strict=True))
     assume(np.ptp(b - a) > 0)
-    found, back, reference = paired_t(a, b, 0.9), paired_t(b, a, 0.9), stats.ttest_1samp(b - a, 0)
-    assert found.p == pytest.approx(reference.pvalue)
-    assert [found.interval.low, found.interval.high] == pytest.approx(
+    result, back, reference = paired_t(a, b, 0.9), paired_t(b, a, 0.9), stats.ttest_1samp(b - a, 0)
+    assert result.p == pytest.approx(reference.pvalue)
+    assert [result.interval.low, result.interval.high] == pytest.approx(
         list(reference.confidence_interval(0.9))
     )
     assert [back.value, back.interval.low, back.interval.high, back.p] == pytest.approx(
-        [-found.value, -found.interval.high, -found.interval.low, found.p]
+        [-result.value, -result.interval.high, -result.interval.low, result.p]
     )
 
 
@@ -147,8 +145,8 @@ def test_paired_t_is_a_t_test_of_the_differences_and_turns_round(pairs):
 def test_paired_t_of_differences_that_do_not_vary():
     assert paired_t([1, 5], [1, 5]) == Effect(0, Interval(0, 0), 1)
     assert paired_t([1, 5], [3, 7]) == Effect(2, Interval(2, 2), 0)
-    found = paired_t([0.2, 0.3, 0.6], [0.3, 0.4, 0.7])  # 0.1 up to rounding
-    assert (found.p, found.interval.low, found.interval.high) == (
+    result = paired_t([0.2, 0.3, 0.6], [0.3, 0.4, 0.7])  # 0.1 up to rounding
+    assert (result.p, result.interval.low, result.interval.high) == (
         0,
         pytest.approx(0.1),
         pytest.approx(0.1),
@@ -168,14 +166,15 @@ def test_paired_t_of_differences_that_do_not_vary():
     )
 )
 def test_holm_is_its_definition(p_values):
-    found = holm(p_values)
-    for p, adjusted in zip(p_values, found, strict=True):
+    result = holm(p_values)
+    for p, adjusted in zip(p_values, result, strict=True):
         below = [q for q in p_values if q <= p]
         # all that are still open, times q
         steps = [sum(r >= q for r in p_values) * q for q in below]
-        assert adjusted == pytest.approx(min(1, max(steps))) and adjusted >= p
-    assert found == pytest.approx(multipletests(p_values, method="holm")[1])
-    assert [a for _, a in sorted(zip(p_values, found, strict=True))] == sorted(found)
+        assert adjusted == pytest.approx(min(1, max(steps)))
+        assert adjusted >= p
+    assert result == pytest.approx(multipletests(p_values, method="holm")[1])
+    assert [a for _, a in sorted(zip(p_values, result, strict=True))] == sorted(result)
 
 
 def test_intervals_of_holm_levels_decide_as_statsmodels_does():
@@ -198,12 +197,12 @@ def test_ratio_of_medians_against_all_resamples(level):
         median(dense[i] for i in drawn) / median(pruned[i] for i in drawn)
         for drawn in itertools.product(range(4), repeat=4)
     ]
-    found = ratio_of_medians(dense, pruned, level=level)
-    assert found.value == pytest.approx(2.25 / 1.75)
-    assert_quantiles(found.interval, every, level, 10_000)
+    result = ratio_of_medians(dense, pruned, level=level)
+    assert result.value == pytest.approx(2.25 / 1.75)
+    assert_quantiles(result.interval, every, level, 10_000)
     below = sum(m <= 1 for m in every) / len(every)
-    assert found.p == pytest.approx(2 * below, abs=10 * math.sqrt(below / 10_000))
-    assert ratio_of_medians(dense, pruned, level=level) == found
+    assert result.p == pytest.approx(2 * below, abs=10 * math.sqrt(below / 10_000))
+    assert ratio_of_medians(dense, pruned, level=level) == result
 
 
 # Fractions, by task
@@ -213,9 +212,9 @@ def test_ratio_of_medians_against_all_resamples(level):
 def test_stratified_t_of_one_task_is_scipys(pairs):
     a, b = (np.array(side, float) for side in zip(*pairs, strict=True))
     assume(np.ptp(b - a) > 0)
-    found, test = stratified_t({"x": a}, {"x": b}), stats.ttest_rel(b, a)
-    assert found.p == pytest.approx(test.pvalue)
-    assert (found.interval.low, found.interval.high) == pytest.approx(
+    result, test = stratified_t({"x": a}, {"x": b}), stats.ttest_rel(b, a)
+    assert result.p == pytest.approx(test.pvalue)
+    assert (result.interval.low, result.interval.high) == pytest.approx(
         tuple(test.confidence_interval(0.95))
     )
 
@@ -227,23 +226,23 @@ def test_stratified_t_of_two_tasks_is_welchs():
     x, y = rng.normal(0.1, 1, 9), rng.normal(0.3, 3, 31)
     zeros = {"x": np.zeros(9), "y": np.zeros(31)}
     for level in (0.5, 0.99):
-        found, welch = (
+        result, welch = (
             stratified_t(zeros, {"x": x, "y": y}, level),
             stats.ttest_ind(x, -y, equal_var=False),
         )
-        assert found.p == pytest.approx(welch.pvalue)
+        assert result.p == pytest.approx(welch.pvalue)
         interval = welch.confidence_interval(level)
-        assert (2 * found.interval.low, 2 * found.interval.high) == pytest.approx(
+        assert (2 * result.interval.low, 2 * result.interval.high) == pytest.approx(
             (interval.low, interval.high)
         )
-        assert found.value == pytest.approx((x.mean() + y.mean()) / 2)
+        assert result.value == pytest.approx((x.mean() + y.mean()) / 2)
 
 
 def test_stratified_t_of_differences_that_do_not_vary():
     same = {"x": [0.25, 0.5], "y": [0.5, 0.75]}
     assert stratified_t(same, same) == Effect(0.0, Interval(0.0, 0.0), 1.0)
-    more = {task: np.array(scores) + 0.25 for task, scores in same.items()}
-    assert stratified_t(same, more) == Effect(0.25, Interval(0.25, 0.25), 0.0)
+    extra = {task: np.array(scores) + 0.25 for task, scores in same.items()}
+    assert stratified_t(same, extra) == Effect(0.25, Interval(0.25, 0.25), 0.0)
 
 
 # Refusals
