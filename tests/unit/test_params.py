@@ -93,14 +93,12 @@ def test_a_named_source_is_its_keys_and_those_of_the_run_file(tmp_path):
         f"model: {{source: path, path: m}}\ncalibration: {{data: {mix}, split: all}}"
     )
     run = load_run("r", tmp_path)
-    one, other = (
+    item, other = (
         LocalTexts(source="path", path="here", format="alpaca"),
         LocalTexts(source="path", path="there"),
     )
-    assert (
-        run.calibration.data == MixedTexts(source="mix", of=(one, other))
-        and run.calibration.score == "response"
-    )
+    assert run.calibration.data == MixedTexts(source="mix", of=(item, other))
+    assert run.calibration.score == "response"
     assert run.model == LocalModel(source="path", path="m")
     (tmp_path / "sources.yaml").write_text("loop: {source: loop}")
     for name in ("yours", "loop"):
@@ -156,7 +154,8 @@ def test_a_run_file_of_a_model_alone_adds_nothing_to_the_options_of_the_command(
 
 def test_the_llama_run_is_the_papers_setting():
     run = load_run("llama2-7b", ROOT / "runs")
-    assert run.model.repo == "meta-llama/Llama-2-7b-hf" and run.score == Score(method="blockpruner")
+    assert run.model.repo == "meta-llama/Llama-2-7b-hf"
+    assert run.score == Score(method="blockpruner")
     assert (run.calibration.num_samples, run.calibration.seq_len, run.calibration.seed) == (
         256,
         2048,
@@ -183,7 +182,8 @@ def test_the_llama_run_is_the_papers_setting():
 def test_shipped_params_are_valid():
     shipped = load_params(ROOT / "params.yaml")
     methods = [(target.method, target.budget) for target in shipped.targets_of("smollm2")]
-    assert methods == [(None, "0.10"), ("blockpruner", "0.10")] and shipped.studies == ()
+    assert methods == [(None, "0.10"), ("blockpruner", "0.10")]
+    assert shipped.studies == ()
 
 
 STUDY = {"FETCH_VERSION": 5, "CALIBRATION_VERSION": 6, "SEARCH_VERSION": 5, "WEIGHTS_VERSION": 9}
@@ -203,10 +203,8 @@ def test_the_lock_is_of_one_workspace_and_of_the_versions_of_today():
     measured = {path.name for path in (ROOT / "data/evidence").glob("seed-*")}
     searches = yaml.safe_load((ROOT / "dag.yaml").read_text())["searches"]
     asked = {name.partition("@")[2] for name in lock}
-    assert (
-        asked <= {*shipped.runs, *shipped.targets, *searches, "", *seed["runs"], *measured}
-        and measured <= asked
-    )
+    assert asked <= {*shipped.runs, *shipped.targets, *searches, "", *seed["runs"], *measured}
+    assert measured <= asked
     for name in measured:
         key = name.removeprefix("seed-")
         params = lock[f"experiment@{name}"]["params"]["studies/seed.yaml"]
@@ -258,9 +256,9 @@ def test_a_fresh_clone_is_up_to_date(tmp_path):
         shutil.copy(ROOT / name, tmp_path / name)
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
     command = [sys.executable, "-m", "dvc", "repro", "--dry", "--allow-missing"]
-    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert found.returncode == 0 and "Running stage" not in found.stdout, (
-        found.stdout + found.stderr
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0 and "Running stage" not in result.stdout, (
+        result.stdout + result.stderr
     )
 
 
@@ -290,13 +288,14 @@ def llama(tmp_path, monkeypatch):
 
 
 def test_targets_may_differ_in_healing_and_method_alone(llama):
-    found = llama(
+    result = llama(
         before={},
         between={"compensate": "refit"},
         after={"train": True},
         other={"method": "floating"},
     )
-    assert found.target("after").train and not found.target("before").train
+    assert result.target("after").train
+    assert not result.target("before").train
     with refused("settings") as error:
         llama(after={"train": True}, again={"train": True, "budget": "0.20"})
     assert "'after' and 'again' mean the same" in str(error.value)
@@ -329,19 +328,19 @@ def test_sections_have_the_searches_of_all_targets(llama):
         c={"method": "one_shot"},
         d={"method": "recommended", "budget": "7layers"},
     )
-    found = resolve(run, targets.targets_of("llama2-7b"))
-    assert {name: asked.budgets for name, asked in found.searches.items()} == {
+    result = resolve(run, targets.targets_of("llama2-7b"))
+    assert {name: asked.budgets for name, asked in result.searches.items()} == {
         "floating": ("0.2", "0.3"),
         "one_shot": ("0.2",),
         "recommended": ("7layers",),
     }
-    own, other, recommended = (asked.score for asked in found.searches.values())
-    assert own.options == {"tries": 2, "per": "parameters"} and other.acceleration is None
+    own, other, recommended = (asked.score for asked in result.searches.values())
+    assert own.options == {"tries": 2, "per": "parameters"}
+    assert other.acceleration is None
     assert (recommended.method, recommended.options) == ("recommended", {})
-    assert (
-        set(found.sources.texts) == {"perplexity", "calibration", "judge"} and found.train is None
-    )
-    assert Sections.model_validate_json(found.model_dump_json()) == found
+    assert set(result.sources.texts) == {"perplexity", "calibration", "judge"}
+    assert result.train is None
+    assert Sections.model_validate_json(result.model_dump_json()) == result
 
 
 BAD_PARAMS = [
@@ -371,7 +370,8 @@ BAD_PARAMS = [
 def test_bad_params(tmp_path, changes, key, words):
     with refused("settings") as error:
         load_params(params(tmp_path, **changes))
-    assert error.value.key == key and words in str(error.value)
+    assert error.value.key == key
+    assert words in str(error.value)
 
 
 BAD_RUNS = [
@@ -403,10 +403,8 @@ def test_a_mistake_is_a_line_with_the_file_the_key_and_the_value(tmp_path):
         == f"{tmp_path}/r.yaml: score.unit: Input should be 'block', 'layer' or 'shifted' (given"
         " 'head')"
     )
-    assert (
-        lines[2] == f"{tmp_path}/r.yaml: exports: Extra inputs are not permitted (given ['hf'])"
-        and len(lines) == 3
-    )
+    assert lines[2] == f"{tmp_path}/r.yaml: exports: Extra inputs are not permitted (given ['hf'])"
+    assert len(lines) == 3
 
 
 @pytest.mark.parametrize(
