@@ -317,7 +317,8 @@ def test_candidates_do_not_wait_for_a_device(metric, checkpoints, monkeypatch):
         )
         monkeypatch.setattr(made_up, "run", watched)
         units = list(engine.run([Task(range(4), (DENSE, MASK), METRICS[metric])], ROWS))
-        assert len(units) == 2 and not synchronized
+        assert len(units) == 2
+        assert not synchronized
         (torch.ones(2, device="gpu:0") > 0).nonzero()
         assert len(synchronized) == 1
 
@@ -361,7 +362,8 @@ def test_devices_are_named_by_the_settings():
         assert accelerator.name(torch.device("cpu")) == "cpu"
         with pytest.raises(InputError, match=r"'gpu:2' is not here: 2 CUDA devices; use auto$"):
             resolve_device("gpu:2")
-    assert resolve_device("auto") == torch.device("cpu") and accelerator.devices() == []
+    assert resolve_device("auto") == torch.device("cpu")
+    assert accelerator.devices() == []
 
 
 UNKNOWN = "is unknown; valid: auto, cpu, cuda, cuda:<n>, split$"
@@ -712,7 +714,8 @@ def test_a_refit_has_one_layer_at_a_time_on_a_device_that_does_not_hold_the_mode
         assert chosen.plan.kinds[kind] == pytest.approx(figures, rel=1e-4)
     errors = [stop["error"] for stop in chosen.facts["stops"]]
     expected_errors = [stop["error"] for stop in expected.facts["stops"]]
-    assert errors == pytest.approx(expected_errors, rel=1e-4) and min(errors) < 1
+    assert errors == pytest.approx(expected_errors, rel=1e-4)
+    assert min(errors) < 1
     assert chosen.weights.keys() == expected.weights.keys()
     assert len(chosen.weights) > 4 or family == "llama"
     for name, weight in expected.weights.items():
@@ -730,4 +733,5 @@ def check_offloaded_layers(model):
     with torch.no_grad():
         weight.zero_()
     first_mlp(x)
-    assert weight.device.type == "cpu" and not weight.any()
+    assert weight.device.type == "cpu"
+    assert not weight.any()
