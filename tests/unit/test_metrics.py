@@ -54,8 +54,8 @@ def assert_divergences(found, loss, variant, rows, masks=MASKS, **model):
     near = tolerance(variant)
     for mask in masks:
         for index, tokens in enumerate(rows):
-            wanted = divergence(loss, variant, mask, tokens, **model)
-            assert found[mask, index] == pytest.approx(wanted, rel=near, abs=near), format_mask(
+            expected = divergence(loss, variant, mask, tokens, **model)
+            assert found[mask, index] == pytest.approx(expected, rel=near, abs=near), format_mask(
                 mask
             )
 
@@ -64,11 +64,11 @@ def assert_divergences(found, loss, variant, rows, masks=MASKS, **model):
 @pytest.mark.parametrize("loss", DIVERGENCES)
 @pytest.mark.parametrize("variant", GRID)
 def test_divergences_equal_whole_forward_passes(variant, loss, batch_tokens):
-    found = values_of(Engine(model_of(variant, LAYERS), batch_tokens), ROWS, loss)
-    assert_divergences(found, loss, variant, ROWS)
-    assert all(abs(found[DENSE, index]) < 1e-14 for index in range(len(ROWS)))
+    result = values_of(Engine(model_of(variant, LAYERS), batch_tokens), ROWS, loss)
+    assert_divergences(result, loss, variant, ROWS)
+    assert all(abs(result[DENSE, index]) < 1e-14 for index in range(len(ROWS)))
     # what is compared is far from nothing
-    assert min(value for (mask, _), value in found.items() if mask) > 1e-3
+    assert min(value for (mask, _), value in result.items() if mask) > 1e-3
 
 
 @pytest.mark.parametrize("loss", DIVERGENCES)
@@ -104,13 +104,14 @@ def test_out_of_memory_in_the_reference_and_after_it(loss, fitting, luck):
     is computed once."""
     engine = CrampedEngine(model_of("llama", LAYERS), 1000, rows=fitting, luck=luck)
     referenced = spy_on_references(engine)
-    found = values_of(engine, ROWS, loss)
-    assert_divergences(found, loss, "llama", ROWS)
+    result = values_of(engine, ROWS, loss)
+    assert_divergences(result, loss, "llama", ROWS)
     assert sorted(referenced) == list(range(len(ROWS)))
     failed_in_reference = any(
         task.metric == REFERENCE and len(task.span) > fitting for task, _ in engine.walks
     )
-    assert failed_in_reference and len(engine.walks) > 2
+    assert failed_in_reference
+    assert len(engine.walks) > 2
 
 
 def test_a_reference_is_computed_once_and_for_its_own_rows_only():
@@ -143,9 +144,9 @@ def test_a_reference_is_computed_once_and_for_its_own_rows_only():
 )
 def test_losses_in_chunks(monkeypatch, loss, tokens):
     model = model_of("llama", LAYERS)
-    whole = values_of(Engine(model), ROWS, loss)
+    complete = values_of(Engine(model), ROWS, loss)
     monkeypatch.setattr("blockpruner.scoring.work.LOGITS_BYTES", tokens * VOCABULARY * 4)
-    assert values_of(Engine(model), ROWS, loss) == pytest.approx(whole, rel=1e-13, abs=1e-13)
+    assert values_of(Engine(model), ROWS, loss) == pytest.approx(complete, rel=1e-13, abs=1e-13)
 
 
 def flipped(logits, targets, dense):
@@ -164,14 +165,15 @@ def test_a_metric_of_ones_own(tmp_path, streamed):
     metric = pickle.loads(
         pickle.dumps(Metric("flips", flipped, "flips", "share of tokens", "", reference=True))
     )
-    assert metric.name == "flips" and metric.name not in METRICS
-    found = values_of(engine, ROWS, metric)
-    for (mask, index), value in found.items():
-        best, left = (
+    assert metric.name == "flips"
+    assert metric.name not in METRICS
+    result = values_of(engine, ROWS, metric)
+    for (mask, index), value in result.items():
+        best, remaining = (
             log_probabilities("llama", m, ROWS[index]).argmax(axis=1) for m in (DENSE, mask)
         )
-        assert value == pytest.approx(np.mean(best != left))
-    assert max(found.values()) > 0
+        assert value == pytest.approx(np.mean(best != remaining))
+    assert max(result.values()) > 0
     engine.close()
 
 
@@ -187,9 +189,10 @@ def test_pieces_of_logits_keep_the_bits(loss, dtype, tokens, monkeypatch):
     monkeypatch.setattr(losses, "PIECE_BYTES", 1)
     sizes, wide = [], losses.wide
     monkeypatch.setattr(losses, "wide", lambda given: sizes.append(len(given)) or wide(given))
-    found = loss(*given)
-    assert max(sizes) <= losses.PIECE_TOKENS and (min(sizes) > 1 or tokens == 1)
-    assert torch.equal(found, loss.__wrapped__(*given))
+    result = loss(*given)
+    assert max(sizes) <= losses.PIECE_TOKENS
+    assert min(sizes) > 1 or tokens == 1
+    assert torch.equal(result, loss.__wrapped__(*given))
 
 
 # --- influences
@@ -207,11 +210,13 @@ def test_influences_of_blocks_and_layers(variant, base, batch_tokens):
     )
     masks = [base | unit for unit in oracle[0]]
     for name in INFLUENCES:
-        found = values_of(Engine(model, batch_tokens), ROWS, name, masks, base)
+        result = values_of(Engine(model, batch_tokens), ROWS, name, masks, base)
         for index, units in enumerate(oracle):
             for unit, (x, y) in units.items():
-                wanted, near = influence(name, x, y), tolerance(variant)
-                assert found[base | unit, index] == pytest.approx(wanted, rel=near, abs=near / 100)
+                expected, near = influence(name, x, y), tolerance(variant)
+                assert result[base | unit, index] == pytest.approx(
+                    expected, rel=near, abs=near / 100
+                )
 
 
 @pytest.mark.parametrize("variant", ["llama", "gpt_neox", "gemma2"])
@@ -224,12 +229,12 @@ def test_adjacent_layers_are_a_unit(variant):
     for name in ("relative_magnitude", "block_influence"):
         for removed in (DENSE, base):
             asked = [removed | DENSE.union(*layers[first : last + 1]) for first, last in runs]
-            found = values_of(Engine(model, 24), ROWS, name, asked, removed)
+            result = values_of(Engine(model, 24), ROWS, name, asked, removed)
             for index, tokens in enumerate(ROWS):
                 seen = states_of(model, removed, tokens)
                 for (first, last), mask in zip(runs, asked, strict=True):
-                    wanted = influence(name, seen[first], seen[last + 1])
-                    assert found[mask, index] == pytest.approx(wanted, rel=tolerance(variant))
+                    expected = influence(name, seen[first], seen[last + 1])
+                    assert result[mask, index] == pytest.approx(expected, rel=tolerance(variant))
 
 
 @pytest.mark.parametrize("variant", ["llama", "qwen2"])
@@ -237,15 +242,15 @@ def test_adjacent_layers_are_a_unit(variant):
 def test_influences_in_bfloat16_are_taken_in_float32(name, variant):
     model = tiny_model(variant, LAYERS, torch.bfloat16)
     units = removable_units(LAYERS, "block", "all")
-    found = values_of(Engine(model, 2), ROWS, name, units)
+    result = values_of(Engine(model, 2), ROWS, name, units)
     rounded = []
     for index, tokens in enumerate(ROWS):
         oracle = recorded(model, DENSE, tokens)
         for unit in units:
             x, y = oracle[unit]
-            assert found[unit, index] == pytest.approx(influence(name, x, y), rel=1e-5, abs=1e-6)
+            assert result[unit, index] == pytest.approx(influence(name, x, y), rel=1e-5, abs=1e-6)
             narrow = (torch.tensor(state).bfloat16().float().numpy() for state in (x, y))
-            rounded.append(abs(influence(name, *narrow) - found[unit, index]))
+            rounded.append(abs(influence(name, *narrow) - result[unit, index]))
     assert max(rounded) > 1e-4  # the sum x + f in bfloat16 would have shown
 
 
