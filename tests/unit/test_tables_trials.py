@@ -60,7 +60,8 @@ def test_facts_survive_the_process(tmp_path):
     also.put(KEY, [3], [math.pi])
     second = store(tmp_path)
     assert second.get(KEY) == [2.5, 0.1, 1 / 3, math.pi]
-    assert second.known(KEY, 0, 4) and second.problems == []
+    assert second.known(KEY, 0, 4)
+    assert second.problems == []
 
 
 def test_every_field_of_the_fingerprint_separates_stores_and_there_is_no_other(tmp_path):
@@ -68,8 +69,8 @@ def test_every_field_of_the_fingerprint_separates_stores_and_there_is_no_other(t
     assert set(fields) == {"calibration", "model", "dtype", "metric", "score_version"}
     store(tmp_path).put(KEY, range(4), [1.0] * 4)
     for field in fields:
-        found = TrialStore(fields | {field: "other"}, "abcd", tmp_path).get(KEY)
-        assert found is None if field != "calibration" else found == [1.0] * 4, (
+        result = TrialStore(fields | {field: "other"}, "abcd", tmp_path).get(KEY)
+        assert result is None if field != "calibration" else result == [1.0] * 4, (
             "rows are known by content"
         )
         assert field == "score_version" or store_fields(**FIELDS | {field: "other"}) != fields
@@ -82,9 +83,9 @@ def test_rows_are_known_by_content_across_calibration_sets(tmp_path):
     large = store(tmp_path, "bcab", calibration="large")
     assert large.fingerprint == small.fingerprint
     assert [large.known(KEY, row, row + 1) for row in range(4)] == [True, False, True, True]
-    assert (
-        not large.known(KEY, 0, 4) and large.get(KEY)[2:] == [1.0, 2.0] and large.get(KEY)[0] == 2.0
-    )
+    assert not large.known(KEY, 0, 4)
+    assert large.get(KEY)[2:] == [1.0, 2.0]
+    assert large.get(KEY)[0] == 2.0
     large.put(KEY, [1], [3.0])
     assert store(tmp_path, "cb", calibration="other").get(KEY) == [3.0, 2.0]
     assert store(tmp_path, "xy", calibration="foreign").get(KEY) is None
@@ -185,27 +186,27 @@ def test_a_16_bit_search_that_another_card_resumes_begins_again_there(tmp_path, 
     assert set().union(*cards(searched_on(Card(2), tmp_path, name=name))) == {2}
     resumed, undisturbed = Card(1), Card(1)
     steps = searched_on(resumed, tmp_path, name=name)
-    assert steps == searched_on(undisturbed, tmp_path / "new", name=name) and set().union(
-        *cards(steps)
-    ) == {1}
+    assert steps == searched_on(undisturbed, tmp_path / "new", name=name)
+    assert set().union(*cards(steps)) == {1}
     assert (
         len(undisturbed.asked) - killed - 6
         <= len(resumed.asked)
         <= len(undisturbed.asked) - killed + 6
     )
     again = Card(2)
-    assert set().union(*cards(searched_on(again, tmp_path, name=name))) == {2} and not again.asked
+    assert set().union(*cards(searched_on(again, tmp_path, name=name))) == {2}
+    assert not again.asked
 
 
 @pytest.mark.parametrize("name", SEARCHES)
 def test_a_16_bit_search_whose_batches_are_halved_begins_again(tmp_path, name):
     notes, card = [], Card(1, halved=100)
     steps = searched_on(card, tmp_path, name=name, notes=notes)
-    assert set().union(*cards(steps)) == {2} and {
-        step.origin["batch_tokens"] for step in steps
-    } == {4}
+    assert set().union(*cards(steps)) == {2}
+    assert {step.origin["batch_tokens"] for step in steps} == {4}
     (note,) = notes
-    assert "batch_tokens 4, before 8" in note and "begins again" in note
+    assert "batch_tokens 4, before 8" in note
+    assert "begins again" in note
 
 
 @pytest.mark.parametrize("name", SEARCHES)
@@ -221,7 +222,8 @@ def test_facts_of_32_bits_are_of_no_origin(tmp_path, name):
     assert [step.removed for step in steps] == [
         step.removed for step in searched_on(undisturbed, tmp_path / "new", "float32", name)
     ]
-    assert len(other.asked) <= len(undisturbed.asked) - 60 + 6 and not notes
+    assert len(other.asked) <= len(undisturbed.asked) - 60 + 6
+    assert not notes
     assert all(step.origin == {} for step in steps)
 
 
@@ -261,14 +263,14 @@ def test_a_clone_with_pulled_tables_reuses_those_of_its_own_origin(tmp_path, dty
     card = Card(here)
     steps = searched_on(card, tmp_path / "clone", dtype)
     if dtype == "float32" or here == 1:
-        assert not card.asked and steps == first
+        assert not card.asked
+        assert steps == first
     else:
-        assert card.asked and set().union(*cards(steps)) == {2}
-        assert (
-            not (same := Card(1)).asked
-            and searched_on(same, tmp_path / "clone", dtype) == first
-            and not same.asked
-        )
+        assert card.asked
+        assert set().union(*cards(steps)) == {2}
+        assert not (same := Card(1)).asked
+        assert searched_on(same, tmp_path / "clone", dtype) == first
+        assert not same.asked
 
 
 # --- the journal
@@ -303,20 +305,20 @@ def test_a_torn_last_line_loses_that_entry_only(log):
 
 def test_a_damaged_line_is_named_and_not_trusted(log):
     log.write_text(log.read_text().replace('"n":2', '"n":9'))
-    found, problems = entries_of(log)
-    assert found == [1, 3]
-    assert len(problems) == 1 and f"{log}, line 3" in problems[0]
+    result, problems = entries_of(log)
+    assert result == [1, 3]
+    assert len(problems) == 1
+    assert f"{log}, line 3" in problems[0]
 
 
 def test_a_foreign_log_is_set_aside(log):
-    found, (problem,) = entries_of(log, of="others")
-    assert (
-        found == []
-        and "set aside as log.jsonl.bad" in problem
-        and "tests" in problem
-        and "others" in problem
-    )
-    assert log.with_name("log.jsonl.bad").exists() and not log.exists()
+    result, (problem,) = entries_of(log, of="others")
+    assert result == []
+    assert "set aside as log.jsonl.bad" in problem
+    assert "tests" in problem
+    assert "others" in problem
+    assert log.with_name("log.jsonl.bad").exists()
+    assert not log.exists()
 
 
 # --- iteration tables
@@ -365,16 +367,20 @@ def test_a_table_that_cannot_be_trusted_is_named_and_set_aside(tmp_path, how):
         read_trace(tmp_path, "s")
     trials = TrialStore(store_fields(**FIELDS), "ab")
     (problem,) = seed_stores(tmp_path, "s", trials, TrialStore({}, "ab"), influence=False)
-    assert trials.get(KEY) is None and "set aside" in problem
-    assert not path.exists() and path.with_name(path.name + ".bad").exists()
+    assert trials.get(KEY) is None
+    assert "set aside" in problem
+    assert not path.exists()
+    assert path.with_name(path.name + ".bad").exists()
 
 
 def test_tables_seed_the_stores_of_the_metric_and_of_the_nll(tmp_path):
     write_iteration(tmp_path / "17blocks", iteration(), "s")
     trials, nll = TrialStore(store_fields(**FIELDS), "ab"), TrialStore({}, "ab")
     assert seed_stores(tmp_path, "s", trials, nll, influence=False) == []
-    assert trials.get(KEY) == [1.0, 2.0] and trials.get("mlp.1") == [0.5, 1 / 3]
-    assert nll.get("mlp.1") == [7.0, 0.1] and nll.get(KEY) is None
+    assert trials.get(KEY) == [1.0, 2.0]
+    assert trials.get("mlp.1") == [0.5, 1 / 3]
+    assert nll.get("mlp.1") == [7.0, 0.1]
+    assert nll.get(KEY) is None
 
 
 def test_an_influence_is_of_a_unit_within_a_base(tmp_path):
@@ -384,7 +390,8 @@ def test_an_influence_is_of_a_unit_within_a_base(tmp_path):
     trials = TrialStore({}, "ab")
     assert seed_stores(tmp_path, "s", trials, trials, influence=True) == []
     assert trials.get("mlp.0|mha.1") == [1.0, 2.0]
-    assert trials.get("mlp.0,mha.1|mlp.2") is None and trials.get(KEY) is None
+    assert trials.get("mlp.0,mha.1|mlp.2") is None
+    assert trials.get(KEY) is None
 
 
 # --- files and directories
@@ -427,17 +434,19 @@ def test_a_failed_build_leaves_the_old_directory(tmp_path):
 
     with pytest.raises(InputError):
         replace_directory(path, broken)
-    assert (path / "x").read_text() == "1" and names_in(tmp_path) == ["d", "d/x"]
+    assert (path / "x").read_text() == "1"
+    assert names_in(tmp_path) == ["d", "d/x"]
 
 
 def test_what_a_kill_left_in_the_tables_is_removed_before_a_search(tmp_path):
     scores = tmp_path / "scores"
     (scores / "0123").mkdir(parents=True)
-    left, kept = scores / "0123/.iteration_000.parquet.0123abcd.tmp", scores / ".mine.tmp"
-    left.touch()
+    remaining, kept = scores / "0123/.iteration_000.parquet.0123abcd.tmp", scores / ".mine.tmp"
+    remaining.touch()
     kept.touch()
     scored(tmp_path, FakeScorer(), small_config(2), ["1blocks"], short_rows(2))
-    assert kept.exists() and not left.exists()
+    assert kept.exists()
+    assert not remaining.exists()
 
 
 def test_processes_that_replace_one_directory_at_once_leave_a_whole_one(tmp_path):
@@ -464,7 +473,8 @@ def test_a_log_that_cannot_be_synced_is_named_and_keeps_its_entries(tmp_path, mo
         journal.append({"n": 2}) if moment == "append" else journal.close()
     monkeypatch.undo()
     journal.close()
-    assert journal.read_header() is not None and journal.read([])[0] == {"n": 1}
+    assert journal.read_header() is not None
+    assert journal.read([])[0] == {"n": 1}
 
 
 def broken(descriptor):
@@ -482,6 +492,7 @@ def test_a_file_system_without_links_or_syncs_of_folders_is_enough(tmp_path, mon
     link_or_copy(tmp_path / "a", tmp_path / "b")
     monkeypatch.setattr("os.fsync", refused)
     sync(tmp_path)
-    assert (tmp_path / "b").read_text() == "text" and not (tmp_path / "b").samefile(tmp_path / "a")
+    assert (tmp_path / "b").read_text() == "text"
+    assert not (tmp_path / "b").samefile(tmp_path / "a")
     with pytest.raises(OSError, match="Invalid argument"):
         sync(tmp_path / "a")
