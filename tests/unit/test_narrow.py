@@ -92,7 +92,8 @@ def test_a_narrow_model_is_the_dense_one_with_zeros(variant, tmp_path):
     expected = with_zeros(model, KEPT)(IDS).logits
     with narrowed(model, blocks(KEPT)) as narrow:
         torch.testing.assert_close(narrow(IDS).logits, expected, rtol=0, atol=1e-9)
-    assert torch.equal(model(IDS).logits, before) and model.config.to_dict() == config
+    assert torch.equal(model(IDS).logits, before)
+    assert model.config.to_dict() == config
 
     pruned = narrow_(shared_copy(model), blocks(KEPT))
     torch.testing.assert_close(pruned(IDS).logits, expected, rtol=0, atol=1e-9)
@@ -137,7 +138,8 @@ def test_channels_that_a_model_does_not_have(kept):
 
 
 def test_channels_are_written_as_bits():
-    assert format_channels((0, 3, 5), 10) == "029" and parse_channels("029") == (0, 3, 5)
+    assert format_channels((0, 3, 5), 10) == "029"
+    assert parse_channels("029") == (0, 3, 5)
     for n in range(1, 49):
         assert parse_channels(format_channels(range(n), 48)) == tuple(range(n))
 
@@ -272,13 +274,15 @@ def test_levels_are_measured_once_and_survive_a_kill(tmp_path, monkeypatch):
         for folder in (tmp_path / name / "scores").glob("*/0.2"):
             shutil.rmtree(folder)
 
-    whole, count = channels("whole", "0.1")
-    assert count == 12 and '"channels"' in whole
+    complete, count = channels("whole", "0.1")
+    assert count == 12
+    assert '"channels"' in complete
     with pytest.raises(KeyboardInterrupt):
         channels("mine", "0.1", observer=Killed())
-    assert channels("mine", "0.1") == (whole, 9)
+    assert channels("mine", "0.1") == (complete, 9)
     other, count = channels("mine", "0.1", "0.2")
-    assert count == 0 and other != whole
+    assert count == 0
+    assert other != complete
     shutil.copytree(tmp_path / "mine/trials", tmp_path / "second/trials")
     shutil.copytree(tmp_path / "mine/scores", tmp_path / "clone/scores")
     for name in ("second", "clone"):
@@ -389,7 +393,8 @@ def test_a_refit_of_a_narrow_block_is_least_squares(monkeypatch):
     channels = range(0, 48, 2)
     plan = narrow_plan(model.config.to_dict(), {"mlp.3": channels})
     weights, facts = compensate(model, {"": plan}, FIT, HELDOUT, SilentObserver())[""]
-    assert facts["share"] == 1 and list(weights) == [name]
+    assert facts["share"] == 1
+    assert list(weights) == [name]
     tensors = record_outputs(model, 3, "mlp", "down_proj")
     model(ALL_IDS[:30])
     x, y, h = (tensors[key].flatten(0, 1).numpy() for key in "xyh")
@@ -429,7 +434,9 @@ def test_a_checkpoint_holds_a_narrow_model(form, tmp_path):
     healed = healed_of(dense, plan, tmp_path, {name: weight})
     form(pruning(dense, plan, healed=healed), tmp_path / "out")
     report = json.loads((tmp_path / "out/verification.json").read_text())
-    assert report["ok"] and report["cache_layers"] == 4
+    assert report["ok"]
+    assert report["cache_layers"] == 4
     saved = load_file(tmp_path / "out/model.safetensors")[name]
-    assert torch.equal(saved[:, :17], weight) and not saved[:, 17:].any()
+    assert torch.equal(saved[:, :17], weight)
+    assert not saved[:, 17:].any()
     assert "2 of its 4 MLPs narrowed" in (tmp_path / "out/README.md").read_text()
