@@ -74,35 +74,35 @@ def place(tmp_path, monkeypatch):
         "perplexity": texts[60:],
     }.items():
         write_texts(Path("sources", f"{role}.parquet"), own)
-    found = load_run("tiny")
+    result = load_run("tiny")
     fetch_tasks(
-        found.evaluate.zero_shot, *[Path("sources/tasks")] * 2, Path("cache"), Path("pins"), print
+        result.evaluate.zero_shot, *[Path("sources/tasks")] * 2, Path("cache"), Path("pins"), print
     )
-    fetch_checkpoint(found.model, tmp_path / "dense", Path("cache"), Path("pins"), print)
+    fetch_checkpoint(result.model, tmp_path / "dense", Path("cache"), Path("pins"), print)
     dense = Checkpoint(tmp_path / "dense", "float32", "cpu", False)
 
-    def measure(wanted: Experiment) -> Points:
+    def measure(expected: Experiment) -> Points:
         runtime = Runtime(device="cpu", threads=1)
-        given = found, dense, Path("sources"), tmp_path / "data", runtime, SilentObserver()
-        write_table(tmp_path / "out" / points_module.FILE, *experiments.measured(wanted, *given))
+        given = result, dense, Path("sources"), tmp_path / "data", runtime, SilentObserver()
+        write_table(tmp_path / "out" / points_module.FILE, *experiments.measured(expected, *given))
         return Points.read(tmp_path / "out")
 
     Path("data").mkdir()
-    return SimpleNamespace(measure=measure, run=found, dense=dense, folder=tmp_path)
+    return SimpleNamespace(measure=measure, run=result, dense=dense, folder=tmp_path)
 
 
 def test_points_are_what_full_forward_passes_say(place):
-    found = place.measure(WANTED)
+    result = place.measure(WANTED)
     bench = experiments.Bench(
         place.run, place.dense, Path("sources"), place.folder / "data", SilentObserver()
     )
     rows = bench.heldout.rows
-    assert list(found.kinds) == ["even"] * 2 + ["odd"] * 3, "rows by the kinds' shares"
-    assert len(found.frame) == 2 * 2 * 2 * 2 * 3
+    assert list(result.kinds) == ["even"] * 2 + ["odd"] * 3, "rows by the kinds' shares"
+    assert len(result.frame) == 2 * 2 * 2 * 2 * 3
     np.testing.assert_allclose(
-        found.dense["nll"], [full_nll(place.dense.model, row) for row in rows], rtol=1e-5
+        result.dense["nll"], [full_nll(place.dense.model, row) for row in rows], rtol=1e-5
     )
-    plain = found.frame[found.frame["heal"] == "plain"]
+    plain = result.frame[result.frame["heal"] == "plain"]
     for _, point in plain.iterrows():
         mask = parse_mask(point["plan"].replace(" ", ","))
         pruned = prune_(load_model(place.folder / "model", "float32", "cpu"), mask)
@@ -111,19 +111,19 @@ def test_points_are_what_full_forward_passes_say(place):
             point["plan"].count(kind) for kind in ("mha", "mlp")
         )
         items = json.loads(point["items"])["piqa"]
-        assert (
-            set(items["score"]) <= {0, 1}
-            and all(0 < p < 1 for p in items["p_gold"])
-            and len(items["p_gold"]) == 6
-        )
+        assert set(items["score"]) <= {0, 1}
+        assert all(0 < p < 1 for p in items["p_gold"])
+        assert len(items["p_gold"]) == 6
     given = plain[(plain["method"] == "few") & (plain["budget"] == "3blocks")]
-    assert set(given["plan"]) == {"mha.1 mha.3 mlp.2"} and given["nll"].map(tuple).nunique() == 1
+    assert set(given["plan"]) == {"mha.1 mha.3 mlp.2"}
+    assert given["nll"].map(tuple).nunique() == 1
     own = ["calibration", "seed", "method", "budget"]
-    wide = found.frame.assign(mean=found.frame["nll"].map(np.mean)).pivot(
+    wide = result.frame.assign(mean=result.frame["nll"].map(np.mean)).pivot(
         index=own, columns="heal", values="mean"
     )
-    assert (wide["refit"] != wide["plain"]).any() and (wide["both"] != wide["refit"]).any()
-    searched = found.frame[found.frame["method"] == "blockpruner"]
+    assert (wide["refit"] != wide["plain"]).any()
+    assert (wide["both"] != wide["refit"]).any()
+    searched = result.frame[result.frame["method"] == "blockpruner"]
     assert (
         searched.groupby("budget")["trials_asked"].min() == pd.Series({"1blocks": 9, "3blocks": 22})
     ).all()
@@ -136,11 +136,11 @@ def test_a_kill_costs_one_point_and_no_loss(place, monkeypatch):
     )
     measure, done = experiments.measure_perplexity, []
 
-    def counted(*given):
+    def counted(*args):
         if len(done) == 3:
             raise KeyboardInterrupt
-        done.append(given)
-        return measure(*given)
+        done.append(args)
+        return measure(*args)
 
     monkeypatch.setattr(experiments, "measure_perplexity", counted)
     with pytest.raises(KeyboardInterrupt):
@@ -150,12 +150,10 @@ def test_a_kill_costs_one_point_and_no_loss(place, monkeypatch):
     calls = len(done) - 4
     masks = first.frame["plan"].nunique()
     assert calls == 1 + masks - 3, "the dense model and each mask are measured once"
-    assert (
-        place.measure(plain).frame["seconds"].equals(first.frame["seconds"])
-        and len(done) == calls + 4
-    )
-    more = place.measure(plain.model_copy(update={"budgets": ("1blocks", "2blocks", "3blocks")}))
-    assert len(done) - calls - 4 == more.frame["plan"].nunique() - masks
+    assert place.measure(plain).frame["seconds"].equals(first.frame["seconds"])
+    assert len(done) == calls + 4
+    extra = place.measure(plain.model_copy(update={"budgets": ("1blocks", "2blocks", "3blocks")}))
+    assert len(done) - calls - 4 == extra.frame["plan"].nunique() - masks
 
 
 def test_a_search_sees_one_kind_alone_and_what_changes_weights_is_not_refitted(place):
@@ -168,7 +166,8 @@ def test_a_search_sees_one_kind_alone_and_what_changes_weights_is_not_refitted(p
     )
     rows = bench.rows(drawn, "odd", None, False)
     decode = bench.dense.tokenizer.decode
-    assert len(rows.search.rows) == 20 and {decode(row) for row in rows.search.rows} <= set(own)
+    assert len(rows.search.rows) == 20
+    assert {decode(row) for row in rows.search.rows} <= set(own)
     assert rows.fit.digest == bench.rows(drawn, None, None, False).fit.digest, (
         "a fit sees all kinds"
     )
@@ -183,10 +182,10 @@ def test_a_search_sees_one_kind_alone_and_what_changes_weights_is_not_refitted(p
         "refit": Heal(compensate="refit"),
         "trained": Heal(train={"epochs": 1}),
     }
-    found = place.measure(
+    result = place.measure(
         WANTED.model_copy(update={**changes, "heal": heal, "calibrations": {"": {}}})
     ).frame
-    assert list(zip(found["method"], found["heal"], strict=True)) == [
+    assert list(zip(result["method"], result["heal"], strict=True)) == [
         ("slicegpt", "plain"),
         ("slicegpt", "trained"),
         ("narrow", "plain"),
@@ -232,16 +231,15 @@ def test_a_study_of_experiments_asks_for_them_alone(place):
         "seed-two": {"study": "seed", "name": "two", "run": "tiny"}
     }
     both = choose_study("seed")
-    assert list(both.experiments) == ["seed-one", "seed-two"] and yaml.safe_load(both.text)[
-        "studies"
-    ] == ["seed"]
+    assert list(both.experiments) == ["seed-one", "seed-two"]
+    assert yaml.safe_load(both.text)["studies"] == ["seed"]
     with refused("unknown-item"):
         choose_study("seed", ["three"])
 
 
 def test_a_dry_run_of_a_study_of_experiments_prints_them(place, capsys):
     Path("studies").mkdir()
-    one = {
+    item = {
         "run": "tiny",
         "methods": {"given": {"options": {"order": ["mha.1"]}}},
         "budgets": ["1blocks"],
@@ -252,22 +250,21 @@ def test_a_dry_run_of_a_study_of_experiments_prints_them(place, capsys):
         "seeds": [1, 2, 3],
     }
     heal = {"plain": {}, "refit": {"compensate": "refit"}}
-    experiments_ = {"one": one, "many": {"run": "tiny", **grid, "heal": heal}}
+    experiments_ = {"one": item, "many": {"run": "tiny", **grid, "heal": heal}}
     Path("studies/mine.yaml").write_text(
         yaml.safe_dump({"title": "T", "runs": ["tiny"], "experiments": experiments_})
     )
     Path("params.yaml").write_text("runs: [tiny]\ntargets: {}\nstudies: []\nexperiments: {}\n")
-    place.measure(Experiment.model_validate(one))
+    place.measure(Experiment.model_validate(item))
     shutil.copytree(place.folder / "out", "data/evidence/mine-one")
     assert paper.main(["--study", "mine", "--dry-run"]) == 0
-    many, one, model, unknown = capsys.readouterr().out.splitlines()
-    assert one == "one: tiny: given at 1blocks: 1 models (1 measured); 1 searches"
+    many, item, model, unknown = capsys.readouterr().out.splitlines()
+    assert item == "one: tiny: given at 1blocks: 1 models (1 measured); 1 searches"
     assert (
         many == "many: tiny: blockpruner, shortgpt at 0.1, 0.2: 24 models (0 measured); 6 searches"
     )
-    assert model == "model model: not fetched, on this machine" and unknown.startswith(
-        "not known before the run: "
-    )
+    assert model == "model model: not fetched, on this machine"
+    assert unknown.startswith("not known before the run: ")
     assert paper.main(["--study", "mine", "--dry-run", "--experiment", "many"]) == 0
     assert "one:" not in capsys.readouterr().out
     assert "seed" not in Path("params.yaml").read_text(), "nothing is changed"
@@ -300,6 +297,8 @@ def test_the_stage_depends_on_what_it_reads(place):
     experiment.main("mine-one")
     read = {where for where, _, _ in stages._SETTINGS_READ}
     deps = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["experiment"]["do"]["deps"]
-    wanted = {dep.replace("${item.run}", "tiny") for dep in deps if dep.startswith("data/settings")}
-    assert read == wanted | {"studies/mine.yaml"}
+    expected = {
+        dep.replace("${item.run}", "tiny") for dep in deps if dep.startswith("data/settings")
+    }
+    assert read == expected | {"studies/mine.yaml"}
     assert Points.read(Path("data/evidence/mine-one")).frame["method"].tolist() == ["shortgpt"]
