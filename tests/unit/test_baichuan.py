@@ -319,7 +319,8 @@ def test_full_layers_ship_the_modelling_file(tmp_path):
     save_pruned(model, tmp_path / "out")
     verify_checkpoint(tmp_path / "out", tmp_path / "reference", 1e-10)
     report = read_json(tmp_path / "out" / "verification.json")
-    assert report["ok"] and report["class"] == "BaichuanForCausalLM"
+    assert report["ok"]
+    assert report["class"] == "BaichuanForCausalLM"
     assert code_file(model) == "modeling_blockpruned.py"
 
 
@@ -341,7 +342,8 @@ def test_unknown_forms_are_refused_and_leave_nothing(tmp_path, changes, message)
     config = {key: value for key, value in config.items() if value is not None}
     with pytest.raises(InputError, match=message):
         fetched(tmp_path, config, tensors)
-    assert not (tmp_path / "model").exists() and not list((tmp_path / "cache" / "models").iterdir())
+    assert not (tmp_path / "model").exists()
+    assert not list((tmp_path / "cache" / "models").iterdir())
 
 
 # --- tokenizer
