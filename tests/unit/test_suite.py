@@ -108,8 +108,8 @@ def evaluate(root, observer, checkpoint="pruned", subject=None, processes=1, **c
         else dense.export(root / checkpoint)
     )
     places = [root / name for name in ("sources", "out", "store")]
-    more = {"plan": PLAN, "search": SEARCH, "processes": processes}
-    return suite.benchmark(subject, dense, *places, settings=settings, observer=observer, **more)
+    extra = {"plan": PLAN, "search": SEARCH, "processes": processes}
+    return suite.benchmark(subject, dense, *places, settings=settings, observer=observer, **extra)
 
 
 def call_verified(checkpoint):
@@ -146,19 +146,19 @@ def test_results(world):
     ]
     out = world.root / "out"
     written = read_json(out / "results.json") | read_json(out / "speed.json")
-    assert written == json.loads(json.dumps(results)) and load_plan(out / "plan.json") == PLAN
+    assert written == json.loads(json.dumps(results))
+    assert load_plan(out / "plan.json") == PLAN
     assert written["search"] == SEARCH
     ids = tiny_tokenizer()(f"{TEXT}\n\n{TEXT}")["input_ids"]
     dense = tiny_model(dtype=torch.float32, max_position_embeddings=512)
     with masked(dense, MASK) as model:
         nlls = [full_nll(model, ids[i : i + 40]) for i in (0, 40, 80)]
         said = [greedy_text(model, sample["prompt"]) for sample in results["samples"]]
-    assert [sample["text"] for sample in results["samples"]] == said and len({*said}) == len(
-        said
-    ) == 3
+    assert [sample["text"] for sample in results["samples"]] == said
+    assert len({*said}) == len(said) == 3
     assert results["formats"] == ["pruned"]
-    nll, found = mean(nlls), results["perplexity"]
-    assert found == {
+    nll, result = mean(nlls), results["perplexity"]
+    assert result == {
         "perplexity": pytest.approx(math.exp(nll), rel=1e-4),
         "nll": pytest.approx(nll, rel=1e-5),
         "row_nll": pytest.approx(nlls, rel=1e-5),
@@ -187,7 +187,8 @@ def test_results(world):
     speed = results["speed"]
     assert speed["dense"]["kv_cache_bytes"] == 2 * speed["pruned"]["kv_cache_bytes"]
     items = pq.read_table(world.root / "out" / "items.parquet")
-    assert items.schema.names == ITEMS.names and items.num_rows == 9
+    assert items.schema.names == ITEMS.names
+    assert items.num_rows == 9
     for task in TASKS:
         rows = [row for row in items.to_pylist() if row["task"] == task]
         assert sum(row[scores[task]["metric"]] for row in rows) / len(rows) == pytest.approx(
@@ -195,7 +196,8 @@ def test_results(world):
         )
     assert list(results["made"]) == PHASES
     for made in results["made"].values():
-        assert made["torch"] == version("torch") and (made["device"], made["attention"]) == (
+        assert made["torch"] == version("torch")
+        assert (made["device"], made["attention"]) == (
             "cpu",
             "sdpa",
         )
@@ -213,12 +215,14 @@ def test_a_model_in_memory_gives_what_its_checkpoint_gives(world, place):
     """Nothing is written of it, and its results are stored under a key of its own."""
     rows = CalibrationSet(((1, 2, 3, 4),))
     observer = Recorder()
-    found = evaluate(place, observer, subject=lambda dense: InMemory(dense, PLAN, rows))
+    result = evaluate(place, observer, subject=lambda dense: InMemory(dense, PLAN, rows))
     same = ("parameters", "weight_bytes", "perplexity", "tasks", "average", "chance", "samples")
-    assert {key: found[key] for key in same} == {key: world.results[key] for key in same}
-    assert observer.computed == PHASES and found["formats"] == []
+    assert {key: result[key] for key in same} == {key: world.results[key] for key in same}
+    assert observer.computed == PHASES
+    assert result["formats"] == []
     assert (
-        found["speed"]["dense"]["kv_cache_bytes"] == 2 * found["speed"]["pruned"]["kv_cache_bytes"]
+        result["speed"]["dense"]["kv_cache_bytes"]
+        == 2 * result["speed"]["pruned"]["kv_cache_bytes"]
     )
     again = Recorder()
     evaluate(place, again, subject=lambda dense: InMemory(dense, PLAN, rows))
@@ -235,8 +239,9 @@ def test_a_model_in_memory_has_its_healed_weights(place, tmp_path):
     for weights in (None, healed):
         subject = partial(InMemory, plan=PLAN, rows=rows, healed=weights)
         results.append(evaluate(place, Recorder(), subject=subject, speed=None))
-    plain, changed = (found["perplexity"]["perplexity"] for found in results)
-    assert changed == pytest.approx(260) and plain != pytest.approx(260)
+    plain, changed = (result["perplexity"]["perplexity"] for result in results)
+    assert changed == pytest.approx(260)
+    assert plain != pytest.approx(260)
 
 
 def test_what_is_stored_is_neither_computed_nor_loaded(world, place, monkeypatch):
@@ -294,7 +299,8 @@ def test_what_is_not_to_be_timed_is_not(place, world, monkeypatch):
     monkeypatch.setattr(suite, "load_model", no_model)  # all else is stored
     observer = Recorder()
     results = evaluate(place, observer, speed=None)
-    assert observer.cached == PHASES[:-1] and observer.overall == [i / 5 for i in range(5)]
+    assert observer.cached == PHASES[:-1]
+    assert observer.overall == [i / 5 for i in range(5)]
     assert results == world.results | {
         "speed": None,
         "made": {name: world.results["made"][name] for name in PHASES[:-1]},
@@ -322,10 +328,8 @@ def test_any_mix_of_tasks(place):
     rows = pq.read_table(place / "out" / "items.parquet").to_pylist()
     assert [row["task"] for row in rows] == [task for task in tasks for _ in range(2)]
     again = Recorder()
-    assert (
-        evaluate(place, again, zero_shot={"tasks": tasks, "limit": 2}) == results
-        and not again.computed
-    )
+    assert evaluate(place, again, zero_shot={"tasks": tasks, "limit": 2}) == results
+    assert not again.computed
 
 
 def change_text(root):
@@ -401,11 +405,9 @@ def test_only_what_a_change_touches_is_computed_again(place, change, settings, a
 
 def test_rows_of_a_mix_keep_their_kinds(place):
     change_kinds(place)
-    found = evaluate(place, Recorder())["perplexity"]
-    assert (
-        found["row_kind"] == ["a"] * (found["rows"] // 2) + ["b"] * (found["rows"] // 2)
-        and found["rows"] > 2
-    )
+    result = evaluate(place, Recorder())["perplexity"]
+    assert result["row_kind"] == ["a"] * (result["rows"] // 2) + ["b"] * (result["rows"] // 2)
+    assert result["rows"] > 2
 
 
 @pytest.mark.parametrize("name", ["EVAL_VERSION", "machine", "harness"])
@@ -469,11 +471,9 @@ def test_an_entry_that_cannot_be_trusted_is_named_and_computed_again(world, plac
     observer = Recorder()
     assert evaluate(place, observer)["tasks"] == world.results["tasks"]
     assert observer.computed == ["piqa"]
-    assert (
-        len(observer.notes) == 1
-        and str(bad) in observer.notes[0]
-        and f"{path.name}.bad" in observer.notes[0]
-    )
+    assert len(observer.notes) == 1
+    assert str(bad) in observer.notes[0]
+    assert f"{path.name}.bad" in observer.notes[0]
     assert path.with_name(f"{path.name}.bad").exists()
 
 
