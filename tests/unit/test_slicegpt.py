@@ -216,14 +216,14 @@ def test_cached_decoding_equals_uncached(name):
         model.generate(IDS, attention_mask=mask, cache_implementation="static", **GENERATE), tokens
     )
     padded = torch.cat([torch.zeros(2, 3, dtype=torch.int64), IDS], dim=1)
-    left = (torch.arange(17) >= 3).long().expand(2, -1)
-    assert torch.equal(model.generate(padded, attention_mask=left, **GENERATE)[:, 3:], tokens)
+    remaining = (torch.arange(17) >= 3).long().expand(2, -1)
+    assert torch.equal(model.generate(padded, attention_mask=remaining, **GENERATE)[:, 3:], tokens)
 
-    whole, out = model(IDS, use_cache=False).logits, model(IDS[:, :5], use_cache=True)
+    complete, out = model(IDS, use_cache=False).logits, model(IDS[:, :5], use_cache=True)
     for position in range(5, 14):
         out = model(IDS[:, position : position + 1], cache=out.cache, use_cache=True)
         assert (
-            out.logits[:, -1] - whole[:, position]
+            out.logits[:, -1] - complete[:, position]
         ).abs().max() <= 1e-5  # Qwen3's head norms are in float32
 
 
