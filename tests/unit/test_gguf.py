@@ -115,13 +115,13 @@ def sentencepiece(**options):
     tokenizer.train_from_iterator(
         [("▁" + TEXT.replace(" ", "▁")).split("\n")[0]] * 2 + ["▁low▁lower", "▁▁▁▁"], trainer
     )
-    found = json.loads(tokenizer.to_str())["model"]["vocab"]
+    result = json.loads(tokenizer.to_str())["model"]["vocab"]
     names = [
         "<unk>",
         "<s>",
         "</s>",
         *(f"<0x{byte:02X}>" for byte in range(256)),
-        *sorted(found, key=found.get),
+        *sorted(result, key=result.get),
     ]
     vocab = {name: index for index, name in enumerate(names)}
     merges = [
@@ -239,10 +239,12 @@ def test_a_file_becomes_the_same_checkpoint_with_a_hub_and_without(tmp_path, mon
         contents.append({path.name: path.read_bytes() for path in checkpoint.iterdir()})
     assert contents[0] == contents[1]
     assert len({path.stat().st_mode for path in checkpoint.iterdir()}) == 1
-    found, expected = load_model(checkpoint, "float32", "cpu").state_dict(), model.state_dict()
-    assert found.keys() == expected.keys()
+    result, expected = load_model(checkpoint, "float32", "cpu").state_dict(), model.state_dict()
+    assert result.keys() == expected.keys()
     for name, weight in expected.items():
-        assert torch.equal(found[name], weight if weight.ndim == 1 else weight.half().float()), name
+        assert torch.equal(result[name], weight if weight.ndim == 1 else weight.half().float()), (
+            name
+        )
     assert load_tokenizer(checkpoint).encode(TEXT) == plain().encode(TEXT)
 
 
@@ -274,7 +276,8 @@ def test_export_is_complete_and_verified(tmp_path, dense, dtype, monkeypatch):
         "verification.json",
     }
     report = json.loads((tmp_path / "out/verification.json").read_text())
-    assert report["ok"] and report["cache_layers_expected"] == 5
+    assert report["ok"]
+    assert report["cache_layers_expected"] == 5
     assert (
         report["files"]["F16"]["rms_logprob_difference"]
         < report["files"]["Q8_0"]["rms_logprob_difference"] / 5
@@ -296,7 +299,8 @@ def test_layers_have_mlps_of_their_own_widths(tmp_path, dense):
     assert json.loads((tmp_path / "out/verification.json").read_text())["ok"]
     fields = GGUFReader(tmp_path / "out/model-F16.gguf").fields
     widths = fields["deci.feed_forward_length"].contents()
-    assert widths == [32, widths[1], widths[1], 37, widths[1], widths[1]] and widths[1] > 37
+    assert widths == [32, widths[1], widths[1], 37, widths[1], widths[1]]
+    assert widths[1] > 37
 
 
 @pytest.mark.usefixtures("in_process")
@@ -384,11 +388,12 @@ def test_a_wrong_file_fails_and_leaves_nothing(tmp_path, dense, monkeypatch, fau
     monkeypatch.setattr(gguf, "write", remembered)
     if fault == "tokenizer":
         monkeypatch.setattr(
-            gguf, "vocabulary", lambda *given: vocabulary_(*given) | {"add_bos_token": True}
+            gguf, "vocabulary", lambda *args: vocabulary_(*args) | {"add_bos_token": True}
         )
     with pytest.raises(InputError, match="does not reproduce the model in memory"):
         export(dense, tmp_path / "out")
-    assert written == ["F16", "Q8_0"] and list(tmp_path.iterdir()) == []
+    assert written == ["F16", "Q8_0"]
+    assert list(tmp_path.iterdir()) == []
 
 
 @with_llama_cpp
@@ -409,7 +414,8 @@ def test_what_llama_cpp_quantizes_further_is_asked_too(tmp_path, dense, monkeypa
         '[ "$*" = "model-F16.gguf model-Q4_K_M.gguf Q4_K_M" ] && cp model-Q8_0.gguf "$2"', "out"
     )
     report = json.loads((tmp_path / "out/verification.json").read_text())
-    assert report["ok"] and report["files"]["Q4_K_M"] == report["files"]["Q8_0"]
+    assert report["ok"]
+    assert report["files"]["Q4_K_M"] == report["files"]["Q8_0"]
     assert "model-Q4_K_M.gguf" in report["manifest"]
     export(dense, tmp_path / "other", order=["mlp.3"])
     with pytest.raises(InputError, match="does not reproduce the model in memory"):
