@@ -124,7 +124,8 @@ def test_a_merged_model_is_the_one_built_by_hand(family, variant):
     with merged(dense, MERGES, variant) as model:
         assert (logits_of(model, IDS) - expected).abs().max() <= 1e-11 * scale
     model = merge_(dense, MERGES, variant)
-    assert model is dense and type(model) is kind
+    assert model is dense
+    assert type(model) is kind
     assert len(decoder_layers(model)) == model.config.num_hidden_layers == 3
     assert len(getattr(model.config, "layer_types", None) or range(3)) == 3
     assert (logits_of(model, IDS) - expected).abs().max() <= 1e-11 * scale
@@ -143,10 +144,10 @@ def test_paper_is_computed_in_float32_and_rounded_once():
     name = "self_attn.o_proj.weight"
     theta = [layer.get_parameter(name).float().numpy().copy() for layer in decoder_layers(model)]
     merge_(model, [Merge(1, 3)], "paper")
-    found = decoder_layers(model)[1].get_parameter(name)
+    result = decoder_layers(model)[1].get_parameter(name)
     expected = theta[1] + (theta[2] - theta[1]) + (theta[3] - theta[1]) + (theta[4] - theta[1])
-    assert found.dtype == torch.bfloat16
-    assert torch.equal(found, torch.from_numpy(expected).bfloat16())
+    assert result.dtype == torch.bfloat16
+    assert torch.equal(result, torch.from_numpy(expected).bfloat16())
 
 
 @OF_BOTH
@@ -159,21 +160,18 @@ def test_saved_it_is_a_plain_checkpoint(tmp_path, family, variant):
     model.save_pretrained(tmp_path / "merged")
     assert sorted(path.suffix for path in (tmp_path / "merged").iterdir())[-1] == ".safetensors"
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
-    assert (
-        config["model_type"] == family.split()[0]
-        and config["num_hidden_layers"] == 3
-        and "auto_map" not in config
-    )
+    assert config["model_type"] == family.split()[0]
+    assert config["num_hidden_layers"] == 3
+    assert "auto_map" not in config
     options = {"config": read_config(tmp_path / "merged"), "experts_implementation": "eager"}
     loaded, report = AutoModelForCausalLM.from_pretrained(
         tmp_path / "merged", output_loading_info=True, **options
     )
-    assert (
-        not report["missing_keys"]
-        and not report["unexpected_keys"]
-        and not report["mismatched_keys"]
-    )
-    assert type(loaded) is type(model) and len(decoder_layers(loaded)) == 3
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert not report["mismatched_keys"]
+    assert type(loaded) is type(model)
+    assert len(decoder_layers(loaded)) == 3
     weights = loaded.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
     assert torch.allclose(logits_of(loaded, IDS), logits_of(model, IDS), rtol=0, atol=1e-12)
@@ -256,9 +254,9 @@ def test_similarity_is_the_mean_cosine_after_the_final_norm(family, variant, bat
                 for model in (dense, other)
             )
         expected.append(a @ b / np.sqrt((a @ a) * (b @ b)))
-    found = Similarity(dense, ROWS, variant, batch_tokens=batch_tokens)(MERGES)
-    assert found == pytest.approx(np.mean(expected), abs=1e-12)
-    assert abs(found) < 0.999
+    result = Similarity(dense, ROWS, variant, batch_tokens=batch_tokens)(MERGES)
+    assert result == pytest.approx(np.mean(expected), abs=1e-12)
+    assert abs(result) < 0.999
 
 
 def test_states_that_are_not_finite_name_row_and_merges():
@@ -336,8 +334,9 @@ def similarities(draw):
 def test_the_walk_is_the_notebooks(walk, similarity, threshold):
     expected, merges = notebook_walk(similarity, threshold=threshold, **walk)
     asked = []
-    found = collapse(lambda m: asked.append(m) or similarity(m), threshold=threshold, **walk)
-    assert asked == expected and found == merges
+    result = collapse(lambda m: asked.append(m) or similarity(m), threshold=threshold, **walk)
+    assert asked == expected
+    assert result == merges
 
 
 # The threshold
@@ -365,10 +364,10 @@ def all_results(similarity, walk):
 def test_results_are_all_that_a_threshold_can_give(walk, similarity):
     expected = [merges for merges in all_results(similarity, walk).values() if merges]
     expected = [merges for i, merges in enumerate(expected) if i == 0 or merges != expected[i - 1]]
-    found = list(Walk(**walk).results(similarity))
-    assert [merges for _, merges in found] == expected
-    assert [t for t, _ in found] == sorted({t for t, _ in found}, reverse=True)
-    for threshold, merges in found:
+    result = list(Walk(**walk).results(similarity))
+    assert [merges for _, merges in result] == expected
+    assert [t for t, _ in result] == sorted({t for t, _ in result}, reverse=True)
+    for threshold, merges in result:
         assert collapse(similarity, threshold=threshold, **walk) == merges
 
 
@@ -388,7 +387,8 @@ def test_the_threshold_is_the_largest_that_meets_the_budget(walk, similarity):
         asked.clear()
         if meeting:
             threshold, merges = search_threshold(measure, Walk(**walk), wanted)
-            assert merges == scan[max(meeting)] and dropped(merges, depth) == wanted
+            assert merges == scan[max(meeting)]
+            assert dropped(merges, depth) == wanted
             assert notebook_walk(similarity, threshold=threshold, **walk)[1] == merges
         else:
             with pytest.raises(
@@ -472,9 +472,10 @@ def test_a_killed_search_goes_on_where_it_was(tmp_path, monkeypatch):
     (path,) = (tmp_path / "trials").glob("laco-*.jsonl")
     with open(path, "ab") as file:  # a line that the kill interrupted
         file.write(b'0badc0de {"merges":[[3,2]],"sim')
-    found = search()
+    result = search()
     assert len(asked) == len(set(asked)) > 4, "what was known is not measured again"
     measured = len(asked)
-    assert search() == found and len(asked) == measured
+    assert search() == result
+    assert len(asked) == measured
     path.unlink()
-    assert search() == found and len(asked) == 2 * measured, "an undisturbed search gives the same"
+    assert search() == result and len(asked) == 2 * measured, "an undisturbed search gives the same"
