@@ -94,8 +94,8 @@ def refused_or(name, read, *arguments):
 @many
 def test_bytes_that_are_no_texts_are_refused(content, form):
     for name in ("x.json", "x.jsonl", "x.jsonl.gz", "x.parquet", "x.txt"):
-        found = refused_or(name, parse_texts, content, name, form, str)
-        assert found is None or all(isinstance(text, str) for text in found)
+        result = refused_or(name, parse_texts, content, name, form, str)
+        assert result is None or all(isinstance(text, str) for text in result)
 
 
 ITEMS_OF = {
@@ -118,11 +118,11 @@ def check_items(task, path):
     """They are refused, or can be read whole and have the columns that are needed; of piqa, which
     has no structs whose fields could have other names, of the same types. Values may differ: a
     user's Parquet has no digest."""
-    whole, needed = ITEMS_OF[task], benchmarks.BENCHMARKS[task].columns
+    complete, needed = ITEMS_OF[task], benchmarks.BENCHMARKS[task].columns
     if tables := refused_or(path.name, tables_from_folder, task, path.parent):
-        found = tables["validation"]
-        assert len(found.to_pylist()) == found.num_rows > 0
-        assert task != "piqa" or found.select(needed).schema == whole.select(needed).schema
+        result = tables["validation"]
+        assert len(result.to_pylist()) == result.num_rows > 0
+        assert task != "piqa" or result.select(needed).schema == complete.select(needed).schema
 
 
 @pytest.mark.parametrize("task", ITEMS_OF)
@@ -191,11 +191,11 @@ def test_a_damaged_table_is_refused_or_is_the_same(kind, changes, keep, tmp_path
     path = tmp_path / "t.parquet"
     write_table(path, pa.table(columns, schema=schema), facts)
     for _ in damages(path, changes, keep):
-        if found := refused_or("t.parquet", read_table, path, schema):
-            assert found[0].to_pydict() == columns
+        if result := refused_or("t.parquet", read_table, path, schema):
+            assert result[0].to_pydict() == columns
             # a name of Parquet's own that is damaged is one fact more; the readers of these two
             # check their facts
-            assert facts.items() <= found[1].items() or kind in ("calibration", "iteration")
+            assert facts.items() <= result[1].items() or kind in ("calibration", "iteration")
 
 
 @given(
@@ -215,8 +215,8 @@ def test_another_schema_is_refused(kind, other, column, tmp_path):
     ]
     if other != kind:
         wrong.append(pa.table(WHOLE[other][1], schema=WHOLE[other][0]))
-    for each in wrong:
-        pq.write_table(each, path)
+    for item in wrong:
+        pq.write_table(item, path)
         with pytest.raises(InputError, match="expected"):
             read_table(path, schema)
     required = [field for field in schema if not field.nullable]
@@ -231,18 +231,19 @@ def test_another_schema_is_refused(kind, other, column, tmp_path):
 @example(changes=[(12, 3)], keep=100)  # a digit of a number
 @many
 def test_a_damaged_sealed_object_is_refused_or_is_the_same(changes, keep, tmp_path):
-    path, whole, notes = (
+    path, complete, notes = (
         tmp_path / "plan.json",
         {"ratio": 0.5, "order": ["mha.1", "ü"], "of": {"2": None}},
         [],
     )
-    write_sealed_json(path, whole | {"of": {2: None}})
+    write_sealed_json(path, complete | {"of": {2: None}})
     for _ in damages(path, changes, keep):
-        if found := refused_or("plan.json", read_json, path):
+        if result := refused_or("plan.json", read_json, path):
             # where the digest's own name is damaged, it is one field more
-            assert whole.items() <= found.items()
-        assert read_kept_json(path, notes.append) == found and path.exists() == (found is not None)
-        assert found or "plan.json.bad" in notes[-1]
+            assert complete.items() <= result.items()
+        assert read_kept_json(path, notes.append) == result
+        assert path.exists() == (result is not None)
+        assert result or "plan.json.bad" in notes[-1]
     for aside in tmp_path.glob("*.bad*"):
         aside.unlink()
 
@@ -250,10 +251,10 @@ def test_a_damaged_sealed_object_is_refused_or_is_the_same(changes, keep, tmp_pa
 @given(changes=flips, keep=shares)
 @many
 def test_a_damaged_calibration_set_is_refused(changes, keep, tmp_path):
-    path, whole = tmp_path / "rows.parquet", CalibrationSet(((1, 2, 3), (~4, 5)))
-    whole.save(path, "text")
+    path, complete = tmp_path / "rows.parquet", CalibrationSet(((1, 2, 3), (~4, 5)))
+    complete.save(path, "text")
     for _ in damages(path, changes, keep):
-        assert refused_or("rows.parquet", CalibrationSet.load, path) in (None, whole)
+        assert refused_or("rows.parquet", CalibrationSet.load, path) in (None, complete)
 
 
 @given(changes=flips, keep=shares)
@@ -261,21 +262,21 @@ def test_a_damaged_calibration_set_is_refused(changes, keep, tmp_path):
 @many
 def test_a_damaged_result_is_set_aside(changes, keep, tmp_path):
     schema, columns, _ = WHOLE["items"]
-    whole, notes = Stored({"acc": 0.5}, pa.table(columns, schema=schema)), []
+    complete, notes = Stored({"acc": 0.5}, pa.table(columns, schema=schema)), []
     store = ResultsStore(tmp_path, notes.append)
-    store.save({"k": 1}, whole)
+    store.save({"k": 1}, complete)
     for suffix in ("json", "parquet"):
         (path,) = (path for path in tmp_path.glob(f"*.{suffix}"))
         for _ in damages(path, changes, keep):
-            found = store.load({"k": 1})
+            result = store.load({"k": 1})
             # the latter where a blank of the JSON text became another
-            assert found in (
+            assert result in (
                 None,
-                whole,
+                complete,
             )
-            assert found is not None or "computed again" in notes[-1]
-            if found is None:
-                store.save({"k": 1}, whole)
+            assert result is not None or "computed again" in notes[-1]
+            if result is None:
+                store.save({"k": 1}, complete)
         for aside in tmp_path.glob("*.bad*"):
             aside.unlink()
 
@@ -431,10 +432,10 @@ def test_a_strangers_file_is_refused_or_read(name, path, odd, flip, keep, tmp_pa
         (folder / file).write_bytes(other[1](other[0]))
     (folder / "model.safetensors").touch()
     read(folder)
-    whole = write(value)
+    complete = write(value)
     for content in (
-        flipped(whole, flip),
-        whole[: len(whole) * keep // 101],
+        flipped(complete, flip),
+        complete[: len(complete) * keep // 101],
         write(changed(value, path, odd)),
     ):
         (folder / name).write_bytes(content)
@@ -456,14 +457,14 @@ def test_records_are_refused_by_file_or_are_texts(name, form, records, path, odd
         content = lines(value) if isinstance(value, list) else plain(value)
         return gzip.compress(content) if name.endswith("gz") else content
 
-    whole = write(records)
+    complete = write(records)
     for content in (
-        flipped(whole, flip),
-        whole[: len(whole) * keep // 101],
+        flipped(complete, flip),
+        complete[: len(complete) * keep // 101],
         write(changed(records, path, odd)),
     ):
-        found = refused_or(name, parse_texts, content, name, form, str)
-        assert found is None or "".join(found).encode() is not None
+        result = refused_or(name, parse_texts, content, name, form, str)
+        assert result is None or "".join(result).encode() is not None
 
 
 # --- advice ---
@@ -499,4 +500,6 @@ def test_a_stage_tells_to_delete_what_the_dag_makes_again_and_nothing_else(
     with pytest.raises(SystemExit):
         stages.run("clean", main)
     err = capsys.readouterr().err.strip()
-    assert name in err and err.endswith(said) and ("dvc" in err) is bool(said)
+    assert name in err
+    assert err.endswith(said)
+    assert ("dvc" in err) is bool(said)
