@@ -64,9 +64,11 @@ def test_a_checkpoint_has_its_familys_config_without_remote_code(registry, tmp_p
     step = pruning(dense, plan_of(dense, ["mha.0", "mlp.1", "mha.2"]))
     save_pruned(step.prune_(step.load()), tmp_path / "pruned")
     config = AutoConfig.from_pretrained(tmp_path / "pruned")
-    assert type(config) is CONFIG_MAPPING[family] and config.model_type == family
+    assert type(config) is CONFIG_MAPPING[family]
+    assert config.model_type == family
     assert (config.layers_without_mha, config.layers_without_mlp) == ([0, 2], [1])
-    assert not hasattr(config, "auto_map") and not config.is_heterogeneous
+    assert not hasattr(config, "auto_map")
+    assert not config.is_heterogeneous
     architecture = config.architectures[0]
     assert registry.models[architecture] == f"{vllm_plugin.MODELS}:{architecture}"
     dense_fields = json.loads((dense / "config.json").read_text())
@@ -225,7 +227,8 @@ def test_removed_blocks_add_nothing_and_are_nowhere(
     base, models = register_base(registry, has_post_norms=has_post_norms, mlp=mlp)
     vllm_config = config_without([0, 3], [1, 3])
     pruned = models.LlamaBlockPrunedForCausalLM(vllm_config=vllm_config)
-    assert models.LlamaBlockPrunedForCausalLM is type(pruned) and issubclass(type(pruned), base)
+    assert models.LlamaBlockPrunedForCausalLM is type(pruned)
+    assert issubclass(type(pruned), base)
 
     dense = base(vllm_config=config_without())
     removed_blocks = (
@@ -263,7 +266,8 @@ def test_widths_are_those_of_transformers_own_form():
         "3": {"skip": ["attention"], "intermediate_size": 5},
     }
     config = vllm_plugin.BlockPrunedConfig.from_dict({**fields, "per_layer_config": layers})
-    assert config.mlp_widths == [8, 3, 8, 5] and config.intermediate_size == 8
+    assert config.mlp_widths == [8, 3, 8, 5]
+    assert config.intermediate_size == 8
 
 
 def test_each_mlp_is_made_while_the_config_has_its_width(registry, monkeypatch):
@@ -279,7 +283,8 @@ def test_each_mlp_is_made_while_the_config_has_its_width(registry, monkeypatch):
     monkeypatch.setitem(globals(), "Mixture", WideMixture)
     _, models = register_base(registry)
     models.LlamaBlockPrunedForCausalLM(vllm_config=vllm_config)
-    assert widths == [8, 3, 8, 5] and config.intermediate_size == 8
+    assert widths == [8, 3, 8, 5]
+    assert config.intermediate_size == 8
 
 
 def test_layers_of_other_names_are_refused_and_later_models_are_dense(registry):
