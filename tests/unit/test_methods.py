@@ -111,19 +111,21 @@ def test_one_shot_is_the_ranking_of_the_formula(variant, metric, unit):
     perplexity: Shortened-LLM. Over blocks: LLM-Drop, and the ablation of table 2. Every step
     reports its perplexity."""
     model = lopsided(variant)
-    found = Searched(model, method="one_shot", unit=unit, metric=metric)
+    result = Searched(model, method="one_shot", unit=unit, metric=metric)
     brute = (
         {u: nll(model, u) for u in units_of(unit)}
         if metric == "perplexity"
         else brute_influences(model, metric)
     )
-    wanted = {format_mask(u): brute[u] for u in units_of(unit)}
-    assert found.losses == pytest.approx(
-        wanted, **{"abs" if metric == "perplexity" else "rel": 1e-10}
+    expected = {format_mask(u): brute[u] for u in units_of(unit)}
+    assert result.losses == pytest.approx(
+        expected, **{"abs" if metric == "perplexity" else "rel": 1e-10}
     )
-    assert found.order == sorted(wanted, key=wanted.__getitem__)
-    prefixes = [DENSE.union(*map(parse_mask, found.order[:k])) for k in range(len(found.order) + 1)]
-    assert found.perplexities == perplexities_of(model, prefixes)
+    assert result.order == sorted(expected, key=expected.__getitem__)
+    prefixes = [
+        DENSE.union(*map(parse_mask, result.order[:k])) for k in range(len(result.order) + 1)
+    ]
+    assert result.perplexities == perplexities_of(model, prefixes)
 
 
 # --- greedy
@@ -135,8 +137,8 @@ def test_one_shot_is_the_ranking_of_the_formula(variant, metric, unit):
 def test_greedy_by_perplexity(unit, candidates):
     """Over layers: greedy layers. Over blocks BlockPruner, and of one kind only, as in figure 4."""
     model = lopsided("llama")
-    found = Searched(model, unit=unit, candidates=candidates)
-    assert found.order == brute_greedy(
+    result = Searched(model, unit=unit, candidates=candidates)
+    assert result.order == brute_greedy(
         units_of(unit, candidates), lambda removed, u: nll(model, removed | u)
     )
 
@@ -148,10 +150,10 @@ def test_greedy_by_divergence(metric):
             [divergence(metric, "llama", removed | unit, tokens) for tokens in ROWS.rows]
         )
 
-    found = Searched(metric=metric)
-    assert found.order == brute_greedy(units_of(), loss)
-    wanted = {format_mask(u): loss(DENSE, u) for u in units_of()}
-    assert found.losses == pytest.approx(wanted, rel=1e-10)
+    result = Searched(metric=metric)
+    assert result.order == brute_greedy(units_of(), loss)
+    expected = {format_mask(u): loss(DENSE, u) for u in units_of()}
+    assert result.losses == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize("unit", ["block", "layer"])
@@ -161,43 +163,42 @@ def test_greedy_by_influence_measures_what_is_left_anew(variant, metric, unit):
     """Figure 6, and LLM-Drop's iterative script: after each removal from the states of the model
     without it, and with each step's perplexity."""
     model = lopsided(variant)
-    found = Searched(model, metric=metric, unit=unit)
-    bases, moved = [DENSE, *(step.removed for step in found.trace)], set()
-    assert found.order == brute_greedy(
+    result = Searched(model, metric=metric, unit=unit)
+    bases, moved = [DENSE, *(step.removed for step in result.trace)], set()
+    assert result.order == brute_greedy(
         units_of(unit), lambda removed, u: brute_influences(model, metric, removed)[u]
     )
-    for base, step in zip(bases[:-1], found.trace, strict=True):
+    for base, step in zip(bases[:-1], result.trace, strict=True):
         brute = brute_influences(model, metric, base)
         for added, score in zip(step.added, step.scores, strict=True):
             if added is not None:
-                assert score.mask == base | added and score.loss == pytest.approx(
-                    brute[added], rel=1e-9
-                )
+                assert score.mask == base | added
+                assert score.loss == pytest.approx(brute[added], rel=1e-9)
         dense = brute_influences(model, metric)
         moved |= {unit for unit in brute if abs(brute[unit] - dense[unit]) > 1e-3}
     assert len(moved) > 1  # scores of the dense model would not have passed
-    assert found.perplexities == perplexities_of(model, bases)
+    assert result.perplexities == perplexities_of(model, bases)
 
 
 def test_perplexity_is_over_the_scored_tokens():
     rows = CalibrationSet((row(9, 1, given=5), row(12, 2, given=10), row(6, 3, given=2)))
 
     def loss(mask):
-        found = []
+        result = []
         for tokens in rows.rows:
             ids = torch.tensor([[t if t >= 0 else ~t for t in tokens]])
             with masked(model_of("llama", LAYERS), mask) as model, torch.no_grad():
                 lp = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
-            found.append(
+            result.append(
                 -np.mean(
                     [lp[t - 1, tokens[t]].item() for t in range(1, len(tokens)) if tokens[t] >= 0]
                 )
             )
-        return np.mean(found)
+        return np.mean(result)
 
-    found = Searched(rows=rows)
-    assert found.losses == pytest.approx({format_mask(u): loss(u) for u in units_of()}, abs=1e-10)
-    assert found.order == brute_greedy(units_of(), lambda removed, u: loss(removed | u))
+    result = Searched(rows=rows)
+    assert result.losses == pytest.approx({format_mask(u): loss(u) for u in units_of()}, abs=1e-10)
+    assert result.order == brute_greedy(units_of(), lambda removed, u: loss(removed | u))
 
 
 # --- no score at all
@@ -218,10 +219,10 @@ def test_random_is_a_permutation_by_its_seed(unit, candidates):
 
 def test_given_keeps_the_order_and_says_each_steps_perplexity():
     order = ("mlp.2", "mha.0,mlp.0", "mha.1")
-    found = Searched(method="given", options={"order": order}, budget="4blocks")
-    assert found.order == list(order)
+    result = Searched(method="given", options={"order": order}, budget="4blocks")
+    assert result.order == list(order)
     prefixes = [parse_mask(",".join(order[:k])) for k in range(4)]
-    assert found.perplexities == perplexities_of(model_of("llama", LAYERS), prefixes)
+    assert result.perplexities == perplexities_of(model_of("llama", LAYERS), prefixes)
     assert Searched(method="given", options={"order": order}, budget="1blocks").order == ["mlp.2"]
 
 
@@ -274,8 +275,10 @@ def test_the_official_sequence_is_shipped_and_its_first_17_removals_are_the_pape
         assert choose_prefix(parse_budget(budget, counts), prefixes, counts) == 17
     assert run.calibration.num_samples == 64
     dense = load_run("llama2-7b", ROOT / "runs")
-    assert run.model == dense.model and run.train == dense.train
-    assert run.evaluate.perplexity == dense.evaluate.perplexity and not run.evaluate.zero_shot.bos
+    assert run.model == dense.model
+    assert run.train == dense.train
+    assert run.evaluate.perplexity == dense.evaluate.perplexity
+    assert not run.evaluate.zero_shot.bos
 
 
 # --- switching method and metric, and back
@@ -298,14 +301,14 @@ def cost_of(loss, base, mask, row):
 def run(folder, budget="2blocks", **score):
     """What a run of the search computed, in trials by loss, and its removed mask."""
     scorer, rows = FakeScorer(cost_of, one_row=True), CalibrationSet(((1, 2, 3), (4, 5, 6)))
-    found = scored(folder, scorer, small_config(LAYERS), [budget], rows, **score)
+    result = scored(folder, scorer, small_config(LAYERS), [budget], rows, **score)
     assert (
-        found.trials_computed * 2
-        == found.units_computed
+        result.trials_computed * 2
+        == result.units_computed
         == len(scorer.asked)
         == len(set(scorer.asked))
     )
-    current = found.current
+    current = result.current
     trace = read_trace(trace_directory(folder / "scores", current, budget), current.search)
     # longer ones may be left of before
     steps = int(budget.removesuffix("blocks")) if current.nested else len(trace)
