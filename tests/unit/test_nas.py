@@ -182,11 +182,9 @@ def test_directory_says_the_masked_model(exported, case):
     if find_spec("mlx_lm") is None:
         assert (report["ok"], report["unchecked"]) == (None, "mlx_lm is not installed")
         return
-    assert (
-        report["ok"]
-        and report["cache_layers"] == len(attentions)
-        and not report["blockpruner_imported"]
-    )
+    assert report["ok"]
+    assert report["cache_layers"] == len(attentions)
+    assert not report["blockpruner_imported"]
     assert max(report["max_logit_difference"], report["max_logit_difference_cached"]) <= 1e-3
 
 
@@ -224,7 +222,8 @@ def test_directory_is_complete(exported, tmp_path):
     ]
     assert kinds == [(True, True)] * 3 + [(False, True)]
     card = (directory / "README.md").read_text()
-    assert "library_name: mlx" in card and "from_pretrained" not in card
+    assert "library_name: mlx" in card
+    assert "from_pretrained" not in card
     held = sum(weight.numel() for weight in load_file(directory / "model.safetensors").values())
     assert f"hold {held:,} parameters, {held - plan.parameters['pruned']:,} more" in card
 
