@@ -42,11 +42,11 @@ def scored(task_dir):
 
 def loglikelihood(model, context, continuation):
     """Oracle: sum of log p of the continuation's bytes in one plain forward."""
-    prompt, whole = (
+    prompt, complete = (
         tiny_tokenizer()(text)["input_ids"] for text in (context, context + continuation)
     )
-    logits = model(torch.tensor([whole]), use_cache=False).logits[0].double().log_softmax(-1)
-    return sum(logits[i - 1, whole[i]].item() for i in range(len(prompt), len(whole)))
+    logits = model(torch.tensor([complete]), use_cache=False).logits[0].double().log_softmax(-1)
+    return sum(logits[i - 1, complete[i]].item() for i in range(len(prompt), len(complete)))
 
 
 @pytest.mark.parametrize("task", CHOICES)
@@ -65,14 +65,14 @@ def test_loglikelihoods_are_those_of_plain_forwards(scored, task):
 
 @pytest.mark.parametrize("task", CHOICES)
 def test_accuracies_follow_from_the_loglikelihoods(scored, task):
-    found = scored[task]
-    rows = found.items.to_pylist()
+    result = scored[task]
+    rows = result.items.to_pylist()
     acc = np.array([np.argmax(row["loglikelihoods"]) == row["gold"] for row in rows], dtype=float)
     assert [row["acc"] for row in rows] == acc.tolist()
-    assert found.scores["acc"] == pytest.approx(acc.mean())
-    assert found.scores["acc_stderr"] == pytest.approx(acc.std(ddof=1) / np.sqrt(len(acc)))
+    assert result.scores["acc"] == pytest.approx(acc.mean())
+    assert result.scores["acc_stderr"] == pytest.approx(acc.std(ddof=1) / np.sqrt(len(acc)))
     if BENCHMARKS[task].metric == "acc":
-        assert (found.scores["acc_norm"], found.scores["acc_norm_stderr"]) == (None, None)
+        assert (result.scores["acc_norm"], result.scores["acc_norm_stderr"]) == (None, None)
         assert all(row["acc_norm"] is None for row in rows)
         return
     per_character = [
@@ -84,8 +84,8 @@ def test_accuracies_follow_from_the_loglikelihoods(scored, task):
         dtype=float,
     )
     assert [row["acc_norm"] for row in rows] == norm.tolist()
-    assert found.scores["acc_norm"] == pytest.approx(norm.mean())
-    assert found.scores["acc_norm_stderr"] == pytest.approx(norm.std(ddof=1) / np.sqrt(len(norm)))
+    assert result.scores["acc_norm"] == pytest.approx(norm.mean())
+    assert result.scores["acc_norm_stderr"] == pytest.approx(norm.std(ddof=1) / np.sqrt(len(norm)))
 
 
 @pytest.mark.parametrize("task", CHOICES)
@@ -99,8 +99,8 @@ def test_p_of_the_right_choice_is_a_softmax(scored, task):
 
 
 def test_p_of_a_last_word_is_its_own(scored):
-    for task, found in scored.items():
-        for row in found.items.to_pylist():
+    for task, result in scored.items():
+        for row in result.items.to_pylist():
             if task == "lambada_openai":
                 assert row["p_gold"] == pytest.approx(np.exp(row["loglikelihoods"][0]))
             if task not in CHOICES:
@@ -151,20 +151,20 @@ def speller(cycle):
 def test_a_last_word_is_right_if_it_is_the_greedy_one(tmp_path):
     texts = ["x m abc", "x m abd", "m abcdefghijkl"]
     write_task("lambada_openai", tmp_path, {"test": pa.table({"text": texts})}, location=tmp_path)
-    found = evaluate(speller(" abcdefghijklm"), tiny_tokenizer(), "lambada_openai", tmp_path)
-    assert found.items.column("acc").to_pylist() == [1.0, 0.0, 1.0]
-    assert found.scores["acc"] == pytest.approx(2 / 3)
-    assert found.scores["acc_stderr"] == pytest.approx(np.std([1, 0, 1], ddof=1) / np.sqrt(3))
+    result = evaluate(speller(" abcdefghijklm"), tiny_tokenizer(), "lambada_openai", tmp_path)
+    assert result.items.column("acc").to_pylist() == [1.0, 0.0, 1.0]
+    assert result.scores["acc"] == pytest.approx(2 / 3)
+    assert result.scores["acc_stderr"] == pytest.approx(np.std([1, 0, 1], ddof=1) / np.sqrt(3))
 
 
 def test_the_perplexity_of_last_words_is_that_of_plain_forwards(scored):
-    found, model = scored["lambada_openai"], pruned_model()
+    result, model = scored["lambada_openai"], pruned_model()
     expected = [loglikelihood(model, *passage) for passage in PASSAGES]
-    assert [row["loglikelihoods"] for row in found.items.to_pylist()] == [
+    assert [row["loglikelihoods"] for row in result.items.to_pylist()] == [
         [pytest.approx(e, rel=1e-4)] for e in expected
     ]
-    assert found.scores["perplexity"] == pytest.approx(np.exp(-np.mean(expected)), rel=1e-3)
-    assert found.scores["perplexity_stderr"] is None
+    assert result.scores["perplexity"] == pytest.approx(np.exp(-np.mean(expected)), rel=1e-3)
+    assert result.scores["perplexity_stderr"] is None
 
 
 def test_a_sum_is_right_if_the_last_number_said_is(tmp_path, monkeypatch):
@@ -172,21 +172,21 @@ def test_a_sum_is_right_if_the_last_number_said_is(tmp_path, monkeypatch):
     rows = [{"question": "What?", "answer": f"so\n#### {answer}"} for answer in ("42", "43", "4,2")]
     write_task("gsm8k", tmp_path, {"test": pa.Table.from_pylist(rows)}, location=tmp_path)
     steps = []
-    found = evaluate(
+    result = evaluate(
         speller(": 42;"),
         tiny_tokenizer(),
         "gsm8k",
         tmp_path,
         advance=lambda *step: steps.append(step),
     )
-    assert found.items.column("response").to_pylist() == [(" 42;:" * 52)[:256]] * 3
+    assert result.items.column("response").to_pylist() == [(" 42;:" * 52)[:256]] * 3
     # commas are not looked at
-    assert found.items.column("exact_match").to_pylist() == [
+    assert result.items.column("exact_match").to_pylist() == [
         1.0,
         0.0,
         1.0,
     ]
-    assert found.scores["exact_match"] == pytest.approx(2 / 3)
+    assert result.scores["exact_match"] == pytest.approx(2 / 3)
     assert steps == [(2, 3), (3, 3)]
 
 
@@ -223,26 +223,28 @@ def test_items_beyond_the_vocabulary_are_refused(task_dir, task):
 def test_where_a_devices_memory_ends_requests_are_scored_in_halves_and_none_twice(
     task_dir, scored, monkeypatch
 ):
-    whole, sizes, done = HFLM._model_call, [], []
+    complete, sizes, done = HFLM._model_call, [], []
 
     def scarce(self, inputs, *args, **kwargs):
         sizes.append(len(inputs))
         if len(inputs) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return whole(self, inputs, *args, **kwargs)
+        return complete(self, inputs, *args, **kwargs)
 
     monkeypatch.setattr(HFLM, "_model_call", scarce)
-    found = evaluate(
+    result = evaluate(
         pruned_model(),
         tiny_tokenizer(),
         "hellaswag",
         task_dir,
-        advance=lambda *each: done.append(each),
+        advance=lambda *entry: done.append(entry),
     )
     expected = scored["hellaswag"].items.to_pylist()
-    for own, item in zip(found.items.to_pylist(), expected, strict=True):
+    for own, item in zip(result.items.to_pylist(), expected, strict=True):
         assert own["loglikelihoods"] == pytest.approx(item["loglikelihoods"], rel=1e-5)
-    assert max(sizes) > 2 and done == sorted(set(done)) and done[-1][0] == done[-1][1]
+    assert max(sizes) > 2
+    assert done == sorted(set(done))
+    assert done[-1][0] == done[-1][1]
     monkeypatch.setattr(HFLM, "_model_call", lambda *args, **kwargs: scarce(args[0], [0, 0, 0]))
     with pytest.raises(torch.OutOfMemoryError):  # a single request does not fit
         evaluate(pruned_model(), tiny_tokenizer(), "hellaswag", task_dir)
