@@ -110,12 +110,14 @@ def test_rows_share_no_text_with_what_evaluates_or_judges(project):
         rows = CalibrationSet.load(Path(f"data/calibration/tiny/{part}.parquet")).rows
         text = tiny_tokenizer().decode([token for row in rows for token in row])
         seen[part] = {int(number) for number in re.findall(r"(\d+): ", text)}
-    assert len(seen["search"]) == 40 and len(seen["fit"]) > 5 and len(seen["train"]) == 8
+    assert len(seen["search"]) == 40
+    assert len(seen["fit"]) > 5
+    assert len(seen["train"]) == 8
     assert all(max(numbers, default=0) < 55 for numbers in seen.values())
     judge = seen.pop("judge")
-    assert (
-        judge and not judge & set.union(*seen.values()) and not seen["train"] & seen["validation"]
-    )
+    assert judge
+    assert not judge & set.union(*seen.values())
+    assert not seen["train"] & seen["validation"]
 
 
 def test_stage_compensates_and_the_export_has_the_weights(project):
@@ -123,14 +125,16 @@ def test_stage_compensates_and_the_export_has_the_weights(project):
     kept(plan_of(DENSE, ["mlp.2"], run="tiny", compensate="refit"))
     facts = read_json(Path("data/compensated/t/compensate.json"))
     weights = load_file("data/compensated/t/weights.safetensors")
-    assert (
-        facts["search"] == "greedy" and facts["perplexity"]["after"] < facts["perplexity"]["before"]
-    )
-    assert weights and all(name.endswith(("o_proj.weight", "down_proj.weight")) for name in weights)
+    assert facts["search"] == "greedy"
+    assert facts["perplexity"]["after"] < facts["perplexity"]["before"]
+    assert weights
+    assert all(name.endswith(("o_proj.weight", "down_proj.weight")) for name in weights)
     before = load_file(DENSE / "model.safetensors")
-    found, card = exported()  # no layer is gone, so names are the dense model's
-    assert {name for name in found if not torch.equal(before[name], found[name])} == weights.keys()
-    assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+    result, card = exported()  # no layer is gone, so names are the dense model's
+    assert {
+        name for name in result if not torch.equal(before[name], result[name])
+    } == weights.keys()
+    assert all(torch.equal(result[name], weight) for name, weight in weights.items())
     assert re.search(
         r"workflow and compensated without training \(refit, [\d,]+ tokens of `.+`\)", card
     )
@@ -143,7 +147,7 @@ def test_the_proposal_that_judges_find_best_is_kept(project):
     facts = read_json(Path("data/compensated/t/compensate.json"))
     assert facts["judged"].keys() == {"greedy", "other"}
     assert facts["search"] == best_loss(
-        {name: Loss({"": one["worst"]}) for name, one in facts["judged"].items()}
+        {name: Loss({"": item["worst"]}) for name, item in facts["judged"].items()}
     )
     plan = load_plan(Path(f"data/plans/t/{facts['search']}.json"))
     assert replace(load_plan(Path("data/compensated/t/plan.json")), kinds=None) == plan
@@ -181,8 +185,8 @@ def test_the_default_takes_the_layers_of_one_pass_and_shifted_ones_are_searched(
 
 def test_a_mixture_loses_attentions_alone_unless_the_method_is_named():
     config, score = tiny_model("mixtral").config.to_dict(), Score(method="recommended")
-    (found,) = proposals(score, config, "0.02").values()
-    assert (found.candidates, found.unit, recipe("recommended").compensate) == (
+    (result,) = proposals(score, config, "0.02").values()
+    assert (result.candidates, result.unit, recipe("recommended").compensate) == (
         "mha",
         "block",
         "refit",
@@ -204,14 +208,14 @@ def test_stage_trains_and_every_export_has_the_weights(project):
         json.loads((out / "train.json").read_text()),
         load_file(out / "weights.safetensors"),
     )
-    assert facts["enabled"] and facts["rows"] == 8 and len(facts["losses"]) == 2
-    assert [validation["step"] for validation in facts["validations"]] == [0, 2] and facts[
-        "step"
-    ] == 2
+    assert facts["enabled"]
+    assert facts["rows"] == 8
+    assert len(facts["losses"]) == 2
+    assert [validation["step"] for validation in facts["validations"]] == [0, 2]
+    assert facts["step"] == 2
     linear = {name for name, weight in before.items() if weight.ndim == 2 and "_proj" in name}
-    assert weights.keys() == linear and not any(
-        torch.equal(weights[name], before[name]) for name in linear
-    )
+    assert weights.keys() == linear
+    assert not any(torch.equal(weights[name], before[name]) for name in linear)
     after, card = exported()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], weights.get(name, before[name])) for name in before)
@@ -238,7 +242,8 @@ def test_stage_trains_what_was_compensated(project):
     )
     train.main("t")
     weights = load_file("data/trained/t/weights.safetensors")
-    assert weights.keys() == {*plain, norm} and torch.equal(weights[norm], norms[norm])
+    assert weights.keys() == {*plain, norm}
+    assert torch.equal(weights[norm], norms[norm])
     assert not torch.equal(weights[OUT], plain[OUT])
     assert not [path for path in Path("data/adapters").iterdir() if path.is_dir()]
     _, card = exported()
@@ -267,4 +272,5 @@ def test_training_is_quick_when_off(project):
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(ROOT)})
     (path,) = Path("data/trained/t").iterdir()
-    assert path.name == "train.json" and json.loads(path.read_text()) == {"enabled": False}
+    assert path.name == "train.json"
+    assert json.loads(path.read_text()) == {"enabled": False}
