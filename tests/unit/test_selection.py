@@ -51,7 +51,8 @@ def test_one_table_of_a_study_asks_for_its_targets_alone(project, capsys):
         f"{run}-{of}"
         for of in ("blockpruner-b21-99", "one-shot-perplexity-b20-95", "greedy-layers-b21-02")
     ]
-    assert chosen.targets == {run: names} and chosen.study == name
+    assert chosen.targets == {run: names}
+    assert chosen.study == name
     assert len(choose_study(name).targets) == 13
     with refused("unknown-item") as caught:
         choose_study(name, ["table3"])
@@ -59,9 +60,8 @@ def test_one_table_of_a_study_asks_for_its_targets_alone(project, capsys):
     assert paper.main(["--study", name, "--table", "2", "--figure", "8", "--dry-run"]) == 0
     *lines, model, _ = capsys.readouterr().out.splitlines()
     assert model == "model meta-llama/Llama-2-7b-hf: not fetched, on the hub, perhaps gated"
-    assert [line.partition(":")[0] for line in lines] == ["table2", "figure8"] and lines[
-        1
-    ].endswith("; 1 trained")
+    assert [line.partition(":")[0] for line in lines] == ["table2", "figure8"]
+    assert lines[1].endswith("; 1 trained")
     assert paper.main(["--study", name, "--figure", "2", "--dry-run"]) == 2
     assert Path("params.yaml").read_text() == PARAMS
 
@@ -100,7 +100,8 @@ def test_stages_start_behind_what_changed_and_are_left_out_behind_what_failed(
     words = {"cached": "Cached", "out": LEFT_OUT}
 
     def run(stage, lock, start, wait_for, return_state):
-        assert all(state.is_completed() for state in wait_for) and return_state
+        assert all(state.is_completed() for state in wait_for)
+        assert return_state
         assert fails or [state.message for state in wait_for] == [*ARROWS[stage]]
         if not start:
             return Completed(name="Cached", message=stage)
@@ -127,7 +128,7 @@ def test_stages_start_behind_what_changed_and_are_left_out_behind_what_failed(
 def test_a_stage_that_has_earlier_outputs_back_has_changed(monkeypatch, line, changed):
     """Settings that come back bring outputs of the cache; what depends on them must be looked
     at."""
-    monkeypatch.setattr(dvc, "_follow", lambda *given: (0, [line]))
+    monkeypatch.setattr(dvc, "_follow", lambda *args: (0, [line]))
     assert dvc.repro("train@a", 0, print) is changed
 
 
@@ -184,7 +185,8 @@ def test_healed_targets_are_added_beside_the_plain_ones(project):
         chosen.write()
     for option, name in zip(options, names, strict=True):
         again = choose(Selection(budgets=(".10",), **option))
-        assert again.targets == {"smollm2": [f"smollm2-b10{name}"]} and not again.additions
+        assert again.targets == {"smollm2": [f"smollm2-b10{name}"]}
+        assert not again.additions
 
 
 def test_a_target_of_another_method_is_not_what_a_flow_asks_for(project):
@@ -242,11 +244,9 @@ def test_only_a_fetch_that_the_network_failed_is_tried_again(message, again):
 )
 def test_bad_selection_is_refused_without_traceback(project, capsys, options, message):
     assert main(options) == 2
-    assert (
-        message in (said := capsys.readouterr().err)
-        and "tmp" not in said
-        and "Traceback" not in said
-    )
+    assert message in (said := capsys.readouterr().err)
+    assert "tmp" not in said
+    assert "Traceback" not in said
     assert Path("params.yaml").read_text() == PARAMS
 
 
@@ -293,7 +293,8 @@ def test_what_a_form_may_not_ask_for_is_refused_and_nothing_written(project, cha
     files = sorted(Path("runs").iterdir())
     with pytest.raises(InputError, match=message):
         add(new(**changes))
-    assert sorted(Path("runs").iterdir()) == files and Path("params.yaml").read_text() == PARAMS
+    assert sorted(Path("runs").iterdir()) == files
+    assert Path("params.yaml").read_text() == PARAMS
 
 
 @pytest.mark.parametrize(
@@ -332,7 +333,8 @@ def test_what_ends_a_flow_says_that_finished_work_is_kept(
     )
     assert run_here(lambda: None, start) == code
     said = capsys.readouterr().err
-    assert words in said and "kept: run again to go on" in said
+    assert words in said
+    assert "kept: run again to go on" in said
 
 
 def test_a_study_that_there_is_not_is_refused_before_a_server_starts(project, capsys):
