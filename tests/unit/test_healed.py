@@ -80,10 +80,10 @@ def test_an_export_equals_that_of_a_dense_model_with_these_weights(
     healed = healed_of(
         dense, plan, tmp_path / "healed", {own: weights[name] for own, name in places.items()}
     )
-    found, report = export(form, dense, plan, tmp_path / "out", healed=healed)
+    result, report = export(form, dense, plan, tmp_path / "out", healed=healed)
     assert report["ok"] or form == "nas"
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert result.keys() == expected.keys()
+    assert all(torch.equal(result[name], expected[name]) for name in expected)
     card = tmp_path / "out/README.md"
     assert "workflow and healed by hand" in card.read_text()
     assert metadata_load(card)["datasets"] == ["someone/texts"]
@@ -117,7 +117,7 @@ def test_models_with_other_weights_are_healed_too(tmp_path, dense, kind, details
     set_weights_(made, {name: weight})
     changed = changed_weights(made, before, plan)
     assert set(changed) == ({name} if kind == "laco" else set(before))
-    found, report = export(
+    result, report = export(
         "hf",
         dense,
         plan,
@@ -125,7 +125,8 @@ def test_models_with_other_weights_are_healed_too(tmp_path, dense, kind, details
         healed=healed_of(dense, plan, tmp_path / "healed", changed),
         rows=ROWS,
     )
-    assert report["ok"] and torch.equal(found[name], weight)
+    assert report["ok"]
+    assert torch.equal(result[name], weight)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     ids = torch.tensor(ROWS)
     assert torch.equal(loaded(ids).logits, made(ids).logits)
@@ -201,17 +202,19 @@ def test_a_damaged_file_is_refused(tmp_path, dense, fault):
     )
     with refused("damaged-file") as caught:
         load_healed_(tiny_model(), healed.path)
-    assert "dvc" not in str(caught.value) and caught.value.value == str(healed.path)
+    assert "dvc" not in str(caught.value)
+    assert caught.value.value == str(healed.path)
 
 
 def test_the_one_result_of_a_card_is_of_the_last_healing(tmp_path):
     dense = fetch_tiny(tmp_path / "dense")
-    told = {"refit": {"before": 9.0, "after": 7.0}, "training": {"before": 7.0, "after": 6.0}}
-    healed = Healed(tmp_path, "", "compensated, then trained", (), "", told)
+    reported = {"refit": {"before": 9.0, "after": 7.0}, "training": {"before": 7.0, "after": 6.0}}
+    healed = Healed(tmp_path, "", "compensated, then trained", (), "", reported)
     (tmp_path / "README.md").write_text(
         model_card(plan_of(dense, ["mha.1"]), dense, "hf", healed=healed)
     )
     ((result,),) = (
-        each["results"] for each in metadata_load(tmp_path / "README.md")["model-index"]
+        item["results"] for item in metadata_load(tmp_path / "README.md")["model-index"]
     )
-    assert result["dataset"]["name"].endswith("training") and result["metrics"][0]["value"] == 6.0
+    assert result["dataset"]["name"].endswith("training")
+    assert result["metrics"][0]["value"] == 6.0
