@@ -30,11 +30,11 @@ def read(data, place, template=str):
 
 
 def test_a_piece_is_whole_lines_from_anywhere_and_always_the_same():
-    found = [pieces.piece(LINES, 300, Random(seed)) for seed in range(200)]
-    assert found == [pieces.piece(LINES, 300, Random(seed)) for seed in range(200)]
+    result = [pieces.piece(LINES, 300, Random(seed)) for seed in range(200)]
+    assert result == [pieces.piece(LINES, 300, Random(seed)) for seed in range(200)]
     lines = set(LINES.splitlines())
-    assert all(150 < len(one) <= 300 and set(one.splitlines()) <= lines for one in found)
-    starts = [int(re.match(r"line (\d+)", one)[1]) for one in found]
+    assert all(150 < len(item) <= 300 and set(item.splitlines()) <= lines for item in result)
+    starts = [int(re.match(r"line (\d+)", item)[1]) for item in result]
     assert min(starts) < 20 and max(starts) > 350, "from the whole text"
     assert pieces.piece("  short\n", 300, Random(0)) == "short"
     assert len(pieces.piece("x" * 5000, 300, Random(0))) == 300, "a line without an end"
@@ -75,12 +75,10 @@ def source(**more):
 
 @pytest.mark.usefixtures("packages")
 def test_each_package_gives_a_few_pieces_of_different_files(tmp_path):
-    found = pieces.pieces_of_packages(source(pieces=2), tmp_path)
-    assert (
-        len(found) == 2
-        and len({text[0] for text in found}) == 2
-        and all(len(text) <= 500 for text in found)
-    )
+    result = pieces.pieces_of_packages(source(pieces=2), tmp_path)
+    assert len(result) == 2
+    assert len({text[0] for text in result}) == 2
+    assert all(len(text) <= 500 for text in result)
     assert len(pieces.pieces_of_packages(source(pieces=9), tmp_path)) == 3
     (readme,) = pieces.pieces_of_packages(source(file="*.dist-info/METADATA"), tmp_path)
     assert set(readme.splitlines()) == {"The words of the README."}, "without the fields above it"
@@ -90,13 +88,15 @@ def test_the_list_is_pinned_free_to_use_and_holds_no_library_that_measures():
     content = files("blockpruner.inputs").joinpath(pieces.LIST).read_bytes()
     lines = content.decode().splitlines()
     form = re.compile(r"([\w.-]+)==[\w.+!-]+ --hash=sha256:[0-9a-f]{64}  # (.*)")
-    found = [form.fullmatch(line) for line in lines]
-    assert all(found) and len({one[1].lower() for one in found}) == len(lines) == 320
+    result = [form.fullmatch(line) for line in lines]
+    assert all(result)
+    assert len({item[1].lower() for item in result}) == len(lines) == 320
     assert all(
-        re.search("MIT|BSD|Apache|ISC|PSF|Python Software|Zope|Academic", one[2]) for one in found
+        re.search("MIT|BSD|Apache|ISC|PSF|Python Software|Zope|Academic", item[2])
+        for item in result
     )
     measured = {name.partition("==")[0].lower() for name in LIBRARIES}
-    assert not measured & {one[1].lower() for one in found}
+    assert not measured & {item[1].lower() for item in result}
     digest = sha256(content).hexdigest()
     assert len(pieces.listed_packages(source(packages=320, sha256=digest))) == 320
     with refused("package-digest"):
@@ -108,9 +108,10 @@ def test_the_list_is_pinned_free_to_use_and_holds_no_library_that_measures():
 @pytest.mark.usefixtures("real_texts")
 def test_our_kinds_are_half_beside_texts_of_ones_own():
     shares = {}
-    for one in shipped_texts().of:
-        shares.setdefault(one.kind, one.share)
-    assert len(shares) == 8 and sum(shares.values()) == pytest.approx(1)
+    for item in shipped_texts().of:
+        shares.setdefault(item.kind, item.share)
+    assert len(shares) == 8
+    assert sum(shares.values()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
@@ -128,8 +129,8 @@ def test_texts_of_ones_own_are_half_unless_they_are_wanted_alone(tmp_path, metho
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(json.dumps({"text": f"text {n}"}) + "\n" for n in range(9)))
     data = {"source": "path", "path": str(path)}
-    found = sections(method, data=data, calibration={}, score={}, **given)["calibration"]["data"]
-    texts = read(with_sources(found, named_sources()), tmp_path)
+    result = sections(method, data=data, calibration={}, score={}, **given)["calibration"]["data"]
+    texts = read(with_sources(result, named_sources()), tmp_path)
     parts = {"mine": 0.0, "ours": 0.0}
     for kind in by_kind(texts):
         parts["mine" if kind.name == "mine.jsonl" else "ours"] += kind.share
@@ -145,7 +146,7 @@ def test_kinds_of_ones_own_file_share_its_half(tmp_path):
     path, other = tmp_path / "own.json", tmp_path / "other.txt"
     path.write_text(json.dumps(records))
     other.write_text("other")
-    of = [{"source": "path", "path": str(each)} for each in (path, other)]
+    of = [{"source": "path", "path": str(item)} for item in (path, other)]
     shares = {
         kind.name: kind.share for kind in by_kind(read({"source": "mix", "of": of}, tmp_path))
     }
@@ -172,8 +173,9 @@ def test_conversations_of_ours_need_no_template(tmp_path):
 
 
 def test_the_librarys_modules_judge():
-    found = judging_texts(["ours"])
-    library = [text for text in found if kind_of(text)]
-    assert len(library) > 50 and {kind_of(text).name for text in library} == {"Python's library"}
+    result = judging_texts(["ours"])
+    library = [text for text in result if kind_of(text)]
+    assert len(library) > 50
+    assert {kind_of(text).name for text in library} == {"Python's library"}
     assert all(len(text) <= pieces.LENGTH for text in library)
     assert read_settings(PackagesTexts, source().model_dump()).title == "3 packages"
