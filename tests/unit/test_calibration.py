@@ -31,11 +31,11 @@ TEXTS = [f"text number {i}, with some words" for i in range(100)]
 
 
 def test_split_all_is_the_beginning_of_one_seeded_permutation():
-    whole = draw(TEXTS, 100, "all", 42)
-    assert sorted(whole) == sorted(TEXTS) != whole
-    assert all(draw(TEXTS, count, "all", 42) == whole[:count] for count in (1, 5, 64))
-    assert draw(TEXTS, 5, "all", 43) != whole[:5]
-    rows = [pack_rows(whole[:count], tiny_tokenizer(), 20, "joined").rows for count in (10, 40)]
+    complete = draw(TEXTS, 100, "all", 42)
+    assert sorted(complete) == sorted(TEXTS) != complete
+    assert all(draw(TEXTS, count, "all", 42) == complete[:count] for count in (1, 5, 64))
+    assert draw(TEXTS, 5, "all", 43) != complete[:5]
+    rows = [pack_rows(complete[:count], tiny_tokenizer(), 20, "joined").rows for count in (10, 40)]
     assert len(rows[0]) > 5 and rows[1][: len(rows[0])] == rows[0], "and so do the rows"
 
 
@@ -47,14 +47,15 @@ def test_every_beginning_of_a_mix_has_the_kinds_by_their_shares_until_one_runs_o
         TextKind("c", 0.5): ["long " * 20] * 3,
     }
     mix, notes = [MixedText(text, kind) for kind, own in parts.items() for text in own], []
-    whole = draw(mix, None, "all", 42)
-    assert sorted(whole) == sorted(mix) and draw(mix, 7, "all", 42) == whole[:7]
-    names = [kind_of(text).name for text in whole]
+    complete = draw(mix, None, "all", 42)
+    assert sorted(complete) == sorted(mix)
+    assert draw(mix, 7, "all", 42) == complete[:7]
+    names = [kind_of(text).name for text in complete]
     assert "".join(names[:7]) == "abcbabb"
     for count in range(1, 21):
         drawn = [names[:count].count(kind.name) / kind.share for kind in parts]
         assert max(drawn) - min(drawn) <= 2
-    assert [text for text in whole if kind_of(text).name == "a"] == [
+    assert [text for text in complete if kind_of(text).name == "a"] == [
         text for text in draw(mix, None, "all", 42, reserved=frozenset(long[40:])) if text in long
     ]
     draw(mix, 12, "all", 42, key="k", note=notes.append)
@@ -81,14 +82,15 @@ def test_joined_rows_are_of_one_kind_each_and_every_part_of_them_has_the_shares(
         "c": [100, 20],
     }
     mix = [MixedText(kind.name * size, kind) for kind in kinds for size in sizes[kind.name]]
-    wanted = Calibration(data=DATA, split="all", seq_len=20)
-    rows = fill_rows(mix, tiny_tokenizer(), wanted, 40, key="k", note=notes.append).rows
+    expected = Calibration(data=DATA, split="all", seq_len=20)
+    rows = fill_rows(mix, tiny_tokenizer(), expected, 40, key="k", note=notes.append).rows
     names = [set(tiny_tokenizer().decode(row).strip()) & {*"abc"} for row in rows]
     assert all(len(name) == 1 for name in names)
     names = "".join(name for (name,) in names)
     for part in (names[:4], names[:8], names[12:20]):
         assert part.count("b") == 2 * part.count("a") == 2 * part.count("c"), names
-    assert len(rows) == 40 and set(names[-9:]) == {"a", "b"}
+    assert len(rows) == 40
+    assert set(names[-9:]) == {"a", "b"}
     assert notes == ["k: all texts of c are drawn; the others make up for what is missing"]
 
 
@@ -123,17 +125,18 @@ def test_response_scoring_gives_the_same_tokens_and_scores_what_ends_in_a_respon
         plain = pack_rows(samples, tokenizer, seq_len, packing)
         marked = pack_rows(samples, tokenizer, seq_len, packing, "response")
         unmarked = [tuple(max(token, ~token) for token in row) for row in marked.rows]
-        assert (
-            set(unmarked) <= set(plain.rows) and len(plain.rows) == len(unmarked) + marked.dropped
-        )
+        assert set(unmarked) <= set(plain.rows)
+        assert len(plain.rows) == len(unmarked) + marked.dropped
         scored = tokenizer.decode([token for row in marked.rows for token in row if token >= 0])
         assert "### " not in scored and "Below" not in scored and "times" not in scored
-        assert "answer 3" in scored and 0 < marked.scored < plain.scored
+        assert "answer 3" in scored
+        assert 0 < marked.scored < plain.scored
     plain = "Of a text without the template all is scored. " * 4
     (row,) = pack_rows(
         [plain, samples[0]], tokenizer, 8 * len(plain), "per_sample", "response"
     ).rows[:1]
-    assert min(row) >= 0 and len(row) == len(tokenizer(plain).input_ids)
+    assert min(row) >= 0
+    assert len(row) == len(tokenizer(plain).input_ids)
     with pytest.raises(InputError, match=r"score: response is for instructions.*'text number 0"):
         draw_rows(
             TEXTS[:1],
@@ -190,18 +193,20 @@ def test_evaluated_texts_are_not_drawn():
 
 def test_evaluated_texts_leave_the_papers_draw_and_the_others_stay_in_it():
     """One text less before the split would make all samples others."""
-    wanted = Calibration(num_samples=8, seq_len=60, packing="per_sample", split="paper")
+    expected = Calibration(num_samples=8, seq_len=60, packing="per_sample", split="paper")
     texts = [f"Text {i} of these is long enough to be a paragraph of its own." for i in range(200)]
     samples = draw(texts, 8, "paper", 42)
-    rows = draw_rows(texts, tiny_tokenizer(), wanted, [samples[3], texts[0]], lambda _: None)
+    rows = draw_rows(texts, tiny_tokenizer(), expected, [samples[3], texts[0]], lambda _: None)
     assert rows == pack_rows([*samples[:3], *samples[4:]], tiny_tokenizer(), 60, "per_sample")
     judging = frozenset([samples[3], texts[0]])
-    assert draw_rows(texts, tiny_tokenizer(), wanted, [], lambda _: None, reserved=judging) == rows
+    assert (
+        draw_rows(texts, tiny_tokenizer(), expected, [], lambda _: None, reserved=judging) == rows
+    )
 
 
 def test_split_paper_is_what_the_public_code_does():
-    whole = datasets.Dataset.from_dict({"text": TEXTS}).train_test_split(test_size=0.2, seed=42)
-    half = whole["test"].train_test_split(test_size=0.5, seed=42)["train"]
+    complete = datasets.Dataset.from_dict({"text": TEXTS}).train_test_split(test_size=0.2, seed=42)
+    half = complete["test"].train_test_split(test_size=0.5, seed=42)["train"]
     random.seed(42)
     expected = half.select(random.sample(range(len(half)), 4))["text"]
     assert draw(TEXTS, 4, "paper", 42) == list(expected)
@@ -224,23 +229,24 @@ def test_joined_rows_begin_as_the_tokenizer_begins_a_text(score):
     )
     plain = tokenizer("\n\n".join(TEXTS[:3]))["input_ids"]
     tokenizer.backend_tokenizer.post_processor = around
-    assert beginning(tokenizer) == [257] and beginning(tiny_tokenizer()) == []
+    assert beginning(tokenizer) == [257]
+    assert beginning(tiny_tokenizer()) == []
     rows = pack_rows(TEXTS[:3], tokenizer, 20, "joined", score).rows
-    assert {max(row[0], ~row[0]) for row in rows} == {257} and {len(row) for row in rows} == {20}
+    assert {max(row[0], ~row[0]) for row in rows} == {257}
+    assert {len(row) for row in rows} == {20}
     kept = [max(token, ~token) for row in rows for token in row[1:]]
     assert kept == [*plain, 258][: 19 * len(rows)], "and no token is lost"
-    wanted = Calibration(data=DATA, num_samples=5, seq_len=20, split="paper", score="all")
+    expected = Calibration(data=DATA, num_samples=5, seq_len=20, split="paper", score="all")
     said: list[str] = []
-    (first, *others) = draw_rows(TEXTS, tokenizer, wanted, (), said.append).rows
-    assert (
-        first[0] == 257
-        and 257 not in {row[0] for row in others}
-        and "cannot read the others" in said[-1]
-    )
+    (first, *others) = draw_rows(TEXTS, tokenizer, expected, (), said.append).rows
+    assert first[0] == 257
+    assert 257 not in {row[0] for row in others}
+    assert "cannot read the others" in said[-1]
     (*_, last) = draw_rows(
-        TEXTS, tokenizer, wanted.model_copy(update={"split": "all"}), (), said.append
+        TEXTS, tokenizer, expected.model_copy(update={"split": "all"}), (), said.append
     ).rows
-    assert last[0] == 257 and len(said) == 1
+    assert last[0] == 257
+    assert len(said) == 1
     twice = processors.TemplateProcessing(single="<s> <s> $A", special_tokens=[("<s>", 257)])
     tokenizer.backend_tokenizer.post_processor = twice
     with pytest.raises(InputError, match="seq_len 2 leaves no token to predict; give at least 3"):
@@ -270,16 +276,18 @@ def test_file_round_trip_and_digest(tmp_path):
 
 def test_num_rows_are_the_first_rows_of_all_texts_joined():
     texts = [f"text {i} " * (1 + i % 7) for i in range(60)]
-    wanted = Calibration(data=DATA, num_rows=5, seq_len=16, split="all", score="all", seed=3)
-    found = draw_rows(texts, tiny_tokenizer(), wanted, (), print)
+    expected = Calibration(data=DATA, num_rows=5, seq_len=16, split="all", score="all", seed=3)
+    result = draw_rows(texts, tiny_tokenizer(), expected, (), print)
     order = list(texts)
     random.Random(3).shuffle(order)
     ids = tiny_tokenizer()("\n\n".join(order))["input_ids"]
-    assert found.rows == tuple(tuple(ids[16 * k : 16 * k + 16]) for k in range(5))
+    assert result.rows == tuple(tuple(ids[16 * k : 16 * k + 16]) for k in range(5))
     with pytest.raises(
         InputError, match=f"num_rows 9999 is more than the {len(ids) // 16} rows of 16 tokens"
     ):
-        draw_rows(texts, tiny_tokenizer(), wanted.model_copy(update={"num_rows": 9999}), (), print)
+        draw_rows(
+            texts, tiny_tokenizer(), expected.model_copy(update={"num_rows": 9999}), (), print
+        )
     with pytest.raises(ValueError, match="num_rows is for joined rows of all texts"):
         Calibration(data=DATA, num_rows=5)
 
@@ -287,7 +295,7 @@ def test_num_rows_are_the_first_rows_of_all_texts_joined():
 def test_of_a_huge_text_only_the_beginning_is_tokenized():
     """Tokenizing 27 MB for 16 rows of 32 tokens took more than a minute."""
     text, sizes = " ".join(f"word {i}" for i in range(10_000)), []
-    wanted = Calibration(data=DATA, num_rows=5, seq_len=16, split="all", score="all")
+    expected = Calibration(data=DATA, num_rows=5, seq_len=16, split="all", score="all")
 
     def tokenize(texts, **options):
         sizes.append(len(texts[0]))
@@ -302,12 +310,12 @@ def test_of_a_huge_text_only_the_beginning_is_tokenized():
         return {"input_ids": rows[0] if texts == "a" else rows}
 
     ids = tiny_tokenizer()(text)["input_ids"]
-    assert fill_rows([text], tokenize, wanted, 5).rows == tuple(
+    assert fill_rows([text], tokenize, expected, 5).rows == tuple(
         tuple(ids[16 * k : 16 * k + 16]) for k in range(5)
     )
     assert max(sizes) < 2000
     ids = sparse([text])["input_ids"][0]
-    assert fill_rows([text], sparse, wanted, 5).rows == tuple(
+    assert fill_rows([text], sparse, expected, 5).rows == tuple(
         tuple(ids[16 * k : 16 * k + 16]) for k in range(5)
     )
 
