@@ -52,7 +52,8 @@ def test_rows_agree_with_the_stock_task(name):
     metrics = [entry["metric"] for entry in stock["metric_list"]]
     main = {"lambada_openai": "acc"}.get(name, "acc_norm" if "acc_norm" in metrics else metrics[0])
     assert (row.name, row.metric, row.kind) == (stock["task"], main, stock["output_type"])
-    assert is_higher_better(row.metric) and get_metric_aggregation(row.metric) is mean
+    assert is_higher_better(row.metric)
+    assert get_metric_aggregation(row.metric) is mean
     assert row.filter in [entry["name"] for entry in stock.get("filter_list", [{"name": "none"}])]
     assert set(row.splits) == {
         stock[f"{s}_split"] for s in ("validation", "test") if stock.get(f"{s}_split")
@@ -84,7 +85,8 @@ def test_a_written_task_is_the_stock_one_over_local_items(name, tmp_path, monkey
         for split in ("training", "validation", "test")
     }
     assert {key: written[key] for key in splits} == splits
-    assert written["num_fewshot"] == 0 and "fewshot_split" not in written
+    assert written["num_fewshot"] == 0
+    assert "fewshot_split" not in written
     task = TaskManager(include_path="data/tasks", include_defaults=False).load([name])["tasks"][
         name
     ]
@@ -99,8 +101,8 @@ def test_a_written_task_is_the_stock_one_over_local_items(name, tmp_path, monkey
         if name == "winogrande":
             assert task.doc_to_choice(document) == list(item.contexts)
         else:
-            found = task.fewshot_context(document, 0), task.doc_to_choice(document)
-            assert found == (item.contexts[0], list(item.choices))
+            result = task.fewshot_context(document, 0), task.doc_to_choice(document)
+            assert result == (item.contexts[0], list(item.choices))
 
 
 def test_the_digest_is_of_the_content_not_of_the_place(tmp_path):
