@@ -31,9 +31,9 @@ def run(folder, rows=ROWS, budgets=("2blocks",), **changes):
     scorer = FakeScorer(
         lambda loss, base, mask, row: sum(map(ord, format_mask(mask))) / 1000, one_row=True
     )
-    found = scored(folder, scorer, CONFIG, budgets, rows, **changes)
-    assert found.units_computed == len(scorer.asked) == len(set(scorer.asked))
-    return found
+    result = scored(folder, scorer, CONFIG, budgets, rows, **changes)
+    assert result.units_computed == len(scorer.asked) == len(set(scorer.asked))
+    return result
 
 
 def test_tables_of_a_search_that_went_another_way_are_dropped(tmp_path):
@@ -42,9 +42,9 @@ def test_tables_of_a_search_that_went_another_way_are_dropped(tmp_path):
 
     def traced(budget, **score):
         scorer = FakeScorer(lambda loss, base, mask, row: sum(map(ord, format_mask(mask))) / 1000)
-        found = scored(tmp_path, scorer, small_config(4), [budget], ROWS, **score)
-        directory = trace_directory(tmp_path / "scores", found.current, budget)
-        return directory, found.current.search, read_trace(directory, found.current.search)
+        result = scored(tmp_path, scorer, small_config(4), [budget], ROWS, **score)
+        directory = trace_directory(tmp_path / "scores", result.current, budget)
+        return directory, result.current.search, read_trace(directory, result.current.search)
 
     directory, search, trace = traced("4blocks")
     assert len(trace) == 4 and traced("2blocks")[2] == trace, (
@@ -53,7 +53,8 @@ def test_tables_of_a_search_that_went_another_way_are_dropped(tmp_path):
     write_iteration(directory, replace(trace[3], index=4), search)
     assert traced("2blocks")[2] == trace
     write_iteration(directory, replace(trace[3], index=2), search)
-    assert traced("2blocks")[2] == trace[:2] and traced("4blocks")[2] == trace
+    assert traced("2blocks")[2] == trace[:2]
+    assert traced("4blocks")[2] == trace
 
     directory, search, trace = traced("4blocks", method="floating")
     write_iteration(directory, replace(trace[-1], index=len(trace)), search)
@@ -79,10 +80,11 @@ def test_what_a_search_took_is_kept_beside_its_tables_and_is_never_0(tmp_path):
     were deleted."""
     part = run(tmp_path, budgets=("1blocks",))
     assert costs(tmp_path, part.current, 1)["trials_asked"] == 5
-    whole = run(tmp_path, budgets=("1blocks", "3blocks"))
-    first, last = (costs(tmp_path, whole.current, steps) for steps in (1, 3))
+    complete = run(tmp_path, budgets=("1blocks", "3blocks"))
+    first, last = (costs(tmp_path, complete.current, steps) for steps in (1, 3))
     assert (first["trials_computed"], last["trials_computed"], last["trials_asked"]) == (5, 10, 10)
-    assert first == costs(tmp_path, part.current, 1) and 0 <= first["seconds"] <= last["seconds"]
+    assert first == costs(tmp_path, part.current, 1)
+    assert 0 <= first["seconds"] <= last["seconds"]
     paths = sorted((tmp_path / "scores").rglob("*.parquet"))
     before = [path.read_bytes() for path in paths]
     run(tmp_path, budgets=("3blocks",))
@@ -110,7 +112,8 @@ def test_what_a_search_took_is_kept_beside_its_tables_and_is_never_0(tmp_path):
 )
 def test_what_changes_a_trial_is_computed_anew(tmp_path, change, reused):
     first, other = run(tmp_path), run(tmp_path, **change)
-    assert other.trials_computed == first.trials_computed and other.trials_reused == reused
+    assert other.trials_computed == first.trials_computed
+    assert other.trials_reused == reused
     assert other.current.search != first.current.search
     assert run(tmp_path).trials_computed == 0
 
@@ -147,10 +150,8 @@ def test_a_metric_with_another_version_computes_its_trials_anew(tmp_path, monkey
     before = resolve(settings, []).texts()
     monkeypatch.setitem(METRICS._rows, "perplexity", replace(METRICS["perplexity"], version=1))
     other = run(tmp_path)
-    assert (
-        other.trials_computed == first.trials_computed
-        and other.current.search != first.current.search
-    )
+    assert other.trials_computed == first.trials_computed
+    assert other.current.search != first.current.search
     after = resolve(settings, []).texts()
     assert {name for name in after if after[name] != before[name]} == {"score", "searches/greedy"}
 
