@@ -57,12 +57,13 @@ def test_a_proposal_that_wins_by_the_mean_and_loses_a_kind_is_not_taken(heal):
     """The models are told apart by their sizes."""
     lost = {"mha.0": {"prose": 0.0, "code": 0.3}, "mlp.0": {"prose": 0.2, "code": 0.2}}
     by_size = {plan_of(CONFIG, [name]).parameters["pruned"]: own for name, own in lost.items()}
-    found = heal(lambda model: by_size.get(size(model), {"prose": 0.0, "code": 0.0}), *lost)
-    judged = found.facts["judged"]
-    assert judged["mha.0"]["mean"] < judged["mlp.0"]["mean"] and judged["mha.0"]["kind"] == "code"
-    assert found.name == "mlp.0"
-    assert found.plan.kinds.keys() == {"prose", "code"}
-    assert Loss.of(found.plan.kinds).worst == pytest.approx(judged["mlp.0"]["worst"])
+    result = heal(lambda model: by_size.get(size(model), {"prose": 0.0, "code": 0.0}), *lost)
+    judged = result.facts["judged"]
+    assert judged["mha.0"]["mean"] < judged["mlp.0"]["mean"]
+    assert judged["mha.0"]["kind"] == "code"
+    assert result.name == "mlp.0"
+    assert result.plan.kinds.keys() == {"prose", "code"}
+    assert Loss.of(result.plan.kinds).worst == pytest.approx(judged["mlp.0"]["worst"])
 
 
 @pytest.mark.parametrize(
@@ -103,13 +104,13 @@ def test_a_refit_that_harms_a_kind_is_scaled_or_left(heal, code, expected):
             return {"prose": 0.0, "code": 0.0}
         return {"prose": 0.1 - 0.05 * share, "code": 1.2 + code(share)}
 
-    found = heal(losses, "mlp.1", weights={"model.norm.weight": torch.full((32,), 2.0)})
-    assert found.facts["share"] == expected
+    result = heal(losses, "mlp.1", weights={"model.norm.weight": torch.full((32,), 2.0)})
+    assert result.facts["share"] == expected
     if expected:
-        assert torch.equal(found.weights["model.norm.weight"], torch.full((32,), 1 + expected))
+        assert torch.equal(result.weights["model.norm.weight"], torch.full((32,), 1 + expected))
     else:
-        assert not found.weights
-    assert Loss.of(found.plan.kinds).kinds["code"] == pytest.approx(math.exp(1.2 + code(expected)))
+        assert not result.weights
+    assert Loss.of(result.plan.kinds).kinds["code"] == pytest.approx(math.exp(1.2 + code(expected)))
 
 
 def test_a_model_that_has_lost_too_much_of_a_kind_is_refused():
@@ -120,4 +121,5 @@ def test_a_model_that_has_lost_too_much_of_a_kind_is_refused():
     require_kept(plan, 1.6)
     with refused("too-much-lost") as caught:
         require_kept(plan, 1.5)
-    assert "worst 1.60 (b)" in str(caught.value) and "--max-loss 1.60" in str(caught.value)
+    assert "worst 1.60 (b)" in str(caught.value)
+    assert "--max-loss 1.60" in str(caught.value)
