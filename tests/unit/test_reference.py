@@ -75,7 +75,8 @@ def test_a_refit_is_the_reference_to_the_last_digits(family, names):
     plan = plan_of(model.config.to_dict(), names)
     rows = [CalibrationSet(tuple(map(tuple, part))) for part in (fit, validation)]
     weights, facts = compensate(model, {"plan": plan}, *rows, SilentObserver())["plan"]
-    assert facts["share"] == step and bool(weights) == bool(step)
+    assert facts["share"] == step
+    assert bool(weights) == bool(step)
     reference.cut_(plain, blocks_of(names))
     pruned = prune_(model, parse_mask(",".join(names)))
     parameters = dict(pruned.named_parameters())
@@ -97,11 +98,12 @@ def test_a_cut_model_is_the_masked_one_with_and_without_cache_and_from_its_file(
         before * (1 - plan.ratio)
     )
     reference.save(model, blocks, tmp_path / "out")
-    for one in (model, reference.load(tmp_path / "out")):
-        torch.testing.assert_close(one(ids).logits, expected)
-        cache = one(ids[:, :7], use_cache=True).past_key_values
-        assert len(cache.layers) >= 3 and cache.get_seq_length() == 7
-        torch.testing.assert_close(one(ids[:, 7:], past_key_values=cache).logits, expected[:, 7:])
+    for item in (model, reference.load(tmp_path / "out")):
+        torch.testing.assert_close(item(ids).logits, expected)
+        cache = item(ids[:, :7], use_cache=True).past_key_values
+        assert len(cache.layers) >= 3
+        assert cache.get_seq_length() == 7
+        torch.testing.assert_close(item(ids[:, 7:], past_key_values=cache).logits, expected[:, 7:])
 
 
 def test_the_command_writes_a_smaller_model(tmp_path, capsys):
@@ -121,7 +123,8 @@ def test_the_command_writes_a_smaller_model(tmp_path, capsys):
     reference.main([*given, "--out", str(out)])
     printed = capsys.readouterr().out
     removed = re.findall(r"removed (\S+), perplexity", printed)
-    assert "validation perplexity" in printed and format_mask(parse_mask(",".join(removed)))
+    assert "validation perplexity" in printed
+    assert format_mask(parse_mask(",".join(removed)))
     assert (out / "model.safetensors").stat().st_size < (
         checkpoint / "model.safetensors"
     ).stat().st_size
