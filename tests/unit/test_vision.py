@@ -143,7 +143,8 @@ def test_the_text_model_computes_as_the_full_model_without_pictures(tmp_path, na
     assert any("reads pictures" in note for note in notes)
     assert not (folder / "preprocessor_config.json").exists()
     config = read_json(folder / "config.json")
-    assert config["architectures"] == [MODELS[name][3]] and "vision_config" not in config
+    assert config["architectures"] == [MODELS[name][3]]
+    assert "vision_config" not in config
     source = LocalModel(source="path", path=str(tmp_path / "all"), dtype="float32")
     assert json.loads(json.dumps(fetch_config(source, tmp_path / "pins"))) == config
     text_model = load_model(folder, "float32", "cpu")
