@@ -33,7 +33,8 @@ def test_forms_describe_every_field_and_enforce_nothing():
         fields = [*schema["properties"].values()]
         for name in [field["$ref"].rpartition("/")[2] for field in fields if "$ref" in field]:
             fields = [*schema["definitions"][name]["properties"].values()]
-        assert fields and all(field["description"] for field in fields)
+        assert fields
+        assert all(field["description"] for field in fields)
 
 
 @pytest.fixture
@@ -50,9 +51,12 @@ def settings(port, tmp_path, monkeypatch):
 
 def test_the_password_is_drawn_once_and_readable_by_this_user_only(settings):
     drawn, hint = server.password()
-    assert len(drawn) > 30 and drawn in hint
+    assert len(drawn) > 30
+    assert drawn in hint
     kept, hint = server.password()
-    assert kept == drawn and drawn not in hint and str(server.password_file()) in hint
+    assert kept == drawn
+    assert drawn not in hint
+    assert str(server.password_file()) in hint
     assert server.password_file().stat().st_mode & 0o777 == 0o600
     with temporary_settings({PREFECT_API_AUTH_STRING: "a"}):
         assert server.password()[0] == "a"
@@ -90,7 +94,8 @@ def test_a_server_that_takes_no_report_is_refused(settings, port, status, words)
             server.require_access(url)
         with standing(port, status):
             server.require_access(url)
-    assert words in str(caught.value) and url in str(caught.value)
+    assert words in str(caught.value)
+    assert url in str(caught.value)
     with standing(port, 200):
         server.require_access(url)
 
@@ -100,7 +105,8 @@ def test_taken_port_is_named_with_the_fix(settings, port, capsys):
         other.bind(("127.0.0.1", port))
         assert serve.main() == 2
     said = capsys.readouterr().err
-    assert f"port {port} of 127.0.0.1 cannot be used" in said and "PREFECT_SERVER_API_PORT" in said
+    assert f"port {port} of 127.0.0.1 cannot be used" in said
+    assert "PREFECT_SERVER_API_PORT" in said
     assert "Traceback" not in said
 
 
