@@ -40,15 +40,18 @@ def test_what_is_verified_is_pushed_private_in_one_commit(checkpoint, monkeypatc
         == "https://hub.invalid/me/small/commit/1"
     )
     (_, card), (_, repo, made), (_, _, files, sent) = hub.calls
-    assert card["base_model"] == "meta-llama/Llama-2-7b-hf" and repo == "me/small"
+    assert card["base_model"] == "meta-llama/Llama-2-7b-hf"
+    assert repo == "me/small"
     assert card["base_model_relation"] == "finetune"
     assert made == {"private": True, "exist_ok": True}
     assert "mine-0.2" in sent["commit_message"]
     contents = {file.path_in_repo: file.path_or_fileobj for file in files}
     assert set(contents) == {"config.json", "README.md", "verification.json"}
     local, shown = (checkpoint / "README.md").read_text(), contents["README.md"].decode()
-    assert "vllm serve <this directory>" in local and "vllm serve me/small" in shown
-    assert 'from_pretrained("me/small"' in shown and "<this directory>" not in shown
+    assert "vllm serve <this directory>" in local
+    assert "vllm serve me/small" in shown
+    assert 'from_pretrained("me/small"' in shown
+    assert "<this directory>" not in shown
 
 
 def test_a_repository_of_another_visibility_gets_nothing(checkpoint, monkeypatch):
