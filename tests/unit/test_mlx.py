@@ -52,10 +52,13 @@ def test_every_family(tmp_path, family, monkeypatch):
     out = tmp_path / "out"
     report = export(dense, out)
     difference = max(report["max_logit_difference"], report["max_logit_difference_cached"])
-    assert report["ok"] and report["cache_layers"] == 4 and report["greedy_tokens_equal"]
+    assert report["ok"]
+    assert report["cache_layers"] == 4
+    assert report["greedy_tokens_equal"]
     assert difference <= report["tolerance"]
     seen("mlx-lm", family, difference)
-    assert has_our_code(out) and [path.name for path in out.glob("*.py")] == [MLX_CODE.name]
+    assert has_our_code(out)
+    assert [path.name for path in out.glob("*.py")] == [MLX_CODE.name]
     assert "--trust-remote-code" in (out / "README.md").read_text()
     narrow = narrow_plan(dense, {"mlp.1": range(16), "mlp.3": range(20)})
     export_mlx(pruning(dense, narrow), tmp_path / "narrow")
@@ -113,7 +116,8 @@ def test_full_layers_need_no_code(tmp_path, scaling):
     else:
         rope = {"rope_type": "default", "rope_theta": 5e5, **scaling}
         dense = fetched(tmp_path, "llama", rope_parameters=rope)
-    assert export(dense, out, ["mha.2", "mlp.2"])["ok"] and not has_our_code(out)
+    assert export(dense, out, ["mha.2", "mlp.2"])["ok"]
+    assert not has_our_code(out)
     assert MLX_CODE.name not in (out / "README.md").read_text()
     assert scaling is None or read_json(out / "config.json")["rope_theta"] == 5e5
 
