@@ -59,9 +59,8 @@ def check(folder: Path, done: set[str], mode: str = "killed") -> None:
     else:
         assert "plan 0" not in done
     if model.exists():
-        assert (model / "below/weights").read_bytes() == bytes(100) and (
-            model / "config"
-        ).read_text() == "config"
+        assert (model / "below/weights").read_bytes() == bytes(100)
+        assert (model / "config").read_text() == "config"
     else:  # while it is replaced there is neither
         assert "model 0" not in done or ("plan 1" in done and "model 1" not in done)
 
@@ -106,7 +105,7 @@ def careless(is_synced: bool) -> None:
 )
 def test_a_careless_writer_is_caught(is_synced: bool, kept: dict[str, str], tmp_path: Path) -> None:
     """So the cuts above would show a sync that is missing."""
-    found = {}
+    result = {}
     for mode in MODES:
         folder = tmp_path / mode
         folder.mkdir()
@@ -116,5 +115,5 @@ def test_a_careless_writer_is_caught(is_synced: bool, kept: dict[str, str], tmp_
             forked(folder, partial(careless, is_synced), tmp_path / "log", cut, mode)[0]
             == -signal.SIGKILL
         )
-        found[mode] = (folder / "file").read_text()
-    assert found == kept
+        result[mode] = (folder / "file").read_text()
+    assert result == kept
