@@ -21,22 +21,24 @@ def refuse(holder):
 
 
 def test_the_second_learns_the_holder_and_waits_or_is_refused(tmp_path):
-    path, told, let_go = tmp_path / "a.lock", [], Event()
+    path, reported, let_go = tmp_path / "a.lock", [], Event()
 
     def second():
-        with hold(path, "second", lambda holder: (told.append(holder), let_go.set())):
+        with hold(path, "second", lambda holder: (reported.append(holder), let_go.set())):
             return path.read_text()
 
     with ThreadPoolExecutor() as threads:
         with hold(path, "the first, with a longer name", refuse):
             waiting = threads.submit(second)
-            assert let_go.wait(60) and not wait([waiting], timeout=0.1).done
+            assert let_go.wait(60)
+            assert not wait([waiting], timeout=0.1).done
             with (
                 pytest.raises(BlockingIOError, match="held by the first, with a longer name$"),
                 hold(path, "", refuse),
             ):
                 pass
-        assert waiting.result() == "second\n" and told == ["the first, with a longer name"]
+        assert waiting.result() == "second\n"
+        assert reported == ["the first, with a longer name"]
     with hold(path, "third", refuse):
         assert path.read_text() == "third\n"
 
