@@ -29,23 +29,23 @@ def test_a_block_takes_what_its_absence_saves(monkeypatch):
     monkeypatch.setattr(latency, "generate", generate)
     steps = []
     asked = Latency(prompt_tokens=4, new_tokens=5, batch=3, repeats=3)
-    found = measure_latency(
+    result = measure_latency(
         tiny_model(layers=5), asked, lambda done, total, detail: steps.append((done, total))
     )
     dense, mha, mlp = ((), ()), ((0, 2, 4), ()), ((), (0, 2, 4))
     assert turns == [mlp, mha, dense, dense, mha, mlp, mlp, mha, dense, dense, mha, mlp]
     assert steps == [(i + 1, 12) for i in range(12)]
-    assert found["seconds"] == {"dense": 12.0, "mha": 7.0, "mlp": 11.0}
-    assert found["total"] == 12_000_000_000
-    assert found["mha"] == pytest.approx(5e9 / 3, abs=1)
-    assert found["mlp"] == pytest.approx(1e9 / 3, abs=1)
+    assert result["seconds"] == {"dense": 12.0, "mha": 7.0, "mlp": 11.0}
+    assert result["total"] == 12_000_000_000
+    assert result["mha"] == pytest.approx(5e9 / 3, abs=1)
+    assert result["mlp"] == pytest.approx(1e9 / 3, abs=1)
 
 
 def test_the_model_is_left_as_it_was():
     model = tiny_model("gpt_neox")
     ids = torch.arange(8)[None]
     before, fields = model(ids).logits, dict(model.config.__dict__)
-    found = measure_latency(model, Latency(prompt_tokens=6, new_tokens=4, batch=2, repeats=1))
+    result = measure_latency(model, Latency(prompt_tokens=6, new_tokens=4, batch=2, repeats=1))
     assert torch.equal(model(ids).logits, before)
     assert model.config.__dict__ == fields
-    assert found["total"] > 0
+    assert result["total"] > 0
