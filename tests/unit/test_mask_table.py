@@ -34,10 +34,10 @@ def test_the_table_holds_all_singles_pairs_and_subsets(tmp_path):
     rows = CalibrationSet(tuple((n + 1, 2 * n, 7, n, 30 - n) for n in range(6)))
     store = TrialStore(store_fields(rows.digest, "tiny", "float32", "perplexity"), rows.row_keys)
     objective = Objective(rows, store, Engine(model))
-    found, sizes = bench.row_losses(
+    result, sizes = bench.row_losses(
         objective, count_parameters(model.config.to_dict()), COUNT, SilentObserver()
     )
-    bench.write(tmp_path / "tiny.parquet", found, sizes)
+    bench.write(tmp_path / "tiny.parquet", result, sizes)
     losses = losses_of(tmp_path / "tiny.parquet")
     blocks = [parse_mask(block) for block in sizes]
     assert len([mask for mask in losses if mask <= DENSE.union(*blocks)]) == 2**COUNT
