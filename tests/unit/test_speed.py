@@ -23,27 +23,27 @@ def model_of(state, family="llama"):
 def test_decodes_greedily_without_stop(state, family):
     model = model_of(state, family)
     prompt = torch.randint(260, (2, 7), generator=torch.Generator().manual_seed(1))
-    found = generate(model, prompt, 12).tokens
+    result = generate(model, prompt, 12).tokens
     tokens = prompt
     for _ in range(12):  # the oracle: no cache, the whole sequence every time
         tokens = torch.cat(
             [tokens, model(tokens, use_cache=False).logits[:, -1:].argmax(-1)], dim=1
         )
-    assert found.tolist() == tokens[:, 7:].tolist()
+    assert result.tolist() == tokens[:, 7:].tolist()
 
 
 @pytest.mark.parametrize(("state", "attentions", "mlps"), [("dense", 4, 4), ("pruned", 2, 2)])
 def test_memory_follows_from_shapes(state, attentions, mlps):
     model = model_of(state)
-    found = measure_speed(
+    result = measure_speed(
         {"only": model}, Speed(prompt_tokens=9, new_tokens=5, repeats=1, batch=3)
     )["only"]
     # layers, k+v, batch, heads, T, d, fp64
-    assert found.kv_cache_bytes == attentions * 2 * 3 * 2 * (9 + 5 - 1) * 8 * 8
+    assert result.kv_cache_bytes == attentions * 2 * 3 * 2 * (9 + 5 - 1) * 8 * 8
     block = {"mha": 2 * 32 * 32 + 2 * 32 * 16 + 32, "mlp": 3 * 32 * 48 + 32}
     weights = 8 * (2 * 260 * 32 + 32 + attentions * block["mha"] + mlps * block["mlp"])
-    assert found.peak_memory_bytes == weights + found.kv_cache_bytes
-    assert found.peak_memory == "weights + KV cache"
+    assert result.peak_memory_bytes == weights + result.kv_cache_bytes
+    assert result.peak_memory == "weights + KV cache"
 
 
 def test_models_take_turns_and_the_warm_up_does_not_count(monkeypatch):
@@ -61,14 +61,14 @@ def test_models_take_turns_and_the_warm_up_does_not_count(monkeypatch):
     monkeypatch.setattr(speed, "generate", fake)
     steps = []
     settings = Speed(prompt_tokens=10, new_tokens=5, repeats=3, batch=4)
-    found = measure_speed(models, settings, lambda *step: steps.append(step))
+    result = measure_speed(models, settings, lambda *step: steps.append(step))
     assert turns == ["b", "a", "a", "b", "b", "a", "a", "b"]
     assert steps == [(i + 1, 8) for i in range(8)]
-    assert found["a"].prefill_seconds == speed.Timing(median=2.0, samples=[1.0, 3.0, 2.0])
-    assert found["b"].generation_seconds == speed.Timing(median=60.0, samples=[30.0, 90.0, 60.0])
-    assert found["a"].prefill_tokens_per_second == 4 * 10 / 2.0
-    assert found["b"].decode_tokens_per_second == 4 * 4 / 40.0
-    assert (found["a"].repeats, found["a"].batch, found["a"].device, found["a"].dtype) == (
+    assert result["a"].prefill_seconds == speed.Timing(median=2.0, samples=[1.0, 3.0, 2.0])
+    assert result["b"].generation_seconds == speed.Timing(median=60.0, samples=[30.0, 90.0, 60.0])
+    assert result["a"].prefill_tokens_per_second == 4 * 10 / 2.0
+    assert result["b"].decode_tokens_per_second == 4 * 4 / 40.0
+    assert (result["a"].repeats, result["a"].batch, result["a"].device, result["a"].dtype) == (
         3,
         4,
         "cpu",
