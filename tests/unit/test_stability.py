@@ -33,14 +33,16 @@ def test_rivals_and_share_are_those_of_scipy_and_of_all_resamples(seed):
         + random.gamma(1, 0.1, (len(units), 1))
     )
     chosen = int(rows.mean(axis=1).argmin())
-    found = stability(dict(zip(units, map(tuple, rows), strict=True)), units[chosen])
+    result = stability(dict(zip(units, map(tuple, rows), strict=True)), units[chosen])
     p = [
         stats.ttest_rel(row, rows[chosen]).pvalue if i != chosen else 0
         for i, row in enumerate(rows)
     ]
-    assert found.rivals == tuple(unit for unit, value in zip(units, p, strict=True) if value > 0.05)
+    assert result.rivals == tuple(
+        unit for unit, value in zip(units, p, strict=True) if value > 0.05
+    )
     # 3.5 standard errors of 2,000 resamples
-    assert found.kept == pytest.approx(shares(rows, chosen), abs=0.04)
+    assert result.kept == pytest.approx(shares(rows, chosen), abs=0.04)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +66,8 @@ def test_steps_of_a_one_shot_search_rest_on_its_first():
         Iteration(1, (MaskScore(A | B, (), 2),), (B,), 0),
         Iteration(2, (MaskScore(A | B | C, (), 2),), (C,), 0),
     ]
-    one, two, three = stabilities(trace)
-    assert one.rivals == (B, C) and two.rivals == (C,) and three is None
+    item, two, three = stabilities(trace)
+    assert item.rivals == (B, C)
+    assert two.rivals == (C,)
+    assert three is None
     assert stabilities(trace, "parameters") == (None,) * 3
