@@ -16,11 +16,11 @@ CHECKS = {"iteration": 0, "refit": 1, "generation": 3}
 def test_the_rehearsal_answers_every_part(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "resolve_device", lambda name: CPU)
     assert gpu.main(["--out", str(tmp_path / "gpu.json")]) == 0
-    found = read_json(tmp_path / "gpu.json")
-    assert found["where"]["device"] == gpu.NO_DEVICE
+    result = read_json(tmp_path / "gpu.json")
+    assert result["where"]["device"] == gpu.NO_DEVICE
     checks = {
         name: sum("; at most 1" in fact for fact in record["facts"])
-        for name, record in found["parts"].items()
+        for name, record in result["parts"].items()
     }
     assert checks == CHECKS
 
