@@ -67,7 +67,8 @@ def test_packages_of_the_environment_are_found_and_those_of_the_working_folder_a
     script = SimpleNamespace(ENGINE="engine_of_test", __file__=str(tmp_path / "verify.py"))
     verify_checkpoint(tmp_path / "out", tmp_path / "reference", 1.0, script)
     report = read_json(tmp_path / "out/verification.json")
-    assert report["engine"] == str(place / "engine_of_test.py") and not report["working_folder"]
+    assert report["engine"] == str(place / "engine_of_test.py")
+    assert not report["working_folder"]
 
 
 @pytest.mark.parametrize("form", ["hf", "nas"])
@@ -81,7 +82,7 @@ def test_no_model_is_in_memory_when_the_fresh_process_loads_its_own(tmp_path, mo
 
     monkeypatch.setattr(Pruning, "load_for_export", loaded)
     monkeypatch.setattr(
-        verification, "verify_checkpoint", lambda *_: alive.append([each() for each in alive])
+        verification, "verify_checkpoint", lambda *_: alive.append([item() for item in alive])
     )
     EXPORTS[form].write(pruning(dense, plan_of(dense, ["mlp.1"])), tmp_path / "out")
     assert alive[1:] == [[None]]
