@@ -61,8 +61,8 @@ def test_a_record_is_of_the_commit_and_the_files_that_a_stage_began_with(
     monkeypatch.setattr(stages, "require_current", lambda: None)
     digest = file_sha256(params)
     stages.run("report", lambda item: (params.write_text("after"), commits.append("after")))
-    found = read_json(Path("data/provenance/report.json"))
-    assert (found["commit"], found["inputs"]["sha256"]) == ("before", {"params.yaml": digest})
+    result = read_json(Path("data/provenance/report.json"))
+    assert (result["commit"], result["inputs"]["sha256"]) == ("before", {"params.yaml": digest})
 
 
 def test_a_fault_of_a_stage_is_one_line_and_a_log_beside_its_record(
@@ -80,9 +80,8 @@ def test_a_fault_of_a_stage_is_one_line_and_a_log_beside_its_record(
         stages.run("score", main)
     (log,) = (tmp_path / "data/provenance").glob("*.log")
     (line,) = capsys.readouterr().err.splitlines()
-    assert (
-        end.value.code == 1
-        and line.startswith("error in stage score tiny: KeyError: 'tiny'")
-        and log.name in line
-    )
-    assert "in main" in log.read_text() and not (tmp_path / "data/evidence").exists()
+    assert end.value.code == 1
+    assert line.startswith("error in stage score tiny: KeyError: 'tiny'")
+    assert log.name in line
+    assert "in main" in log.read_text()
+    assert not (tmp_path / "data/evidence").exists()
