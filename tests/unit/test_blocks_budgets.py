@@ -114,11 +114,11 @@ def test_the_prefix_that_meets_a_budget():
 def test_a_longer_sequence_never_changes_a_share_of_the_kv_cache(layers):
     """Shares of the KV cache tie often (0.15 between 1 and 2 of 10), and rounding must not
     decide."""
-    found = resources_of(LLAMA2_7B | {"num_hidden_layers": layers})
-    costs, mha = found["kv"], removable_units(layers, "block", "mha")
+    result = resources_of(LLAMA2_7B | {"num_hidden_layers": layers})
+    costs, mha = result["kv"], removable_units(layers, "block", "mha")
     prefixes = prefixes_of(mha)
     for percent in range(5, 100):
-        budget = parse_budget(f"0.{percent:02d}kv", found["parameters"])
+        budget = parse_budget(f"0.{percent:02d}kv", result["parameters"])
         nearest = min(range(layers + 1), key=lambda k: (abs(100 * k - percent * layers), -k))
         assert choose_prefix(budget, prefixes, costs) == nearest
         stop = next(
@@ -201,22 +201,24 @@ def test_resources_of_llama2_7b():
     assert RESOURCES["latency"].ratio(mask) == (8 * 11 + 4 * 7) / 1000
     assert resources_of(LLAMA2_7B).keys() == {"parameters", "kv"}
     grouped = count_kv_cache(SHAPES["meta-llama/Meta-Llama-3-8B"])
-    assert grouped.total == 2 * 8 * 128 * 32 and grouped.ratio(first(5, 3)) == 5 / 32
+    assert grouped.total == 2 * 8 * 128 * 32
+    assert grouped.ratio(first(5, 3)) == 5 / 32
 
 
 @pytest.mark.parametrize("text", ["0.1kv", "0.2kv", "0.234kv", "1.05x", "1.1x", "1.123x"])
 def test_a_budget_of_another_resource_is_met_by_the_nearest_prefix(text):
     budget = parse_budget(text, COUNTS)
     costs = RESOURCES[budget.resource]
-    wanted = float(text[:-2]) if text.endswith("kv") else 1 - 1 / float(text[:-1])
+    expected = float(text[:-2]) if text.endswith("kv") else 1 - 1 / float(text[:-1])
     steps = choose(text)
-    distances = [abs(costs.ratio(prefix) - wanted) for prefix in PREFIXES]
+    distances = [abs(costs.ratio(prefix) - expected) for prefix in PREFIXES]
     assert steps - 1 == distances.index(min(distances))  # no MLP block is removed for nothing
     settled = [
         is_settled(budget, PREFIXES[:k], costs, [u for u in BLOCKS if not u <= PREFIXES[k - 1]])
         for k in range(1, 21)
     ]
-    assert settled.index(True) + 1 >= steps and all(settled[settled.index(True) :])
+    assert settled.index(True) + 1 >= steps
+    assert all(settled[settled.index(True) :])
 
 
 def test_text_forms():
@@ -231,7 +233,7 @@ def test_packing_keeps_the_order_in_the_fewest_layers():
     for removed in map(
         frozenset, chain.from_iterable(combinations(all_blocks(4), n) for n in range(9))
     ):
-        left = [
+        remaining = [
             b
             for layer in range(4)
             for kind in BlockKind
@@ -244,12 +246,13 @@ def test_packing_keeps_the_order_in_the_fewest_layers():
             for kind, layer in zip(BlockKind, parts, strict=True)
             if layer is not None
         ]
-        assert unpacked == left and (None, None) not in packed
+        assert unpacked == remaining
+        assert (None, None) not in packed
         # a new layer must begin at each MHA, and at each MLP that follows no MHA
         starts = [
             b
-            for n, b in enumerate(left)
-            if b.kind is BlockKind.MHA or n == 0 or left[n - 1].kind is b.kind
+            for n, b in enumerate(remaining)
+            if b.kind is BlockKind.MHA or n == 0 or remaining[n - 1].kind is b.kind
         ]
         assert len(packed) == len(starts)
 
