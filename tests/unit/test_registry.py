@@ -31,7 +31,8 @@ def test_an_unknown_name_is_refused_with_the_valid_ones(pets):
 
 def test_a_row_is_added_for_a_while(pets):
     with pets.added(FOX):
-        assert pets["fox"] is FOX and list(pets) == ["cat", "dog", "fox"]
+        assert pets["fox"] is FOX
+        assert list(pets) == ["cat", "dog", "fox"]
     with pets.added(CAT):
         pass
     assert list(pets) == ["cat", "dog"]
