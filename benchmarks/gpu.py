@@ -161,11 +161,11 @@ class Setting:
         return random_model(self.shape, torch.bfloat16, str(self.device), **changes)
 
 
-def at_most(what: str, value: float, limit: float) -> Facts:
+def at_most(name: str, value: float, limit: float) -> Facts:
     """A fact; raises ValueError if the value is above the limit, or NaN."""
     if value <= limit:
-        return {f"{what}; at most {limit:g}": value}
-    raise ValueError(f"{what} is {value:.4g}, and at most {limit:g} is right")
+        return {f"{name}; at most {limit:g}": value}
+    raise ValueError(f"{name} is {value:.4g}, and at most {limit:g} is right")
 
 
 def clocked(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
@@ -289,7 +289,7 @@ def generation(setting: Setting) -> Iterator[Facts]:
 
 
 PARTS: Mapping[str, Callable[[Setting], Iterator[Facts]]] = {
-    part.__name__: part for part in (iteration, refit, generation)
+    function.__name__: function for function in (iteration, refit, generation)
 }
 
 

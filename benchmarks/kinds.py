@@ -232,11 +232,13 @@ def pruned(
     model: Path, cell: str, draw: int, rows_by_kind: Mapping[str, Any], folder: Path
 ) -> Record:
     """Run the command, and measure what it wrote."""
-    words = [str(folder / word) if word.endswith(".jsonl") else word for word in CELLS[cell]]
+    options = [
+        str(folder / option) if option.endswith(".jsonl") else option for option in CELLS[cell]
+    ]
     seeds = [f"--set={section}.seed={42 + draw}" for section in ("calibration", "compensate")]
     with TemporaryDirectory(dir=folder) as directory:
         checkpoint = Path(directory, "pruned")
-        command = [sys.executable, "-m", "blockpruner", "prune", str(model), *words, *seeds]
+        command = [sys.executable, "-m", "blockpruner", "prune", str(model), *options, *seeds]
         command += [*AS_STORED, "--out", str(checkpoint), "--json"]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
         plan = json.loads(output)["plan"]
@@ -344,10 +346,12 @@ def main() -> None:
     regrets = regret_table(records)
     REGRET_TABLE.write_text(regrets.round(3).to_csv(index=False))
     print(regrets.round(3).to_string(index=False))
-    for record in records if arguments.answers else ():
+    if not arguments.answers:
+        return
+    for record in records:
         if record["draw"] == 0:
-            for question, words in zip(QUESTIONS, record["answers"], strict=True):
-                print(f"{record['model']}, {record['cell']}: {question} {words}")
+            for question, answer in zip(QUESTIONS, record["answers"], strict=True):
+                print(f"{record['model']}, {record['cell']}: {question} {answer}")
 
 
 def compute(

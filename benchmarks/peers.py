@@ -265,15 +265,15 @@ def environment(peer: str, options: argparse.Namespace) -> tuple[Path, Path]:
 
 def run(command: list[Any]) -> tuple[dict[str, float], Any]:
     """Seconds of a process, those of the processors, and its last line, JSON."""
-    began, before = time.perf_counter(), os.times()
+    started = time.perf_counter()
+    cpu_started = os.times()
     done = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True)
-    after = os.times()
-    cpu = (
-        after.children_user - before.children_user + after.children_system - before.children_system
-    )
-    return {"seconds": time.perf_counter() - began, "cpu": cpu}, json.loads(
-        done.stdout.strip().splitlines()[-1]
-    )
+    cpu_ended = os.times()
+    user_seconds = cpu_ended.children_user - cpu_started.children_user
+    system_seconds = cpu_ended.children_system - cpu_started.children_system
+    seconds = {"seconds": time.perf_counter() - started, "cpu": user_seconds + system_seconds}
+    last_line = done.stdout.strip().splitlines()[-1]
+    return seconds, json.loads(last_line)
 
 
 class Measured:

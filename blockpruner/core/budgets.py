@@ -209,14 +209,14 @@ class Goal:
     budget: Budget
     share: Callable[[Mask], float]
     """How much a mask removes, counted as the budget counts."""
-    wanted: float
+    target: float
     """How much a mask should remove."""
     tolerance: float
     """How far off still meets the budget: half of the smallest unit. No mask comes nearer by one
     unit more or less."""
 
     def distance(self, mask: Mask) -> float:
-        return distance(self.share(mask), self.wanted)
+        return distance(self.share(mask), self.target)
 
     def is_met(self, mask: Mask) -> bool:
         return self.distance(mask) <= self.tolerance + 1e-12
@@ -224,7 +224,7 @@ class Goal:
     def around(self, mask: Mask) -> Goal:
         """The same goal, moved to what a mask achieves, so that two masks that meet it can be
         compared."""
-        return replace(self, wanted=self.share(mask))
+        return replace(self, target=self.share(mask))
 
 
 def goal_of(budget: Budget, units: Sequence[Mask], costs: Costs) -> Goal:

@@ -39,11 +39,13 @@ class MaskScore:
         """The mean over the rows, NaN without any."""
         return math.fsum(self.row_loss) / len(self.row_loss) if self.row_loss else math.nan
 
-    def rise_over(self, other: MaskScore, most: int | None = None) -> float:
+    def rise_over(self, other: MaskScore, max_rows: int | None = None) -> float:
         """How much more the loss is than another mask's, on the first rows that both were scored
-        on, at most `most`."""
-        rows = min(self.rows_used, other.rows_used, most or self.rows_used)
-        return (math.fsum(self.row_loss[:rows]) - math.fsum(other.row_loss[:rows])) / rows
+        on, at most `max_rows`."""
+        rows = min(self.rows_used, other.rows_used, max_rows or self.rows_used)
+        loss = math.fsum(self.row_loss[:rows])
+        other_loss = math.fsum(other.row_loss[:rows])
+        return (loss - other_loss) / rows
 
     @property
     def perplexity(self) -> float:
@@ -148,22 +150,26 @@ class Objective:
             base: what is removed before an influence is taken; the base itself has no influence, so
                 no rows.
         """
-        wanted = self.rows if rows is None else rows
-        keys = {
-            mask: self._key(mask, base)
-            for mask in masks
-            if not self.metric.influence or mask != base
-        }
+        num_rows = self.rows if rows is None else rows
+        keys = {}
+        for mask in masks:
+            if not self.metric.influence or mask != base:
+                keys[mask] = self._key(mask, base)
         for key in keys.values():
             if key not in self._asked:
                 self._asked.add(key)
-                is_known, seconds = self._store.known(key, 0, self.rows), self._store.seconds
+                is_known = self._store.known(key, 0, self.rows)
+                seconds = self._store.seconds
                 self.counts.trials_reused += is_known
                 self.counts.timed += is_known and key in seconds
                 self.counts.spent += seconds.get(key, 0.0)
-        if missing := self._missing(keys, wanted):
+        missing = self._missing(keys, num_rows)
+        if missing:
             self._compute(missing, base)
-        losses = {mask: tuple((self._store.get(key) or [])[:wanted]) for mask, key in keys.items()}
+        losses = {}
+        for mask, key in keys.items():
+            stored = self._store.get(key) or []
+            losses[mask] = tuple(stored[:num_rows])
         assert not any(map(math.isnan, chain.from_iterable(losses.values())))
         return [MaskScore(mask, losses.get(mask, ()), self.rows) for mask in masks]
 
@@ -175,8 +181,10 @@ class Objective:
         for mask, key in keys.items():
             lacking = [row for row in by_length if not self._store.known(key, row, row + 1)]
             if lacking:
+                # A range and a tuple of the same rows would be two keys, and two batches.
                 run = range(lacking[0], lacking[0] + len(lacking))
-                missing.setdefault(run if lacking == list(run) else tuple(lacking), []).append(mask)
+                span: Span = run if lacking == list(run) else tuple(lacking)
+                missing.setdefault(span, []).append(mask)
         return missing
 
     def _key(self, mask: Mask, base: Mask) -> str:
@@ -189,16 +197,23 @@ class Objective:
         for span, masks in missing.items():
             for batch in self._scorer.row_batches(rows, span):
                 batches.setdefault(batch, []).extend(masks)
-        given = base if self.metric.influence else DENSE
-        tasks = [Task(batch, tuple(masks), self.metric, given) for batch, masks in batches.items()]
-        done, total = 0, sum(len(task.masks) * len(task.span) for task in tasks)
+        # A loss is of a whole mask; an influence is that of a unit beside what the base removes.
+        task_base = base if self.metric.influence else DENSE
+        tasks = []
+        for batch, masks in batches.items():
+            tasks.append(Task(batch, tuple(masks), self.metric, task_base))
+        done = 0
+        total = sum(len(task.masks) * len(task.span) for task in tasks)
         common = frozenset.intersection(*(mask for task in tasks for mask in task.masks))
         last_done = time.monotonic()
         for scored in self._scorer.run(tasks, rows):
             self._require_origin()  # batches are smaller once the device's memory ran out
-            key, count = self._key(scored.mask, base), len(scored.loss)
-            now = time.monotonic()
-            self._store.put(key, scored.span, scored.loss, now - last_done)
+            key = self._key(scored.mask, base)
+            count = len(scored.loss)
+            time_done = time.monotonic()
+            seconds = time_done - last_done
+            last_done = time_done
+            self._store.put(key, scored.span, scored.loss, seconds)
             done += count
             self.counts.units_computed += 1
             self.counts.rows_computed += count
@@ -206,20 +221,22 @@ class Objective:
             self.counts.trials_computed += is_known
             self.counts.timed += is_known
             self.counts.tokens += sum(len(rows[row]) for row in scored.span)
-            self.counts.seconds += now - last_done
-            self.counts.spent += now - last_done
-            last_done = now
+            self.counts.seconds += seconds
+            self.counts.spent += seconds
             candidate = format_mask(scored.mask - common or scored.mask) or "dense"
             self._observer.advance(done, total, f"candidate {candidate}")
 
     def _require_origin(self) -> None:
-        before = self.origin
-        if before and (now := self._scorer.origin()) != before:
-            changes = (
-                f"{name} {now[name]}, before {before[name]}"
-                for name in before
-                if now[name] != before[name]
-            )
+        expected = self.origin
+        # Only losses in 16 bits have an origin: in 32 bits rounding decides nothing.
+        if not expected:
+            return
+        origin = self._scorer.origin()
+        if origin != expected:
+            changes = []
+            for name in expected:
+                if origin[name] != expected[name]:
+                    changes.append(f"{name} {origin[name]}, before {expected[name]}")
             raise OriginChangedError(
                 f"losses in 16 bits now come from another origin ({', '.join(changes)}), and are"
                 " not mixed with those before: the search begins again, over what is known of this"

@@ -119,8 +119,8 @@ def _advance(
                 node.added[block] = output
     advanced = []
     for node in nodes:
-        kept = [node.added[block] for block in step if block not in node.masks[0]]
-        advanced.append(_Node(node.masks, join(node.state, kept)))
+        outputs_left = [node.added[block] for block in step if block not in node.masks[0]]
+        advanced.append(_Node(node.masks, join(node.state, outputs_left)))
     return advanced
 
 

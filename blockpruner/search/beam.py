@@ -30,7 +30,7 @@ def beam(problem: Problem, options: BeamOptions) -> Iterator[Iteration]:
     """Yield an iteration for each step, whose choice is its best mask, and one in which all masks
     that meet the goal compete."""
     goal = Space(problem.units, goal_of_problem(problem)).goal
-    largest_share = goal.wanted + goal.tolerance + 1e-12
+    largest_share = goal.target + goal.tolerance + 1e-12
     costs = costs_of(problem, options)
     (dense,) = problem.ask([DENSE])
     beams = [dense]

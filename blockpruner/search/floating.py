@@ -102,7 +102,7 @@ class FloatingSearch:
         return units
 
     def _fits(self, mask: Mask) -> bool:
-        return self.goal.share(mask) <= self.goal.wanted + self.goal.tolerance + 1e-12
+        return self.goal.share(mask) <= self.goal.target + self.goal.tolerance + 1e-12
 
     def best_of_step(self, iteration: Iteration) -> MaskScore:
         """The best known mask that removes as much as a forward step's choice."""

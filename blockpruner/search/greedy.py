@@ -85,8 +85,8 @@ def forward(
     masks = [removed | unit for unit in units]
     selection = problem.select(step, removed, [DENSE, *masks] if base is None else masks)
     scores = selection.scores
-    before = base or scores[0]
+    base_score = base or scores[0]
     complete = [i for i, s in enumerate(scores) if s.is_complete and s.mask != removed]
-    best = min(complete, key=lambda i: worth(scores[i], before, costs))
+    best = min(complete, key=lambda i: worth(scores[i], base_score, costs))
     added = tuple(None if score.mask == removed else score.mask - removed for score in scores)
     return Iteration(step, scores, added, best, selection.lazy_choice)

@@ -72,7 +72,9 @@ class Request:
 def request(score: Score) -> Request:
     """Check a `score` section; raises InputError for an unknown search, metric or option, or
     settings that do not fit together."""
-    search, metric = SEARCHES[score.method], METRICS[score.metric]
+    search = SEARCHES[score.method]
+    metric = METRICS[score.metric]
+    # A setting without effect would pass for one that was compared.
     if search.asks == "nothing" and metric.name != NLL.name:
         raise InputError(
             f"score.metric {metric.name} does nothing with method: {search.name}, which asks for no"
@@ -85,18 +87,18 @@ def request(score: Score) -> Request:
             f"score.metric {metric.name} is of single units, and method: {search.name} compares"
             f" whole masks; choose a metric of masks ({losses}), or one of the methods {able}"
         )
-    found = Request(search, read_options(search.name, search.options, score.options), metric, score)
+    options = read_options(search.name, search.options, score.options)
     if score.acceleration not in (None, "none") and (metric.influence or not search.accelerated):
         raise InputError(
             f"score.acceleration {score.acceleration} does not fit method: {search.name} with"
             f" metric: {metric.name}: there is nothing to leave out; set acceleration: none"
         )
-    if found.options.price != "none" and metric.influence:
+    if options.price != "none" and metric.influence:
         raise InputError(
-            f"score.options.per {found.options.price} prices the rise of a loss; set metric to one"
+            f"score.options.per {options.price} prices the rise of a loss; set metric to one"
             f" of {losses}"
         )
-    return found
+    return Request(search, options, metric, score)
 
 
 SEARCHES = Registry(

@@ -70,17 +70,17 @@ def search(
 
         traces: dict[str, list[Iteration]] = {}
         steps: list[Took] = []
-        before: Took = (0, 0, 0.0)
+        counted: Took = (0, 0, 0.0)
         run = SearchOfModel(request, objective, nll, resources, observer)
         for budget, iterations in run.iterations_by_budget(budgets).items():
             traces[budget] = []
             for iteration in iterations:
-                after = counts_so_far().step
-                timed, other, seconds = map(sub, after, before)
+                total = counts_so_far().step
+                timed, other, seconds = map(sub, total, counted)
                 on_iteration(budget, iteration, (timed, other, seconds))
                 traces[budget].append(iteration)
-                steps.append(after)
-                before = after
+                steps.append(total)
+                counted = total
         return traces, replace(counts_so_far(), iterations=len(steps), steps=tuple(steps))
 
     return in_one_origin(run_from_the_start, observer)

@@ -64,9 +64,10 @@ def fit(units: Sequence[Mask], scores: Collection[MaskScore]) -> Surrogate:
             singles = [score_by_mask.get(units[index]) for index in members]
             first, second = singles
             if first is not None and second is not None:
-                apart = first.rise_over(dense, score.rows_used)
-                apart += second.rise_over(dense, score.rows_used)
-                expansion.pairs[members, members[::-1]] = score.rise_over(dense) - apart
+                # The same rows on both sides, or the difference would hold that of the rows.
+                single_rises = first.rise_over(dense, score.rows_used)
+                single_rises += second.rise_over(dense, score.rows_used)
+                expansion.pairs[members, members[::-1]] = score.rise_over(dense) - single_rises
     # Ridge regression of what the expansion does not explain, in its dual form.
     rises = np.array([score.rise_over(dense) for score in score_by_mask.values()])
     residuals = rises - expansion.of(m)

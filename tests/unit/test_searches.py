@@ -348,7 +348,7 @@ def test_predictions_are_right_where_effects_add_up(size):
         change = {unit: table.loss(mask ^ unit) - table.loss(mask) for unit in table.units}
         exchanges = Space(table.units, goal).exchanges(mask)
         predicted = list(by_prediction(mask, exchanges, change))
-        neighbours = table.neighbours(mask, goal.wanted)
+        neighbours = table.neighbours(mask, goal.target)
         assert sorted(map(format_mask, predicted)) == sorted(map(format_mask, neighbours))
         losses = list(map(table.loss, predicted))
         assert losses == pytest.approx(sorted(losses))

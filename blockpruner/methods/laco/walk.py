@@ -152,8 +152,9 @@ class Walk:
             if layer < self.lowest:
                 return frozenset({0})
             count = self._merge(layer, depth).count
-            after = onwards(layer - self.interval, depth - count)
-            return onwards(layer - 1, depth) | {count + more for more in after}
+            counts_after_merge = onwards(layer - self.interval, depth - count)
+            # Either the layers are not similar enough, or they are merged.
+            return onwards(layer - 1, depth) | {count + rest for rest in counts_after_merge}
 
         return onwards(self._top - self.count, self.depth)
 
@@ -181,22 +182,22 @@ def search_threshold(similarity: Measure, walk: Walk, wanted_layers: int) -> tup
     threshold removes, before anything is measured where similarities cannot matter.
     """
     walk.require(wanted_layers)
-    seen: dict[int, str] = {}
+    remarks: dict[int, str] = {}
     for threshold, merges in walk.results(similarity):
         layers = dropped(merges, walk.depth)
         if layers == wanted_layers:
             return threshold, merges
-        seen.setdefault(layers, f" (at T = {threshold:.4f})")
-    raise _out_of_reach(wanted_layers, walk, seen)
+        remarks.setdefault(layers, f" (at T = {threshold:.4f})")
+    raise _out_of_reach(wanted_layers, walk, remarks)
 
 
-def _out_of_reach(wanted: int, walk: Walk, removed: Mapping[int, str]) -> UnreachableError:
+def _out_of_reach(count: int, walk: Walk, removed: Mapping[int, str]) -> UnreachableError:
     """`removed`: the numbers of layers that can be removed, each with what else to say of it."""
-    below = max((n for n in removed if 0 < n < wanted), default=None)
-    above = min((n for n in removed if n > max(wanted, 0)), default=None)
+    below = max((n for n in removed if 0 < n < count), default=None)
+    above = min((n for n in removed if n > max(count, 0)), default=None)
     nearest = " and ".join(f"{n}{removed[n]}" for n in (below, above) if n is not None)
     return UnreachableError(
-        f"LaCo with C = {walk.count} and I = {walk.interval} removes {wanted} of {walk.depth}"
+        f"LaCo with C = {walk.count} and I = {walk.interval} removes {count} of {walk.depth}"
         f" layers at no threshold; the nearest that it removes: {nearest}. Ask for one of these, or"
         " change C, I, L or H"
     )

@@ -186,8 +186,9 @@ class Narrow(WeightsKind):
 
     def removed(self, details: Details, config: Config) -> Removed:
         width = int(config["intermediate_size"])
-        kept = [int(text, 16).bit_count() for text in details["channels"].values()]
-        removed_channels = len(kept) * width - sum(kept)
+        # The channels of an MLP that stay are the set bits of a hexadecimal number.
+        widths = [int(text, 16).bit_count() for text in details["channels"].values()]
+        removed_channels = len(widths) * width - sum(widths)
         removed_parameters = removed_channels * channel_parameters(config)
         return Removed(pruned=count_parameters(config).total - removed_parameters)
 

@@ -245,7 +245,7 @@ def _renamed(
         parts.setdefault(name, []).append((position, tensor))
     stored = {}
     for name, positioned in parts.items():
-        positioned.sort(key=lambda part: part[0])
+        positioned.sort(key=lambda pair: pair[0])
         stored[name] = [tensor for _, tensor in positioned]
     return stored
 
@@ -256,8 +256,8 @@ def _make_up(weight: torch.Size, parts: Sequence[torch.Size]) -> bool:
     # The weight is stored whole.
     if len(parts) == 1:
         return parts[0] == weight
-    has_all = sum(part.numel() for part in parts) == weight.numel()
-    return has_all and all(part[1:] == weight[2:] for part in parts)
+    has_all = sum(piece.numel() for piece in parts) == weight.numel()
+    return has_all and all(piece[1:] == weight[2:] for piece in parts)
 
 
 def _read_headers(checkpoint: Path) -> dict[str, _Stored]:
