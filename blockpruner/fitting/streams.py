@@ -15,7 +15,8 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +27,13 @@ from blockpruner.core.blocks import BlockId, Channels, Cut, Mask
 from blockpruner.fitting.memory import sums_bytes
 from blockpruner.scoring.batches import Batch
 from blockpruner.scoring.engine import Engine
+from blockpruner.scoring.forward import LayerKwargs
 from blockpruner.scoring.metrics import METRICS, NLL
 from blockpruner.scoring.walk import Step
-from blockpruner.scoring.work import Rows, inner_size, live_numbers
+from blockpruner.scoring.work import Rows, Span, inner_size, live_numbers
 
-Key = TypeVar("Key", bound=Hashable)
+HeldoutStates = Mapping[int, Tensor]
+"""States of the held-out batches, by the batch's number."""
 
 
 @dataclass(frozen=True)
@@ -69,20 +72,28 @@ class Stream:
     ridge_penalty: float = 0.3
     """The penalty of the last fit."""
 
-    def split_by(self, key_of: Callable[[Cut], Key]) -> list[tuple[Key, Stream]]:
+    @property
+    def cut(self) -> Cut:
+        """The cut of one of the models."""
+        return next(iter(self.cuts.values()))
+
+    def split_by(self, key_of: Callable[[Cut], Hashable]) -> list[Stream]:
         """One stream for each value of `key_of`, with the cuts that have it."""
-        cuts_by_key: dict[Key, dict[str, Cut]] = {}
+        cuts_by_key: dict[Hashable, dict[str, Cut]] = {}
         for name, cut in self.cuts.items():
             cuts_by_key.setdefault(key_of(cut), {})[name] = cut
-        return [(key, replace(self, cuts=cuts)) for key, cuts in cuts_by_key.items()]
+        return [replace(self, cuts=cuts) for cuts in cuts_by_key.values()]
 
-    def pass_step_(self, step: Step, kept: Mapping[BlockId, Channels | None]) -> None:
+    def pass_step_(self, step: Step) -> None:
         """Begin a fit point if blocks of a step are kept; the step's other blocks join the removed
         span."""
-        if kept:
-            channels = {block: keeps for block, keeps in kept.items() if keeps is not None}
-            self.point = FitPoint(tuple(kept), (), channels)
-        removed = tuple(block for block in step if block not in kept)
+        cut = self.cut
+        kept_blocks = _kept_blocks(step, cut.mask)
+        if kept_blocks:
+            narrowed = [block for block in kept_blocks if block in cut.channels]
+            channels = {block: cut.channels[block] for block in narrowed}
+            self.point = FitPoint(kept_blocks, (), channels)
+        removed = tuple(block for block in step if block in cut.mask)
         if removed:
             span = (*self.point.removed_span, removed)
             self.point = replace(self.point, removed_span=span)
@@ -98,28 +109,39 @@ class Streams:
     """
 
     def __init__(self, model: PreTrainedModel, rows: Rows, fit_rows: int, models: int = 1) -> None:
-        self._engine = Engine(model)
-        self.steps = self._engine.steps
-        self.blocks = [block for step in self.steps for block in step]
+        engine = Engine(model)
+        self._engine = engine
+        self.steps = engine.steps
+        self.blocks = list(chain.from_iterable(engine.steps))
         """All blocks, as the stream passes them."""
-        spans = self._engine.row_batches(rows, range(fit_rows)) if fit_rows else []
-        self.fit_batches = range(len(spans))
-        """The batches that are fitted to."""
+        row_numbers = range(len(rows))
+        spans = list[Span]()
+        # `row_batches` would make an empty batch of no rows.
+        if fit_rows > 0:
+            spans += engine.row_batches(rows, row_numbers[:fit_rows])
+        fit_count = len(spans)
         if fit_rows < len(rows):
-            spans = [*spans, *self._engine.row_batches(rows, range(fit_rows, len(rows)))]
-        self.heldout_batches = range(len(self.fit_batches), len(spans))
+            spans += engine.row_batches(rows, row_numbers[fit_rows:])
+        self.fit_batches = range(fit_count)
+        """The batches that are fitted to."""
+        self.heldout_batches = range(fit_count, len(spans))
         """The batches that are held out."""
-        self._batches = [Batch.of([rows[i] for i in span], self._engine.home) for span in spans]
+        self._batches = list[Batch]()
+        self._layer_kwargs = list[LayerKwargs]()
+        embedded = list[Tensor]()
+        for span in spans:
+            batch_rows = [rows[number] for number in span]
+            batch = Batch.of(batch_rows, engine.home)
+            states, layer_kwargs = engine.prepare(batch.input_ids)
+            self._batches.append(batch)
+            self._layer_kwargs.append(layer_kwargs)
+            embedded.append(states)
         self.is_real = [batch.is_real.cpu() for batch in self._batches]
-        prepared = [self._engine.prepare(batch.input_ids) for batch in self._batches]
-        self._kwargs = [kwargs for _, kwargs in prepared]
-        tokens = sum(batch.input_ids.numel() for batch in self._batches)
+        tokens = sum(is_real.numel() for is_real in self.is_real)
         device = self._states_device(tokens, models)
-        self.dense = [
-            states.to(device, torch.promote_types(states.dtype, torch.float32))
-            for states, _ in prepared
-        ]
-        self._embedded = self._heldout(self.dense)
+        dtype = torch.promote_types(embedded[0].dtype, torch.float32)
+        self.dense = [states.to(device, dtype) for states in embedded]
+        self._heldout_embedded = self.heldout(self.dense)
         self.old_values: dict[Tensor, Tensor] = {}
         """The former values of the weights that are changed at present."""
 
@@ -129,22 +151,26 @@ class Streams:
         moves it on."""
         streams = [Stream(cuts, self.dense)]
         for step in self.steps:
-            branches = list[tuple[bool, Stream]]()
+            branches = list[Stream]()
             for stream in streams:
                 branches += stream.split_by(partial(_keeps_block, step))
             streams = []
-            for keeps_block, branch in branches:
+            for branch in branches:
                 # A kept block ends the removed span of the point before it.
-                if keeps_block:
+                if _keeps_block(step, branch.cut):
                     yield branch
-                for kept, part in branch.split_by(partial(_kept_blocks, step)):
-                    part.pass_step_(step, dict(kept))
-                    streams.append(part)
+                streams += branch.split_by(partial(_difference, step))
+            for stream in streams:
+                stream.pass_step_(step)
             self.dense = self.all_after(step, self.dense)
         yield from streams
 
+    def heldout(self, states: Sequence[Tensor]) -> dict[int, Tensor]:
+        """The held-out ones of all batches' states."""
+        return {number: states[number] for number in self.heldout_batches}
+
     def heldout_final_states(
-        self, states: Mapping[int, Tensor], passed: BlockId | None = None
+        self, states: HeldoutStates, passed: BlockId | None = None
     ) -> dict[int, Tensor]:
         """The states that the head reads of the held-out batches, from states behind the block
         `passed`, or before the first block."""
@@ -154,47 +180,44 @@ class Streams:
                 start = index + 1
         for step in self.steps[start:]:
             states = self._heldout_after(step, states)
-        return {
-            number: self._engine.final_states(self._read(state), self._batches[number])
-            for number, state in states.items()
-        }
+        return {number: self._final_states(states, number) for number in states}
 
-    def heldout_states(self, mask: Mask) -> Mapping[int, Tensor]:
+    def heldout_states(self, mask: Mask) -> HeldoutStates:
         """The states of the held-out batches behind the last block of the model without some
         blocks, with its present weights."""
-        states: Mapping[int, Tensor] = self._embedded
+        states: HeldoutStates = self._heldout_embedded
         for step in self.steps:
-            kept = tuple(block for block in step if block not in mask)
-            states = self._heldout_after(kept, states)
+            states = self._heldout_after(_kept_blocks(step, mask), states)
         return states
 
-    def losses(self, states: Mapping[int, Tensor]) -> list[float]:
+    def losses(self, states: HeldoutStates) -> list[float]:
         """The loss of each held-out row, from states behind the last block."""
         losses = list[float]()
         for number in self.heldout_batches:
             batch = self._batches[number]
-            final_states = self._engine.final_states(self._read(states[number]), batch)
-            sums = self._engine.row_losses(final_states, None, batch, NLL)
-            losses += (sums.cpu() / batch.counts).tolist()
+            final_states = self._final_states(states, number)
+            loss_sums = self._engine.row_losses(final_states, None, batch, NLL)
+            losses += (loss_sums.cpu() / batch.counts).tolist()
         return losses
 
-    def predictions(self, final_states: Mapping[int, Tensor], stride: int) -> dict[int, Tensor]:
+    def predictions(self, final_states: HeldoutStates, stride: int) -> dict[int, Tensor]:
         """The logits of every `stride`-th prediction of the held-out batches."""
         logits = {}
         for number, states in final_states.items():
             logits[number] = self._engine.logits(states[::stride])
         return logits
 
-    def divergence(
-        self, final_states: Mapping[int, Tensor], dense: Mapping[int, Tensor], stride: int
-    ) -> float:
+    def divergence(self, final_states: HeldoutStates, dense: HeldoutStates, stride: int) -> float:
         """The mean KL divergence of `predictions` from the dense model's, which may be on any
         device, in nats."""
+        kl = METRICS["kl"]
         divergences = list[Tensor]()
         for number, logits in self.predictions(final_states, stride).items():
             targets = self._batches[number].targets[::stride]
-            divergences.append(METRICS["kl"].compute(logits, targets, dense[number].to(logits)))
-        return float(torch.cat(divergences).double().mean())
+            dense_logits = dense[number].to(logits)
+            divergences.append(kl.compute(logits, targets, dense_logits))
+        token_divergences = torch.cat(divergences).double()
+        return float(token_divergences.mean())
 
     def real_tokens(self, number: int, states: Tensor) -> Tensor:
         """States of a batch [B, T, k] at its real tokens, [N, k]."""
@@ -207,7 +230,7 @@ class Streams:
         """A state of a batch, [B, T, d], behind blocks that read it."""
         hidden = self._read(state)
         for block in step:
-            added = self._engine.run_block(block, hidden, self._kwargs[number])
+            added = self._engine.run_block(block, hidden, self._layer_kwargs[number])
             state = state + added.to(state.device)
         return state
 
@@ -217,7 +240,9 @@ class Streams:
 
     def block_output(self, block: BlockId, state: Tensor, number: int) -> Tensor:
         """What a block adds to a state of a batch."""
-        return self._engine.run_block(block, self._read(state), self._kwargs[number]).to(state)
+        hidden = self._read(state)
+        added = self._engine.run_block(block, hidden, self._layer_kwargs[number])
+        return added.to(state)
 
     def module_tensors(self, block: BlockId, state: Tensor, number: int) -> tuple[Tensor, Tensor]:
         """The features and the output of a block's module on a state of a batch.
@@ -225,21 +250,26 @@ class Streams:
         The features are the input of its output projection, [B, T, p] in the model's dtype (p = 0
         for a block that has none). The output, [B, T, d], is that before a norm behind the
         module."""
-        features, outputs = list[Tensor](), list[Tensor]()
+        features = list[Tensor]()
+        outputs = list[Tensor]()
 
-        def keep_output(module: nn.Module, args: Any, output: Tensor | tuple[Tensor, ...]) -> None:
-            outputs.append(output[0] if isinstance(output, tuple) else output)
+        def record_output(module: nn.Module, args: Any, output: Any) -> None:
+            # Attention also returns its weights.
+            if isinstance(output, tuple):
+                output = output[0]
+            outputs.append(output)
 
-        def keep_features(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def record_features(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             features.append(args[0])
 
+        projection = self.output_projection(block)
         with ExitStack() as hooks:
-            hooks.enter_context(self._module(block).register_forward_hook(keep_output))
-            projection = self.output_projection(block)
+            module = self._module(block)
+            hooks.enter_context(module.register_forward_hook(record_output))
             if projection is not None:
-                hooks.enter_context(projection.register_forward_pre_hook(keep_features))
-            self._engine.run_block(block, self._read(state), self._kwargs[number])
-        output = outputs[0]
+                hooks.enter_context(projection.register_forward_pre_hook(record_features))
+            self._engine.run_block(block, self._read(state), self._layer_kwargs[number])
+        (output,) = outputs
         if not features:
             features.append(output[..., :0])
         return features[0].to(state.device), output.to(state)
@@ -249,20 +279,27 @@ class Streams:
         a factor between the two."""
         norm = self.post_norm(block)
         if norm is not None:
-            output = norm(self._read(output)).to(output)
+            hidden = self._read(output)
+            output = norm(hidden).to(output)
         return self.scaled(output)
 
     def scaled(self, states: Tensor) -> Tensor:
         """States by the factor of all that blocks add."""
-        return states if self._engine.added_scale is None else states * self._engine.added_scale
+        factor = self._engine.added_scale
+        if factor is None:
+            return states
+        return states * factor
 
     def normalized(self, block: BlockId, output: Tensor) -> Tensor:
         """The output of a module behind its norm, without the norm's gains."""
         norm = self.post_norm(block)
         assert norm is not None
         weight = norm.get_parameter("weight")
-        ones = weight + (1 - self.gain(block).to(weight.device))  # wider than the weight
-        states: Tensor = functional_call(norm, {"weight": ones}, output.to(weight.device))
+        # A weight that is a gain less 1 is set to 0, not to 1; in the wider dtype of the gains.
+        gain = self.gain(block).to(weight.device)
+        unit_weight = weight + (1 - gain)
+        module_output = output.to(weight.device)
+        states: Tensor = functional_call(norm, {"weight": unit_weight}, module_output)
         return states.to(output)
 
     def gain(self, block: BlockId) -> Tensor:
@@ -270,17 +307,20 @@ class Streams:
         change by the same amount."""
         norm = self.post_norm(block)
         assert norm is not None
-        state = self.dense[0]
-        unit_state = torch.ones_like(state[0, 0], device=norm.get_parameter("weight").device)
-        gain: Tensor = norm(unit_state)
+        device = norm.get_parameter("weight").device
+        state = self.dense[0][0, 0]
+        # The norm of a state of ones is its gains.
+        gain: Tensor = norm(torch.ones_like(state, device=device))
         return gain.to(state)
 
     def output_projection(self, block: BlockId) -> nn.Linear | None:
         """The last projection of a block; None for a block with several, as a mixture of
         experts."""
-        name = self._engine.family.branch(block.kind).names(self._engine.layers[block.layer])[1]
+        _, name = self._names(block)
         projection = getattr(self._module(block), name, None)
-        return projection if isinstance(projection, nn.Linear) else None
+        if isinstance(projection, nn.Linear):
+            return projection
+        return None
 
     def output_weight(self, block: BlockId) -> Tensor:
         """The weight [d, p] of a block's output projection."""
@@ -290,8 +330,12 @@ class Streams:
 
     def post_norm(self, block: BlockId) -> nn.Module | None:
         """The norm between a module and the stream."""
-        name = self._engine.family.branch(block.kind).post
-        return None if name is None else getattr(self._engine.layers[block.layer], name)
+        engine = self._engine
+        name = engine.family.branch(block.kind).post
+        if name is None:
+            return None
+        norm: nn.Module = getattr(engine.layers[block.layer], name)
+        return norm
 
     def set_(self, weight: Tensor, value: Tensor) -> None:
         """Give a weight another value, until `restore_`."""
@@ -303,8 +347,9 @@ class Streams:
         """Give the weights their former values back; returns the new values, on the host."""
         new_values = {}
         for weight, old_value in self.old_values.items():
-            if not weight.cpu().equal(old_value):
-                new_values[weight] = weight.clone().cpu()
+            new_value = weight.to("cpu", copy=True)
+            if not new_value.equal(old_value):
+                new_values[weight] = new_value
             weight.copy_(old_value)
         self.old_values = {}
         return new_values
@@ -314,7 +359,8 @@ class Streams:
         blocks keep."""
         for block, kept_channels in channels.items():
             weight = self.output_weight(block)
-            is_kept = torch.zeros(weight.shape[1]).index_fill(0, torch.tensor(kept_channels), 1)
+            is_kept = torch.zeros(weight.shape[1])
+            is_kept[list(kept_channels)] = 1
             self.set_(weight, weight * is_kept.to(weight))
 
     def _states_device(self, tokens: int, models: int) -> torch.device:
@@ -326,32 +372,47 @@ class Streams:
         config = engine.model.config
         hidden = config.hidden_size
         inner = max(inner_size(config.to_dict()), 2 * hidden)
-        item = engine.head.weight.element_size()
-        states_bytes = tokens * (4 * hidden * (models + 3) + item * inner)
-        batch_bytes = engine.batch_tokens * live_numbers(hidden, inner) * item
-        if states_bytes + batch_bytes + sums_bytes(inner, hidden) <= engine.room:
+        number_bytes = engine.head.weight.element_size()
+        token_bytes = 4 * hidden * (models + 3) + number_bytes * inner
+        batch_bytes = engine.batch_tokens * live_numbers(hidden, inner) * number_bytes
+        needed = tokens * token_bytes + batch_bytes + sums_bytes(inner, hidden)
+        if needed <= engine.room:
             return engine.home
         return torch.device("cpu")
 
-    def _heldout(self, states: Sequence[Tensor]) -> dict[int, Tensor]:
-        return {number: states[number] for number in self.heldout_batches}
-
-    def _heldout_after(self, step: Step, states: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    def _heldout_after(self, step: Step, states: HeldoutStates) -> HeldoutStates:
         return {number: self.after(step, state, number) for number, state in states.items()}
 
+    def _final_states(self, states: HeldoutStates, number: int) -> Tensor:
+        hidden = self._read(states[number])
+        return self._engine.final_states(hidden, self._batches[number])
+
+    def _names(self, block: BlockId) -> tuple[str, str]:
+        """The names of a block's module in its layer, and of the output projection in the
+        module."""
+        branch = self._engine.family.branch(block.kind)
+        return branch.names(self._engine.layers[block.layer])
+
     def _module(self, block: BlockId) -> nn.Module:
-        layer = self._engine.layers[block.layer]
-        module: nn.Module = getattr(layer, self._engine.family.branch(block.kind).names(layer)[0])
+        name, _ = self._names(block)
+        module: nn.Module = getattr(self._engine.layers[block.layer], name)
         return module
 
     def _read(self, state: Tensor) -> Tensor:
-        return state.to(self._engine.home, self._engine.head.weight.dtype)
+        """A state as the model's blocks and its head read it."""
+        weight = self._engine.head.weight
+        return state.to(weight.device, weight.dtype)
 
 
-def _kept_blocks(step: Step, cut: Cut) -> tuple[tuple[BlockId, Channels | None], ...]:
-    """The blocks of a step that a cut keeps, each with its channels if it is narrowed."""
-    return tuple((block, cut.channels.get(block)) for block in step if block not in cut.mask)
+def _kept_blocks(step: Step, mask: Mask) -> Step:
+    return tuple(block for block in step if block not in mask)
 
 
 def _keeps_block(step: Step, cut: Cut) -> bool:
     return not cut.mask.issuperset(step)
+
+
+def _difference(step: Step, cut: Cut) -> tuple[Mask, tuple[Channels | None, ...]]:
+    """What a cut changes in a step."""
+    channels = tuple(cut.channels.get(block) for block in step)
+    return cut.mask.intersection(step), channels

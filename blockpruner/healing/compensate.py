@@ -128,9 +128,7 @@ def _refit_all(
         for name in stream.cuts:
             change = refits[name]
             change.weights = stream.weights
-            change.heldout_states = {
-                number: stream.states[number] for number in streams.heldout_batches
-            }
+            change.heldout_states = streams.heldout(stream.states)
             if stats:
                 change.stats.append(stats)
         if stats:

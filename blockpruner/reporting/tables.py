@@ -5,6 +5,7 @@ Decides which numbers are shown, and in which order.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from statistics import mean
 
@@ -39,12 +40,23 @@ COMPARISON_LEGEND = (
 )
 NOT_TIMED = "not timed"
 P_TITLE = "p of the right answer, %"
+STRESSED_MEASURES = ("Held-out perplexity", "Average, %")
 
 Show = Callable[[Option], Cell]
 """Makes the cell of a model."""
 
 
+@dataclass(frozen=True)
+class Measure:
+    """A row of the headline; `chance` is what guessing scores."""
+
+    title: str
+    show: Show
+    chance: float | None = None
+
+
 def _timed(show: Show) -> Show:
+    """Show a cell only where the model was timed."""
     return lambda option: show(option) if option.timed else NOT_TIMED
 
 
@@ -52,34 +64,53 @@ def _multiple(option: Option, effect: Effect) -> Number:
     """Show a multiple of what the dense model has."""
     if option.plan is None:
         return Number(1)
-    return Number(effect.value, low=effect.interval.low, high=effect.interval.high)
+    low, high = effect.interval.low, effect.interval.high
+    return Number(effect.value, low=low, high=high)
+
+
+def _ratio(option: Option) -> Cell:
+    return Number(option.ratio, write=percent)
+
+
+def _taken_out(option: Option) -> Cell:
+    return option.taken_out
+
+
+def _heldout(option: Option) -> Cell:
+    return _multiple(option, option.heldout)
 
 
 def _rate(phase: str, option: Option) -> Cell:
     """Show tokens per second, beside those of the dense model in the same turns."""
-    pruned = Number(option.race.pruned.rate(phase))
-    dense = Number(option.race.dense.rate(phase))
-    return f"{pruned} (dense {dense})" if option.plan else pruned
+    race = option.race
+    pruned = Number(race.pruned.rate(phase))
+    if option.plan is None:
+        return pruned
+    dense = Number(race.dense.rate(phase))
+    return f"{pruned} (dense {dense})"
 
 
-def _speedup(option: Option, phase: str = "generation") -> Number:
+def _speedup(phase: str, option: Option) -> Cell:
     return _multiple(option, option.race.speedups[phase])
 
 
 def _accuracy(option: Option, task: str | None = None) -> Cell:
     """Show a task or the average, marked where it differs from the dense model's."""
-    mean = option.model.tasks[task] if task else option.model.average
+    model = option.model
+    accuracy = model.tasks[task] if task else model.average
     if option.plan is None:
-        return score(mean)
-    return score(mean, mark=_mark(paired(option.dense, option.model, task)))
+        return score(accuracy)
+    change = paired(option.dense, model, task)
+    return score(accuracy, _mark(change))
 
 
 def _confidence(option: Option) -> Cell:
     """Show p of the right answer, marked where it differs from the dense model's."""
-    mean = option.model.confidence
-    if mean is None:
+    confidence = option.model.confidence
+    if confidence is None:
         return None
-    return score(mean, mark=_mark(paired_confidence(option.dense, option.model)))
+    change = paired_confidence(option.dense, option.model)
+    return score(confidence, _mark(change))
 
 
 def _mark(change: Mean) -> str:
@@ -91,49 +122,83 @@ def _mark(change: Mean) -> str:
 def headline(reported: ReportedRun) -> Table:
     """Compare dense with every target: one row a measure, one column a model, and what guessing
     scores."""
+    options = reported.options
     rows: list[tuple[Cell, ...]] = []
-    for title, show, chance in _measures(reported):
-        guess = None if chance is None else Number(100 * chance, 1)
-        cells = [show(option) for option in reported.options]
-        rows.append((title, guess, *cells))
-    stressed = ("Held-out perplexity", "Average, %")
-    strong = frozenset(index for index, row in enumerate(rows) if row[0] in stressed)
-    models = [Column(option.name, option.name) for option in reported.options]
+    strong = set()
+    for measure in _measures(reported):
+        if measure.title in STRESSED_MEASURES:
+            strong.add(len(rows))
+        guess = None
+        if measure.chance is not None:
+            guess = Number(100 * measure.chance, 1)
+        cells = map(measure.show, options)
+        rows.append((measure.title, guess, *cells))
+    models = [Column(option.name, option.name) for option in options]
     columns = (Column("measure", ""), Column("chance", "chance"), *models)
-    name, title = f"{reported.run}-headline", "Dense against pruned"
-    return Table(name, title, columns, tuple(rows), (LEGEND,), strong)
+    return Table(
+        f"{reported.run}-headline",
+        "Dense against pruned",
+        columns,
+        tuple(rows),
+        (LEGEND,),
+        frozenset(strong),
+    )
 
 
-def _measures(reported: ReportedRun) -> Iterator[tuple[str, Show, float | None]]:
-    """List the rows of the headline: title, cells, and what guessing scores."""
-    plans = [target.plan for target in reported.targets]
-    yield "Parameters", lambda o: Number(o.model.parameters, write=parameters), None
-    yield "Parameters removed", lambda o: Number(o.ratio, write=percent), None
-    yield "Taken out", lambda o: o.taken_out, None
+def _measures(reported: ReportedRun) -> list[Measure]:
+    """List the rows of the headline."""
+    return [
+        *_size_measures(reported),
+        *_perplexity_measures(reported),
+        *_task_measures(reported),
+        *_speed_measures(reported),
+    ]
+
+
+def _size_measures(reported: ReportedRun) -> Iterator[Measure]:
+    yield Measure("Parameters", lambda o: Number(o.model.parameters, write=parameters))
+    yield Measure("Parameters removed", _ratio)
+    yield Measure("Taken out", _taken_out)
     if any(target.healing for target in reported.targets):
-        yield "Weights healed by", lambda o: " + ".join(o.healing) or "nothing", None
-    yield "Held-out perplexity", lambda o: Number(o.model.perplexity), None
-    yield "Held-out perplexity, × dense", lambda o: _multiple(o, o.heldout), None
+        yield Measure("Weights healed by", lambda o: " + ".join(o.healing) or "nothing")
+
+
+def _perplexity_measures(reported: ReportedRun) -> Iterator[Measure]:
+    yield Measure("Held-out perplexity", lambda o: Number(o.model.perplexity))
+    yield Measure("Held-out perplexity, × dense", _heldout)
     for kind in reported.dense.by_kind:
-        yield f"Perplexity of {kind}", partial(_perplexity_of_kind, kind), None
-        yield f"Perplexity of {kind}, × dense", partial(_loss_of_kind, kind), None
-    if any(plan.kinds for plan in plans):
-        yield "Texts set aside: mean of kinds", _mean_loss, None
-        yield "Texts set aside: worst kind", _worst_loss, None
-    for task, chance in reported.chance.items():
-        yield f"{task}, %", partial(_accuracy, task=task), chance
-    yield "Average, %", _accuracy, mean(reported.chance.values())
+        title = f"Perplexity of {kind}"
+        yield Measure(title, partial(_perplexity_of_kind, kind))
+        yield Measure(f"{title}, × dense", partial(_loss_of_kind, kind))
+    # Only a method that judged its models by texts of several kinds has these losses.
+    if any(target.plan.kinds for target in reported.targets):
+        yield Measure("Texts set aside: mean of kinds", _mean_loss)
+        yield Measure("Texts set aside: worst kind", _worst_loss)
+
+
+def _task_measures(reported: ReportedRun) -> Iterator[Measure]:
+    chance = reported.chance
+    for task in chance:
+        yield Measure(f"{task}, %", partial(_accuracy, task=task), chance[task])
+    yield Measure("Average, %", _accuracy, mean(chance.values()))
     confident_tasks = reported.dense.model.p_gold
+    # A generative task has no choices, hence no p of the right answer.
     if confident_tasks:
-        yield P_TITLE, _confidence, mean(reported.chance[task] for task in confident_tasks)
+        guess = mean(chance[task] for task in confident_tasks)
+        yield Measure(P_TITLE, _confidence, guess)
+
+
+def _speed_measures(reported: ReportedRun) -> Iterator[Measure]:
     for phase in PHASES:
-        yield f"{phase.capitalize()}, tokens/s", _timed(partial(_rate, phase)), None
-        yield f"{phase.capitalize()}, × dense", _timed(partial(_speedup, phase=phase)), None
-    if any("latency" in plan.removes for plan in plans):
-        yield "Generation by the times of its blocks", _estimate, None
-    yield "Peak memory", _timed(lambda o: Number(o.race.pruned.memory_bytes, write=size)), None
-    yield "KV cache", _timed(lambda o: Number(o.race.pruned.cache_bytes, write=size)), None
-    yield "Weights", lambda o: Number(o.model.weight_bytes, write=size), None
+        title = phase.capitalize()
+        yield Measure(f"{title}, tokens/s", _timed(partial(_rate, phase)))
+        yield Measure(f"{title}, × dense", _timed(partial(_speedup, phase)))
+    # Only a budget in latency knows the times of the blocks.
+    if any("latency" in target.plan.removes for target in reported.targets):
+        yield Measure("Generation by the times of its blocks", _estimate)
+    yield Measure("Peak memory", _timed(lambda o: Number(o.race.pruned.memory_bytes, write=size)))
+    yield Measure("KV cache", _timed(lambda o: Number(o.race.pruned.cache_bytes, write=size)))
+    yield Measure("Weights", lambda o: Number(o.model.weight_bytes, write=size))
 
 
 def _perplexity_of_kind(kind: str, option: Option) -> Cell:
@@ -148,7 +213,10 @@ def _loss_of_kind(kind: str, option: Option) -> Cell:
 
 def _loss(option: Option) -> Loss | None:
     """What the model lost by the texts that judged it."""
-    return Loss.of(option.plan.kinds) if option.plan and option.plan.kinds else None
+    plan = option.plan
+    if plan is None or not plan.kinds:
+        return None
+    return Loss.of(plan.kinds)
 
 
 def _mean_loss(option: Option) -> Cell:
@@ -162,22 +230,38 @@ def _worst_loss(option: Option) -> Cell:
 
 
 def _estimate(option: Option) -> Cell:
-    removes = option.plan.removes if option.plan else {}
-    return times(speedup(removes["latency"])) if "latency" in removes else None
+    plan = option.plan
+    if plan is None or "latency" not in plan.removes:
+        return None
+    return times(speedup(plan.removes["latency"]))
 
 
-def _saved(option: Option) -> str:
-    share = 1 - option.race.pruned.cache_bytes / option.race.dense.cache_bytes
-    return f"−{percent(share, 0)}" if share else percent(0, 0)
+def _saved_cache(option: Option) -> Cell:
+    """Show the share of the dense model's KV cache that the model does without."""
+    race = option.race
+    share = 1 - race.pruned.cache_bytes / race.dense.cache_bytes
+    text = percent(share, 0)
+    return f"−{text}" if share else text
+
+
+def _confidence_change(option: Option) -> Cell:
+    if not option.model.p_gold:
+        return None
+    return points(paired_confidence(option.dense, option.model))
+
+
+def _accuracy_change(option: Option) -> Cell:
+    return points(paired(option.dense, option.model))
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Find the points that no other dominates (Pareto front), by index: in both coordinates less is
     better."""
     indices = []
-    for index, point in enumerate(points):
-        rivals = [rival for rival in points if rival != point]
-        if not any(x <= point[0] and y <= point[1] for x, y in rivals):
+    for index, (x, y) in enumerate(points):
+        # Equal points do not dominate one another.
+        rivals = [rival for rival in points if rival != (x, y)]
+        if not any(rival[0] <= x and rival[1] <= y for rival in rivals):
             indices.append(index)
     return indices
 
@@ -195,29 +279,25 @@ def best_options(reported: ReportedRun) -> list[Option]:
 
 def compared(reported: ReportedRun) -> Table:
     """List all targets by size; the recommended one is stressed."""
-    best, on_front = recommended(reported.targets), best_options(reported)
-
-    def confidence(option: Option) -> Cell:
-        if not option.model.p_gold:
-            return None
-        return points(paired_confidence(option.dense, option.model))
-
+    targets = reported.targets
+    on_front = best_options(reported)
     cells: Mapping[Column, Show] = {
         Column("target", "target"): lambda o: o.name,
-        Column("removed", "removed"): lambda o: Number(o.ratio, write=percent),
-        Column("taken_out", "taken out"): lambda o: o.taken_out,
-        Column("heldout_ppl", "held-out PPL, × dense"): lambda o: _multiple(o, o.heldout),
-        Column("p_gold", "p of the right answer − dense"): confidence,
-        Column("avg", "average − dense"): lambda o: points(paired(o.dense, o.model)),
-        Column("generation", "speed, × dense"): _timed(_speedup),
-        Column("kv_cache", "KV cache"): _timed(_saved),
+        Column("removed", "removed"): _ratio,
+        Column("taken_out", "taken out"): _taken_out,
+        Column("heldout_ppl", "held-out PPL, × dense"): _heldout,
+        Column("p_gold", "p of the right answer − dense"): _confidence_change,
+        Column("avg", "average − dense"): _accuracy_change,
+        Column("generation", "speed, × dense"): _timed(partial(_speedup, "generation")),
+        Column("kv_cache", "KV cache"): _timed(_saved_cache),
         Column("front", "front"): lambda o: "●" if o in on_front else "",
         Column("method", "method"): lambda o: " + ".join((o.method, *o.healing)),
     }
-    rows = [tuple(show(target) for show in cells.values()) for target in reported.targets]
-    strong = [index for index, target in enumerate(reported.targets) if target is best]
+    rows = [tuple(show(target) for show in cells.values()) for target in targets]
+    best = recommended(targets)
+    strong = frozenset() if best is None else frozenset([targets.index(best)])
     notes = (COMPARISON_LEGEND,)
-    return Table("targets", "All targets", tuple(cells), tuple(rows), notes, frozenset(strong))
+    return Table("targets", "All targets", tuple(cells), tuple(rows), notes, strong)
 
 
 def samples(options: Sequence[Option]) -> list[Table]:

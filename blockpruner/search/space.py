@@ -29,11 +29,16 @@ def nearest(goal: Goal, masks: Iterable[Mask]) -> Mask:
     """The mask nearest to the goal that removes something; a tie goes to the larger, as in
     `choose_prefix`. Raises InputError where the dense model is nearer."""
     masks = list(masks)
-    mask = min([DENSE, *masks], key=lambda mask: (goal.distance(mask), -goal.share(mask)))
+
+    def distance(mask: Mask) -> tuple[float, float]:
+        return goal.distance(mask), -goal.share(mask)
+
+    mask = min([DENSE, *masks], key=distance)
     if mask == DENSE:
+        smallest_share = min(map(goal.share, masks))
         raise InputError(
             f"budget {goal.budget.text!r} is nearest to removing nothing; the smallest that removes"
-            f" a block here is {min(map(goal.share, masks)):.4f}"
+            f" a block here is {smallest_share:.4f}"
         )
     return mask
 
@@ -71,14 +76,17 @@ class Space:
     def __init__(
         self, units: Sequence[Mask], goal: Goal, by: Callable[[Mask], Hashable] | None = None
     ) -> None:
-        units_by_class: dict[Hashable, list[Mask]] = {}
         class_of = by or goal.share
+        units_by_class: dict[Hashable, list[Mask]] = {}
         for unit in units:
-            units_by_class.setdefault(class_of(unit), []).append(unit)
+            members = units_by_class.setdefault(class_of(unit), [])
+            members.append(unit)
         self.classes = list(units_by_class.values())
         mask_by_composition = self._one_mask_each()
-        if not any(map(goal.is_met, mask_by_composition.values())):
-            goal = goal.around(nearest(goal, mask_by_composition.values()))
+        masks = mask_by_composition.values()
+        # Units may leave every mask outside the tolerance: the nearest one becomes the goal.
+        if not any(map(goal.is_met, masks)):
+            goal = goal.around(nearest(goal, masks))
         self.goal = goal
         self.compositions = []
         for counts, mask in mask_by_composition.items():
@@ -99,24 +107,32 @@ class Space:
 
     def exchanges(self, mask: Mask) -> list[Exchange]:
         """All ways from one of the masks to others, those within a class first."""
-        removed = [[unit for unit in units if unit <= mask] for units in self.classes]
-        kept = [[unit for unit in units if not unit <= mask] for units in self.classes]
+        removed = []
+        present = []
         exchanges = []
-        for removed_units, kept_units in zip(removed, kept, strict=True):
-            if removed_units and kept_units:
-                exchanges.append(Exchange(removed_units, 1, kept_units, 1))
+        for units in self.classes:
+            removed_units = [unit for unit in units if unit <= mask]
+            present_units = [unit for unit in units if not unit <= mask]
+            removed.append(removed_units)
+            present.append(present_units)
+            if removed_units and present_units:
+                exchanges.append(Exchange(removed_units, 1, present_units, 1))
         for counts in self.compositions:
-            changes = []
-            for count, removed_units in zip(counts, removed, strict=True):
-                changes.append(count - len(removed_units))
-            fewer = [number for number, change in enumerate(changes) if change < 0]
-            more = [number for number, change in enumerate(changes) if change > 0]
+            changes = {}
+            for number, count in enumerate(counts):
+                change = count - len(removed[number])
+                if change:
+                    changes[number] = change
+            if len(changes) != 2:
+                continue
+            shrinking = min(changes, key=changes.__getitem__)
+            growing = max(changes, key=changes.__getitem__)
+            restored = -changes[shrinking]
+            added = changes[growing]
             # One unit of a class stands for one or several of one other class.
-            if len(fewer) == len(more) == 1:
-                restored = -changes[fewer[0]]
-                added = changes[more[0]]
-                if 1 in (restored, added):
-                    exchanges.append(Exchange(removed[fewer[0]], restored, kept[more[0]], added))
+            if min(restored, added) == 1:
+                exchange = Exchange(removed[shrinking], restored, present[growing], added)
+                exchanges.append(exchange)
         return exchanges
 
 
@@ -129,51 +145,57 @@ def by_prediction(
     def predicted_masks(exchange: Exchange) -> Iterator[tuple[float, Mask]]:
         restorable = sorted(exchange.restorable, key=change.__getitem__)
         removable = sorted(exchange.removable, key=change.__getitem__)
-        costs = [[change[unit] for unit in restorable], [change[unit] for unit in removable]]
+        units = restorable + removable
+        restorable_costs = [change[unit] for unit in restorable]
+        removable_costs = [change[unit] for unit in removable]
         sizes = (exchange.restored, exchange.removed)
-        for predicted, (restored, removed) in cheapest(costs, sizes):
-            restored_units = DENSE.union(*(restorable[index] for index in restored))
-            removed_units = DENSE.union(*(removable[index] for index in removed))
-            yield predicted, (mask - restored_units) | removed_units
+        for predicted, choice in cheapest([restorable_costs, removable_costs], sizes):
+            chosen = [units[index] for index in choice]
+            restored = DENSE.union(*chosen[: exchange.restored])
+            removed = DENSE.union(*chosen[exchange.restored :])
+            yield predicted, (mask - restored) | removed
 
     streams = [predicted_masks(exchange) for exchange in exchanges]
     for _, exchanged in heapq.merge(*streams, key=itemgetter(0)):
         yield exchanged
 
 
-Choice = tuple[tuple[int, ...], ...]
-"""The indices that are chosen from each of several lists."""
+Choice = tuple[int, ...]
+"""Chosen indices of several lists that lie one after the other, ascending."""
 
 
 def cheapest(costs: list[list[float]], sizes: tuple[int, ...]) -> Iterator[tuple[float, Choice]]:
-    """Choose sizes[k] of costs[k], for each k, in all ways, the lowest sum first: yields the sum,
-    and for each list the indices chosen, ascending.
+    """Choose sizes[k] of costs[k], for each k, in all ways, the lowest sum first: yields the sum
+    and the choice.
 
     Each list of costs is ascending. Then any choice is reached from the cheapest one, the first of
     each list, by moving one index up by one at a time, and no move lowers the sum.
     """
-    first: Choice = tuple(tuple(range(size)) for size in sizes)
+    all_costs: list[float] = []
+    indices: list[int] = []
+    ends: list[int] = []
+    for list_costs, size in zip(costs, sizes, strict=True):
+        start = len(all_costs)
+        indices += range(start, start + size)
+        all_costs += list_costs
+        ends += [len(all_costs)] * size
 
     def total(choice: Choice) -> float:
         # One sum in one order: equal choices have equal totals to the last bit.
-        return sum(costs[number][i] for number, indices in enumerate(choice) for i in indices)
+        return sum(all_costs[index] for index in choice)
 
-    waiting = [(total(first), first)]
-    seen = {first}
+    first_choice = tuple(indices)
+    waiting = [(total(first_choice), first_choice)]
+    reached = {first_choice}
     while waiting:
         cost, choice = heapq.heappop(waiting)
         yield cost, choice
-        for following in _next_choices(choice, costs):
-            if following not in seen:
-                seen.add(following)
+        for position, index in enumerate(choice):
+            moved = index + 1
+            # An index neither leaves its list nor passes the next one.
+            if moved == ends[position] or moved in choice:
+                continue
+            following = (*choice[:position], moved, *choice[position + 1 :])
+            if following not in reached:
+                reached.add(following)
                 heapq.heappush(waiting, (total(following), following))
-
-
-def _next_choices(choice: Choice, costs: list[list[float]]) -> Iterator[Choice]:
-    """The choices in which one index is larger by one."""
-    for number, indices in enumerate(choice):
-        ends = [*indices[1:], len(costs[number])]
-        for position, (index, end) in enumerate(zip(indices, ends, strict=True)):
-            if index + 1 < end:
-                moved = (*indices[:position], index + 1, *indices[position + 1 :])
-                yield (*choice[:number], moved, *choice[number + 1 :])

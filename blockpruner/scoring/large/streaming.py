@@ -105,22 +105,25 @@ class StreamingEngine(Engine):
                 "runtime.streaming: true needs Linux, where the free memory can be known; set it to"
                 " false"
             )
-        self._memory, self._target = memory, resolve_device(device)
+        self._memory = memory
+        self._target = resolve_device(device)
         model = skeleton(checkpoint, dtype, self._target, attention, trust_remote_code)
         super().__init__(model, 1)
         self._weights = Weights(model, checkpoint, self._target)
         self._advance = advance
         self._sort_outer_weights()
         # Half of the device's memory is for states.
-        states = accelerator.total_memory(self._target) // 2 if self._on_gpu else 0
-        self._set_batch_tokens(batch_tokens, self._peak_bytes(self._groups(DENSE)) + states)
+        reserved = self._peak_bytes(self._groups(DENSE))
+        if self._on_gpu:
+            reserved += accelerator.total_memory(self._target) // 2
+        self._set_batch_tokens(batch_tokens, reserved)
 
     def _sort_outer_weights(self) -> None:
         """Sort the weights outside of the layers by when they are in memory."""
         family = self.family
-        layers, norm, head = (
-            f"{path}." for path in (family.layers, family.final_norm, family.head)
-        )
+        layers = f"{family.layers}."
+        norm = f"{family.final_norm}."
+        head = f"{family.head}."
         self._embedding_weights: list[str] = []
         self._head_weights: list[str] = []
         self._resident_weights: list[str] = []
@@ -177,7 +180,9 @@ class StreamingEngine(Engine):
             if not reason:
                 return
             tasks = unfinished(tasks, finished)
-            self._halved(max(tasks, key=lambda task: len(task.span)), rows, reason)
+            largest = max(tasks, key=lambda task: len(task.span))
+            # This halves the batch budget; all tasks are then cut by it.
+            self._halved(largest, rows, reason)
             tasks = self._in_batches(tasks, rows)
 
     def _passes(self, tasks: Sequence[Task], rows: Rows) -> Iterator[list[Task]]:
@@ -199,20 +204,28 @@ class StreamingEngine(Engine):
         group: list[Task] = []
         free = capacity
         for task in tasks:
-            masks = [mask for masks, _ in runs(self.steps, task.masks) for mask in masks]
+            # In the order of the walk, masks that share prefixes are neighbours.
+            masks: list[Mask] = []
+            for agreeing_masks, _ in runs(self.steps, task.masks):
+                masks += agreeing_masks
             while masks:
-                group.append(replace(task, masks=tuple(masks[:free])))
-                masks, free = masks[free:], free - len(group[-1].masks)
+                fitting = tuple(masks[:free])
+                group.append(replace(task, masks=fitting))
+                masks = masks[free:]
+                free -= len(fitting)
                 if free == 0:
                     yield group
-                    group, free = [], capacity
+                    group = []
+                    free = capacity
         if group:
             yield group
 
     def _pass(self, tasks: Sequence[Task], rows: Rows) -> Generator[ScoredRows]:
         tiles = _Tiles(self.plan_of(tasks, rows), self.head.weight.dtype, self._target)
         self._weights.load(self._resident_weights)
-        with closing(self._weights.in_turn(self._groups(_removed_by_all(tasks)))) as weights:
+        groups = self._groups(_removed_by_all(tasks))
+        # Each `next` brings the next group into memory: embedding, every layer, head.
+        with closing(self._weights.in_turn(groups)) as weights:
             next(weights)
             works = self._embedded(tasks, rows, tiles)
             for layer in range(len(self.layers)):
@@ -234,7 +247,8 @@ class StreamingEngine(Engine):
         works = []
         share_equal = partial(_distinct, list[Tensor]())
         for task in tasks:
-            batch = Batch.of([rows[row] for row in task.span], self.home)
+            batch_rows = [rows[row] for row in task.span]
+            batch = Batch.of(batch_rows, self.home)
             hidden, layer_kwargs = self.prepare(batch.input_ids)
             layer_kwargs = tuple(map_tensors(kwargs, share_equal) for kwargs in layer_kwargs)
             slot = tiles.new()
@@ -276,7 +290,8 @@ class StreamingEngine(Engine):
         groups = [self._embedding_weights]
         for layer in range(len(self.layers)):
             prefix = f"{self.family.layers}.{layer}."
-            unread, read = set[str](), set[str]()
+            unread = set[str]()
+            read = set[str]()
             for kind in BlockKind:
                 branch = self.family.branch(kind)
                 modules = unread if BlockId(kind, layer) in removed else read
@@ -297,15 +312,19 @@ class StreamingEngine(Engine):
         States may take half of what is free, of a device's memory and of RAM. The other half is for
         weights and for what a batch works in.
         """
-        numbers = max(len(task.span) * max(len(rows[row]) for row in task.span) for task in tasks)
-        item = self.head.weight.element_size()
-        tile = aligned(numbers * self.model.config.hidden_size * item)
+        padded_tokens = 0
+        for task in tasks:
+            longest = max(len(rows[row]) for row in task.span)
+            padded_tokens = max(padded_tokens, len(task.span) * longest)
+        itemsize = self.head.weight.element_size()
+        tile = aligned(padded_tokens * self.model.config.hidden_size * itemsize)
         ram = available_memory()
         if self._memory is not None:
             ram = min(self._memory, ram)
         device = accelerator.free_memory(self._target) if self._on_gpu else 0
+        groups = self._groups(_removed_by_all(tasks))
         return PassPlan(
-            weights_held=self._peak_bytes(self._groups(_removed_by_all(tasks))),
+            weights_held=self._peak_bytes(groups),
             weights_room=(device or ram) // 2,
             tile=tile,
             tiles=sum(len(set(task.masks)) for task in tasks),
@@ -318,7 +337,9 @@ def _distinct(seen_tensors: list[Tensor], tensor: Tensor) -> Tensor:
     """An equal tensor that came earlier, or this one: batches of one shape have the same masks and
     rotary tables."""
     for other in seen_tensors:
-        if other is tensor or (other.dtype == tensor.dtype and torch.equal(other, tensor)):
+        if other is tensor:
+            return other
+        if other.dtype == tensor.dtype and torch.equal(other, tensor):
             return other
     seen_tensors.append(tensor)
     return tensor
@@ -328,7 +349,8 @@ class _Tiles:
     """States at rest, in slots: those of low number on the device, the others in RAM."""
 
     def __init__(self, plan: PassPlan, dtype: torch.dtype, device: torch.device) -> None:
-        self._dtype, self._device = dtype, device
+        self._dtype = dtype
+        self._device = device
         self._used = 0
         on_device = min(plan.tiles, plan.device_room)
         self._memory = [
@@ -345,7 +367,8 @@ class _Tiles:
         return self._used - 1
 
     def put(self, slot: int, hidden: Tensor) -> None:
-        self._tensor(self._memory[slot], hidden.shape).copy_(hidden, non_blocking=True)
+        tile = self._tensor(self._memory[slot], hidden.shape)
+        tile.copy_(hidden, non_blocking=True)
 
     def in_turn(self, slots: Sequence[int], shape: torch.Size) -> Generator[Tensor]:
         """The states of slots on the device, one after another; the next one is on its way while
@@ -356,10 +379,12 @@ class _Tiles:
         state = self._tensor(self._memory[slot], shape)
         if slot < self._resident:
             return state
-        return self._tensor(arrival, shape).copy_(state, non_blocking=True)
+        arrived = self._tensor(arrival, shape)
+        return arrived.copy_(state, non_blocking=True)
 
     def _tensor(self, memory: Tensor, shape: torch.Size) -> Tensor:
-        return memory[: shape.numel() * self._dtype.itemsize].view(self._dtype).view(shape)
+        size = shape.numel() * self._dtype.itemsize
+        return memory[:size].view(self._dtype).view(shape)
 
 
 def _removed_by_all(tasks: Sequence[Task]) -> Mask:
@@ -367,4 +392,6 @@ def _removed_by_all(tasks: Sequence[Task]) -> Mask:
 
 
 def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+    if count >= 2**30:
+        return f"{count / 2**30:.1f} GiB"
+    return f"{count / 2**20:.1f} MiB"
