@@ -68,11 +68,15 @@ class Counter:
     """The tokens that go through a model, and when something was printed."""
 
     def __init__(self) -> None:
-        self.tokens, self.started, self.stamps = 0, time.perf_counter(), dict[str, Any]()
+        self.tokens = 0
+        self.started = time.perf_counter()
+        self.stamps = dict[str, Any]()
 
     def watch(self, model: Any) -> Any:
         def count(module: Any, inputs: Any, named: Any) -> None:
-            self.tokens += named.get("input_ids", inputs[0] if inputs else None).numel()
+            # Some peers name the argument, some do not.
+            token_ids = named["input_ids"] if "input_ids" in named else inputs[0]
+            self.tokens += token_ids.numel()
 
         model.register_forward_pre_hook(count, with_kwargs=True)
         return model.eval()
@@ -82,6 +86,7 @@ class Counter:
 
     def usage(self) -> tuple[float, float, int]:
         """Seconds, those of the processors, and tokens so far."""
+        # Time of the processors does not count what else the machine was doing.
         return time.perf_counter() - self.started, time.process_time(), self.tokens
 
 
@@ -106,6 +111,7 @@ def drive(
 
     sys.path[:0] = [code, f"{code}/src"]
     counter = Counter()
+    # Every peer loads its model through this function, so its tokens can be counted.
     from_pretrained = transformers.AutoModelForCausalLM.from_pretrained
 
     def load(*_: Any, **__: Any) -> Any:
@@ -147,6 +153,7 @@ def drive_blockpruner(
     import block_search
     import torch
 
+    # The official code prints each removal, and the printing tells when it knew.
     options = SimpleNamespace(
         block_type="mix",
         cal_dataset="own",
@@ -177,6 +184,7 @@ def drive_sleb(
 
     sleb.get_llm = get_llm
     sleb.print = counter.print
+    # All peers are calibrated on the same rows, whatever they would draw.
     sleb.get_trainloaders = lambda *_, **__: SimpleNamespace(input_ids=ids.reshape(1, -1))
     sleb.get_loss = lambda model, rows, bs, device: get_loss(model, rows, bs, torch.device("cpu"))
     sleb.sleb("llama", layer_count(model), count, eval_ppl=False, result_folder=folder)

@@ -55,9 +55,11 @@ def run(stage: str, main: Callable[[str], object]) -> None:
         digests = {str(path): file_sha256(path) for path in files if path.exists()}
         inputs: dict[str, Any] = {"stage": stage, "item": item, "sha256": digests}
         commit = provenance.commit()
+        # A stale dag.yaml would give the stage another run, or other searches.
         require_current()
         main(item)
         inputs["settings"] = sorted({file for file, _, _ in _SETTINGS_READ})
+        # DVC records the settings as they are now: results of others must not be filed under them.
         for file, value, read in _SETTINGS_READ:
             if read() != value:
                 raise InputError(
@@ -83,6 +85,7 @@ def run(stage: str, main: Callable[[str], object]) -> None:
 def _advice(error: InputError) -> str:
     """How a file of the DAG is made again; nothing of other files."""
     path = Path(str(error.value))
+    # Files of the user are for the user to mend.
     if not path.is_relative_to(DATA):
         return ""
     if error.rule == "missing-file":

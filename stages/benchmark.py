@@ -47,6 +47,7 @@ def main(name: str) -> None:
     checkpoint = DATA / "checkpoints" / name / "hf"
     dense = dense_of(plan.run)
     subject: Checkpoint | InMemory = InMemory(dense, plan, pruning.rows, pruning.healed)
+    # What was exported is measured as its users load it.
     if checkpoint.exists():
         subject = dense.export(checkpoint)
     measure(name, plan.run, subject, dense, plan)

@@ -38,10 +38,12 @@ def main(name: str) -> None:
     def build(directory: Path) -> None:
         for proposal in proposals:
             save_plan(proposal.plan, directory / f"{proposal.name}.json")
+            # A method such as SliceGPT searches nothing, and has no table.
             if proposal.tables:
                 save_iterations(proposal.tables, directory / f"{proposal.name}.parquet")
 
     replace_directory(DATA / "plans" / name, build)
+    # Seconds differ from run to run: in a file of their own they make no later stage stale.
     write_json(DATA / "costs" / f"{name}.json", pipeline.total_cost(proposals))
     for proposal in proposals:
         plan = proposal.plan

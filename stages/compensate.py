@@ -25,6 +25,7 @@ def main(name: str) -> None:
     rows = Rows.load(DATA / "calibration" / run_name, "search", "fit", "tuning", "judge")
     files = sorted((DATA / "plans" / name).glob("*.json"))
     proposals = [pipeline.Proposal(path.stem, load_plan(path)) for path in files]
+    # All proposals are of one dense model, which any of them can load.
     pruning = pruning_of(proposals[0].plan, rows)
     best = pipeline.heal(pruning.load_for_fit, proposals, rows, observer())
     data = settings.compensate.data or settings.calibration.data

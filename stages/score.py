@@ -38,6 +38,7 @@ def main(name: str) -> None:
             pipeline.latency, material, folder, checkpoint, model, search.score, runtime
         )
         counts = pipeline.score(material, rows, search.score, search.budgets, folder, latency)
+    # How much was computed and how long it took is of this machine, and not an output of DVC.
     for search_name, count in counts.items():
         progress.note(
             f"{search_name}: {count['trials_computed']} trials computed, {count['trials_reused']}"

@@ -67,6 +67,7 @@ def refit(
         projections = dict[BlockId, nn.Linear]()
         for block in point.blocks:
             projection = streams.output_projection(block)
+            # The experts of a mixture have no output projection in common.
             if projection is not None:
                 projections[block] = projection
         stats: RefitStats = {}
@@ -95,6 +96,7 @@ def _fit_point_(
     """Fit the output projections of a fit point; two at once if both blocks of a layer read the
     same state."""
     site = _FitSite(streams, stream, projections)
+    # With a norm behind the module the problem is not linear: see the module's docstring.
     norm = streams.post_norm(next(iter(projections)))
     if norm is not None:
         stats = _fit_before_norm_(site, norm.get_parameter("weight"), penalties)
@@ -102,6 +104,7 @@ def _fit_point_(
         moments, heldout = site.moments()
         change, penalty, error = best_change(moments, heldout, penalties, stream.ridge_penalty)
         stream.ridge_penalty = penalty
+        # Below 1 the change helps on the held-out rows.
         if error < 1:
             site.add_change_(change)
         stats = {"strength": penalty, "error": error}
@@ -124,6 +127,7 @@ class _FitSite:
     def __post_init__(self) -> None:
         streams = self.streams
         self.scales = [1 / state.norm(dim=-1, keepdim=True) for state in streams.dense]
+        # A narrowed MLP gives what its remaining channels give, before it is fitted.
         streams.zero_channels_(self.stream.point.channels)
         for block in self.stream.point.blocks:
             self.features[block] = []
@@ -141,12 +145,14 @@ class _FitSite:
         kept_features = list[Tensor]()
         width = 0
         for block, projection in self.projections.items():
-            inputs = range(projection.in_features)
-            kept = list(self.stream.point.channels.get(block, inputs))
+            inputs = projection.in_features
+            channels = list(self.stream.point.channels.get(block, range(inputs)))
+            # A bias is the weight of one more feature, which is always 1.
             if projection.bias is not None:
-                kept.append(projection.in_features)
-            kept_features.append(width + torch.tensor(kept, device=self.device))
-            width += projection.in_features + (projection.bias is not None)
+                channels.append(inputs)
+                inputs += 1
+            kept_features.append(width + torch.tensor(channels, device=self.device))
+            width += inputs
         return width, torch.cat(kept_features)
 
     def joint_features(self, number: int) -> Tensor:
@@ -157,6 +163,7 @@ class _FitSite:
             columns.append(self.features[block][number].to(self.device))
             if projection.bias is not None:
                 columns.append(torch.ones_like(columns[-1][..., :1]))
+        # `cat` would copy a single tensor, too.
         return columns[0] if len(columns) == 1 else torch.cat(columns, -1)
 
     def pruned_state(self, number: int) -> Tensor:
@@ -176,11 +183,11 @@ class _FitSite:
 
     def heldout_error(self) -> float:
         """The sum of squares of the held-out residuals."""
-        errors = (
-            float(self.residuals(number).double().square().sum())
-            for number in self.streams.heldout_batches
-        )
-        return sum(errors)
+        error = 0.0
+        for number in self.streams.heldout_batches:
+            residuals = self.residuals(number).double()
+            error += float(residuals.square().sum())
+        return error
 
     def tokens(self, number: int, has_norm: bool) -> tuple[Tensor, Tensor]:
         """The relative features [N, p] and residuals [N, d] of a batch."""
@@ -206,6 +213,7 @@ class _FitSite:
         heldout = [self.tokens(number, has_norm) for number in streams.heldout_batches]
         features = torch.cat([batch_features for batch_features, _ in heldout])
         residuals = torch.cat([batch_residuals for _, batch_residuals in heldout])
+        # Sums over all features cost less than gathering the kept ones of every batch.
         if len(self.kept_features) < self.width:
             moments.gram = moments.gram[self.kept_features][:, self.kept_features]
             moments.cross = moments.cross[self.kept_features]
@@ -218,14 +226,19 @@ class _FitSite:
         full_change = change.new_zeros(self.width, change.shape[1])
         full_change.index_copy_(0, self.kept_features, change)
         for block, projection in self.projections.items():
-            weight, bias, inputs = projection.weight, projection.bias, projection.in_features
-            own_change = full_change[: inputs + (bias is not None)].to(weight.device)
-            full_change = full_change[len(own_change) :]
-            self.streams.set_(weight, weight + own_change[:inputs].T)
+            weight = projection.weight
+            bias = projection.bias
+            inputs = projection.in_features
+            # The rows of the change are the features of one projection after the other.
+            size = inputs if bias is None else inputs + 1
+            block_change = full_change[:size].to(weight.device)
+            full_change = full_change[size:]
+            self.streams.set_(weight, weight + block_change[:inputs].T)
             if bias is not None:
-                self.streams.set_(bias, bias + own_change[-1])
-            pairs = zip(self.features[block], self.outputs[block], strict=True)
-            self.outputs[block] = [projection(x.to(self.device)).to(y) for x, y in pairs]
+                self.streams.set_(bias, bias + block_change[-1])
+            for number, features in enumerate(self.features[block]):
+                output = projection(features.to(self.device))
+                self.outputs[block][number] = output.to(self.outputs[block][number])
 
 
 def _fit_before_norm_(
@@ -256,13 +269,17 @@ def _fit_before_norm_(
     site.stream.ridge_penalty = penalty
     site.add_change_(change)
     new = snapshot()
-    best, least_error = old, old_error
+    best = old
+    least_error = old_error
     for step in STEP_SIZES:
-        restore_([torch.lerp(before, after, step) for before, after in zip(old, new, strict=True)])
+        pairs = zip(old, new, strict=True)
+        restore_([torch.lerp(old_value, new_value, step) for old_value, new_value in pairs])
+        # Each step has its own best gains.
         site.streams.set_(gains, gains + _gain_change(site, block).to(gains.device))
         error = site.heldout_error()
         if error < least_error:
-            best, least_error = snapshot(), error
+            best = snapshot()
+            least_error = error
     restore_(best)
     relative_error = 1.0 if best is old else least_error / old_error
     return {"strength": penalty, "error": relative_error}

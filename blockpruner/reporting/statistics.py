@@ -144,6 +144,7 @@ def t_effect(value: float, samples: Sequence[Floats], level: float = 0.95) -> Ef
     is 1 if that is 0 and 0 otherwise.
     """
     sizes = np.array([len(sample) for sample in samples])
+    # One item tells nothing of the spread.
     if sizes.min() < 2:
         return Effect(value, EVERYTHING, 1.0)
     variances = np.array([sample.var(ddof=1) for sample in samples]) / sizes
@@ -177,6 +178,7 @@ def paired_t(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Effect:
     d = _difference(a, b, "a paired t test", minimum=2)
     value = float(d.mean())
     largest = np.abs([a, b]).max()
+    # d is a difference of numbers of this size, and has their rounding.
     rounding = ROUNDING * float(largest)
     # scipy warns and gives NaN where nothing varies.
     if np.ptp(d) <= rounding:
@@ -234,6 +236,7 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     """
     order = np.argsort(p_values)
     steps = np.arange(len(order), 0, -1)
+    # min(1, (m - j + 1) p_(j)), then the maximum over j <= k.
     raised = np.sort(p_values) * steps
     adjusted = np.minimum(np.maximum.accumulate(raised), 1)
     ranks = np.argsort(order)
