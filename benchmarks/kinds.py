@@ -235,6 +235,7 @@ def pruned(
     options = [
         str(folder / option) if option.endswith(".jsonl") else option for option in CELLS[cell]
     ]
+    # A draw draws all texts anew: those of the search and those of the fit.
     seeds = [f"--set={section}.seed={42 + draw}" for section in ("calibration", "compensate")]
     with TemporaryDirectory(dir=folder) as directory:
         checkpoint = Path(directory, "pruned")

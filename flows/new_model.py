@@ -113,6 +113,7 @@ def add(form: NewModel) -> Chosen:
     run = load_run(form.name, RUNS, text)
     file = RUNS / f"{form.name}.yaml"
     is_new = not file.exists()
+    # The same form sent again is the same run; another one would change what the name means.
     if not is_new and load_run(form.name, RUNS) != run:
         raise InputError(
             f"{file} is there and has other settings; choose another name", rule="run-taken"
@@ -122,6 +123,7 @@ def add(form: NewModel) -> Chosen:
     try:
         return choose(form.selection)
     except InputError:
+        # The name stays free for the corrected form.
         if is_new:
             file.unlink()
         raise

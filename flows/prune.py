@@ -156,6 +156,7 @@ def build(
             stale = dvc.stale(list(parents_by_stage))
             states = run_stages(parents_by_stage, summaries, stale, lock, keep_going)
             result = outcome(states, chosen.additions)
+            # With keep_going there may be finished targets to show beside failed ones.
             if keep_going or result.is_completed():
                 publish(chosen, states)
             if not result.is_completed():

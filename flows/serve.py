@@ -180,6 +180,7 @@ def main() -> int:
         port = settings.server.api.port
         server_url = settings.api.url  # of a server that already runs
         with ExitStack() as stack:
+            # Reports are served one port above the server. One that already runs holds its own.
             require_free(port + 1)
             if not server_url:
                 require_free(port)

@@ -240,6 +240,7 @@ def choose_prefix(budget: Budget, prefixes: Sequence[Mask], costs: Costs) -> int
     """Number of removals (1 or more) of the sequence that meet `budget`; `costs` are of its
     resource. Of prefixes with one share it is the shortest. Raises InputError if nothing in the
     sequence meets it; `require_reachable` refuses earlier what is out of reach."""
+    # A number of blocks is met exactly or not at all.
     if budget.blocks is not None:
         sizes = [len(prefix) for prefix in prefixes]
         if budget.blocks in sizes:

@@ -104,6 +104,7 @@ def choose(
         )
         return [Healing(name, plans[name], *fits[name]) for name in names]
 
+    # Without rows that judge, no other proposal was searched.
     if not selection.rows:
         return compensated(names[:1])[0]
     judging = Judging(dense, selection, search)
@@ -126,8 +127,8 @@ def choose(
     best, row_nll = accepted(best, row_nlls[best.name], judging, observer)
     dense_perplexities = perplexities(judging.dense_nll, judging.kinds)
     perplexity_by_kind = {
-        kind: {"dense": dense_perplexities[kind], "after": after}
-        for kind, after in perplexities(row_nll, judging.kinds).items()
+        kind: {"dense": dense_perplexities[kind], "after": healed}
+        for kind, healed in perplexities(row_nll, judging.kinds).items()
     }
     loss = Loss.of(perplexity_by_kind)
     warning = uneven(loss.kinds)
@@ -151,6 +152,7 @@ def accepted(
     losses = judging.losses(nll_by_step)
     unfitted_losses = losses["0.0"].kinds
     harmed = [kind for kind, loss in losses["1.0"].kinds.items() if loss > unfitted_losses[kind]]
+    # No kind lost: smaller steps need not be measured.
     if not harmed:
         return healing, row_nll
     for step in SMALLER_STEPS:
@@ -206,6 +208,7 @@ class Judging:
         """What models lost, from the NLL of all rows or of every second row."""
         losses = dict[str, Loss]()
         for name, row_nll in nll_by_name.items():
+            # Steps of a refit are compared on every second row, the models on all.
             stride = 1 if len(row_nll) == len(self.dense_nll) else 2
             kinds = self.kinds[::stride]
             dense = perplexities(self.dense_nll[::stride], kinds)

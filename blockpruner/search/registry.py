@@ -81,6 +81,7 @@ def request(score: Score) -> Request:
             " score; remove it"
         )
     losses = ", ".join(row.name for row in METRICS.values() if not row.influence)
+    # An influence is a number of a unit, not of a mask.
     if metric.influence and search.asks != "units":
         able = ", ".join(sorted(row.name for row in SEARCHES.values() if row.asks == "units"))
         raise InputError(
@@ -88,6 +89,7 @@ def request(score: Score) -> Request:
             f" whole masks; choose a metric of masks ({losses}), or one of the methods {able}"
         )
     options = read_options(search.name, search.options, score.options)
+    # One pass computes the influence of every unit: there is nothing to leave out.
     if score.acceleration not in (None, "none") and (metric.influence or not search.accelerated):
         raise InputError(
             f"score.acceleration {score.acceleration} does not fit method: {search.name} with"
