@@ -64,16 +64,12 @@ def _multiple(option: Option, effect: Effect) -> Number:
     """Show a multiple of what the dense model has."""
     if option.plan is None:
         return Number(1)
-    low, high = effect.interval.low, effect.interval.high
-    return Number(effect.value, low=low, high=high)
+    interval = effect.interval
+    return Number(effect.value, low=interval.low, high=interval.high)
 
 
 def _ratio(option: Option) -> Cell:
     return Number(option.ratio, write=percent)
-
-
-def _taken_out(option: Option) -> Cell:
-    return option.taken_out
 
 
 def _heldout(option: Option) -> Cell:
@@ -96,11 +92,10 @@ def _speedup(phase: str, option: Option) -> Cell:
 
 def _accuracy(option: Option, task: str | None = None) -> Cell:
     """Show a task or the average, marked where it differs from the dense model's."""
-    model = option.model
-    accuracy = model.tasks[task] if task else model.average
+    accuracy = option.model.tasks[task] if task else option.model.average
     if option.plan is None:
         return score(accuracy)
-    change = paired(option.dense, model, task)
+    change = paired(option.dense, option.model, task)
     return score(accuracy, _mark(change))
 
 
@@ -145,55 +140,37 @@ def headline(reported: ReportedRun) -> Table:
     )
 
 
-def _measures(reported: ReportedRun) -> list[Measure]:
+def _measures(reported: ReportedRun) -> Iterator[Measure]:
     """List the rows of the headline."""
-    return [
-        *_size_measures(reported),
-        *_perplexity_measures(reported),
-        *_task_measures(reported),
-        *_speed_measures(reported),
-    ]
-
-
-def _size_measures(reported: ReportedRun) -> Iterator[Measure]:
     yield Measure("Parameters", lambda o: Number(o.model.parameters, write=parameters))
     yield Measure("Parameters removed", _ratio)
-    yield Measure("Taken out", _taken_out)
+    yield Measure("Taken out", lambda o: o.taken_out)
     if any(target.healing for target in reported.targets):
         yield Measure("Weights healed by", lambda o: " + ".join(o.healing) or "nothing")
-
-
-def _perplexity_measures(reported: ReportedRun) -> Iterator[Measure]:
     yield Measure("Held-out perplexity", lambda o: Number(o.model.perplexity))
     yield Measure("Held-out perplexity, × dense", _heldout)
     for kind in reported.dense.by_kind:
         title = f"Perplexity of {kind}"
         yield Measure(title, partial(_perplexity_of_kind, kind))
         yield Measure(f"{title}, × dense", partial(_loss_of_kind, kind))
-    # Only a method that judged its models by texts of several kinds has these losses.
+    # Only rows of a mix that neither search nor fit has seen judge a model by kind.
     if any(target.plan.kinds for target in reported.targets):
         yield Measure("Texts set aside: mean of kinds", _mean_loss)
         yield Measure("Texts set aside: worst kind", _worst_loss)
-
-
-def _task_measures(reported: ReportedRun) -> Iterator[Measure]:
     chance = reported.chance
     for task in chance:
         yield Measure(f"{task}, %", partial(_accuracy, task=task), chance[task])
     yield Measure("Average, %", _accuracy, mean(chance.values()))
     confident_tasks = reported.dense.model.p_gold
-    # A generative task has no choices, hence no p of the right answer.
+    # Only some tasks have a p of the right answer.
     if confident_tasks:
         guess = mean(chance[task] for task in confident_tasks)
         yield Measure(P_TITLE, _confidence, guess)
-
-
-def _speed_measures(reported: ReportedRun) -> Iterator[Measure]:
     for phase in PHASES:
         title = phase.capitalize()
         yield Measure(f"{title}, tokens/s", _timed(partial(_rate, phase)))
         yield Measure(f"{title}, × dense", _timed(partial(_speedup, phase)))
-    # Only a budget in latency knows the times of the blocks.
+    # The times of the blocks are known only where they were measured.
     if any("latency" in target.plan.removes for target in reported.targets):
         yield Measure("Generation by the times of its blocks", _estimate)
     yield Measure("Peak memory", _timed(lambda o: Number(o.race.pruned.memory_bytes, write=size)))
@@ -250,10 +227,6 @@ def _confidence_change(option: Option) -> Cell:
     return points(paired_confidence(option.dense, option.model))
 
 
-def _accuracy_change(option: Option) -> Cell:
-    return points(paired(option.dense, option.model))
-
-
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Find the points that no other dominates (Pareto front), by index: in both coordinates less is
     better."""
@@ -284,10 +257,10 @@ def compared(reported: ReportedRun) -> Table:
     cells: Mapping[Column, Show] = {
         Column("target", "target"): lambda o: o.name,
         Column("removed", "removed"): _ratio,
-        Column("taken_out", "taken out"): _taken_out,
+        Column("taken_out", "taken out"): lambda o: o.taken_out,
         Column("heldout_ppl", "held-out PPL, × dense"): _heldout,
         Column("p_gold", "p of the right answer − dense"): _confidence_change,
-        Column("avg", "average − dense"): _accuracy_change,
+        Column("avg", "average − dense"): lambda o: points(paired(o.dense, o.model)),
         Column("generation", "speed, × dense"): _timed(partial(_speedup, "generation")),
         Column("kv_cache", "KV cache"): _timed(_saved_cache),
         Column("front", "front"): lambda o: "●" if o in on_front else "",
@@ -320,7 +293,10 @@ def samples(options: Sequence[Option]) -> list[Table]:
 
 def _curve_row(run: str, option: Option, is_best: bool) -> dict[str, object]:
     """The row of a model in curve.csv."""
-    plan, model, race = option.plan, option.model, option.timed
+    plan = option.plan
+    model = option.model
+    race = option.timed
+    confidence = model.confidence
     row: dict[str, object] = {
         "run": run,
         "target": option.name if plan else f"{run}-dense",
@@ -337,8 +313,8 @@ def _curve_row(run: str, option: Option, is_best: bool) -> dict[str, object]:
         "perplexity_heldout": model.perplexity,
         "accuracy": model.average.value,
         "accuracy_stderr": model.average.stderr,
-        "p_gold": model.confidence and model.confidence.value,
-        "p_gold_stderr": model.confidence and model.confidence.stderr,
+        "p_gold": confidence and confidence.value,
+        "p_gold_stderr": confidence and confidence.stderr,
     }
     for phase in PHASES:
         row[f"speedup_{phase}"] = race and race.speedups[phase].value
@@ -385,16 +361,17 @@ def iterations_csv(runs: Sequence[ReportedRun]) -> str:
 
 
 def _iterations(target: PrunedOption) -> Iterator[tuple[object, ...]]:
+    """The values of ITERATION_COLUMNS from `iteration` on."""
     steps = target.steps
-    # A search that exchanges blocks has no ratio for each step in its plan.
     ratios: list[float | None] = [0.0, *target.plan.ratios]
+    # A search that exchanges blocks has no ratio for each step in its plan.
     if not target.plan.nested:
-        between = len(steps) - 2
-        ratios = [0.0, *[None] * between, target.ratio]
+        unknown = [None] * (len(steps) - 2)
+        ratios = [0.0, *unknown, target.ratio]
     previous = steps[0]
     for index, (step, ratio) in enumerate(zip(steps, ratios, strict=True)):
-        removed, put_back = step.mask - previous.mask, previous.mask - step.mask
-        rise = math.log(step.perplexity / previous.perplexity)
-        masks = format_mask(removed), format_mask(put_back)
-        yield index, *masks, len(step.mask), ratio, step.perplexity, rise
+        removed = format_mask(step.mask - previous.mask)
+        put_back = format_mask(previous.mask - step.mask)
+        nll_rise = math.log(step.perplexity / previous.perplexity)
+        yield index, removed, put_back, len(step.mask), ratio, step.perplexity, nll_rise
         previous = step

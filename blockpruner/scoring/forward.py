@@ -29,13 +29,16 @@ class Forward:
     may lie on several devices."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        family, config = model_family(model), model.config.to_dict()
-        self.model, self.family = model, family
+        family = model_family(model)
+        config = model.config.to_dict()
+        self.model = model
+        self.family = family
         self._decoder: nn.Module = attrgetter(family.decoder)(model)
         self.layers = decoder_layers(model)
         self._norm: nn.Module = attrgetter(family.final_norm)(model)
         self.head: nn.Linear = attrgetter(family.head)(model)
         self.logits = head_of(model)
+        # Granite multiplies what each block adds by `residual_multiplier`.
         self.added_scale: float | None = config[family.added_scale] if family.added_scale else None
         self.steps = steps_of(len(self.layers), family.is_parallel(config))
         self._on_gpu = self.home.type != "cpu"
@@ -68,6 +71,7 @@ class Forward:
         layer_kwargs = []
         for layer, (_, kwargs) in enumerate(recorded):
             layer_kwargs.append(map_tensors(kwargs, partial(move, device=self.device_of(layer))))
+        # The arguments came from one row; the embedded states are needed of all.
         if len(input_ids) > 1:
             recorded = self._recorded(input_ids)
         embedded, _ = recorded[0]
@@ -148,6 +152,7 @@ def _run_packed(module: nn.Module, states: Tensor, packed: Tensor) -> Tensor:
 
 def joined(hidden: Tensor, added: Sequence[Tensor]) -> Tensor:
     """The residual stream after a step, from the stream before it and what its blocks add."""
+    # Where a model is split over devices, the stream moves along with its layers.
     for output in added:
         hidden = hidden.to(output.device) + output
     return hidden

@@ -63,6 +63,7 @@ def walk(
 ) -> Iterator[tuple[Sequence[Mask], State]]:
     """Yield the masks that agree on all steps, with their state after them, group by group. Masks
     that keep fewer blocks of a step come first; `width` masks go along at once."""
+    # Masks with a common beginning become neighbours, and each beginning is computed once.
     ordered = sorted(masks, key=lambda mask: [_branch_order(step, mask) for step in steps])
     waiting = [(0, _Node(ordered, state))]
     while waiting:
