@@ -84,7 +84,7 @@ class Space:
         self.classes = list(units_by_class.values())
         mask_by_composition = self._one_mask_each()
         masks = mask_by_composition.values()
-        # Units may leave every mask outside the tolerance: the nearest one becomes the goal.
+        # Units of unequal size may leave a gap that is wider than the tolerance.
         if not any(map(goal.is_met, masks)):
             goal = goal.around(nearest(goal, masks))
         self.goal = goal
