@@ -15,11 +15,13 @@ algorithm (arXiv 2406.10594, Algorithm 1) removes them one at a time:
 5. Refit (ours, not in the paper): fit the output projections that are left to the dense model, by
    least squares.
 
-The product computes the same and is fast: `scoring.walk` shares the common beginning of the
-candidates of step 2, `search.racing` leaves candidates out, `store.trials` keeps every score
-on disk, and `healing` runs step 5 for many models at once. The tests compare it with this file to
-1e-10 in float64. This file is for models whose layers have `self_attn.o_proj` and `mlp.down_proj`,
-with a norm before each and none behind: Llama, Mistral, Qwen2, Qwen3. A refit's rows must fit into
+The product is fast: `scoring.walk` shares the common beginning of the candidates of step 2, and
+`search.racing` leaves candidates out. `store.trials` keeps every score on disk, so a killed search
+starts again and computes what is missing. `healing.refit` runs step 5 for many models at once, and
+`healing.ridge` chooses its penalties. docs/extend.md shows how to add a metric. The tests compare
+the exact search with this file to 1e-10 in float64.
+
+This file is for models whose layers have `self_attn.o_proj` and `mlp.down_proj`, with a norm before each and none behind: Llama, Mistral, Qwen2, Qwen3. A refit's rows must fit into
 a sliding window, where attention has one.
 """
 
@@ -259,11 +261,11 @@ def refit_(
         following = in_order[position + 1 :]
         if block not in removed:
             span_after = list(takewhile(removed.__contains__, following))
-            # The dense stream passes the block before its weights change; the removed span behind
-            # it, too.
+            # The target is the dense stream behind the block and the removed span that follows.
             target = dense
             for passed in (block, *span_after):
                 target = target + block_output(model, passed, target)
+            # Before the first removed span nothing is missing, and nothing is fitted.
             if position + 1 + len(span_after) > first_removed:
                 projection = output_projection(model, block)
                 old_weights[block] = projection.weight.clone()
@@ -372,7 +374,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     texts = re.split(r"\n\s*\n", options.texts.read_text())
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model).eval()
-    # Half of the rows choose blocks; of the rest, a quarter chooses the step of the refit.
+    # Half of the rows choose blocks. Of the rest, a quarter chooses ridge penalties and the step,
+    # so the perplexity that is printed of it is a little too good.
     rows = draw_rows(texts, tokenizer, 2 * options.rows, options.seq_len)
     search_rows, refit_rows = rows[: options.rows], rows[options.rows :]
     fit_rows = refit_rows[: 3 * options.rows // 4]

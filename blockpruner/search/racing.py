@@ -178,6 +178,7 @@ class Accelerated(Select):
             entering = []
             for mask in waiting:
                 margin = SLACK * math.hypot(drift, errors[mask])
+                # Lazy step: a candidate whose optimistic price is no better is left unscored.
                 if self._optimistic_price(mask - base, margin) < best_price:
                     entering.append(mask)
             waiting = [mask for mask in waiting if mask not in entering]
