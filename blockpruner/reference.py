@@ -21,8 +21,9 @@ starts again and computes what is missing. `healing.refit` runs step 5 for many 
 `healing.ridge` chooses its penalties. docs/extend.md shows how to add a metric. The tests compare
 the exact search with this file to 1e-10 in float64.
 
-This file is for models whose layers have `self_attn.o_proj` and `mlp.down_proj`, with a norm before each and none behind: Llama, Mistral, Qwen2, Qwen3. A refit's rows must fit into
-a sliding window, where attention has one.
+This file is for models whose layers have `self_attn.o_proj` and `mlp.down_proj`, with a norm before
+each and none behind: Llama, Mistral, Qwen2, Qwen3. A refit's rows must fit into a sliding window,
+where attention has one.
 """
 
 import argparse
