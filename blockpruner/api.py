@@ -252,7 +252,7 @@ def prune(
         train: "lora" or "all" trains the result towards the dense model's predictions.
         cache: a folder that keeps every score: a call that was killed continues.
         device: auto (a model on the CPU moves to the GPU if there is one), cpu, cuda or cuda:N.
-        observer: shows progress; `core.progress.SilentObserver()` shows none.
+        observer: shows progress, on standard error by default; `SilentObserver()` shows none.
 
     Raises:
         InputError: unsupported family; a model that is quantized, offloaded, on MPS or has
@@ -415,13 +415,13 @@ def _read_run(
     """The settings of a call, as a run file would have them, with rows that fit into the model's
     context; raises InputError. None leaves a value of `calibration` and `score` to the method."""
     source = {"source": "path", "path": IN_MEMORY}
-    calibration_set = {name: value for name, value in calibration.items() if value is not None}
+    calibration_values = {name: value for name, value in calibration.items() if value is not None}
     optional = {name: value for name, value in score.items() if value is not None}
     values = sections(
         method,
         data=source,
         only_texts=only_texts,
-        calibration=calibration_set,
+        calibration=calibration_values,
         score={**scored, "options": scored["options"] or {}, **optional},
         compensate=compensate,
         train=train,

@@ -368,7 +368,8 @@ def race(
             # All overflow. Without a standing mask somebody has to win.
             alive = alive[:1] if standing is None else []
         else:
-            if standing is not None:
+            # Differences to an infinite loss are not defined, and would drop every rival.
+            if standing is not None and standing.loss < math.inf:
                 contenders.append(standing)
             runners = {}
             shares = {}

@@ -922,6 +922,20 @@ def test_no_command_uses_a_damaged_checkpoint_of_ours(model, workdir, say, answe
         assert "out is not what was verified: model.safetensors changed" in err, use
 
 
+def test_the_end_of_a_file_is_not_taken_for_the_end_of_typing(model, workdir, say, monkeypatch):
+    """As torch and gzip report a file that is cut short."""
+
+    def load(*_):
+        raise EOFError("Ran out of input")
+
+    monkeypatch.setattr(talking, "load_model", load)
+    code, _, err = say("eval", model, "--tasks", "piqa", "--items", items(workdir))
+    assert code == 2
+    assert "Aborted" not in err
+    start = "error: a file is cut short; if it is in the folder of --cache, delete"
+    assert err.splitlines()[-1].startswith(start)
+
+
 @pytest.mark.usefixtures("workdir")
 def test_a_revision_and_an_address_of_the_hub(model, say, asked, monkeypatch):
     hub = Hub(model, monkeypatch)

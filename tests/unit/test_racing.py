@@ -14,7 +14,7 @@ from blockpruner.core.blocks import DENSE, all_blocks, format_mask, removable_un
 from blockpruner.core.families import Costs
 from blockpruner.inputs.calibration import CalibrationSet
 from blockpruner.model.models import masked
-from blockpruner.scoring.objectives import Objective
+from blockpruner.scoring.objectives import MaskScore, Objective
 from blockpruner.scoring.settings import Score
 from blockpruner.search import racing
 from blockpruner.search.greedy import GreedyOptions, greedy
@@ -170,6 +170,27 @@ def test_the_choice_has_all_rows_and_losers_say_how_few_they_have():
         assert iteration.scores[iteration.chosen].rows_used == ROWS
     assert trace[0].added[0] is None
     assert trace[0].scores[0].rows_used == ROWS
+
+
+def test_a_standing_mask_that_overflows_drops_no_finite_rival():
+    """Two rivals that are level on average stay in the race to its last row."""
+    base, standing, *rivals = [DENSE.union(unit) for unit in removable_units(2, "block", "all")]
+    losses = {
+        base: (1.0,) * 16,
+        standing: (math.inf,) * 16,
+        rivals[0]: (1.1, 1.3) * 8,
+        rivals[1]: (1.3, 1.1) * 8,
+    }
+
+    class Table:
+        rows = 16
+
+        def __call__(self, masks, rows=16):
+            return [MaskScore(mask, losses[mask][:rows], 16) for mask in masks]
+
+    (overflowing,) = Table()([standing])
+    scores = race(Table(), base, rivals, 0.95, standing=overflowing)
+    assert {mask: score.rows_used for mask, score in scores.items()} == dict.fromkeys(rivals, 16)
 
 
 def test_how_often_a_race_loses_the_best():

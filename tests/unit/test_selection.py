@@ -145,6 +145,15 @@ def test_a_table_has_a_row_for_each_model_that_is_measured_or_failed(tmp_path, m
     ]
 
 
+def test_a_flow_run_is_named_by_what_it_makes():
+    assert Selection().words == "all runs"
+    selection = Selection(
+        runs=("a", "b"), budgets=("0.1", "7layers"), compensate="none", train=True
+    )
+    assert selection.words == "a b 0.1 7layers none train"
+    assert Selection(budgets=("0.2",)).words == "all runs 0.2"
+
+
 def test_added_run_and_target_keep_comments(project):
     shutil.copy("runs/smollm2.yaml", "runs/other.yaml")
     chosen = choose(
