@@ -58,7 +58,12 @@ def device_name(device: str) -> str:
 
 
 def derived(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of the file. The machine and packages are those `recorded`."""
+    """The content of dag.yaml, which dvc.yaml reads: an entry for each stage that is there once a
+    search, target, path, run or study.
+
+    As in `searches: {smollm2-recommended: {run: smollm2, method: recommended}}`, which becomes the
+    stage score@smollm2-recommended. The machine and packages are those `recorded`.
+    """
     params = load_params()
     searches: dict[str, Any] = {}
     pruned: dict[str, Any] = {}

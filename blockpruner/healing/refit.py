@@ -141,7 +141,9 @@ class _FitSite:
         self.width, self.kept_features = self._count_features()
 
     def _count_features(self) -> tuple[int, Tensor]:
-        """The number of all features, and those that narrowed blocks keep."""
+        """The number of features of all projections, which stand side by side as in
+        `joint_features`, and the indices of those that are fitted: without the channels that a
+        narrowed block lacks, whose columns stay zero."""
         kept_features = list[Tensor]()
         width = 0
         for block, projection in self.projections.items():

@@ -41,9 +41,9 @@ from blockpruner.scoring.work import (
 from blockpruner.store.provenance import computing, processor
 from blockpruner.store.trials import Origin
 
-REFERENCE = Metric("reference", "", title="", formula="")
-"""The metric of tasks that the engine adds: they keep the dense model's final states for losses
-that compare with them."""
+KEEP_DENSE_STATES = Metric("reference", "", title="", formula="")
+"""Marks the tasks that the engine adds: they compute no loss, and keep the dense model's final
+states for metrics that compare with them (`Metric.reference`)."""
 
 DENSE_SHARE = 16
 """The dense model's final states stay on the device up to 1 / DENSE_SHARE of its memory."""
@@ -151,7 +151,7 @@ class Engine(Forward):
         for span in spans:
             is_held = all(tuple(rows[row]) in self._dense for row in span)
             if not is_held:
-                references.append(Task(span, (DENSE,), REFERENCE))
+                references.append(Task(span, (DENSE,), KEEP_DENSE_STATES))
         return [*references, *tasks]
 
     def close(self) -> None:
@@ -200,7 +200,9 @@ class Engine(Forward):
         width = self._width(batch.input_ids.numel())
         run = partial(self._added, batch, layer_kwargs, width)
         leaves = walk(self.steps, task.masks, embedded, run, joined, width)
-        launched = (self._launched(masks, hidden, batch, task, rows) for masks, hidden in leaves)
+        launched = (
+            self._start_losses(masks, hidden, batch, task, rows) for masks, hidden in leaves
+        )
         yield from self._values(launched, task)
 
     def _width(self, tokens: int) -> int:
@@ -234,17 +236,22 @@ class Engine(Forward):
         added_by_state = torch.split(added, len(batch.input_ids))
         return added_by_state[: len(states)]
 
-    def _launched(
+    def _start_losses(
         self, masks: Sequence[Mask], hidden: Tensor, batch: Batch, task: Task, rows: Rows
     ) -> Unread:
-        """Start to compute the losses of masks at the end of their walk. A reference has none; its
-        states are kept."""
+        """Start to compute the losses of masks, from the stream `hidden` behind their last block.
+
+        A GPU computes them while the next masks are on their way: the sums are copied to the CPU
+        without waiting, and `Unread.means` waits for the copy.
+        """
         keys = [tuple(rows[row]) for row in task.span]
         states = self.final_states(hidden, batch)
-        if task.metric == REFERENCE:
+        if task.metric == KEEP_DENSE_STATES:
             self._keep_dense_states(keys, states, batch)
+            # Such a task has no mask to report.
             return Unread((), torch.zeros(len(keys)), batch.counts, None)
         dense_states = None
+        # KL and JS divergence need the dense model's prediction of the same tokens.
         if task.metric.reference:
             device = self._dense[keys[0]].device
             dense_states = torch.cat([self._dense[key].to(device) for key in keys])

@@ -12,7 +12,7 @@ import torch
 from blockpruner.core.blocks import DENSE, all_blocks, format_mask, parse_mask, removable_units
 from blockpruner.core.errors import InputError
 from blockpruner.scoring import losses
-from blockpruner.scoring.engine import REFERENCE, Engine
+from blockpruner.scoring.engine import KEEP_DENSE_STATES, Engine
 from blockpruner.scoring.large.streaming import StreamingEngine
 from blockpruner.scoring.losses import token_js, token_kl, token_nll
 from blockpruner.scoring.metrics import METRICS, Metric
@@ -82,15 +82,15 @@ def test_streamed_divergences(tmp_path, variant, loss):
 
 def spy_on_references(engine):
     """Receives each row whose reference is kept."""
-    rows_done, launched = [], engine._launched
+    rows_done, launched = [], engine._start_losses
 
     def spy(masks, hidden, batch, task, rows):
         result = launched(masks, hidden, batch, task, rows)
-        if task.metric == REFERENCE:
+        if task.metric == KEEP_DENSE_STATES:
             rows_done.extend(task.span)
         return result
 
-    engine._launched = spy
+    engine._start_losses = spy
     return rows_done
 
 
@@ -108,7 +108,7 @@ def test_out_of_memory_in_the_reference_and_after_it(loss, fitting, luck):
     assert_divergences(result, loss, "llama", ROWS)
     assert sorted(referenced) == list(range(len(ROWS)))
     failed_in_reference = any(
-        task.metric == REFERENCE and len(task.span) > fitting for task, _ in engine.walks
+        task.metric == KEEP_DENSE_STATES and len(task.span) > fitting for task, _ in engine.walks
     )
     assert failed_in_reference
     assert len(engine.walks) > 2

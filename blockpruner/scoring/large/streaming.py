@@ -238,7 +238,7 @@ class StreamingEngine(Engine):
                 mask_groups, slots = zip(*work.states, strict=True)
                 with closing(tiles.in_turn(slots, work.shape)) as states:
                     launched = (
-                        self._launched(masks, state, work.batch, work.task, rows)
+                        self._start_losses(masks, state, work.batch, work.task, rows)
                         for masks, state in zip(mask_groups, states, strict=True)
                     )
                     yield from self._values(launched, work.task)
